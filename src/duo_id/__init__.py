@@ -1,0 +1,26 @@
+"""duo_id finds the retrieval heads of language models: the few that must see the whole context."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from duo_id.formats import list_patterns, load_pattern, save_pattern
+    from duo_id.patterns import HeadMask, HeadPattern
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "HeadMask": "duo_id.patterns",
+    "HeadPattern": "duo_id.patterns",
+    "list_patterns": "duo_id.formats",
+    "load_pattern": "duo_id.formats",
+    "save_pattern": "duo_id.formats",
+}
+__all__ = ["HeadMask", "HeadPattern", "list_patterns", "load_pattern", "save_pattern"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: `import duo_id` alone loads nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'duo_id' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

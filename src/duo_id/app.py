@@ -1,0 +1,104 @@
+"""What the commands share: compose the config with Hydra, and show a user's mistake as one line."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.markup import escape
+
+from duo_id import __version__
+from duo_id.checkpoints import CHECKPOINT
+from duo_id.config import conf_dir
+from duo_id.errors import UserError
+from duo_id.files import write_text
+
+console = Console()
+OVERRIDES = "overrides.json"  # in a run folder: the command line that made it, for going on with it
+
+
+def run(name: str, command: Callable[[DictConfig], object]) -> None:
+    """Compose conf/`name`.yaml with the command line's overrides and call `command` on it.
+
+    A mistake of the user ends the process with one line and status 2, Ctrl-C with status 130.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, to be shown here
+    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+
+    def task(config: DictConfig) -> object:
+        try:
+            return command(config)
+        except UserError as error:  # seen by Hydra, it would print more than a line
+            sys.exit(_complain(error))
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(_complain(error))
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        sys.exit(130)
+
+
+def start_run(config: DictConfig) -> tuple[DictConfig, Path]:
+    """The run's folder, and its config: for a resumed run that of the earlier one under today's overrides.
+
+    Raises:
+        UserError: the earlier run's settings cannot be read.
+    """
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    given = {override.split("=")[0]: override for override in HydraConfig.get().overrides.task}
+    if config.get("resume"):
+        try:
+            given = json.loads((folder / OVERRIDES).read_text()) | given
+        except (OSError, ValueError) as error:
+            raise UserError(f"resume={folder}: {OVERRIDES} cannot be read ({error})") from error
+        config = hydra.compose(HydraConfig.get().job.config_name, overrides=list(given.values()))
+    given.pop("resume", None)
+    write_text(folder / OVERRIDES, json.dumps(given, indent=1))
+    return config, folder
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on, and the commit of the source tree where it is one."""
+    found = {"duo_id": __version__} | {package: version(package) for package in ("torch", "transformers", "lightning")}
+    source = Path(__file__).parents[2]
+    if (source / ".git").exists():
+        git = subprocess.run(["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if git.returncode == 0:
+            found["commit"] = git.stdout.strip()
+    return found
+
+
+def _run_folder(resume: str | None, fresh: str) -> str:
+    """Where a run writes: a new folder, or that of the run it goes on with."""
+    if resume is None:
+        return fresh
+    if not (Path(resume) / CHECKPOINT).is_file():
+        raise UserError(f"resume={resume}: there is no {CHECKPOINT} to go on from; leave out resume to start anew")
+    return resume
+
+
+def _complain(error: BaseException) -> int:
+    """Show an error as one line, without a traceback, and return the exit status."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    user_error = next((link for link in chain if isinstance(link, UserError)), error)  # maybe inside an interpolation
+    message = " ".join(line.strip() for line in str(user_error).splitlines() if line.strip())
+    console.print("[bold red]error:[/]", escape(message), highlight=False, soft_wrap=True)
+    return 2

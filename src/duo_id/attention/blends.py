@@ -1,0 +1,37 @@
+"""Which full attention a gate blends with streaming attention: one small function each.
+
+A blend takes the student's own full attention (a function, computed only when called) and the teacher's recorded
+output (batch, heads, tokens, head_dim), and returns the term that alpha multiplies.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Blend:
+    """One way to blend.
+
+    Attributes:
+        full: the full attention term.
+        needs_teacher: whether the teacher's attention outputs must be recorded for it.
+    """
+
+    full: Callable[[Callable[[], Tensor], Tensor | None], Tensor]
+    needs_teacher: bool = False
+
+
+def student(own: Callable[[], Tensor], teacher: Tensor | None) -> Tensor:
+    """The student's full attention over its own queries, keys and values (DuoAttention, equation 1)."""
+    return own()
+
+
+def teacher(own: Callable[[], Tensor], teacher: Tensor | None) -> Tensor:
+    """The teacher's full attention output, without gradient, as DuoAttention's published code trains."""
+    assert teacher is not None, "the teacher's attention outputs were not recorded"
+    return teacher
+
+
+BLENDS = {"student": Blend(student), "teacher": Blend(teacher, needs_teacher=True)}

@@ -1,0 +1,380 @@
+"""The one attention function of all model families: registered with transformers, steered layer by layer.
+
+Every attention module of an attached model holds one function `(query, key, value, scale) -> output`, bound to it
+as a plain attribute. Which function that is decides what the layer does: full attention, a gated blend, a hard mask.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from duo_id.attention.blends import Blend
+from duo_id.attention.full import full_attention
+from duo_id.attention.masks import Window
+from duo_id.attention.streaming import streaming_attention
+from duo_id.errors import UserError
+
+IMPLEMENTATION = "duo_id"  # the name under which transformers knows the attention function
+BOUND = "duo_id_attend"  # the attribute of an attention module that holds what it does
+
+AttendFunction = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Which implementations compute attention; see `full_attention` and `streaming_attention`."""
+
+    full: str = "auto"
+    streaming: str = "auto"
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention module of a model, as the probe forward found it.
+
+    Attributes:
+        index: the layer's number in the model.
+        name: the module's path in the model.
+        module: the attention module.
+        heads: number of query heads.
+        kv_heads: number of key-value heads.
+        head_dim: width of a head.
+        window: sliding-window size in tokens; None for a layer that sees the whole context.
+        obstacle: why the layer cannot be gated, if so.
+    """
+
+    index: int
+    name: str
+    module: nn.Module = field(repr=False)
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+    obstacle: str | None = None
+
+
+class Mask(Protocol):
+    """What a hard mask tells: `retrieval`, bool (layers, KV heads), and the window of the other heads, in tokens."""
+
+    @property
+    def retrieval(self) -> Tensor: ...  # noqa: D102
+    @property
+    def sink_size(self) -> int: ...  # noqa: D102
+    @property
+    def recent_size(self) -> int: ...  # noqa: D102
+
+
+def gated_heads(
+    alpha: Tensor, window: Window, blend: Blend, backends: Backends, teacher: Tensor | None = None
+) -> AttendFunction:
+    """A layer whose heads blend full and streaming attention: alpha * full + (1 - alpha) * streaming.
+
+    Source: DuoAttention, section 2.2, equation 1.
+
+    Args:
+        alpha: (KV heads,) float32 gates of this layer.
+        window: what streaming attention sees.
+        blend: which full attention enters, the student's own or the teacher's.
+        backends: implementations.
+        teacher: (batch, heads, tokens, head_dim), the teacher's full attention output, for blends that need it.
+    """
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        gate = alpha.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
+        full = blend.full(lambda: full_attention(query, key, value, scale, backends.full), teacher)
+        streaming = streaming_attention(query, key, value, scale, window, backends.streaming)
+        return (gate * full + (1 - gate) * streaming).to(query.dtype)
+
+    return attend
+
+
+def masked_heads(retrieval: Tensor, window: Window, backends: Backends) -> AttendFunction:
+    """A layer with a hard mask: retrieval heads see the whole context, streaming heads the window alone.
+
+    Args:
+        retrieval: (KV heads,) bool, True for retrieval heads.
+        window: what streaming heads see.
+        backends: implementations.
+    """
+    full, streaming = retrieval.nonzero()[:, 0].tolist(), (~retrieval).nonzero()[:, 0].tolist()
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        if not streaming:
+            return full_attention(query, key, value, scale, backends.full)
+        if not full:
+            return streaming_attention(query, key, value, scale, window, backends.streaming)
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        out = torch.empty_like(grouped)
+        for heads, function in (
+            (full, partial(full_attention, backend=backends.full)),
+            (streaming, partial(streaming_attention, window=window, backend=backends.streaming)),
+        ):
+            part = function(grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], scale)
+            out[:, heads] = part.unflatten(1, (len(heads), -1))
+        return out.flatten(1, 2)
+
+    return attend
+
+
+def masked_layers(layers: Sequence[AttentionLayer], mask: Mask, backends: Backends) -> dict[int, AttendFunction]:
+    """What each gated layer does under a hard mask (a `duo_id.HeadMask`), to be bound."""
+    window = Window(mask.sink_size, mask.recent_size)
+    return {layer.index: masked_heads(mask.retrieval[layer.index], window, backends) for layer in layers}
+
+
+def recording_heads(outputs: dict[int, Tensor], index: int, backends: Backends) -> AttendFunction:
+    """A full-attention layer that leaves its output in `outputs[index]`, for blends with the teacher."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        outputs[index] = full_attention(query, key, value, scale, backends.full)
+        return outputs[index]
+
+    return attend
+
+
+def register() -> None:
+    """Make `attn_implementation="duo_id"` known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(IMPLEMENTATION, _attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, _padding_mask)
+
+
+@contextmanager
+def attached(model: PreTrainedModel, backends: Backends | None = None) -> Iterator[list[AttentionLayer]]:
+    """Route the attention of `model` through this module; afterwards the model is as it was.
+
+    A probe forward of a few tokens finds the attention layers and proves that each reaches our function.
+
+    Args:
+        model: any causal language model of transformers.
+        backends: implementations; all automatic by default.
+
+    Yields:
+        the layers that can be gated: those that see the whole context, in the model's order.
+
+    Raises:
+        UserError: the model has no layer that can be gated, or one that should be does not reach our function.
+    """
+    backends = backends or Backends()
+    before = model.config._attn_implementation
+    register()
+    model.set_attn_implementation(IMPLEMENTATION)
+    layers: list[AttentionLayer] = []
+    try:
+        layers = _probe(model)
+        gated = _gated(model, layers)
+        for layer in layers:
+            setattr(layer.module, BOUND, partial(_own_attention, window=layer.window, backends=backends))
+        yield gated
+    finally:
+        for layer in layers:
+            layer.module.__dict__.pop(BOUND, None)
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def bound(layers: Sequence[AttentionLayer], functions: Mapping[int, AttendFunction]) -> Iterator[None]:
+    """Let those of `layers` whose index `functions` holds do that, until the block ends."""
+    before = bound_functions(layers)
+    try:
+        for layer in layers:
+            setattr(layer.module, BOUND, functions.get(layer.index, before[layer.index]))
+        yield
+    finally:
+        for layer in layers:
+            setattr(layer.module, BOUND, before[layer.index])
+
+
+def no_padding(ids: Tensor) -> Tensor:
+    """An attention mask for `ids` (batch, tokens) that says, without a look at the device, that all tokens are real.
+
+    Its one element lies under all places, which `_padding_mask` knows by the strides. Given no mask at all,
+    transformers looks for packed sequences, which waits for the device.
+    """
+    return torch.ones((), dtype=torch.bool, device=ids.device).expand(ids.shape)
+
+
+def bound_functions(layers: Sequence[AttentionLayer]) -> dict[int, AttendFunction]:
+    """What each of `layers` does at present, under its index."""
+    return {layer.index: getattr(layer.module, BOUND) for layer in layers}
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer: (batch, heads, tokens, dim) in, (batch, tokens, heads, dim) out."""
+    if key.shape[2] != query.shape[2]:
+        raise UserError("heads are identified without a KV cache: call the model with use_cache=False")
+    attend = getattr(module, BOUND)
+    if attention_mask is None:
+        out = attend(query, key, value, scaling)
+    elif attention_mask.dim() == 4:
+        out = _dense_attention(query, key, value, scaling, attention_mask)
+    else:
+        # Real tokens come first, so that causality alone hides the padding, whichever side it was on.
+        start = attention_mask.to(torch.int32).argmax(-1)
+        out = _roll(attend(*(_roll(x, start) for x in (query, key, value)), scaling), -start)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _roll(x: Tensor, start: Tensor) -> Tensor:
+    """Rotate the tokens of each sample of (batch, heads, tokens, dim) so that token `start[sample]` comes first."""
+    tokens = x.shape[2]
+    index = (torch.arange(tokens, device=x.device) + start[:, None]) % tokens
+    return x.gather(2, index[:, None, :, None].expand_as(x))
+
+
+def _own_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, backends: Backends
+) -> Tensor:
+    """A layer as its model has it: full attention, or a sliding window, which is a streaming head without a sink."""
+    if window is None:
+        return full_attention(query, key, value, scale, backends.full)
+    return streaming_attention(query, key, value, scale, Window(0, window), backends.streaming)
+
+
+def _dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor) -> Tensor:
+    gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+
+
+def _padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **rest: Any,
+) -> Tensor | None:
+    """What transformers calls to make the mask: only the padding is handed on, for the rest is in each layer.
+
+    Returns:
+        (batch, tokens) bool, True for real tokens, if a sample is padded on the left; None if causality is enough.
+        A layer with a pattern of its own that is neither causal nor a sliding window gets that as a dense mask.
+    """
+    if mask_function is not causal_mask_function and not _is_sliding(mask_function, local_size):
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **rest | {"allow_is_causal_skip": False},
+        )
+    if attention_mask is None or not any(attention_mask.stride()):  # `no_padding`
+        return None
+    if not bool(_contiguous(attention_mask).all()):
+        raise UserError("the attention mask has holes: each sample's real tokens must be in one piece")
+    return None if bool(attention_mask[:, 0].all()) else attention_mask.bool()
+
+
+def _contiguous(mask: Tensor) -> Tensor:
+    """(batch,) bool: whether the real tokens of each row of (batch, tokens) form one piece."""
+    padded = F.pad(mask.to(torch.int8), (1, 0))
+    return (padded.diff(dim=-1) > 0).sum(-1) == 1
+
+
+def _is_sliding(mask_function: Callable[..., Any], size: int | None) -> bool:
+    """Tell a sliding window from other local patterns by a pair of tokens that chunks of that size would part."""
+    if size is None or size < 2:
+        return False
+    zero, query = torch.tensor(0), torch.tensor(size)
+    return bool(mask_function(zero, zero, query, query - 1)) and not bool(mask_function(zero, zero, query, zero))
+
+
+def _probe(model: PreTrainedModel) -> list[AttentionLayer]:
+    """Run a few tokens through the model and note which modules call our attention function, and how."""
+    names = {module: name for name, module in model.named_modules()}
+    layers: list[AttentionLayer] = []
+
+    def note(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        index = getattr(module, "layer_idx", None)
+        layers.append(
+            AttentionLayer(
+                index=len(layers) if index is None else index,
+                name=names[module],
+                module=module,
+                heads=query.shape[1],
+                kv_heads=key.shape[1],
+                head_dim=query.shape[-1],
+                window=options.get("sliding_window"),
+                obstacle=_obstacle(query, key, value, attention_mask, options),
+            )
+        )
+        out = full_attention(query, key, value, options.get("scaling"), "sdpa")
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(IMPLEMENTATION, note)
+    try:
+        with torch.no_grad():
+            model(
+                input_ids=torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size,
+                use_cache=False,
+            )
+    finally:
+        register()
+    return layers
+
+
+def _obstacle(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+) -> str | None:
+    if key.shape[-1] != value.shape[-1]:
+        return "its keys and values differ in width, as in latent attention"
+    if query.shape[1] % key.shape[1]:
+        return f"{query.shape[1]} query heads do not divide among {key.shape[1]} KV heads"
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return "its attention has a pattern of its own"
+    for option, name in {
+        "softcap": "a soft cap on the scores",
+        "s_aux": "learned sinks",
+        "position_bias": "a bias",
+    }.items():
+        if options.get(option) is not None:
+            return f"its attention has {name}, which is not supported yet"
+    return None
+
+
+def _gated(model: PreTrainedModel, layers: list[AttentionLayer]) -> list[AttentionLayer]:
+    """The layers that get gates, after checking that these are all that should."""
+    config = model.config.get_text_config()
+    title = config.name_or_path or type(model).__name__
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    expected = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    if getattr(config, "kv_lora_rank", None):
+        raise UserError(f"{title} has latent attention: there are no keys and values per head to stream")
+    if not layers:
+        raise UserError(
+            f"{title} has no attention that can be gated: none of its layers calls transformers' attention interface"
+        )
+    gated = [layer for layer in layers if layer.window is None]
+    if not gated:
+        raise UserError(
+            f"{title}: every layer has a sliding window of {layers[0].window} tokens, so no head sees the whole "
+            "context; +model.config.sliding_window=null treats them as full attention"
+        )
+    missing = sorted(set(expected) - {layer.index for layer in layers})
+    if missing:
+        raise UserError(f"{title}: the attention of layers {missing} does not reach transformers' attention interface")
+    for layer in gated:
+        if layer.obstacle:
+            raise UserError(f"{title}: {layer.name} cannot be gated: {layer.obstacle}")
+    if len({layer.index for layer in layers}) < len(layers) or len({layer.kv_heads for layer in gated}) > 1:
+        raise UserError(f"{title} cannot be gated: its layers share attention modules or differ in their KV heads")
+    return gated

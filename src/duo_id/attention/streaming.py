@@ -1,0 +1,150 @@
+"""Streaming attention, sink and recent window only, in memory linear in the number of tokens."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from duo_id.attention.full import full_attention
+from duo_id.attention.masks import Window
+from duo_id.errors import UserError
+
+STREAMING_BACKENDS = ("auto", "blocked", "flex")
+FLEX_BLOCK = 128  # FlexAttention's block of queries and of keys
+
+
+def streaming_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window, backend: str = "auto"
+) -> Tensor:
+    """Causal attention of streaming heads: each query sees the sink and the recent window (`Window.sees`).
+
+    Args:
+        query: (batch, heads, tokens, head_dim).
+        key: (batch, KV heads, tokens, head_dim).
+        value: (batch, KV heads, tokens, head_dim).
+        scale: factor on the scores; None: 1/sqrt(head_dim).
+        window: sink and recent sizes, in tokens.
+        backend: `blocked` (SDPA over blocks of queries, any device), `flex` (compiled FlexAttention, CUDA), or
+            `auto`: flex on CUDA, else blocked.
+
+    Returns:
+        (batch, heads, tokens, head_dim).
+
+    Raises:
+        UserError: the backend is unknown.
+    """
+    if backend not in STREAMING_BACKENDS:
+        raise UserError(f"step.streaming_backend={backend}: choose one of {', '.join(STREAMING_BACKENDS)}")
+    if query.shape[2] <= window.sink_size + window.recent_size:
+        return full_attention(query, key, value, scale)  # nothing lies between sink and window
+    if backend == "flex" or (backend == "auto" and query.is_cuda):
+        return _flex(query, key, value, scale, window)
+    return _blocked(query, key, value, scale, window)
+
+
+def _blocked(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:
+    """Blocks of queries against the sink and the few blocks of keys that reach into their window.
+
+    The first blocks, whose window overlaps the sink, are done with a dense mask of constant size; from there on every
+    block has the same mask. A query group shares its KV head by lying in the query dimension, so keys are not repeated.
+    """
+    batch, heads, tokens, dim = query.shape
+    kv_heads, group = key.shape[1], heads // key.shape[1]
+    sink = window.sink_size
+    block = min(max(64, 1 << (window.recent_size - 1).bit_length()), 256)
+    reach = -(-window.recent_size // block)  # how many earlier blocks a window can reach into
+    start = min(tokens, (-(-sink // block) + reach) * block)  # from here on no window overlaps the sink
+    head = F.scaled_dot_product_attention(
+        query[:, :, :start].reshape(batch, kv_heads, group * start, dim),
+        key[:, :, :start],
+        value[:, :, :start],
+        attn_mask=_first_mask(window, start, group, query.device),
+        scale=scale,
+    ).reshape(batch, heads, start, dim)
+    if start == tokens:
+        return head
+
+    blocks = -(-(tokens - start) // block)
+    tail = start + blocks * block - tokens
+
+    def windows(x: Tensor) -> Tensor:
+        """(batch, KV heads, tokens, dim) to (batch, KV heads * blocks, sink + (reach + 1) * block, dim)."""
+        local = F.pad(x[:, :, start - reach * block :], (0, 0, 0, tail)).unflatten(2, (blocks + reach, block))
+        sinks = x[:, :, None, :sink].expand(-1, -1, blocks, -1, -1)
+        return torch.cat([sinks, *(local[:, :, i : i + blocks] for i in range(reach + 1))], dim=3).flatten(1, 2)
+
+    queries = F.pad(query[:, :, start:], (0, 0, 0, tail)).view(batch, kv_heads, group, blocks, block, dim)
+    body = F.scaled_dot_product_attention(
+        queries.transpose(2, 3).reshape(batch, kv_heads * blocks, group * block, dim),
+        windows(key),
+        windows(value),
+        attn_mask=_block_mask(window, block, reach, group, query.device),
+        scale=scale,
+    ).reshape(batch, kv_heads, blocks, group, block, dim)
+    body = body.transpose(2, 3).reshape(batch, heads, blocks * block, dim)
+    return torch.cat([head, body[:, :, : tokens - start]], dim=2)
+
+
+@functools.lru_cache(maxsize=64)
+def _first_mask(window: Window, tokens: int, group: int, device: torch.device) -> Tensor:
+    """The pattern of the first `tokens` tokens, (group * tokens, tokens); all layers share one."""
+    with torch.inference_mode(False):
+        positions = torch.arange(tokens, device=device)
+        return window.dense(positions, positions).repeat(group, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_mask(window: Window, block: int, reach: int, group: int, device: torch.device) -> Tensor:
+    """The pattern of any later block against sink and local keys, (group * block, sink + (reach + 1) * block)."""
+    with torch.inference_mode(False):
+        rows = torch.arange(block, device=device) + window.sink_size + reach * block
+        columns = torch.arange((reach + 1) * block, device=device) + window.sink_size
+        return F.pad(window.dense(rows, columns), (window.sink_size, 0), value=True).repeat(group, 1)
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:
+    """FlexAttention at the next of a few lengths, for it is compiled anew for each."""
+    tokens = query.shape[2]
+    size = max(FLEX_BLOCK, 1 << (tokens - 1).bit_length())
+    query, key, value = (F.pad(x, (0, 0, 0, size - tokens)) for x in (query, key, value))
+    attend = _compiled_flex() if query.is_cuda else flex_attention
+    out = attend(
+        query,
+        key,
+        value,
+        block_mask=flex_block_mask(window, size, query.device),
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[:, :, :tokens]
+
+
+@functools.cache
+def _compiled_flex():  # noqa: ANN202 (torch.compile keeps the signature)
+    # One graph for each length, with and without gradients; past this limit dynamo falls back to a dense product.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.lru_cache(maxsize=64)
+def flex_block_mask(window: Window, tokens: int, device: torch.device) -> BlockMask:
+    """The pattern for FlexAttention, computed block by block: nothing of size tokens x tokens is built."""
+    first = torch.arange(0, tokens, FLEX_BLOCK, device=device)
+    last = first + FLEX_BLOCK - 1
+    query_first, query_last, key_first, key_last = first[:, None], last[:, None], first[None, :], last[None, :]
+    some = (key_first <= query_last) & ((key_first < window.sink_size) | (query_first - key_last < window.recent_size))
+    every = (key_last <= query_first) & ((key_last < window.sink_size) | (query_last - key_first < window.recent_size))
+
+    def block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.argsort(chosen.to(torch.int32), dim=-1, descending=True, stable=True)
+        return chosen.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *block_lists(some & ~every),
+        *block_lists(every),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=lambda batch, head, query, key: window.sees(query, key),
+        seq_lengths=(tokens, tokens),
+    )

@@ -1,0 +1,79 @@
+"""Checkpoints that are whole or not there, and a Ctrl-C that leaves one."""
+
+import signal
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from duo_id.errors import UserError
+from duo_id.files import atomic_path
+
+CHECKPOINT = Path("checkpoints") / "last.ckpt"  # in a run folder
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside, syncs and renames, for Lightning's own writing can leave half a file; reads weights only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path`, whole or not at all."""
+        with atomic_path(path) as beside:
+            torch.save(checkpoint, beside)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
+        """Read a checkpoint, tensors and plain values only.
+
+        Raises:
+            UserError: the file is not a checkpoint.
+        """
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:
+            raise UserError(f"resume: {path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps one checkpoint, the latest, written every `seconds`, at the last step and after Ctrl-C.
+
+    The first Ctrl-C lets the step in progress end, a second one stops at once.
+    """
+
+    def __init__(self, run: str | Path, seconds: float) -> None:
+        """Checkpoint the run in folder `run`."""
+        self.path = Path(run) / CHECKPOINT
+        super().__init__(
+            dirpath=self.path.parent,
+            filename=self.path.stem,
+            train_time_interval=timedelta(seconds=seconds),
+            save_top_k=1,
+            enable_version_counter=False,
+        )
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Count the seconds from here and listen for Ctrl-C."""
+        super().on_train_start(trainer, pl_module)
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            pl_module.interrupted = True
+            signal.signal(signal.SIGINT, before)
+
+        before = signal.signal(signal.SIGINT, interrupt)
+        self._restore = lambda: signal.signal(signal.SIGINT, before)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *args: Any) -> None:
+        """Save when it is time, at the end, and when interrupted."""
+        if pl_module.interrupted or trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True
+            self._save_checkpoint(trainer, str(self.path))
+        else:
+            super().on_train_batch_end(trainer, pl_module, *args)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        """Stop listening."""
+        if hasattr(self, "_restore"):
+            self._restore()

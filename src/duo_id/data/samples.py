@@ -1,0 +1,89 @@
+"""What a sample is, what makes samples, and how several become one batch."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+SPLITS = ("train", "validation", "test")
+UNSCORED = -100  # the label of a token that no loss looks at
+
+
+class Sample(TypedDict):
+    """One text with questions and answers: int64 tensors, all (tokens,).
+
+    Labels and answers stand at the tokens they are about: whoever compares them with logits shifts by one.
+    """
+
+    input_ids: Tensor
+    labels: Tensor  # the token where it is scored, else -100
+    answers: Tensor  # k at the tokens of the k-th asked answer, k from 1, else 0
+
+
+class Batch(TypedDict):
+    """Samples padded to the longest of them: (samples, tokens)."""
+
+    input_ids: Tensor
+    labels: Tensor
+    answers: Tensor
+    attention_mask: Tensor | None  # bool, True = real; None: nothing is padded
+
+
+class Task(Protocol):
+    """Whatever makes samples."""
+
+    def sample(self, index: int, seed: int) -> Sample:
+        """The sample of this (seed, split, index): the same in every process and on every machine."""
+        ...
+
+
+def collate(samples: Sequence[Sample], pad_id: int, padding_side: str) -> Batch:
+    """Pad samples to the longest, on the `right` or `left`: `pad_id` for tokens, -100 for labels, 0 for answers."""
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    longest = max(lengths)
+
+    def stack(rows: list[Tensor], value: int | bool) -> Tensor:
+        gaps = [longest - len(row) for row in rows]
+        return torch.stack(
+            [
+                pad(row, (gap, 0) if padding_side == "left" else (0, gap), value=value)
+                for row, gap in zip(rows, gaps, strict=True)
+            ]
+        )
+
+    real = [torch.ones(length, dtype=torch.bool) for length in lengths]
+    return Batch(
+        input_ids=stack([sample["input_ids"] for sample in samples], pad_id),
+        labels=stack([sample["labels"] for sample in samples], UNSCORED),
+        answers=stack([sample["answers"] for sample in samples], 0),
+        attention_mask=stack(real, False) if min(lengths) < longest else None,
+    )
+
+
+def pad_batch(batch: Batch, multiple: int, limit: int) -> Batch:
+    """Pad a batch on the right to a multiple of `multiple` tokens (at most `limit`), so that few lengths remain.
+
+    Causal attention never sees what comes later, so real tokens keep their values and no mask is needed for it.
+    """
+    tokens = batch["input_ids"].shape[1]
+    gap = max(min(-(-tokens // multiple) * multiple, limit) - tokens, 0)
+    mask = batch["attention_mask"]
+    return Batch(
+        input_ids=pad(batch["input_ids"], (0, gap)),
+        labels=pad(batch["labels"], (0, gap), value=UNSCORED),
+        answers=pad(batch["answers"], (0, gap)),
+        attention_mask=None if mask is None else pad(mask, (0, gap)),
+    )
+
+
+def with_scored(batch: Batch, multiple: int = 1) -> dict[str, Any]:
+    """Add `scored`, the flat indices of the labelled tokens, and `weights`, which make a sum over them a mean.
+
+    Their number is padded to a multiple of `multiple`, at weight 0.
+    """
+    found = (batch["labels"].flatten() != UNSCORED).nonzero()[:, 0]
+    gap = -len(found) % multiple
+    weights = torch.full((len(found),), 1 / max(len(found), 1))
+    return {**batch, "scored": pad(found, (0, gap)), "weights": pad(weights, (0, gap))}

@@ -1,0 +1,70 @@
+"""`python -m duo_id.evaluate heads=DIR`: the comparison that ends a training run, for any exported pattern."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from duo_id import app
+from duo_id.attention.gated import Backends, attached
+from duo_id.config import EvaluateSettings, parse
+from duo_id.data.module import SampleModule
+from duo_id.evaluation.comparison import compare, results_table
+from duo_id.files import write_text
+from duo_id.formats import load_pattern
+from duo_id.models import load_model
+
+
+def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
+    """Compare a pattern's masks with the full model, random masks and all heads streaming.
+
+    Args:
+        settings: which pattern, model and samples.
+        folder: the run folder; `results.json` is written to it.
+
+    Returns:
+        the results that are also written.
+
+    Raises:
+        UserError: something in the settings cannot work; the message names the override.
+    """
+    pattern = load_pattern(settings.heads)
+    model = load_model(settings.model, "cuda" if torch.cuda.is_available() else "cpu", settings.seed)
+    pattern.check_fits(*model.kv_shape, model.name)
+    backends = Backends(settings.step.full_backend, settings.step.streaming_backend)
+    data = SampleModule(settings.data, model.tokenizer, settings.seed, model.max_length)
+    samples = data.samples("test", settings.evaluation.samples)
+    with attached(model.model, backends) as layers:
+        results = compare(
+            model,
+            layers,
+            pattern,
+            samples,
+            settings.sparsity,
+            settings.evaluation.random_masks,
+            settings.seed,
+            backends,
+        )
+    app.console.print(results_table(results, f"{model.name} under {settings.heads}: {len(samples)} held-out samples"))
+    report = {
+        "heads": settings.heads,
+        "model": model.describe(),
+        "results": [result.summary() | {"samples": [vars(score) for score in result.samples]} for result in results],
+        "settings": OmegaConf.to_container(OmegaConf.structured(settings)),
+        "versions": app.versions(),
+    }
+    write_text(folder / "results.json", json.dumps(report, indent=1))
+    app.console.print(f"results: {folder / 'results.json'}", soft_wrap=True)
+    return report
+
+
+def main(config: DictConfig) -> None:
+    """Run the command."""
+    config, folder = app.start_run(config)
+    evaluate(parse(EvaluateSettings, config), folder)
+
+
+if __name__ == "__main__":
+    app.run("evaluate", main)

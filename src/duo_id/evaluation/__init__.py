@@ -1,0 +1,1 @@
+"""Which masks keep what the model can do."""

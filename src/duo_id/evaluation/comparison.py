@@ -1,0 +1,115 @@
+"""A pattern's masks beside the full model, random masks at the same sparsity and all heads streaming."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from duo_id.attention.gated import AttentionLayer, Backends, bound, masked_layers
+from duo_id.models import LanguageModel
+from duo_id.patterns import HeadMask, HeadPattern, random_mask
+from duo_id.scoring import Score, score, total
+
+METRICS = ("answer_loss", "token_accuracy", "exact_answers")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one mask scored on the held-out samples.
+
+    Attributes:
+        heads: which heads see the whole context: full | found | random | streaming.
+        sparsity: fraction of the gated KV heads that stream.
+        seed: of a random mask.
+        samples: the score of each sample.
+    """
+
+    heads: str
+    sparsity: float
+    seed: int | None
+    samples: tuple[Score, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """The pooled score with its metrics, as plain values."""
+        pooled = total(self.samples)
+        metrics = {metric: getattr(pooled, metric) for metric in METRICS}
+        return {"heads": self.heads, "sparsity": self.sparsity, "seed": self.seed} | metrics | asdict(pooled)
+
+
+def compare(
+    model: LanguageModel,
+    layers: Sequence[AttentionLayer],
+    pattern: HeadPattern,
+    samples: Sequence[Mapping[str, Tensor]],
+    sparsities: Sequence[float],
+    random_masks: int,
+    seed: int,
+    backends: Backends | None = None,
+) -> list[Result]:
+    """Score every mask on every sample, teacher-forced.
+
+    Args:
+        model: the language model, attached.
+        layers: its gated layers.
+        pattern: whose masks are compared.
+        samples: held-out samples, see `duo_id.scoring.score`.
+        sparsities: fractions of streaming heads.
+        random_masks: how many random masks at each sparsity.
+        seed: of the random masks.
+        backends: attention implementations.
+    """
+    rows: list[tuple[str, float, int | None, HeadMask]] = [("full", 0.0, None, pattern.binarize(sparsity=0))]
+    for sparsity in sparsities:
+        rows.append(("found", sparsity, None, pattern.binarize(sparsity=sparsity)))
+        for number in range(seed, seed + random_masks):
+            rows.append(("random", sparsity, number, _random(pattern, sparsity, number)))
+    rows.append(("streaming", 1.0, None, pattern.binarize(sparsity=1)))
+    results = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("scoring masks", total=len(rows) * len(samples))
+        for heads, sparsity, number, mask in rows:
+            scores = []
+            with bound(layers, masked_layers(layers, mask, backends or Backends())):
+                for sample in samples:
+                    scores.append(score(model, sample))
+                    progress.advance(task)
+            results.append(Result(heads, sparsity, number, tuple(scores)))
+    return results
+
+
+def results_table(results: Sequence[Result], title: str) -> Table:
+    """The comparison for the terminal; random masks of one sparsity share a row, mean ± standard deviation."""
+    table = Table(title=title, title_justify="left", caption="answer loss in nats a token", caption_justify="left")
+    for heading in ("heads", "streaming", "answer loss", "token accuracy", "exact answers"):
+        table.add_column(heading, justify="left" if heading == "heads" else "right")
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result.heads, result.sparsity), []).append(result.summary())
+    names = {"full": "full attention", "found": "found mask", "streaming": "all heads"}
+    for (heads, sparsity), rows in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])):
+        name = names.get(heads, f"random ({len(rows)})")
+        table.add_row(
+            name,
+            f"{sparsity:.4g}",
+            _cell([row["answer_loss"] for row in rows], "{:.3f}"),
+            _cell([100 * row["token_accuracy"] for row in rows], "{:.1f}", " %"),
+            _cell([100 * row["exact_answers"] for row in rows], "{:.1f}", " %"),
+            style="bold" if heads == "found" else None,
+        )
+    return table
+
+
+def _random(pattern: HeadPattern, sparsity: float, seed: int) -> HeadMask:
+    layers, kv_heads = pattern.scores.shape
+    sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
+    return random_mask(layers, kv_heads, sparsity, seed, gated_layers=pattern.gated_layers, **sizes)
+
+
+def _cell(values: Sequence[float], form: str, unit: str = "") -> str:
+    spread = f" ± {form.format(stdev(values))}" if len(values) > 1 else ""
+    return form.format(mean(values)) + spread + unit

@@ -1,0 +1,225 @@
+"""The export folder `heads/`, written and read, and the folders that DuoAttention's own code writes.
+
+heads/
+  full_attention_heads.tsv   scores, one row a layer, one column a KV head   } what DuoAttention's loaders read
+  config.json                sink_size, recent_size                          } (github.com/mit-han-lab/duo-attention)
+  mask_sparsity_50.tsv       0/1 rows (1 = retrieval), one file a sparsity
+  heads.json                 all of it and the provenance, written last: what `load_pattern` believes
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duo_id.errors import UserError
+from duo_id.files import write_text
+from duo_id.patterns import HeadMask, HeadPattern
+
+SCHEMA = "duo_id/heads"
+VERSION = 1
+SHIPPED = Path(__file__).parent / "head_patterns"
+HEADS, SCORES, CONFIG = "heads.json", "full_attention_heads.tsv", "config.json"
+
+
+def save_pattern(pattern: HeadPattern, folder: str | Path, sparsities: Iterable[float] = (0.25, 0.5, 0.75)) -> None:
+    """Write `pattern` and its masks at `sparsities` to `folder`, every file whole, `heads.json` last.
+
+    Masks of an earlier export that are not among `sparsities` are removed.
+
+    Raises:
+        UserError: if a sparsity lies outside [0, 1]; then nothing is written.
+    """
+    folder = Path(folder)
+    masks = {sparsity: pattern.binarize(sparsity=sparsity) for sparsity in sorted(sparsities)}
+    files = {_mask_name(sparsity): _tsv(mask.retrieval.int()) for sparsity, mask in masks.items()}
+    stale = [path for path in folder.glob("mask_sparsity_*.tsv") if path.name not in files]
+    files[SCORES] = _tsv(pattern.scores)
+    files[CONFIG] = _json(_duo_config(pattern))
+    files[HEADS] = _json(_contents(pattern, masks))
+    for name, text in files.items():
+        write_text(folder / name, text)
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+def load_pattern(source: str | Path) -> HeadPattern:
+    """Read a pattern.
+
+    Args:
+        source: a shipped name (see `list_patterns`; it goes before a folder of that name, which `./NAME` reaches), a
+            run folder, its `heads/` folder, a DuoAttention folder, a scores TSV beside its `config.json`, or a
+            `heads.json`. Where a folder holds `heads.json`, that is what is read. Scores are taken as they are:
+            published gates reach from -0.0015 to 1.
+
+    Raises:
+        UserError: one line that names the file and, in a table, the row at fault.
+    """
+    if str(source) in list_patterns():
+        return load_pattern(SHIPPED / source / HEADS)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        places = (path / HEADS, path / SCORES, path / "heads" / HEADS, path / "heads" / SCORES)
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise UserError(
+                f"{path} has no heads/ yet (nor {HEADS} or {SCORES}): if it is a run, "
+                "it has not come to the end where heads are written"
+            )
+        path = found
+    elif not path.exists():
+        shipped = ", ".join(list_patterns()) or "none"
+        raise UserError(f"no head pattern {str(source)!r}: not a file or folder, nor a shipped name ({shipped})")
+    if path.suffix not in (".json", ".tsv"):
+        raise UserError(f"{path} is not a head pattern: give a folder, a {HEADS} or a {SCORES}")
+    return _read_heads(path) if path.suffix == ".json" else _read_duo(path)
+
+
+def list_patterns() -> list[str]:
+    """The names of the patterns that come with the package, sorted."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{HEADS}"))
+
+
+def _contents(pattern: HeadPattern, masks: dict[float, HeadMask]) -> dict[str, Any]:
+    layers, kv_heads = pattern.scores.shape
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "layers": layers,
+        "kv_heads": kv_heads,
+        "sink_size": pattern.sink_size,
+        "recent_size": pattern.recent_size,
+        "gated_layers": pattern.gated_layers,
+        "provenance": pattern.provenance,
+        "scores": _rows(pattern.scores),
+        "masks": [
+            {"sparsity": sparsity, "retrieval": mask.retrieval.int().tolist()} for sparsity, mask in masks.items()
+        ],
+    }
+
+
+def _duo_config(pattern: HeadPattern) -> dict[str, Any]:
+    """What DuoAttention's loaders look up, and `gated_layers`, without which a hybrid model's TSV would mislead us."""
+    model = pattern.provenance.get("model")
+    name = {"model_name": model["id"]} if isinstance(model, dict) and "id" in model else {}
+    sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
+    return {**name, **sizes, "gated_layers": pattern.gated_layers}
+
+
+def _read_heads(path: Path) -> HeadPattern:
+    contents = _read_json(path)
+    if contents.get("schema") != SCHEMA:
+        raise UserError(f"{path} is not a head pattern: its schema is {contents.get('schema')!r}, not {SCHEMA!r}")
+    version = contents.get("version")
+    if version != VERSION:
+        newer = isinstance(version, int) and version > VERSION
+        advice = "; a newer duo_id wrote it, upgrade to read it" if newer else ""
+        raise UserError(f"{path} has version {version!r} of its schema, this duo_id reads version {VERSION}{advice}")
+    keys = ("layers", "kv_heads", "sink_size", "recent_size", "gated_layers", "provenance", "scores")
+    _check_keys(path, contents, keys)
+    rows, provenance = contents["scores"], contents["provenance"]
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise UserError(f"{path}: scores must be a list of rows")
+    if not isinstance(provenance, dict):
+        raise UserError(f"{path}: provenance must be an object")
+    scores = _table(f"{path}: scores, row", enumerate(rows, start=1))
+    shape, said = (len(scores), len(scores[0])), (contents["layers"], contents["kv_heads"])
+    if shape != said:
+        raise UserError(
+            f"{path}: scores are {shape[0]} layers x {shape[1]} KV heads, "
+            f"but layers and kv_heads say {said[0]} x {said[1]}"
+        )
+    return _pattern(path, scores, contents, provenance)
+
+
+def _read_duo(path: Path) -> HeadPattern:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file") from None
+    filled = [(number, line.split("\t")) for number, line in enumerate(lines, start=1) if line.strip()]
+    scores = _table(f"{path}, line", filled)
+    beside = path.with_name(CONFIG)
+    if not beside.is_file():
+        raise UserError(f"{beside} is missing: sink_size and recent_size of {path.name} stand there")
+    config = _read_json(beside)
+    _check_keys(beside, config, ("sink_size", "recent_size"))
+    model = {"id": config.get("model_name"), "layers": len(scores), "kv_heads": len(scores[0])}
+    return _pattern(path.parent, scores, config, {"format": "DuoAttention", "model": model, "settings": config})
+
+
+def _pattern(place: Path, scores: list[list[float]], sizes: dict[str, Any], provenance: dict[str, Any]) -> HeadPattern:
+    gated = sizes.get("gated_layers", list(range(len(scores))))
+    if not isinstance(gated, list):
+        raise UserError(f"{place}: gated_layers must be a list of layers, not {gated!r}")
+    try:
+        return HeadPattern(torch.tensor(scores), sizes["sink_size"], sizes["recent_size"], tuple(gated), provenance)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def _table(where: str, rows: Iterable[tuple[int, Sequence[Any]]]) -> list[list[float]]:
+    """Numbered rows of cells as floats; the message of an error starts with `where` and the row's number."""
+    table: list[list[float]] = []
+    for number, cells in rows:
+        for column, cell in enumerate(cells, start=1):
+            if not math.isfinite(_float(cell)):
+                raise UserError(f"{where} {number}, column {column}: {str(cell)[:40]!r} is not a finite number")
+        table.append([float(cell) for cell in cells])
+        if len(cells) != len(table[0]):
+            raise UserError(f"{where} {number} has {len(cells)} columns, but the first has {len(table[0])}")
+    if not table or not table[0]:
+        raise UserError(f"{where} 1: nothing there, a pattern has one row a layer and one column a KV head")
+    return table
+
+
+def _float(cell: Any) -> float:
+    """The number in a cell; NaN where there is none."""
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(contents).__name__}")
+    return contents
+
+
+def _check_keys(path: Path, contents: dict[str, Any], keys: Iterable[str]) -> None:
+    missing = [key for key in keys if key not in contents]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+
+
+def _rows(heads: Tensor) -> list[list[float]]:
+    """Rows of numbers with nine significant digits, which is what tells any two float32 apart."""
+    return [[float(f"{value:.9g}") for value in row] for row in heads.tolist()]
+
+
+def _tsv(heads: Tensor) -> str:
+    rows = _rows(heads) if heads.is_floating_point() else heads.tolist()
+    return "".join("\t".join(map(str, row)) + "\n" for row in rows)
+
+
+def _json(contents: dict[str, Any]) -> str:
+    """JSON with one row of numbers a line; only real line breaks are closed up, so no string can be touched."""
+    text = json.dumps(contents, indent=1, allow_nan=False)
+    return re.sub(r"\[\n[\s\d.,eE+-]*\]", lambda row: re.sub(r"\s+", " ", row[0]), text) + "\n"
+
+
+def _mask_name(sparsity: float) -> str:
+    """`mask_sparsity_50.tsv` for a half, `mask_sparsity_62.5.tsv` for five eighths."""
+    return f"mask_sparsity_{100 * sparsity:.10g}.tsv"

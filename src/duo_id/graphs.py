@@ -1,0 +1,74 @@
+"""The loss of a step and its gradient as one CUDA graph, for models so small that launching kernels is the bottleneck."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LossFunction = Callable[[Tensor, dict[str, Any]], Tensor]
+WARM_UPS = 2  # runs before a capture, in which libraries choose and load their kernels
+
+
+class GraphedLoss:
+    """Replays `loss(alpha, batch)` with its gradient for alpha; each new shape of batch is captured once.
+
+    On the CPU it calls the function as it is. What a graph needs: the function waits for nothing on the device and its
+    kernels depend on the batch's shapes alone.
+    """
+
+    def __init__(self, loss: LossFunction) -> None:
+        """Wrap `loss`, a function of the gates (layers, KV heads) and a batch, to a scalar."""
+        self.loss = loss
+        self._captured: dict[tuple[Any, ...], _Capture] = {}
+
+    def __call__(self, alpha: Tensor, batch: dict[str, Any]) -> Tensor:
+        """The loss; its backward pass gives alpha the captured gradient."""
+        if not alpha.is_cuda:
+            return self.loss(alpha, batch)
+        shapes = tuple((key, value.shape) for key, value in sorted(batch.items()) if torch.is_tensor(value))
+        if shapes not in self._captured:
+            pool = next(iter(self._captured.values())).graph.pool() if self._captured else None
+            self._captured[shapes] = _Capture(self.loss, alpha, batch, pool)
+        return _Replay.apply(alpha, self._captured[shapes], batch)
+
+
+class _Capture:
+    """One graph with the tensors it reads and writes. Graphs replay in turn, so all share one memory pool."""
+
+    def __init__(self, loss: LossFunction, alpha: Tensor, batch: dict[str, Any], pool: Any) -> None:
+        self.alpha = alpha.detach().clone().requires_grad_()
+        self.batch = {key: value.clone() if torch.is_tensor(value) else value for key, value in batch.items()}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.enable_grad():
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    torch.autograd.grad(loss(self.alpha, self.batch), self.alpha)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=pool):
+                value = loss(self.alpha, self.batch)
+                (self.gradient,) = torch.autograd.grad(value, self.alpha)
+                self.value = value.detach()
+
+    def replay(self, alpha: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        self.alpha.data.copy_(alpha)
+        for key, value in batch.items():
+            if torch.is_tensor(value):
+                self.batch[key].copy_(value)
+        self.graph.replay()
+        return self.value.clone(), self.gradient.clone()
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, capture: _Capture, batch: dict[str, Any]) -> Tensor:
+        value, gradient = capture.replay(alpha, batch)
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return outer[0] * gradient, None, None

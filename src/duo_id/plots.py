@@ -1,0 +1,255 @@
+"""Figures from what runs have saved: gates, their distribution, and the course of training.
+
+Every function returns a `matplotlib.figure.Figure` of its own: no display is needed, and the style holds inside the
+call only. Sizes are chosen so that text stays legible when a figure is shown as wide as one column of a page.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from duo_id.errors import UserError
+from duo_id.files import atomic_path
+from duo_id.patterns import HeadMask, HeadPattern
+
+# from Okabe and Ito's set, told apart with every common kind of colour vision (jfly.uni-koeln.de/color)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+MARKERS, DASHES = "os^Dv<", ("-", "--", ":", "-.")
+GATES = mpl.colormaps["YlGnBu"]  # light to dark, so it survives grey print too
+UNGATED: dict[str, Any] = {"facecolor": "#DDDDDD", "edgecolor": "#999999", "hatch": "//////", "linewidth": 0.0}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The one look of all figures, for a block or a decorated function; what was set before is restored."""
+    with mpl.rc_context(
+        {
+            "figure.dpi": 160,
+            "figure.constrained_layout.use": True,
+            "figure.constrained_layout.h_pad": 0.06,
+            "figure.constrained_layout.w_pad": 0.06,
+            "figure.titlesize": 10,
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.labelsize": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+            "grid.color": "#E4E4E4",
+            "grid.linewidth": 0.6,
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+            "legend.fontsize": 8,
+            "legend.frameon": False,
+            "lines.linewidth": 1.4,
+            "hatch.linewidth": 0.5,
+        }
+    ):
+        yield
+
+
+@style()
+def plot_gates(pattern: HeadPattern, title: str | None = None, mask: HeadMask | None = None) -> Figure:
+    """Heatmap of the scores, layers x KV heads, and beside it the mask if one is given.
+
+    Layers run down from 0 at the top; where there are more than twice as many layers as KV heads they run to the
+    right instead. Layers without gates are hatched.
+    """
+    layers, kv_heads = pattern.scores.shape
+    flat = layers > 2 * kv_heads
+    rows, columns = (kv_heads, layers) if flat else (layers, kv_heads)
+    panels = 1 if mask is None else 2
+    across = 1 if flat else panels
+    width = 5.0 if flat or panels == 2 else 3.8
+    cell = (width - 0.6 * across) / across / columns
+    panel_height = min(max(rows * cell, 0.6, 0.15 * min(rows, 8)), 8.0)  # inches: room for the labels of 8 rows
+    figure = Figure(figsize=(width, panel_height * panels / across + 0.45 * panels + 0.8 + 0.25 * bool(title)))
+    grid = figure.subplots(panels // across, across, squeeze=False, sharex=True, sharey=True)
+    axes: list[Axes] = list(grid.flat)
+
+    label, low, high = _scale(pattern)
+    image = _heads(axes[0], pattern.scores.numpy(), pattern.gated_layers, flat, GATES, Normalize(low, high))
+    axes[0].set_title(f"{label.split()[0]}s", loc="left")
+    bar = figure.colorbar(image, ax=axes, location="bottom", label=label, aspect=40, fraction=0.08, shrink=0.7)
+    bar.outline.set_visible(False)
+
+    keys = []
+    if mask is not None:
+        mask.check_fits(layers, kv_heads, "the pattern")
+        two = ListedColormap([GATES(0.0), GATES(1.0)])
+        _heads(axes[1], mask.retrieval.numpy().astype(float), mask.gated_layers, flat, two, Normalize(0, 1))
+        axes[1].set_title(f"{100 * mask.sparsity:.3g}% of the heads stream", loc="left")
+        for name, color in (("retrieval", two(1.0)), ("streaming", two(0.0))):
+            keys.append(Patch(facecolor=color, edgecolor="#555555", linewidth=0.5, label=name))
+    if len(pattern.gated_layers) < layers:
+        keys.append(Patch(**UNGATED, label="no gates"))
+    if keys:
+        figure.legend(handles=keys, loc="outside lower center", ncols=3)
+    _set_title(figure, title)
+    return figure
+
+
+@style()
+def plot_histogram(
+    pattern: HeadPattern, title: str | None = None, sparsities: Sequence[float] = (0.25, 0.5, 0.75)
+) -> Figure:
+    """How the scores are distributed, and below which score heads stream at each of `sparsities`."""
+    scores = pattern.scores[list(pattern.gated_layers)].flatten().numpy()
+    figure = Figure(figsize=(4.2, 2.8))
+    axes = figure.subplots()
+    axes.hist(scores, bins=40, color="#BBBBBB", edgecolor="white", linewidth=0.4)
+    for sparsity, color, dash in zip(sparsities, cycle(COLORS), cycle(DASHES), strict=False):
+        kept = scores[pattern.binarize(sparsity=sparsity).retrieval[list(pattern.gated_layers)].flatten().numpy()]
+        if len(kept):
+            label = f"{100 * sparsity:.4g}% stream: below {kept.min():.3g}"
+            axes.axvline(kept.min(), color=color, linestyle=dash, linewidth=1.8, label=label)
+    axes.set(xlabel=_scale(pattern)[0], ylabel=f"KV heads (of {len(scores)})")
+    axes.grid(axis="y")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center")
+    _set_title(figure, title)
+    return figure
+
+
+@style()
+def plot_training(metrics: pd.DataFrame | str | Path, title: str | None = None) -> Figure:
+    """Loss parts, mean gate and validation answer loss over training steps; a panel without data is left out.
+
+    Args:
+        metrics: a frame with a `step` column as `read_metrics` returns it, a metrics CSV or a run folder.
+        title: above the figure.
+
+    Raises:
+        UserError: if none of the expected columns holds a number.
+    """
+    if not isinstance(metrics, pd.DataFrame):
+        path = Path(metrics)
+        metrics = read_metrics(path) if path.is_dir() else _merge([_read_csv(path)])
+    steps = metrics.set_index("step").dropna(axis="columns", how="all")
+    answers = sorted((_percent(name), name) for name in steps if name.startswith("val/answer_loss_"))
+    losses = {"train/distill": "distillation", "train/penalty": "penalty", "val/distill": "distillation, validation"}
+    wanted = {
+        "loss": losses,
+        "mean gate α": {"train/mean_gate": ""},
+        "answer loss\n(nats per token)": {name: f"{percent:.4g}% stream" for percent, name in answers},
+    }
+    panels = {label: {name: key for name, key in curves.items() if name in steps} for label, curves in wanted.items()}
+    panels = {label: curves for label, curves in panels.items() if curves}
+    if not panels:
+        raise UserError("these metrics hold none of train/distill, train/penalty, train/mean_gate, val/answer_loss_*")
+    figure = Figure(figsize=(4.8, 0.5 + 1.75 * len(panels)))
+    axes: list[Axes] = list(figure.subplots(len(panels), sharex=True, squeeze=False).flat)
+    for panel, (label, curves) in zip(axes, panels.items(), strict=True):
+        for (name, key), color, marker in zip(curves.items(), cycle(COLORS), cycle(MARKERS), strict=False):
+            _curve(panel, steps[name].dropna(), key, color, marker if name.startswith("val/") else "")
+        panel.set_ylabel(label)
+        panel.grid(axis="y")
+        if any(curves.values()):
+            panel.legend()
+        if curves.keys() <= losses.keys() and all((steps[name].dropna() > 0).all() for name in curves):
+            panel.set_yscale("log")
+        if "train/mean_gate" in curves:
+            panel.set_ylim(0, 1.02)
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.align_ylabels(axes)
+    _set_title(figure, title)
+    return figure
+
+
+def read_metrics(run_dir: str | Path) -> pd.DataFrame:
+    """The metrics that a run logged, one row a step, ascending; NaN where a metric was not logged at a step.
+
+    A resumed run writes a further `metrics/version_N/metrics.csv`; where two versions hold a value for the same step
+    the latest wins.
+
+    Raises:
+        UserError: if the run has logged nothing yet.
+    """
+    files = Path(run_dir).glob("metrics/version_*/metrics.csv")
+    numbered = {int(path.parent.name.removeprefix("version_")): path for path in files if path.stat().st_size > 0}
+    if not numbered:
+        raise UserError(f"{run_dir} has no metrics yet (metrics/version_*/metrics.csv)")
+    return _merge([_read_csv(numbered[version]) for version in sorted(numbered)])
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write `figure` to `path`, whole or not at all; the suffix chooses the format (png, pdf, svg)."""
+    kind = Path(path).suffix.removeprefix(".")
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"{path}: a figure needs a suffix that names its format, such as .png, .pdf or .svg")
+    with atomic_path(path) as beside:
+        figure.savefig(beside)
+
+
+def _scale(pattern: HeadPattern) -> tuple[str, float, float]:
+    """What the scores are, with the ends of their colour scale: gates, or scores of another kind."""
+    low, high = (value.item() for value in pattern.scores[list(pattern.gated_layers)].aminmax())
+    if low >= -0.01 and high <= 1.01:
+        return "gate α (1 = retrieval)", 0.0, 1.0
+    return "score (higher = retrieval)", low, high
+
+
+def _heads(
+    axes: Axes, values: np.ndarray, gated: tuple[int, ...], flat: bool, colors: Colormap, limits: Normalize
+) -> QuadMesh:
+    """Draw one cell a head, values (layers, KV heads); `flat` lets layers run to the right."""
+    layers, kv_heads = values.shape
+    cells = values.T if flat else values
+    rows, columns = (np.arange(size + 1) - 0.5 for size in cells.shape)
+    line = min(0.4, 16 / max(cells.shape) ** 1.2)
+    mesh = axes.pcolormesh(columns, rows, cells, cmap=colors, norm=limits, edgecolors="white", linewidth=line)
+    for layer in set(range(layers)) - set(gated):
+        corner, size = ((layer - 0.5, -0.5), (1, kv_heads)) if flat else ((-0.5, layer - 0.5), (kv_heads, 1))
+        axes.add_patch(Rectangle(corner, *size, **UNGATED))
+    axes.set_ylim(rows[-1], rows[0])
+    axes.set(xlabel="layer" if flat else "KV head", ylabel="KV head" if flat else "layer")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 10]))
+    axes.spines[:].set(visible=True, linewidth=0.5, color="#555555")
+    axes.label_outer()
+    return mesh
+
+
+def _curve(axes: Axes, values: pd.Series, label: str, color: str, marker: str) -> None:
+    """Draw one metric; of a long noisy one the running median, with the values themselves faint behind it."""
+    window = len(values) // 40
+    if window >= 5:
+        axes.plot(values.index, values, color=color, alpha=0.25, linewidth=0.6)
+        values = values.rolling(window, center=True, min_periods=1).median()
+    axes.plot(values.index, values, color=color, marker=marker, markersize=3.5, label=label)
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path)
+    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UserError(f"{path} is not a metrics CSV: {error}") from None
+    if "step" not in table:
+        raise UserError(f"{path} is not a metrics CSV: it has no column named step")
+    return table
+
+
+def _merge(versions: list[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(versions).groupby("step", as_index=False).last()
+
+
+def _percent(name: str) -> float:
+    return float(name.rsplit("_", 1)[1])
+
+
+def _set_title(figure: Figure, title: str | None) -> None:
+    if title:
+        figure.suptitle(title)

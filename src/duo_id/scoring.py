@@ -1,0 +1,73 @@
+"""How well a model answers a sample: loss, token accuracy and exact answers, all teacher-forced."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duo_id.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over the answers of some samples; adding two pools them.
+
+    Attributes:
+        loss: summed negative log-likelihood of the answer tokens, in nats.
+        correct: how many answer tokens are the model's first choice.
+        tokens: how many answer tokens there are.
+        exact: how many answers have every token right, which is when greedy decoding would give them.
+        answers: how many answers there are.
+    """
+
+    loss: float = 0.0
+    correct: int = 0
+    tokens: int = 0
+    exact: int = 0
+    answers: int = 0
+
+    def __add__(self, other: "Score") -> "Score":
+        """Pool two scores."""
+        return Score(*(getattr(self, key) + getattr(other, key) for key in self.__dataclass_fields__))
+
+    @property
+    def answer_loss(self) -> float:
+        """Mean loss of an answer token, in nats."""
+        return self.loss / self.tokens
+
+    @property
+    def token_accuracy(self) -> float:
+        """Fraction of answer tokens that are the model's first choice."""
+        return self.correct / self.tokens
+
+    @property
+    def exact_answers(self) -> float:
+        """Fraction of answers with every token right."""
+        return self.exact / self.answers
+
+
+@torch.no_grad()
+def score(model: LanguageModel, sample: Mapping[str, Tensor]) -> Score:
+    """Score the model, doing what is bound to its attention layers at present, on one sample.
+
+    Args:
+        model: the language model.
+        sample: `input_ids` (tokens,) and `answers` (tokens,): 0, or k for the tokens of the k-th answer.
+    """
+    device = model.model.device
+    ids, answers = sample["input_ids"].to(device), sample["answers"].to(device)
+    positions = answers.nonzero()[:, 0]
+    batch: dict[str, Any] = {"input_ids": ids[None]}
+    logits = model.logits(batch, positions - 1)[0].float()
+    targets, owners = ids[positions], answers[positions]
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    right = logits.argmax(-1) == targets
+    whole = [bool(right[owners == owner].all()) for owner in owners.unique()]
+    return Score(float(loss), int(right.sum()), len(targets), sum(whole), len(whole))
+
+
+def total(scores: Iterable[Score]) -> Score:
+    """The pooled score."""
+    return sum(scores, Score())

@@ -1,0 +1,226 @@
+"""Train one gate for each KV head of a frozen model: teacher pass, gated pass, loss."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+
+from duo_id.attention.blends import BLENDS
+from duo_id.attention.gated import AttentionLayer, Backends, bound, gated_heads, masked_layers, recording_heads
+from duo_id.attention.masks import Window
+from duo_id.config import MethodSettings, StepSettings
+from duo_id.data.samples import pad_batch, with_scored
+from duo_id.errors import UserError
+from duo_id.gates import GATES, PENALTIES
+from duo_id.graphs import GraphedLoss
+from duo_id.models import LanguageModel
+from duo_id.objectives import OBJECTIVES
+from duo_id.patterns import HeadPattern
+from duo_id.scoring import Score, score
+
+Batch = dict[str, Any]
+SCORED_MULTIPLE = 256  # CUDA graphs have a fixed number of scored tokens: padded to a multiple of this, at weight 0
+
+
+class GateTraining(lightning.LightningModule):
+    """DuoAttention's optimisation-based identification (section 2.2) with its parts chosen by name.
+
+    Lightning sees the gates alone: the language model lies outside its modules, so checkpoints hold no weight of it.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        layers: Sequence[AttentionLayer],
+        method: MethodSettings,
+        step: StepSettings,
+        steps: int,
+        sparsities: Sequence[float],
+    ) -> None:
+        """Make the gates.
+
+        Args:
+            model: the frozen model, attached (`duo_id.attention.gated.attached`).
+            layers: its layers that get gates.
+            method: settings of the method.
+            step: how a step is computed.
+            steps: how many optimizer steps the learning rate is planned for.
+            sparsities: at which fractions of streaming heads validation binarises the gates.
+        """
+        super().__init__()
+        self.language_model, self.layers = model, layers
+        self.method, self.step, self.steps, self.sparsities = method, step, steps, sparsities
+        self.window = Window(method.sink_size, method.recent_size)
+        self.backends = Backends(step.full_backend, step.streaming_backend)
+        self.blend, self.objective = BLENDS[method.blend], OBJECTIVES[method.objective]
+        self.penalty = PENALTIES[method.penalty]
+        self.gates = GATES[method.gate](len(layers), layers[0].kv_heads, method.initial)
+        self.distill = GraphedLoss(self._distill) if step.cuda_graphs else self._distill
+        self.interrupted = False
+        self._finite = torch.tensor(True)
+        self._full_scores: dict[int, Score] = {}
+        self._clock = time.perf_counter()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The configured optimizer over the gates, with a rise and a fall of the learning rate."""
+        optimizer = instantiate(self.method.optimizer, self.gates.parameters())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, self.steps, self.method.warmup, self.method.floor)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Bring the language model to the gates' device."""
+        self.language_model.model.to(self.device)
+        self._finite = self._finite.to(self.device)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Find the scored tokens while the batch is on the CPU, where looking costs no synchronisation."""
+        length = batch["input_ids"].shape[1]
+        if self.step.cuda_graphs and self.trainer.training:
+            batch = pad_batch(batch, self.step.length_multiple, self.language_model.max_length)
+        return with_scored(batch, SCORED_MULTIPLE if self.step.cuda_graphs else 1) | {"length": length}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Distillation loss plus the penalty on the gates."""
+        alpha = self.gates.alpha()
+        distill, penalty = self.distill(alpha, batch), self.penalty(alpha)
+        loss = distill + self.method.reg_weight * penalty
+        self._finite &= torch.isfinite(loss.detach())
+        now = time.perf_counter()
+        shown = {
+            "loss": loss.detach(),
+            "distill": distill.detach(),
+            "penalty": penalty.detach(),
+            "mean_gate": alpha.detach().mean(),
+            "length": float(batch["length"]),
+            "tokens_per_s": batch["length"] * len(batch["input_ids"]) / (now - self._clock),
+        }
+        self._clock = now
+        self.log_dict({f"train/{key}": value for key, value in shown.items()}, prog_bar=True)
+        self.log("train/lr", self.optimizers().param_groups[0]["lr"])
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then bring the gates back to where they mean something."""
+        super().optimizer_step(*args, **kwargs)
+        self.gates.project_()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Look at whether all went well as often as metrics are logged, for looking waits for the device."""
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            self._stop_unless_finite()
+
+    def on_train_end(self) -> None:
+        """Look once more before the gates are exported."""
+        self._stop_unless_finite()
+
+    def on_validation_start(self) -> None:
+        """Keep validation out of the tokens per second."""
+        self._validation_began = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """Set the clock forward by what validation took; show wandb the gates."""
+        self._clock += time.perf_counter() - self._validation_began
+        self._log_heatmap()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score a held-out sample with the gates as they are and binarised at each sparsity."""
+        if self.interrupted:
+            return
+        sample = {key: batch[key][0] for key in ("input_ids", "answers")}
+        if batch_idx not in self._full_scores:
+            self._full_scores[batch_idx] = score(self.language_model, sample)
+        shown = {"distill": self._distill(self.gates.alpha(), batch), **_shown("0", self._full_scores[batch_idx])}
+        for sparsity in self.sparsities:
+            mask = self.pattern().binarize(sparsity=sparsity)
+            with bound(self.layers, masked_layers(self.layers, mask, self.backends)):
+                shown |= _shown(f"{100 * sparsity:g}", score(self.language_model, sample))
+        self.log_dict({f"val/{key}": value for key, value in shown.items()}, batch_size=1)
+
+    def pattern(self, **provenance: Any) -> HeadPattern:
+        """The gates at present as a head pattern; layers without gates are rows of 1."""
+        config = self.language_model.model.config.get_text_config()
+        scores = torch.ones(config.num_hidden_layers, self.layers[0].kv_heads)
+        gated = [layer.index for layer in self.layers]
+        scores[gated] = self.gates.alpha().detach().float().cpu()
+        return HeadPattern(
+            scores, self.window.sink_size, self.window.recent_size, gated_layers=tuple(gated), provenance=provenance
+        )
+
+    def on_save_checkpoint(self, checkpoint: Batch) -> None:
+        """Note which model the gates belong to; gates that are no numbers are never saved."""
+        self._stop_unless_finite()
+        checkpoint["duo_id"] = self._identity()
+
+    def on_load_checkpoint(self, checkpoint: Batch) -> None:
+        """Refuse a checkpoint of another model."""
+        found, expected = checkpoint.get("duo_id"), self._identity()
+        if found != expected:
+            raise UserError(f"resume: the checkpoint is for {_described(found)}, this run for {_described(expected)}")
+
+    def _distill(self, alpha: Tensor, batch: Batch) -> Tensor:
+        recorded: dict[int, Tensor] = {}
+        record = {layer.index: recording_heads(recorded, layer.index, self.backends) for layer in self.layers}
+        with torch.no_grad(), bound(self.layers, record if self.blend.needs_teacher else {}):
+            teacher = self._scored(batch)
+        gated = {
+            layer.index: gated_heads(row, self.window, self.blend, self.backends, recorded.get(layer.index))
+            for layer, row in zip(self.layers, alpha, strict=True)
+        }
+        with bound(self.layers, gated):
+            return (self.objective(self._scored(batch), teacher) * batch["weights"]).sum()
+
+    def _scored(self, batch: Batch) -> Tensor:
+        """Last hidden states at the scored tokens, (scored tokens, hidden size)."""
+        return self.language_model.hidden_states(batch).flatten(0, 1)[batch["scored"]]
+
+    def _stop_unless_finite(self) -> None:
+        if not bool(self._finite):
+            raise UserError(
+                f"the loss is no longer a number at step {self.global_step}: lower method.lr={self.method.lr} or "
+                f"compute in model.dtype=float32; resume={self.trainer.default_root_dir} goes on from the last good "
+                "checkpoint"
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        rows, columns = self.gates.alpha().shape
+        return {"model": self.language_model.id, "layers": rows, "kv_heads": columns, "gate": self.method.gate}
+
+    def _log_heatmap(self) -> None:
+        for logger in self.loggers:
+            if hasattr(logger, "log_image"):
+                from duo_id.plots import plot_gates
+
+                figure = plot_gates(self.pattern(), title=f"{self.language_model.name}, step {self.global_step}")
+                logger.log_image("gates", [figure], step=self.global_step)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float = 0.2, floor: float = 0.1) -> float:
+    """The fraction of the learning rate at a step: up over `warmup` of the steps, flat, and down over the last ones.
+
+    Source: DuoAttention's published training code.
+
+    Args:
+        step: optimizer step, from 0.
+        steps: their number.
+        warmup: fraction of the steps of the rise, and of the fall.
+        floor: the least fraction.
+    """
+    ramp = max(1, math.floor(steps * warmup))
+    return min(1.0, max((step + 1) / ramp, floor), max((steps - step) / ramp, floor))
+
+
+def _shown(name: str, result: Score) -> dict[str, float]:
+    return {f"answer_loss_{name}": result.answer_loss, f"token_accuracy_{name}": result.token_accuracy}
+
+
+def _described(identity: dict[str, Any] | None) -> str:
+    if not identity:
+        return "something that is not duo_id"
+    return "{model} with {layers} gated layers x {kv_heads} KV heads ({gate} gates)".format(**identity)

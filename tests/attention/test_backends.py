@@ -1,0 +1,136 @@
+"""Full and streaming attention against a slow dense reference, in values and gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import noop_mask
+
+from duo_id.attention.full import full_attention
+from duo_id.attention.masks import Window
+from duo_id.attention.streaming import FLEX_BLOCK, flex_block_mask, streaming_attention
+from duo_id.errors import UserError
+
+WINDOWS = [Window(0, 1), Window(0, 5), Window(3, 7), Window(16, 64), Window(130, 70), Window(5, 300)]
+LENGTHS = [1, 2, 63, 64, 65, 200, 333, 777]
+
+
+def inputs(tokens: int, heads: int, kv_heads: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = [(2, heads, tokens, 16), (2, kv_heads, tokens, 16), (2, kv_heads, tokens, 16)]
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window | None) -> Tensor:
+    group, tokens = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
+    seen = j <= i
+    if window is not None:
+        seen = seen & ((j < window.sink_size) | (i - j < window.recent_size))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("kv_heads", [2, 6])
+def test_blocked_equals_dense(window: Window, tokens: int, kv_heads: int) -> None:
+    query, key, value = inputs(tokens, 6, kv_heads)
+    out = streaming_attention(query, key, value, 0.3, window, "blocked")
+    expected = reference(query, key, value, 0.3, window)
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn_like(out)
+    found = torch.autograd.grad((out * weights).sum(), [query, key, value])
+    torch.testing.assert_close(found, torch.autograd.grad((expected * weights).sum(), [query, key, value]))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("tokens", [64, 200, 333])
+@pytest.mark.parametrize("kv_heads", [2, 6])
+def test_flex_equals_dense(window: Window, tokens: int, kv_heads: int) -> None:
+    query, key, value = inputs(tokens, 6, kv_heads, torch.float32)
+    with torch.no_grad():  # FlexAttention has no backward pass on the CPU; on CUDA the gpu tests cover it
+        out = streaming_attention(query, key, value, None, window, "flex")
+        torch.testing.assert_close(out, reference(query, key, value, None, window), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_flex_block_mask_skips_only_what_nobody_sees(window: Window) -> None:
+    tokens = 8 * FLEX_BLOCK
+    mask = flex_block_mask(window, tokens, torch.device("cpu"))
+    positions = torch.arange(tokens)
+    blocks = window.dense(positions, positions).unflatten(0, (8, -1)).unflatten(2, (8, -1))
+    computed = mask.to_dense()[0, 0].bool()
+    assert torch.equal(computed, blocks.any(3).any(1))
+    assert mask.mask_mod is not noop_mask
+
+
+@pytest.mark.parametrize("kv_heads", [2, 6])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_full_equals_dense(kv_heads: int, scale: float | None) -> None:
+    query, key, value = inputs(77, 6, kv_heads)
+    torch.testing.assert_close(full_attention(query, key, value, scale), reference(query, key, value, scale, None))
+
+
+def test_memory_of_blocked_is_linear() -> None:
+    """What autograd keeps for 4 times the tokens is about 4 times as much, not 16."""
+
+    def kept(tokens: int) -> int:
+        total = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        query, key, value = inputs(tokens, 2, 1, torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            streaming_attention(query, key, value, None, Window(16, 64), "blocked")
+        return total
+
+    assert kept(4096) < 5 * kept(1024)
+
+
+def test_flash_attn_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"step.full_backend=flash_attn: .*not installed"):
+        full_attention(*inputs(4, 2, 2), None, "flash_attn")
+
+
+def test_unknown_backends_are_named() -> None:
+    with pytest.raises(UserError, match=r"step.full_backend=fast"):
+        full_attention(*inputs(4, 2, 2), None, "fast")
+    with pytest.raises(UserError, match=r"step.streaming_backend=fast"):
+        streaming_attention(*inputs(4, 2, 2), None, Window(1, 1), "fast")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["blocked", "flex"])
+@pytest.mark.parametrize("window", [Window(0, 64), Window(64, 256), Window(128, 256)], ids=str)
+@pytest.mark.parametrize("tokens", [500, 1024, 3001])
+def test_streaming_on_cuda(backend: str, window: Window, tokens: int) -> None:
+    query, key, value = inputs(tokens, 6, 2)
+    expected = reference(query, key, value, None, window)
+    weights = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weights).sum(), [query, key, value])
+    moved = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in (query, key, value)]
+    out = streaming_attention(*moved, None, window, backend)
+    found = torch.autograd.grad((out * weights.cuda()).sum(), moved)
+    for got, want in zip((out, *found), (expected, *wanted), strict=True):
+        assert (got.cpu().double() - want).norm() / want.norm() < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "cudnn"])
+@pytest.mark.parametrize("tokens", [500, 1024, 3001])
+def test_full_on_cuda(backend: str, tokens: int) -> None:
+    query, key, value = inputs(tokens, 6, 2)
+    expected = reference(query, key, value, None, None)
+    weights = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weights).sum(), [query, key, value])
+    moved = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in (query, key, value)]
+    out = full_attention(*moved, None, backend)
+    found = torch.autograd.grad((out * weights.cuda()).sum(), moved)
+    for got, want in zip((out, *found), (expected, *wanted), strict=True):
+        assert (got.cpu().double() - want).norm() / want.norm() < 1e-2

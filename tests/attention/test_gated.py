@@ -1,0 +1,257 @@
+"""Gated attention inside whole models, against the untouched model and a brute-force dense mask."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from duo_id.attention.blends import BLENDS
+from duo_id.attention.gated import (
+    BOUND,
+    AttentionLayer,
+    Backends,
+    attached,
+    bound,
+    gated_heads,
+    masked_layers,
+    recording_heads,
+)
+from duo_id.attention.masks import Window
+from duo_id.errors import UserError
+from duo_id.patterns import HeadMask
+from tests.conftest import FAMILIES
+
+WINDOW = Window(3, 8)
+TOKENS = 70
+MakeModel = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(3, 96, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def gates(layers: list[AttentionLayer], alpha: Tensor, blend: str = "student", teacher: dict | None = None) -> dict:
+    teacher = teacher or {}
+    return {
+        layer.index: gated_heads(row, WINDOW, BLENDS[blend], Backends(), teacher.get(layer.index))
+        for layer, row in zip(layers, alpha, strict=True)
+    }
+
+
+def dense_reference(model: PreTrainedModel, ids: Tensor, retrieval: Tensor, **inputs: Tensor) -> Tensor:
+    """Logits under a hard mask, by a dense attention that shares no code with the package.
+
+    Each sample is run on its own real tokens, so no padding is involved.
+    """
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **unused):  # noqa: ANN001, ANN202
+        group, tokens = query.shape[1] // key.shape[1], query.shape[2]
+        i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
+        near = (j < WINDOW.sink_size) | (i - j < WINDOW.recent_size)
+        rows = retrieval[module.layer_idx].repeat_interleave(group)[:, None, None]
+        seen = (j <= i) & (near | rows)
+        scores = query @ key.repeat_interleave(group, 1).mT * scaling
+        out = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value.repeat_interleave(group, 1)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("dense_reference", attend)
+    AttentionMaskInterface.register("dense_reference", eager_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("dense_reference")
+    try:
+        return model(ids, use_cache=False).logits
+    finally:
+        model.set_attn_implementation(before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alpha_one_is_the_untouched_model(family: str, make_model: MakeModel, ids: Tensor) -> None:
+    model = make_model(family)
+    expected = model(ids, use_cache=False).logits
+    with attached(model) as layers:
+        assert [layer.index for layer in layers] == [0, 1, 2]
+        with bound(layers, gates(layers, torch.ones(3, layers[0].kv_heads))):
+            assert torch.equal(model(ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hard_gates_and_hard_masks_equal_a_dense_mask(family: str, make_model: MakeModel, ids: Tensor) -> None:
+    model = make_model(family)
+    with attached(model) as layers:
+        shape = (3, layers[0].kv_heads)
+        retrieval = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.5
+        expected = dense_reference(model, ids, retrieval)
+        with bound(layers, gates(layers, retrieval.float())):
+            torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=2e-5, rtol=1e-4)
+        mask = HeadMask(retrieval, WINDOW.sink_size, WINDOW.recent_size)
+        with bound(layers, masked_layers(layers, mask, Backends())):
+            torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=2e-5, rtol=1e-4)
+        flipped = dense_reference(model, ids, ~retrieval)
+    assert (flipped - expected).abs().max() > 1e-2, "the reference does not tell masks apart"
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_the_ends_are_exact(alpha: float, make_model: MakeModel, ids: Tensor) -> None:
+    model = make_model("llama")
+    with attached(model) as layers:
+        retrieval = torch.full((3, 2), bool(alpha))
+        with bound(
+            layers, masked_layers(layers, HeadMask(retrieval, WINDOW.sink_size, WINDOW.recent_size), Backends())
+        ):
+            expected = model(ids, use_cache=False).logits
+        with bound(layers, gates(layers, retrieval.float())):
+            assert torch.equal(model(ids, use_cache=False).logits, expected)
+
+
+# LayerNorm models: RMSNorm computes in float32 even in a float64 model, which differences cannot look through.
+@pytest.mark.parametrize("family", ["stablelm", "gpt_neox"])
+@pytest.mark.parametrize("blend", BLENDS)
+def test_gate_gradients_equal_finite_differences(family: str, blend: str, make_model: MakeModel, ids: Tensor) -> None:
+    model = make_model(family).double()
+    weights = torch.randn(2, TOKENS, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    with attached(model) as layers:
+        recorded: dict[int, Tensor] = {}
+        with bound(layers, {layer.index: recording_heads(recorded, layer.index, Backends()) for layer in layers}):
+            model(ids, use_cache=False)
+
+        def loss(alpha: Tensor) -> Tensor:
+            with bound(layers, gates(layers, alpha, blend, recorded)):
+                return (model(ids, use_cache=False).logits * weights).sum()
+
+        alpha = torch.linspace(0.2, 0.9, 3 * layers[0].kv_heads, dtype=torch.float64).view(3, -1).requires_grad_()
+        (found,) = torch.autograd.grad(loss(alpha), alpha)
+        expected = torch.zeros_like(found)
+        for index in range(alpha.numel()):
+            step = torch.zeros(alpha.numel(), dtype=torch.float64)
+            step[index] = 1e-5
+            with torch.no_grad():
+                difference = loss(alpha + step.view_as(alpha)) - loss(alpha - step.view_as(alpha))
+            expected.view(-1)[index] = difference / 2e-5
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_blends_differ_once_lower_layers_stream(make_model: MakeModel, ids: Tensor) -> None:
+    model = make_model("llama")
+    alpha = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    with attached(model) as layers:
+        recorded: dict[int, Tensor] = {}
+        with bound(layers, {layer.index: recording_heads(recorded, layer.index, Backends()) for layer in layers}):
+            model(ids, use_cache=False)
+        with bound(layers, gates(layers, alpha, "student")):
+            student = model(ids, use_cache=False).logits
+        with bound(layers, gates(layers, alpha, "teacher", recorded)):
+            teacher = model(ids, use_cache=False).logits
+    assert (student - teacher).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_for_real_tokens(family: str, side: str, make_model: MakeModel, ids: Tensor) -> None:
+    model = make_model(family)
+    gap = 13
+    mask = torch.ones(2, TOKENS, dtype=torch.long)
+    real = slice(gap, None) if side == "left" else slice(None, -gap)
+    mask[1, : gap if side == "left" else None] = 0
+    if side == "right":
+        mask[1] = 1
+        mask[1, -gap:] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with attached(model) as layers:
+        alpha = torch.linspace(0, 1, 3 * layers[0].kv_heads).view(3, -1)
+        with bound(layers, gates(layers, alpha)):
+            batch = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            alone = [model(row[None], use_cache=False).logits[0] for row in (ids[0], ids[1, real])]
+    torch.testing.assert_close(batch[0], alone[0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(batch[1, real], alone[1], atol=2e-5, rtol=1e-4)
+
+
+def test_a_mask_with_holes_is_refused(make_model: MakeModel, ids: Tensor) -> None:
+    model = make_model("llama")
+    mask = torch.ones_like(ids)
+    mask[0, 5] = mask[0, 0] = 0
+    mask[0, 1] = 1
+    with attached(model), pytest.raises(UserError, match="holes"):
+        model(ids, attention_mask=mask, use_cache=False)
+
+
+def test_a_cache_is_refused(make_model: MakeModel, ids: Tensor) -> None:
+    model = make_model("llama")
+    with attached(model), pytest.raises(UserError, match="use_cache=False"):
+        model(ids[:, :1], past_key_values=model_cache(model, ids))
+
+
+def model_cache(model: PreTrainedModel, ids: Tensor) -> object:
+    return model(ids, use_cache=True).past_key_values
+
+
+def test_sliding_layers_keep_their_window_and_get_no_gate(make_model: MakeModel, ids: Tensor) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = make_model("gemma3_text", head_dim=16, sliding_window=9, layer_types=kinds)
+    expected = model(ids, use_cache=False).logits
+    with attached(model) as layers:
+        assert [layer.index for layer in layers] == [1]
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=2e-5, rtol=1e-4)
+        padded = torch.ones_like(ids)
+        padded[1, :20] = 0
+        positions = (padded.cumsum(-1) - 1).clamp(min=0)
+        batch = model(ids, attention_mask=padded, position_ids=positions, use_cache=False).logits
+        alone = model(ids[1:, 20:], use_cache=False).logits
+        torch.testing.assert_close(batch[1, 20:], alone[0], atol=2e-5, rtol=1e-4)
+
+
+def test_the_model_is_as_before_also_after_an_error(make_model: MakeModel, ids: Tensor) -> None:
+    model = make_model("llama")
+    before, expected = model.config._attn_implementation, model(ids, use_cache=False).logits
+    with pytest.raises(RuntimeError), attached(model) as layers:
+        modules = [layer.module for layer in layers]
+        raise RuntimeError
+    assert model.config._attn_implementation == before
+    assert not any(hasattr(module, BOUND) for module in modules)
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("mamba", {}, "no attention that can be gated"),
+        ("falcon", {}, "no attention that can be gated"),
+        ("deepseek_v3", {"num_key_value_heads": 4}, "latent attention"),
+        ("mistral", {"sliding_window": 16}, r"sliding window of 16 .*model.config.sliding_window=null"),
+        ("gemma2", {"head_dim": 16}, "soft cap"),
+    ],
+)
+def test_models_that_cannot_be_gated_are_refused(
+    family: str, changes: dict, reason: str, make_model: MakeModel
+) -> None:
+    model = make_model(family, **changes)
+    before = model.config._attn_implementation
+    with pytest.raises(UserError, match=reason), attached(model):
+        pass
+    assert model.config._attn_implementation == before
+
+
+def test_a_layer_that_does_not_reach_us_is_an_error(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    stray = model.model.layers[1].self_attn
+    stray.forward = lambda hidden_states, **unused: (hidden_states, None)
+    with pytest.raises(UserError, match=r"layers \[1\] does not reach"), attached(model):
+        pass
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("streaming", ["blocked", "flex"])
+def test_hard_masks_on_cuda_equal_a_dense_mask(streaming: str, make_model: MakeModel, ids: Tensor) -> None:
+    model = make_model("llama")
+    retrieval = torch.tensor([[True, False], [False, False], [True, True]])
+    expected = dense_reference(model, ids, retrieval)
+    model.to("cuda")
+    backends = Backends(streaming=streaming)
+    with attached(model, backends) as layers:
+        mask = HeadMask(retrieval, WINDOW.sink_size, WINDOW.recent_size)
+        with bound(layers, masked_layers(layers, mask, backends)):
+            found = model(ids.cuda(), use_cache=False).logits.cpu()
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-2)

@@ -1,0 +1,90 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import duo_id.models
+from duo_id.config import DataSettings, conf_dir, parse
+from duo_id.data.tasks import make_task
+from duo_id.errors import UserError
+
+SCRIPT = Path(__file__).parents[2] / "data_gen" / "passkey.py"
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("data_gen_passkey", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tokenizer(monkeypatch):
+    """One token a byte, and the only one that the script can load."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    monkeypatch.setattr(duo_id.models, "load_tokenizer", lambda settings: tokenizer)
+    return tokenizer
+
+
+def compose(*overrides, name=None):
+    """The config of this name; without one, a bare config to add groups to."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return hydra.compose(name, list(overrides))
+
+
+@pytest.fixture
+def config(tmp_path):
+    """What the script gets."""
+    data = ("data.length_min=800", "data.length_max=900", "data.num_passkeys=2", "data.passkey_words=3")
+    counts = ("n=4", "n_validation=1", "n_test=0", "seed=3")
+    return compose(f"out={tmp_path / 'set'}", *data, *counts, name="data_gen")
+
+
+def test_what_is_written_is_what_training_would_draw(script, config, tokenizer, capsys):
+    script.generate(config)
+    assert capsys.readouterr().out.strip() == config.out
+    written = make_task(parse(DataSettings, compose("+data=disk", f"data.path={config.out}").data), tokenizer, "train")
+    drawn = make_task(parse(DataSettings, config.data), tokenizer, "train")
+    expected = {tuple(drawn.sample(index, 3)["input_ids"].tolist()) for index in range(4)}
+    assert {tuple(written.sample(index, 0)["input_ids"].tolist()) for index in range(4)} == expected
+    labels = written.sample(0, 0)["labels"]
+    assert torch.equal(labels >= 0, written.sample(0, 0)["answers"] > 0)
+    card = json.loads((Path(config.out) / "card.json").read_text())
+    assert card["samples"] == {"train": 4, "validation": 1}
+    assert card["settings"]["data"]["num_passkeys"] == 2
+
+
+def test_existing_folder_is_refused(script, config, tokenizer):
+    Path(config.out).mkdir()
+    with pytest.raises(UserError, match=r"out=.* exists"):
+        script.generate(config)
+
+
+def test_missing_out_is_named(script, config, tokenizer):
+    config.out = "???"
+    with pytest.raises(UserError, match="out"):
+        script.generate(config)
+
+
+def test_data_configs_compose_to_valid_settings(tmp_path):
+    assert parse(DataSettings, compose("+data=passkey").data).haystack.source == "embedded"
+    file = parse(DataSettings, compose("+data=passkey", "data/haystack=file", "data.haystack.path=a.txt").data)
+    assert (file.haystack.source, file.haystack.path, file.task) == ("file", "a.txt", "passkey")
+    assert parse(DataSettings, compose("+data=passkey", "data/haystack=hub").data).haystack.id
+    disk = parse(DataSettings, compose("+data=disk", f"data.path={tmp_path}").data)
+    assert (disk.task, disk.path) == ("disk", str(tmp_path))
+    with pytest.raises(UserError, match=r"data.path=DIR"):
+        parse(DataSettings, compose("+data=disk").data)
+    with pytest.raises(UserError, match=r"data.haystack.path=FILE"):
+        parse(DataSettings, compose("+data=passkey", "data/haystack=file").data)

@@ -1,0 +1,104 @@
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
+def run(*command, cwd):
+    """Run a command outside the source tree's reach and return what it printed."""
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def archives(tmp_path_factory):
+    """A folder with the wheel and the sdist, built from the source tree without the network."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "hatchling", "build", "-d", folder, cwd=ROOT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel_python(archives, tmp_path_factory):
+    """The Python of a new environment that holds duo_id's wheel and nothing else.
+
+    Dependencies come from the running environment, which a .pth file puts last on the path. The .pth files
+    there have no effect from here, so an editable duo_id stays out of sight.
+    """
+    folder = tmp_path_factory.mktemp("installed") / "venv"
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    (wheel,) = archives.glob("*.whl")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel, cwd=folder)
+    site_packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
+    Path(site_packages, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return python
+
+
+def test_archives_hold_every_file_of_the_package(archives):
+    (wheel,), (sdist,) = archives.glob("*.whl"), archives.glob("*.tar.gz")
+    in_wheel = set(zipfile.ZipFile(wheel).namelist())
+    with tarfile.open(sdist) as archive:
+        in_sdist = {name.partition("/")[2] for name in archive.getnames()}
+    for source, installed in (("src/duo_id", "duo_id"), ("conf", "duo_id/conf")):
+        paths = [path for path in (ROOT / source).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        files = [path.relative_to(ROOT / source).as_posix() for path in paths]
+        assert {f"{source}/{file}" for file in files} <= in_sdist
+        assert {f"{installed}/{file}" for file in files} <= in_wheel
+
+
+def test_wheel_finds_its_configuration(wheel_python, tmp_path):
+    code = "import duo_id; from duo_id.config import conf_dir; print(duo_id.__file__, conf_dir())"
+    package, conf = run(wheel_python, "-c", code, cwd=tmp_path).split()
+    assert Path(package).is_relative_to(wheel_python.parents[1])
+    assert Path(conf) == Path(package).parent / "conf"
+
+    def configs(folder):
+        return sorted(path.relative_to(folder) for path in folder.rglob("*.yaml"))
+
+    assert configs(Path(conf)) == configs(ROOT / "conf") != []
+
+
+def test_importing_the_package_loads_nothing_heavy(tmp_path):
+    code = "import sys, duo_id; print(*{'torch', 'transformers', 'matplotlib'}.intersection(sys.modules))"
+    assert run(sys.executable, "-c", code, cwd=tmp_path).split() == []
+
+
+def test_constraints_pin_everything_that_is_installed_for_us():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {
+        canonicalize_name(pin.name): str(pin.specifier)
+        for pin in (Requirement(line) for line in lines if line and not line.startswith("#"))
+    }
+    loose = {name for name, specifier in pins.items() if not specifier.startswith("==") or "*" in specifier}
+    missing = closure("duo_id", {"dev"}) - {"duo-id"} - pins.keys()
+    assert (loose, missing) == (set(), set())
+
+
+def closure(name, extras):
+    """The canonical names of an installed distribution and of all that it requires here, with these extras."""
+    found, todo = set(), [(canonicalize_name(name), frozenset(extras))]
+    while todo:
+        name, extras = item = todo.pop()
+        if item in found:
+            continue
+        found.add(item)
+        for requirement in map(Requirement, metadata.requires(name) or []):
+            if requirement.marker is None or any(
+                requirement.marker.evaluate({"extra": extra}) for extra in {"", *extras}
+            ):
+                todo.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
+    return {name for name, _ in found}

@@ -1,0 +1,203 @@
+"""Budgets are exact, order is deterministic, and nothing that cannot be a pattern becomes one."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from duo_id.errors import UserError
+from duo_id.patterns import HeadMask, HeadPattern, random_mask
+
+
+def brute_force(pattern: HeadPattern, sparsity: float) -> list[list[bool]]:
+    """The definition in plain Python: the budget streams from the start of the order by (score, layer, head)."""
+    layers, kv_heads = pattern.scores.shape
+    heads = [(pattern.scores[i, j].item(), i, j) for i in pattern.gated_layers for j in range(kv_heads)]
+    streaming = {(i, j) for _, i, j in sorted(heads)[: round(sparsity * len(heads))]}
+    return [[(i, j) not in streaming for j in range(kv_heads)] for i in range(layers)]
+
+
+def random_pattern(rng: random.Random) -> HeadPattern:
+    """A pattern of a random shape, with ties, zeros of both signs, saturated gates and layers without gates."""
+    layers, kv_heads = rng.randint(1, 9), rng.randint(1, 9)
+    values = rng.choice(([0.0, -0.0, 1.0], [0.0, 0.25, 0.5, 1.0, 1.0], [1.0], [rng.random() for _ in range(50)]))
+    scores = torch.tensor([[rng.choice(values) for _ in range(kv_heads)] for _ in range(layers)])
+    gated = tuple(rng.sample(range(layers), rng.randint(1, layers)))
+    return HeadPattern(scores, 4, 8, gated)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_budget_matches_brute_force_and_masks_nest(seed: int) -> None:
+    rng = random.Random(seed)
+    pattern = random_pattern(rng)
+    before = pattern.scores.clone()
+    smaller = torch.ones_like(before, dtype=torch.bool)
+    for sparsity in sorted([0.0, 0.25, 0.5, 0.75, 1.0, rng.random(), rng.random()]):
+        mask = pattern.binarize(sparsity=sparsity)
+        assert mask.retrieval.tolist() == brute_force(pattern, sparsity)
+        budget = round(sparsity * pattern.gated_heads)
+        assert (~mask.retrieval).sum() == budget
+        assert mask.sparsity == pytest.approx(budget / pattern.gated_heads)
+        assert not (mask.retrieval & ~smaller).any()
+        smaller = mask.retrieval
+    assert torch.equal(pattern.scores, before)
+
+
+def test_of_equal_heads_the_earlier_layer_then_the_lower_head_streams_first() -> None:
+    pattern = HeadPattern(torch.ones(3, 2), 4, 8)
+    assert pattern.binarize(sparsity=0.5).retrieval.tolist() == [[False, False], [False, True], [True, True]]
+
+
+def test_large_ties_keep_their_order() -> None:
+    """An unstable sort is stable by luck on small inputs; a published pattern has 1024 heads, many of them at 1."""
+    mask = HeadPattern(torch.ones(64, 64), 4, 8).binarize(sparsity=0.5)
+    assert not mask.retrieval[:32].any()
+    assert mask.retrieval[32:].all()
+
+
+@pytest.mark.parametrize(("heads", "budget"), [(5, 2), (7, 4), (1, 0), (3, 2)])
+def test_budget_rounds_as_python_does(heads: int, budget: int) -> None:
+    assert (~HeadPattern(torch.rand(1, heads), 4, 8).binarize(sparsity=0.5).retrieval).sum() == budget
+
+
+def test_threshold_keeps_what_is_equal() -> None:
+    pattern = HeadPattern(torch.tensor([[0.1, 0.7, 0.69], [0.71, -0.001, 1.0]]), 4, 8)
+    mask = pattern.binarize(threshold=0.7)
+    assert mask.retrieval.tolist() == [[False, True, False], [True, False, True]]
+    assert mask.sparsity == 0.5
+    assert pattern.binarize(threshold=float("inf")).sparsity == 1
+    assert pattern.binarize(threshold=-1).sparsity == 0
+
+
+def test_layers_without_gates_stand_as_ones_and_do_not_count() -> None:
+    scores = torch.tensor([[float("nan"), 0.0], [0.2, 0.1], [0.3, 0.4]])
+    pattern = HeadPattern(scores, 4, 8, (2, 1))
+    assert pattern.gated_layers == (1, 2)
+    assert pattern.scores[0].tolist() == [1, 1]
+    assert pattern.gated_heads == 4
+    for mask in (pattern.binarize(sparsity=0.5), pattern.binarize(threshold=0.25)):
+        assert mask.retrieval.tolist() == [[True, True], [False, False], [True, True]]
+        assert mask.sparsity == 0.5
+        assert (mask.sink_size, mask.recent_size, mask.gated_layers) == (4, 8, (1, 2))
+    assert pattern.binarize(threshold=2.0).retrieval.tolist() == [[True, True], [False, False], [False, False]]
+    assert pattern.binarize(sparsity=1).sparsity == 1
+
+
+def test_gated_layers_are_ascending_and_named_once() -> None:
+    assert HeadPattern(torch.rand(9, 1), 4, 8, (8, 1, 8)).gated_layers == (1, 8)
+
+
+def test_a_pattern_owns_its_scores() -> None:
+    given = torch.rand(2, 2, dtype=torch.float64, requires_grad=True)
+    pattern = HeadPattern(given, 4, 8)
+    assert pattern.scores.dtype == torch.float32
+    assert not pattern.scores.requires_grad
+    scores = torch.zeros(2, 2)
+    pattern = HeadPattern(scores, 4, 8, (1,))
+    assert scores.tolist() == [[0, 0], [0, 0]]
+    scores += 5
+    assert pattern.scores.max() == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        pattern.sink_size = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": torch.tensor([[0.0, float("nan")]])}, "layer 0, KV head 1 is nan"),
+        ({"scores": torch.tensor([[float("inf")]])}, "KV head 0 is inf"),
+        ({"scores": torch.empty(0, 4)}, r"not \(0, 4\)"),
+        ({"scores": torch.empty(4, 0)}, r"not \(4, 0\)"),
+        ({"scores": torch.ones(4)}, r"not \(4,\)"),
+        ({"sink_size": -1}, "sink_size=-1"),
+        ({"sink_size": 1.5}, "sink_size=1.5"),
+        ({"recent_size": 0}, "recent_size=0"),
+        ({"recent_size": "8"}, "recent_size='8'"),
+        ({"gated_layers": ()}, "at least one"),
+        ({"gated_layers": (0, 2)}, "from 0 to 1"),
+        ({"gated_layers": (-1,)}, "from 0 to 1"),
+        ({"gated_layers": ("0",)}, "from 0 to 1"),
+    ],
+)
+def test_what_is_no_pattern_is_refused(change: dict, message: str) -> None:
+    fields = {"scores": torch.rand(2, 3), "sink_size": 4, "recent_size": 8}
+    HeadPattern(**fields)
+    with pytest.raises(UserError, match=message) as error:
+        HeadPattern(**{**fields, **change})
+    assert "\n" not in str(error.value)
+
+
+def test_provenance_must_fit_into_json() -> None:
+    assert HeadPattern(torch.rand(2, 2), 0, 1, provenance={"lengths": (1, 2)}).provenance == {"lengths": [1, 2]}
+    with pytest.raises(TypeError):
+        HeadPattern(torch.rand(2, 2), 0, 1, provenance={"seed": torch.tensor(1)})
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({}, "neither"),
+        ({"sparsity": 0.5, "threshold": 0.5}, "both"),
+        ({"sparsity": 1.01}, "sparsity=1.01"),
+        ({"sparsity": -0.1}, "sparsity=-0.1"),
+        ({"sparsity": float("nan")}, "sparsity=nan"),
+        ({"threshold": float("nan")}, "threshold=nan"),
+    ],
+)
+def test_binarize_wants_one_choice_in_range(choice: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        HeadPattern(torch.rand(2, 3), 4, 8).binarize(**choice)
+
+
+def test_check_fits_names_both_shapes() -> None:
+    pattern = HeadPattern(torch.rand(30, 3), 4, 8)
+    pattern.check_fits(30, 3, "tiny")
+    pattern.binarize(0.5).check_fits(30, 3, "tiny")
+    for heads in (pattern, pattern.binarize(0.5)):
+        with pytest.raises(UserError, match="30 layers x 3 KV heads, but tiny has 32 layers x 8 KV heads"):
+            heads.check_fits(32, 8, "tiny")
+
+
+def test_equality_and_repr() -> None:
+    scores = torch.rand(2, 3)
+    pattern = HeadPattern(scores, 4, 8, provenance={"seed": 1})
+    assert pattern == HeadPattern(scores.clone(), 4, 8, (0, 1), {"seed": 1})
+    others = [
+        HeadPattern(scores + 1e-6, 4, 8, provenance={"seed": 1}),
+        HeadPattern(scores, 5, 8, provenance={"seed": 1}),
+        HeadPattern(scores, 4, 9, provenance={"seed": 1}),
+        HeadPattern(scores, 4, 8, provenance={"seed": 2}),
+        HeadPattern(scores, 4, 8, (0,), {"seed": 1}),
+        HeadPattern(scores.T, 4, 8, provenance={"seed": 1}),
+    ]
+    assert all(pattern != other for other in others)
+    mask = pattern.binarize(sparsity=0.5)
+    assert mask == HeadMask(mask.retrieval.clone(), 4, 8)
+    assert mask != pattern.binarize(sparsity=0)
+    assert repr(pattern).startswith("HeadPattern(2 layers x 3 KV heads, sink_size=4, recent_size=8, scores in [")
+    assert repr(mask) == "HeadMask(2 layers x 3 KV heads, sink_size=4, recent_size=8, sparsity=0.5)"
+    assert "(1 layers gated)" in repr(others[4])
+
+
+def test_a_mask_of_scores_is_refused() -> None:
+    with pytest.raises(UserError, match="bools"):
+        HeadMask(torch.rand(2, 3), 4, 8)
+
+
+def test_random_masks_are_seeded_keep_the_budget_and_nest() -> None:
+    first = random_mask(30, 3, 0.5, seed=0, sink_size=4, recent_size=8)
+    assert first == random_mask(30, 3, 0.5, seed=0, sink_size=4, recent_size=8)
+    assert first != random_mask(30, 3, 0.5, seed=1, sink_size=4, recent_size=8)
+    assert first.sparsity == 0.5
+    more = random_mask(30, 3, 0.75, seed=0, sink_size=4, recent_size=8)
+    assert not (more.retrieval & ~first.retrieval).any()
+    hybrid = random_mask(30, 3, 0.5, seed=0, sink_size=4, recent_size=8, gated_layers=range(10))
+    assert hybrid.retrieval[10:].all()
+    assert (~hybrid.retrieval).sum() == 15
+
+
+def test_random_masks_leave_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    random_mask(4, 4, 0.5, seed=0, sink_size=4, recent_size=8)
+    assert torch.equal(torch.get_rng_state(), state)
