@@ -1,0 +1,117 @@
+"""A run that is killed or interrupted and resumed ends with the gates of one left alone, bit for bit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+OVERRIDES = [
+    "model=tiny",
+    "data.length_min=400",
+    "data.length_max=500",
+    "data.num_passkeys=1",
+    "data.passkey_words=2",
+    "trainer.max_steps=12",
+    "trainer.val_check_interval=5",
+    "trainer.accelerator=cpu",
+    "evaluation.samples=1",
+    "evaluation.validation_samples=1",
+    "evaluation.random_masks=1",
+    "checkpoint_seconds=0",
+    "sparsity=[0.5]",
+]
+
+# What happens to a run, as code that it starts with: each counts calls and strikes at the last possible moment.
+COUNT = """
+import os, signal, sys, torch
+from duo_id import app, checkpoints, train
+from duo_id.training import GateTraining
+
+def strike(owner, name, call, act):
+    plain, calls = getattr(owner, name), [0]
+    def wrapped(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            act(*args)
+        return plain(*args, **kwargs)
+    setattr(owner, name, wrapped)
+
+kill = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+interrupt = lambda *args: os.kill(os.getpid(), signal.SIGINT)
+
+def half(checkpoint, path):
+    torch.serialization.save(checkpoint, path)
+    os.truncate(path, os.path.getsize(path) // 2)
+    kill()
+"""
+EVENTS = {
+    "undisturbed": "",
+    "killed-in-a-step": "strike(GateTraining, 'training_step', 8, kill)",
+    "killed-while-validating": "strike(GateTraining, 'validation_step', 1, kill)",
+    "killed-while-saving": "strike(checkpoints.torch, 'save', 7, half)",
+    "interrupted-in-a-step": "strike(GateTraining, 'training_step', 4, interrupt)",
+    "interrupted-while-validating": "strike(GateTraining, 'validation_step', 2, interrupt)",
+}
+INTERRUPTED = [event for event in EVENTS if event.startswith("interrupted")]
+DISTURBED = [event for event in EVENTS if event != "undisturbed"]
+
+
+def start(event: str, *arguments: str, cwd: Path) -> subprocess.Popen:
+    code = f"{COUNT}\n{event}\nsys.argv = ['train', *{list(arguments)!r}]\napp.run('train', train.main)"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """Each event's run folder, its exit status and output, and those of the resumed run."""
+    cwd = tmp_path_factory.mktemp("runs")
+    processes = {name: start(code, *OVERRIDES, f"hydra.run.dir={cwd / name}", cwd=cwd) for name, code in EVENTS.items()}
+    runs = {}
+    for name, process in processes.items():
+        output, _ = process.communicate(timeout=300)
+        runs[name] = {"folder": cwd / name, "status": process.returncode, "output": output}
+    processes = {name: start("", f"resume={cwd / name}", cwd=cwd) for name in DISTURBED}
+    for name, process in processes.items():
+        output, _ = process.communicate(timeout=300)
+        runs[name] |= {"resumed_status": process.returncode, "resumed_output": output}
+    return runs
+
+
+def test_undisturbed_run_ends_well(runs: dict[str, dict]) -> None:
+    assert runs["undisturbed"]["status"] == 0, runs["undisturbed"]["output"]
+
+
+@pytest.mark.parametrize("event", DISTURBED)
+def test_resumed_gates_are_the_same_bit_for_bit(event: str, runs: dict[str, dict]) -> None:
+    run = runs[event]
+    assert run["status"] == (130 if event in INTERRUPTED else -9), run["output"]
+    assert run["resumed_status"] == 0, run["resumed_output"]
+    files = [folder / "heads" / "full_attention_heads.tsv" for folder in (run["folder"], runs["undisturbed"]["folder"])]
+    assert files[0].read_text() == files[1].read_text()
+    assert len(set(files[1].read_text().split())) > 3, "gates that never moved prove nothing"
+
+
+@pytest.mark.parametrize("event", DISTURBED)
+def test_resumed_run_goes_on_where_the_other_stopped(event: str, runs: dict[str, dict]) -> None:
+    steps = [line for line in runs[event]["resumed_output"].splitlines() if line.startswith("step ")]
+    assert not any(line.startswith("step 2/12") for line in steps), "it began anew"
+    assert any(line.startswith("step 12/12") for line in steps)
+
+
+@pytest.mark.parametrize("event", INTERRUPTED)
+def test_interrupted_run_says_how_to_go_on(event: str, runs: dict[str, dict]) -> None:
+    run = runs[event]
+    assert f"python -m duo_id.train resume={run['folder']}" in run["output"]
+    assert "Traceback" not in run["output"]
+    assert not (run["folder"] / "heads" / "heads.json").is_file() or run["resumed_status"] == 0
+
+
+@pytest.mark.parametrize("event", DISTURBED)
+def test_nothing_half_written_stays(event: str, runs: dict[str, dict]) -> None:
+    names = {path.name for path in (runs[event]["folder"] / "checkpoints").iterdir()}
+    assert "last.ckpt" in names
+    if event != "killed-while-saving":  # a killed process cannot remove the file beside, which has a name of its own
+        assert names == {"last.ckpt"}
