@@ -39,7 +39,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     def task(config: DictConfig) -> object:
         try:
             return command(config)
-        except UserError as error:  # seen by Hydra, it would print more than a line
+        except (UserError, OmegaConfBaseException) as error:  # seen by Hydra, it would print more than a line
             sys.exit(_complain(error))
 
     try:

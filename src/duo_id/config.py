@@ -261,6 +261,13 @@ def parse(schema: type[Settings], config: DictConfig) -> Settings:
     return settings
 
 
+def plain(settings: Any) -> dict[str, Any]:
+    """Settings as plain values, for JSON."""
+    container = OmegaConf.to_container(OmegaConf.structured(settings))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
 def _one_line(error: OmegaConfBaseException) -> str:
     reason = str(error).splitlines()[0]
     return f"{error.full_key}: {reason}" if error.full_key else reason

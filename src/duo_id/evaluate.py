@@ -1,17 +1,19 @@
 """`python -m duo_id.evaluate heads=DIR`: the comparison that ends a training run, for any exported pattern."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from duo_id import app
 from duo_id.attention.gated import Backends, attached
-from duo_id.config import EvaluateSettings, parse
+from duo_id.config import EvaluateSettings, parse, plain
 from duo_id.data.module import SampleModule
-from duo_id.evaluation.comparison import compare, results_table
+from duo_id.evaluation.comparison import check_window, compare, results_table
 from duo_id.files import write_text
 from duo_id.formats import load_pattern
 from duo_id.models import load_model
@@ -36,6 +38,7 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     backends = Backends(settings.step.full_backend, settings.step.streaming_backend)
     data = SampleModule(settings.data, model.tokenizer, settings.seed, model.max_length)
     samples = data.samples("test", settings.evaluation.samples)
+    check_window(samples, pattern.sink_size, pattern.recent_size)
     with attached(model.model, backends) as layers:
         results = compare(
             model,
@@ -52,7 +55,7 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
         "heads": settings.heads,
         "model": model.describe(),
         "results": [result.summary() | {"samples": [vars(score) for score in result.samples]} for result in results],
-        "settings": OmegaConf.to_container(OmegaConf.structured(settings)),
+        "settings": plain(settings),
         "versions": app.versions(),
     }
     write_text(folder / "results.json", json.dumps(report, indent=1))
@@ -60,9 +63,31 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     return report
 
 
+def as_found(config: DictConfig, given: Sequence[str]) -> DictConfig:
+    """The config with the model and samples that the pattern was found on, unless overrides say otherwise.
+
+    Args:
+        config: the composed config.
+        given: the command line's overrides.
+    """
+    found = load_pattern(config.heads).provenance.get("settings", {})
+    keys = [override.split("=")[0].lstrip("+").replace("/", ".") for override in given]
+    for group in ("model", "data", "evaluation", "sparsity", "seed"):
+        if group not in found or group in keys:
+            continue
+        settings = OmegaConf.create({group: found[group]})
+        for key in keys:
+            if key.startswith(f"{group}."):
+                OmegaConf.update(settings, key, OmegaConf.select(config, key), merge=False)
+        config[group] = settings[group]
+    return config
+
+
 def main(config: DictConfig) -> None:
     """Run the command."""
     config, folder = app.start_run(config)
+    with open_dict(config):
+        config = as_found(config, HydraConfig.get().overrides.task)
     evaluate(parse(EvaluateSettings, config), folder)
 
 

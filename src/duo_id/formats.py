@@ -150,7 +150,7 @@ def _read_duo(path: Path) -> HeadPattern:
     config = _read_json(beside)
     _check_keys(beside, config, ("sink_size", "recent_size"))
     model = {"id": config.get("model_name"), "layers": len(scores), "kv_heads": len(scores[0])}
-    return _pattern(path.parent, scores, config, {"format": "DuoAttention", "model": model, "settings": config})
+    return _pattern(path.parent, scores, config, {"format": "DuoAttention", "model": model, "config": config})
 
 
 def _pattern(place: Path, scores: list[list[float]], sizes: dict[str, Any], provenance: dict[str, Any]) -> HeadPattern:

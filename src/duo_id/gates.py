@@ -1,4 +1,4 @@
-"""The trained gates: parametrisations of alpha, and the penalties that make it sparse. One small class or function each."""
+"""The trained gates: parametrisations of alpha and penalties that make it sparse, one small class or function each."""
 
 from collections.abc import Callable
 

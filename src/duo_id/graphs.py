@@ -1,4 +1,4 @@
-"""The loss of a step and its gradient as one CUDA graph, for models so small that launching kernels is the bottleneck."""
+"""The loss of a step and its gradient as one CUDA graph: small models spend their time launching kernels."""
 
 from collections.abc import Callable
 from typing import Any

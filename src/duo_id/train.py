@@ -8,14 +8,14 @@ from typing import Any
 
 import lightning
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from duo_id import app
 from duo_id.attention.gated import Backends, attached
 from duo_id.checkpoints import CHECKPOINT, AtomicCheckpointIO, LastCheckpoint
-from duo_id.config import TrainSettings, parse, require
+from duo_id.config import TrainSettings, parse, plain, require
 from duo_id.data.module import SampleModule
-from duo_id.evaluation.comparison import compare, results_table
+from duo_id.evaluation.comparison import check_window, compare, results_table
 from duo_id.files import write_text
 from duo_id.formats import save_pattern
 from duo_id.models import load_model
@@ -49,11 +49,7 @@ def train(settings: TrainSettings, folder: Path) -> dict[str, Any]:
     )
     data.task("train")  # what cannot work is refused before the first step
     test = data.samples("test", settings.evaluation.samples)
-    window = settings.method.sink_size + settings.method.recent_size
-    require(
-        window < max(len(sample["input_ids"]) for sample in test),
-        f"method.sink_size + method.recent_size = {window} must be below the context, or nothing lies outside the window",
-    )
+    check_window(test, settings.method.sink_size, settings.method.recent_size)
     with attached(model.model, backends) as layers:
         gates = GateTraining(
             model, layers, settings.method, settings.step, settings.trainer["max_steps"], settings.sparsity
@@ -67,8 +63,7 @@ def train(settings: TrainSettings, folder: Path) -> dict[str, Any]:
         trained = time.perf_counter()
         pattern = gates.pattern(
             model=model.describe() | {"gated_layers": len(layers)},
-            method=vars(settings.method),
-            data=OmegaConf.to_container(OmegaConf.structured(settings.data)),
+            settings=plain(settings),
             steps=trainer.global_step,
             seed=settings.seed,
             versions=app.versions(),
@@ -88,7 +83,7 @@ def train(settings: TrainSettings, folder: Path) -> dict[str, Any]:
         "mean_gate": float(pattern.scores[list(pattern.gated_layers)].mean()),
         "seconds": {"load": loaded - began, "train": trained - loaded, "compare": done - trained},
         "results": [result.summary() for result in results],
-        "settings": OmegaConf.to_container(OmegaConf.structured(settings)),
+        "settings": plain(settings),
         "versions": app.versions(),
     }
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
@@ -97,14 +92,16 @@ def train(settings: TrainSettings, folder: Path) -> dict[str, Any]:
 
 def _trainer(settings: TrainSettings, folder: Path) -> lightning.Trainer:
     """Lightning's trainer with conf/trainer's arguments, our checkpoints and the chosen logger."""
-    trainer = {"limit_train_batches": settings.trainer["max_steps"]} | settings.trainer  # the stream has no end
-    return instantiate(
-        trainer,
+    arguments = {"limit_train_batches": settings.trainer["max_steps"]} | settings.trainer  # the stream has no end
+    trainer = instantiate(
+        arguments,
         logger=[instantiate(logger) for logger in settings.logger.values()],
         callbacks=[LastCheckpoint(folder, settings.checkpoint_seconds), TrainingBar()],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(folder),
     )
+    require(trainer.world_size == 1, f"trainer.devices={settings.trainer.get('devices')}: only 1 works at present")
+    return trainer
 
 
 def main(config: DictConfig) -> float:
@@ -113,7 +110,8 @@ def main(config: DictConfig) -> float:
     try:
         summary = train(parse(TrainSettings, config), folder)
     except KeyboardInterrupt:
-        app.console.print(f"stopped; to go on: python -m duo_id.train resume={folder}", soft_wrap=True)
+        if (folder / CHECKPOINT).is_file():
+            app.console.print(f"stopped; to go on: python -m duo_id.train resume={folder}", soft_wrap=True)
         raise
     app.console.print(f"heads: {folder / 'heads'}   figures: {folder / 'figures'}", soft_wrap=True)
     losses = [result["answer_loss"] for result in summary["results"] if result["heads"] == "found"]

@@ -122,7 +122,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window
 
 
 @functools.cache
-def _compiled_flex():  # noqa: ANN202 (torch.compile keeps the signature)
+def _compiled_flex():
     # One graph for each length, with and without gradients; past this limit dynamo falls back to a dense product.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False)

@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from duo_id.attention.gated import AttentionLayer, Backends, bound, masked_layers
+from duo_id.errors import UserError
 from duo_id.models import LanguageModel
 from duo_id.patterns import HeadMask, HeadPattern, random_mask
 from duo_id.scoring import Score, score, total
@@ -80,6 +81,16 @@ def compare(
                     progress.advance(task)
             results.append(Result(heads, sparsity, number, tuple(scores)))
     return results
+
+
+def check_window(samples: Sequence[Mapping[str, Tensor]], sink_size: int, recent_size: int) -> None:
+    """Raise a `UserError` if no sample is longer than the window, for then every mask is full attention."""
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    if longest <= sink_size + recent_size:
+        raise UserError(
+            f"the longest sample has {longest} tokens, of which sink_size={sink_size} and recent_size={recent_size} "
+            "leave none outside the window: raise data.length_max"
+        )
 
 
 def results_table(results: Sequence[Result], title: str) -> Table:
