@@ -67,8 +67,11 @@ def gate_training(make_model: Callable[..., PreTrainedModel]) -> Callable[..., A
         step = step or StepSettings()
         model = make_model(**{"family": "llama"} | changes).to(device)
         language_model = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None)
-        with attached(model, Backends(step.full_backend, step.streaming_backend)) as layers:
-            with recomputed(model, layers) if step.recompute else nullcontext():
-                yield GateTraining(language_model, layers, method, step, 10, [0.5]).to(device)
+        backends = Backends(step.full_backend, step.streaming_backend)
+        with (
+            attached(model, backends) as layers,
+            recomputed(model, layers) if step.recompute else nullcontext(),
+        ):
+            yield GateTraining(language_model, layers, method, step, 10, [0.5]).to(device)
 
     return make

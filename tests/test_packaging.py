@@ -12,6 +12,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from duo_id import load_pattern
+from tests.commands import QUICK
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
@@ -70,6 +73,13 @@ def test_wheel_finds_its_configuration(wheel_python, tmp_path):
         return sorted(path.relative_to(folder) for path in folder.rglob("*.yaml"))
 
     assert configs(Path(conf)) == configs(ROOT / "conf") != []
+
+
+def test_wheel_trains_from_any_folder(wheel_python, tmp_path):
+    output = run(wheel_python, "-m", "duo_id.train", *QUICK, "hydra.run.dir=run", cwd=tmp_path)
+    assert "found mask" in output
+    assert load_pattern(tmp_path / "run").scores.shape == (3, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_importing_the_package_loads_nothing_heavy(tmp_path):

@@ -134,9 +134,13 @@ def test_training_panels_without_data_are_left_out() -> None:
         plot_training(METRICS[["step", "train/tokens_per_s"]])
 
 
-def test_a_loss_that_reaches_zero_is_not_drawn_on_a_log_scale() -> None:
-    assert plot_training(METRICS).axes[0].get_yscale() == "log"
-    assert plot_training(METRICS.assign(**{"train/penalty": 0.0})).axes[0].get_yscale() == "linear"
+def test_zeros_of_a_loss_are_left_out_of_its_log_scale() -> None:
+    zero_at_first = METRICS.assign(**{"train/distill": METRICS["train/distill"].mask(METRICS["step"] == 0, 0.0)})
+    panel = plot_training(zero_at_first).axes[0]
+    assert panel.get_yscale() == "log"
+    assert 0 < panel.get_ylim()[0] < 0.05
+    nothing = METRICS[["step"]].assign(**{"train/penalty": 0.0})
+    assert plot_training(nothing).axes[0].get_yscale() == "linear"
 
 
 def test_long_noisy_curves_are_smoothed_by_their_median() -> None:

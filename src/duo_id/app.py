@@ -35,16 +35,23 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, to be shown here
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+    composed = False
 
     def task(config: DictConfig) -> object:
+        nonlocal composed
+        composed = True
         try:
             return command(config)
-        except (UserError, OmegaConfBaseException) as error:  # seen by Hydra, it would print more than a line
+        except (UserError, HydraException, OmegaConfBaseException) as error:  # Hydra would print more than a line
             sys.exit(_complain(error))
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(task)()
     except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(_complain(error))
+    except ValueError as error:  # Hydra's own, as on trainer=null
+        if composed:
+            raise
         sys.exit(_complain(error))
     except KeyboardInterrupt:
         console.print("interrupted")

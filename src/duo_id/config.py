@@ -221,9 +221,13 @@ class TrainSettings(RunSettings):
             self.trainer.get("accumulate_grad_batches", 1) == 1,
             "trainer.accumulate_grad_batches: use data.batch_size instead",
         )
+        steps, precision = self.trainer.get("max_steps"), self.trainer.get("precision", "32-true")
+        require(isinstance(steps, int) and steps >= 1, f"trainer.max_steps={steps} must be a whole number, at least 1")
         require(
-            self.trainer.get("max_steps", -1) >= 1, f"trainer.max_steps={self.trainer.get('max_steps')}: at least 1"
+            precision in (32, "32", "32-true"),
+            f"trainer.precision={precision}: gates stay float32; what the model computes in is model.dtype",
         )
+        require(self.checkpoint_seconds >= 0, f"checkpoint_seconds={self.checkpoint_seconds} must not be negative")
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from huggingface_hub.errors import StrictDataclassError
 from platformdirs import user_cache_path
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -153,8 +154,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _random_model(settings: ModelSettings, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     try:
         config = AutoConfig.for_model(**settings.architecture | settings.config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model.architecture does not describe a model: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"model.architecture does not describe a model: {_reason(error)}") from error
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
@@ -169,15 +170,21 @@ def _pretrained_model(settings: ModelSettings, device: torch.device, dtype: torc
         return AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, device_map={"": device}, **shared
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise _cannot_load(settings, error) from error
 
 
 def _cannot_load(settings: ModelSettings, error: Exception) -> UserError:
     return UserError(
         f"model.id={settings.id} (revision {settings.revision or 'main'}) cannot be loaded: "
-        f"{str(error).strip().splitlines()[0]} Give a local folder or another hub id: model=hub model.id=..."
+        f"{_reason(error)} Give a local folder or another hub id: model=hub model.id=..."
     )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, or of what lies behind a failed check of a config."""
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
+    return str(cause or error).strip().partition("\n")[0]
 
 
 def _source(settings: ModelSettings) -> str:

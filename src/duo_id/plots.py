@@ -158,8 +158,8 @@ def plot_training(metrics: pd.DataFrame | str | Path, title: str | None = None) 
         panel.grid(axis="y")
         if any(curves.values()):
             panel.legend()
-        if curves.keys() <= losses.keys() and all((steps[name].dropna() > 0).all() for name in curves):
-            panel.set_yscale("log")
+        if curves.keys() <= losses.keys() and any((steps[name] > 0).any() for name in curves):
+            panel.set_yscale("log", nonpositive="mask")  # while all gates are 1 there is no distillation loss
         if "train/mean_gate" in curves:
             panel.set_ylim(0, 1.02)
     axes[-1].set_xlabel("step")

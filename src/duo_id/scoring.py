@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from duo_id.models import LanguageModel
 
@@ -49,7 +48,7 @@ class Score:
 
 
 @torch.no_grad()
-def score(model: LanguageModel, sample: Mapping[str, Tensor]) -> Score:
+def score(model: LanguageModel, sample: Mapping[str, Any]) -> Score:
     """Score the model, doing what is bound to its attention layers at present, on one sample.
 
     Args:

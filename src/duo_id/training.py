@@ -8,13 +8,14 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from duo_id.attention.blends import BLENDS
 from duo_id.attention.gated import AttentionLayer, Backends, bound, gated_heads, masked_layers, recording_heads
 from duo_id.attention.masks import Window
 from duo_id.config import MethodSettings, StepSettings
-from duo_id.data.samples import pad_batch, with_scored
+from duo_id.data.samples import Batch, pad_batch, with_scored
 from duo_id.errors import UserError
 from duo_id.gates import GATES, PENALTIES
 from duo_id.graphs import GraphedLoss
@@ -23,7 +24,7 @@ from duo_id.objectives import OBJECTIVES
 from duo_id.patterns import HeadPattern
 from duo_id.scoring import Score, score
 
-Batch = dict[str, Any]
+StepBatch = dict[str, Any]  # with what `with_scored` adds
 SCORED_MULTIPLE = 256  # CUDA graphs have a fixed number of scored tokens: padded to a multiple of this, at weight 0
 
 
@@ -66,7 +67,7 @@ class GateTraining(lightning.LightningModule):
         self._full_scores: dict[int, Score] = {}
         self._clock = time.perf_counter()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """The configured optimizer over the gates, with a rise and a fall of the learning rate."""
         optimizer = instantiate(self.method.optimizer, self.gates.parameters())
         scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -76,17 +77,17 @@ class GateTraining(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Bring the language model to the gates' device."""
-        self.language_model.model.to(self.device)
+        self.language_model.model.to(self.device)  # type: ignore[arg-type]  # its wrapper is untyped
         self._finite = self._finite.to(self.device)
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> StepBatch:
         """Find the scored tokens while the batch is on the CPU, where looking costs no synchronisation."""
         length = batch["input_ids"].shape[1]
         if self.step.cuda_graphs and self.trainer.training:
             batch = pad_batch(batch, self.step.length_multiple, self.language_model.max_length)
         return with_scored(batch, SCORED_MULTIPLE if self.step.cuda_graphs else 1) | {"length": length}
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """Distillation loss plus the penalty on the gates."""
         alpha = self.gates.alpha()
         distill, penalty = self.distill(alpha, batch), self.penalty(alpha)
@@ -103,7 +104,7 @@ class GateTraining(lightning.LightningModule):
         }
         self._clock = now
         self.log_dict({f"train/{key}": value for key, value in shown.items()}, prog_bar=True)
-        self.log("train/lr", self.optimizers().param_groups[0]["lr"])
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -111,9 +112,9 @@ class GateTraining(lightning.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.gates.project_()
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
         """Look at whether all went well as often as metrics are logged, for looking waits for the device."""
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set by Lightning
             self._stop_unless_finite()
 
     def on_train_end(self) -> None:
@@ -129,14 +130,15 @@ class GateTraining(lightning.LightningModule):
         self._clock += time.perf_counter() - self._validation_began
         self._log_heatmap()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Score a held-out sample with the gates as they are and binarised at each sparsity."""
         if self.interrupted:
             return
         sample = {key: batch[key][0] for key in ("input_ids", "answers")}
         if batch_idx not in self._full_scores:
             self._full_scores[batch_idx] = score(self.language_model, sample)
-        shown = {"distill": self._distill(self.gates.alpha(), batch), **_shown("0", self._full_scores[batch_idx])}
+        shown: dict[str, Tensor | float] = {"distill": self._distill(self.gates.alpha(), batch)}
+        shown |= _shown("0", self._full_scores[batch_idx])
         for sparsity in self.sparsities:
             mask = self.pattern().binarize(sparsity=sparsity)
             with bound(self.layers, masked_layers(self.layers, mask, self.backends)):
@@ -153,18 +155,18 @@ class GateTraining(lightning.LightningModule):
             scores, self.window.sink_size, self.window.recent_size, gated_layers=tuple(gated), provenance=provenance
         )
 
-    def on_save_checkpoint(self, checkpoint: Batch) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which model the gates belong to; gates that are no numbers are never saved."""
         self._stop_unless_finite()
         checkpoint["duo_id"] = self._identity()
 
-    def on_load_checkpoint(self, checkpoint: Batch) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model."""
         found, expected = checkpoint.get("duo_id"), self._identity()
         if found != expected:
             raise UserError(f"resume: the checkpoint is for {_described(found)}, this run for {_described(expected)}")
 
-    def _distill(self, alpha: Tensor, batch: Batch) -> Tensor:
+    def _distill(self, alpha: Tensor, batch: StepBatch) -> Tensor:
         recorded: dict[int, Tensor] = {}
         record = {layer.index: recording_heads(recorded, layer.index, self.backends) for layer in self.layers}
         with torch.no_grad(), bound(self.layers, record if self.blend.needs_teacher else {}):
@@ -176,7 +178,7 @@ class GateTraining(lightning.LightningModule):
         with bound(self.layers, gated):
             return (self.objective(self._scored(batch), teacher) * batch["weights"]).sum()
 
-    def _scored(self, batch: Batch) -> Tensor:
+    def _scored(self, batch: StepBatch) -> Tensor:
         """Last hidden states at the scored tokens, (scored tokens, hidden size)."""
         return self.language_model.hidden_states(batch).flatten(0, 1)[batch["scored"]]
 

@@ -48,7 +48,7 @@ def dense_reference(model: PreTrainedModel, ids: Tensor, retrieval: Tensor, **in
     Each sample is run on its own real tokens, so no padding is involved.
     """
 
-    def attend(module, query, key, value, attention_mask, scaling=None, **unused):  # noqa: ANN001, ANN202
+    def attend(module, query, key, value, attention_mask, scaling=None, **unused):
         group, tokens = query.shape[1] // key.shape[1], query.shape[2]
         i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
         near = (j < WINDOW.sink_size) | (i - j < WINDOW.recent_size)
@@ -206,9 +206,15 @@ def test_sliding_layers_keep_their_window_and_get_no_gate(make_model: MakeModel,
 def test_the_model_is_as_before_also_after_an_error(make_model: MakeModel, ids: Tensor) -> None:
     model = make_model("llama")
     before, expected = model.config._attn_implementation, model(ids, use_cache=False).logits
-    with pytest.raises(RuntimeError), attached(model) as layers:
-        modules = [layer.module for layer in layers]
-        raise RuntimeError
+    modules = []
+
+    def fails():
+        with attached(model) as layers:
+            modules.extend(layer.module for layer in layers)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
     assert model.config._attn_implementation == before
     assert not any(hasattr(module, BOUND) for module in modules)
     assert torch.equal(model(ids, use_cache=False).logits, expected)

@@ -1,6 +1,7 @@
 """Streaming attention, sink and recent window only, in memory linear in the number of tokens."""
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +123,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window
 
 
 @functools.cache
-def _compiled_flex():
+def _compiled_flex() -> Any:
     # One graph for each length, with and without gradients; past this limit dynamo falls back to a dense product.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False)

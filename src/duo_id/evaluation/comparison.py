@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 
 from duo_id.attention.gated import AttentionLayer, Backends, bound, masked_layers
 from duo_id.errors import UserError
@@ -45,7 +44,7 @@ def compare(
     model: LanguageModel,
     layers: Sequence[AttentionLayer],
     pattern: HeadPattern,
-    samples: Sequence[Mapping[str, Tensor]],
+    samples: Sequence[Mapping[str, Any]],
     sparsities: Sequence[float],
     random_masks: int,
     seed: int,
@@ -66,8 +65,8 @@ def compare(
     rows: list[tuple[str, float, int | None, HeadMask]] = [("full", 0.0, None, pattern.binarize(sparsity=0))]
     for sparsity in sparsities:
         rows.append(("found", sparsity, None, pattern.binarize(sparsity=sparsity)))
-        for number in range(seed, seed + random_masks):
-            rows.append(("random", sparsity, number, _random(pattern, sparsity, number)))
+        for drawn in range(seed, seed + random_masks):
+            rows.append(("random", sparsity, drawn, _random(pattern, sparsity, drawn)))
     rows.append(("streaming", 1.0, None, pattern.binarize(sparsity=1)))
     results = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -83,7 +82,7 @@ def compare(
     return results
 
 
-def check_window(samples: Sequence[Mapping[str, Tensor]], sink_size: int, recent_size: int) -> None:
+def check_window(samples: Sequence[Mapping[str, Any]], sink_size: int, recent_size: int) -> None:
     """Raise a `UserError` if no sample is longer than the window, for then every mask is full attention."""
     longest = max(len(sample["input_ids"]) for sample in samples)
     if longest <= sink_size + recent_size:

@@ -1,0 +1,154 @@
+"""The shape of the source: imports point downward, no model family is named, files stay small."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from duo_id.config import TrainSettings, conf_dir
+from tests.commands import run_command
+
+SOURCE = Path(__file__).parents[1] / "src"
+LONGEST = 320  # lines of a module
+LONGER = {"duo_id.attention.gated": 400}  # all the contact with transformers' attention is in one place
+
+# Each line imports from the lines above it alone, or from its own from left to right.
+ORDER = """
+errors files
+attention.masks attention.blends attention.full attention.streaming attention.gated
+gates objectives
+config
+models
+data.words data.samples data.haystack data.disk data.tasks data.module
+patterns formats
+scoring recompute graphs
+plots progress checkpoints
+training
+evaluation.comparison
+app
+train evaluate
+"""
+LEVELS = {f"duo_id.{name}": place for place, name in enumerate(ORDER.split())}
+ENTRY_POINTS = {"duo_id.train", "duo_id.evaluate"}
+FAMILIES = (
+    "llama mistral mixtral qwen gemma phi[0-9]? gpt_?neox gpt-?2 opt falcon bloom stablelm olmo cohere granite smollm "
+    "deepseek nemotron starcoder glm pythia mamba"
+)
+
+
+def module_name(path: Path) -> str:
+    """`duo_id.data.disk` of its file; a package is the name of its folder."""
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in sorted((SOURCE / "duo_id").rglob("*.py"))}
+PACKAGES = {name for name, path in MODULES.items() if path.stem == "__init__"}
+
+
+def imports(name: str) -> set[str]:
+    """The modules of this project that a module imports anywhere, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {member if member in MODULES else str(node.module) for member in members}
+    return {module for module in found if module in MODULES}
+
+
+def reached(name: str) -> set[str]:
+    """All modules of this project that importing one loads."""
+    found, todo = set(), [name]
+    while todo:
+        for module in imports(todo.pop()) - found:
+            found.add(module)
+            todo.append(module)
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert set(LEVELS) == MODULES.keys() - PACKAGES
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_imports_point_downward(name: str) -> None:
+    upward = {module for module in imports(name) - PACKAGES if LEVELS[module] >= LEVELS[name]}
+    assert not upward, f"{name} stands below {upward}"
+
+
+def test_packages_import_nothing_eagerly() -> None:
+    for name in PACKAGES - {"duo_id"}:
+        assert not imports(name), name
+    (guard,) = [node for node in ast.parse(MODULES["duo_id"].read_text()).body if isinstance(node, ast.If)]
+    assert ast.unparse(guard.test) == "TYPE_CHECKING"
+
+
+def test_nobody_imports_the_entry_points() -> None:
+    for name in MODULES:
+        assert not imports(name) & ENTRY_POINTS, name
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("errors", ""),
+        ("files", ""),
+        ("patterns", "errors"),
+        ("formats", "patterns files errors"),
+        ("plots", "patterns files errors"),
+        ("attention.gated", "attention.masks attention.blends attention.full attention.streaming errors"),
+    ],
+)
+def test_what_others_build_on_knows_little(name: str, allowed: str) -> None:
+    assert reached(f"duo_id.{name}") <= {f"duo_id.{module}" for module in allowed.split()}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_model_family_is_named(name: str) -> None:
+    text = MODULES[name].read_text()
+    families = "|".join(FAMILIES.split())
+    found = re.findall(rf"(?i)(?<![a-z])(?:{families})(?![a-z])", text.replace("SmolLM2", ""))
+    assert not found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_small_and_say_what_they_are(name: str) -> None:
+    text = MODULES[name].read_text()
+    assert ast.get_docstring(ast.parse(text))
+    assert len(text.splitlines()) <= LONGER.get(name, LONGEST)
+
+
+def leaves(config: object, prefix: str = "") -> set[str]:
+    """The dotted keys of all values."""
+    if not isinstance(config, dict) or not config:
+        return {prefix.rstrip(".")}
+    return {leaf for key, value in config.items() for leaf in leaves(value, f"{prefix}{key}.")}
+
+
+@pytest.mark.parametrize("path", sorted((conf_dir() / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_experiments_hold_overrides_alone(path: Path, tmp_path: Path) -> None:
+    text, config = path.read_text(), OmegaConf.to_container(OmegaConf.load(path))
+    assert text.startswith("# @package _global_\n# ")
+    chosen = []
+    for default in config.pop("defaults", []):
+        ((key, choice),) = default.items()
+        assert key.startswith("override /"), f"{path.stem} adds a group"
+        chosen.append(f"{key.removeprefix('override /')}={choice}")
+    assert "_target_" not in text
+    base: list[DictConfig] = []
+    run_command("train", *chosen, folder=tmp_path, command=base.append)
+    known = leaves(OmegaConf.to_container(base[0]))
+    assert leaves(config) <= known, "an experiment changes values and adds none"
+
+
+def test_settings_have_no_key_without_a_place_in_conf(tmp_path: Path) -> None:
+    """What a user can override is written down in a YAML, where it is found, but for what is rarely needed."""
+    base: list[DictConfig] = []
+    run_command("train", "model=smollm2-135m", "data/haystack=hub", folder=tmp_path, command=base.append)
+    known = OmegaConf.merge(OmegaConf.structured(TrainSettings), base[0])
+    rare = {"model.trust_remote_code", "model.config", "data.haystack.path"}
+    assert leaves(OmegaConf.to_container(known)) - rare <= leaves(OmegaConf.to_container(base[0]))

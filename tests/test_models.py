@@ -1,0 +1,379 @@
+"""Models from a wheel, a folder, the hub or nothing: frozen, in eval mode, and read as transformers reads them."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from duo_id import models
+from duo_id.config import ModelSettings, TrainSettings, conf_dir
+from duo_id.errors import UserError
+from duo_id.models import LanguageModel, byte_tokenizer, load_model, load_tokenizer
+from tests.commands import settings_of
+
+WHEEL = "duo-id-test-weights"
+SHAPES = {
+    "token_embd.weight": (260, 16),
+    "output.weight": (260, 16),
+    "output_norm.weight": (16,),
+    "blk.0.attn_norm.weight": (16,),
+    "blk.0.ffn_norm.weight": (16,),
+    "blk.0.attn_q.weight": (16, 16),
+    "blk.0.attn_k.weight": (8, 16),
+    "blk.0.attn_v.weight": (8, 16),
+    "blk.0.attn_output.weight": (16, 16),
+    "blk.0.ffn_gate.weight": (24, 16),
+    "blk.0.ffn_up.weight": (24, 16),
+    "blk.0.ffn_down.weight": (16, 24),
+}
+# Parameters of the published checkpoints, counted on their model pages' safetensors.
+PARAMETERS = {
+    "smollm2-135m": 134_515_008,
+    "llama2-7b-32k": 6_738_415_616,
+    "llama3-8b": 8_030_261_248,
+    "llama3.1-8b": 8_030_261_248,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "tiny": 44_384,
+}
+NAMED = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if path.stem != "hub")
+
+
+def write_gguf(path: Path) -> dict[str, np.ndarray]:
+    """Write a model of one layer with a byte tokenizer and two merges; returns its tensors."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(16)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(24)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(260)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "th", "he"])
+    writer.add_token_types([1] * 256 + [3, 3, 1, 1])
+    writer.add_token_merges(["t h", "h e"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder."""
+    monkeypatch.setattr(models, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    return tmp_path / "cache" / "duo_id"
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """An installed distribution that carries a GGUF file, whose tensors this is."""
+    site = tmp_path / "site"
+    (site / "test_weights").mkdir(parents=True)
+    tensors = write_gguf(site / "test_weights" / "tiny.gguf")
+    info = site / "duo_id_test_weights-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {WHEEL}\nVersion: 1.2\n")
+    (info / "RECORD").write_text(
+        "test_weights/__init__.py,,\ntest_weights/tiny.gguf,,\nduo_id_test_weights-1.2.dist-info/RECORD,,\n"
+    )
+    (site / "test_weights" / "__init__.py").write_text("raise RuntimeError('nothing of the wheel is imported')\n")
+    monkeypatch.syspath_prepend(site)
+    return tensors
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The GGUF files that have been converted so far."""
+    done: list[str] = []
+    plain = AutoModelForCausalLM.from_pretrained
+
+    def watched(*args: Any, **kwargs: Any) -> PreTrainedModel:
+        if "gguf_file" in kwargs:
+            done.append(kwargs["gguf_file"])
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    return done
+
+
+IN_WHEEL = ModelSettings(name="in-a-wheel", id="any/model", wheel=WHEEL)
+
+
+def check_frozen(model: PreTrainedModel) -> None:
+    assert not model.training
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_weights_in_a_wheel_are_converted_once(
+    wheel: dict[str, np.ndarray], cache: Path, conversions: list[str]
+) -> None:
+    first = load_model(IN_WHEEL)
+    assert conversions == ["tiny.gguf"]
+    second = load_model(IN_WHEEL)
+    assert conversions == ["tiny.gguf"]
+    for loaded in (first, second):
+        check_frozen(loaded.model)
+        weights = loaded.model.state_dict()
+        np.testing.assert_array_equal(weights["model.embed_tokens.weight"], wheel["token_embd.weight"])
+        np.testing.assert_array_equal(weights["model.layers.0.mlp.up_proj.weight"], wheel["blk.0.ffn_up.weight"])
+        assert loaded.kv_shape == (1, 1)
+        assert loaded.max_length == 64
+        assert loaded.tokenizer.decode(loaded.tokenizer("the hill")["input_ids"]) == "the hill"
+        assert loaded.describe() == {
+            "name": "in-a-wheel", "id": "any/model", "revision": None, "layers": 1, "kv_heads": 1, "heads": 2
+        }  # fmt: skip
+    names = {path.name for path in (cache / f"{WHEEL}-1.2").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert {path.name for path in cache.iterdir()} <= {f"{WHEEL}-1.2", f".{WHEEL}-1.2.lock"}
+
+
+def test_two_at_once_convert_once(
+    wheel: dict[str, np.ndarray], cache: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_saw_nothing = threading.Barrier(2, timeout=60)
+
+    class Meeting(models.FileLock):
+        """Lets neither in before both have seen that there is no folder yet."""
+
+        def __enter__(self) -> Any:
+            both_saw_nothing.wait()
+            return super().__enter__()
+
+    monkeypatch.setattr(models, "FileLock", Meeting)
+    folders: list[str] = []
+    threads = [threading.Thread(target=lambda: folders.append(models._source(IN_WHEEL))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert folders == [str(cache / f"{WHEEL}-1.2")] * 2
+    assert conversions == ["tiny.gguf"]
+    assert {path.name for path in cache.iterdir()} <= {f"{WHEEL}-1.2", f".{WHEEL}-1.2.lock"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full")])
+def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(
+    error: BaseException, wheel: dict[str, np.ndarray], cache: Path, conversions: list[str]
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoTokenizer, "from_pretrained", fail)
+        with pytest.raises(type(error)):
+            models._source(IN_WHEEL)
+    assert {path.name for path in cache.iterdir()} <= {f".{WHEEL}-1.2.lock"}
+    load_model(IN_WHEEL)
+    assert len(conversions) == 2
+
+
+def test_without_the_wheel_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    config = AutoConfig.for_model("llama", hidden_size=8, num_attention_heads=2)
+
+    def answer(kind: str, result: Any) -> Callable[..., Any]:
+        return lambda source, **kwargs: (asked.update({kind: (source, kwargs)}), result)[1]
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", answer("config", config))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", answer("model", torch.nn.Linear(1, 1)))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", answer("tokenizer", byte_tokenizer()))
+    settings = ModelSettings(
+        name="any", id="any/model", revision="v1", wheel="no-such-distribution", config={"sliding_window": None}
+    )
+    load_model(settings)
+    assert {source for source, _ in asked.values()} == {"any/model"}
+    for _, kwargs in asked.values():
+        assert kwargs["revision"] == "v1"
+        assert kwargs["trust_remote_code"] is False
+    given = asked["model"][1]
+    assert given["dtype"] == torch.float32  # auto on the CPU
+    assert given["device_map"] == {"": torch.device("cpu")}
+    assert given["config"].sliding_window is None
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_model_that_cannot_be_reached_is_one_line(
+    load: Callable[[ModelSettings], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
+
+    for kind in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", unreachable)
+    with pytest.raises(UserError, match="connect") as raised:
+        load(ModelSettings(name="any", id="any/model"))
+    assert "model.id=any/model" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"model\.id={tmp_path / 'nosuch'}") as raised:
+        load_model(ModelSettings(name="any", id=str(tmp_path / "nosuch")))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_local_folder_loads(dtype: str, tmp_path: Path, make_model: Callable[..., PreTrainedModel]) -> None:
+    saved = make_model("qwen3")
+    saved.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    options = ["model=hub", f"model.id={tmp_path / 'model'}", f"model.dtype={dtype}"]
+    settings = settings_of("train", TrainSettings, *options, "+model.config.rms_norm_eps=0.5", folder=tmp_path).model
+    loaded = load_model(settings)
+    check_frozen(loaded.model)
+    assert loaded.model.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
+    assert loaded.model.config.rms_norm_eps == 0.5
+    assert loaded.name == str(tmp_path / "model")
+    assert loaded.kv_shape == (3, 2)
+    for name, tensor in loaded.model.state_dict().items():
+        torch.testing.assert_close(tensor.float(), saved.state_dict()[name], atol=0, rtol=0.01)
+    assert loaded.tokenizer("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def offline() -> Iterator[None]:
+    """The hub is an error."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("random weights need no hub")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+            patch.setattr(kind, "from_pretrained", refuse)
+        yield
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_random_models_have_their_published_shape(name: str, offline: None, tmp_path: Path) -> None:
+    settings = settings_of("train", TrainSettings, f"model={name}", "model.init=random", folder=tmp_path).model
+    loaded = load_model(settings, "meta")
+    check_frozen(loaded.model)
+    config, numbers = loaded.model.config, settings.architecture
+    for key, value in numbers.items():
+        if key != "rope_parameters":
+            assert getattr(config, key) == value, key
+    for key, value in numbers.get("rope_parameters", {}).items():
+        assert config.rope_parameters[key] == value
+    assert loaded.kv_shape == (numbers["num_hidden_layers"], numbers["num_key_value_heads"])
+    assert loaded.max_length == numbers["max_position_embeddings"]
+    assert sum(parameter.numel() for parameter in loaded.model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if name != "tiny"])
+def test_random_models_compute_at_a_smaller_size(name: str, offline: None) -> None:
+    path = conf_dir() / "model" / f"{name}.yaml"
+    numbers = OmegaConf.to_object(OmegaConf.load(path).architecture)
+    numbers |= {"num_hidden_layers": 2, "hidden_size": 8 * numbers["num_attention_heads"], "head_dim": 8}
+    numbers |= {"intermediate_size": 32, "vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    loaded = load_model(ModelSettings(name=name, id=name, init="random", architecture=numbers))
+    check_frozen(loaded.model)
+    batch = {"input_ids": loaded.tokenizer("some text", return_tensors="pt")["input_ids"], "attention_mask": None}
+    states = loaded.hidden_states(batch)
+    assert states.shape == (1, 10, numbers["hidden_size"])
+    assert states.isfinite().all()
+
+
+def test_random_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    settings = settings_of("train", TrainSettings, "model=tiny", folder=tmp_path).model
+    state = torch.get_rng_state()
+    first, again, other = (load_model(settings, seed=seed).model.lm_head.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_impossible_architecture_is_one_line() -> None:
+    uneven = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 9}
+    for numbers in ({"model_type": "nosuch"}, {"num_hidden_layers": 2}, uneven):
+        with pytest.raises(UserError, match=r"model\.architecture") as raised:
+            load_model(ModelSettings(name="any", id="any", init="random", architecture=numbers))
+        assert "\n" not in str(raised.value)
+    assert "64" in str(raised.value), "the reason, not that there is one"
+
+
+def test_byte_tokenizer_reads_any_text_and_puts_bos_in_front() -> None:
+    tokenizer = byte_tokenizer()
+    text = "Grüße, 世界!\n\t  two  spaces <bos>"
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer("a")["input_ids"] == [tokenizer.bos_token_id, *tokenizer("a", add_special_tokens=False).input_ids]
+    assert len(tokenizer) == 258
+
+
+def wrapped(model: PreTrainedModel) -> LanguageModel:
+    return LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None)
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+def test_states_and_logits_are_those_of_the_model(family: str, make_model: Callable[..., PreTrainedModel]) -> None:
+    model, ids = make_model(family), tokens(2, 17)
+    expected = model(ids, output_hidden_states=True)
+    batch = {"input_ids": ids, "attention_mask": None}
+    torch.testing.assert_close(wrapped(model).hidden_states(batch), expected.hidden_states[-1])
+    positions = torch.tensor([0, 5, 16])
+    torch.testing.assert_close(wrapped(model).logits(batch, positions), expected.logits[:, positions])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])  # the last learns a vector for each position
+def test_padding_changes_no_real_token(side: str, family: str, make_model: Callable[..., PreTrainedModel]) -> None:
+    model, ids = make_model(family), tokens(1, 11)
+    alone = model(ids, output_hidden_states=True)
+    real = slice(6, 17) if side == "left" else slice(0, 11)
+    padded, mask = torch.zeros(2, 17, dtype=torch.long), torch.zeros(2, 17, dtype=torch.bool)
+    padded[0, real], mask[0, real] = ids[0], True
+    padded[1], mask[1] = tokens(17), True
+    batch = {"input_ids": padded, "attention_mask": mask}
+    states = wrapped(model).hidden_states(batch)[:1, real]
+    torch.testing.assert_close(states, alone.hidden_states[-1], atol=1e-5, rtol=1e-5)
+    positions = torch.arange(17)[real][-3:]
+    logits = wrapped(model).logits(batch, positions)[:1]
+    torch.testing.assert_close(logits, alone.logits[:, -3:], atol=1e-5, rtol=1e-5)
+
+
+def test_only_the_wanted_logits_are_computed(make_model: Callable[..., PreTrainedModel]) -> None:
+    model, seen = make_model("llama"), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    wrapped(model).logits({"input_ids": tokens(1, 20)}, torch.tensor([3, 4]))
+    assert seen == [2]
+
+
+def test_models_that_cannot_leave_logits_out_do_as_well(
+    make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids, positions = make_model("llama"), tokens(2, 12), torch.tensor([1, 11])
+    expected, plain = model(ids).logits[:, positions], model.forward
+
+    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool | None = None) -> Any:
+        return plain(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    monkeypatch.setattr(model, "forward", forward)
+    torch.testing.assert_close(wrapped(model).logits({"input_ids": ids}, positions), expected)

@@ -1,0 +1,361 @@
+"""The commands train and evaluate from end to end on tiny random weights: what a run leaves, and what it refuses."""
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import duo_id.train
+from duo_id import load_pattern
+from duo_id.checkpoints import CHECKPOINT
+from duo_id.config import TrainSettings, conf_dir
+from duo_id.models import LanguageModel
+from duo_id.objectives import OBJECTIVES
+from tests.commands import QUICK, Finished, run_command, settings_of
+
+ROOT = Path(__file__).parents[1]
+SIZES = [override for override in QUICK if override.startswith("data.")]
+EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+VALIDATED = ("distill", "answer_loss_0", "answer_loss_25", "answer_loss_50", "token_accuracy_0", "token_accuracy_50")
+TRAINED = ("loss", "distill", "penalty", "mean_gate", "lr", "length", "tokens_per_s")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> Iterator[None]:
+    """Keep wandb offline and out of the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        yield
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run."""
+
+    folder: Path
+    finished: Finished
+    model: LanguageModel
+    hashes: list[str]  # of the model's parameters, before and after
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds."""
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def rows(self, heads: str) -> list[dict[str, Any]]:
+        """The summary's results for these heads."""
+        return [row for row in self.summary["results"] if row["heads"] == heads]
+
+
+def hash_of(model: LanguageModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.model.state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run through the real command, two steps long."""
+    folder = tmp_path_factory.mktemp("train")
+    loaded: list[LanguageModel] = []
+    hashes: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        load = duo_id.train.load_model
+
+        def watched(*args: Any) -> LanguageModel:
+            loaded.append(load(*args))
+            hashes.append(hash_of(loaded[0]))
+            return loaded[0]
+
+        patch.setattr(duo_id.train, "load_model", watched)
+        finished = run_command("train", *QUICK, "seed=5", folder=folder)
+    assert finished.status == 0, finished.output
+    return Run(folder / "run", finished, loaded[0], [*hashes, hash_of(loaded[0])])
+
+
+def test_heads_are_exported_for_us_and_for_duo_attention(run: Run) -> None:
+    pattern = load_pattern(run.folder)
+    assert tuple(pattern.scores.shape) == (3, 2)
+    assert (pattern.sink_size, pattern.recent_size) == (4, 60)
+    assert pattern.provenance["model"]["id"] == "tiny"
+    assert pattern.provenance["seed"] == 5
+    assert pattern.provenance["steps"] == 2
+    table = np.loadtxt(run.folder / "heads" / "full_attention_heads.tsv", dtype=float, delimiter="\t")
+    np.testing.assert_array_equal(table.astype(np.float32), pattern.scores.numpy())
+    sizes = json.loads((run.folder / "heads" / "config.json").read_text())
+    assert (sizes["sink_size"], sizes["recent_size"]) == (4, 60)
+    for sparsity in (25, 50):
+        mask = np.loadtxt(run.folder / "heads" / f"mask_sparsity_{sparsity}.tsv", delimiter="\t")
+        np.testing.assert_array_equal(mask, pattern.binarize(sparsity=sparsity / 100).retrieval.numpy())
+
+
+def test_gates_have_moved(run: Run) -> None:
+    scores = load_pattern(run.folder).scores
+    assert scores.max() < 1
+    assert scores.min() > 0.8
+    assert run.summary["mean_gate"] == pytest.approx(scores.mean().item())
+
+
+def test_nothing_of_the_language_model_has_changed(run: Run) -> None:
+    assert run.hashes[0] == run.hashes[1]
+    assert not run.model.model.training
+    for name, parameter in run.model.model.named_parameters():
+        assert parameter.grad is None, name
+        assert not parameter.requires_grad, name
+
+
+def test_figures_are_pictures(run: Run) -> None:
+    for name in ("gates", "training"):
+        with Image.open(run.folder / "figures" / f"{name}.png") as image:
+            image.verify()
+            assert image.format == "PNG"
+            assert min(image.size) > 300
+
+
+def test_summary_compares_found_masks_with_full_random_and_streaming(run: Run) -> None:
+    (full,), (streaming,) = run.rows("full"), run.rows("streaming")
+    assert (full["sparsity"], streaming["sparsity"]) == (0.0, 1.0)
+    assert [row["sparsity"] for row in run.rows("found")] == [0.25, 0.5]
+    assert [(row["sparsity"], row["seed"]) for row in run.rows("random")] == [
+        (sparsity, seed) for sparsity in (0.25, 0.5) for seed in (5, 6, 7)
+    ]
+    assert len(run.summary["results"]) == 10
+    for row in run.summary["results"]:
+        assert row["answers"] == 4  # two samples with two passkeys each
+        assert row["answer_loss"] == pytest.approx(row["loss"] / row["tokens"])
+        assert row["tokens"] == full["tokens"] > 20
+        assert 3 < row["answer_loss"] < 9
+    assert full["answer_loss"] != streaming["answer_loss"]
+    assert run.summary["steps"] == 2
+    assert run.summary["settings"]["method"]["sink_size"] == 4
+    assert run.summary["versions"]["torch"] == torch.__version__
+
+
+def test_terminal_shows_the_table_and_where_things_are(run: Run) -> None:
+    for words in ("full attention", "found mask", "random (3)", "all heads", str(run.folder / "heads"), "step 2/2"):
+        assert words in run.finished.output
+
+
+def test_metrics_hold_training_and_validation(run: Run) -> None:
+    table = pd.read_csv(run.folder / "metrics" / "version_0" / "metrics.csv")
+    for column in [f"train/{name}" for name in TRAINED] + [f"val/{name}" for name in VALIDATED]:
+        values = table[column].dropna()
+        assert len(values) == 2, column  # two steps, a validation after each
+        assert all(map(math.isfinite, values)), column
+    assert table["train/mean_gate"].dropna().tolist()[0] == 1.0
+    assert set(table["train/length"].dropna()) <= {700, 800}
+
+
+def test_run_folder_keeps_its_command_line(run: Run) -> None:
+    kept = json.loads((run.folder / "overrides.json").read_text())
+    assert kept["model"] == "model=tiny"
+    assert kept["sparsity"] == "sparsity=[0.25,0.5]"
+    assert (run.folder / CHECKPOINT).is_file()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs_a_step(experiment: str, tmp_path: Path) -> None:
+    overrides = [f"experiment={experiment}", *QUICK, "data/haystack=embedded", "trainer.max_steps=1"]
+    quicker = ["evaluation.samples=1", "evaluation.random_masks=1", "sparsity=[0.5]"]
+    settings = settings_of("train", TrainSettings, *overrides, *quicker, folder=tmp_path)
+    summary = duo_id.train.train(settings, tmp_path / "run")
+    assert [row["heads"] for row in summary["results"]] == ["full", "found", "random", "streaming"]
+    assert load_pattern(tmp_path / "run").provenance["settings"]["method"]["blend"] == settings.method.blend
+    assert (tmp_path / "run" / "figures" / "training.png").is_file()
+
+
+def test_wandb_offline_beside_the_csv(tmp_path: Path) -> None:
+    overrides = ["logger=wandb", "logger.wandb.offline=true", "evaluation.samples=1", "evaluation.random_masks=0"]
+    finished = run_command("train", *QUICK, *overrides, folder=tmp_path)
+    assert finished.status == 0, finished.output
+    (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert (next(offline.glob("run-*.wandb"))).stat().st_size > 0
+    assert len(list(offline.glob("files/media/images/gates_*.png"))) == 2  # a heatmap for each validation
+    assert (tmp_path / "run" / "metrics" / "version_0" / "metrics.csv").is_file()
+    assert (tmp_path / "run" / "figures" / "training.png").is_file()
+
+
+def test_without_a_logger_there_is_no_curve(tmp_path: Path) -> None:
+    overrides = ["~logger", "trainer.max_steps=1", "evaluation.samples=1", "evaluation.validation_samples=0"]
+    finished = run_command("train", *QUICK, *overrides, "evaluation.random_masks=0", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert [path.name for path in (tmp_path / "run" / "figures").iterdir()] == ["gates.png"]
+
+
+def test_trains_and_evaluates_on_samples_from_disk(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("data_gen_passkey", ROOT / "data_gen" / "passkey.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    counts = ["n=3", "n_validation=1", "n_test=2", f"out={tmp_path / 'samples'}"]
+    written = run_command("data_gen", "model=tiny", *SIZES, *counts, folder=tmp_path, command=script.generate)
+    assert written.status == 0, written.output
+    overrides = [override for override in QUICK if not override.startswith("data.")]
+    disk = ["data=disk", f"data.path={tmp_path / 'samples'}"]
+    finished = run_command("train", *overrides, *disk, folder=tmp_path)
+    assert finished.status == 0, finished.output
+    found = run_command("evaluate", f"heads={tmp_path / 'run'}", f"hydra.run.dir={tmp_path / 'again'}", folder=tmp_path)
+    assert found.status == 0, found.output
+    assert results(tmp_path / "again" / "results.json") == results(tmp_path / "run" / "summary.json")
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    """The rows of a summary or of what evaluate wrote."""
+    return [{**row, "samples": None} for row in json.loads(path.read_text())["results"]]
+
+
+def test_evaluate_repeats_the_comparison_of_the_run(run: Run, tmp_path: Path) -> None:
+    finished = run_command("evaluate", f"heads={run.folder}", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert results(tmp_path / "run" / "results.json") == results(run.folder / "summary.json")
+    assert "found mask" in finished.output
+
+
+def test_evaluate_takes_other_samples_and_sparsities(run: Run, tmp_path: Path) -> None:
+    overrides = ["evaluation.samples=3", "evaluation.random_masks=0", "sparsity=[0.75]", "data.num_passkeys=1"]
+    finished = run_command("evaluate", f"heads={run.folder / 'heads'}", *overrides, folder=tmp_path)
+    assert finished.status == 0, finished.output
+    report = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [(row["heads"], row["sparsity"]) for row in report["results"]] == [
+        ("full", 0.0),
+        ("found", 0.75),
+        ("streaming", 1.0),
+    ]
+    assert all(row["answers"] == len(row["samples"]) == 3 for row in report["results"])
+    assert report["settings"]["data"]["length_min"] == 700, "the run's own where nothing is overridden"
+
+
+def test_evaluate_refuses_a_pattern_of_another_shape(run: Run, tmp_path: Path) -> None:
+    other = "model.architecture.num_hidden_layers=2"
+    finished = run_command("evaluate", f"heads={run.folder}", other, folder=tmp_path)
+    assert "3 layers x 2 KV heads" in finished.error
+    assert "2 layers x 2 KV heads" in finished.error
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with things that cannot be used."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "short.txt").write_text("Too little text.\n")
+    (folder / "folder").mkdir()
+    (folder / "broken" / "checkpoints").mkdir(parents=True)
+    (folder / "broken" / CHECKPOINT).write_text("no checkpoint")
+    (folder / "broken" / "overrides.json").write_text(json.dumps({word.split("=")[0]: word for word in QUICK}))
+    (folder / "lost" / "checkpoints").mkdir(parents=True)
+    (folder / "lost" / CHECKPOINT).write_text("")
+    (folder / "config.json").write_text('{"sink_size": 4, "recent_size": 60}')
+    (folder / "malformed.tsv").write_text("0.1\t0.2\n0.3\tsix\n")
+    (folder / "good.tsv").write_text("0.1\t0.2\n0.3\t0.4\n")
+    (folder / "heads.json").write_text("{")
+    (folder / "wide").mkdir()
+    (folder / "wide" / "config.json").write_text('{"sink_size": 400, "recent_size": 400}')
+    (folder / "wide" / "full_attention_heads.tsv").write_text("0.1\t0.2\n" * 3)
+    return folder
+
+
+REFUSED_BY_TRAIN = {
+    "unknown-override": (["nosuch.key=1"], "nosuch.key"),
+    "unreadable-override": (["method.lr=["], "["),
+    "unknown-model": (["model=nosuch"], "model/nosuch"),
+    "unknown-experiment": (["experiment=nosuch"], "experiment/nosuch"),
+    "no-trainer": (["trainer=null"], "override"),
+    "unknown-blend": (["method.blend=nosuch"], "method.blend=nosuch"),
+    "unknown-optimizer": (["method.optimizer._target_=nosuch.Optimizer"], "nosuch.Optimizer"),
+    "unknown-trainer-argument": (["+trainer.nosuch=1"], "nosuch"),
+    "two-devices": (["trainer.devices=2"], "trainer.devices=2"),
+    "no-such-accelerator": (["trainer.accelerator=nosuch"], "nosuch"),
+    "too-many-passkeys": (["data.num_passkeys=100"], "data.num_passkeys=100"),
+    "short-context": (["data.num_passkeys=9"], "data.length_min=700 is too short for 9 passkeys"),
+    "context-beyond-the-model": (["data.length_max=5000"], "data.length_max=5000 exceeds the 4096 tokens"),
+    "short-haystack": (["data/haystack=file", "data.haystack.path=short.txt"], "data.haystack"),
+    "no-haystack": (["data/haystack=file", "data.haystack.path=nosuch.txt"], "data.haystack.path=nosuch.txt"),
+    "window-not-below-context": (["method.recent_size=696"], "method.sink_size + method.recent_size = 700"),
+    "no-dataset": (["data=disk", "data.path=nosuch"], "data.path=nosuch"),
+    "resume-without-folder": (["resume=nosuch"], "resume=nosuch"),
+    "resume-without-checkpoint": (["resume=folder"], "resume=folder"),
+    "resume-without-settings": (["resume=lost"], "overrides.json"),
+    "resume-broken-checkpoint": (["resume=broken"], "is not a checkpoint"),
+    "impossible-architecture": (["model.architecture.model_type=nosuch"], "model.architecture"),
+}
+REFUSED_BY_EVALUATE = {
+    "unknown-heads": (["heads=nosuch"], "nosuch"),
+    "no-heads": ([], "heads"),
+    "malformed-heads": (["heads=malformed.tsv"], "malformed.tsv, line 2, column 2: 'six'"),
+    "malformed-json": (["heads=heads.json"], "heads.json, line 1"),
+    "heads-of-another-model": (
+        ["heads=good.tsv", "model=tiny", *SIZES],
+        "2 layers x 2 KV heads, but tiny has 3 layers",
+    ),
+    "window-not-below-context": (["heads=wide", "model=tiny", *SIZES], "raise data.length_max"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_TRAIN)
+def test_train_refuses_bad_input_in_one_line(case: str, bad: Path) -> None:
+    overrides, named = REFUSED_BY_TRAIN[case]
+    quick = [] if case.startswith("resume") else QUICK
+    if case == "no-dataset":  # which has none of the settings of samples
+        quick = [override for override in QUICK if not override.startswith("data.")]
+    assert named in run_command("train", *quick, *overrides, folder=bad).error
+    assert not list(bad.glob("*/heads")), "nothing is exported"
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_EVALUATE)
+def test_evaluate_refuses_bad_input_in_one_line(case: str, bad: Path) -> None:
+    overrides, named = REFUSED_BY_EVALUATE[case]
+    assert named in run_command("evaluate", *overrides, folder=bad).error
+    assert not list(bad.glob("*/results.json"))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_the_last_good_checkpoint_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["trainer.max_steps=4", "evaluation.validation_samples=0", "evaluation.random_masks=0"]
+    plain, calls, before = OBJECTIVES["hidden_l2"], [0], signal.getsignal(signal.SIGINT)
+
+    def breaks(*hidden: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return plain(*hidden) * (torch.nan if calls[0] == 3 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(OBJECTIVES, "hidden_l2", breaks)
+        finished = run_command("train", *QUICK, *overrides, "checkpoint_seconds=0", folder=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before, "Ctrl-C still goes to the ended run"
+    assert "no longer a number at step 3" in finished.error
+    assert not (tmp_path / "run" / "heads").exists()
+    saved = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    assert saved["global_step"] == 2
+    assert saved["state_dict"]["gates.weight"].isfinite().all()
+    resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
+    assert resumed.status == 0, resumed.output
+    assert load_pattern(tmp_path / "run").provenance["steps"] == 4
+
+
+def test_a_sweep_makes_a_run_folder_for_each_seed(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    quicker = ["trainer.max_steps=1", "evaluation.samples=1", "evaluation.validation_samples=0"]
+    command = [sys.executable, "-m", "duo_id.train", "--multirun", "seed=0,1", *QUICK, *quicker]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = sorted((tmp_path / "outputs" / "sweeps").glob("*/*/[0-9]"))
+    assert [folder.name for folder in folders] == ["0", "1"]
+    assert [load_pattern(folder).provenance["seed"] for folder in folders] == [0, 1]
+    losses = [results(folder / "summary.json")[0]["answer_loss"] for folder in folders]
+    assert losses[0] != losses[1]
+    assert not (tmp_path / "outputs" / "train").exists()
