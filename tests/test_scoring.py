@@ -64,7 +64,7 @@ def test_pooling_weighs_tokens_and_answers_not_samples() -> None:
 
 
 def test_score_of_a_real_model_is_its_cross_entropy() -> None:
-    model = LanguageModel(tiny_model("llama"), byte_tokenizer(), "tiny", "tiny", None)
+    model = LanguageModel(tiny_model("llama"), byte_tokenizer(), "tiny", "tiny", None, "random")
     ids = torch.randint(3, 96, (20,), generator=torch.Generator().manual_seed(0))
     answers = torch.zeros(20, dtype=torch.long)
     answers[12:15], answers[17:] = 1, 2

@@ -16,7 +16,6 @@ from duo_id.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from duo_id.config import MethodSettings, StepSettings
 from duo_id.data.samples import collate, pad_batch, with_scored
 from duo_id.errors import UserError
-from duo_id.models import LanguageModel
 from duo_id.training import GateTraining, learning_rate_factor
 
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 0.05, "weight_decay": 0.0}
@@ -161,10 +160,22 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
         monkeypatch.setattr(
             training, "objective", lambda *args: plain(*args) * (torch.nan if training.global_step == 3 else 1)
         )
-        with pytest.raises(UserError, match=r"no longer a number at step 4.*method.lr"):
+        with pytest.raises(UserError, match=r"no longer a number at step 4.*method.lr.*last good checkpoint"):
             fit(training, [batch_of(sample(40, seed)) for seed in range(8)], 8, tmp_path)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 3
+    assert saved["state_dict"]["gates.weight"].isfinite().all()
+
+
+def test_gates_that_are_no_numbers_are_never_saved(gate_training: MakeTraining, tmp_path: Any) -> None:
+    def spoil(grad: Tensor) -> Tensor:
+        return grad * (torch.nan if training.global_step == 3 else 1)
+
+    with gate_training(method()) as training:
+        training.gates.weight.register_hook(spoil)  # the loss itself stays a number
+        with pytest.raises(UserError, match="no longer a number"):
+            fit(training, [batch_of(sample(40, seed)) for seed in range(4)], 4, tmp_path)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["state_dict"]["gates.weight"].isfinite().all()
 
 
@@ -173,7 +184,9 @@ def test_checkpoints_hold_gates_optimizer_and_position_alone(gate_training: Make
         fit(training, [batch_of(sample(40, seed)) for seed in range(3)], 3, tmp_path)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert list(saved["state_dict"]) == ["gates.weight"]
-    assert saved["duo_id"] == {"model": "tiny", "layers": 3, "kv_heads": 2, "gate": "clamp"}
+    assert {key: saved["duo_id"][key] for key in ("model", "layers", "kv_heads")} == {
+        "model": "tiny", "layers": 3, "kv_heads": 2
+    }  # fmt: skip
     assert (tmp_path / "checkpoints" / "last.ckpt").stat().st_size < 20_000
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
 
@@ -181,7 +194,10 @@ def test_checkpoints_hold_gates_optimizer_and_position_alone(gate_training: Make
 def test_a_checkpoint_of_another_model_is_refused(gate_training: MakeTraining, tmp_path: Any) -> None:
     with gate_training(method()) as training:
         fit(training, [batch_of(sample(40, seed)) for seed in range(3)], 3, tmp_path)
-    with gate_training(method(), num_hidden_layers=2) as other, pytest.raises(UserError, match=r"3 gated.*2 gated"):
+    with (
+        gate_training(method(), num_hidden_layers=2) as other,
+        pytest.raises(UserError, match=r"made with layers=3, this run has layers=2"),
+    ):
         other.on_load_checkpoint(torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True))
 
 

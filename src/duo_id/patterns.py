@@ -127,7 +127,9 @@ class HeadPattern:
 
     def check_fits(self, layers: int, kv_heads: int, model_name: str) -> None:
         """Raise a `UserError` unless the model `model_name` has this many layers and KV heads."""
-        _check_fits("pattern", self.scores, layers, kv_heads, model_name)
+        found_on = (self.provenance.get("model") or {}).get("id")
+        kind = f"pattern (of {found_on})" if found_on else "pattern"
+        _check_fits(kind, self.scores, layers, kv_heads, model_name)
 
     def __eq__(self, other: object) -> bool:
         """Whether scores, windows, gated layers and provenance are all the same."""

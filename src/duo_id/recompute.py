@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from duo_id.attention.gated import AttentionLayer, bound, bound_functions
+from duo_id.errors import UserError
 
 
 @contextmanager
@@ -24,19 +25,24 @@ def recomputed(model: nn.Module, layers: Sequence[AttentionLayer]) -> Iterator[N
     """
     stack = _layer_list(layers[0].name)
     blocks = dict(model.get_submodule(stack).named_children())
+    own = {block: block.__dict__.get("forward") for block in blocks.values()}  # such as a hook of accelerate
     try:
         for number, block in blocks.items():
             inside = [layer for layer in layers if layer.name.startswith(f"{stack}.{number}.")]
             block.forward = _checkpointed(block.forward, inside)
         yield
     finally:
-        for block in blocks.values():
+        for block, forward in own.items():
             block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
 
 
 def _layer_list(name: str) -> str:
     """`model.layers` of `model.layers.3.self_attn`: the path up to the first number."""
     parts = name.split(".")
+    if not any(part.isdigit() for part in parts):
+        raise UserError(f"step.recompute=true: {name} is in no numbered list of layers; use step.recompute=false")
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())])
 
 

@@ -2,12 +2,14 @@
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig
 
 from duo_id import app
@@ -25,12 +27,13 @@ from duo_id.recompute import recomputed
 from duo_id.training import GateTraining
 
 
-def train(settings: TrainSettings, folder: Path) -> dict[str, Any]:
+def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Train the gates, export them as a head pattern and compare its masks.
 
     Args:
         settings: what to identify, on which samples, how.
         folder: the run folder; `heads/`, `figures/` and `summary.json` are written to it.
+        accepted: called once the settings, and those of a resumed run, have proved to work.
 
     Returns:
         the summary that is also written.
@@ -41,7 +44,7 @@ def train(settings: TrainSettings, folder: Path) -> dict[str, Any]:
     """
     began = time.perf_counter()
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
-    trainer = _trainer(settings, folder)
+    trainer = _trainer(settings, folder, accepted)
     model = load_model(settings.model, trainer.strategy.root_device, settings.seed)
     backends = Backends(settings.step.full_backend, settings.step.streaming_backend)
     data = SampleModule(
@@ -62,7 +65,7 @@ def train(settings: TrainSettings, folder: Path) -> dict[str, Any]:
             raise KeyboardInterrupt
         trained = time.perf_counter()
         pattern = gates.pattern(
-            model=model.describe() | {"gated_layers": len(layers)},
+            model=model.describe(layers),
             settings=plain(settings),
             steps=trainer.global_step,
             seed=settings.seed,
@@ -78,7 +81,7 @@ def train(settings: TrainSettings, folder: Path) -> dict[str, Any]:
     done = time.perf_counter()
     app.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
     summary = {
-        "model": model.describe(),
+        "model": model.describe(layers),
         "steps": trainer.global_step,
         "mean_gate": float(pattern.scores[list(pattern.gated_layers)].mean()),
         "seconds": {"load": loaded - began, "train": trained - loaded, "compare": done - trained},
@@ -90,13 +93,17 @@ def train(settings: TrainSettings, folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _trainer(settings: TrainSettings, folder: Path) -> lightning.Trainer:
+def _trainer(settings: TrainSettings, folder: Path, accepted: Callable[[], None]) -> lightning.Trainer:
     """Lightning's trainer with conf/trainer's arguments, our checkpoints and the chosen logger."""
     arguments = {"limit_train_batches": settings.trainer["max_steps"]} | settings.trainer  # the stream has no end
     trainer = instantiate(
         arguments,
         logger=[instantiate(logger) for logger in settings.logger.values()],
-        callbacks=[LastCheckpoint(folder, settings.checkpoint_seconds), TrainingBar()],
+        callbacks=[
+            LastCheckpoint(folder, settings.checkpoint_seconds),
+            TrainingBar(),
+            LambdaCallback(on_train_start=lambda *_: accepted()),
+        ],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(folder),
     )
@@ -106,10 +113,10 @@ def _trainer(settings: TrainSettings, folder: Path) -> lightning.Trainer:
 
 def main(config: DictConfig) -> float:
     """Run the command; returns what a sweep minimises, the found masks' mean answer loss on held-out samples."""
-    config, folder = app.start_run(config)
+    config, folder, overrides = app.start_run(config)
     try:
-        summary = train(parse(TrainSettings, config), folder)
-    except KeyboardInterrupt:
+        summary = train(parse(TrainSettings, config), folder, lambda: app.keep_overrides(folder, overrides))
+    except (KeyboardInterrupt, OSError):
         if (folder / CHECKPOINT).is_file():
             app.console.print(f"stopped; to go on: python -m duo_id.train resume={folder}", soft_wrap=True)
         raise

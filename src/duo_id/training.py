@@ -1,8 +1,10 @@
 """Train one gate for each KV head of a frozen model: teacher pass, gated pass, loss."""
 
 import math
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -14,6 +16,7 @@ from torch import Tensor
 from duo_id.attention.blends import BLENDS
 from duo_id.attention.gated import AttentionLayer, Backends, bound, gated_heads, masked_layers, recording_heads
 from duo_id.attention.masks import Window
+from duo_id.checkpoints import CHECKPOINT
 from duo_id.config import MethodSettings, StepSettings
 from duo_id.data.samples import Batch, pad_batch, with_scored
 from duo_id.errors import UserError
@@ -84,7 +87,7 @@ class GateTraining(lightning.LightningModule):
         """Find the scored tokens while the batch is on the CPU, where looking costs no synchronisation."""
         length = batch["input_ids"].shape[1]
         if self.step.cuda_graphs and self.trainer.training:
-            batch = pad_batch(batch, self.step.length_multiple, self.language_model.max_length)
+            batch = pad_batch(batch, self.step.length_multiple, self.language_model.max_length or sys.maxsize)
         return with_scored(batch, SCORED_MULTIPLE if self.step.cuda_graphs else 1) | {"length": length}
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
@@ -147,8 +150,7 @@ class GateTraining(lightning.LightningModule):
 
     def pattern(self, **provenance: Any) -> HeadPattern:
         """The gates at present as a head pattern; layers without gates are rows of 1."""
-        config = self.language_model.model.config.get_text_config()
-        scores = torch.ones(config.num_hidden_layers, self.layers[0].kv_heads)
+        scores = torch.ones(self.language_model.num_layers, self.layers[0].kv_heads)
         gated = [layer.index for layer in self.layers]
         scores[gated] = self.gates.alpha().detach().float().cpu()
         return HeadPattern(
@@ -163,8 +165,12 @@ class GateTraining(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model."""
         found, expected = checkpoint.get("duo_id"), self._identity()
-        if found != expected:
-            raise UserError(f"resume: the checkpoint is for {_described(found)}, this run for {_described(expected)}")
+        if not isinstance(found, dict):
+            raise UserError("resume: the checkpoint is not one of duo_id")
+        differing = [key for key, value in expected.items() if found.get(key) != value]
+        if differing:
+            theirs, ours = ({key: values.get(key) for key in differing} for values in (found, expected))
+            raise UserError(f"resume: the checkpoint was made with {_listed(theirs)}, this run has {_listed(ours)}")
 
     def _distill(self, alpha: Tensor, batch: StepBatch) -> Tensor:
         recorded: dict[int, Tensor] = {}
@@ -183,16 +189,20 @@ class GateTraining(lightning.LightningModule):
         return self.language_model.hidden_states(batch).flatten(0, 1)[batch["scored"]]
 
     def _stop_unless_finite(self) -> None:
-        if not bool(self._finite):
+        if not bool(self._finite & self.gates.alpha().isfinite().all()):
+            run = Path(self.trainer.default_root_dir)
+            saved = f"; resume={run} goes on from the last good checkpoint" if (run / CHECKPOINT).is_file() else ""
             raise UserError(
-                f"the loss is no longer a number at step {self.global_step}: lower method.lr={self.method.lr} or "
-                f"compute in model.dtype=float32; resume={self.trainer.default_root_dir} goes on from the last good "
-                "checkpoint"
+                f"the loss or a gate is no longer a number at step {self.global_step}: lower "
+                f"method.lr={self.method.lr} or compute in model.dtype=float32{saved}"
             )
 
     def _identity(self) -> dict[str, Any]:
+        """What must not change when a run is resumed."""
         rows, columns = self.gates.alpha().shape
-        return {"model": self.language_model.id, "layers": rows, "kv_heads": columns, "gate": self.method.gate}
+        kept = ("gate", "blend", "objective", "penalty", "reg_weight", "sink_size", "recent_size")
+        model = {"model": self.language_model.id, "layers": rows, "kv_heads": columns}
+        return model | {key: getattr(self.method, key) for key in kept}
 
     def _log_heatmap(self) -> None:
         for logger in self.loggers:
@@ -222,7 +232,5 @@ def _shown(name: str, result: Score) -> dict[str, float]:
     return {f"answer_loss_{name}": result.answer_loss, f"token_accuracy_{name}": result.token_accuracy}
 
 
-def _described(identity: dict[str, Any] | None) -> str:
-    if not identity:
-        return "something that is not duo_id"
-    return "{model} with {layers} gated layers x {kv_heads} KV heads ({gate} gates)".format(**identity)
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())

@@ -134,3 +134,8 @@ def test_full_on_cuda(backend: str, tokens: int) -> None:
     found = torch.autograd.grad((out * weights.cuda()).sum(), moved)
     for got, want in zip((out, *found), (expected, *wanted), strict=True):
         assert (got.cpu().double() - want).norm() / want.norm() < 1e-2
+
+
+def test_flex_on_the_cpu_has_no_gradient_and_says_so() -> None:
+    with pytest.raises(UserError, match=r"step.streaming_backend=flex .*blocked"):
+        streaming_attention(*inputs(200, 2, 2, torch.float32), None, Window(1, 8), "flex")

@@ -7,6 +7,7 @@ import torch
 
 from duo_id.config import DataGenSettings, DataSettings, ModelSettings
 from duo_id.data.disk import write_dataset
+from duo_id.data.module import SampleModule
 from duo_id.data.samples import Sample
 from duo_id.data.tasks import make_task
 from duo_id.errors import UserError
@@ -157,3 +158,11 @@ def test_folder_that_is_no_dataset_is_named(tmp_path, quick, tokenizer, files, m
     with pytest.raises(UserError, match=f"data.path=.*{message}") as caught:
         make_task(settings, tokenizer, "train")
     assert "\n" not in str(caught.value)
+
+
+def test_more_held_out_samples_than_there_are_is_refused(written, tokenizer):
+    module = SampleModule(DataSettings(task="disk", path=str(written)), tokenizer, seed=0)
+    rows = len(module.task("validation"))
+    assert len(module.samples("validation", rows)) == rows
+    with pytest.raises(UserError, match=f"{rows + 1} validation samples are asked for, but data.path=.* has {rows}"):
+        module.samples("validation", rows + 1)

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from duo_id.data.module import SampleModule
 from duo_id.data.samples import Sample, collate
+from duo_id.errors import UserError
 
 
 def row(*tokens):
@@ -130,11 +131,11 @@ def test_every_rank_takes_its_block_of_each_step(counting):
     for rank in (0, 1):
         module = counting(batch_size=2)
         module.trainer = SimpleNamespace(global_rank=rank, world_size=2, global_step=0)
-        module.load_state_dict({"position": 8, "global_step": 0})
+        module.load_state_dict({"position": 8, "global_step": 0, "seed": module.seed})
         batches = itertools.islice(module.train_dataloader(), 2)
         seen.append([batch["input_ids"][:, 0].tolist() for batch in batches])
         module.trainer.global_step = 5
-        assert module.state_dict() == {"position": 8 + 5 * 4, "global_step": 5}
+        assert module.state_dict() == {"position": 8 + 5 * 4, "global_step": 5, "seed": module.seed}
     assert seen == [[[8, 9], [12, 13]], [[10, 11], [14, 15]]]
 
 
@@ -196,3 +197,9 @@ def test_pad_token_falls_back_to_eos_and_zero(quick, pad, eos, expected):
     tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
     batch = SampleModule(quick(), tokenizer, seed=0).collate([row(1, 2), row(1)])
     assert batch["input_ids"][1, 1] == expected
+
+
+def test_resuming_with_another_seed_is_refused(counting):
+    module = counting()
+    with pytest.raises(UserError, match=rf"seed={module.seed + 1}, not seed={module.seed}"):
+        module.load_state_dict({"position": 8, "global_step": 2, "seed": module.seed + 1})

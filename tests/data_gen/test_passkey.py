@@ -9,7 +9,6 @@ from hydra.core.global_hydra import GlobalHydra
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import duo_id.models
 from duo_id.config import DataSettings, conf_dir, parse
 from duo_id.data.tasks import make_task
 from duo_id.errors import UserError
@@ -26,13 +25,13 @@ def script():
 
 
 @pytest.fixture
-def tokenizer(monkeypatch):
+def tokenizer(monkeypatch, script):
     """One token a byte, and the only one that the script can load."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    monkeypatch.setattr(duo_id.models, "load_tokenizer", lambda settings: tokenizer)
+    monkeypatch.setattr(script, "load_tokenizer", lambda settings: tokenizer)
     return tokenizer
 
 

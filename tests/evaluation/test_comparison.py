@@ -24,7 +24,7 @@ PATTERN = HeadPattern(torch.tensor([[0.1, 0.9], [0.3, 0.2], [0.8, 0.4]]), sink_s
 
 @contextmanager
 def tiny() -> Iterator[tuple[LanguageModel, list[AttentionLayer]]]:
-    model = LanguageModel(tiny_model("llama"), byte_tokenizer(), "tiny", "tiny", None)
+    model = LanguageModel(tiny_model("llama"), byte_tokenizer(), "tiny", "tiny", None, "random")
     with attached(model.model) as layers:
         yield model, layers
 

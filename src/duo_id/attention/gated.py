@@ -365,9 +365,11 @@ def _gated(model: PreTrainedModel, layers: list[AttentionLayer]) -> list[Attenti
         )
     gated = [layer for layer in layers if layer.window is None]
     if not gated:
+        window = layers[0].window
+        lift = "; +model.config.sliding_window=null treats them as full attention"
         raise UserError(
-            f"{title}: every layer has a sliding window of {layers[0].window} tokens, so no head sees the whole "
-            "context; +model.config.sliding_window=null treats them as full attention"
+            f"{title}: every layer has a sliding window of {window} tokens, so no head sees the whole context"
+            + (lift if getattr(config, "sliding_window", None) == window else "")
         )
     missing = sorted(set(expected) - {layer.index for layer in layers})
     if missing:

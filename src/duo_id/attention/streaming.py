@@ -40,6 +40,8 @@ def streaming_attention(
         raise UserError(f"step.streaming_backend={backend}: choose one of {', '.join(STREAMING_BACKENDS)}")
     if query.shape[2] <= window.sink_size + window.recent_size:
         return full_attention(query, key, value, scale)  # nothing lies between sink and window
+    if backend == "flex" and not query.is_cuda and torch.is_grad_enabled() and query.requires_grad:
+        raise UserError("step.streaming_backend=flex has no backward pass on the CPU: use blocked or auto")
     if backend == "flex" or (backend == "auto" and query.is_cuda):
         return _flex(query, key, value, scale, window)
     return _blocked(query, key, value, scale, window)
@@ -48,24 +50,30 @@ def streaming_attention(
 def _blocked(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:
     """Blocks of queries against the sink and the few blocks of keys that reach into their window.
 
-    The first blocks, whose window overlaps the sink, are done with a dense mask of constant size; from there on every
-    block has the same mask. A query group shares its KV head by lying in the query dimension, so keys are not repeated.
+    The first tokens, up to sink + recent, see all before them. The few up to the first block whose window no longer
+    overlaps the sink get a mask of their own; from there on every block has the same mask. A query group shares its KV
+    head by lying in the query dimension, so keys are not repeated.
     """
     batch, heads, tokens, dim = query.shape
     kv_heads, group = key.shape[1], heads // key.shape[1]
     sink = window.sink_size
-    block = min(max(64, 1 << (window.recent_size - 1).bit_length()), 256)
+    power = 1 << (window.recent_size - 1).bit_length()
+    block = max(64, min(power, 256), power // 4)
     reach = -(-window.recent_size // block)  # how many earlier blocks a window can reach into
     start = min(tokens, (-(-sink // block) + reach) * block)  # from here on no window overlaps the sink
-    head = F.scaled_dot_product_attention(
-        query[:, :, :start].reshape(batch, kv_heads, group * start, dim),
-        key[:, :, :start],
-        value[:, :, :start],
-        attn_mask=_first_mask(window, start, group, query.device),
-        scale=scale,
-    ).reshape(batch, heads, start, dim)
+    first = min(start, sink + window.recent_size)
+    parts = [full_attention(query[:, :, :first], key[:, :, :first], value[:, :, :first], scale)]
+    if first < start:
+        middle = F.scaled_dot_product_attention(
+            query[:, :, first:start].reshape(batch, kv_heads, group * (start - first), dim),
+            key[:, :, :start],
+            value[:, :, :start],
+            attn_mask=_middle_mask(window, first, start, group, query.device),
+            scale=scale,
+        )
+        parts.append(middle.reshape(batch, heads, start - first, dim))
     if start == tokens:
-        return head
+        return torch.cat(parts, dim=2)
 
     blocks = -(-(tokens - start) // block)
     tail = start + blocks * block - tokens
@@ -85,15 +93,15 @@ def _blocked(query: Tensor, key: Tensor, value: Tensor, scale: float | None, win
         scale=scale,
     ).reshape(batch, kv_heads, blocks, group, block, dim)
     body = body.transpose(2, 3).reshape(batch, heads, blocks * block, dim)
-    return torch.cat([head, body[:, :, : tokens - start]], dim=2)
+    return torch.cat([*parts, body[:, :, : tokens - start]], dim=2)
 
 
 @functools.lru_cache(maxsize=64)
-def _first_mask(window: Window, tokens: int, group: int, device: torch.device) -> Tensor:
-    """The pattern of the first `tokens` tokens, (group * tokens, tokens); all layers share one."""
+def _middle_mask(window: Window, first: int, start: int, group: int, device: torch.device) -> Tensor:
+    """The pattern of queries `first` to `start`, (group * (start - first), start); all layers share one."""
     with torch.inference_mode(False):
-        positions = torch.arange(tokens, device=device)
-        return window.dense(positions, positions).repeat(group, 1)
+        positions = torch.arange(start, device=device)
+        return window.dense(positions[first:], positions).repeat(group, 1)
 
 
 @functools.lru_cache(maxsize=64)

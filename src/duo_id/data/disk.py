@@ -83,6 +83,10 @@ class DiskTask:
         self.rows = splits[split].with_format("torch")  # int64
         self._pass: tuple[tuple[int, int], list[int]] | None = None  # (seed, pass) and its order
 
+    def __len__(self) -> int:
+        """How many samples the split has."""
+        return len(self.rows)
+
     def sample(self, index: int, seed: int) -> Sample:
         """Row `index` of an endless run of passes, each in its own order of (seed, split, pass)."""
         number, place = divmod(index, len(self.rows))

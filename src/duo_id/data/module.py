@@ -1,7 +1,7 @@
 """The samples as Lightning takes them: an endless, resumable training stream and fixed held-out sets."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from duo_id.config import DataSettings
 from duo_id.data.samples import Batch, Sample, Task, collate
 from duo_id.data.tasks import make_task
+from duo_id.errors import UserError
 
 
 class SampleModule(LightningDataModule):
@@ -62,7 +63,12 @@ class SampleModule(LightningDataModule):
 
     def samples(self, split: str, count: int) -> list[Sample]:
         """The first `count` samples of a split."""
-        return [self.task(split).sample(index, self.seed) for index in range(count)]
+        task = self.task(split)
+        if isinstance(task, Sized) and count > len(task):  # one on disk
+            raise UserError(
+                f"{count} {split} samples are asked for, but data.path={self.settings.path} has {len(task)}"
+            )
+        return [task.sample(index, self.seed) for index in range(count)]
 
     @property
     def position(self) -> int:
@@ -74,10 +80,13 @@ class SampleModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """Where a resumed run goes on."""
-        return {"position": self.position, "global_step": self.trainer.global_step if self.trainer else 0}
+        step = self.trainer.global_step if self.trainer else 0
+        return {"position": self.position, "global_step": step, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next training loader start where the checkpointed run stopped, with any batch size and rank count."""
+        if state_dict["seed"] != self.seed:
+            raise UserError(f"resume: the run drew its samples with seed={state_dict['seed']}, not seed={self.seed}")
         self._start = {key: int(state_dict[key]) for key in ("position", "global_step")}
 
     def train_dataloader(self) -> DataLoader:
