@@ -288,3 +288,17 @@ def refused(source: Path, message: str) -> None:
         load_pattern(source)
     assert str(source) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_shipped_pattern_comes_with_its_evidence() -> None:
+    assert list_patterns() == ["SmolLM2-135M-Instruct"]
+    pattern = load_pattern("SmolLM2-135M-Instruct")
+    assert tuple(pattern.scores.shape) == (30, 3)
+    assert (pattern.sink_size, pattern.recent_size) == (64, 256)
+    folder = formats.SHIPPED / "SmolLM2-135M-Instruct"
+    for sparsity in (0.25, 0.5, 0.75):
+        mask = np.loadtxt(folder / f"mask_sparsity_{100 * sparsity:g}.tsv")
+        assert mask.tolist() == pattern.binarize(sparsity=sparsity).retrieval.float().tolist()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["settings"] == pattern.provenance["settings"]
+    assert {row["heads"] for row in summary["results"]} == {"full", "found", "random", "streaming"}

@@ -26,6 +26,8 @@ from duo_id.progress import TrainingBar
 from duo_id.recompute import recomputed
 from duo_id.training import GateTraining
 
+UNTOLD = ("logger", "resume", "checkpoint_seconds")  # settings that say nothing about what was found, only about a disk
+
 
 def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Train the gates, export them as a head pattern and compare its masks.
@@ -66,7 +68,7 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
         trained = time.perf_counter()
         pattern = gates.pattern(
             model=model.describe(layers),
-            settings=plain(settings),
+            settings={key: value for key, value in plain(settings).items() if key not in UNTOLD},
             steps=trainer.global_step,
             seed=settings.seed,
             versions=app.versions(),
@@ -86,7 +88,7 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
         "mean_gate": float(pattern.scores[list(pattern.gated_layers)].mean()),
         "seconds": {"load": loaded - began, "train": trained - loaded, "compare": done - trained},
         "results": [result.summary() for result in results],
-        "settings": plain(settings),
+        "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
         "versions": app.versions(),
     }
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
