@@ -270,6 +270,18 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 REFUSED_BY_TRAIN = {
+    "no-attention": (
+        [
+            "~model.architecture",
+            "+model.architecture={model_type:mamba,num_hidden_layers:2,hidden_size:32,vocab_size:258}",
+        ],
+        "no attention that can be gated",
+    ),
+    "seed": (["seed=-1"], "seed=-1"),
+    "max-time": (["+trainer.max_time=00:00:01"], "trainer.max_time"),
+    "graphs-of-batches": (["step.cuda_graphs=true", "data.batch_size=2"], "data.batch_size=1"),
+    "many-devices": (["trainer.devices=2"], "trainer.devices=2"),
+    "disk-that-refuses": (["hydra.run.dir=/proc/run"], "/proc/run"),
     "unknown-override": (["nosuch.key=1"], "nosuch.key"),
     "unreadable-override": (["method.lr=["], "["),
     "unknown-model": (["model=nosuch"], "model/nosuch"),
@@ -347,14 +359,36 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_last_good_checkpoint_goes
     assert load_pattern(tmp_path / "run").provenance["steps"] == 4
 
 
-def test_a_sweep_makes_a_run_folder_for_each_seed(tmp_path: Path) -> None:
+def test_a_refused_resume_does_not_spoil_the_run(tmp_path: Path) -> None:
+    overrides = ["evaluation.validation_samples=0", "evaluation.random_masks=0", "evaluation.samples=1"]
+    assert run_command("train", *QUICK, *overrides, folder=tmp_path).status == 0
+    run = f"resume={tmp_path / 'run'}"
+    assert "model=tiny, this run has model=other" in run_command("train", run, "model.id=other", folder=tmp_path).error
+    assert "seed=0, not seed=5" in run_command("train", run, "seed=5", folder=tmp_path).error
+    more = run_command("train", run, "trainer.max_steps=3", folder=tmp_path)
+    assert more.status == 0, more.output
+    assert load_pattern(tmp_path / "run").provenance["steps"] == 3
+
+
+def test_a_sweep_makes_a_run_folder_for_each_seed_and_goes_on_after_a_failed_job(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     quicker = ["trainer.max_steps=1", "evaluation.samples=1", "evaluation.validation_samples=0"]
-    command = [sys.executable, "-m", "duo_id.train", "--multirun", "seed=0,1", *QUICK, *quicker]
+    command = [
+        sys.executable,
+        "-m",
+        "duo_id.train",
+        "--multirun",
+        *QUICK,
+        *quicker,
+        "seed=0,1",
+        "data.length_min=700,1",
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folders = sorted((tmp_path / "outputs" / "sweeps").glob("*/*/[0-9]"))
-    assert [folder.name for folder in folders] == ["0", "1"]
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("error: ") == 2
+    assert "Traceback" not in done.stdout + done.stderr
+    folders = sorted(path.parents[1] for path in (tmp_path / "outputs" / "sweeps").glob("*/*/*/heads/heads.json"))
+    assert [folder.name for folder in folders] == ["0", "2"]  # 1 and 3 are the jobs whose length is too short
     assert [load_pattern(folder).provenance["seed"] for folder in folders] == [0, 1]
     losses = [results(folder / "summary.json")[0]["answer_loss"] for folder in folders]
     assert losses[0] != losses[1]
