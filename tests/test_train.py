@@ -273,7 +273,7 @@ REFUSED_BY_TRAIN = {
     "no-attention": (
         [
             "~model.architecture",
-            "+model.architecture={model_type:mamba,num_hidden_layers:2,hidden_size:32,vocab_size:258}",
+            "+model.architecture={model_type:mamba,num_hidden_layers:2,vocab_size:258}",
         ],
         "no attention that can be gated",
     ),
@@ -373,22 +373,14 @@ def test_a_refused_resume_does_not_spoil_the_run(tmp_path: Path) -> None:
 def test_a_sweep_makes_a_run_folder_for_each_seed_and_goes_on_after_a_failed_job(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     quicker = ["trainer.max_steps=1", "evaluation.samples=1", "evaluation.validation_samples=0"]
-    command = [
-        sys.executable,
-        "-m",
-        "duo_id.train",
-        "--multirun",
-        *QUICK,
-        *quicker,
-        "seed=0,1",
-        "data.length_min=700,1",
-    ]
+    sweep = ["seed=0,1", "data.length_min=1,700"]  # 1 is too short
+    command = [sys.executable, "-m", "duo_id.train", "--multirun", *QUICK, *quicker, *sweep]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
     assert (done.stdout + done.stderr).count("error: ") == 2
     assert "Traceback" not in done.stdout + done.stderr
     folders = sorted(path.parents[1] for path in (tmp_path / "outputs" / "sweeps").glob("*/*/*/heads/heads.json"))
-    assert [folder.name for folder in folders] == ["0", "2"]  # 1 and 3 are the jobs whose length is too short
+    assert [folder.name for folder in folders] == ["2", "3"]  # after the two that failed
     assert [load_pattern(folder).provenance["seed"] for folder in folders] == [0, 1]
     losses = [results(folder / "summary.json")[0]["answer_loss"] for folder in folders]
     assert losses[0] != losses[1]
