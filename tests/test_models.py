@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from duo_id import models
-from duo_id.attention.gated import AttentionLayer
+from duo_id.attention.probe import AttentionLayer
 from duo_id.config import ModelSettings, TrainSettings, conf_dir
 from duo_id.errors import UserError
 from duo_id.models import LanguageModel, byte_tokenizer, load_model, load_tokenizer

@@ -28,7 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from duo_id.attention.gated import AttentionLayer, no_padding
+from duo_id.attention.padding import no_padding
+from duo_id.attention.probe import AttentionLayer
 from duo_id.config import ModelSettings
 from duo_id.errors import UserError
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from duo_id.attention.gated import AttentionLayer, bound, bound_functions
+from duo_id.attention.gated import bound, bound_functions
+from duo_id.attention.probe import AttentionLayer
 from duo_id.errors import UserError
 
 

@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from duo_id.attention.blends import BLENDS
-from duo_id.attention.gated import AttentionLayer, Backends, bound, gated_heads, masked_layers, recording_heads
+from duo_id.attention.gated import Backends, bound, gated_heads, masked_layers, recording_heads
 from duo_id.attention.masks import Window
+from duo_id.attention.probe import AttentionLayer
 from duo_id.checkpoints import CHECKPOINT
 from duo_id.config import MethodSettings, StepSettings
 from duo_id.data.samples import Batch, pad_batch, with_scored

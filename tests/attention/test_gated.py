@@ -11,7 +11,6 @@ from transformers.masking_utils import eager_mask
 from duo_id.attention.blends import BLENDS
 from duo_id.attention.gated import (
     BOUND,
-    AttentionLayer,
     Backends,
     attached,
     bound,
@@ -20,6 +19,7 @@ from duo_id.attention.gated import (
     recording_heads,
 )
 from duo_id.attention.masks import Window
+from duo_id.attention.probe import AttentionLayer
 from duo_id.errors import UserError
 from duo_id.patterns import HeadMask
 from tests.conftest import FAMILIES

@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from duo_id.attention.gated import AttentionLayer, Backends, attached, bound, masked_layers
+from duo_id.attention.gated import Backends, attached, bound, masked_layers
+from duo_id.attention.probe import AttentionLayer
 from duo_id.errors import UserError
 from duo_id.evaluation import comparison
 from duo_id.evaluation.comparison import Result, check_window, compare, results_table

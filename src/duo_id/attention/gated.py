@@ -6,7 +6,7 @@ as a plain attribute. Which function that is decides what the layer does: full a
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from duo_id.attention.blends import Blend
 from duo_id.attention.full import full_attention
 from duo_id.attention.masks import Window
+from duo_id.attention.padding import padding_mask
+from duo_id.attention.probe import AttentionLayer, find_layers, gated_layers
 from duo_id.attention.streaming import streaming_attention
 from duo_id.errors import UserError
 
@@ -34,31 +35,6 @@ class Backends:
 
     full: str = "auto"
     streaming: str = "auto"
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """One attention module of a model, as the probe forward found it.
-
-    Attributes:
-        index: the layer's number in the model.
-        name: the module's path in the model.
-        module: the attention module.
-        heads: number of query heads.
-        kv_heads: number of key-value heads.
-        head_dim: width of a head.
-        window: sliding-window size in tokens; None for a layer that sees the whole context.
-        obstacle: why the layer cannot be gated, if so.
-    """
-
-    index: int
-    name: str
-    module: nn.Module = field(repr=False)
-    heads: int
-    kv_heads: int
-    head_dim: int
-    window: int | None = None
-    obstacle: str | None = None
 
 
 class Mask(Protocol):
@@ -143,7 +119,7 @@ def recording_heads(outputs: dict[int, Tensor], index: int, backends: Backends) 
 def register() -> None:
     """Make `attn_implementation="duo_id"` known to transformers; calling it again changes nothing."""
     AttentionInterface.register(IMPLEMENTATION, _attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, _padding_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
 
 
 @contextmanager
@@ -168,8 +144,11 @@ def attached(model: PreTrainedModel, backends: Backends | None = None) -> Iterat
     model.set_attn_implementation(IMPLEMENTATION)
     layers: list[AttentionLayer] = []
     try:
-        layers = _probe(model)
-        gated = _gated(model, layers)
+        try:
+            layers = find_layers(model, IMPLEMENTATION)
+        finally:
+            register()
+        gated = gated_layers(model, layers)
         for layer in layers:
             setattr(layer.module, BOUND, partial(_own_attention, window=layer.window, backends=backends))
         yield gated
@@ -190,15 +169,6 @@ def bound(layers: Sequence[AttentionLayer], functions: Mapping[int, AttendFuncti
     finally:
         for layer in layers:
             setattr(layer.module, BOUND, before[layer.index])
-
-
-def no_padding(ids: Tensor) -> Tensor:
-    """An attention mask for `ids` (batch, tokens) that says, without a look at the device, that all tokens are real.
-
-    Its one element lies under all places, which `_padding_mask` knows by the strides. Given no mask at all,
-    transformers looks for packed sequences, which waits for the device.
-    """
-    return torch.ones((), dtype=torch.bool, device=ids.device).expand(ids.shape)
 
 
 def bound_functions(layers: Sequence[AttentionLayer]) -> dict[int, AttendFunction]:
@@ -249,134 +219,3 @@ def _own_attention(
 def _dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor) -> Tensor:
     gqa = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
-
-
-def _padding_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    **rest: Any,
-) -> Tensor | None:
-    """What transformers calls to make the mask: only the padding is handed on, for the rest is in each layer.
-
-    Returns:
-        (batch, tokens) bool, True for real tokens, if a sample is padded on the left; None if causality is enough.
-        A layer with a pattern of its own that is neither causal nor a sliding window gets that as a dense mask.
-    """
-    if mask_function is not causal_mask_function and not _is_sliding(mask_function, local_size):
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            **rest | {"allow_is_causal_skip": False},
-        )
-    if attention_mask is None or not any(attention_mask.stride()):  # `no_padding`
-        return None
-    if not bool(_contiguous(attention_mask).all()):
-        raise UserError("the attention mask has holes: each sample's real tokens must be in one piece")
-    return None if bool(attention_mask[:, 0].all()) else attention_mask.bool()
-
-
-def _contiguous(mask: Tensor) -> Tensor:
-    """(batch,) bool: whether the real tokens of each row of (batch, tokens) form one piece."""
-    padded = F.pad(mask.to(torch.int8), (1, 0))
-    return (padded.diff(dim=-1) > 0).sum(-1) == 1
-
-
-def _is_sliding(mask_function: Callable[..., Any], size: int | None) -> bool:
-    """Tell a sliding window from other local patterns by a pair of tokens that chunks of that size would part."""
-    if size is None or size < 2:
-        return False
-    zero, query = torch.tensor(0), torch.tensor(size)
-    return bool(mask_function(zero, zero, query, query - 1)) and not bool(mask_function(zero, zero, query, zero))
-
-
-def _probe(model: PreTrainedModel) -> list[AttentionLayer]:
-    """Run a few tokens through the model and note which modules call our attention function, and how."""
-    names = {module: name for name, module in model.named_modules()}
-    layers: list[AttentionLayer] = []
-
-    def note(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-    ) -> tuple[Tensor, None]:
-        index = getattr(module, "layer_idx", None)
-        layers.append(
-            AttentionLayer(
-                index=len(layers) if index is None else index,
-                name=names[module],
-                module=module,
-                heads=query.shape[1],
-                kv_heads=key.shape[1],
-                head_dim=query.shape[-1],
-                window=options.get("sliding_window"),
-                obstacle=_obstacle(query, key, value, attention_mask, options),
-            )
-        )
-        out = full_attention(query, key, value, options.get("scaling"), "sdpa")
-        return out.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(IMPLEMENTATION, note)
-    try:
-        with torch.no_grad():
-            model(
-                input_ids=torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size,
-                use_cache=False,
-            )
-    finally:
-        register()
-    return layers
-
-
-def _obstacle(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
-) -> str | None:
-    if key.shape[-1] != value.shape[-1]:
-        return "its keys and values differ in width, as in latent attention"
-    if query.shape[1] % key.shape[1]:
-        return f"{query.shape[1]} query heads do not divide among {key.shape[1]} KV heads"
-    if attention_mask is not None and attention_mask.dim() == 4:
-        return "its attention has a pattern of its own"
-    for option, name in {
-        "softcap": "a soft cap on the scores",
-        "s_aux": "learned sinks",
-        "position_bias": "a bias",
-    }.items():
-        if options.get(option) is not None:
-            return f"its attention has {name}, which is not supported yet"
-    return None
-
-
-def _gated(model: PreTrainedModel, layers: list[AttentionLayer]) -> list[AttentionLayer]:
-    """The layers that get gates, after checking that these are all that should."""
-    config = model.config.get_text_config()
-    title = config.name_or_path or type(model).__name__
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    expected = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
-    if getattr(config, "kv_lora_rank", None):
-        raise UserError(f"{title} has latent attention: there are no keys and values per head to stream")
-    if not layers:
-        raise UserError(
-            f"{title} has no attention that can be gated: none of its layers calls transformers' attention interface"
-        )
-    gated = [layer for layer in layers if layer.window is None]
-    if not gated:
-        window = layers[0].window
-        lift = "; +model.config.sliding_window=null treats them as full attention"
-        raise UserError(
-            f"{title}: every layer has a sliding window of {window} tokens, so no head sees the whole context"
-            + (lift if getattr(config, "sliding_window", None) == window else "")
-        )
-    missing = sorted(set(expected) - {layer.index for layer in layers})
-    if missing:
-        raise UserError(f"{title}: the attention of layers {missing} does not reach transformers' attention interface")
-    for layer in gated:
-        if layer.obstacle:
-            raise UserError(f"{title}: {layer.name} cannot be gated: {layer.obstacle}")
-    if len({layer.index for layer in layers}) < len(layers) or len({layer.kv_heads for layer in gated}) > 1:
-        raise UserError(f"{title} cannot be gated: its layers share attention modules or differ in their KV heads")
-    return gated

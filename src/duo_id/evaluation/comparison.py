@@ -8,7 +8,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from duo_id.attention.gated import AttentionLayer, Backends, bound, masked_layers
+from duo_id.attention.gated import Backends, bound, masked_layers
+from duo_id.attention.probe import AttentionLayer
 from duo_id.errors import UserError
 from duo_id.models import LanguageModel
 from duo_id.patterns import HeadMask, HeadPattern, random_mask

@@ -1,0 +1,126 @@
+"""Find a model's attention layers by running a few tokens through it, and say which can be gated."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from duo_id.attention.full import full_attention
+from duo_id.errors import UserError
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention module of a model, as the probe forward found it.
+
+    Attributes:
+        index: the layer's number in the model.
+        name: the module's path in the model.
+        module: the attention module.
+        heads: number of query heads.
+        kv_heads: number of key-value heads.
+        head_dim: width of a head.
+        window: sliding-window size in tokens; None for a layer that sees the whole context.
+        obstacle: why the layer cannot be gated, if so.
+    """
+
+    index: int
+    name: str
+    module: nn.Module = field(repr=False)
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+    obstacle: str | None = None
+
+
+def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLayer]:
+    """Run a few tokens through the model and note which modules call its attention function, and how.
+
+    Args:
+        model: set to the attention implementation of this name.
+        implementation: what is registered under it is replaced; the caller registers its own function afterwards.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    layers: list[AttentionLayer] = []
+
+    def note(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        index = getattr(module, "layer_idx", None)
+        layers.append(
+            AttentionLayer(
+                index=len(layers) if index is None else index,
+                name=names[module],
+                module=module,
+                heads=query.shape[1],
+                kv_heads=key.shape[1],
+                head_dim=query.shape[-1],
+                window=options.get("sliding_window"),
+                obstacle=_obstacle(query, key, value, attention_mask, options),
+            )
+        )
+        out = full_attention(query, key, value, options.get("scaling"), "sdpa")
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(implementation, note)
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    return layers
+
+
+def _obstacle(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+) -> str | None:
+    if key.shape[-1] != value.shape[-1]:
+        return "its keys and values differ in width, as in latent attention"
+    if query.shape[1] % key.shape[1]:
+        return f"{query.shape[1]} query heads do not divide among {key.shape[1]} KV heads"
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return "its attention has a pattern of its own"
+    for option, name in {
+        "softcap": "a soft cap on the scores",
+        "s_aux": "learned sinks",
+        "position_bias": "a bias",
+    }.items():
+        if options.get(option) is not None:
+            return f"its attention has {name}, which is not supported yet"
+    return None
+
+
+def gated_layers(model: PreTrainedModel, layers: list[AttentionLayer]) -> list[AttentionLayer]:
+    """Those of the model's attention layers that get gates: the ones that see the whole context.
+
+    Raises:
+        UserError: there are none, one of them cannot be gated, or one that should be there was not found.
+    """
+    config = model.config.get_text_config()
+    title = config.name_or_path or type(model).__name__
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    expected = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    if getattr(config, "kv_lora_rank", None):
+        raise UserError(f"{title} has latent attention: there are no keys and values per head to stream")
+    if not layers:
+        raise UserError(
+            f"{title} has no attention that can be gated: none of its layers calls transformers' attention interface"
+        )
+    gated = [layer for layer in layers if layer.window is None]
+    if not gated:
+        window = layers[0].window
+        lift = "; +model.config.sliding_window=null treats them as full attention"
+        raise UserError(
+            f"{title}: every layer has a sliding window of {window} tokens, so no head sees the whole context"
+            + (lift if getattr(config, "sliding_window", None) == window else "")
+        )
+    missing = sorted(set(expected) - {layer.index for layer in layers})
+    if missing:
+        raise UserError(f"{title}: the attention of layers {missing} does not reach transformers' attention interface")
+    for layer in gated:
+        if layer.obstacle:
+            raise UserError(f"{title}: {layer.name} cannot be gated: {layer.obstacle}")
+    if len({layer.index for layer in layers}) < len(layers) or len({layer.kv_heads for layer in gated}) > 1:
+        raise UserError(f"{title} cannot be gated: its layers share attention modules or differ in their KV heads")
+    return gated
