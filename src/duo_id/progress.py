@@ -1,6 +1,7 @@
 """What the terminal shows while gates train: a bar with the loss, the gates and the speed."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning
@@ -20,22 +21,28 @@ SHOWN = {
 class TrainingBar(RichProgressBar):
     """Lightning's bar with our metrics under short names; a log file gets a line for each tenth of the run instead."""
 
+    def __init__(self) -> None:
+        """Nothing is shown yet."""
+        super().__init__()
+        self._shown: dict[str, Any] = {}
+
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
-        """The metrics of the last step, as text."""
-        metrics = trainer.progress_bar_metrics
-        return {
-            name: format(float(metrics[f"train/{name}"]), form)
-            for name, form in SHOWN.items()
-            if f"train/{name}" in metrics
-        }
+        """The metrics of the last logged step, as text: reading them at every step would wait for the device."""
+        if not self._shown or trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._shown = _as_text(trainer.progress_bar_metrics)
+        return self._shown
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any) -> None:
         """Move the bar, or write a line."""
         super().on_train_batch_end(trainer, pl_module, *args)
-        console = Console()
-        if not console.is_terminal and trainer.global_step % math.ceil(trainer.max_steps / 10) == 0:
-            shown = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
+        if trainer.global_step % math.ceil(trainer.max_steps / 10) == 0 and not (console := Console()).is_terminal:
+            shown = "  ".join(f"{name} {value}" for name, value in _as_text(trainer.progress_bar_metrics).items())
             console.print(f"step {trainer.global_step}/{trainer.max_steps}  {shown}", soft_wrap=True, highlight=False)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"
+
+
+def _as_text(metrics: Mapping[str, Any]) -> dict[str, str]:
+    names = [name for name in SHOWN if f"train/{name}" in metrics]
+    return {name: format(float(metrics[f"train/{name}"]), SHOWN[name]) for name in names}

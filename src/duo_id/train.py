@@ -66,13 +66,14 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
         if gates.interrupted:
             raise KeyboardInterrupt
         trained = time.perf_counter()
-        pattern = gates.pattern(
-            model=model.describe(layers),
-            settings={key: value for key, value in plain(settings).items() if key not in UNTOLD},
-            steps=trainer.global_step,
-            seed=settings.seed,
-            versions=app.versions(),
-        )
+        found = {
+            "model": model.describe(layers),
+            "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
+            "steps": trainer.global_step,
+            "seed": settings.seed,
+            "versions": app.versions(),
+        }
+        pattern = gates.pattern(**found)
         save_pattern(pattern, folder / "heads", settings.sparsity)
         save_figure(plot_gates(pattern, title=f"Gates of {model.name}"), folder / "figures" / "gates.png")
         if "csv" in settings.logger:
@@ -82,14 +83,10 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
         results = compare(model, layers, pattern, test, settings.sparsity, random_masks, settings.seed, backends)
     done = time.perf_counter()
     app.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
-    summary = {
-        "model": model.describe(layers),
-        "steps": trainer.global_step,
+    summary = found | {
         "mean_gate": float(pattern.scores[list(pattern.gated_layers)].mean()),
         "seconds": {"load": loaded - began, "train": trained - loaded, "compare": done - trained},
         "results": [result.summary() for result in results],
-        "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
-        "versions": app.versions(),
     }
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     return summary

@@ -143,8 +143,9 @@ class GateTraining(lightning.LightningModule):
             self._full_scores[batch_idx] = score(self.language_model, sample)
         shown: dict[str, Tensor | float] = {"distill": self._distill(self.gates.alpha(), batch)}
         shown |= _shown("0", self._full_scores[batch_idx])
+        pattern = self.pattern()
         for sparsity in self.sparsities:
-            mask = self.pattern().binarize(sparsity=sparsity)
+            mask = pattern.binarize(sparsity=sparsity)
             with bound(self.layers, masked_layers(self.layers, mask, self.backends)):
                 shown |= _shown(f"{100 * sparsity:g}", score(self.language_model, sample))
         self.log_dict({f"val/{key}": value for key, value in shown.items()}, batch_size=1)

@@ -50,7 +50,7 @@ class Recorder(LightningModule):
 def counting(quick, tokenizer, monkeypatch):
     monkeypatch.setattr("duo_id.data.module.make_task", Counting)
     return lambda num_validation=0, **changes: SampleModule(
-        quick(**changes), tokenizer, seed=0, num_validation=num_validation, num_test=3
+        quick(**changes), tokenizer, seed=0, num_validation=num_validation
     )
 
 
@@ -158,9 +158,10 @@ def test_training_batches_can_be_sent_to_workers_that_are_not_forked(quick, toke
 
 
 def test_held_out_samples_are_those_of_their_split(quick, tokenizer):
-    module = SampleModule(quick(num_lengths=1), tokenizer, seed=0, num_validation=2, num_test=3)
-    for split, loader, count in (("validation", module.val_dataloader(), 2), ("test", module.test_dataloader(), 3)):
-        rows = [batch["input_ids"][0] for batch in loader]
+    module = SampleModule(quick(num_lengths=1), tokenizer, seed=0, num_validation=2)
+    validation = [batch["input_ids"][0] for batch in module.val_dataloader()]
+    test = [sample["input_ids"] for sample in module.samples("test", 3)]
+    for split, rows, count in (("validation", validation, 2), ("test", test, 3)):
         assert len(rows) == count
         for index, tokens in enumerate(rows):
             assert torch.equal(tokens, module.task(split).sample(index, 0)["input_ids"])
@@ -169,7 +170,7 @@ def test_held_out_samples_are_those_of_their_split(quick, tokenizer):
 
 def test_no_held_out_samples_no_loader(quick, tokenizer):
     module = SampleModule(quick(), tokenizer, seed=0)
-    assert module.val_dataloader() == module.test_dataloader() == []
+    assert module.val_dataloader() == []
 
 
 def test_padding_on_the_right():

@@ -17,7 +17,7 @@ from duo_id.errors import UserError
 
 
 class SampleModule(LightningDataModule):
-    """Training batches without end, and the first samples of the validation and test splits.
+    """Training batches without end, and the first samples of the held-out splits.
 
     Step s takes the global indices from `position` on, a block of `batch_size` for each rank; which samples these are
     depends on nothing else, so any number of workers, and a resumed run, sees what one undisturbed process sees.
@@ -30,7 +30,6 @@ class SampleModule(LightningDataModule):
         seed: int,
         length_limit: int | None = None,
         num_validation: int = 0,
-        num_test: int = 0,
     ) -> None:
         """Keep the settings; a split's haystack is opened when its samples are first asked for.
 
@@ -40,11 +39,10 @@ class SampleModule(LightningDataModule):
             seed: of all samples.
             length_limit: the most tokens that the model takes; None: it names no limit.
             num_validation: samples of the validation loader; 0: there is none.
-            num_test: samples of the test loader; 0: there is none.
         """
         super().__init__()
         self.settings, self.tokenizer, self.seed, self.length_limit = settings, tokenizer, seed, length_limit
-        self.num_validation, self.num_test = num_validation, num_test
+        self.num_validation = num_validation
         self._tasks: dict[str, Task] = {}
         self._start = {"position": 0, "global_step": 0}  # the position that a global step of the trainer began at
         token_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -95,17 +93,10 @@ class SampleModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """`num_validation` samples of the validation split, always the same."""
-        return self._held_out("validation", self.num_validation)
-
-    def test_dataloader(self) -> DataLoader | list[DataLoader]:
-        """`num_test` samples of the test split, always the same."""
-        return self._held_out("test", self.num_test)
-
-    def _held_out(self, split: str, count: int) -> DataLoader | list[DataLoader]:
-        if count == 0:
+        if self.num_validation == 0:
             return []
         return DataLoader(
-            self.samples(split, count),  # type: ignore[arg-type]  # a list is a map-style dataset
+            self.samples("validation", self.num_validation),  # type: ignore[arg-type]  # a list is a map-style dataset
             batch_size=1,  # each sample is scored alone
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
