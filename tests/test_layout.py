@@ -16,12 +16,14 @@ LONGEST = 320  # lines of a module
 # Each line imports from the lines above it alone, or from its own from left to right.
 ORDER = """
 errors files
-attention.masks attention.blends attention.full attention.streaming attention.padding attention.probe attention.gated
+attention.masks attention.blends attention.full attention.kernels attention.streaming attention.decode
+attention.padding attention.probe attention.gated
 gates objectives
 config
 models
 data.words data.samples data.haystack data.disk data.tasks data.module
 patterns formats
+deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill
 scoring recompute graphs
 plots progress checkpoints
 training
@@ -102,8 +104,8 @@ def test_nobody_imports_the_entry_points() -> None:
         ("attention.probe", "attention.full errors"),
         (
             "attention.gated",
-            "attention.masks attention.blends attention.full attention.streaming attention.padding attention.probe "
-            "errors",
+            "attention.masks attention.blends attention.full attention.kernels attention.streaming attention.padding "
+            "attention.probe errors",
         ),
     ],
 )

@@ -4,19 +4,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from duo_id.deploy.cache import DualCache
+    from duo_id.deploy.install import dual_cache, duo_attention, install, remove
+    from duo_id.deploy.prefill import prefill
     from duo_id.formats import list_patterns, load_pattern, save_pattern
     from duo_id.patterns import HeadMask, HeadPattern
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DualCache": "duo_id.deploy.cache",
     "HeadMask": "duo_id.patterns",
     "HeadPattern": "duo_id.patterns",
+    "dual_cache": "duo_id.deploy.install",
+    "duo_attention": "duo_id.deploy.install",
+    "install": "duo_id.deploy.install",
     "list_patterns": "duo_id.formats",
     "load_pattern": "duo_id.formats",
+    "prefill": "duo_id.deploy.prefill",
+    "remove": "duo_id.deploy.install",
     "save_pattern": "duo_id.formats",
 }
-__all__ = ["HeadMask", "HeadPattern", "list_patterns", "load_pattern", "save_pattern"]
+__all__ = [
+    "DualCache",
+    "HeadMask",
+    "HeadPattern",
+    "dual_cache",
+    "duo_attention",
+    "install",
+    "list_patterns",
+    "load_pattern",
+    "prefill",
+    "remove",
+    "save_pattern",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,21 +12,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from duo_id.errors import UserError
 
 FULL_BACKENDS = ("auto", "sdpa", "cudnn", "flash_attn")
+CUDNN_MAX_DIM = 128  # widest head of cuDNN's forward pass that every supported version has
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str = "auto") -> Tensor:
-    """Causal softmax attention.
+    """Causal softmax attention; the queries are those of the last tokens.
+
+    With a past, keys before the queries, its part and the queries' own part are computed apart and joined by their
+    log-sum-exp, so that both stay on the fast backend and no mask is built. This has no gradient.
 
     Args:
-        query: (batch, heads, tokens, head_dim).
-        key: (batch, KV heads, tokens, head_dim).
+        query: (batch, heads, queries, head_dim).
+        key: (batch, KV heads, tokens, head_dim), tokens >= queries.
         value: (batch, KV heads, tokens, head_dim).
         scale: factor on the scores; None: 1/sqrt(head_dim).
         backend: `auto` takes cuDNN on Hopper and later (there 1.7x SDPA's flash backend at 32K tokens), flash-attn
             where it is installed, and otherwise what SDPA chooses; or one of these by name.
 
     Returns:
-        (batch, heads, tokens, head_dim).
+        (batch, heads, queries, head_dim).
 
     Raises:
         UserError: flash-attn was asked for and is not installed, or the backend is unknown.
@@ -34,9 +38,12 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | Non
     chosen = _choose(backend, query.device.type, query.dtype)
     if chosen == "flash_attn":
         return _flash_attn(query, key, value, scale)
+    past = key.shape[2] - query.shape[2]
+    if past and query.shape[2] > 1:
+        return _joined(query, key, value, past, scale, chosen)
     with _prefer_cudnn() if chosen == "cudnn" else nullcontext():
         return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+            query, key, value, is_causal=not past, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
 
 
@@ -60,6 +67,41 @@ def _choose(backend: str, device: str, dtype: torch.dtype) -> str:
 def _prefer_cudnn() -> AbstractContextManager[None]:
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
+
+
+def _joined(query: Tensor, key: Tensor, value: Tensor, past: int, scale: float | None, chosen: str) -> Tensor:
+    """The part over the past and the causal part, weighted by their shares of the softmax's sum."""
+    before, before_sum = _with_log_sum(query, key[:, :, :past], value[:, :, :past], False, scale, chosen)
+    own, own_sum = _with_log_sum(query, key[:, :, past:], value[:, :, past:], True, scale, chosen)
+    return own.lerp_(before, torch.sigmoid(before_sum - own_sum).unsqueeze(-1).to(own.dtype))
+
+
+def _with_log_sum(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, chosen: str
+) -> tuple[Tensor, Tensor]:
+    """Attention (batch, heads, queries, head_dim) and the float32 log-sum-exp of its scores (batch, heads, queries).
+
+    F.scaled_dot_product_attention does not return the second, so its backends are called by their own names.
+    """
+    ops, queries, dim = torch.ops.aten, query.shape[2], query.shape[3]
+    scale = dim**-0.5 if scale is None else scale
+    if not query.is_cuda:
+        out, log_sum = ops._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+        return out, log_sum
+    if query.dtype == torch.float32:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        out, log_sum, *_ = ops._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scale
+        )
+    elif chosen == "cudnn" and dim % 8 == 0 and dim <= CUDNN_MAX_DIM:
+        out, log_sum, *_ = ops._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, causal, False, scale=scale
+        )
+    else:
+        padded = (F.pad(x, (0, -dim % 8)) for x in (query, key, value))
+        out, log_sum, *_ = ops._scaled_dot_product_flash_attention(*padded, 0.0, causal, False, scale=scale)
+        out = out[..., :dim]
+    return out, log_sum.reshape(*query.shape[:2], -1)[..., :queries]  # some pad the rows, some end in a dimension of 1
 
 
 def _flash_attn(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

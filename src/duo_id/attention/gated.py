@@ -48,6 +48,12 @@ class Mask(Protocol):
     def recent_size(self) -> int: ...  # noqa: D102
 
 
+class CachedKeys(Protocol):
+    """What a cache that keeps heads apart returns in place of keys: it holds the past and attends by itself."""
+
+    def attend(self, module: nn.Module, query: Tensor, scale: float | None, mask: Tensor | None) -> Tensor: ...  # noqa: D102
+
+
 def gated_heads(
     alpha: Tensor, window: Window, blend: Blend, backends: Backends, teacher: Tensor | None = None
 ) -> AttendFunction:
@@ -138,7 +144,13 @@ def attached(model: PreTrainedModel, backends: Backends | None = None) -> Iterat
     Raises:
         UserError: the model has no layer that can be gated, or one that should be does not reach our function.
     """
-    backends = backends or Backends()
+    with routed(model, backends or Backends()) as layers:
+        yield gated_layers(model, layers)
+
+
+@contextmanager
+def routed(model: PreTrainedModel, backends: Backends) -> Iterator[list[AttentionLayer]]:
+    """As `attached`, but all attention layers are yielded, also those that cannot be gated."""
     before = model.config._attn_implementation
     register()
     model.set_attn_implementation(IMPLEMENTATION)
@@ -148,10 +160,9 @@ def attached(model: PreTrainedModel, backends: Backends | None = None) -> Iterat
             layers = find_layers(model, IMPLEMENTATION)
         finally:
             register()
-        gated = gated_layers(model, layers)
         for layer in layers:
             setattr(layer.module, BOUND, partial(_own_attention, window=layer.window, backends=backends))
-        yield gated
+        yield layers
     finally:
         for layer in layers:
             layer.module.__dict__.pop(BOUND, None)
@@ -179,13 +190,15 @@ def bound_functions(layers: Sequence[AttentionLayer]) -> dict[int, AttendFunctio
 def _attention_forward(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
+    key: Tensor | CachedKeys,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: (batch, heads, tokens, dim) in, (batch, tokens, heads, dim) out."""
+    if not isinstance(key, Tensor):
+        return key.attend(module, query, scaling, attention_mask).transpose(1, 2).contiguous(), None
     if key.shape[2] != query.shape[2]:
         raise UserError("heads are identified without a KV cache: call the model with use_cache=False")
     attend = getattr(module, BOUND)

@@ -46,15 +46,17 @@ def padding_mask(
         )
     if attention_mask is None or not any(attention_mask.stride()):  # `no_padding`
         return None
+    if q_length == 1 and kv_length > 1:
+        return None  # a decode step: its token is real, and the cache knows the padding before, without a look
     if not bool(_contiguous(attention_mask).all()):
         raise UserError("the attention mask has holes: each sample's real tokens must be in one piece")
     return None if bool(attention_mask[:, 0].all()) else attention_mask.bool()
 
 
 def _contiguous(mask: Tensor) -> Tensor:
-    """(batch,) bool: whether the real tokens of each row of (batch, tokens) form one piece."""
+    """(batch,) bool: whether the real tokens of each row of (batch, tokens) form one piece at most."""
     padded = F.pad(mask.to(torch.int8), (1, 0))
-    return (padded.diff(dim=-1) > 0).sum(-1) == 1
+    return (padded.diff(dim=-1) > 0).sum(-1) <= 1
 
 
 def _is_sliding(mask_function: Callable[..., Any], size: int | None) -> bool:

@@ -12,7 +12,7 @@ from duo_id.attention.full import full_attention
 from duo_id.attention.masks import Window
 from duo_id.errors import UserError
 
-STREAMING_BACKENDS = ("auto", "blocked", "flex")
+STREAMING_BACKENDS = ("auto", "blocked", "flex", "triton")
 FLEX_BLOCK = 128  # FlexAttention's block of queries and of keys
 
 
@@ -21,30 +21,39 @@ def streaming_attention(
 ) -> Tensor:
     """Causal attention of streaming heads: each query sees the sink and the recent window (`Window.sees`).
 
+    The queries are those of the last tokens. Tokens that none of them sees may be left out of the keys.
+
     Args:
-        query: (batch, heads, tokens, head_dim).
-        key: (batch, KV heads, tokens, head_dim).
+        query: (batch, heads, queries, head_dim).
+        key: (batch, KV heads, tokens, head_dim), tokens >= queries.
         value: (batch, KV heads, tokens, head_dim).
         scale: factor on the scores; None: 1/sqrt(head_dim).
         window: sink and recent sizes, in tokens.
-        backend: `blocked` (SDPA over blocks of queries, any device), `flex` (compiled FlexAttention, CUDA), or
-            `auto`: flex on CUDA, else blocked.
+        backend: `blocked` (SDPA over blocks of queries, any device), `flex` (compiled FlexAttention, CUDA), `triton`
+            (our kernel, CUDA, no gradient), or `auto`: on CUDA flex where a gradient is needed, else triton; on
+            other devices blocked. Queries with a past are always blocked.
 
     Returns:
-        (batch, heads, tokens, head_dim).
+        (batch, heads, queries, head_dim).
 
     Raises:
         UserError: the backend is unknown.
     """
     if backend not in STREAMING_BACKENDS:
         raise UserError(f"step.streaming_backend={backend}: choose one of {', '.join(STREAMING_BACKENDS)}")
-    if query.shape[2] <= window.sink_size + window.recent_size:
+    tokens, past = key.shape[2], key.shape[2] - query.shape[2]
+    if tokens <= window.sink_size + window.recent_size:
         return full_attention(query, key, value, scale)  # nothing lies between sink and window
-    if backend == "flex" and not query.is_cuda and torch.is_grad_enabled() and query.requires_grad:
-        raise UserError("step.streaming_backend=flex has no backward pass on the CPU: use blocked or auto")
-    if backend == "flex" or (backend == "auto" and query.is_cuda):
-        return _flex(query, key, value, scale, window)
-    return _blocked(query, key, value, scale, window)
+    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if backend == "auto":
+        backend = ("flex" if gradient else "triton") if query.is_cuda else "blocked"
+    if past or backend == "blocked":
+        return _blocked(query, key, value, scale, window)
+    if gradient and (backend == "triton" or not query.is_cuda):
+        raise UserError(f"step.streaming_backend={backend} has no backward pass here: use blocked or auto")
+    if backend == "triton":
+        return _triton(query, key, value, scale, window)
+    return _flex(query, key, value, scale, window)
 
 
 def _blocked(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:
@@ -54,18 +63,20 @@ def _blocked(query: Tensor, key: Tensor, value: Tensor, scale: float | None, win
     overlaps the sink get a mask of their own; from there on every block has the same mask. A query group shares its KV
     head by lying in the query dimension, so keys are not repeated.
     """
-    batch, heads, tokens, dim = query.shape
-    kv_heads, group = key.shape[1], heads // key.shape[1]
-    sink = window.sink_size
+    batch, heads, queries, dim = query.shape
+    kv_heads, tokens = key.shape[1:3]
+    group, past, sink = heads // kv_heads, tokens - queries, window.sink_size
     power = 1 << (window.recent_size - 1).bit_length()
     block = max(64, min(power, 256), power // 4)
     reach = -(-window.recent_size // block)  # how many earlier blocks a window can reach into
-    start = min(tokens, (-(-sink // block) + reach) * block)  # from here on no window overlaps the sink
-    first = min(start, sink + window.recent_size)
-    parts = [full_attention(query[:, :, :first], key[:, :, :first], value[:, :, :first], scale)]
+    start = min(tokens, max(past, (-(-sink // block) + reach) * block))  # from here on no window overlaps the sink
+    first = min(start, max(past, sink + window.recent_size))
+    parts = []
+    if past < first:
+        parts.append(full_attention(query[:, :, : first - past], key[:, :, :first], value[:, :, :first], scale))
     if first < start:
         middle = F.scaled_dot_product_attention(
-            query[:, :, first:start].reshape(batch, kv_heads, group * (start - first), dim),
+            query[:, :, first - past : start - past].reshape(batch, kv_heads, group * (start - first), dim),
             key[:, :, :start],
             value[:, :, :start],
             attn_mask=_middle_mask(window, first, start, group, query.device),
@@ -84,9 +95,9 @@ def _blocked(query: Tensor, key: Tensor, value: Tensor, scale: float | None, win
         sinks = x[:, :, None, :sink].expand(-1, -1, blocks, -1, -1)
         return torch.cat([sinks, *(local[:, :, i : i + blocks] for i in range(reach + 1))], dim=3).flatten(1, 2)
 
-    queries = F.pad(query[:, :, start:], (0, 0, 0, tail)).view(batch, kv_heads, group, blocks, block, dim)
+    rows = F.pad(query[:, :, start - past :], (0, 0, 0, tail)).view(batch, kv_heads, group, blocks, block, dim)
     body = F.scaled_dot_product_attention(
-        queries.transpose(2, 3).reshape(batch, kv_heads * blocks, group * block, dim),
+        rows.transpose(2, 3).reshape(batch, kv_heads * blocks, group * block, dim),
         windows(key),
         windows(value),
         attn_mask=_block_mask(window, block, reach, group, query.device),
@@ -111,6 +122,17 @@ def _block_mask(window: Window, block: int, reach: int, group: int, device: torc
         rows = torch.arange(block, device=device) + window.sink_size + reach * block
         columns = torch.arange((reach + 1) * block, device=device) + window.sink_size
         return F.pad(window.dense(rows, columns), (window.sink_size, 0), value=True).repeat(group, 1)
+
+
+def _triton(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:
+    from duo_id.attention.kernels import stream
+
+    heads = torch.arange(key.shape[1], dtype=torch.int32, device=query.device)
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    out = torch.empty_like(query)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    stream(query, key, value, key, value, heads, 0, window, scale, out)
+    return out
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:

@@ -1,0 +1,85 @@
+"""One decode step of a layer under a hard mask: the new token is stored and attends, without a look at the device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from duo_id.attention.masks import Window
+
+
+@torch.library.custom_op(
+    "duo_id::decode", mutates_args=("full_key", "full_value", "recent_key", "recent_value", "arrived")
+)
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    full_key: Tensor,
+    full_value: Tensor,
+    recent_key: Tensor,
+    recent_value: Tensor,
+    heads: Tensor,
+    lengths: Tensor,
+    arrived: Tensor,
+    sink_size: int,
+    recent_size: int,
+    scale: float,
+) -> Tensor:
+    """Store a new token in the slots of its layer and attend from it; how many tokens there are is read on the device.
+
+    Slot t of a retrieval head holds token t. A streaming head's first `sink_size` slots do the same, and the others are
+    a ring: token t lies in slot sink_size + (t - sink_size) % recent_size.
+
+    Args:
+        query: (batch, query heads, 1, head_dim), as all here with a contiguous last dimension.
+        key: (batch, KV heads, 1, head_dim) of the new token.
+        value: the same shape.
+        full_key: (batch, retrieval heads, capacity, head_dim), contiguous; written.
+        full_value: the same shape; written.
+        recent_key: (batch, streaming heads, sink_size + recent_size, head_dim), contiguous; written.
+        recent_value: the same shape; written.
+        heads: (KV heads,) int32, the retrieval heads, then the streaming heads, each in the order of its store.
+        lengths: (batch,) int64, each sample's tokens, the new one among them.
+        arrived: (batch * KV heads,) int32 of zeros, zeros again afterwards: where programs count each other.
+        sink_size: first tokens that streaming heads see.
+        recent_size: latest tokens that streaming heads see.
+        scale: factor on the scores.
+
+    Returns:
+        (batch, query heads, 1, head_dim).
+    """
+    if query.is_cuda:
+        from duo_id.attention import kernels
+
+        stores = (full_key, full_value, recent_key, recent_value)
+        return kernels.decode(
+            query, key, value, *stores, heads, lengths, arrived, Window(sink_size, recent_size), scale
+        )
+    past = lengths - 1
+    slot = torch.where(past < sink_size, past, sink_size + (past - sink_size) % recent_size)
+    retrieval, streaming = heads.long().split([full_key.shape[1], recent_key.shape[1]])
+    grouped = query.unflatten(1, (len(heads), -1))
+    out = torch.empty(grouped.shape, dtype=query.dtype)
+    for chosen, keys, values, place in (
+        (retrieval, full_key, full_value, past),
+        (streaming, recent_key, recent_value, slot),
+    ):
+        samples = torch.arange(len(query))
+        keys[samples, :, place] = key[:, chosen, 0]
+        values[samples, :, place] = value[:, chosen, 0]
+        visible = torch.arange(keys.shape[2]) < lengths[:, None]
+        part = F.scaled_dot_product_attention(
+            grouped[:, chosen].flatten(1, 2),
+            keys,
+            values,
+            attn_mask=visible[:, None, None],
+            scale=scale,
+            enable_gqa=True,
+        )
+        out[:, chosen] = part.unflatten(1, (len(chosen), -1))
+    return out.flatten(1, 2)
+
+
+@decode_attention.register_fake
+def _(query: Tensor, *rest: object) -> Tensor:
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)

@@ -1,0 +1,1 @@
+"""Masks at work: the dual KV cache and how a model comes to use it."""

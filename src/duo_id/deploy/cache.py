@@ -1,0 +1,159 @@
+"""The dual KV cache: a transformers `Cache` whose layers keep retrieval and streaming heads apart."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import LongTensor, Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from duo_id.attention.gated import Backends
+from duo_id.attention.masks import Window
+from duo_id.attention.probe import AttentionLayer
+from duo_id.deploy.layer import DualLayer
+from duo_id.deploy.tokens import Tokens
+from duo_id.errors import UserError
+from duo_id.patterns import HeadMask
+
+
+class DualCache(Cache):
+    """Keys and values under a head mask: retrieval heads' in full, streaming heads' in sink and window.
+
+    Layers with a sliding window keep that window, which is a streaming head without a sink; layers without attention
+    keep what transformers gives them. After T tokens a cache for B samples holds
+    `2 * B * head_dim * bytes a number * sum over layers of (retrieval * T + streaming * (sink + recent))` bytes, and
+    if it grows, up to 1/128 or 64 tokens of slack. Source: DuoAttention, section 2.3.
+
+    Args:
+        layers: all attention layers of the model.
+        mask: which heads stream.
+        config: of the (text) model.
+        max_length: tokens to make room for, in a static cache that can be compiled and captured; None: it grows.
+        backends: attention implementations of prefill.
+
+    Raises:
+        UserError: a layer has a pattern of its own, or attention beside another kind of state.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[AttentionLayer],
+        mask: HeadMask,
+        config: PreTrainedConfig,
+        max_length: int | None = None,
+        backends: Backends | None = None,
+    ) -> None:
+        self.mask, self.max_length, self.tokens = mask, max_length, Tokens(max_length is not None)
+        if max_length is not None and max_length < 1:
+            raise UserError(f"max_length={max_length} must be at least 1 token")
+        cache = DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
+        everywhere = cache.layers
+        first = min(layer.index for layer in layers)
+        for layer in layers:
+            if layer.obstacle or isinstance(everywhere[layer.index], LinearAttentionCacheLayerMixin):
+                raise UserError(f"{layer.name} cannot use a dual cache: {layer.obstacle or 'it has other state too'}")
+            streams = layer.window is not None
+            everywhere[layer.index] = DualLayer(
+                layer,
+                torch.zeros(layer.kv_heads, dtype=torch.bool) if streams else mask.retrieval[layer.index],
+                Window(0, layer.window) if layer.window else Window(mask.sink_size, mask.recent_size),
+                self.tokens,
+                layer.index == first,
+                max_length,
+                backends or Backends(),
+            )
+        super().__init__(layers=everywhere)
+
+    @property
+    def dual_layers(self) -> list[DualLayer]:
+        """The layers with attention."""
+        return [layer for layer in self.layers if isinstance(layer, DualLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that the cache holds, free slots among them."""
+        return sum(layer.nbytes for layer in self.dual_layers)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        for layer in self.layers:
+            layer.reset()
+        self.tokens.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the latest `-tokens_to_remove` tokens of each sample away.
+
+        Raises:
+            UserError: a streaming head would see tokens again that it has forgotten; nothing has been changed.
+        """
+        tokens = self.tokens
+        count = -tokens_to_remove
+        if count < 0:
+            raise UserError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        if tokens.lengths is None or count == 0:
+            return
+        held = tokens.held
+        peaks = [max(pair) for pair in zip(held, tokens.peaks, strict=True)]
+        for layer in self.layers:
+            window = getattr(layer, "window", None)
+            if not isinstance(layer, DualLayer):
+                raise UserError("crop: layers without attention cannot go back")
+            if window is None or bool(layer.retrieval.all()):
+                continue
+            for length, peak in zip(held, peaks, strict=True):
+                if peak > window.sink_size + window.recent_size and length - count < peak - 1:
+                    raise UserError(
+                        f"crop({tokens_to_remove}): streaming heads keep the latest {window.recent_size} of {peak} "
+                        "tokens, and those before are gone: crop one token, or start again with a new cache"
+                    )
+        if count > min(held):
+            raise UserError(f"crop({tokens_to_remove}): a sample has {min(held)} tokens alone")
+        tokens.past, tokens.spans, tokens.peaks = [length - count for length in held], [(0, 0)] * len(held), peaks
+        tokens.lengths.sub_(count)
+        tokens.seen -= count
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make sample `beam_idx[i]` (batch,) int64 the new sample i, as beam search does."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the samples `indices` (n,) int64 or (batch,) bool."""
+        self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sample."""
+        if self.tokens.lengths is not None:
+            self._select(torch.arange(len(self.tokens.lengths)).repeat_interleave(repeats))
+
+    def fill(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> None:
+        """Fill an empty cache with `tokens` random tokens a sample, for benchmarks of decoding.
+
+        Args:
+            batch: samples.
+            tokens: tokens of each.
+            dtype: of keys and values.
+            device: where they lie.
+            seed: of the random numbers.
+        """
+        device = torch.device(device)
+        generator = torch.Generator(device).manual_seed(seed)
+        self.reset()
+        for layer in self.dual_layers:
+            if not layer.is_initialized:
+                like = torch.empty(batch, layer.layer.kv_heads, 0, layer.layer.head_dim, dtype=dtype, device=device)
+                layer.lazy_initialization(like, like)
+            layer.full.reserve(tokens)
+            for store in layer.stores:
+                store.key.normal_(generator=generator)
+                store.value.normal_(generator=generator)
+        self.tokens.mask = None
+        self.tokens.advance(tokens, self.max_length)
+
+    def _select(self, samples: Tensor) -> None:
+        for layer in self.layers:
+            if isinstance(layer, DualLayer):
+                layer.select(samples)
+            else:
+                layer.reorder_cache(cast(LongTensor, samples))
+        self.tokens.select(samples)

@@ -1,0 +1,179 @@
+"""One layer of the dual cache, and what it hands to the model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from duo_id.attention.decode import decode_attention
+from duo_id.attention.gated import Backends
+from duo_id.attention.masks import Window
+from duo_id.attention.probe import AttentionLayer
+from duo_id.deploy.stores import FullStore, Store, StreamingStore
+from duo_id.deploy.tokens import Tokens
+from duo_id.errors import UserError
+
+
+class DualLayer(CacheLayerMixin):
+    """One layer of the cache: a full store for its retrieval heads, a streaming store for the others.
+
+    Args:
+        layer: the attention layer.
+        retrieval: (KV heads,) bool.
+        window: what its streaming heads see.
+        tokens: shared by the layers of a cache.
+        leads: whether it is the first layer of a forward, which counts the tokens.
+        capacity: slots of the full store; None for one that grows.
+        backends: attention implementations of prefill.
+    """
+
+    is_sliding = False
+    is_croppable = False  # not beyond the window, in general
+
+    def __init__(
+        self,
+        layer: AttentionLayer,
+        retrieval: Tensor,
+        window: Window,
+        tokens: Tokens,
+        leads: bool,
+        capacity: int | None,
+        backends: Backends,
+    ) -> None:
+        super().__init__()
+        self.layer, self.retrieval, self.window, self.tokens = layer, retrieval, window, tokens
+        self.leads, self.capacity, self.backends = leads, capacity, backends
+        self.is_compileable = capacity is not None
+        self.full: FullStore
+        self.recent: StreamingStore
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the stores, empty, for keys like `key_states` (batch, KV heads, any, head_dim)."""
+        device = key_states.device
+        if self.tokens.lengths is None:
+            self.tokens.start(len(key_states), device)
+        full, streaming = (x.nonzero()[:, 0].to(device) for x in (self.retrieval, ~self.retrieval))
+        self.full = FullStore(key_states, full, self.capacity, self.backends.full)
+        self.recent = StreamingStore(key_states, streaming, self.window, self.backends.streaming)
+        self.heads = torch.cat([full, streaming]).to(torch.int32)
+        self.arrived = torch.zeros(key_states.shape[:2].numel(), dtype=torch.int32, device=device)
+        if self.is_compileable and not torch.compiler.is_compiling():
+            for store in self.stores:
+                torch._dynamo.mark_static_address(store.key)
+                torch._dynamo.mark_static_address(store.value)
+            torch._dynamo.mark_static_address(self.arrived)
+        self.is_initialized = True
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple["ArrivingKeys", Tensor]:
+        """Take new keys and values (batch, KV heads, tokens, head_dim), to be stored when their queries attend."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if len(key_states) != len(self.full.key):
+            raise UserError(
+                f"the cache holds {len(self.full.key)} samples, but {len(key_states)} came: use a new cache for them"
+            )
+        return ArrivingKeys(self, key_states, value_states), value_states
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Store new tokens and attend from them; see `ArrivingKeys.attend`."""
+        tokens, new = self.tokens, key.shape[2]
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if self.leads:
+            tokens.advance(new, self.capacity)
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        if self.capacity is None:
+            self.full.reserve(max(tokens.held))
+        if new == 1:
+            assert tokens.lengths is not None
+            window, lengths = self.window, tokens.lengths.to(query.device)
+            places = (self.full.key, self.full.value, self.recent.key, self.recent.value, self.heads, lengths)
+            return decode_attention(
+                query, key, value, *places, self.arrived, window.sink_size, window.recent_size, scale
+            )
+        out = torch.zeros_like(query)
+        samples = [slice(None)] if tokens.uniform else [slice(i, i + 1) for i in range(len(query))]
+        for sample, past, (start, end) in zip(samples, tokens.past, tokens.spans, strict=False):
+            part = (sample, slice(None), slice(start, end))
+            for store in self.stores:
+                if len(store.heads) and end > start:
+                    store.attend(query[part], key[part], value[part], out[part], past, sample, scale)
+        return out
+
+    @property
+    def stores(self) -> tuple[Store, Store]:
+        """Both stores."""
+        return self.full, self.recent
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in the cache; -1 before the first forward."""
+        return len(self.full.key) if self.is_initialized else -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that both stores hold."""
+        return sum(store.nbytes for store in self.stores) if self.is_initialized else 0
+
+    def get_seq_length(self) -> int:
+        """Tokens that went in, padding among them."""
+        return self.tokens.seen if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a mask for the next `query_length` tokens covers, and where it begins."""
+        if self.capacity is not None:
+            return self.capacity, 0
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Most tokens, -1 for no limit."""
+        return -1 if self.capacity is None else self.capacity
+
+    def reset(self) -> None:
+        """Forget all tokens; a growing layer gives its memory back."""
+        if self.capacity is None:
+            self.is_initialized = False
+            self.__dict__.pop("full", None), self.__dict__.pop("recent", None)
+
+    def select(self, samples: Tensor) -> None:
+        """Make sample `samples[i]` the new sample i."""
+        if self.is_initialized:
+            for store in self.stores:
+                store.select(samples)
+            count = len(samples) * self.layer.kv_heads
+            if len(self.arrived) != count:
+                self.arrived = self.arrived.new_zeros(count)
+
+
+class ArrivingKeys:
+    """What the cache hands the model in place of keys: the new tokens' keys, with the layer that will store them."""
+
+    def __init__(self, layer: DualLayer, key: Tensor, value: Tensor) -> None:
+        self.layer, self.key, self.value = layer, key, value
+
+    def attend(self, module: torch.nn.Module, query: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+        """Store the tokens and attend from them to all that the layer's heads see.
+
+        Args:
+            module: the attention module that asks.
+            query: (batch, heads, tokens, head_dim).
+            scale: factor on the scores; None: 1/sqrt(head_dim).
+            mask: as transformers made it; padding the cache knows already.
+
+        Returns:
+            (batch, heads, tokens, head_dim); zeros for padding.
+
+        Raises:
+            UserError: another layer asks, in a model whose layers share keys, or a mask of four dimensions was given.
+        """
+        if mask is not None and mask.dim() == 4:
+            raise UserError(
+                "a dual cache knows its own pattern: give attention_mask as (batch, tokens), not as a matrix"
+            )
+        if module is not self.layer.layer.module:
+            raise UserError(
+                "layers of this model share keys and values, which the dual cache does not: use_cache=False"
+            )
+        return self.layer.attend(query, self.key, self.value, scale)

@@ -1,0 +1,57 @@
+"""Read a long prompt in chunks, so that activations take the memory of one chunk alone."""
+
+import inspect
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from duo_id.deploy.cache import DualCache
+from duo_id.errors import UserError
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: DualCache,
+    chunk_size: int = 32768,
+    attention_mask: Tensor | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Run a prompt through a model under `duo_attention` and into a cache; any chunk size gives the same result.
+
+    Args:
+        model: under a mask.
+        input_ids: (batch, tokens).
+        cache: `dual_cache(model)`, empty or with a past.
+        chunk_size: tokens a forward.
+        attention_mask: (batch, tokens so far), 0 for padding.
+        progress: show a bar.
+
+    Returns:
+        the next-token logits after the prompt, (batch, vocabulary); no others are computed.
+
+    Raises:
+        UserError: the chunk size is below 1.
+    """
+    if chunk_size < 1:
+        raise UserError(f"chunk_size={chunk_size} must be at least 1 token")
+    tokens = input_ids.shape[1]
+    past = 0 if attention_mask is None else attention_mask.shape[1] - tokens
+    options: dict[str, Any] = (
+        {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    )
+    logits = None
+    for start in track(range(0, tokens, chunk_size), "prefill", disable=not progress, transient=True):
+        end = min(tokens, start + chunk_size)
+        if attention_mask is not None:
+            seen = attention_mask[:, : past + end]
+            positions = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, past + start :]
+            options |= {"attention_mask": seen, "position_ids": positions}
+        logits = model(input_ids[:, start:end], past_key_values=cache, use_cache=True, **options).logits[:, -1]
+    if logits is None:
+        raise UserError("prefill needs a prompt of at least one token")
+    return logits
