@@ -226,6 +226,19 @@ def test_evaluate_repeats_the_comparison_of_the_run(run: Run, tmp_path: Path) ->
     assert "found mask" in finished.output
 
 
+def test_evaluate_scores_the_same_through_the_dual_cache(run: Run, tmp_path: Path) -> None:
+    overrides = ["deploy=true", "evaluation.random_masks=0", "evaluation.samples=1"]
+    deployed = run_command("evaluate", f"heads={run.folder}", *overrides, folder=tmp_path)
+    assert deployed.status == 0, deployed.output
+    masked = run_command("evaluate", f"heads={run.folder}", *overrides[1:], "hydra.run.dir=masked", folder=tmp_path)
+    assert masked.status == 0, masked.output
+    pairs = zip(results(tmp_path / "run/results.json"), results(tmp_path / "masked/results.json"), strict=True)
+    for one, other in pairs:
+        assert one.pop("answer_loss") == pytest.approx(other.pop("answer_loss"), abs=1e-4)
+        assert one.pop("loss") == pytest.approx(other.pop("loss"), abs=1e-3)
+        assert one == other
+
+
 def test_evaluate_takes_other_samples_and_sparsities(run: Run, tmp_path: Path) -> None:
     overrides = ["evaluation.samples=3", "evaluation.random_masks=0", "sparsity=[0.75]", "data.num_passkeys=1"]
     finished = run_command("evaluate", f"heads={run.folder / 'heads'}", *overrides, folder=tmp_path)

@@ -245,6 +245,7 @@ class EvaluateSettings(RunSettings):
     """`python -m duo_id.evaluate`: see conf/evaluate.yaml."""
 
     heads: str = MISSING  # a run folder, its heads/ folder or a shipped name
+    deploy: bool = False  # score through the dual KV cache
 
 
 @dataclass

@@ -39,21 +39,22 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     samples = data.samples("test", settings.evaluation.samples)
     with attached(model.model, backends) as layers:
         pattern.check_fits(model.num_layers, layers[0].kv_heads, model.name)
-        check_window(samples, pattern.sink_size, pattern.recent_size)
-        results = compare(
-            model,
-            layers,
-            pattern,
-            samples,
-            settings.sparsity,
-            settings.evaluation.random_masks,
-            settings.seed,
-            backends,
-        )
+        description = model.describe(layers)
+    check_window(samples, pattern.sink_size, pattern.recent_size)
+    results = compare(
+        model,
+        pattern,
+        samples,
+        settings.sparsity,
+        settings.evaluation.random_masks,
+        settings.seed,
+        backends,
+        settings.deploy,
+    )
     app.console.print(results_table(results, f"{model.name} under {settings.heads}: {len(samples)} held-out samples"))
     report = {
         "heads": settings.heads,
-        "model": model.describe(layers),
+        "model": description,
         "results": [result.summary() | {"samples": [vars(score) for score in result.samples]} for result in results],
         "settings": plain(settings),
         "versions": app.versions(),

@@ -73,14 +73,14 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
             "seed": settings.seed,
             "versions": app.versions(),
         }
-        pattern = gates.pattern(**found)
-        save_pattern(pattern, folder / "heads", settings.sparsity)
-        save_figure(plot_gates(pattern, title=f"Gates of {model.name}"), folder / "figures" / "gates.png")
-        if "csv" in settings.logger:
-            curve = plot_training(read_metrics(folder), title=f"Training gates of {model.name}")
-            save_figure(curve, folder / "figures" / "training.png")
-        random_masks = settings.evaluation.random_masks
-        results = compare(model, layers, pattern, test, settings.sparsity, random_masks, settings.seed, backends)
+    pattern = gates.pattern(**found)
+    save_pattern(pattern, folder / "heads", settings.sparsity)
+    save_figure(plot_gates(pattern, title=f"Gates of {model.name}"), folder / "figures" / "gates.png")
+    if "csv" in settings.logger:
+        curve = plot_training(read_metrics(folder), title=f"Training gates of {model.name}")
+        save_figure(curve, folder / "figures" / "training.png")
+    random_masks = settings.evaluation.random_masks
+    results = compare(model, pattern, test, settings.sparsity, random_masks, settings.seed, backends)
     done = time.perf_counter()
     app.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
     summary = found | {

@@ -1,7 +1,7 @@
 """The comparison of masks: which rows there are, what each is scored under, and what the terminal shows."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from io import StringIO
 from statistics import stdev
 
@@ -9,25 +9,22 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from duo_id.attention.gated import Backends, attached, bound, masked_layers
-from duo_id.attention.probe import AttentionLayer
 from duo_id.errors import UserError
 from duo_id.evaluation import comparison
 from duo_id.evaluation.comparison import Result, check_window, compare, results_table
 from duo_id.models import LanguageModel, byte_tokenizer
-from duo_id.patterns import HeadPattern, random_mask
+from duo_id.patterns import HeadMask, HeadPattern, random_mask
 from duo_id.scoring import Score, score
 from tests.conftest import tiny_model
 
 PATTERN = HeadPattern(torch.tensor([[0.1, 0.9], [0.3, 0.2], [0.8, 0.4]]), sink_size=2, recent_size=4)
 
 
-@contextmanager
-def tiny() -> Iterator[tuple[LanguageModel, list[AttentionLayer]]]:
-    model = LanguageModel(tiny_model("llama"), byte_tokenizer(), "tiny", "tiny", None, "random")
-    with attached(model.model) as layers:
-        yield model, layers
+def tiny() -> LanguageModel:
+    return LanguageModel(tiny_model("llama"), byte_tokenizer(), "tiny", "tiny", None, "random")
 
 
 def samples(count: int = 2) -> list[dict[str, Tensor]]:
@@ -42,19 +39,22 @@ def samples(count: int = 2) -> list[dict[str, Tensor]]:
 
 def test_each_row_is_scored_under_its_own_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = []
-    plain = comparison.masked_layers
+    plain = comparison.duo_attention
 
-    def watched(layers: list[AttentionLayer], mask: object, backends: Backends) -> object:
+    def watched(model: PreTrainedModel, mask: HeadMask, backends: Backends | None) -> AbstractContextManager[None]:
         masks.append(mask)
-        return plain(layers, mask, backends)
+        return plain(model, mask, backends)
 
-    monkeypatch.setattr(comparison, "masked_layers", watched)
-    with tiny() as (model, layers):
-        full = [score(model, sample) for sample in samples()]
-        results = compare(model, layers, PATTERN, samples(), [0.5, 1 / 3], random_masks=2, seed=7)
-        after = [score(model, sample) for sample in samples()]
-        with bound(layers, masked_layers(layers, PATTERN.binarize(sparsity=0.5), Backends())):
-            found = [score(model, sample) for sample in samples()]
+    monkeypatch.setattr(comparison, "duo_attention", watched)
+    model = tiny()
+    full = [score(model, sample) for sample in samples()]
+    results = compare(model, PATTERN, samples(), [0.5, 1 / 3], random_masks=2, seed=7)
+    after = [score(model, sample) for sample in samples()]
+    with (
+        attached(model.model) as layers,
+        bound(layers, masked_layers(layers, PATTERN.binarize(sparsity=0.5), Backends())),
+    ):
+        found = [score(model, sample) for sample in samples()]
 
     assert [(row.heads, row.sparsity, row.seed) for row in results] == [
         ("full", 0.0, None),
@@ -71,19 +71,34 @@ def test_each_row_is_scored_under_its_own_mask(monkeypatch: pytest.MonkeyPatch) 
     assert masks[1] == PATTERN.binarize(sparsity=0.5)
     assert masks[2] == random_mask(3, 2, 0.5, 7, sink_size=2, recent_size=4)
     assert masks[2] != masks[3]
-    assert list(results[0].samples) == full == after, "afterwards the model is as it was"
-    assert list(results[1].samples) == found
+    assert full == after, "afterwards the model is as it was"
+    for row, wanted in ((results[0], full), (results[1], found)):
+        for scored, expected in zip(row.samples, wanted, strict=True):
+            assert scored.loss == pytest.approx(expected.loss, abs=1e-4)
+            assert replace(scored, loss=0) == replace(expected, loss=0)
     assert len({row.summary()["loss"] for row in results}) > 4, "different masks score differently"
 
 
 def test_random_masks_leave_layers_without_gates_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = HeadPattern(PATTERN.scores, 2, 4, gated_layers=(0, 2))
     masks = []
-    monkeypatch.setattr(comparison, "masked_layers", lambda layers, mask, backends: masks.append(mask) or {})
-    with tiny() as (model, layers):
-        compare(model, layers, pattern, samples(1), [0.5], random_masks=5, seed=0)
+
+    def watched(model: PreTrainedModel, mask: HeadMask, backends: Backends | None) -> AbstractContextManager[None]:
+        masks.append(mask)
+        return nullcontext()
+
+    monkeypatch.setattr(comparison, "duo_attention", watched)
+    compare(tiny(), pattern, samples(1), [0.5], random_masks=5, seed=0)
     assert all(mask.retrieval[1].all() for mask in masks)
     assert [int((~mask.retrieval).sum()) for mask in masks] == [0, 2, *[2] * 5, 4]
+
+
+def test_the_dual_cache_scores_as_the_mask_does() -> None:
+    rows = [compare(tiny(), PATTERN, samples(), [0.5], random_masks=1, seed=0, deploy=deploy) for deploy in (0, 1)]
+    for masked, deployed in zip(*rows, strict=True):
+        for one, other in zip(masked.samples, deployed.samples, strict=True):
+            assert other.loss == pytest.approx(one.loss, abs=1e-4)
+            assert replace(other, loss=0) == replace(one, loss=0)
 
 
 def test_summary_pools_the_samples() -> None:

@@ -64,6 +64,8 @@ def decode_attention(
         (retrieval, full_key, full_value, past),
         (streaming, recent_key, recent_value, slot),
     ):
+        if not len(chosen):
+            continue
         samples = torch.arange(len(query))
         keys[samples, :, place] = key[:, chosen, 0]
         values[samples, :, place] = value[:, chosen, 0]

@@ -15,6 +15,12 @@ from torch import Tensor
 from duo_id.attention.masks import Window
 
 LOG2_E = 1.4426950408889634
+# Found on an H200; see docs/performance.md.
+DECODE_TUNING = {"block": 128, "warps": 4, "stages": 3}
+STREAM_TUNING = {"rows": 128, "block": 32, "warps": 4, "stages": 3}
+STREAMS_PER_SM = 4  # streaming heads are short: beside long retrieval heads, one multiprocessor sees to so many
+TILE_BYTES = 128 * 128 * 2  # of a block of keys, so that the stages fit into shared memory
+
 FAR_BELOW = tl.constexpr(-1e30)  # below any score; unlike -inf it can be subtracted from itself
 
 
@@ -39,16 +45,14 @@ def _decode(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program for each streaming head, and `splits` programs for each retrieval head, along its past.
+    """`splits` programs for each retrieval head, along its past, then one for each streaming head.
 
-    The program that reaches the new token's slot stores it there; whoever finishes a retrieval head last adds up its
-    parts.
+    The first of a head stores its new token; whoever finishes a retrieval head last adds up its parts.
     """
     program, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     past = tl.load(lengths + batch) - 1  # the new token is counted already
-    streaming = program < streaming_heads
-    if streaming:
-        store, split, parts = program, 0, 1
+    if program >= full_heads * splits:
+        store, split, parts = program - full_heads * splits, 0, 1
         head = tl.load(heads + full_heads + store)
         slots = sink + recent
         base = (batch * streaming_heads + store) * slots * DIM
@@ -56,7 +60,7 @@ def _decode(  # type: ignore[no-untyped-def]
         slot = tl.where(past < sink, past, sink + (past - sink) % recent)
         first, last = past * 0, tl.minimum(past, slots)
     else:
-        store, split, parts = (program - streaming_heads) // splits, (program - streaming_heads) % splits, splits
+        store, split, parts = program // splits, program % splits, splits
         head = tl.load(heads + store)
         slots = capacity
         base = (batch * full_heads + store) * slots * DIM
@@ -205,15 +209,16 @@ def decode(
     group = query_heads // (full_heads + streaming_heads)
     out = torch.empty(batch, query_heads, 1, dim, dtype=query.dtype, device=query.device)
     chosen = DECODE_TUNING | tuning
-    waves = chosen["programs_per_sm"] * _multiprocessors(query.device) - batch * streaming_heads
-    splits = max(1, min(waves // max(1, batch * full_heads), 512))
+    free = _multiprocessors(query.device) - triton.cdiv(batch * streaming_heads, STREAMS_PER_SM)
+    splits = max(1, free // max(1, batch * full_heads))
     partial = torch.empty(batch * full_heads * splits * group * (dim + 2), dtype=torch.float32, device=query.device)
     _decode[(streaming_heads + full_heads * splits, batch)](
         query, key, value, full_key, full_value, recent_key, recent_value, heads, lengths, arrived, partial, out,
         scale * LOG2_E, query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0),
         value.stride(1), full_key.shape[2], window.sink_size, window.recent_size, full_heads, streaming_heads, splits,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, COLUMNS=_columns(dim),
-        BLOCK=chosen["block"], TILE=32, num_warps=chosen["warps"], num_stages=chosen["stages"], **_options(query),
+        BLOCK=_fit(chosen["block"], query), TILE=32, num_warps=chosen["warps"], num_stages=chosen["stages"],
+        **_options(query),
     )  # fmt: skip
     return out
 
@@ -249,20 +254,22 @@ def stream(
     batch, query_heads, tokens, dim = query.shape
     group = query_heads // key.shape[1]
     chosen = STREAM_TUNING | tuning
-    _stream[(triton.cdiv(tokens, chosen["rows"]), len(heads) * group, batch)](
+    rows = _fit(chosen["rows"], query)
+    _stream[(triton.cdiv(tokens, rows), len(heads) * group, batch)](
         query, key, value, recent_key, recent_value, heads, out, scale * LOG2_E, past, tokens, window.sink_size,
         window.recent_size, len(heads), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        GROUP=group, DIM=dim, COLUMNS=_columns(dim), ROWS=chosen["rows"], BLOCK=chosen["block"],
+        GROUP=group, DIM=dim, COLUMNS=_columns(dim), ROWS=rows, BLOCK=min(rows, chosen["block"]),
         num_warps=chosen["warps"], num_stages=chosen["stages"], **_options(query),
     )  # fmt: skip
 
 
-DECODE_TUNING = {"programs_per_sm": 2, "block": 64, "warps": 4, "stages": 3}
-STREAM_TUNING = {"rows": 128, "block": 64, "warps": 8, "stages": 3}
-
-
 def _columns(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
+
+
+def _fit(block: int, query: Tensor) -> int:
+    """The largest block, up to `block`, whose keys take no more than `TILE_BYTES`."""
+    return max(16, min(block, TILE_BYTES // (_columns(query.shape[-1]) * query.element_size())))
 
 
 def _options(query: Tensor) -> dict[str, Any]:

@@ -47,7 +47,8 @@ class Deployment:
             cache = kwargs["past_key_values"] = self.new_cache()
         if cache is not None:
             mask = kwargs.get("attention_mask")
-            cache.tokens.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            masks = mask.values() if isinstance(mask, dict) else (mask,)  # generate makes one for each kind of layer
+            cache.tokens.mask = next((x for x in masks if isinstance(x, Tensor) and x.dim() == 2), None)
         return args, kwargs
 
     def prepare_cache(self, model: Any) -> Any:
@@ -93,7 +94,6 @@ def install(model: PreTrainedModel, mask: HeadMask, backends: Backends | None = 
         if surplus := [layer for layer in mask.gated_layers if layer not in indices]:
             raise UserError(f"the head mask decides about layers {surplus}, which have no gates in {name}")
         deployment = Deployment(layers, mask, config, backends)
-        deployment.new_cache()  # refuses what a cache cannot serve
         undo.enter_context(bound(gated, masked_layers(gated, mask, backends)))
         base: nn.Module = model.base_model
         hook = base.register_forward_pre_hook(deployment.before_forward, with_kwargs=True)

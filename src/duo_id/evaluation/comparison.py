@@ -8,8 +8,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from duo_id.attention.gated import Backends, bound, masked_layers
-from duo_id.attention.probe import AttentionLayer
+from duo_id.attention.gated import Backends
+from duo_id.deploy.install import duo_attention
 from duo_id.errors import UserError
 from duo_id.models import LanguageModel
 from duo_id.patterns import HeadMask, HeadPattern, random_mask
@@ -43,25 +43,25 @@ class Result:
 
 def compare(
     model: LanguageModel,
-    layers: Sequence[AttentionLayer],
     pattern: HeadPattern,
     samples: Sequence[Mapping[str, Any]],
     sparsities: Sequence[float],
     random_masks: int,
     seed: int,
     backends: Backends | None = None,
+    deploy: bool = False,
 ) -> list[Result]:
     """Score every mask on every sample, teacher-forced.
 
     Args:
-        model: the language model, attached.
-        layers: its gated layers.
+        model: the language model.
         pattern: whose masks are compared.
         samples: held-out samples, see `duo_id.scoring.score`.
         sparsities: fractions of streaming heads.
         random_masks: how many random masks at each sparsity.
         seed: of the random masks.
         backends: attention implementations.
+        deploy: score through the dual cache, see `duo_id.scoring.score`.
     """
     rows: list[tuple[str, float, int | None, HeadMask]] = [("full", 0.0, None, pattern.binarize(sparsity=0))]
     for sparsity in sparsities:
@@ -75,9 +75,9 @@ def compare(
         task = progress.add_task("scoring masks", total=len(rows) * len(samples))
         for heads, sparsity, number, mask in rows:
             scores = []
-            with bound(layers, masked_layers(layers, mask, backends or Backends())):
+            with duo_attention(model.model, mask, backends):
                 for sample in samples:
-                    scores.append(score(model, sample))
+                    scores.append(score(model, sample, deploy))
                     progress.advance(task)
             results.append(Result(heads, sparsity, number, tuple(scores)))
     return results
