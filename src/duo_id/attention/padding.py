@@ -47,7 +47,7 @@ def padding_mask(
     if attention_mask is None or not any(attention_mask.stride()):  # `no_padding`
         return None
     if q_length == 1 and kv_length > 1:
-        return None  # a decode step: its token is real, and the cache knows the padding before, without a look
+        return None  # a decode step: the cache counts the padding, and does so without a look
     if not bool(_contiguous(attention_mask).all()):
         raise UserError("the attention mask has holes: each sample's real tokens must be in one piece")
     return None if bool(attention_mask[:, 0].all()) else attention_mask.bool()

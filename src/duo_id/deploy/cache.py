@@ -110,6 +110,7 @@ class DualCache(Cache):
         if count > min(held):
             raise UserError(f"crop({tokens_to_remove}): a sample has {min(held)} tokens alone")
         tokens.past, tokens.spans, tokens.peaks = [length - count for length in held], [(0, 0)] * len(held), peaks
+        tokens.exact = True
         tokens.lengths.sub_(count)
         tokens.seen -= count
 

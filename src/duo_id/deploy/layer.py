@@ -85,16 +85,20 @@ class DualLayer(CacheLayerMixin):
             tokens.advance(new, self.capacity)
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         if self.capacity is None:
-            self.full.reserve(max(tokens.held))
+            self.full.reserve(tokens.most)
         if new == 1:
-            assert tokens.lengths is not None
-            window, lengths = self.window, tokens.lengths.to(query.device)
+            assert tokens.reach is not None
+            window, lengths = self.window, tokens.reach.to(query.device)
             places = (self.full.key, self.full.value, self.recent.key, self.recent.value, self.heads, lengths)
             return decode_attention(
                 query, key, value, *places, self.arrived, window.sink_size, window.recent_size, scale
             )
-        out = torch.zeros_like(query)
-        samples = [slice(None)] if tokens.uniform else [slice(i, i + 1) for i in range(len(query))]
+        # Tokens before heads in memory, which is how the model goes on; nothing else writes where there is padding.
+        whole = tokens.uniform and tokens.spans[0] == (0, new)
+        make = torch.empty if whole else torch.zeros
+        batch, heads, _, dim = query.shape
+        out = make(batch, new, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
+        samples = [slice(None)] if tokens.uniform else [slice(i, i + 1) for i in range(batch)]
         for sample, past, (start, end) in zip(samples, tokens.past, tokens.spans, strict=False):
             part = (sample, slice(None), slice(start, end))
             for store in self.stores:

@@ -14,17 +14,22 @@ class Tokens:
     Attributes:
         seen: tokens that went in, padding among them; a tensor () on the device if `static`.
         lengths: (batch,) int64 on the device, real tokens, those of the running forward among them.
+        reach: (batch,) int64 on the device, of a single token: up to which token it sees. Padding reaches as far as a
+            real token would, and leaves its slot to the next.
         past: real tokens of each sample before the running forward, where the host knows them.
         spans: of each sample the first and the last but one of the chunk's tokens that are real.
+        exact: whether `past` and `spans` are certain. A GPU's mask is not looked at for a single token, and after that
+            they are upper bounds.
         peaks: the most real tokens that each sample has had.
-        mask: (batch, at least the new tokens), 0 for padding, of the forward that begins; None if all are real. It is
-            not looked at for a single token.
+        mask: (batch, at least the new tokens), 0 for padding, of the forward that begins; None if all are real.
     """
 
     def __init__(self, static: bool) -> None:
         self.static = static
         self.seen: Any = 0
         self.lengths: Tensor | None = None
+        self.reach: Tensor | None = None
+        self.exact = True
         self.past: list[int] = []
         self.spans: list[tuple[int, int]] = []
         self.peaks: list[int] = []
@@ -44,7 +49,7 @@ class Tokens:
         if self.lengths is None:
             return
         batch = len(self.lengths)
-        self.past, self.spans, self.peaks = [0] * batch, [(0, 0)] * batch, [0] * batch
+        self.past, self.spans, self.peaks, self.exact = [0] * batch, [(0, 0)] * batch, [0] * batch, True
         if self.static:
             self.lengths.zero_()
             self.seen.zero_()
@@ -53,11 +58,16 @@ class Tokens:
 
     @property
     def held(self) -> list[int]:
-        """Real tokens of each sample; of a static cache this waits for the device."""
-        if self.static:
+        """Real tokens of each sample; where the host is not certain, as of a static cache, it waits for the device."""
+        if self.static or not self.exact:
             assert self.lengths is not None
             return [int(length) for length in self.lengths.tolist()]
         return [past + end - start for past, (start, end) in zip(self.past, self.spans, strict=True)]
+
+    @property
+    def most(self) -> int:
+        """At least as many as the longest sample has, the running forward's among them; the host knows it."""
+        return max(past + max(1, end - start) for past, (start, end) in zip(self.past, self.spans, strict=True))
 
     def advance(self, tokens: int, capacity: int | None) -> None:
         """Count the tokens of a forward that begins.
@@ -71,25 +81,35 @@ class Tokens:
                 knows, and there a token without room is not stored.
         """
         assert self.lengths is not None
-        batch, single, mask = len(self.lengths), tokens == 1, self.mask
+        single, mask = tokens == 1, None if self.mask is None else self.mask[:, -tokens:]
         if not (self.static and single and _blind(self.lengths)):
-            held = self.held
-            spans = [(0, tokens)] * batch if mask is None or single else _spans(mask[:, -tokens:])
-            most = max(past + end - start for past, (start, end) in zip(held, spans, strict=True))
-            if capacity is not None and most > capacity:
-                raise UserError(
-                    f"the static cache holds {capacity} tokens and would need {most}: give it a larger max_length"
-                )
-            self.past, self.spans = held, spans
-        if single or mask is None:
+            self._count(tokens, mask, capacity)
+        if mask is None:
             self.lengths.add_(tokens)
+            self.reach = self.lengths
         else:
-            counts = [end - start for start, end in self.spans]
-            self.lengths.add_(torch.tensor(counts, device=self.lengths.device))
+            self.reach = self.lengths + 1
+            self.lengths.add_(mask.to(self.lengths).sum(-1))
         if self.static:
             self.seen.add_(tokens)
         else:
             self.seen += tokens
+
+    def _count(self, tokens: int, mask: Tensor | None, capacity: int | None) -> None:
+        """Count on the host."""
+        unseen = tokens == 1 and mask is not None and mask.is_cuda  # so as not to wait for it in each decode step
+        if unseen and not self.static:
+            held = [past + end - start for past, (start, end) in zip(self.past, self.spans, strict=True)]
+        else:
+            held = self.held
+        spans = [(0, tokens)] * len(held) if mask is None or unseen else _spans(mask)
+        most = max(past + max(1, end - start) for past, (start, end) in zip(held, spans, strict=True))
+        if capacity is not None and most > capacity:
+            raise UserError(
+                f"the static cache holds {capacity} tokens and would need {most}: give it a larger max_length"
+            )
+        self.past, self.spans = held, spans
+        self.exact = not unseen and (self.exact or self.static or tokens > 1)
 
     @property
     def uniform(self) -> bool:
@@ -101,7 +121,7 @@ class Tokens:
         if self.lengths is None:
             return
         self.lengths = self.lengths.index_select(0, samples.to(self.lengths.device))
-        if self.static or len({*zip(self.past, self.spans, self.peaks, strict=True)}) > 1:
+        if self.static or not self.exact or len({*zip(self.past, self.spans, self.peaks, strict=True)}) > 1:
             order = samples.tolist()
         else:
             order = [0] * len(samples)
