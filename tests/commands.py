@@ -13,10 +13,10 @@ from unittest.mock import patch
 import torch
 from omegaconf import DictConfig
 
-from duo_id import app, evaluate, train
+from duo_id import app, benchmark, evaluate, train
 from duo_id.config import parse
 
-COMMANDS = {"train": train.main, "evaluate": evaluate.main}
+COMMANDS = {"train": train.main, "evaluate": evaluate.main, "benchmark": benchmark.main}
 
 # A run of two steps on tiny random weights. A token is a byte, so contexts are long.
 QUICK = [
@@ -64,7 +64,7 @@ def run_command(
     """Run a command with the working directory `folder`, where its run folder is `run` unless overridden.
 
     Args:
-        name: train or evaluate, or another top config with `command`.
+        name: train, evaluate or benchmark, or another top config with `command`.
         overrides: the command line.
         folder: where it is run.
         command: called with the config instead of the command's own function.

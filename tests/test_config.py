@@ -6,11 +6,17 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.config import DataGenSettings, EvaluateSettings, TrainSettings, conf_dir, parse, plain
 from duo_id.errors import UserError
 from tests.commands import run_command, settings_of
 
-SCHEMAS = {"train": TrainSettings, "evaluate": EvaluateSettings, "data_gen": DataGenSettings}
+SCHEMAS = {
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+    "data_gen": DataGenSettings,
+    "benchmark": BenchmarkSettings,
+}
 NEEDED = {  # what has no default
     "evaluate": ["heads=DIR"],
     "data_gen": ["out=DIR"],
@@ -19,7 +25,8 @@ NEEDED = {  # what has no default
     "data/haystack/file": ["data.haystack.path=FILE"],
 }
 CONFIGS = sorted(path.relative_to(conf_dir()).with_suffix("").as_posix() for path in conf_dir().rglob("*.yaml"))
-OPTIONS = [config for config in CONFIGS if "/" in config]
+PRESETS = "preset/"  # of benchmark, see tests/test_benchmark.py
+OPTIONS = [config for config in CONFIGS if "/" in config and not config.startswith(PRESETS)]
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -34,7 +41,7 @@ def test_every_option_composes(option: str, tmp_path: Path) -> None:
 def test_every_command_composes(name: str, tmp_path: Path) -> None:
     settings = settings_of(name, SCHEMAS[name], *NEEDED.get(name, []), folder=tmp_path)
     assert settings.model.name == "SmolLM2-135M-Instruct"
-    assert settings.data.haystack.source == "embedded"
+    assert name == "benchmark" or settings.data.haystack.source == "embedded"
 
 
 def test_model_and_haystack_of_the_command_line_win_over_the_experiment(tmp_path: Path) -> None:

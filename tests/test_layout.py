@@ -28,11 +28,13 @@ scoring recompute graphs
 plots progress checkpoints
 training
 evaluation.comparison
+benchmarks.settings benchmarks.timing benchmarks.ceilings benchmarks.floors benchmarks.baseline benchmarks.contenders
+benchmarks.measure benchmarks.results benchmarks.figures
 app
-train evaluate
+train evaluate benchmark
 """
 LEVELS = {f"duo_id.{name}": place for place, name in enumerate(ORDER.split())}
-ENTRY_POINTS = {"duo_id.train", "duo_id.evaluate"}
+ENTRY_POINTS = {"duo_id.train", "duo_id.evaluate", "duo_id.benchmark"}
 FAMILIES = (
     "llama mistral mixtral qwen gemma phi[0-9]? gpt_?neox gpt-?2 opt falcon bloom stablelm olmo cohere granite smollm "
     "deepseek nemotron starcoder glm pythia mamba"

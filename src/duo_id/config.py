@@ -1,8 +1,8 @@
 """Typed settings: what Hydra composes is checked here once, and every error names the override to change."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -267,9 +267,10 @@ def parse(schema: type[Settings], config: DictConfig) -> Settings:
     Raises:
         UserError: a value is missing, unknown, of the wrong type or out of range.
     """
-    if isinstance(config.get("sparsity"), int | float):
-        config = config.copy()
-        OmegaConf.update(config, "sparsity", [config.sparsity])  # sparsity=0.5 is what people type
+    for item in fields(schema):  # type: ignore[arg-type]
+        if get_origin(item.type) is list and isinstance(config.get(item.name), int | float):
+            config = config.copy()
+            OmegaConf.update(config, item.name, [config[item.name]])  # sparsity=0.5 is what people type
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), config)
         settings = OmegaConf.to_object(merged)

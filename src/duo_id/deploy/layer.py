@@ -53,10 +53,10 @@ class DualLayer(CacheLayerMixin):
         device = key_states.device
         if self.tokens.lengths is None:
             self.tokens.start(len(key_states), device)
-        full, streaming = (x.nonzero()[:, 0].to(device) for x in (self.retrieval, ~self.retrieval))
+        full, streaming = (x.nonzero()[:, 0].tolist() for x in (self.retrieval, ~self.retrieval))
         self.full = FullStore(key_states, full, self.capacity, self.backends.full)
         self.recent = StreamingStore(key_states, streaming, self.window, self.backends.streaming)
-        self.heads = torch.cat([full, streaming]).to(torch.int32)
+        self.heads = torch.tensor(full + streaming, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(key_states.shape[:2].numel(), dtype=torch.int32, device=device)
         if self.is_compileable and not torch.compiler.is_compiling():
             for store in self.stores:
@@ -102,7 +102,7 @@ class DualLayer(CacheLayerMixin):
         for sample, past, (start, end) in zip(samples, tokens.past, tokens.spans, strict=False):
             part = (sample, slice(None), slice(start, end))
             for store in self.stores:
-                if len(store.heads) and end > start:
+                if store.heads and end > start:
                     store.attend(query[part], key[part], value[part], out[part], past, sample, scale)
         return out
 

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from duo_id.deploy.cache import DualCache
 from duo_id.deploy.install import dual_cache
 from duo_id.errors import UserError
 
@@ -17,7 +16,7 @@ from duo_id.errors import UserError
 def prefill(
     model: PreTrainedModel,
     input_ids: Tensor,
-    cache: DualCache,
+    cache: Cache,
     chunk_size: int = 32768,
     attention_mask: Tensor | None = None,
     progress: bool = False,

@@ -1,6 +1,8 @@
 """The two stores of a layer: retrieval heads keep every token, streaming heads a constant number."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,14 +19,24 @@ class Store(ABC):
     """Keys and values of some KV heads of one layer; what a quantised store would have to offer.
 
     Attributes:
-        heads: (heads,) int64, which KV heads of the layer lie here, in this order.
+        heads: which KV heads of the layer lie here, ascending.
+        runs: the same as pairs of slices, here and in the layer, of heads that are neighbours; copied as they are.
         key: (batch, heads, slots, head_dim).
         value: the same shape.
     """
 
-    heads: Tensor
     key: Tensor
     value: Tensor
+
+    def __init__(self, like: Tensor, heads: Sequence[int], slots: int) -> None:
+        self.heads = tuple(heads)
+        edges = [i for i, head in enumerate(self.heads) if i == 0 or head != self.heads[i - 1] + 1]
+        self.runs = [
+            (slice(start, end), slice(self.heads[start], self.heads[end - 1] + 1))
+            for start, end in pairwise([*edges, len(self.heads)])
+        ]
+        shape = (like.shape[0], len(self.heads), slots, like.shape[3])
+        self.key, self.value = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
 
     @abstractmethod
     def attend(
@@ -45,6 +57,18 @@ class Store(ABC):
     @abstractmethod
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens a sample, those that are there already among them."""
+
+    def taken(self, x: Tensor) -> Tensor:
+        """The part (samples, this store's heads, ...) of (samples, the layer's KV heads, ...)."""
+        parts = [x[:, there] for _, there in self.runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def attention(self, query: Tensor, out: Tensor, kv_heads: int, attend: Callable[[Tensor], Tensor]) -> None:
+        """Attend from the queries of this store's heads, and put the result into their places of `out`."""
+        found = attend(self.taken(query.unflatten(1, (kv_heads, -1))).flatten(1, 2)).unflatten(1, (len(self.heads), -1))
+        places = out.unflatten(1, (kv_heads, -1))
+        for here, there in self.runs:
+            places[:, there] = found[:, here]
 
     def select(self, samples: Tensor) -> None:
         """Make sample `samples[i]` (n,) int64 the new sample i."""
@@ -67,15 +91,14 @@ class FullStore(Store):
 
     Args:
         like: (batch, KV heads, any, head_dim), a key of the layer, for sizes, type and device.
-        heads: (heads,) int64 KV heads.
+        heads: KV heads, ascending.
         capacity: slots, for a store of fixed size; None for one that grows.
         backend: see `full_attention`.
     """
 
-    def __init__(self, like: Tensor, heads: Tensor, capacity: int | None, backend: str) -> None:
-        self.heads, self.capacity, self.backend = heads, capacity, backend
-        shape = (like.shape[0], len(heads), capacity or 0, like.shape[3])
-        self.key, self.value = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+    def __init__(self, like: Tensor, heads: Sequence[int], capacity: int | None, backend: str) -> None:
+        super().__init__(like, heads, capacity or 0)
+        self.capacity, self.backend = capacity, backend
 
     def reserve(self, tokens: int) -> None:
         """Grow to `tokens` slots and some slack, so that few steps copy; a fixed store refuses instead.
@@ -103,11 +126,11 @@ class FullStore(Store):
     ) -> None:
         """See `Store.attend`."""
         end = past + key.shape[2]
-        self.key[sample, :, past:end] = key[:, self.heads]
-        self.value[sample, :, past:end] = value[:, self.heads]
-        queries = query.unflatten(1, (key.shape[1], -1))[:, self.heads].flatten(1, 2)
-        part = full_attention(queries, self.key[sample, :, :end], self.value[sample, :, :end], scale, self.backend)
-        out.unflatten(1, (key.shape[1], -1))[:, self.heads] = part.unflatten(1, (len(self.heads), -1))
+        for here, there in self.runs:
+            self.key[sample, here, past:end] = key[:, there]
+            self.value[sample, here, past:end] = value[:, there]
+        keys, values = self.key[sample, :, :end], self.value[sample, :, :end]
+        self.attention(query, out, key.shape[1], lambda q: full_attention(q, keys, values, scale, self.backend))
 
 
 class StreamingStore(Store):
@@ -115,16 +138,15 @@ class StreamingStore(Store):
 
     Args:
         like: (batch, KV heads, any, head_dim), a key of the layer, for sizes, type and device.
-        heads: (heads,) int64 KV heads.
+        heads: KV heads, ascending.
         window: sink and recent sizes, in tokens.
         backend: see `streaming_attention`.
     """
 
-    def __init__(self, like: Tensor, heads: Tensor, window: Window, backend: str) -> None:
-        self.heads, self.window, self.backend = heads, window, backend
-        shape = (like.shape[0], len(heads), window.sink_size + window.recent_size, like.shape[3])
-        self.key, self.value = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
-        self.short_heads = heads.to(torch.int32)
+    def __init__(self, like: Tensor, heads: Sequence[int], window: Window, backend: str) -> None:
+        super().__init__(like, heads, window.sink_size + window.recent_size)
+        self.window, self.backend = window, backend
+        self.listed = torch.tensor(self.heads, dtype=torch.int32, device=like.device)
 
     def reserve(self, tokens: int) -> None:
         """Nothing: the window has room for any number."""
@@ -137,30 +159,27 @@ class StreamingStore(Store):
         if query.is_cuda and self.backend in ("auto", "triton"):
             from duo_id.attention.kernels import stream
 
-            stream(query, key, value, *stored, self.short_heads, past, self.window, scale, out)
-            kept = self._kept(past, key.shape[2], key.device)
-            new = (x[:, :, kept - past][:, self.heads] for x in (key, value))
+            stream(query, key, value, *stored, self.listed, past, self.window, scale, out)
         else:
-            new_key, new_value = key[:, self.heads], value[:, self.heads]
-            order = self._order(past, key.device)
-            keys = torch.cat([stored[0][:, :, order], new_key], 2)
-            values = torch.cat([stored[1][:, :, order], new_value], 2)
-            queries = query.unflatten(1, (key.shape[1], -1))[:, self.heads].flatten(1, 2)
-            part = streaming_attention(queries, keys, values, scale, self.window, self.backend)
-            out.unflatten(1, (key.shape[1], -1))[:, self.heads] = part.unflatten(1, (len(self.heads), -1))
-            kept = self._kept(past, key.shape[2], key.device)
-            new = (x[:, :, kept - past] for x in (new_key, new_value))
+            order = self._slot(self._kept(0, past, key.device))
+            keys, values = (
+                torch.cat([old[:, :, order], self.taken(new)], 2) for old, new in zip(stored, (key, value), strict=True)
+            )
+            self.attention(
+                query,
+                out,
+                key.shape[1],
+                lambda q: streaming_attention(q, keys, values, scale, self.window, self.backend),
+            )
+        kept = self._kept(past, key.shape[2], key.device)
         slots = self._slot(kept)
-        for store, tokens in zip(stored, new, strict=True):
-            store[:, :, slots] = tokens
+        for store, new in zip(stored, (key, value), strict=True):
+            store[:, :, slots] = self.taken(new[:, :, kept - past])
 
     def _slot(self, token: Tensor) -> Tensor:
+        """The slots of tokens."""
         sink, recent = self.window.sink_size, self.window.recent_size
         return torch.where(token < sink, token, sink + (token - sink) % recent)
-
-    def _order(self, past: int, device: torch.device) -> Tensor:
-        """The slots of what is kept of `past` tokens, in the order of the tokens."""
-        return self._slot(self._kept(0, past, device))
 
     def _kept(self, past: int, new: int, device: torch.device) -> Tensor:
         """Those of `new` tokens after `past` that stay: in the sink, or among the latest."""

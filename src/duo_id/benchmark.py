@@ -1,0 +1,154 @@
+"""`python -m duo_id.benchmark task=decode|prefill|memory`: masks beside full attention on this machine."""
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from duo_id import app
+from duo_id.attention.gated import Backends, routed
+from duo_id.attention.probe import AttentionLayer, gated_layers
+from duo_id.benchmarks.ceilings import measure_ceilings
+from duo_id.benchmarks.contenders import Contender, DualAttention, StaticAttention
+from duo_id.benchmarks.figures import plot_benchmark, plotted_axes
+from duo_id.benchmarks.floors import workload
+from duo_id.benchmarks.measure import Bench
+from duo_id.benchmarks.results import NAMES, compared, results_tables
+from duo_id.benchmarks.settings import BenchmarkSettings
+from duo_id.config import parse, plain
+from duo_id.errors import UserError
+from duo_id.files import write_text
+from duo_id.formats import load_pattern
+from duo_id.models import LanguageModel, load_model
+from duo_id.patterns import HeadMask, random_mask
+from duo_id.plots import save_figure
+
+
+def benchmark(settings: BenchmarkSettings, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Measure full attention and masks side by side.
+
+    Args:
+        settings: what to measure, on which model, in which sizes.
+        folder: the run folder; `results.json` is written to it after every row, figures at the end.
+        overrides: the command line that the settings came from.
+
+    Returns:
+        the results that are also written.
+
+    Raises:
+        UserError: something in the settings cannot work; the message names the override.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    language_model = load_model(settings.model, device, settings.seed)
+    layers = attention_layers(language_model)
+    contenders = line_up(settings, language_model, layers)
+    ceilings = measure_ceilings(device, language_model.model.dtype)
+    rates = f"{ceilings.bandwidth / 1e12:.3g} TB/s, {ceilings.flops / 1e12:.4g} TFLOP/s"
+    app.console.print(f"{language_model.name}; the machine at its best: {rates}", highlight=False)
+    results: dict[str, Any] = {
+        "task": settings.task,
+        "model": language_model.describe(layers),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "ceilings": vars(ceilings),
+        "rows": [],
+        "command": " ".join(["python -m duo_id.benchmark", *overrides]),
+        "settings": plain(settings),
+        "versions": app.versions() | _kernel_versions(),
+    }
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    sizes = len(settings.context) * (len(settings.chunk_size) if settings.task == "prefill" else 1)
+    try:
+        with Progress(*columns, console=app.console, transient=True) as progress:
+            shown = progress.add_task("", total=sizes * len(contenders))
+            bench = Bench(
+                settings,
+                language_model.model,
+                layers,
+                workload(language_model.model, layers),
+                ceilings,
+                lambda phase: progress.update(shown, description=phase, refresh=True),
+            )
+            for contender in contenders:
+                for row in bench.rows(contender):
+                    results["rows"] = compared([*results["rows"], row])
+                    write_text(folder / "results.json", json.dumps(results, indent=1))
+                    app.console.print(_line(row), soft_wrap=True, highlight=False, markup=False)
+                    progress.advance(shown)
+    finally:  # also after Ctrl-C: what was measured is shown
+        if results["rows"]:
+            app.console.print(*results_tables(results), sep="\n")
+            for axis in plotted_axes(results):
+                save_figure(plot_benchmark(results, axis), folder / f"{settings.task}_over_{axis}.png")
+            app.console.print(f"results and figures: {folder}", soft_wrap=True)
+    return results
+
+
+def attention_layers(language_model: LanguageModel) -> list[AttentionLayer]:
+    """The attention layers of the model.
+
+    Raises:
+        UserError: not all of them see the whole context, or the model has layers of another kind.
+    """
+    with routed(language_model.model, Backends()) as layers:
+        gated = gated_layers(language_model.model, layers)
+    if len(gated) < language_model.num_layers:
+        raise UserError(
+            f"model={language_model.name}: only {len(gated)} of its {language_model.num_layers} layers see the whole "
+            "context, and what full attention costs is measured for models of such layers alone"
+        )
+    return gated
+
+
+def line_up(
+    settings: BenchmarkSettings, language_model: LanguageModel, layers: list[AttentionLayer]
+) -> list[Contender]:
+    """What is measured, in this order: the baselines, and a mask for each sparsity.
+
+    Raises:
+        UserError: the head pattern is not for this model.
+    """
+    shape = language_model.num_layers, layers[0].kv_heads
+    pattern = None if settings.heads is None else load_pattern(settings.heads)
+    if pattern is not None:
+        pattern.check_fits(*shape, language_model.name)
+
+    def mask(sparsity: float) -> HeadMask:
+        if pattern is not None:
+            return pattern.binarize(sparsity=sparsity)
+        return random_mask(
+            *shape, sparsity, settings.seed, sink_size=settings.sink_size, recent_size=settings.recent_size
+        )
+
+    batch = settings.batch_size
+    contenders: list[Contender] = [StaticAttention(language_model, layers, batch)]
+    if settings.task == "decode":  # in prefill both caches call the same attention
+        contenders.append(DualAttention(language_model, layers, batch, mask(0), "full-dual"))
+    return contenders + [DualAttention(language_model, layers, batch, mask(sparsity)) for sparsity in settings.sparsity]
+
+
+def main(config: DictConfig) -> None:
+    """Run the command."""
+    config, folder, given = app.start_run(config)
+    benchmark(parse(BenchmarkSettings, config), folder, list(given.values()))
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A finished row in one line, with the seconds that it took."""
+    sizes = f"{row['context']:,} tokens" + (f", chunks of {row['chunk_size']:,}" if row["chunk_size"] else "")
+    measured = f"{row['ms']:.4g} ms, {row['over_floor']:.3f} x floor" if "ms" in row else row["status"]
+    seconds = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["seconds"].items())
+    streaming = f" ({100 * row['sparsity']:.4g}% stream)" if row["sparsity"] else ""
+    return f"{NAMES[row['attention']]}{streaming}, {sizes}: {measured}  [{seconds} s]"
+
+
+def _kernel_versions() -> dict[str, str]:
+    return {"triton": metadata.version("triton"), "cuda": str(torch.version.cuda)}
+
+
+if __name__ == "__main__":
+    app.run("benchmark", main)

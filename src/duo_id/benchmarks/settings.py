@@ -1,0 +1,43 @@
+"""Typed settings of `python -m duo_id.benchmark`."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from duo_id.config import ModelSettings, require
+
+TASKS = ("decode", "prefill", "memory")
+
+
+@dataclass
+class BenchmarkSettings:
+    """`python -m duo_id.benchmark`: see conf/benchmark.yaml."""
+
+    model: ModelSettings = MISSING
+    task: str = MISSING  # decode | prefill | memory
+    context: list[int] = MISSING  # tokens: in the cache before a decode step, or of a prompt
+    chunk_size: list[int] = MISSING  # prefill: tokens a forward
+    sparsity: list[float] = MISSING  # fractions of KV heads that stream
+    heads: str | None = None  # a run folder, its heads/ folder or a shipped name; null: heads drawn at random
+    sink_size: int = MISSING  # tokens, of random heads; a pattern brings its own
+    recent_size: int = MISSING  # tokens, the query's own among them
+    batch_size: int = 1
+    compile: bool | None = None  # null: on a GPU alone
+    repeats: int = MISSING  # timed runs of each row
+    warmup: int = MISSING  # runs before them
+    seed: int = 0  # of random weights, heads, tokens and cached numbers
+
+    def __post_init__(self) -> None:
+        """Check names and ranges."""
+        require(self.task in TASKS, f"task={self.task}: choose one of {', '.join(TASKS)}")
+        for key in ("context", "chunk_size", "sparsity"):
+            values = getattr(self, key)
+            require(bool(values), f"{key}=[] must name at least one value")
+            setattr(self, key, sorted(set(values)))
+            for value in values:
+                share = key == "sparsity"
+                fits, rule = (0 <= value <= 1, "lie in [0, 1]") if share else (value >= 1, "be at least 1 token")
+                require(fits, f"{key}={value} must {rule}")
+        for key, least in (("batch_size", 1), ("repeats", 1), ("warmup", 0), ("sink_size", 0), ("recent_size", 1)):
+            require(getattr(self, key) >= least, f"{key}={getattr(self, key)} must be at least {least}")
+        require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")

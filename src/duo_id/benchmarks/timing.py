@@ -1,0 +1,146 @@
+"""Clocks and memory counters: medians over runs, CUDA graphs of a step, and what to do when memory runs out."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")  # how others than CUDA's allocator say it
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of several runs of the same thing."""
+
+    runs: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle run."""
+        return median(self.runs)
+
+    def summary(self) -> dict[str, Any]:
+        """Median and spread in milliseconds, as plain values."""
+        return {"ms": 1e3 * self.median, "ms_min": 1e3 * min(self.runs), "ms_max": 1e3 * max(self.runs)}
+
+
+class Stopwatch:
+    """Seconds that a row spends in each phase, and a word on the terminal as each begins.
+
+    Args:
+        announce: called with the name of a phase.
+    """
+
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self.announce, self.seconds = announce, dict[str, float]()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds of a block; those of one name add up."""
+        self.announce(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call, by phase."""
+        taken, self.seconds = self.seconds, {}
+        return {name: round(seconds, 3) for name, seconds in taken.items()}
+
+
+def timed(
+    run: Callable[[], object],
+    device: torch.device,
+    repeats: int,
+    warmup: int = 0,
+    before: Callable[[], object] = lambda: None,
+) -> Timing:
+    """Run something several times and measure each run, on a GPU between two events of its stream.
+
+    Args:
+        run: what is measured.
+        device: where it runs.
+        repeats: measured runs.
+        warmup: runs before them.
+        before: called before each run, outside the measured time.
+    """
+    for _ in range(warmup):
+        before()
+        run()
+    if device.type != "cuda":
+        seconds = []
+        for _ in range(repeats):
+            before()
+            clock = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - clock)
+        return Timing(tuple(seconds))
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda.synchronize(device)
+    for start, end in pairs:
+        before()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize(device)
+    return Timing(tuple(start.elapsed_time(end) / 1e3 for start, end in pairs))
+
+
+def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The step as one CUDA graph to be replayed; it must have run before. On the CPU the step itself.
+
+    Args:
+        step: waits for nothing on the device, and always reads and writes the same tensors.
+        device: where it runs.
+    """
+    if device.type != "cuda":
+        return step
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        step()  # on a stream of its own, where libraries make the workspaces that the graph will use
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
+
+
+def with_peak(run: Callable[[], Result], device: torch.device) -> tuple[Result, int | None]:
+    """What `run` returns, and the peak of allocated bytes meanwhile, older ones among them; None on the CPU."""
+    if device.type != "cuda":
+        return run(), None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = run()
+    torch.cuda.synchronize(device)
+    return result, torch.cuda.max_memory_allocated(device)
+
+
+def unless_out_of_memory(run: Callable[[], Result]) -> Result | None:
+    """What `run` returns, or None if the memory was not enough, of which then all is given back."""
+    try:
+        return run()
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise
+    release()  # here, where the traceback no longer holds what had been allocated
+    return None
+
+
+def release() -> None:
+    """Give the memory of what nobody holds any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
