@@ -69,11 +69,12 @@ def decode_attention(
         samples = torch.arange(len(query))
         keys[samples, :, place] = key[:, chosen, 0]
         values[samples, :, place] = value[:, chosen, 0]
-        visible = torch.arange(keys.shape[2]) < lengths[:, None]
+        used = min(keys.shape[2], int(lengths.max()))
+        visible = torch.arange(used) < lengths[:, None]
         part = F.scaled_dot_product_attention(
             grouped[:, chosen].flatten(1, 2),
-            keys,
-            values,
+            keys[:, :, :used],
+            values[:, :, :used],
             attn_mask=visible[:, None, None],
             scale=scale,
             enable_gqa=True,
