@@ -40,13 +40,14 @@ class Deployment:
 
     def before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Hook before each forward: a cache that is given is checked, and one that would be made is made here."""
-        cache, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        cache, wanted, mask = kwargs.get("past_key_values"), kwargs.get("use_cache"), kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() > 2:
+            raise UserError("under a head mask attention_mask must be (batch, tokens), 0 for padding, not a matrix")
         if cache is not None:
             self.check(cache)
         elif self.config.use_cache if wanted is None else wanted:
             cache = kwargs["past_key_values"] = self.new_cache()
         if cache is not None:
-            mask = kwargs.get("attention_mask")
             masks = mask.values() if isinstance(mask, dict) else (mask,)  # generate makes one for each kind of layer
             cache.tokens.mask = next((x for x in masks if isinstance(x, Tensor) and x.dim() == 2), None)
         return args, kwargs

@@ -120,7 +120,11 @@ class Tokens:
         """Make sample `samples[i]` the new sample i."""
         if self.lengths is None:
             return
-        self.lengths = self.lengths.index_select(0, samples.to(self.lengths.device))
+        chosen = self.lengths.index_select(0, samples.to(self.lengths.device))
+        if len(chosen) == len(self.lengths):
+            self.lengths.copy_(chosen)  # at the old address, which a compiled or captured step may know
+        else:
+            self.lengths = chosen
         if self.static or not self.exact or len({*zip(self.past, self.spans, self.peaks, strict=True)}) > 1:
             order = samples.tolist()
         else:
