@@ -1,0 +1,99 @@
+"""Decode steps and chunks with a known past: what the stores hold before and after, and dense attention over it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+KV_HEADS = 5
+PATTERNS = {"mixed": [0, 1, 1, 0, 1], "all": [1] * 5, "none": [0] * 5, "one": [0, 0, 0, 1, 0]}
+
+
+def slot(token: int, sink: int, recent: int) -> int:
+    """Where a streaming head keeps a token: the sink in order, then a ring."""
+    return token if token < sink else sink + (token - sink) % recent
+
+
+@dataclass
+class Past:
+    """Keys and values of a few samples with `past[sample]` tokens before `new` tokens each, and their queries.
+
+    Attributes:
+        past: tokens of each sample in the stores.
+        new: tokens that come.
+        pattern: which KV heads are retrieval heads.
+        capacity: slots of the full stores.
+    """
+
+    past: list[int]
+    new: int
+    sink: int
+    recent: int
+    pattern: str = "mixed"
+    group: int = 2
+    dim: int = 16
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    capacity: int | None = None
+    scale: float = 0.3
+    query: Tensor = field(init=False)
+    key: Tensor = field(init=False)
+    value: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(sum(self.past) + self.dim)
+        batch, longest = len(self.past), max(self.past) + self.new
+
+        def draw(heads: int, tokens: int) -> Tensor:
+            tokens_first = torch.randn(batch, tokens, heads, self.dim, generator=generator)
+            return tokens_first.to(self.device, self.dtype).transpose(1, 2)  # strides as models have them
+
+        self.keys, self.values = draw(KV_HEADS, longest), draw(KV_HEADS, longest)
+        self.query = draw(KV_HEADS * self.group, self.new)
+        pieces = [[x[i, :, n : n + self.new] for i, n in enumerate(self.past)] for x in (self.keys, self.values)]
+        self.key, self.value = (torch.stack([y.transpose(0, 1) for y in x]).transpose(1, 2) for x in pieces)
+        full = torch.tensor(PATTERNS[self.pattern]) == 1
+        self.full, self.streaming = full.nonzero()[:, 0].to(self.device), (~full).nonzero()[:, 0].to(self.device)
+        self.heads = torch.cat([self.full, self.streaming]).to(torch.int32)
+        self.lengths = torch.tensor(self.past, device=self.device) + self.new
+        self.arrived = torch.zeros(batch * KV_HEADS, dtype=torch.int32, device=self.device)
+
+    def stores(self, after: bool = False) -> list[Tensor]:
+        """Full keys and values and streaming ones, before the new tokens or after; free slots hold 7."""
+        batch, room = len(self.past), self.capacity or max(self.past) + self.new
+        found = []
+        for tokens in (self.keys, self.values):
+            full = tokens.new_full((batch, len(self.full), room, self.dim), 7)
+            recent = tokens.new_full((batch, len(self.streaming), self.sink + self.recent, self.dim), 7)
+            for sample, count in enumerate(self.past):
+                end = count + self.new if after else count
+                full[sample, :, :end] = tokens[sample, self.full, :end]
+                for token in sorted({*range(min(end, self.sink)), *range(max(0, end - self.recent), end)}):
+                    place = slot(token, self.sink, self.recent)
+                    recent[sample, :, place] = tokens[sample, self.streaming, token]
+            found.append((full, recent))
+        return [found[0][0], found[1][0], found[0][1], found[1][1]]
+
+    def expected(self) -> Tensor:
+        """Dense attention in float64, (batch, query heads, new, head_dim)."""
+        out = torch.zeros(self.query.shape, dtype=torch.float64, device=self.device)
+        for sample, count in enumerate(self.past):
+            i = torch.arange(count, count + self.new, device=self.device)[:, None]
+            j = torch.arange(count + self.new, device=self.device)[None, :]
+            for head in range(self.query.shape[1]):
+                kv_head = head // self.group
+                seen = j <= i
+                if not PATTERNS[self.pattern][kv_head]:
+                    seen = seen & ((j < self.sink) | (i - j < self.recent))
+                keys, values = (x[sample, kv_head, : count + self.new].double() for x in (self.keys, self.values))
+                scores = self.query[sample, head].double() @ keys.mT * self.scale
+                out[sample, head] = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+        return out
+
+    def check(self, found: Tensor, heads: Tensor | None = None) -> None:
+        """The greatest error in float32 is 1e-5; in bfloat16 the error is what rounding once or twice makes it."""
+        expected = self.expected()
+        if heads is not None:
+            expected, found = (x.unflatten(1, (KV_HEADS, -1))[:, heads.long()] for x in (expected, found))
+        error = (found.double() - expected).abs().max()
+        assert error <= (1e-5 if self.dtype == torch.float32 else 2e-2), f"error {error:.1e}"

@@ -1,0 +1,44 @@
+"""The decode step, as the CPU takes it and as the compiler sees it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from duo_id.attention.decode import decode_attention
+from tests.attention.past import PATTERNS, Past
+
+WINDOWS = [(0, 1), (0, 5), (3, 8), (1, 1), (6, 1), (40, 3)]
+LENGTHS = [[0, 0, 0], [2, 2, 2], [10, 3, 11], [12, 60, 0], [61, 43, 47]]  # around the window, and far beyond
+
+
+def arguments(past: Past, stores: list[Tensor]) -> tuple:
+    numbers = (past.sink, past.recent, past.scale)
+    return past.query, past.key, past.value, *stores, past.heads, past.lengths, past.arrived, *numbers
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("group", [1, 3])
+def test_decode_equals_dense(window: tuple[int, int], lengths: list[int], pattern: str, group: int) -> None:
+    past = Past(lengths, 1, *window, pattern=pattern, group=group, capacity=70)
+    stores = past.stores()
+    past.check(decode_attention(*arguments(past, stores)))
+    for found, expected in zip(stores, past.stores(after=True), strict=True):
+        assert torch.equal(found, expected), "the new token lies in its slot, and nothing else has changed"
+    assert past.lengths.tolist() == [length + 1 for length in lengths]
+
+
+def test_decode_keeps_the_type() -> None:
+    past = Past([10, 3], 1, 3, 8, dtype=torch.bfloat16)
+    out = decode_attention(*arguments(past, past.stores()))
+    assert out.dtype == torch.bfloat16
+    assert out.shape == past.query.shape
+    past.check(out)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_operator_keeps_its_word(pattern: str) -> None:
+    """What it says it changes is all that it changes, and its shapes are known without running it."""
+    past = Past([10, 3], 1, 3, 8, pattern=pattern)
+    torch.library.opcheck(decode_attention, arguments(past, past.stores()))

@@ -1,0 +1,71 @@
+"""A head mask by brute force: dense float64 scores over the whole sequence, no cache, and no code of the package."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+NAME = "brute_force"
+
+
+def padding(attention_mask: Tensor | None = None, **unused: Any) -> Tensor | None:
+    """The mask function: (batch, tokens), whatever the layer's pattern, which the attention function builds itself."""
+    return attention_mask
+
+
+def visible(real: Tensor, sink: int, recent: int) -> Tensor:
+    """Which keys each query sees, (batch, tokens, tokens) bool, for `real` (batch, tokens) 0 or 1.
+
+    Positions count a sample's real tokens; a query that is padding sees itself, so that softmax has something.
+    """
+    position = real.cumsum(-1) - 1
+    query, key = position[:, :, None], position[:, None, :]
+    pattern = (key <= query) & ((key < sink) | (query - key < recent))
+    return pattern & (real[:, None, :] == 1) & (real[:, :, None] == 1) | torch.eye(real.shape[1], dtype=torch.bool)
+
+
+@contextmanager
+def brute_force(model: PreTrainedModel, retrieval: Tensor, sink: int, recent: int) -> Iterator[None]:
+    """Let `model` attend by brute force for a block: KV heads that `retrieval` (layers, KV heads) marks in full, the
+    others over sink and recent window, and layers with a sliding window over that. Call it with use_cache=False."""
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        assert query.shape[2] == key.shape[2], "the reference has no cache"
+        assert softcap is None
+        batch, heads, tokens, dim = query.shape
+        real = torch.ones(batch, tokens, dtype=torch.long) if attention_mask is None else attention_mask.long()
+        group = heads // key.shape[1]
+        out = torch.zeros(batch, heads, tokens, dim, dtype=torch.float64)
+        for head in range(heads):
+            kv_head = head // group
+            if sliding_window is not None:
+                seen = visible(real, 0, sliding_window)
+            elif retrieval[module.layer_idx, kv_head]:
+                seen = visible(real, tokens, tokens)
+            else:
+                seen = visible(real, sink, recent)
+            scores = query[:, head].double() @ key[:, kv_head].double().mT * (dim**-0.5 if scaling is None else scaling)
+            out[:, head] = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value[:, kv_head].double()
+        return out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, padding)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

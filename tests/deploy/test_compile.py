@@ -1,0 +1,63 @@
+"""A decode step with a static cache is one graph, compiled once."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+
+from duo_id import dual_cache, duo_attention
+from tests.deploy.cases import PROMPT, case, check_equal, padded_ids
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "backend"),
+    [
+        ("llama", "mixed", "aot_eager"),
+        ("gemma3_text", "mixed", "aot_eager"),
+        ("gpt_neox", "none", "aot_eager"),
+        pytest.param("llama", "mixed", "inductor", marks=pytest.mark.slow),  # compiles C++
+    ],
+)
+@torch.no_grad()
+def test_a_decode_step_is_one_graph(family: str, kind: str, backend: str) -> None:
+    """What brute force computes: for unequal samples, over many steps, after a crop, a reorder and a reset, and with a
+    new cache."""
+    given = case(family, kind)
+    ids, real, positions = padded_ids()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    with duo_attention(given.model, given.mask):
+        compiled = torch.compile(given.model.forward, fullgraph=True, dynamic=False, backend=counter)
+        cache = dual_cache(given.model, 100)
+
+        def decode(token: int, order: Tensor | None = None) -> None:
+            order = torch.arange(3) if order is None else order
+            new, at = (x[order, token : token + 1].contiguous() for x in (ids, positions))
+            check_equal(compiled(new, past_key_values=cache, position_ids=at).logits,
+                        given.padded_logits[order, token : token + 1])  # fmt: skip
+
+        def prompt_and_steps() -> None:
+            prompt = {"attention_mask": real[:, :PROMPT], "position_ids": positions[:, :PROMPT]}
+            given.model(ids[:, :PROMPT], past_key_values=cache, **prompt)
+            for token in range(PROMPT, PROMPT + 8):
+                decode(token)
+
+        prompt_and_steps()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            cache.crop(-1)
+            decode(PROMPT + 7)
+            cache.reorder_cache(torch.tensor([1, 2, 0]))
+            decode(PROMPT + 8, torch.tensor([1, 2, 0]))
+            cache.reset()
+            prompt_and_steps()
+            cache = dual_cache(given.model, 100)  # as `generate` makes for each call
+            prompt_and_steps()
+    assert counter.frame_count == 1

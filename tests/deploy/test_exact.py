@@ -1,0 +1,340 @@
+"""A model under a head mask computes what brute force computes, however its tokens come in."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from transformers import set_seed
+
+from duo_id import dual_cache, duo_attention, prefill
+from duo_id.deploy.prefill import read_along
+from tests.deploy.cases import (
+    EVERY_FAMILY,
+    HYBRIDS,
+    LENGTHS,
+    PROMPT,
+    RECENT,
+    SINK,
+    TOKENS,
+    build,
+    case,
+    check_equal,
+    mask_for,
+    padded_ids,
+    random_ids,
+    reference,
+    run,
+)
+
+# Grouped heads, a head each, learned positions, sliding layers.
+SOME = ("llama", "gpt_neox", "gpt2", "gemma3_text")
+CHUNKS = (1, 7, 64, PROMPT)
+KINDS = (None, TOKENS)  # a cache that grows, and a static one that is full at the end
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_without_a_cache_and_with_the_models_own(family: str) -> None:
+    given = case(family)
+    with duo_attention(given.model, given.mask):
+        check_equal(given.model(given.ids, use_cache=False).logits, given.logits)
+        output = given.model(given.ids[:, :PROMPT], use_cache=True)
+        check_equal(output.logits, given.logits[:, :PROMPT])
+        for token in range(PROMPT, TOKENS):
+            output = given.model(given.ids[:, token : token + 1], past_key_values=output.past_key_values)
+            check_equal(output.logits, given.logits[:, token : token + 1])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_a_growing_cache(family: str, chunk: int) -> None:
+    given = case(family)
+    with duo_attention(given.model, given.mask):
+        check_equal(run(given.model, given.ids, dual_cache(given.model), chunk), given.logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "chunk"), [(family, 7) for family in EVERY_FAMILY] + [(f, c) for f in SOME for c in CHUNKS if c != 7]
+)
+def test_a_static_cache(family: str, chunk: int) -> None:
+    given = case(family)
+    with duo_attention(given.model, given.mask):
+        check_equal(run(given.model, given.ids, dual_cache(given.model, TOKENS), chunk), given.logits)
+
+
+@pytest.mark.parametrize("kind", ["all", "none"])
+@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_layers_where_all_or_no_heads_are_retrieval_heads(family: str, max_length: int | None, kind: str) -> None:
+    given = case(family, kind)
+    with duo_attention(given.model, given.mask):
+        check_equal(run(given.model, given.ids, dual_cache(given.model, max_length), 7), given.logits)
+
+
+@pytest.mark.parametrize(("sink", "recent"), [(0, 1), (0, 5), (1, 1), (7, 1), (1, 40), (40, 3), (80, 30)])
+@pytest.mark.parametrize("chunk", [1, 7, PROMPT])
+def test_windows_of_any_size(sink: int, recent: int, chunk: int) -> None:
+    given = case("llama", "mixed", sink, recent)
+    with duo_attention(given.model, given.mask):
+        check_equal(run(given.model, given.ids, dual_cache(given.model), chunk), given.logits)
+        padded, real, _ = padded_ids()
+        found = run(given.model, padded, dual_cache(given.model), max(chunk, 2), real)
+        check_equal(found[real == 1], given.padded_logits[real == 1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_dim": 24},
+        {"tie_word_embeddings": False},
+        {"num_key_value_heads": 1},
+        {"hidden_size": 28, "num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 6},
+        {"hidden_size": 36, "num_attention_heads": 12, "num_key_value_heads": 3},
+        {"attention_bias": True},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+            }
+        },
+    ],
+    ids=str,
+)  # fmt: skip
+def test_variants_of_one_family(changes: dict[str, Any]) -> None:
+    model, ids = build("llama", **changes), random_ids(2, TOKENS)
+    mask = mask_for(model)
+    with reference(model, mask):
+        expected = model(ids, use_cache=False).logits
+    with duo_attention(model, mask):
+        for chunk in (7, PROMPT):
+            check_equal(run(model, ids, dual_cache(model), chunk), expected)
+
+
+@pytest.mark.parametrize("chunks", [[300], [150, 150], [2, 298], [299, 1], [130, 7, 163]], ids=str)
+def test_chunks_longer_than_the_blocks_of_streaming_attention(chunks: list[int]) -> None:
+    model, ids = build("llama"), random_ids(1, 300)
+    mask = mask_for(model)
+    with reference(model, mask):
+        expected = model(ids, use_cache=False).logits
+    with duo_attention(model, mask):
+        cache = dual_cache(model)
+        found = [model(part, past_key_values=cache).logits for part in ids.split(chunks, 1)]
+    check_equal(torch.cat(found, 1), expected)
+
+
+@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize(
+    ("family", "chunk"), [(f, 7) for f in EVERY_FAMILY] + [(f, c) for f in SOME for c in CHUNKS if c != 7]
+)
+def test_left_padding(family: str, chunk: int, max_length: int | None) -> None:
+    given = case(family)
+    padded, real, positions = padded_ids()
+    with duo_attention(given.model, given.mask):
+        found = run(given.model, padded, dual_cache(given.model, max_length), chunk, real)
+        whole = given.model(padded, attention_mask=real, position_ids=positions, use_cache=False).logits
+    check_equal(found[real == 1], given.padded_logits[real == 1])
+    check_equal(whole[real == 1], given.padded_logits[real == 1])
+
+
+@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("family", SOME)
+def test_a_padded_sample_is_as_if_it_were_alone(family: str, max_length: int | None) -> None:
+    given = case(family)
+    padded, real, _ = padded_ids()
+    with duo_attention(given.model, given.mask):
+        found = run(given.model, padded, dual_cache(given.model, max_length), 7, real)
+        for sample, length in enumerate(LENGTHS):
+            row = padded[sample : sample + 1, PROMPT - length :]
+            alone = given.model(row, past_key_values=dual_cache(given.model, max_length)).logits
+            check_equal(found[sample, PROMPT - length :], alone[0])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("padded", [False, True])
+def test_prefill_returns_the_last_logits(family: str, chunk: int, padded: bool) -> None:
+    given, real = case(family), None
+    ids, expected = given.ids, given.logits
+    if padded:
+        ids, real, _ = padded_ids()
+        expected = given.padded_logits
+    with duo_attention(given.model, given.mask):
+        cache = dual_cache(given.model)
+        first = prefill(given.model, ids[:, :50], cache, chunk, None if real is None else real[:, :50])
+        check_equal(first[:2], expected[:2, 49])  # of the third sample none has come yet
+        second = prefill(given.model, ids[:, 50:PROMPT], cache, chunk, None if real is None else real[:, :PROMPT])
+        check_equal(second, expected[:, PROMPT - 1])
+    assert cache.get_seq_length() == PROMPT
+
+
+GENERATION = {
+    "greedy": {},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.9},
+    "several samples": {"do_sample": True, "num_return_sequences": 2},
+    "sampled beams": {"do_sample": True, "num_beams": 2},
+}
+
+
+def generate(model: Any, **options: Any) -> Any:
+    """Sixteen tokens after a padded batch, and the scores that they were chosen by."""
+    ids, real, _ = padded_ids()
+    set_seed(0)
+    return model.generate(
+        ids[:, :PROMPT], attention_mask=real[:, :PROMPT], max_new_tokens=16, output_scores=True,
+        return_dict_in_generate=True, **{"do_sample": False} | options,
+    )  # fmt: skip
+
+
+@functools.cache
+def expected_generation(family: str, way: str) -> Any:
+    given = case(family)
+    with reference(given.model, given.mask):
+        return generate(given.model, use_cache=False, **GENERATION[way])
+
+
+def check_generation(found: Any, expected: Any) -> None:
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+        finite = theirs.isfinite()
+        assert torch.equal(ours.isfinite(), finite)
+        check_equal(ours[finite], theirs[finite])
+
+
+@pytest.mark.parametrize(
+    ("family", "cache"), [(f, None) for f in EVERY_FAMILY] + [(f, c) for f in SOME for c in ("dynamic", "static")]
+)
+def test_greedy_generation(family: str, cache: str | None) -> None:
+    given = case(family)
+    expected = expected_generation(family, "greedy")
+    with duo_attention(given.model, given.mask):
+        found = generate(given.model, **({} if cache is None else {"cache_implementation": cache}))
+        check_generation(found, expected)
+        assert type(found.past_key_values).__name__ == "DualCache"
+        assert (found.past_key_values.max_length is None) == (cache != "static")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "no"])
+@pytest.mark.parametrize("way", GENERATION)
+def test_other_generation(way: str, cache: str, family: str) -> None:
+    given = case(family)
+    options = {"use_cache": False} if cache == "no" else {"cache_implementation": cache}
+    with duo_attention(given.model, given.mask):
+        check_generation(generate(given.model, **options, **GENERATION[way]), expected_generation(family, way))
+
+
+@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("max_length", [None, 200])
+def test_generation_goes_on_from_a_cache_that_is_given(family: str, max_length: int | None) -> None:
+    """A second call with the cache of the first: only the new tokens run."""
+    given, seen = case(family), []
+    with reference(given.model, given.mask):
+        first = generate(given.model, use_cache=False).sequences
+        ids = torch.cat([first, random_ids(3, 5)], 1)
+        real = torch.cat([padded_ids()[1][:, :PROMPT], torch.ones(3, ids.shape[1] - PROMPT, dtype=torch.long)], 1)
+        expected = given.model.generate(ids, attention_mask=real, max_new_tokens=8, do_sample=False, use_cache=False)
+    with duo_attention(given.model, given.mask):
+        cache = dual_cache(given.model, max_length)
+        assert torch.equal(generate(given.model, past_key_values=cache).sequences, first)
+        hook = given.model.get_input_embeddings().register_forward_pre_hook(
+            lambda module, args: seen.append(args[0].shape[1])
+        )
+        found = given.model.generate(ids, attention_mask=real, max_new_tokens=8, do_sample=False, past_key_values=cache)
+        hook.remove()
+    assert found.tolist() == expected.tolist()
+    assert max(seen) == 6, "the token that was not run yet and the five new ones"
+
+
+def test_prompts_are_generated_from_in_chunks() -> None:
+    given = case("llama")
+    with duo_attention(given.model, given.mask):
+        expected = generate(given.model)
+        check_generation(generate(given.model, prefill_chunk_size=9), expected)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_a_wrong_mask_is_caught(family: str) -> None:
+    """The reference itself tells masks and windows apart, by far more than the error that is allowed."""
+    given = case(family)
+    right = given.mask
+    retrieval = right.retrieval.clone()
+    retrieval[right.gated_layers[0]] ^= True
+    wrong = [(retrieval, SINK, RECENT)]
+    for sink, recent in ((SINK - 1, RECENT), (SINK + 1, RECENT), (SINK, RECENT - 1), (SINK, RECENT + 1)):
+        wrong.append((right.retrieval, sink, recent))
+    for heads, sink, recent in wrong:
+        other = type(right)(heads, sink, recent, right.gated_layers)
+        with duo_attention(given.model, other):
+            found = given.model(given.ids).logits
+        with pytest.raises(AssertionError, match="error"):
+            check_equal(found, given.logits)
+        assert (found - given.logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", SOME)
+def test_padding_on_either_side_of_a_chunk(family: str, side: str) -> None:
+    given, ids = case(family), random_ids(2, 40)
+    real = torch.ones_like(ids)
+    real[1, slice(0, 13) if side == "left" else slice(27, 40)] = 0
+    positions = (real.cumsum(-1) - 1).clamp(min=0)
+    with reference(given.model, given.mask):
+        expected = given.model(ids, attention_mask=real, position_ids=positions, use_cache=False).logits
+    with duo_attention(given.model, given.mask):
+        for use_cache in (False, True):
+            found = given.model(ids, attention_mask=real, position_ids=positions, use_cache=use_cache).logits
+            check_equal(found[real == 1], expected[real == 1])
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_reading_along(family: str) -> None:
+    given, positions = case(family), torch.tensor([4, 30, 31, 32, 77])
+    with duo_attention(given.model, given.mask):
+        check_equal(read_along(given.model, given.ids, positions), given.logits[:, positions])
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_sliding_layers_keep_their_window(family: str) -> None:
+    """They have no gate: a mask that keeps all heads in full is the untouched model, sliding windows and all."""
+    given = case(family, "all")
+    expected = given.model(given.ids, use_cache=False).logits
+    check_equal(given.logits, expected)
+    with duo_attention(given.model, given.mask):
+        cache = dual_cache(given.model)
+        check_equal(run(given.model, given.ids, cache, 7), expected)
+    assert [layer.full.key.shape[1] for layer in cache.layers] == [0, 2, 0, 2]
+    assert [layer.recent.key.shape[1:3] for layer in cache.layers] == [(2, 9), (0, SINK + RECENT)] * 2
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_with_all_heads_in_full_the_model_is_untouched(family: str) -> None:
+    given = case(family, "all")
+    expected = generate(given.model)
+    with duo_attention(given.model, given.mask):
+        check_generation(generate(given.model), expected)
+
+
+@pytest.mark.parametrize("max_length", KINDS)
+def test_in_bfloat16_nothing_but_rounding_differs(max_length: int | None) -> None:
+    model = build("llama").bfloat16()
+    mask, ids = mask_for(model), random_ids(2, TOKENS)
+    with reference(model, mask):
+        expected = model(ids, use_cache=False).logits.float()
+    with duo_attention(model, mask):
+        cache = dual_cache(model, max_length)
+        found = run(model, ids, cache, 7)
+    assert found.dtype == cache.layers[0].full.key.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() / expected.norm() < 5e-2
+
+
+@pytest.mark.parametrize("max_length", KINDS)
+def test_a_model_that_is_not_frozen_and_records_gradients(max_length: int | None) -> None:
+    given = case("llama")
+    model = build("llama").requires_grad_(True)
+    with duo_attention(model, given.mask):
+        with torch.enable_grad():
+            found = run(model, given.ids, dual_cache(model, max_length), 7)
+        check_equal(found.detach(), given.logits)

@@ -1,0 +1,370 @@
+"""A model goes under a head mask and comes back as it was; what cannot work is refused and named."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache, pipeline
+
+from duo_id import DualCache, HeadMask, dual_cache, duo_attention, install, prefill, remove
+from duo_id.errors import UserError
+from duo_id.models import byte_tokenizer
+from tests.conftest import tiny_model
+from tests.deploy.cases import HYBRID, TOKENS, build, case, check_equal, mask_for, random_ids, reference, run
+
+SHARED_KV: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": {"global_head_dim": 16},
+}
+MIXED = torch.tensor([[True, False], [False, False], [True, True], [False, True]])
+
+
+def traces(model: PreTrainedModel) -> list[Any]:
+    """All that a deployment might leave on a model: attributes and hooks of every module, and the attention's name."""
+    modules = [
+        (
+            name,
+            sorted(vars(module)),
+            {key: len(value) for key, value in vars(module).items() if key.endswith(("_hooks", "_hooks_with_kwargs"))},
+        )
+        for name, module in model.named_modules()
+    ]
+    return [modules, model.config._attn_implementation, vars(model).get("_compiled_call"), model.forward.__func__]
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return build("llama")
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return random_ids(2, 40)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
+def test_the_model_is_as_before(family: str) -> None:
+    model, ids = build(family), random_ids(2, 40)
+    mask, before = mask_for(model), traces(model)
+    logits, text = model(ids).logits, model.generate(ids, max_new_tokens=8, do_sample=False)
+    with duo_attention(model, mask):
+        assert (model(ids).logits - logits).abs().max() > 1e-2
+        assert not torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), text)
+    assert traces(model) == before
+    output = model(ids)
+    assert torch.equal(output.logits, logits)
+    assert type(output.past_key_values) is DynamicCache
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), text)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_also_after_an_exception(model: PreTrainedModel, ids: Tensor, error: type[BaseException]) -> None:
+    mask, before, expected = mask_for(model), traces(model), model(ids).logits
+
+    def fails() -> None:
+        with duo_attention(model, mask):
+            model(ids)
+            raise error
+
+    with pytest.raises(error):
+        fails()
+    assert traces(model) == before
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_also_after_an_exception_in_the_middle_of_a_forward(model: PreTrainedModel, ids: Tensor) -> None:
+    before, expected = traces(model), model(ids).logits
+
+    def stop(*args: Any) -> None:
+        raise RuntimeError("in the third layer")
+
+    hook = model.model.layers[2].register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="third layer"), duo_attention(model, mask_for(model)):
+        model(ids)
+    hook.remove()
+    assert traces(model) == before
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_compiled_forward_is_set_aside_and_put_back(model: PreTrainedModel) -> None:
+    kept = model.__dict__["_compiled_call"] = object()
+    with duo_attention(model, mask_for(model)):
+        assert "_compiled_call" not in vars(model)
+        model.__dict__["_compiled_call"] = object()  # as transformers does when it compiles
+    assert vars(model)["_compiled_call"] is kept
+    del model.__dict__["_compiled_call"]
+    with duo_attention(model, mask_for(model)):
+        model.__dict__["_compiled_call"] = object()
+    assert "_compiled_call" not in vars(model)
+
+
+def test_install_and_remove_are_the_same_as_calls() -> None:
+    given = case("llama")
+    before = traces(given.model)
+    install(given.model, given.mask)
+    try:
+        check_equal(run(given.model, given.ids, dual_cache(given.model), 7), given.logits)
+        with pytest.raises(UserError, match="under duo_attention already"):
+            install(given.model, given.mask)
+        with pytest.raises(UserError, match="under duo_attention already"), duo_attention(given.model, given.mask):
+            pass
+        check_equal(given.model(given.ids).logits, given.logits)
+    finally:
+        remove(given.model)
+    assert traces(given.model) == before
+    for call in (remove, dual_cache):
+        with pytest.raises(UserError, match="not under duo_attention"):
+            call(given.model)
+
+
+def test_one_mask_after_another(model: PreTrainedModel, ids: Tensor) -> None:
+    before = traces(model)
+    for mask in (mask_for(model, 1, 4), mask_for(model, 3, 8, "none"), mask_for(model, 0, 2)):
+        with reference(model, mask):
+            expected = model(ids, use_cache=False).logits
+        with duo_attention(model, mask):
+            check_equal(model(ids).logits, expected)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_two_models_under_two_masks(first_out: int) -> None:
+    given = [case("llama"), case("gemma3_text", "mixed", 1, 5)]
+    for one in given:
+        install(one.model, one.mask)
+    caches = [dual_cache(one.model) for one in given]
+    for start in range(0, TOKENS, 12):
+        for one, cache in zip(given, caches, strict=True):
+            part = slice(start, start + 12)
+            check_equal(one.model(one.ids[:, part], past_key_values=cache).logits, one.logits[:, part])
+    with pytest.raises(UserError, match="another head mask"):
+        given[0].model(given[0].ids, past_key_values=caches[1])
+    remove(given[first_out].model)
+    left = given[1 - first_out]
+    check_equal(left.model(left.ids).logits, left.logits)
+    remove(left.model)
+
+
+def test_which_cache_the_model_makes(model: PreTrainedModel, ids: Tensor) -> None:
+    with duo_attention(model, mask_for(model)):
+        assert type(model(ids).past_key_values) is DualCache
+        assert type(model(ids, use_cache=True).past_key_values) is DualCache
+        assert type(model.base_model(ids).past_key_values) is DualCache
+        assert model(ids, use_cache=False).past_key_values is None
+        model.config.use_cache = False
+        assert model(ids).past_key_values is None
+        made = model.generate(ids, max_new_tokens=3, return_dict_in_generate=True, cache_implementation="static")
+        assert made.past_key_values.max_length >= 42
+        made = model.generate(
+            ids, max_new_tokens=3, return_dict_in_generate=True, cache_implementation="static", max_cache_len=77
+        )
+        assert made.past_key_values.max_length == 77
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_pipeline(batch_size: int) -> None:
+    model, tokenizer = build("llama", vocab_size=260), byte_tokenizer()
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    texts = ["the hill", "a far longer line of text", "one more than those two"]
+    options = {"max_new_tokens": 12, "do_sample": False, "batch_size": batch_size, "return_full_text": False}
+    mask = mask_for(model)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    plain = generator(texts, **options)
+    with reference(model, mask):
+        expected = generator(texts, use_cache=False, **options)
+    with duo_attention(model, mask):
+        assert generator(texts, **options) == expected
+        assert pipeline("text-generation", model=model, tokenizer=tokenizer)(texts, **options) == expected
+    assert generator(texts, **options) == plain != expected
+
+
+def test_under_inference_mode() -> None:
+    given = case("llama")
+    with duo_attention(given.model, given.mask), torch.inference_mode():
+        for max_length in (None, TOKENS):
+            check_equal(run(given.model, given.ids, dual_cache(given.model, max_length), 7), given.logits)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("other", [DynamicCache, lambda config: StaticCache(config, max_cache_len=100)])
+def test_ordinary_caches_are_refused(model: PreTrainedModel, ids: Tensor, other: Callable[..., Any]) -> None:
+    with duo_attention(model, mask_for(model)):
+        cache = other(config=model.config)
+        name = type(cache).__name__
+        for call in (model, model.base_model, model.generate):
+            with pytest.raises(UserError, match=f"a {name} cannot hold .*dual_cache"):
+                call(ids, past_key_values=cache)
+        assert cache.get_seq_length() == 0
+
+
+def test_a_cache_from_before_the_block_is_refused(model: PreTrainedModel, ids: Tensor) -> None:
+    cache = model(ids).past_key_values
+    with duo_attention(model, mask_for(model)), pytest.raises(UserError, match="DynamicCache cannot hold"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("changed", ["heads", "sink", "recent"])
+def test_a_cache_for_another_mask_is_refused(model: PreTrainedModel, ids: Tensor, changed: str) -> None:
+    masks = {
+        "heads": HeadMask(~MIXED, 3, 8),
+        "sink": HeadMask(MIXED, 4, 8),
+        "recent": HeadMask(MIXED, 3, 7),
+    }
+    with duo_attention(model, masks[changed]):
+        cache = model(ids).past_key_values
+    with duo_attention(model, HeadMask(MIXED, 3, 8)):
+        held = [layer.recent.key.clone() for layer in cache.layers]
+        for call in (model, model.generate):
+            with pytest.raises(UserError, match="another head mask"):
+                call(ids, past_key_values=cache)
+        assert cache.get_seq_length() == 40
+        assert all(torch.equal(layer.recent.key, key) for layer, key in zip(cache.layers, held, strict=True))
+
+
+def test_a_cache_goes_on_in_another_block_of_the_same_mask() -> None:
+    given = case("llama")
+    with duo_attention(given.model, given.mask):
+        cache = dual_cache(given.model)
+        first = given.model(given.ids[:, :40], past_key_values=cache).logits
+    with duo_attention(given.model, HeadMask(given.mask.retrieval, given.mask.sink_size, given.mask.recent_size)):
+        second = given.model(given.ids[:, 40:], past_key_values=cache).logits
+    check_equal(torch.cat([first, second], 1), given.logits)
+
+
+def test_a_cache_of_another_model_is_refused(model: PreTrainedModel, ids: Tensor) -> None:
+    twin, mask = build("llama"), mask_for(model)
+    with duo_attention(model, mask), duo_attention(twin, mask):
+        cache = twin(ids).past_key_values
+        with pytest.raises(UserError):
+            model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (HeadMask(torch.ones(3, 2, dtype=torch.bool), 3, 8), "for 3 layers x 2 KV heads, .* has 4 layers x 2 KV heads"),
+        (HeadMask(torch.ones(4, 4, dtype=torch.bool), 3, 8), "for 4 layers x 4 KV heads, .* has 4 layers x 2 KV heads"),
+    ],
+)
+def test_a_mask_for_another_shape_is_refused(model: PreTrainedModel, mask: HeadMask, reason: str) -> None:
+    before = traces(model)
+    with pytest.raises(UserError, match=reason):
+        install(model, mask)
+    assert traces(model) == before
+
+
+def test_a_mask_about_layers_without_gates_is_refused() -> None:
+    model = build("gemma3_text")
+    before = traces(model)
+    with pytest.raises(UserError, match=r"layers \[0, 2\], which have no gates"):
+        install(model, HeadMask(MIXED, 3, 8))
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("falcon", {}, "no attention that can be gated"),
+        ("bloom", {"n_layer": 3}, "no attention that can be gated"),
+        ("mamba", {}, "no attention that can be gated"),
+        ("deepseek_v3", {"num_key_value_heads": 4}, "latent attention"),
+        ("mistral", {"sliding_window": 16}, "sliding window of 16"),
+        ("gemma2", {"head_dim": 16}, "layers.1.self_attn cannot be gated: its attention has a soft cap"),
+        (
+            "llama4_text",
+            {
+                "attention_chunk_size": 8, "head_dim": 16, "intermediate_size_mlp": 48, "num_local_experts": 2,
+                "num_hidden_layers": 4, "layer_types": ["chunked_attention", "full_attention"] * 2,
+                "no_rope_layers": [1, 0] * 2,
+            },
+            "pattern of its own",
+        ),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_be_deployed_are_named(family: str, changes: dict[str, Any], reason: str) -> None:
+    model = tiny_model(family, **changes)
+    before = traces(model)
+    config = model.config.get_text_config()
+    mask = HeadMask(torch.zeros(config.num_hidden_layers, 2, dtype=torch.bool), 3, 8)
+    with pytest.raises(UserError, match=reason):
+        install(model, mask)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize("family", SHARED_KV)
+@pytest.mark.parametrize("max_length", [None, 100])
+def test_layers_that_share_keys_are_refused_with_a_cache_alone(family: str, max_length: int | None) -> None:
+    model = tiny_model(
+        family, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=HYBRID, sliding_window=9, head_dim=16,
+        vocab_size_per_layer_input=96, hidden_size_per_layer_input=8, **SHARED_KV[family],
+    )  # fmt: skip
+    ids = random_ids(2, 40)
+    mask = HeadMask(torch.tensor([[True, False]] * 4), 3, 8, [1, 3])
+    with reference(model, mask):
+        expected = model(ids, use_cache=False).logits
+    with duo_attention(model, mask):
+        check_equal(model(ids, use_cache=False).logits, expected)
+        for call in (
+            lambda: model(ids),
+            lambda: model(ids, past_key_values=dual_cache(model, max_length)),
+            lambda: model.generate(ids, max_new_tokens=2),
+        ):
+            with pytest.raises(UserError, match=r"share keys and values.*use_cache=False"):
+                call()
+
+
+@pytest.mark.parametrize("kind", ["quantized", "offloaded", "offloaded_static"])
+def test_other_caches_of_generate_are_refused(model: PreTrainedModel, ids: Tensor, kind: str) -> None:
+    with (
+        duo_attention(model, mask_for(model)),
+        pytest.raises(UserError, match=f"cache_implementation={kind}: .*static"),
+    ):
+        model.generate(ids, max_new_tokens=2, cache_implementation=kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("way", ["made", "growing", "static", "none"])
+def test_attention_masks_of_four_dimensions_are_refused(
+    model: PreTrainedModel, ids: Tensor, way: str, dtype: torch.dtype
+) -> None:
+    """They could only be obeyed by forgetting the head mask."""
+    seen = torch.ones(40, 40, dtype=torch.bool).tril()[None, None].expand(2, 1, -1, -1)
+    if dtype is torch.float32:
+        seen = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    with duo_attention(model, mask_for(model)):
+        options = {
+            "made": lambda: {"use_cache": True},
+            "growing": lambda: {"past_key_values": dual_cache(model)},
+            "static": lambda: {"past_key_values": dual_cache(model, 40)},
+            "none": lambda: {"use_cache": False},
+        }[way]()
+        with pytest.raises(UserError, match="attention_mask"):
+            model(ids, attention_mask=seen, **options)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_attention_masks_with_holes_are_refused(model: PreTrainedModel, ids: Tensor, use_cache: bool) -> None:
+    holes = torch.ones_like(ids)
+    holes[0, 5] = 0
+    with duo_attention(model, mask_for(model)), pytest.raises(UserError, match="holes"):
+        model(ids, attention_mask=holes, use_cache=use_cache)
+
+
+def test_prefill_refuses_what_means_nothing(model: PreTrainedModel, ids: Tensor) -> None:
+    with duo_attention(model, mask_for(model)):
+        with pytest.raises(UserError, match="chunk_size=0"):
+            prefill(model, ids, dual_cache(model), 0)
+        with pytest.raises(UserError, match="at least one token"):
+            prefill(model, ids[:, :0], dual_cache(model))
+
+
+def test_prefill_computes_the_last_logits_alone(model: PreTrainedModel, ids: Tensor) -> None:
+    seen: list[int] = []
+    with duo_attention(model, mask_for(model)):
+        model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+        prefill(model, ids, dual_cache(model), 16)
+    assert seen == [1, 1, 1]
