@@ -64,7 +64,7 @@ def test_a_run_leaves_results_tables_and_figures(task: str, tmp_path: Path) -> N
 
 
 def test_the_rows_before_an_interruption_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, calls = measure.prefill, [0]
+    plain, calls = measure.read_in_chunks, [0]
 
     def instead(*args):
         calls[0] += 1
@@ -72,7 +72,7 @@ def test_the_rows_before_an_interruption_are_kept(tmp_path: Path, monkeypatch: p
             raise KeyboardInterrupt
         return plain(*args)
 
-    monkeypatch.setattr(measure, "prefill", instead)
+    monkeypatch.setattr(measure, "read_in_chunks", instead)
     finished = run_command("benchmark", *SMALL, "task=prefill", folder=tmp_path)
     assert finished.status == 130
     assert len(saved(tmp_path)["rows"]) == 2

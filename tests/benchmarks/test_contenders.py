@@ -1,7 +1,6 @@
 """Every contender computes what the plain model does: nothing is measured that would give other tokens."""
 
 from functools import partial
-from typing import cast
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from duo_id.benchmarks import baseline
 from duo_id.benchmarks.contenders import Contender, DualAttention, StaticAttention
 from duo_id.benchmarks.measure import decode_step
 from duo_id.deploy.cache import DualCache
-from duo_id.deploy.prefill import prefill
+from duo_id.deploy.prefill import read_in_chunks
 from tests.benchmarks.cases import MIXED, layers_of, mask, named
 from tests.conftest import tiny_model
 
@@ -76,7 +75,7 @@ def test_a_prefill_equals_the_plain_model_also_in_a_used_cache(
         cache = chosen.new_cache(CONTEXT)
         for _ in range(2):
             chosen.clear(cache)
-            logits = prefill(model, ids, cast(DualCache, cache), chunk_size)
+            logits = read_in_chunks(model, ids, cache, chunk_size)
     torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, -1], rtol=1e-4, atol=1e-4)
 
 

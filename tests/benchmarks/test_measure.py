@@ -93,14 +93,14 @@ def test_memory_that_runs_out_while_timing_leaves_the_shorter_contexts(monkeypat
 
 
 def test_a_prefill_that_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = measure.prefill
+    plain = measure.read_in_chunks
 
     def instead(model, ids, cache, chunk_size):
         if chunk_size > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(model, ids, cache, chunk_size)
 
-    monkeypatch.setattr(measure, "prefill", instead)
+    monkeypatch.setattr(measure, "read_in_chunks", instead)
     rows = rows_of(StaticAttention, task="prefill", context=[20], chunk_size=[8, 16])
     assert [row["status"] for row in rows] == ["ok", "OOM"]
 

@@ -140,6 +140,22 @@ def test_left_padding(family: str, chunk: int, max_length: int | None) -> None:
 
 @pytest.mark.parametrize("max_length", KINDS)
 @pytest.mark.parametrize("family", SOME)
+def test_padding_between_single_tokens(family: str, max_length: int | None) -> None:
+    """A sample that waits while others go on, then goes on itself, as if nothing had been."""
+    given, ids = case(family), random_ids(2, TOKENS)
+    real = torch.ones_like(ids)
+    real[0, PROMPT + 1 : PROMPT + 4] = 0
+    real[1, PROMPT + 2 : PROMPT + 12] = 0
+    positions = (real.cumsum(-1) - 1).clamp(min=0)
+    with reference(given.model, given.mask):
+        expected = given.model(ids, attention_mask=real, position_ids=positions, use_cache=False).logits
+    with duo_attention(given.model, given.mask):
+        found = run(given.model, ids, dual_cache(given.model, max_length), PROMPT, real)
+    check_equal(found[real == 1], expected[real == 1])
+
+
+@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("family", SOME)
 def test_a_padded_sample_is_as_if_it_were_alone(family: str, max_length: int | None) -> None:
     given = case(family)
     padded, real, _ = padded_ids()

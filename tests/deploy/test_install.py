@@ -1,6 +1,8 @@
 """A model goes under a head mask and comes back as it was; what cannot work is refused and named."""
 
+import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache, pipeline
 from duo_id import DualCache, HeadMask, dual_cache, duo_attention, install, prefill, remove
 from duo_id.errors import UserError
 from duo_id.models import byte_tokenizer
+from duo_id.patterns import random_mask
 from tests.conftest import tiny_model
 from tests.deploy.cases import HYBRID, TOKENS, build, case, check_equal, mask_for, random_ids, reference, run
 
@@ -132,19 +135,19 @@ def test_one_mask_after_another(model: PreTrainedModel, ids: Tensor) -> None:
 @pytest.mark.parametrize("first_out", [0, 1])
 def test_two_models_under_two_masks(first_out: int) -> None:
     given = [case("llama"), case("gemma3_text", "mixed", 1, 5)]
-    for one in given:
-        install(one.model, one.mask)
-    caches = [dual_cache(one.model) for one in given]
-    for start in range(0, TOKENS, 12):
-        for one, cache in zip(given, caches, strict=True):
-            part = slice(start, start + 12)
-            check_equal(one.model(one.ids[:, part], past_key_values=cache).logits, one.logits[:, part])
-    with pytest.raises(UserError, match="another head mask"):
-        given[0].model(given[0].ids, past_key_values=caches[1])
-    remove(given[first_out].model)
-    left = given[1 - first_out]
-    check_equal(left.model(left.ids).logits, left.logits)
-    remove(left.model)
+    with ExitStack() as stays, ExitStack() as goes:
+        for place, one in enumerate(given):
+            (goes if place == first_out else stays).enter_context(duo_attention(one.model, one.mask))
+        caches = [dual_cache(one.model) for one in given]
+        for start in range(0, TOKENS, 12):
+            for one, cache in zip(given, caches, strict=True):
+                part = slice(start, start + 12)
+                check_equal(one.model(one.ids[:, part], past_key_values=cache).logits, one.logits[:, part])
+        with pytest.raises(UserError, match="another head mask"):
+            given[0].model(given[0].ids, past_key_values=caches[1])
+        goes.close()
+        left = given[1 - first_out]
+        check_equal(left.model(left.ids).logits, left.logits)
 
 
 def test_which_cache_the_model_makes(model: PreTrainedModel, ids: Tensor) -> None:
@@ -368,3 +371,108 @@ def test_prefill_computes_the_last_logits_alone(model: PreTrainedModel, ids: Ten
         model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
         prefill(model, ids, dual_cache(model), 16)
     assert seen == [1, 1, 1]
+
+
+def test_a_forward_that_was_interrupted_spoils_its_cache_until_reset(model: PreTrainedModel, ids: Tensor) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with duo_attention(model, mask_for(model)):
+        expected = model(ids).logits
+        cache = dual_cache(model)
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, past_key_values=cache)
+        hook.remove()
+        with pytest.raises(UserError, match="interrupted"):
+            model(ids, past_key_values=cache)
+        cache.reset()
+        assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+
+
+def test_a_mask_may_go_on_beyond_the_text(model: PreTrainedModel, ids: Tensor) -> None:
+    longer = torch.zeros(len(ids), ids.shape[1] + 6, dtype=torch.long)
+    longer[:, : ids.shape[1]] = 1
+    with duo_attention(model, mask_for(model)):
+        for max_length in (None, 100):
+            found = model(ids, attention_mask=longer, past_key_values=dual_cache(model, max_length)).logits
+            assert torch.equal(found, model(ids).logits)
+
+
+def test_packed_sequences_are_refused(model: PreTrainedModel, ids: Tensor) -> None:
+    packed = torch.cat([torch.arange(10)] * (ids.shape[1] // 10))[None]
+    with duo_attention(model, mask_for(model)), pytest.raises(UserError, match="packed sequences"):
+        model(ids[:1, : packed.shape[1]], position_ids=packed, use_cache=False)
+
+
+def test_the_inner_model_takes_a_cache_and_a_mask_by_place(model: PreTrainedModel, ids: Tensor) -> None:
+    real = torch.ones_like(ids)
+    real[0, :7] = 0
+    positions = (real.cumsum(-1) - 1).clamp(min=0)
+    with duo_attention(model, mask_for(model)):
+        named = model.model(ids, attention_mask=real, position_ids=positions).last_hidden_state
+        assert torch.equal(model.model(ids, real, positions).last_hidden_state, named)
+        with pytest.raises(UserError, match="DynamicCache"):
+            model.model(ids, None, None, DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("max_length", [None, 60])
+def test_a_model_that_goes_round_its_base_model(max_length: int | None) -> None:
+    """Its language model calls the decoder itself."""
+    model = tiny_model("opt", ffn_dim=48, word_embed_proj_dim=32)
+    ids, real = torch.randint(3, 96, (2, 30), generator=torch.Generator().manual_seed(0)), torch.ones(2, 30)
+    real[0, :11] = 0
+    mask = random_mask(3, 4, 0.5, 0, sink_size=2, recent_size=5)
+    options = {"attention_mask": real.long(), "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    with duo_attention(model, mask):
+        expected = model.generate(ids, use_cache=False, **options)
+        assert torch.equal(model.generate(ids, past_key_values=dual_cache(model, max_length), **options), expected)
+        with pytest.raises(UserError, match="DynamicCache"):
+            model(ids, past_key_values=DynamicCache(config=model.config))
+
+
+def test_a_copy_of_a_cache_goes_on_by_itself(model: PreTrainedModel, ids: Tensor) -> None:
+    with duo_attention(model, mask_for(model)), torch.no_grad():
+        expected = model(ids).logits[:, -1]
+        cache = dual_cache(model)
+        prefill(model, ids[:, :20], cache)
+        for _ in range(2):
+            torch.testing.assert_close(prefill(model, ids[:, 20:], copy.deepcopy(cache)), expected, atol=1e-5, rtol=0)
+
+
+def test_crop_after_trailing_padding_is_refused(model: PreTrainedModel, ids: Tensor) -> None:
+    real = torch.ones_like(ids)
+    real[1, -2:] = 0
+    with duo_attention(model, mask_for(model)):
+        cache = model(ids, attention_mask=real).past_key_values
+        with pytest.raises(UserError, match="padding came after"):
+            cache.crop(-1)
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        (lambda model, ids: prefill(model, ids, None), "NoneType"),
+        (lambda model, ids: prefill(model, ids[0], dual_cache(model)), "input_ids"),
+        (lambda model, ids: prefill(model, ids, dual_cache(model), attention_mask=ids[:, :5]), "attention_mask"),
+        (lambda model, ids: model(ids, attention_mask=torch.ones(1, ids.shape[1])), "samples"),
+        (lambda model, ids: dual_cache(model, 12.5), "max_length"),
+    ],
+)
+def test_arguments_that_cannot_be_are_named(model: PreTrainedModel, ids: Tensor, what: Any, named: str) -> None:
+    with duo_attention(model, mask_for(model)), pytest.raises(UserError, match=named):
+        what(model, ids)
+
+
+def test_prefill_of_models_that_cannot_leave_logits_out(
+    model: PreTrainedModel, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = model.forward
+
+    def forward(input_ids: Tensor, past_key_values: Any, use_cache: bool | None = None) -> Any:
+        return plain(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+
+    with duo_attention(model, mask_for(model)):
+        expected = prefill(model, ids, dual_cache(model), 16)
+        monkeypatch.setattr(model, "forward", forward)
+        check_equal(prefill(model, ids, dual_cache(model), 16), expected)

@@ -24,6 +24,7 @@ from duo_id.attention.streaming import streaming_attention
 from duo_id.errors import UserError
 
 IMPLEMENTATION = "duo_id"  # the name under which transformers knows the attention function
+PROBE = "duo_id_probe"  # and the one that finds the layers, which other models may not notice
 BOUND = "duo_id_attend"  # the attribute of an attention module that holds what it does
 
 AttendFunction = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
@@ -124,8 +125,9 @@ def recording_heads(outputs: dict[int, Tensor], index: int, backends: Backends) 
 
 def register() -> None:
     """Make `attn_implementation="duo_id"` known to transformers; calling it again changes nothing."""
-    AttentionInterface.register(IMPLEMENTATION, _attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
+    for name in (IMPLEMENTATION, PROBE):
+        AttentionInterface.register(name, _attention_forward)
+        AttentionMaskInterface.register(name, padding_mask)
 
 
 @contextmanager
@@ -153,13 +155,11 @@ def routed(model: PreTrainedModel, backends: Backends) -> Iterator[list[Attentio
     """As `attached`, but all attention layers are yielded, also those that cannot be gated."""
     before = model.config._attn_implementation
     register()
-    model.set_attn_implementation(IMPLEMENTATION)
     layers: list[AttentionLayer] = []
     try:
-        try:
-            layers = find_layers(model, IMPLEMENTATION)
-        finally:
-            register()
+        model.set_attn_implementation(PROBE)
+        layers = find_layers(model, PROBE)
+        model.set_attn_implementation(IMPLEMENTATION)
         for layer in layers:
             setattr(layer.module, BOUND, partial(_own_attention, window=layer.window, backends=backends))
         yield layers
@@ -200,11 +200,13 @@ def _attention_forward(
     if not isinstance(key, Tensor):
         return key.attend(module, query, scaling, attention_mask).transpose(1, 2).contiguous(), None
     if key.shape[2] != query.shape[2]:
-        raise UserError("heads are identified without a KV cache: call the model with use_cache=False")
+        raise UserError("this cache is not for gated or masked heads: call the model with use_cache=False")
     attend = getattr(module, BOUND)
     if attention_mask is None:
         out = attend(query, key, value, scaling)
     elif attention_mask.dim() == 4:
+        if getattr(attend, "func", None) is not _own_attention:
+            raise UserError("heads cannot be gated or masked over packed sequences or a matrix as attention_mask")
         out = _dense_attention(query, key, value, scaling, attention_mask)
     else:
         # Real tokens come first, so that causality alone hides the padding, whichever side it was on.

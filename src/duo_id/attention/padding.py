@@ -32,8 +32,8 @@ def padding_mask(
     """What transformers calls to make the mask: only the padding is handed on, for the rest is in each layer.
 
     Returns:
-        (batch, tokens) bool, True for real tokens, if a sample is padded on the left; None if causality is enough.
-        A layer with a pattern of its own that is neither causal nor a sliding window gets that as a dense mask.
+        (batch, tokens) bool, True for real tokens, if a sample is padded where that matters; None if causality is
+        enough. A layer with a pattern of its own that is neither causal nor a sliding window gets that as a dense mask.
     """
     if mask_function is not causal_mask_function and not _is_sliding(mask_function, local_size):
         return sdpa_mask(
@@ -50,7 +50,9 @@ def padding_mask(
         return None  # a decode step: the cache counts the padding, and does so without a look
     if not bool(_contiguous(attention_mask).all()):
         raise UserError("the attention mask has holes: each sample's real tokens must be in one piece")
-    return None if bool(attention_mask[:, 0].all()) else attention_mask.bool()
+    cached = kv_length != q_length  # a static cache must know of padding on the right too
+    harmless = attention_mask if cached else attention_mask[:, 0]
+    return None if bool(harmless.all()) else attention_mask.bool()
 
 
 def _contiguous(mask: Tensor) -> Tensor:

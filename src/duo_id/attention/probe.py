@@ -35,6 +35,10 @@ class AttentionLayer:
     window: int | None = None
     obstacle: str | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionLayer":
+        """Itself: a copy of what refers to a layer refers to the same one."""
+        return self
+
 
 def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLayer]:
     """Run a few tokens through the model and note which modules call its attention function, and how.

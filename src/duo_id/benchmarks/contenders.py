@@ -15,6 +15,7 @@ from duo_id.attention.probe import AttentionLayer
 from duo_id.benchmarks import baseline
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.install import dual_cache, duo_attention
+from duo_id.errors import UserError
 from duo_id.models import LanguageModel
 from duo_id.patterns import HeadMask
 
@@ -157,5 +158,6 @@ class DualAttention(Contender):
 
 
 def _static_layers(cache: Cache) -> list[Any]:
-    assert all(type(layer) is StaticLayer for layer in cache.layers)
+    if any(type(layer) is not StaticLayer for layer in cache.layers):
+        raise UserError("the config asks for caches of another kind: +model.config.sliding_window=null may help")
     return list(cache.layers)

@@ -15,7 +15,7 @@ from duo_id.benchmarks.contenders import Contender
 from duo_id.benchmarks.floors import Floor, Workload
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.benchmarks.timing import Stopwatch, Timing, captured, release, timed, unless_out_of_memory, with_peak
-from duo_id.deploy.prefill import prefill
+from duo_id.deploy.prefill import read_in_chunks
 
 STEPS_BEFORE = 2  # decode steps that run before the warm-up: for compiling, and on the stream of the capture
 
@@ -137,7 +137,7 @@ class Bench:
         ids, cache, settings = self.tokens(context), contender.new_cache(context), self.settings
 
         def run() -> Tensor:
-            return prefill(self.model, ids, cache, chunk_size)
+            return read_in_chunks(self.model, ids, cache, chunk_size)
 
         def clear() -> None:
             contender.clear(cache)

@@ -93,7 +93,9 @@ class DualCache(Cache):
             raise UserError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
         if tokens.lengths is None or count == 0:
             return
-        held = tokens.held
+        counted, held = tokens.counted, tokens.held
+        if tokens.trailing or (not tokens.static and counted != held):
+            raise UserError(f"crop({tokens_to_remove}): padding came after tokens, and nothing tells which to remove")
         peaks = [max(pair) for pair in zip(held, tokens.peaks, strict=True)]
         for layer in self.layers:
             window = getattr(layer, "window", None)
@@ -150,6 +152,7 @@ class DualCache(Cache):
                 store.value.normal_(generator=generator)
         self.tokens.mask = None
         self.tokens.advance(tokens, self.max_length)
+        self.tokens.running = False
 
     def _select(self, samples: Tensor) -> None:
         for layer in self.layers:

@@ -1,11 +1,13 @@
 """Put a model under a head mask, and take it off again."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation import GenerationMode
 
 from duo_id.attention.gated import Backends, bound, masked_layers, routed
 from duo_id.attention.probe import AttentionLayer, gated_layers
@@ -35,11 +37,29 @@ class Deployment:
                 f"a {type(cache).__name__} cannot hold what a head mask keeps: leave past_key_values out, or give "
                 "duo_id.dual_cache(model)"
             )
+        if cache.tokens.running:
+            raise UserError("the last forward with this cache was interrupted half way: cache.reset() first")
         if cache.mask is not self.mask and cache.mask != self.mask:
             raise UserError("this cache was made for another head mask: use duo_id.dual_cache(model)")
+        if cache.dual_layers[0].layer.module is not self.layers[0].module:
+            raise UserError("this cache was made for another model: use duo_id.dual_cache(model)")
 
-    def before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Hook before each forward: a cache that is given is checked, and one that would be made is made here."""
+    def watch(self, module: nn.Module, undo: ExitStack) -> None:
+        """Stand at the door of a module's forward."""
+        names = list(inspect.signature(module.forward).parameters)
+
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args[:1], self.before_forward(kwargs | dict(zip(names[1:], args[1:], strict=False)))
+
+        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if (cache := kwargs.get("past_key_values")) is not None:
+                cache.tokens.running = False
+
+        undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+
+    def before_forward(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward: a cache that is given is checked, and one that would be made is made here."""
         cache, wanted, mask = kwargs.get("past_key_values"), kwargs.get("use_cache"), kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() > 2:
             raise UserError("under a head mask attention_mask must be (batch, tokens), 0 for padding, not a matrix")
@@ -50,7 +70,7 @@ class Deployment:
         if cache is not None:
             masks = mask.values() if isinstance(mask, dict) else (mask,)  # generate makes one for each kind of layer
             cache.tokens.mask = next((x for x in masks if isinstance(x, Tensor) and x.dim() == 2), None)
-        return args, kwargs
+        return kwargs
 
     def prepare_cache(self, model: Any) -> Any:
         """What stands in for the method of `generate` that makes its cache."""
@@ -58,6 +78,11 @@ class Deployment:
 
         def prepare(generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int) -> None:
             kind = generation_config.cache_implementation
+            if mode == GenerationMode.ASSISTED_GENERATION and not bool(self.mask.retrieval.all()):
+                raise UserError(
+                    "assisted generation and prompt lookup take tokens back, which streaming heads have forgotten: "
+                    "generate without them under a head mask"
+                )
             if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
                 original(generation_config, model_kwargs, mode, batch, length)
             elif kind in STATIC:
@@ -82,6 +107,10 @@ def install(model: PreTrainedModel, mask: HeadMask, backends: Backends | None = 
     Raises:
         UserError: the mask is for another shape, the model is under a mask already, or its attention is not supported.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"a {type(model).__name__} is no model of transformers: give the model itself, not a wrapper")
+    if not isinstance(mask, HeadMask):
+        raise UserError(f"a {type(mask).__name__} is no HeadMask: pattern.binarize(sparsity=0.5) makes one")
     if hasattr(model, INSTALLED):
         raise UserError("the model is under duo_attention already: leave that block, or call duo_id.remove(model)")
     backends = backends or Backends()
@@ -96,15 +125,16 @@ def install(model: PreTrainedModel, mask: HeadMask, backends: Backends | None = 
             raise UserError(f"the head mask decides about layers {surplus}, which have no gates in {name}")
         deployment = Deployment(layers, mask, config, backends)
         undo.enter_context(bound(gated, masked_layers(gated, mask, backends)))
-        base: nn.Module = model.base_model
-        hook = base.register_forward_pre_hook(deployment.before_forward, with_kwargs=True)
-        undo.callback(hook.remove)
+        inner = getattr(model, "get_decoder", lambda: None)()  # what runs where a model goes round its base model
+        for module in {id(x): x for x in (model, model.base_model, inner) if isinstance(x, nn.Module)}.values():
+            deployment.watch(module, undo)
         compiled = model.__dict__.pop(
             "_compiled_call", None
         )  # transformers keeps a compiled forward: not ours, not now
         undo.callback(_restore, model, "_compiled_call", compiled)
-        undo.callback(_restore, model, "_prepare_cache_for_generation", None)
-        model.__dict__["_prepare_cache_for_generation"] = deployment.prepare_cache(model)
+        if hasattr(model, "_prepare_cache_for_generation"):
+            undo.callback(_restore, model, "_prepare_cache_for_generation", None)
+            model.__dict__["_prepare_cache_for_generation"] = deployment.prepare_cache(model)
         model.__dict__[INSTALLED] = deployment
         undo.callback(_restore, model, INSTALLED, None)
         deployment.undo = undo.pop_all()
@@ -116,7 +146,7 @@ def remove(model: PreTrainedModel) -> None:
     Raises:
         UserError: the model is under no mask.
     """
-    _deployment(model).undo.close()
+    deployment_of(model).undo.close()
 
 
 @contextmanager
@@ -126,7 +156,8 @@ def duo_attention(model: PreTrainedModel, mask: HeadMask, backends: Backends | N
     try:
         yield
     finally:
-        remove(model)
+        if hasattr(model, INSTALLED):
+            remove(model)
 
 
 def dual_cache(model: PreTrainedModel, max_length: int | None = None) -> DualCache:
@@ -139,10 +170,13 @@ def dual_cache(model: PreTrainedModel, max_length: int | None = None) -> DualCac
     Raises:
         UserError: the model is under no mask.
     """
-    return _deployment(model).new_cache(max_length)
+    if not isinstance(max_length, int | None) or isinstance(max_length, bool):
+        raise UserError(f"max_length={max_length!r} must be a whole number of tokens, or None")
+    return deployment_of(model).new_cache(max_length)
 
 
-def _deployment(model: PreTrainedModel) -> Deployment:
+def deployment_of(model: PreTrainedModel) -> Deployment:
+    """What `install` put on a model; a `UserError` if nothing."""
     if not hasattr(model, INSTALLED):
         raise UserError("the model is not under duo_attention: install a head mask first")
     deployment = getattr(model, INSTALLED)

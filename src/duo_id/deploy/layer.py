@@ -48,6 +48,7 @@ class DualLayer(CacheLayerMixin):
         self.full: FullStore
         self.recent: StreamingStore
 
+    @torch.inference_mode(False)  # so that the cache serves outside such a block too
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the stores, empty, for keys like `key_states` (batch, KV heads, any, head_dim)."""
         device = key_states.device
@@ -77,6 +78,7 @@ class DualLayer(CacheLayerMixin):
             )
         return ArrivingKeys(self, key_states, value_states), value_states
 
+    @torch.no_grad()
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Store new tokens and attend from them; see `ArrivingKeys.attend`."""
         tokens, new = self.tokens, key.shape[2]

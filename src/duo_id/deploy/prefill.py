@@ -8,7 +8,8 @@ from rich.progress import track
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from duo_id.deploy.install import dual_cache
+from duo_id.deploy.cache import DualCache
+from duo_id.deploy.install import deployment_of, dual_cache
 from duo_id.errors import UserError
 
 
@@ -16,7 +17,7 @@ from duo_id.errors import UserError
 def prefill(
     model: PreTrainedModel,
     input_ids: Tensor,
-    cache: Cache,
+    cache: DualCache,
     chunk_size: int = 32768,
     attention_mask: Tensor | None = None,
     progress: bool = False,
@@ -35,10 +36,28 @@ def prefill(
         the next-token logits after the prompt, (batch, vocabulary); no others are computed.
 
     Raises:
-        UserError: the chunk size is below 1.
+        UserError: the model is under no mask, the cache is not its own, or sizes do not fit.
     """
+    deployment_of(model).check(cache)
+    return read_in_chunks(model, input_ids, cache, chunk_size, attention_mask, progress)
+
+
+@torch.no_grad()
+def read_in_chunks(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: Cache,
+    chunk_size: int,
+    attention_mask: Tensor | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """What `prefill` does, for any model and any cache of it."""
     if chunk_size < 1:
         raise UserError(f"chunk_size={chunk_size} must be at least 1 token")
+    if input_ids.dim() != 2:
+        raise UserError(f"input_ids must be (batch, tokens), not {tuple(input_ids.shape)}")
+    if attention_mask is not None and attention_mask.shape[1] < input_ids.shape[1]:
+        raise UserError(f"attention_mask has {attention_mask.shape[1]} columns for {input_ids.shape[1]} tokens")
     tokens = input_ids.shape[1]
     past = 0 if attention_mask is None else attention_mask.shape[1] - tokens
     options: dict[str, Any] = (

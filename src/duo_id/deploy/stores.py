@@ -100,6 +100,7 @@ class FullStore(Store):
         super().__init__(like, heads, capacity or 0)
         self.capacity, self.backend = capacity, backend
 
+    @torch.inference_mode(False)
     def reserve(self, tokens: int) -> None:
         """Grow to `tokens` slots and some slack, so that few steps copy; a fixed store refuses instead.
 

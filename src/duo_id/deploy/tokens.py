@@ -21,6 +21,8 @@ class Tokens:
         exact: whether `past` and `spans` are certain. A GPU's mask is not looked at for a single token, and after that
             they are upper bounds.
         peaks: the most real tokens that each sample has had.
+        trailing: whether padding came after a sample's real tokens.
+        running: whether a forward has begun and not ended.
         mask: (batch, at least the new tokens), 0 for padding, of the forward that begins; None if all are real.
     """
 
@@ -34,6 +36,7 @@ class Tokens:
         self.spans: list[tuple[int, int]] = []
         self.peaks: list[int] = []
         self.mask: Tensor | None = None
+        self.trailing = self.running = False
 
     def start(self, batch: int, device: torch.device) -> None:
         """Begin empty."""
@@ -46,6 +49,7 @@ class Tokens:
 
     def reset(self) -> None:
         """Be empty again; static counts keep their addresses."""
+        self.trailing = self.running = False
         if self.lengths is None:
             return
         batch = len(self.lengths)
@@ -62,6 +66,11 @@ class Tokens:
         if self.static or not self.exact:
             assert self.lengths is not None
             return [int(length) for length in self.lengths.tolist()]
+        return self.counted
+
+    @property
+    def counted(self) -> list[int]:
+        """Real tokens of each sample as the host counts them: upper bounds unless `exact`."""
         return [past + end - start for past, (start, end) in zip(self.past, self.spans, strict=True)]
 
     @property
@@ -81,9 +90,20 @@ class Tokens:
                 knows, and there a token without room is not stored.
         """
         assert self.lengths is not None
-        single, mask = tokens == 1, None if self.mask is None else self.mask[:, -tokens:]
-        if not (self.static and single and _blind(self.lengths)):
+        blind = self.static and tokens == 1 and _blind(self.lengths)
+        given, mask = self.mask, None
+        if given is not None:
+            start = given.shape[1] - tokens
+            start = start if blind else min(start, int(self.seen))  # a mask may go on beyond the text
+            mask = given[:, max(0, start) :][:, :tokens]
+            if mask.shape != (len(self.lengths), tokens):
+                raise UserError(
+                    f"attention_mask is {tuple(given.shape)} for {len(self.lengths)} samples and {tokens} new tokens: "
+                    "give (batch, tokens so far)"
+                )
+        if not blind:
             self._count(tokens, mask, capacity)
+        self.running = True
         if mask is None:
             self.lengths.add_(tokens)
             self.reach = self.lengths
@@ -98,16 +118,15 @@ class Tokens:
     def _count(self, tokens: int, mask: Tensor | None, capacity: int | None) -> None:
         """Count on the host."""
         unseen = tokens == 1 and mask is not None and mask.is_cuda  # so as not to wait for it in each decode step
-        if unseen and not self.static:
-            held = [past + end - start for past, (start, end) in zip(self.past, self.spans, strict=True)]
-        else:
-            held = self.held
+        held = self.counted if unseen and not self.static else self.held
         spans = [(0, tokens)] * len(held) if mask is None or unseen else _spans(mask)
         most = max(past + max(1, end - start) for past, (start, end) in zip(held, spans, strict=True))
         if capacity is not None and most > capacity:
             raise UserError(
                 f"the static cache holds {capacity} tokens and would need {most}: give it a larger max_length"
             )
+        ends = zip(held, spans, strict=True)
+        self.trailing |= any(end < tokens and past + end - start > 0 for past, (start, end) in ends)
         self.past, self.spans = held, spans
         self.exact = not unseen and (self.exact or self.static or tokens > 1)
 
