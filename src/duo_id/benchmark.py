@@ -1,8 +1,9 @@
 """`python -m duo_id.benchmark task=decode|prefill|memory`: masks beside full attention on this machine."""
 
+import importlib.metadata
+import importlib.util
 import json
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,10 @@ def _line(row: dict[str, Any]) -> str:
     return f"{NAMES[row['attention']]}{streaming}, {sizes}: {measured}  [{seconds} s]"
 
 
-def _kernel_versions() -> dict[str, str]:
-    return {"triton": metadata.version("triton"), "cuda": str(torch.version.cuda)}
+def _kernel_versions() -> dict[str, str | None]:
+    """Triton comes with torch for CUDA alone."""
+    there = importlib.util.find_spec("triton") is not None
+    return {"triton": importlib.metadata.version("triton") if there else None, "cuda": torch.version.cuda}
 
 
 if __name__ == "__main__":
