@@ -1,6 +1,6 @@
 """`python -m duo_id.benchmark task=decode|prefill|memory`: masks beside full attention on this machine."""
 
-import importlib.metadata
+import importlib
 import importlib.util
 import json
 import platform
@@ -150,7 +150,7 @@ def _line(row: dict[str, Any]) -> str:
 def _kernel_versions() -> dict[str, str | None]:
     """Triton comes with torch for CUDA alone."""
     there = importlib.util.find_spec("triton") is not None
-    return {"triton": importlib.metadata.version("triton") if there else None, "cuda": torch.version.cuda}
+    return {"triton": importlib.import_module("triton").__version__ if there else None, "cuda": torch.version.cuda}
 
 
 if __name__ == "__main__":
