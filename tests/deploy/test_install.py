@@ -242,7 +242,7 @@ def test_a_cache_of_another_model_is_refused(model: PreTrainedModel, ids: Tensor
     twin, mask = build("llama"), mask_for(model)
     with duo_attention(model, mask), duo_attention(twin, mask):
         cache = twin(ids).past_key_values
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match="another model"):
             model(ids, past_key_values=cache)
 
 

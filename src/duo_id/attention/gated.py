@@ -52,7 +52,7 @@ class Mask(Protocol):
 class CachedKeys(Protocol):
     """What a cache that keeps heads apart returns in place of keys: it holds the past and attends by itself."""
 
-    def attend(self, module: nn.Module, query: Tensor, scale: float | None, mask: Tensor | None) -> Tensor: ...  # noqa: D102
+    def attend(self, module: nn.Module, query: Tensor, scale: float | None) -> Tensor: ...  # noqa: D102
 
 
 def gated_heads(
@@ -198,7 +198,7 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: (batch, heads, tokens, dim) in, (batch, tokens, heads, dim) out."""
     if not isinstance(key, Tensor):
-        return key.attend(module, query, scaling, attention_mask).transpose(1, 2).contiguous(), None
+        return key.attend(module, query, scaling).transpose(1, 2).contiguous(), None
     if key.shape[2] != query.shape[2]:
         raise UserError("this cache is not for gated or masked heads: call the model with use_cache=False")
     attend = getattr(module, BOUND)

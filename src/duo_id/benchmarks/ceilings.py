@@ -34,7 +34,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 10
     size = COPY_BYTES[device.type]
     if device.type == "cuda":
         size = min(size, torch.cuda.mem_get_info(device)[0] // 4)
-    buffers = torch.zeros(2, size, dtype=torch.uint8, device=device)
+    buffers = torch.empty(2, size, dtype=torch.uint8, device=device).random_()  # zeros can move faster than real data
     copy = timed(lambda: buffers[0].copy_(buffers[1]), device, repeats, warmup=3)
     rows = MATRIX[device.type]
     left, right, product = torch.randn(3, rows, rows, device=device, dtype=dtype)

@@ -146,12 +146,13 @@ class DualCache(Cache):
             if not layer.is_initialized:
                 like = torch.empty(batch, layer.layer.kv_heads, 0, layer.layer.head_dim, dtype=dtype, device=device)
                 layer.lazy_initialization(like, like)
+        self.tokens.mask = None
+        self.tokens.advance(tokens, self.max_length)
+        for layer in self.dual_layers:
             layer.full.reserve(tokens)
             for store in layer.stores:
                 store.key.normal_(generator=generator)
                 store.value.normal_(generator=generator)
-        self.tokens.mask = None
-        self.tokens.advance(tokens, self.max_length)
         self.tokens.running = False
 
     def _select(self, samples: Tensor) -> None:

@@ -61,15 +61,16 @@ class Deployment:
     def before_forward(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward: a cache that is given is checked, and one that would be made is made here."""
         cache, wanted, mask = kwargs.get("past_key_values"), kwargs.get("use_cache"), kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() > 2:
+        given = mask.values() if isinstance(mask, dict) else (mask,)  # generate makes one for each kind of layer
+        masks = [x for x in given if isinstance(x, Tensor)]
+        if any(x.dim() > 2 for x in masks):
             raise UserError("under a head mask attention_mask must be (batch, tokens), 0 for padding, not a matrix")
         if cache is not None:
             self.check(cache)
         elif self.config.use_cache if wanted is None else wanted:
             cache = kwargs["past_key_values"] = self.new_cache()
         if cache is not None:
-            masks = mask.values() if isinstance(mask, dict) else (mask,)  # generate makes one for each kind of layer
-            cache.tokens.mask = next((x for x in masks if isinstance(x, Tensor) and x.dim() == 2), None)
+            cache.tokens.mask = masks[0] if masks else None
         return kwargs
 
     def prepare_cache(self, model: Any) -> Any:
@@ -128,9 +129,8 @@ def install(model: PreTrainedModel, mask: HeadMask, backends: Backends | None = 
         inner = getattr(model, "get_decoder", lambda: None)()  # what runs where a model goes round its base model
         for module in {id(x): x for x in (model, model.base_model, inner) if isinstance(x, nn.Module)}.values():
             deployment.watch(module, undo)
-        compiled = model.__dict__.pop(
-            "_compiled_call", None
-        )  # transformers keeps a compiled forward: not ours, not now
+        # The forward that transformers has compiled and kept knows another attention.
+        compiled = model.__dict__.pop("_compiled_call", None)
         undo.callback(_restore, model, "_compiled_call", compiled)
         if hasattr(model, "_prepare_cache_for_generation"):
             undo.callback(_restore, model, "_prepare_cache_for_generation", None)

@@ -159,25 +159,20 @@ class ArrivingKeys:
     def __init__(self, layer: DualLayer, key: Tensor, value: Tensor) -> None:
         self.layer, self.key, self.value = layer, key, value
 
-    def attend(self, module: torch.nn.Module, query: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    def attend(self, module: torch.nn.Module, query: Tensor, scale: float | None) -> Tensor:
         """Store the tokens and attend from them to all that the layer's heads see.
 
         Args:
             module: the attention module that asks.
             query: (batch, heads, tokens, head_dim).
             scale: factor on the scores; None: 1/sqrt(head_dim).
-            mask: as transformers made it; padding the cache knows already.
 
         Returns:
             (batch, heads, tokens, head_dim); zeros for padding.
 
         Raises:
-            UserError: another layer asks, in a model whose layers share keys, or a mask of four dimensions was given.
+            UserError: another layer asks, in a model whose layers share keys.
         """
-        if mask is not None and mask.dim() == 4:
-            raise UserError(
-                "a dual cache knows its own pattern: give attention_mask as (batch, tokens), not as a matrix"
-            )
         if module is not self.layer.layer.module:
             raise UserError(
                 "layers of this model share keys and values, which the dual cache does not: use_cache=False"

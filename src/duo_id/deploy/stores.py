@@ -10,7 +10,6 @@ from torch import Tensor
 from duo_id.attention.full import full_attention
 from duo_id.attention.masks import Window
 from duo_id.attention.streaming import streaming_attention
-from duo_id.errors import UserError
 
 SLACK = 64  # tokens by which a growing store grows at least; beyond 8192 it grows by 1/128 of its length
 
@@ -98,22 +97,17 @@ class FullStore(Store):
 
     def __init__(self, like: Tensor, heads: Sequence[int], capacity: int | None, backend: str) -> None:
         super().__init__(like, heads, capacity or 0)
-        self.capacity, self.backend = capacity, backend
+        self.backend = backend
 
     @torch.inference_mode(False)
     def reserve(self, tokens: int) -> None:
-        """Grow to `tokens` slots and some slack, so that few steps copy; a fixed store refuses instead.
+        """Grow to `tokens` slots and some slack, so that few steps copy; what has room stays as it is.
 
         A copy comes every 64 steps at least, and moves what one or two steps of attention read.
         """
         slots = self.key.shape[2]
         if tokens <= slots:
             return
-        if self.capacity is not None:
-            raise UserError(
-                f"the static cache holds {slots} tokens and would need {tokens}: give it a larger max_length "
-                "(or generate with a larger max_length)"
-            )
         room = tokens + max(SLACK, tokens // 128)
         for name in ("key", "value"):
             old = getattr(self, name)
