@@ -596,3 +596,54 @@ def test_no_room_at_all_is_refused() -> None:
     given = case("llama")
     with duo_attention(given.model, given.mask), pytest.raises(UserError, match="max_length=0"):
         dual_cache(given.model, 0)
+
+
+@families
+def test_a_fork_goes_on_alone(family: str) -> None:
+    given, order = case(family), torch.tensor([1, 0, 1])
+    with duo_attention(given.model, given.mask):
+        cache = dual_cache(given.model)
+        step(given, cache, given.ids[:, :PROMPT])
+        before = snapshot(cache)
+        twin = cache.fork(order)
+        found = step(given, twin, given.ids[order, PROMPT:])
+        check_unchanged(cache, before)
+        check_equal(found, given.logits[order, PROMPT:])
+        again = cache.fork(torch.tensor([0, 1]))  # as many samples as there were
+        step(given, again, given.ids[:, PROMPT:])
+        check_unchanged(cache, before)
+        check_equal(step(given, cache, given.ids[:, PROMPT:]), given.logits[:, PROMPT:])
+
+
+def test_layers_without_attention_are_forked_too() -> None:
+    model = tiny_model("qwen3_next", **WITH_LINEAR_ATTENTION)
+    ids, order = random_ids(2, 40), torch.tensor([1, 0, 1])
+    with duo_attention(model, mask_for(model)):
+        wanted = model(ids).logits[:, 30:]
+        cache = dual_cache(model)
+        model(ids[:, :30], past_key_values=cache)
+        check_equal(model(ids[order, 30:], past_key_values=cache.fork(order)).logits, wanted[order])
+        check_equal(model(ids[:, 30:], past_key_values=cache).logits, wanted)
+
+
+def test_a_static_cache_is_not_forked() -> None:
+    given = case("llama")
+    with duo_attention(given.model, given.mask), pytest.raises(UserError, match="max_length"):
+        dual_cache(given.model, 100).fork(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("tokens", [1, WINDOW - 1, WINDOW, PROMPT])
+@families
+def test_retained_bytes_count_what_heads_keep(family: str, tokens: int) -> None:
+    given = case(family)
+    with duo_attention(given.model, given.mask):
+        cache = dual_cache(given.model)
+        assert cache.retained_bytes == 0
+        step(given, cache, given.ids[:, :tokens])
+        config, entries = given.model.config.get_text_config(), 0
+        for layer in cache.dual_layers:
+            window = layer.layer.window or WINDOW
+            streams = [layer.layer.window is not None or not bool(x) for x in layer.retrieval]
+            entries += sum(min(tokens, window) if streaming else tokens for streaming in streams)
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        assert cache.retained_bytes == entries * 2 * dim * 4

@@ -8,7 +8,6 @@ import torch
 from transformers import set_seed
 
 from duo_id import dual_cache, duo_attention, prefill
-from duo_id.deploy.prefill import read_along
 from tests.deploy.cases import (
     EVERY_FAMILY,
     HYBRIDS,
@@ -303,13 +302,6 @@ def test_padding_on_either_side_of_a_chunk(family: str, side: str) -> None:
         for use_cache in (False, True):
             found = given.model(ids, attention_mask=real, position_ids=positions, use_cache=use_cache).logits
             check_equal(found[real == 1], expected[real == 1])
-
-
-@pytest.mark.parametrize("family", SOME)
-def test_reading_along(family: str) -> None:
-    given, positions = case(family), torch.tensor([4, 30, 31, 32, 77])
-    with duo_attention(given.model, given.mask):
-        check_equal(read_along(given.model, given.ids, positions), given.logits[:, positions])
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

@@ -1,5 +1,6 @@
 """The dual KV cache: a transformers `Cache` whose layers keep retrieval and streaming heads apart."""
 
+import copy
 from collections.abc import Sequence
 from typing import cast
 
@@ -74,6 +75,31 @@ class DualCache(Cache):
     def nbytes(self) -> int:
         """Bytes of keys and values that the cache holds, free slots among them."""
         return sum(layer.nbytes for layer in self.dual_layers)
+
+    @property
+    def retained_bytes(self) -> int:
+        """Bytes of the keys and values that one sample keeps, free slots not among them; the longest sample's."""
+        held = max(self.tokens.held, default=0) if self.tokens.lengths is not None else 0
+        return sum(layer.retained_bytes(held) for layer in self.dual_layers)
+
+    def fork(self, samples: Tensor) -> "DualCache":
+        """A growing cache of its own whose sample i is this one's `samples[i]` (n,) int64; this one stays as it is.
+
+        Raises:
+            UserError: the cache is static.
+        """
+        if self.max_length is not None:
+            raise UserError("a static cache cannot be forked: make it without max_length")
+        twin = copy.copy(self)
+        twin.tokens = self.tokens.fork(samples)
+        twin.layers = [
+            layer.fork(samples, twin.tokens) if isinstance(layer, DualLayer) else copy.deepcopy(layer)
+            for layer in self.layers
+        ]
+        for layer in twin.layers:
+            if not isinstance(layer, DualLayer):
+                layer.reorder_cache(cast(LongTensor, samples))
+        return twin
 
     def reset(self) -> None:
         """Forget all tokens."""

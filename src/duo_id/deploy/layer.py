@@ -1,5 +1,6 @@
 """One layer of the dual cache, and what it hands to the model."""
 
+import copy
 from typing import Any
 
 import torch
@@ -123,6 +124,14 @@ class DualLayer(CacheLayerMixin):
         """Bytes that both stores hold."""
         return sum(store.nbytes for store in self.stores) if self.is_initialized else 0
 
+    def retained_bytes(self, tokens: int) -> int:
+        """Bytes of what one sample of `tokens` tokens keeps."""
+        if not self.is_initialized:
+            return 0
+        window = min(tokens, self.window.sink_size + self.window.recent_size)
+        entries = len(self.full.heads) * tokens + len(self.recent.heads) * window
+        return 2 * entries * self.layer.head_dim * self.full.key.element_size()
+
     def get_seq_length(self) -> int:
         """Tokens that went in, padding among them."""
         return self.tokens.seen if self.is_initialized else 0
@@ -142,6 +151,15 @@ class DualLayer(CacheLayerMixin):
         if self.capacity is None:
             self.is_initialized = False
             self.__dict__.pop("full", None), self.__dict__.pop("recent", None)
+
+    def fork(self, samples: Tensor, tokens: Tokens) -> "DualLayer":
+        """A layer of its own with the samples `samples[i]`, counted by `tokens`."""
+        twin = copy.copy(self)
+        twin.tokens = tokens
+        if self.is_initialized:
+            twin.full, twin.recent = self.full.fork(samples), self.recent.fork(samples)
+            twin.arrived = self.arrived.new_zeros(len(samples) * self.layer.kv_heads)
+        return twin
 
     def select(self, samples: Tensor) -> None:
         """Make sample `samples[i]` the new sample i."""

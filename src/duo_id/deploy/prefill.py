@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from duo_id.deploy.cache import DualCache
-from duo_id.deploy.install import deployment_of, dual_cache
+from duo_id.deploy.install import deployment_of
 from duo_id.errors import UserError
 
 
@@ -74,24 +74,3 @@ def read_in_chunks(
     if logits is None:
         raise UserError("prefill needs a prompt of at least one token")
     return logits
-
-
-@torch.no_grad()
-def read_along(model: PreTrainedModel, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """Next-token logits at `positions`, as a deployed model sees them: runs of positions are decoded one by one.
-
-    The tokens before each run are read in chunks. All go through a new dual cache.
-
-    Args:
-        model: under `duo_attention`.
-        input_ids: (batch, tokens).
-        positions: (n,) ascending.
-
-    Returns:
-        (batch, n, vocabulary).
-    """
-    cache, read, found = dual_cache(model), 0, []
-    for position in positions.tolist():
-        found.append(prefill(model, input_ids[:, read : position + 1], cache))
-        read = position + 1
-    return torch.stack(found, 1)

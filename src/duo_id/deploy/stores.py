@@ -1,8 +1,10 @@
 """The two stores of a layer: retrieval heads keep every token, streaming heads a constant number."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -68,6 +70,12 @@ class Store(ABC):
         places = out.unflatten(1, (kv_heads, -1))
         for here, there in self.runs:
             places[:, there] = found[:, here]
+
+    def fork(self, samples: Tensor) -> Self:
+        """A store of its own with the samples `samples[i]` (n,) int64."""
+        twin = copy.copy(self)
+        twin.key, twin.value = (x.index_select(0, samples.to(x.device)) for x in (self.key, self.value))
+        return twin
 
     def select(self, samples: Tensor) -> None:
         """Make sample `samples[i]` (n,) int64 the new sample i."""

@@ -1,5 +1,6 @@
 """How many tokens a cache holds, sample by sample: one count for all its layers."""
 
+import copy
 from typing import Any
 
 import torch
@@ -134,6 +135,14 @@ class Tokens:
     def uniform(self) -> bool:
         """Whether all samples have the same past and the same real tokens in the running forward."""
         return len(set(self.past)) == 1 and len(set(self.spans)) == 1
+
+    def fork(self, samples: Tensor) -> "Tokens":
+        """The counts of the samples `samples[i]`; these stay as they are."""
+        twin = copy.copy(self)
+        if self.lengths is not None:
+            twin.lengths = self.lengths.clone()
+            twin.select(samples)
+        return twin
 
     def select(self, samples: Tensor) -> None:
         """Make sample `samples[i]` the new sample i."""
