@@ -1,13 +1,17 @@
+import argparse
+import inspect
 import json
 import random
 import re
+import string
+import unittest
 
 import datasets
 import pytest
 import zstandard
 
 from duo_id.config import HaystackSettings
-from duo_id.data.haystack import REGIONS, load_haystack, tokenize
+from duo_id.data.haystack import REGIONS, _docstrings, _library, load_haystack, tokenize
 from duo_id.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -93,6 +97,89 @@ def test_embedded_is_english_and_splits_share_no_text(bos_tokenizer):
     assert borders[1][1] == borders[2][0]
     assert borders[2][1] > 400_000
     assert " the " in text_of(haystacks[0], bos_tokenizer, 1000)
+
+
+EVALUATION = ("development", "test")
+
+
+@pytest.mark.parametrize(("split", "region"), [("development", "validation"), ("test", "test")])
+def test_evaluation_reads_of_text_for_training_what_training_does_not(make_haystack, split, region):
+    start, stop = REGIONS["train"]
+    assert REGIONS[split] == REGIONS[region]
+    assert REGIONS[split][0] >= stop > start
+    ours, theirs = load_haystack(HaystackSettings(), split), load_haystack(HaystackSettings(), region)
+    assert (ours.start, ours.stop) == (theirs.start, theirs.stop)
+
+
+def test_library_is_cut_in_halves(bos_tokenizer):
+    development, test = (load_haystack(HaystackSettings("library"), split) for split in EVALUATION)
+    total = int(development.ends[-1])
+    assert (development.start, development.stop, test.start, test.stop) == (
+        0,
+        round(total / 2),
+        round(total / 2),
+        total,
+    )
+    assert " the " in text_of(development, bos_tokenizer, 1000)
+    assert total > 800_000
+
+
+def test_library_is_long_docstrings_each_once():
+    documents = load_haystack(HaystackSettings("library"), "test").documents
+    assert len(documents) == len(set(documents)) > 1000
+    assert all(len(document) > 200 for document in documents)
+    assert inspect.cleandoc(argparse.__doc__) in documents
+    assert inspect.cleandoc(string.Formatter.__doc__ or "") not in documents  # it has none
+    assert inspect.getdoc(random.Random.sample) in documents
+    assert inspect.getdoc(unittest.TestCase) in documents
+    assert not any("pytest" in document for document in documents)  # nothing that was installed
+    assert load_haystack(HaystackSettings("library"), "development").documents is documents
+
+
+def test_library_shares_no_text_with_what_is_embedded():
+    library = " ".join(" ".join(load_haystack(HaystackSettings("library"), "test").documents).split())
+    embedded = load_haystack(HaystackSettings(), "train").documents
+    paragraphs = {paragraph for document in embedded for paragraph in document.split("\n\n") if len(paragraph) > 200}
+    assert len(paragraphs) > 500
+    assert not any(" ".join(paragraph.split()) in library for paragraph in paragraphs)
+
+
+def test_docstrings_of_classes_and_functions_in_their_order():
+    long = "x" * 210
+    source = f'''
+"""M {long} module."""
+class A:
+    """A {long}
+    class."""
+    def one(self):
+        "short"
+    async def two(self):
+        """T {long} two."""
+        def inner():
+            """I {long} in."""
+def last():
+    """L {long} last."""
+text = """N {long} no docstring."""
+'''
+    assert [text[0] for text in _docstrings(source.encode())] == ["M", "A", "T", "I", "L"]
+    assert f"A {long}\nclass." in _docstrings(source.encode())
+    assert list(_docstrings(b"print 'no Python'")) == []
+
+
+def test_a_python_without_sources_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    _library.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"source=library: there are no docstrings in .*, choose another source"):
+            load_haystack(HaystackSettings("library"), "test")
+    finally:
+        _library.cache_clear()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_training_on_the_library_is_refused(split):
+    with pytest.raises(UserError, match=r"data.haystack.source=library is kept for evaluation: train on .*=embedded"):
+        load_haystack(HaystackSettings("library"), split)
 
 
 def write(path, kind):

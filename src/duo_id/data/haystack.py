@@ -1,8 +1,16 @@
 """The text that needles are hidden in: many documents as one endless stream, a part of it for each split."""
 
+import ast
+import functools
+import gc
+import inspect
+import os
 import random
 import re
-from collections.abc import Sequence
+import sysconfig
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -16,16 +24,29 @@ from transformers import PreTrainedTokenizerBase
 from duo_id.config import HaystackSettings, require
 from duo_id.errors import UserError
 
-REGIONS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "test": (0.85, 1.0)}  # fractions of the stream
+# What each split reads, in fractions of the stream. An evaluation has the splits development and test.
+REGIONS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "test": (0.85, 1.0), "development": (0.7, 0.85)}
+HALVES = {"development": (0.0, 0.5), "test": (0.5, 1.0)}  # of the library, which nothing is trained on
 BLANK_LINE = "\n\n"
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 PACKED = (".zst", ".gz")
+# Not read of the library: what is installed, tests, what Python 3.12 and 3.13 dropped, and the debugger, whose
+# docstrings stand in the embedded text too.
+UNREAD = {"site-packages", "dist-packages", "test", "tests", "idle_test", "distutils", "lib2to3", "pdb.py", "bdb.py"}
+SHORTEST = 200  # characters of a docstring
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of plain text: none added in front or behind, and text like `<|endoftext|>` is only text."""
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
     return list(encoded["input_ids"])
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer itself puts in front of a text, perhaps none."""
+    plain, full = tokenize(tokenizer, "text"), list(tokenizer("text")["input_ids"])
+    starts = [start for start in range(len(full) - len(plain) + 1) if full[start : start + len(plain)] == plain]
+    return full[: starts[0]] if starts else []
 
 
 class Haystack:
@@ -35,14 +56,27 @@ class Haystack:
     are needed up front: the text itself may stay on disk.
     """
 
-    def __init__(self, documents: Sequence[str], num_bytes: np.ndarray, split: str) -> None:
-        """Take `documents` (a list, or a column of a memory-mapped dataset), whose lengths are `num_bytes`, int64."""
+    def __init__(
+        self,
+        documents: Sequence[str],
+        num_bytes: np.ndarray,
+        split: str,
+        regions: Mapping[str, tuple[float, float]] = REGIONS,
+    ) -> None:
+        """Take the documents and one split's region of them.
+
+        Args:
+            documents: a list, or a column of a memory-mapped dataset.
+            num_bytes: their lengths, int64.
+            split: a key of `regions`.
+            regions: the beginning and the end of each split, in fractions of the stream.
+        """
         self.documents = documents
         self.split = split
         self.ends = np.cumsum(num_bytes + len(BLANK_LINE))  # where each document's blank line ends
         self.starts = self.ends - num_bytes - len(BLANK_LINE)
         total = int(self.ends[-1]) if len(self.ends) else 0
-        first, last = REGIONS[split]
+        first, last = regions[split]
         self.start, self.stop = round(first * total), round(last * total)
 
     def window(self, rng: random.Random, num_tokens: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -61,7 +95,8 @@ class Haystack:
             require(
                 size < self.stop - self.start,
                 f"the haystack's {self.split} part holds about {len(tokens)} tokens, a sample asks for {num_tokens}: "
-                "lower data.length_max or give a longer one (data/haystack=file data.haystack.path=FILE)",
+                "lower data.length_max or give a longer one (data/haystack=file data.haystack.path=FILE); of an "
+                "evaluation, lower lengths",
             )
             size *= 2
 
@@ -88,14 +123,20 @@ class Haystack:
 
 
 def load_haystack(settings: HaystackSettings, split: str) -> Haystack:
-    """Open the haystack of one split.
+    """Open the haystack of one split: train, validation or test; for an evaluation, development or test.
 
     Raises:
-        UserError: the file, data set or column is missing, unreadable or without text.
+        UserError: the file, data set or column is missing, unreadable or without text, or kept for evaluation.
     """
+    if settings.source == "library":
+        require(
+            split in HALVES,
+            "data.haystack.source=library is kept for evaluation: train on data/haystack=embedded, file or hub",
+        )
+        return Haystack(*_library(), split, HALVES)
     if settings.source == "embedded":
-        documents: Sequence[str] = [topics[name] for name in sorted(topics)]
-        return Haystack(documents, np.array([len(document.encode()) for document in documents]), split)
+        documents = [topics[name] for name in sorted(topics)]
+        return Haystack(documents, _lengths(documents), split)
     dataset = _open_file(settings) if settings.source == "file" else _open_hub(settings)
     require(len(dataset) > 0, f"data.haystack.{_place(settings)} holds no documents")
     require(
@@ -111,6 +152,62 @@ def load_haystack(settings: HaystackSettings, split: str) -> Haystack:
     num_bytes = pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64)
     require(int(num_bytes.sum()) > 0, f"data.haystack.text_key={settings.text_key} holds no text")
     return Haystack(dataset[settings.text_key], num_bytes, split)
+
+
+@functools.cache
+def _library() -> tuple[list[str], np.ndarray]:
+    """The long docstrings of Python's standard library, each once, in the order of their files, and their lengths.
+
+    Another version of Python has somewhat other ones.
+
+    Raises:
+        UserError: there are none, as where Python's own modules lie in an archive.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in UNREAD]
+        files += [Path(folder, name) for name in names if name.endswith(".py") and name not in UNREAD]
+    long = re.compile(rb'"""[^"]{%d}' % SHORTEST)  # parsing the other files too would take a third longer
+    sources = (file.read_bytes() for file in sorted(files, key=lambda file: file.relative_to(root).parts))
+    with _quick_parsing():
+        found = dict.fromkeys(text for source in sources if long.search(source) for text in _docstrings(source))
+    require(bool(found), f"data.haystack.source=library: there are no docstrings in {root}, choose another source")
+    documents = list(found)
+    return documents, _lengths(documents)
+
+
+@contextmanager
+def _quick_parsing() -> Iterator[None]:
+    """Collect no garbage meanwhile, which would double the time, and let no file warn of how it is written."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _docstrings(source: bytes) -> Iterator[str]:
+    """The long docstrings of a module, its classes and functions."""
+    try:
+        nodes: list[ast.stmt | ast.Module] = [ast.parse(source)]
+    except (SyntaxError, ValueError):  # a file that is no Python of this version
+        return
+    while nodes:
+        node = nodes.pop()
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        text = ast.get_docstring(node, clean=False)
+        if text and len(text := inspect.cleandoc(text)) > SHORTEST:
+            yield text
+        nodes += reversed(node.body)
+
+
+def _lengths(documents: Sequence[str]) -> np.ndarray:
+    return np.array([len(document.encode()) for document in documents])
 
 
 def _place(settings: HaystackSettings) -> str:

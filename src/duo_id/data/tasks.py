@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_id.config import DataSettings, require
 from duo_id.data.disk import DiskTask
-from duo_id.data.haystack import Haystack, load_haystack, tokenize
+from duo_id.data.haystack import Haystack, leading_tokens, load_haystack, tokenize
 from duo_id.data.samples import SPLITS, UNSCORED, Sample, Task
 from duo_id.data.words import MAX_ORDINAL, WORDS, ordinal
 from duo_id.errors import UserError
@@ -55,7 +55,7 @@ class PasskeyTask:
         self.lengths = _lengths(settings, length_limit)
         self.words = WORDS[SPLITS.index(split) :: len(SPLITS)]
 
-        self.head = _leading_tokens(tokenizer) + tokenize(tokenizer, INTRODUCTION)
+        self.head = leading_tokens(tokenizer) + tokenize(tokenizer, INTRODUCTION)
         ordinals = [ordinal(number) for number in range(1, count + 1)]
         self.needles = [tokenize(tokenizer, NEEDLE.format(ordinal=name)) for name in ordinals]
         self.questions = [tokenize(tokenizer, QUESTION.format(ordinal=name)) for name in ordinals]
@@ -125,13 +125,6 @@ def _lengths(settings: DataSettings, limit: int | None) -> list[int]:
     steps = max(settings.num_lengths - 1, 1)
     span = longest - settings.length_min
     return [settings.length_min + round(span * step / steps) for step in range(settings.num_lengths)]
-
-
-def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer itself puts in front of a text, perhaps none."""
-    plain, full = tokenize(tokenizer, "text"), list(tokenizer("text")["input_ids"])
-    starts = [start for start in range(len(full) - len(plain) + 1) if full[start : start + len(plain)] == plain]
-    return full[: starts[0]] if starts else []
 
 
 TASKS = {"passkey": PasskeyTask, "disk": DiskTask}
