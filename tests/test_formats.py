@@ -10,7 +10,7 @@ import torch
 
 from duo_id import formats
 from duo_id.errors import UserError
-from duo_id.formats import list_patterns, load_pattern, save_pattern
+from duo_id.formats import contents_of, list_patterns, load_pattern, pattern_from_json, save_pattern
 from duo_id.patterns import HeadPattern
 
 PUBLISHED = Path(os.environ.get("DUO_ID_SHARED", Path(__file__).parents[2] / "shared")) / "attn_patterns"
@@ -181,6 +181,13 @@ def test_shipped_names(pattern: HeadPattern, tmp_path: Path, monkeypatch: pytest
         load_pattern("./b")
     with pytest.raises(UserError, match=r"no head pattern 'c'.* \(a, b\)"):
         load_pattern("c")
+
+
+def test_patterns_are_read_from_parsed_contents(pattern: HeadPattern) -> None:
+    assert pattern_from_json(contents_of(pattern), "here") == pattern
+    assert pattern_from_json(json.loads(json.dumps(contents_of(pattern))), "here") == pattern
+    with pytest.raises(UserError, match=r"^here: scores, row 1, column 2"):
+        pattern_from_json(contents_of(pattern) | {"scores": [[0.5, "x"]]}, "here")
 
 
 def test_blank_lines_and_other_line_ends_are_read(tmp_path: Path) -> None:

