@@ -33,9 +33,9 @@ QUICK = [
     "trainer.max_steps=2",
     "trainer.val_check_interval=1",
     "trainer.log_every_n_steps=1",
-    "evaluation.samples=2",
-    "evaluation.validation_samples=1",
-    "evaluation.random_masks=3",
+    "comparison.samples=2",
+    "comparison.validation_samples=1",
+    "comparison.random_masks=3",
     "sparsity=[0.25,0.5]",
 ]
 

@@ -7,8 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from duo_id.benchmarks.settings import BenchmarkSettings
-from duo_id.config import DataGenSettings, EvaluateSettings, TrainSettings, conf_dir, parse, plain
+from duo_id.config import DataGenSettings, TrainSettings, conf_dir, parse, plain
 from duo_id.errors import UserError
+from duo_id.evaluation.settings import EvaluateSettings
 from tests.commands import run_command, settings_of
 
 SCHEMAS = {
@@ -25,8 +26,9 @@ NEEDED = {  # what has no default
     "data/haystack/file": ["data.haystack.path=FILE"],
 }
 CONFIGS = sorted(path.relative_to(conf_dir()).with_suffix("").as_posix() for path in conf_dir().rglob("*.yaml"))
-PRESETS = "preset/"  # of benchmark, see tests/test_benchmark.py
-OPTIONS = [config for config in CONFIGS if "/" in config and not config.startswith(PRESETS)]
+PRESETS = ("preset/", "evaluation/")  # of benchmark, see tests/test_benchmark.py, and of evaluate
+EVALUATION_ONLY = "data/haystack/library"
+OPTIONS = [config for config in CONFIGS if "/" in config and not config.startswith((*PRESETS, EVALUATION_ONLY))]
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -41,7 +43,16 @@ def test_every_option_composes(option: str, tmp_path: Path) -> None:
 def test_every_command_composes(name: str, tmp_path: Path) -> None:
     settings = settings_of(name, SCHEMAS[name], *NEEDED.get(name, []), folder=tmp_path)
     assert settings.model.name == "SmolLM2-135M-Instruct"
-    assert name == "benchmark" or settings.data.haystack.source == "embedded"
+    source = {"benchmark": None, "evaluate": "library"}.get(name, "embedded")
+    assert source is None or settings.data.haystack.source == source
+
+
+@pytest.mark.parametrize("option", ["data/haystack/library", *(x for x in CONFIGS if x.startswith("evaluation/"))])
+def test_every_option_of_evaluate_composes(option: str, tmp_path: Path) -> None:
+    group, _, choice = option.rpartition("/")
+    settings = settings_of("evaluate", EvaluateSettings, "heads=DIR", f"{group}={choice}", folder=tmp_path)
+    assert settings.data.haystack.source == "library"
+    assert settings.lengths == ([1024] if choice == "quick" else [2048, 4096, 8192])
 
 
 def test_model_and_haystack_of_the_command_line_win_over_the_experiment(tmp_path: Path) -> None:
@@ -111,9 +122,9 @@ WRONG = {
     "step.full_backend": "nosuch",
     "step.streaming_backend": "nosuch",
     "step.length_multiple": 0,
-    "evaluation.samples": 0,
-    "evaluation.random_masks": -1,
-    "evaluation.validation_samples": -1,
+    "comparison.samples": 0,
+    "comparison.random_masks": -1,
+    "comparison.validation_samples": -1,
     "trainer.accumulate_grad_batches": 2,
     "trainer.max_steps": -1,
     "trainer.precision": "bf16-true",
@@ -133,12 +144,12 @@ WRONG = {
     "model.nosuch": 1,
     "data.haystack.nosuch": 1,
     "step.nosuch": 1,
-    "evaluation.nosuch": 1,
+    "comparison.nosuch": 1,
     "nosuch": 1,
     # missing
     "model.id": "???",
     "method.sink_size ": "???",
-    "evaluation.samples ": "???",
+    "comparison.samples ": "???",
     "sparsity ": "???",
 }
 

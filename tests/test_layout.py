@@ -27,14 +27,22 @@ deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.pref
 scoring recompute graphs
 plots progress checkpoints
 training
-evaluation.comparison
+evaluation.items evaluation.contenders evaluation.comparison
+evaluation.chat evaluation.metrics
+evaluation.tasks.words evaluation.tasks.building evaluation.tasks.needles evaluation.tasks.ruler evaluation.tasks.lookup
+evaluation.tasks.language evaluation.tasks.registry
+evaluation.published.building evaluation.published.sources evaluation.published.ruler evaluation.published.longbench
+evaluation.published.registry
+evaluation.settings evaluation.reading evaluation.judging evaluation.journal evaluation.running evaluation.peers
+evaluation.summary evaluation.table evaluation.agreement evaluation.figures evaluation.runs evaluation.page
+evaluation.harness
 benchmarks.settings benchmarks.timing benchmarks.ceilings benchmarks.floors benchmarks.baseline benchmarks.contenders
 benchmarks.measure benchmarks.results benchmarks.figures
 app
-train evaluate benchmark
+train evaluate benchmark report lm_eval
 """
 LEVELS = {f"duo_id.{name}": place for place, name in enumerate(ORDER.split())}
-ENTRY_POINTS = {"duo_id.train", "duo_id.evaluate", "duo_id.benchmark"}
+ENTRY_POINTS = {f"duo_id.{name}" for name in ("train", "evaluate", "benchmark", "report", "lm_eval")}
 FAMILIES = (
     "llama mistral mixtral qwen gemma phi[0-9]? gpt_?neox gpt-?2 opt falcon bloom stablelm olmo cohere granite smollm "
     "deepseek nemotron starcoder glm pythia mamba"

@@ -7,7 +7,7 @@ from tests.commands import QUICK, run_command
 
 def test_a_log_file_gets_a_line_for_each_tenth_of_the_run(tmp_path: Path) -> None:
     steps = 12
-    quicker = ["evaluation.samples=1", "evaluation.random_masks=0", "evaluation.validation_samples=0"]
+    quicker = ["comparison.samples=1", "comparison.random_masks=0", "comparison.validation_samples=0"]
     finished = run_command("train", *QUICK, *quicker, f"trainer.max_steps={steps}", folder=tmp_path)
     lines = [line for line in finished.output.splitlines() if line.startswith("step ")]
     assert [line.split("  ")[0] for line in lines] == [f"step {step}/{steps}" for step in (2, 4, 6, 8, 10, 12)]

@@ -15,9 +15,9 @@ OVERRIDES = [
     "trainer.max_steps=12",
     "trainer.val_check_interval=5",
     "trainer.accelerator=cpu",
-    "evaluation.samples=1",
-    "evaluation.validation_samples=1",
-    "evaluation.random_masks=1",
+    "comparison.samples=1",
+    "comparison.validation_samples=1",
+    "comparison.random_masks=1",
     "checkpoint_seconds=0",
     "sparsity=[0.5]",
 ]

@@ -1,4 +1,4 @@
-"""The commands train and evaluate from end to end on tiny random weights: what a run leaves, and what it refuses."""
+"""The command train from end to end on tiny random weights: what a run leaves, and what it refuses."""
 
 import hashlib
 import importlib.util
@@ -172,7 +172,7 @@ def test_run_folder_keeps_its_command_line(run: Run) -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs_a_step(experiment: str, tmp_path: Path) -> None:
     overrides = [f"experiment={experiment}", *QUICK, "data/haystack=embedded", "trainer.max_steps=1"]
-    quicker = ["evaluation.samples=1", "evaluation.random_masks=1", "sparsity=[0.5]"]
+    quicker = ["comparison.samples=1", "comparison.random_masks=1", "sparsity=[0.5]"]
     settings = settings_of("train", TrainSettings, *overrides, *quicker, folder=tmp_path)
     summary = duo_id.train.train(settings, tmp_path / "run")
     assert [row["heads"] for row in summary["results"]] == ["full", "found", "random", "streaming"]
@@ -181,7 +181,7 @@ def test_every_experiment_runs_a_step(experiment: str, tmp_path: Path) -> None:
 
 
 def test_wandb_offline_beside_the_csv(tmp_path: Path) -> None:
-    overrides = ["logger=wandb", "logger.wandb.offline=true", "evaluation.samples=1", "evaluation.random_masks=0"]
+    overrides = ["logger=wandb", "logger.wandb.offline=true", "comparison.samples=1", "comparison.random_masks=0"]
     finished = run_command("train", *QUICK, *overrides, folder=tmp_path)
     assert finished.status == 0, finished.output
     (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
@@ -192,13 +192,13 @@ def test_wandb_offline_beside_the_csv(tmp_path: Path) -> None:
 
 
 def test_without_a_logger_there_is_no_curve(tmp_path: Path) -> None:
-    overrides = ["~logger", "trainer.max_steps=1", "evaluation.samples=1", "evaluation.validation_samples=0"]
-    finished = run_command("train", *QUICK, *overrides, "evaluation.random_masks=0", folder=tmp_path)
+    overrides = ["~logger", "trainer.max_steps=1", "comparison.samples=1", "comparison.validation_samples=0"]
+    finished = run_command("train", *QUICK, *overrides, "comparison.random_masks=0", folder=tmp_path)
     assert finished.status == 0, finished.output
     assert [path.name for path in (tmp_path / "run" / "figures").iterdir()] == ["gates.png"]
 
 
-def test_trains_and_evaluates_on_samples_from_disk(tmp_path: Path) -> None:
+def test_trains_on_samples_from_disk(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("data_gen_passkey", ROOT / "data_gen" / "passkey.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -209,56 +209,6 @@ def test_trains_and_evaluates_on_samples_from_disk(tmp_path: Path) -> None:
     disk = ["data=disk", f"data.path={tmp_path / 'samples'}"]
     finished = run_command("train", *overrides, *disk, folder=tmp_path)
     assert finished.status == 0, finished.output
-    found = run_command("evaluate", f"heads={tmp_path / 'run'}", f"hydra.run.dir={tmp_path / 'again'}", folder=tmp_path)
-    assert found.status == 0, found.output
-    assert results(tmp_path / "again" / "results.json") == results(tmp_path / "run" / "summary.json")
-
-
-def results(path: Path) -> list[dict[str, Any]]:
-    """The rows of a summary or of what evaluate wrote."""
-    return [{**row, "samples": None} for row in json.loads(path.read_text())["results"]]
-
-
-def test_evaluate_repeats_the_comparison_of_the_run(run: Run, tmp_path: Path) -> None:
-    finished = run_command("evaluate", f"heads={run.folder}", folder=tmp_path)
-    assert finished.status == 0, finished.output
-    assert results(tmp_path / "run" / "results.json") == results(run.folder / "summary.json")
-    assert "found mask" in finished.output
-
-
-def test_evaluate_scores_the_same_through_the_dual_cache(run: Run, tmp_path: Path) -> None:
-    overrides = ["deploy=true", "evaluation.random_masks=0", "evaluation.samples=1"]
-    deployed = run_command("evaluate", f"heads={run.folder}", *overrides, folder=tmp_path)
-    assert deployed.status == 0, deployed.output
-    masked = run_command("evaluate", f"heads={run.folder}", *overrides[1:], "hydra.run.dir=masked", folder=tmp_path)
-    assert masked.status == 0, masked.output
-    pairs = zip(results(tmp_path / "run/results.json"), results(tmp_path / "masked/results.json"), strict=True)
-    for one, other in pairs:
-        assert one.pop("answer_loss") == pytest.approx(other.pop("answer_loss"), abs=1e-4)
-        assert one.pop("loss") == pytest.approx(other.pop("loss"), abs=1e-3)
-        assert one == other
-
-
-def test_evaluate_takes_other_samples_and_sparsities(run: Run, tmp_path: Path) -> None:
-    overrides = ["evaluation.samples=3", "evaluation.random_masks=0", "sparsity=[0.75]", "data.num_passkeys=1"]
-    finished = run_command("evaluate", f"heads={run.folder / 'heads'}", *overrides, folder=tmp_path)
-    assert finished.status == 0, finished.output
-    report = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert [(row["heads"], row["sparsity"]) for row in report["results"]] == [
-        ("full", 0.0),
-        ("found", 0.75),
-        ("streaming", 1.0),
-    ]
-    assert all(row["answers"] == len(row["samples"]) == 3 for row in report["results"])
-    assert report["settings"]["data"]["length_min"] == 700, "the run's own where nothing is overridden"
-
-
-def test_evaluate_refuses_a_pattern_of_another_shape(run: Run, tmp_path: Path) -> None:
-    other = "model.architecture.num_hidden_layers=2"
-    finished = run_command("evaluate", f"heads={run.folder}", other, folder=tmp_path)
-    assert "3 layers x 2 KV heads" in finished.error
-    assert "2 layers x 2 KV heads" in finished.error
-    assert not (tmp_path / "run" / "results.json").exists()
 
 
 @pytest.fixture(scope="module")
@@ -318,17 +268,6 @@ REFUSED_BY_TRAIN = {
     "resume-broken-checkpoint": (["resume=broken"], "is not a checkpoint"),
     "impossible-architecture": (["model.architecture.model_type=nosuch"], "model.architecture"),
 }
-REFUSED_BY_EVALUATE = {
-    "unknown-heads": (["heads=nosuch"], "nosuch"),
-    "no-heads": ([], "heads"),
-    "malformed-heads": (["heads=malformed.tsv"], "malformed.tsv, line 2, column 2: 'six'"),
-    "malformed-json": (["heads=heads.json"], "heads.json, line 1"),
-    "heads-of-another-model": (
-        ["heads=good.tsv", "model=tiny", *SIZES],
-        "2 layers x 2 KV heads, but tiny has 3 layers",
-    ),
-    "window-not-below-context": (["heads=wide", "model=tiny", *SIZES], "raise data.length_max"),
-}
 
 
 @pytest.mark.parametrize("case", REFUSED_BY_TRAIN)
@@ -341,17 +280,10 @@ def test_train_refuses_bad_input_in_one_line(case: str, bad: Path) -> None:
     assert not list(bad.glob("*/heads")), "nothing is exported"
 
 
-@pytest.mark.parametrize("case", REFUSED_BY_EVALUATE)
-def test_evaluate_refuses_bad_input_in_one_line(case: str, bad: Path) -> None:
-    overrides, named = REFUSED_BY_EVALUATE[case]
-    assert named in run_command("evaluate", *overrides, folder=bad).error
-    assert not list(bad.glob("*/results.json"))
-
-
 def test_a_loss_that_is_no_number_ends_the_run_and_the_last_good_checkpoint_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = ["trainer.max_steps=4", "evaluation.validation_samples=0", "evaluation.random_masks=0"]
+    overrides = ["trainer.max_steps=4", "comparison.validation_samples=0", "comparison.random_masks=0"]
     plain, calls, before = OBJECTIVES["hidden_l2"], [0], signal.getsignal(signal.SIGINT)
 
     def breaks(*hidden: torch.Tensor) -> torch.Tensor:
@@ -373,7 +305,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_last_good_checkpoint_goes
 
 
 def test_a_refused_resume_does_not_spoil_the_run(tmp_path: Path) -> None:
-    overrides = ["evaluation.validation_samples=0", "evaluation.random_masks=0", "evaluation.samples=1"]
+    overrides = ["comparison.validation_samples=0", "comparison.random_masks=0", "comparison.samples=1"]
     assert run_command("train", *QUICK, *overrides, folder=tmp_path).status == 0
     run = f"resume={tmp_path / 'run'}"
     assert "model=tiny, this run has model=other" in run_command("train", run, "model.id=other", folder=tmp_path).error
@@ -385,7 +317,7 @@ def test_a_refused_resume_does_not_spoil_the_run(tmp_path: Path) -> None:
 
 def test_a_sweep_makes_a_run_folder_for_each_seed_and_goes_on_after_a_failed_job(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    quicker = ["trainer.max_steps=1", "evaluation.samples=1", "evaluation.validation_samples=0"]
+    quicker = ["trainer.max_steps=1", "comparison.samples=1", "comparison.validation_samples=0"]
     sweep = ["seed=0,1", "data.length_min=1,700"]  # 1 is too short
     command = [sys.executable, "-m", "duo_id.train", "--multirun", *QUICK, *quicker, *sweep]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -395,6 +327,6 @@ def test_a_sweep_makes_a_run_folder_for_each_seed_and_goes_on_after_a_failed_job
     folders = sorted(path.parents[1] for path in (tmp_path / "outputs" / "sweeps").glob("*/*/*/heads/heads.json"))
     assert [folder.name for folder in folders] == ["2", "3"]  # after the two that failed
     assert [load_pattern(folder).provenance["seed"] for folder in folders] == [0, 1]
-    losses = [results(folder / "summary.json")[0]["answer_loss"] for folder in folders]
+    losses = [json.loads((folder / "summary.json").read_text())["results"][0]["answer_loss"] for folder in folders]
     assert losses[0] != losses[1]
     assert not (tmp_path / "outputs" / "train").exists()

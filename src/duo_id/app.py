@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from duo_id import __version__
-from duo_id.checkpoints import CHECKPOINT
 from duo_id.config import conf_dir
 from duo_id.errors import UserError
 from duo_id.files import write_text
@@ -58,6 +57,17 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     except ValueError as error:  # Hydra's own, as on trainer=null
         if composed:
             raise
+        sys.exit(_complain(error))
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        sys.exit(130)
+
+
+def run_plain(command: Callable[[list[str]], object]) -> None:
+    """Call `command` on the arguments of a command line that is not Hydra's; errors and Ctrl-C end it as in `run`."""
+    try:
+        command(sys.argv[1:])
+    except (UserError, OSError) as error:
         sys.exit(_complain(error))
     except KeyboardInterrupt:
         console.print("interrupted")
@@ -101,12 +111,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _run_folder(resume: str | None, fresh: str) -> str:
-    """Where a run writes: a new folder, or that of the run it goes on with."""
+def _run_folder(resume: str | None, progress: str, fresh: str) -> str:
+    """Where a run writes: a new folder, or that of the run it goes on with, whose `progress` is a file there."""
     if resume is None:
         return fresh
-    if not (Path(resume) / CHECKPOINT).is_file():
-        raise UserError(f"resume={resume}: there is no {CHECKPOINT} to go on from; leave out resume to start anew")
+    if not (Path(resume) / progress).is_file():
+        raise UserError(f"resume={resume}: there is no {progress} to go on from; leave out resume to start anew")
     return resume
 
 

@@ -63,7 +63,7 @@ class ModelSettings:
 class HaystackSettings:
     """Where the text that hides the needles comes from: see conf/data/."""
 
-    source: str = "embedded"  # embedded | file | hub
+    source: str = "embedded"  # embedded | file | hub | library, which is kept for evaluation
     path: str | None = None  # file: txt, jsonl, jsonl.zst or parquet, or a folder of such files
     id: str | None = None  # hub: data set id
     name: str | None = None  # hub: configuration of the data set
@@ -74,8 +74,8 @@ class HaystackSettings:
     def __post_init__(self) -> None:
         """Check that the source has what it needs."""
         require(
-            self.source in ("embedded", "file", "hub"),
-            f"data.haystack.source={self.source}: choose embedded, file or hub",
+            self.source in ("embedded", "file", "hub", "library"),
+            f"data.haystack.source={self.source}: choose embedded, file, hub or library (for evaluation alone)",
         )
         require(self.source != "file" or bool(self.path), "data.haystack.source=file needs data.haystack.path=FILE")
         require(self.source != "hub" or bool(self.id), "data.haystack.source=hub needs data.haystack.id=DATASET")
@@ -169,8 +169,8 @@ class StepSettings:
 
 
 @dataclass
-class EvaluationSettings:
-    """How masks are compared: see conf/evaluation/."""
+class ComparisonSettings:
+    """The table at the end of a training run, and the validation during it."""
 
     samples: int = MISSING  # held-out samples of the final table
     random_masks: int = MISSING  # random masks at each sparsity
@@ -179,42 +179,29 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         """Check ranges."""
         for key in ("samples", "random_masks", "validation_samples"):
-            require(getattr(self, key) >= (key == "samples"), f"evaluation.{key}={getattr(self, key)} is too small")
+            require(getattr(self, key) >= (key == "samples"), f"comparison.{key}={getattr(self, key)} is too small")
 
 
 @dataclass
-class RunSettings:
-    """What train and evaluate share."""
+class TrainSettings:
+    """`python -m duo_id.train`: see conf/train.yaml."""
 
     model: ModelSettings = MISSING
     data: DataSettings = MISSING
-    step: StepSettings = MISSING
-    evaluation: EvaluationSettings = MISSING
-    sparsity: list[float] = MISSING  # fractions of KV heads that stream
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the sparsities."""
-        require(bool(self.sparsity), "sparsity=[] must name at least one fraction, such as sparsity=[0.5]")
-        self.sparsity = sorted(set(self.sparsity))
-        require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
-        for value in self.sparsity:
-            require(0 <= value <= 1, f"sparsity={value} must lie in [0, 1]")
-
-
-@dataclass
-class TrainSettings(RunSettings):
-    """`python -m duo_id.train`: see conf/train.yaml."""
-
     method: MethodSettings = MISSING
+    step: StepSettings = MISSING
+    comparison: ComparisonSettings = MISSING
     trainer: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)
+    sparsity: list[float] = MISSING  # fractions of KV heads that stream, of the exported masks
+    seed: int = 0
     checkpoint_seconds: float = 60.0  # between checkpoints
     resume: str | None = None  # a run folder to go on with
 
     def __post_init__(self) -> None:
         """Check what depends on several groups."""
-        super().__post_init__()
+        self.sparsity = fractions(self.sparsity)
+        check_seed(self.seed)
         window = self.method.sink_size + self.method.recent_size
         require(
             self.data.task == "disk" or window < self.data.length_min,
@@ -241,14 +228,6 @@ class TrainSettings(RunSettings):
 
 
 @dataclass
-class EvaluateSettings(RunSettings):
-    """`python -m duo_id.evaluate`: see conf/evaluate.yaml."""
-
-    heads: str = MISSING  # a run folder, its heads/ folder or a shipped name
-    deploy: bool = False  # score through the dual KV cache
-
-
-@dataclass
 class DataGenSettings:
     """`python data_gen/passkey.py`: see conf/data_gen.yaml."""
 
@@ -259,6 +238,19 @@ class DataGenSettings:
     n_validation: int = MISSING
     n_test: int = MISSING
     seed: int = 0
+
+
+def fractions(sparsity: list[float]) -> list[float]:
+    """The sparsities, checked and ascending."""
+    require(bool(sparsity), "sparsity=[] must name at least one fraction, such as sparsity=[0.5]")
+    for value in sparsity:
+        require(0 <= value <= 1, f"sparsity={value} must lie in [0, 1]")
+    return sorted(set(sparsity))
+
+
+def check_seed(seed: int) -> None:
+    """Raise a `UserError` unless random generators take the seed."""
+    require(0 <= seed < 2**32, f"seed={seed} must lie in [0, 2^32)")
 
 
 def parse(schema: type[Settings], config: DictConfig) -> Settings:

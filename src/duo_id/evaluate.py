@@ -1,96 +1,168 @@
-"""`python -m duo_id.evaluate heads=DIR`: the comparison that ends a training run, for any exported pattern."""
+"""`python -m duo_id.evaluate heads=DIR_OR_NAME`: head patterns on held-out long-context tasks."""
 
-import json
-from collections.abc import Sequence
+import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from duo_id import app
-from duo_id.attention.gated import Backends, attached
-from duo_id.config import EvaluateSettings, parse, plain, require
-from duo_id.data.module import SampleModule
-from duo_id.evaluation.comparison import check_window, compare, results_table
-from duo_id.files import write_text
-from duo_id.formats import list_patterns, load_pattern
-from duo_id.models import load_model
+from duo_id import __version__, app
+from duo_id.attention.gated import attached
+from duo_id.config import parse, plain, require
+from duo_id.data.haystack import load_haystack
+from duo_id.evaluation import chat
+from duo_id.evaluation.contenders import check_windows, contenders
+from duo_id.evaluation.figures import figures
+from duo_id.evaluation.items import Item, Row
+from duo_id.evaluation.journal import RESULTS, SCORES, Journal, write_results
+from duo_id.evaluation.judging import rows_of_peers
+from duo_id.evaluation.peers import SAMPLES, read_answers, write_samples
+from duo_id.evaluation.published.registry import is_published, published_items
+from duo_id.evaluation.reading import end_tokens
+from duo_id.evaluation.running import run
+from duo_id.evaluation.settings import EvaluateSettings
+from duo_id.evaluation.table import results_table
+from duo_id.evaluation.tasks.building import Builder
+from duo_id.evaluation.tasks.registry import make_items
+from duo_id.formats import contents_of, list_patterns, load_pattern, pattern_name
+from duo_id.models import LanguageModel, load_model, weights_source
+from duo_id.patterns import HeadPattern
+from duo_id.plots import save_figure
+
+UNTOLD = ("resume",)  # settings that say nothing about what was measured
 
 
-def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
-    """Compare a pattern's masks with the full model, random masks and all heads streaming.
+def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Score a pattern's masks and what they are compared with, and write tables and figures.
 
     Args:
-        settings: which pattern, model and samples.
-        folder: the run folder; `results.json` is written to it.
+        settings: which heads, on which tasks, beside what.
+        folder: the run folder.
+        accepted: called once the settings have proved to work.
 
     Returns:
-        the results that are also written.
+        what is also written to `results.json`.
 
     Raises:
         UserError: something in the settings cannot work; the message names the override.
     """
-    pattern = load_pattern(settings.heads)
+    sources = {pattern_name(settings.heads): settings.heads} | settings.patterns
+    patterns = {name: load_pattern(source) for name, source in sources.items()}
     model = load_model(settings.model, "cuda" if torch.cuda.is_available() else "cpu", settings.seed)
-    backends = Backends(settings.step.full_backend, settings.step.streaming_backend)
-    data = SampleModule(settings.data, model.tokenizer, settings.seed, model.max_length)
-    samples = data.samples("test", settings.evaluation.samples)
-    with attached(model.model, backends) as layers:
-        pattern.check_fits(model.num_layers, layers[0].kv_heads, model.name)
-        description = model.describe(layers)
-    check_window(samples, pattern.sink_size, pattern.recent_size)
-    results = compare(
-        model,
-        pattern,
-        samples,
-        settings.sparsity,
-        settings.evaluation.random_masks,
-        settings.seed,
-        backends,
-        settings.deploy,
-    )
-    app.console.print(results_table(results, f"{model.name} under {settings.heads}: {len(samples)} held-out samples"))
-    report = {
-        "heads": settings.heads,
+    with attached(model.model) as layers:
+        for pattern in patterns.values():
+            pattern.check_fits(model.num_layers, layers[0].kv_heads, model.name)
+        description = model.describe(layers) | {"dtype": str(model.model.dtype).removeprefix("torch.")}
+    items = all_items(settings, model)
+    check_windows(patterns, items)
+    compared = contenders(patterns, settings.sparsity, settings.random_masks, settings.baselines, settings.seed)
+    asked = {key: getattr(settings, key) for key in ("split", "seed", "chat_template", "depths")}
+    told = {name: contents_of(pattern) for name, pattern in patterns.items()}
+    header = {"model": description, "patterns": told, "data": plain(settings.data)} | asked
+    header["versions"] = {"duo_id": __version__, "python": platform.python_version()}  # whose texts samples are made of
+    journal = Journal(folder, header)
+    accepted()
+    if settings.peers:
+        write_samples(folder / SAMPLES, _for_peers(settings, model, next(iter(patterns.values()))), items)
+    run(model, items, compared, journal, settings.generate, settings.batch_tokens, settings.chunk_size, app.console)
+    eviction = read_answers(folder, items)
+    results = {
         "model": description,
-        "results": [result.summary() | {"samples": [vars(score) for score in result.samples]} for result in results],
-        "settings": plain(settings),
-        "versions": app.versions(),
+        "patterns": told,
+        "contenders": _contenders_of([*(contender.describe() for contender in compared), *journal.rows, *eviction]),
+        **asked,
+        "samples": settings.samples,
+        "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
+        "versions": app.versions() | {"device": _device()},
+        "rows": journal.rows + rows_of_peers(eviction, items, model.tokenizer, end_tokens(model)),
     }
-    write_text(folder / "results.json", json.dumps(report, indent=1))
-    app.console.print(f"results: {folder / 'results.json'}", soft_wrap=True)
-    return report
+    write_results(folder, results)
+    app.console.print(results_table(results, f"{model.name} under {settings.heads}"))
+    for name, figure in figures(results).items():
+        save_figure(figure, folder / "figures" / f"{name}.png")
+    return results
+
+
+def all_items(settings: EvaluateSettings, model: LanguageModel) -> list[Item]:
+    """All that is asked: generated tasks, and those of published benchmarks."""
+    template = (chat.split_chat if settings.chat_template else chat.plain)(model.tokenizer)
+    published = [name for name in settings.tasks if is_published(name)]
+    generated = [name for name in settings.tasks if name not in published]
+    items: list[Item] = []
+    if generated:
+        haystack = load_haystack(settings.data.haystack, settings.split)
+        builder = Builder(model.tokenizer, haystack, settings.split, template)
+        sizes = settings.lengths, settings.samples, settings.seed, model.max_length, settings.depths
+        items += make_items(generated, builder, *sizes)
+    if published:
+        where = settings.data.path, model.tokenizer, template, model.max_length
+        items += published_items(published, *where, settings.lengths, settings.samples)
+    return items
 
 
 def as_found(config: DictConfig, given: Sequence[str]) -> DictConfig:
-    """The config with the model and samples that the pattern was found on, unless overrides say otherwise.
+    """The config with the model that the pattern was found on, unless overrides say otherwise.
 
     Args:
         config: the composed config.
         given: the command line's overrides.
     """
     require(isinstance(config.heads, str), f"heads={config.heads}: give a run folder or one of {list_patterns()}")
-    found = load_pattern(config.heads).provenance.get("settings", {})
+    found = load_pattern(config.heads).provenance.get("settings", {}).get("model")
     keys = [override.split("=")[0].lstrip("+").replace("/", ".") for override in given]
-    for group in ("model", "data", "evaluation", "sparsity", "seed"):
-        if group not in found or group in keys:
-            continue
-        settings = OmegaConf.create({group: found[group]})
+    if found and "model" not in keys:
+        settings = OmegaConf.create({"model": found})
         for key in keys:
-            if key.startswith(f"{group}."):
+            if key.startswith("model."):
                 OmegaConf.update(settings, key, OmegaConf.select(config, key), merge=False)
-        config[group] = settings[group]
+        config.model = settings.model
     return config
+
+
+def _for_peers(settings: EvaluateSettings, model: LanguageModel, pattern: HeadPattern) -> dict[str, Any]:
+    """What peers need to know beside the samples."""
+    return {
+        "model": weights_source(settings.model),
+        "revision": settings.model.revision,
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "chat_template": settings.chat_template,
+        "generate": settings.generate,
+        "sink_size": pattern.sink_size,
+        "recent_size": pattern.recent_size,
+        "sparsities": settings.sparsity,
+        "shares": [pattern.binarize(sparsity=sparsity).sparsity for sparsity in settings.sparsity],
+        "seed": settings.seed,
+    }
+
+
+def _contenders_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """All who are named in rows, each once, with the longest of its notes."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        who = {key: row[key] for key in ("kind", "heads", "sparsity", "seed")}
+        known = found.setdefault(tuple(who.values()), who | {"note": ""})
+        known["note"] = max(known["note"], row.get("note", ""), key=len)  # answers inside the context have more to say
+    return list(found.values())
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def main(config: DictConfig) -> None:
     """Run the command."""
-    config, folder, _ = app.start_run(config)
+    config, folder, overrides = app.start_run(config)
     with open_dict(config):
-        config = as_found(config, HydraConfig.get().overrides.task)
-    evaluate(parse(EvaluateSettings, config), folder)
+        config = as_found(config, list(overrides.values()))
+    try:
+        evaluate(parse(EvaluateSettings, config), folder, lambda: app.keep_overrides(folder, overrides))
+    except (KeyboardInterrupt, OSError):
+        if (folder / SCORES).is_file():
+            app.console.print(f"stopped; to go on: python -m duo_id.evaluate resume={folder}", soft_wrap=True)
+        raise
+    app.console.print(f"results: {folder / RESULTS}   figures: {folder / 'figures'}", soft_wrap=True)
 
 
 if __name__ == "__main__":

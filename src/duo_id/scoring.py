@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from duo_id.deploy.prefill import read_along
 from duo_id.models import LanguageModel
 
 
@@ -49,23 +48,17 @@ class Score:
 
 
 @torch.no_grad()
-def score(model: LanguageModel, sample: Mapping[str, Any], deploy: bool = False) -> Score:
+def score(model: LanguageModel, sample: Mapping[str, Any]) -> Score:
     """Score the model, doing what is bound to its attention layers at present, on one sample.
 
     Args:
         model: the language model.
         sample: `input_ids` (tokens,) and `answers` (tokens,): 0, or k for the tokens of the k-th answer.
-        deploy: of a model under `duo_attention`, read the prompt into a dual cache and each answer token by token, as
-            a deployed model would.
     """
     device = model.model.device
     ids, answers = sample["input_ids"].to(device), sample["answers"].to(device)
     positions = answers.nonzero()[:, 0]
-    if deploy:
-        logits = read_along(model.model, ids[None], positions - 1)[0].float()
-    else:
-        batch: dict[str, Any] = {"input_ids": ids[None]}
-        logits = model.logits(batch, positions - 1)[0].float()
+    logits = model.logits({"input_ids": ids[None]}, positions - 1)[0].float()
     targets, owners = ids[positions], answers[positions]
     loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     right = logits.argmax(-1) == targets

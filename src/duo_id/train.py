@@ -50,10 +50,10 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
     model = load_model(settings.model, trainer.strategy.root_device, settings.seed)
     backends = Backends(settings.step.full_backend, settings.step.streaming_backend)
     data = SampleModule(
-        settings.data, model.tokenizer, settings.seed, model.max_length, settings.evaluation.validation_samples
+        settings.data, model.tokenizer, settings.seed, model.max_length, settings.comparison.validation_samples
     )
     data.task("train")  # what cannot work is refused before the first step
-    test = data.samples("test", settings.evaluation.samples)
+    test = data.samples("test", settings.comparison.samples)
     check_window(test, settings.method.sink_size, settings.method.recent_size)
     with attached(model.model, backends) as layers:
         gates = GateTraining(
@@ -79,7 +79,7 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
     if "csv" in settings.logger:
         curve = plot_training(read_metrics(folder), title=f"Training gates of {model.name}")
         save_figure(curve, folder / "figures" / "training.png")
-    random_masks = settings.evaluation.random_masks
+    random_masks = settings.comparison.random_masks
     results = compare(model, pattern, test, settings.sparsity, random_masks, settings.seed, backends)
     done = time.perf_counter()
     app.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))

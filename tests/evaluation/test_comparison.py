@@ -93,14 +93,6 @@ def test_random_masks_leave_layers_without_gates_alone(monkeypatch: pytest.Monke
     assert [int((~mask.retrieval).sum()) for mask in masks] == [0, 2, *[2] * 5, 4]
 
 
-def test_the_dual_cache_scores_as_the_mask_does() -> None:
-    rows = [compare(tiny(), PATTERN, samples(), [0.5], random_masks=1, seed=0, deploy=deploy) for deploy in (0, 1)]
-    for masked, deployed in zip(*rows, strict=True):
-        for one, other in zip(masked.samples, deployed.samples, strict=True):
-            assert other.loss == pytest.approx(one.loss, abs=1e-4)
-            assert replace(other, loss=0) == replace(one, loss=0)
-
-
 def test_summary_pools_the_samples() -> None:
     row = Result("found", 0.5, None, (Score(6.0, 1, 2, 0, 1), Score(2.0, 6, 6, 3, 3))).summary()
     assert row == {

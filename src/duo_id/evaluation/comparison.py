@@ -11,8 +11,9 @@ from rich.table import Table
 from duo_id.attention.gated import Backends
 from duo_id.deploy.install import duo_attention
 from duo_id.errors import UserError
+from duo_id.evaluation.contenders import random_like
 from duo_id.models import LanguageModel
-from duo_id.patterns import HeadMask, HeadPattern, random_mask
+from duo_id.patterns import HeadMask, HeadPattern
 from duo_id.scoring import Score, score, total
 
 METRICS = ("answer_loss", "token_accuracy", "exact_answers")
@@ -49,7 +50,6 @@ def compare(
     random_masks: int,
     seed: int,
     backends: Backends | None = None,
-    deploy: bool = False,
 ) -> list[Result]:
     """Score every mask on every sample, teacher-forced.
 
@@ -61,13 +61,12 @@ def compare(
         random_masks: how many random masks at each sparsity.
         seed: of the random masks.
         backends: attention implementations.
-        deploy: score through the dual cache, see `duo_id.scoring.score`.
     """
     rows: list[tuple[str, float, int | None, HeadMask]] = [("full", 0.0, None, pattern.binarize(sparsity=0))]
     for sparsity in sparsities:
         rows.append(("found", sparsity, None, pattern.binarize(sparsity=sparsity)))
         for drawn in range(seed, seed + random_masks):
-            rows.append(("random", sparsity, drawn, _random(pattern, sparsity, drawn)))
+            rows.append(("random", sparsity, drawn, random_like(pattern, sparsity, drawn)))
     rows.append(("streaming", 1.0, None, pattern.binarize(sparsity=1)))
     results = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -77,7 +76,7 @@ def compare(
             scores = []
             with duo_attention(model.model, mask, backends):
                 for sample in samples:
-                    scores.append(score(model, sample, deploy))
+                    scores.append(score(model, sample))
                     progress.advance(task)
             results.append(Result(heads, sparsity, number, tuple(scores)))
     return results
@@ -113,12 +112,6 @@ def results_table(results: Sequence[Result], title: str) -> Table:
             style="bold" if heads == "found" else None,
         )
     return table
-
-
-def _random(pattern: HeadPattern, sparsity: float, seed: int) -> HeadMask:
-    layers, kv_heads = pattern.scores.shape
-    sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
-    return random_mask(layers, kv_heads, sparsity, seed, gated_layers=pattern.gated_layers, **sizes)
 
 
 def _cell(values: Sequence[float], form: str, unit: str = "") -> str:

@@ -1,0 +1,114 @@
+"""Head patterns of one model side by side: their scores, and how far they name the same heads."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from duo_id.patterns import HeadPattern
+from duo_id.plots import GATES, UNGATED, style
+
+
+def agreement(patterns: Mapping[str, HeadPattern], sparsities: Sequence[float]) -> dict[str, pd.DataFrame]:
+    """How far patterns of one model name the same heads, in the layers that are gated in all of them.
+
+    Returns:
+        square frames over the patterns' names: Spearman's rank correlation of the scores, then for each sparsity the
+        Jaccard index of the retrieval heads, which is the number of shared ones over that of those in either.
+    """
+    gated = sorted(set.intersection(*(set(pattern.gated_layers) for pattern in patterns.values())))
+    scores = pd.DataFrame({name: pattern.scores[gated].flatten().numpy() for name, pattern in patterns.items()})
+    found = {"rank correlation\nof the scores": scores.rank().corr()}
+    for sparsity in sparsities:
+        masks = [
+            pattern.binarize(sparsity=sparsity).retrieval[gated].flatten().numpy() for pattern in patterns.values()
+        ]
+        shared = [[_jaccard(mask, other) for other in masks] for mask in masks]
+        title = f"shared retrieval heads\n{100 * sparsity:.4g}% stream"
+        found[title] = pd.DataFrame(shared, list(patterns), list(patterns))
+    return found
+
+
+@style()
+def plot_patterns(patterns: Mapping[str, HeadPattern]) -> Figure:
+    """The scores of patterns of one model on one colour scale: layers down, KV heads to the right."""
+    layers, kv_heads = next(iter(patterns.values())).scores.shape
+    across = min(len(patterns), 4)
+    down = -(-len(patterns) // across)
+    width = min(2.6, max(1.4, 0.14 * kv_heads + 0.4))
+    height = min(5.0, max(1.2, 0.1 * layers))
+    figure = Figure(figsize=(max(3.4, 0.5 + width * across), 1.0 + (height + 0.35) * down))
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    scores = np.concatenate([pattern.scores[list(pattern.gated_layers)].flatten() for pattern in patterns.values()])
+    gates = scores.min() >= -0.01 and scores.max() <= 1.01
+    scale = Normalize(0, 1) if gates else Normalize(scores.min(), scores.max())
+    for axes, (name, pattern) in zip(grid.flat, patterns.items(), strict=False):
+        mesh = draw_cells(axes, pattern.scores.numpy(), scale)
+        for layer in set(range(layers)) - set(pattern.gated_layers):
+            axes.add_patch(Rectangle((-0.5, layer - 0.5), kv_heads, 1, **UNGATED))
+        axes.set_title(plain(name, 12 * width), loc="left", fontsize=8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 10]))
+        axes.set(xlabel="KV head", ylabel="layer")
+        axes.label_outer()
+    for axes in list(grid.flat)[len(patterns) :]:
+        axes.set_visible(False)
+    label = "gate α (1 = retrieval)" if gates else "score (higher = retrieval)"
+    bar = figure.colorbar(mesh, ax=grid, location="bottom", label=label, aspect=40, shrink=0.8)
+    bar.outline.set_visible(False)
+    if any(len(pattern.gated_layers) < layers for pattern in patterns.values()):
+        figure.legend(handles=[Patch(**UNGATED, label="no gates")], loc="outside lower center")
+    return figure
+
+
+@style()
+def plot_agreement(patterns: Mapping[str, HeadPattern], sparsities: Sequence[float]) -> Figure:
+    """`agreement` as matrices with their values."""
+    found = agreement(patterns, sparsities)
+    across = min(len(found), 4)
+    down = -(-len(found) // across)
+    side = max(1.3, 0.36 * len(patterns))
+    figure = Figure(figsize=(1.4 + side * across, 1.3 + (side + 0.4) * down))
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    names = [plain(name, 18) for name in patterns]
+    for axes, (title, values) in zip(grid.flat, found.items(), strict=False):
+        draw_cells(axes, values.to_numpy(), Normalize(0, 1), "{:.2f}")
+        axes.set_title(title, loc="left", fontsize=8)
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    for axes in list(grid.flat)[len(found) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def draw_cells(axes: Axes, values: np.ndarray, scale: Normalize, form: str = "") -> QuadMesh:
+    """One cell a value (rows, columns), the first row on top; with `form` the values are written into them."""
+    rows, columns = (np.arange(size + 1) - 0.5 for size in values.shape)
+    line = min(0.4, 16 / max(values.shape) ** 1.2)
+    mesh = axes.pcolormesh(columns, rows, values, cmap=GATES, norm=scale, edgecolors="white", linewidth=line)
+    axes.set_ylim(rows[-1], rows[0])
+    axes.spines[:].set(visible=True, linewidth=0.5, color="#555555")
+    if form:
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                color = "white" if scale(value) > 0.55 else "black"
+                axes.text(column, row, form.format(value), color=color, ha="center", va="center", fontsize=7)
+    return mesh
+
+
+def plain(name: str, most: float = 32) -> str:
+    """A name as matplotlib draws it letter by letter: no formulas, nothing unprintable, at most so many characters."""
+    name = "".join(character if character.isprintable() else "?" for character in name)
+    name = name if len(name) <= most else "…" + name[1 - int(most) :]  # runs are told apart by their last part
+    return name.replace("$", r"\$")
+
+
+def _jaccard(mask: np.ndarray, other: np.ndarray) -> float:
+    either = (mask | other).sum()
+    return float((mask & other).sum() / either) if either else 1.0

@@ -1,0 +1,90 @@
+"""lm-eval's Hugging Face model under a head mask, so that any of its tasks can be scored with one."""
+
+from typing import Any
+
+import torch
+from lm_eval.api.registry import model_registry
+from lm_eval.models.huggingface import HFLM
+from omegaconf import OmegaConf
+
+from duo_id.config import ModelSettings, conf_dir, parse
+from duo_id.deploy.install import install
+from duo_id.errors import UserError
+from duo_id.formats import load_pattern
+from duo_id.models import load_model
+from duo_id.patterns import HeadPattern
+
+NAME = "duo_id"  # what lm-eval calls the class
+
+
+class DuoLM(HFLM):
+    """lm-eval's HFLM, every forward of which runs under a head mask.
+
+    Log-likelihoods and generation read a whole request under the mask. lm-eval pads the first on the right, where
+    padding changes nothing before it, and the second on the left with a mask, after which the sink begins.
+    """
+
+    def __init__(
+        self,
+        heads: str | None = None,
+        sparsity: float = 0.5,
+        model: str | None = None,
+        pretrained: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Load the model and put it under the mask.
+
+        Args:
+            heads: a run folder, its heads/ folder or a shipped name.
+            sparsity: fraction of KV heads that stream; 0 is full attention.
+            model: a name of conf/model/, loaded as the other commands do. By default the pattern's own model.
+            pretrained: a hub id or local folder instead, which HFLM loads with all its options.
+            dtype: of the weights; auto: with `model` float32 on the CPU, else bfloat16, with `pretrained` as stored.
+            device: by default cuda, where there is one.
+            options: HFLM's own, such as batch_size and max_length; those of loading only with `pretrained`.
+
+        Raises:
+            UserError: the arguments do not fit each other, the pattern or the model.
+        """
+        if heads is None:
+            raise UserError("--model_args heads=... is missing: a run folder or a shipped name")
+        if model is not None and pretrained is not None:
+            raise UserError(f"--model_args model={model},pretrained={pretrained}: give one of them")
+        pattern = load_pattern(heads)
+        mask = pattern.binarize(sparsity=float(sparsity))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if pretrained is None:
+            loaded = load_model(_settings(model, pattern, dtype), device)
+            super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **options)
+        else:
+            super().__init__(pretrained=pretrained, dtype=dtype, device=device, **options)
+        install(self.model, mask)
+        sizes = {"sink_size": mask.sink_size, "recent_size": mask.recent_size}
+        self.mask_info: dict[str, Any] = {"heads": heads, "sparsity": mask.sparsity, **sizes}
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes down of the model, with the mask."""
+        return super().get_model_info() | self.mask_info
+
+
+def register() -> None:
+    """Make lm-eval know `DuoLM` under its name; any number of times."""
+    model_registry.register(NAME, target=DuoLM)
+
+
+def _settings(model: str | None, pattern: HeadPattern, dtype: str) -> ModelSettings:
+    """The settings of a model of conf/model/, or of the one that the pattern was found on."""
+    folder = conf_dir() / "model"
+    if model is None:
+        contents = pattern.provenance.get("settings", {}).get("model")
+        if contents is None:
+            raise UserError("the pattern does not say how to load its model: add --model_args pretrained=MODEL")
+    elif (file := folder / f"{model}.yaml").is_file() and model != "hub":
+        contents = OmegaConf.to_container(OmegaConf.load(file))
+    else:
+        names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "hub"))
+        raise UserError(f"--model_args model={model}: choose among {names}, or give pretrained=HUB_ID_OR_FOLDER")
+    chosen = {} if dtype == "auto" else {"dtype": dtype}
+    return parse(ModelSettings, OmegaConf.create({**contents, **chosen}))

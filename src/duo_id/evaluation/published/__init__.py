@@ -1,0 +1,1 @@
+"""Published long-context benchmarks, read as their authors publish them."""

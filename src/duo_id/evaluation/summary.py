@@ -1,0 +1,244 @@
+"""Saved rows in, statistics out: what each contender scores, how sure that is, and what it loses to full attention."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from duo_id.errors import UserError
+
+SCHEMA, VERSION = "duo_id/results", 1
+SAMPLE = ["task", "length", "index"]  # what is resampled as one: its questions share a context
+QUESTION = [*SAMPLE, "question"]
+CONTENDER = ["kind", "heads", "sparsity"]  # random masks of all seeds are one
+COLUMNS = [*QUESTION, "depth", *CONTENDER, "seed", "loss", "kl", "tokens", "correct", "score", "exact", "text", "bytes"]
+KINDS = ("full", "pattern", "baseline", "eviction")
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a column of `summarise` is shown: its name, the digits of its values, and whether they are percentages."""
+
+    label: str
+    digits: int
+    percent: bool = False
+
+    def text(self, value: float) -> str:
+        """A value as text, without its unit; a dash where there is none."""
+        return f"{self.scaled(value):.{self.digits}f}" if np.isfinite(value) else "-"
+
+    def scaled(self, value: Any) -> Any:
+        """A value, or an array of them, in the unit of the label."""
+        return 100 * value if self.percent else value
+
+
+METRICS = {
+    "kept": Metric("KV kept (%)", 1, True),
+    "loss": Metric("answer loss (nats)", 3),
+    "rise": Metric("rise in loss (nats)", 3),
+    "kl": Metric("KL from full (nats)", 3),
+    "accuracy": Metric("token accuracy (%)", 1, True),
+    "relative_accuracy": Metric("accuracy / full's (%)", 1, True),
+    "exact": Metric("exact answers (%)", 1, True),
+    "score": Metric("score (%)", 1, True),
+    "relative_score": Metric("score / full's (%)", 1, True),
+}
+
+
+def load_results(path: str | Path) -> dict[str, Any]:
+    """What an evaluation has saved.
+
+    Args:
+        path: its run folder, or the `results.json` in it.
+
+    Raises:
+        UserError: there is no such file, or it is not the results of an evaluation of this version.
+    """
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+        results = json.loads(text)
+        if "\\ud" in text.lower():  # perhaps half a character, which JSON can hold but no text file
+            results = json.loads(json.dumps(results, ensure_ascii=False).encode("utf-8", "replace"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give the run folder of a finished evaluation") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        raise UserError(f"{path} does not hold the results of an evaluation (schema {SCHEMA})")
+    if results.get("version") != VERSION:
+        raise UserError(f"{path} has version {results.get('version')!r}, this duo_id reads version {VERSION}")
+    missing = [key for key in ("model", "patterns", "contenders", "settings", "versions", "rows") if key not in results]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    if not results["rows"]:
+        raise UserError(f"{path} holds no rows: nothing was scored")
+    lacking = [column for column in COLUMNS if any(column not in row for row in results["rows"])]
+    if lacking:
+        raise UserError(f"{path}: rows lack {', '.join(lacking)}")
+    return results
+
+
+def frame(results: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows of results as a frame; what was not measured is NaN, and `exact` is 1 or 0.
+
+    Raises:
+        UserError: a column holds something else than numbers.
+    """
+    rows = pd.DataFrame(results["rows"], columns=COLUMNS)
+    rows["exact"] = rows["exact"].map({True: 1.0, False: 0.0})
+    for column in ("depth", "sparsity", "seed", "loss", "kl", "tokens", "correct", "score", "exact", "bytes"):
+        try:
+            rows[column] = rows[column].astype(float)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"these results are damaged: {column} holds no numbers ({error})") from None
+    return rows
+
+
+def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) -> pd.DataFrame:
+    """Statistics of each group of rows, with 95% intervals.
+
+    Loss, KL and token accuracy pool the tokens of a task, exact answers and scores are means over its questions, and
+    over several tasks each task has one vote. What is relative to full attention compares the same questions:
+    `rise` is a difference, `relative_accuracy` and `relative_score` are ratios of the averages over tasks, and `kept`
+    is the fraction of the full cache's bytes.
+
+    Intervals are percentiles of a bootstrap over the samples of each task, all questions of a sample together; where
+    a group has several seeds (of random masks), these are resampled as well (Owen 2007, "The pigeonhole bootstrap").
+    A relative value takes the same resample on both sides. There is no interval where each task has one sample.
+
+    Args:
+        rows: as `frame` gives them; those of full attention must be among them for what is relative to it.
+        by: columns, at least one; one group for each combination of their values.
+        seed: of the resamples.
+
+    Returns:
+        one row a group, ascending, with the columns `by`, `samples`, `seeds` and, for each of `METRICS`, its value
+        and the ends of its interval: `loss`, `loss_low`, `loss_high`, ...; NaN where nothing was measured.
+    """
+    fractions = _fractions(rows)
+    keys = pd.DataFrame({column: rows[column].to_numpy() for column in by})
+    keys["the task"] = rows["task"].to_numpy()
+    keys["the seed"] = rows["seed"].fillna(-1).to_numpy()
+    keys["the sample"] = rows.groupby(SAMPLE).ngroup().to_numpy()
+    parts = np.stack([part for fraction in fractions.values() for part in fraction], axis=1)  # (rows, 2 x fractions)
+    sums = keys.join(pd.DataFrame(parts)).groupby(list(keys), dropna=False).sum()
+    places, values, resamples = sums.index.to_frame(index=False), sums.to_numpy(), _Resamples(seed)
+    names = list(places[list(by)].itertuples(index=False, name=None))
+    groups = places.groupby(list(by), dropna=False).ngroup().to_numpy()
+    tasks, seeds, samples = (pd.factorize(places[f"the {unit}"])[0] for unit in ("task", "seed", "sample"))
+    found = []
+    for group in range(groups.max() + 1):
+        of_group = np.flatnonzero(groups == group)
+        cells = [of_group[tasks[of_group] == task] for task in np.unique(tasks[of_group])]
+        totals = [resamples.total(values[cell], samples[cell], seeds[cell]) for cell in cells]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = dict(
+                zip(fractions, _mean(np.stack([total[:, 0::2] / total[:, 1::2] for total in totals])).T, strict=True)
+            )
+            for name in ("accuracy", "score"):
+                ratio = means.pop(f"shared_{name}") / means[f"full_{name}"]
+                means[f"relative_{name}"] = np.where(means.pop(f"full_{name}") > 0, ratio, np.nan)
+        counts = [len(np.unique(samples[cell])) for cell in cells]
+        masks = len(np.unique(seeds[of_group]))
+        row = dict(zip(by, names[of_group[0]], strict=True)) | {"samples": sum(counts), "seeds": masks}
+        drawn = np.stack([means[name] for name in METRICS], axis=1)  # (1 + resamples, metrics)
+        ends = _intervals(drawn[1:]) if max(counts) > 1 or masks > 1 else np.full((2, len(METRICS)), np.nan)
+        for name, value, low, high in zip(METRICS, drawn[0], *ends, strict=True):
+            row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        found.append(row)
+    return pd.DataFrame(found)
+
+
+def contenders(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
+    """`summarise` for each contender, and the columns `by`, in the order in which tables show them.
+
+    Full attention stands first and token eviction last, in between masks by sparsity, then kind.
+    """
+    found = summarise(rows, [*CONTENDER, *by])
+    found["place"] = found["kind"].map(KINDS.index)
+    found["evicts"], found["partial"] = found["kind"] == "eviction", found["kind"] != "full"
+    order = ["evicts", "partial", "sparsity", "place", "heads", *by]
+    return found.sort_values(order).drop(columns=["evicts", "partial", "place"]).reset_index(drop=True)
+
+
+def name_of(kind: str, heads: str, seeds: int = 1) -> str:
+    """What a contender is called in tables and figures: printable, and on one line."""
+    name = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in heads)
+    if kind == "full":
+        return "full attention"
+    return f"{name} ({seeds} masks)" if seeds > 1 else name
+
+
+class _Resamples:
+    """Bootstrap weights, the first of which are ones: the sample itself. Equal sets of units get equal weights."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+        self.known: dict[bytes, np.ndarray] = {}
+
+    def weights(self, units: np.ndarray) -> np.ndarray:
+        """How often each unit is drawn: (1 + resamples, units)."""
+        key, count = units.tobytes(), len(units)
+        if key not in self.known:
+            drawn = self.random.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+            self.known[key] = np.vstack([np.ones(count), drawn])
+        return self.known[key]
+
+    def total(self, values: np.ndarray, samples: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """The sums (1 + resamples, columns) of values (lines, columns), one line a sample and seed."""
+        samples, sample = np.unique(samples, return_inverse=True)
+        seeds, seed = np.unique(seeds, return_inverse=True)
+        table = np.zeros((len(seeds), len(samples), values.shape[1]))
+        table[seed, sample] = values
+        drawn, drawn_seeds = self.weights(samples), self.weights(seeds)
+        return np.einsum("rs,srk->rk", drawn_seeds, drawn @ table)
+
+
+def _fractions(rows: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Numerators and denominators, one value a row, whose ratio of sums is a statistic; 0 where it is unknown."""
+    measured = ["loss", "correct", "score", "bytes"]
+    full = rows.loc[rows["kind"] == "full", [*QUESTION, *measured]].drop_duplicates(QUESTION)
+    full = rows[QUESTION].merge(full, on=QUESTION, how="left")
+    own = {column: rows[column].to_numpy(float) for column in [*measured, "kl", "tokens", "exact"]}
+    of_full = {column: full[column].to_numpy(float) for column in measured}
+    tokens, one = own["tokens"], np.ones(len(rows))
+    pairs = {
+        "kept": (own["bytes"], of_full["bytes"]),
+        "loss": (own["loss"], tokens),
+        "rise": (own["loss"] - of_full["loss"], tokens),
+        "kl": (own["kl"], tokens),
+        "accuracy": (own["correct"], tokens),
+        "exact": (own["exact"], one),
+        "score": (own["score"], one),
+        "shared_accuracy": (own["correct"] + 0 * of_full["correct"], tokens),  # NaN where either is
+        "full_accuracy": (of_full["correct"] + 0 * own["correct"], tokens),
+        "shared_score": (own["score"] + 0 * of_full["score"], one),
+        "full_score": (of_full["score"] + 0 * own["score"], one),
+    }
+    known = {name: np.isfinite(above) & np.isfinite(below) for name, (above, below) in pairs.items()}
+    return {name: tuple(np.where(known[name], part, 0) for part in pair) for name, pair in pairs.items()}  # type: ignore[misc]
+
+
+def _mean(votes: np.ndarray) -> np.ndarray:
+    """The mean over the first axis of what is finite there; NaN where nothing is."""
+    finite = np.isfinite(votes)
+    with np.errstate(invalid="ignore"):
+        return np.where(finite, votes, 0).sum(0) / finite.sum(0)
+
+
+def _intervals(drawn: np.ndarray) -> np.ndarray:
+    """The ends (2, metrics) of the middle 95% of what was drawn (resamples, metrics), where that is a number."""
+    finite = np.isfinite(drawn)
+    ends = np.full((2, drawn.shape[1]), np.nan)
+    whole = finite.all(0)
+    ends[:, whole] = np.percentile(drawn[:, whole], [2.5, 97.5], axis=0)
+    for column in np.flatnonzero(finite.any(0) & ~whole):
+        ends[:, column] = np.percentile(drawn[finite[:, column], column], [2.5, 97.5])
+    return ends

@@ -1,0 +1,1 @@
+"""The generated tasks, their words and the text they are hidden in."""
