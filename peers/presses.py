@@ -1,0 +1,157 @@
+"""The peers: presses of kvpress, each made for the number of tokens that a head may keep of a context."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pydoc_data.topics import topics
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+from kvpress import (
+    AdaKVPress,
+    DuoAttentionPress,
+    ExpectedAttentionPress,
+    KnormPress,
+    KVzipPress,
+    ObservedAttentionPress,
+    SnapKVPress,
+    StreamingLLMPress,
+    TOVAPress,
+)
+from kvpress.presses import duo_attention_press
+from kvpress.presses.base_press import BasePress
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHARED_NOTE = "prefill attends in full, entries go before the question is seen"
+MASKS = "masks entries without freeing them: memory stays that of the full cache, bytes count what is not masked"
+SCORED_TEXTS, SCORED_CHARACTERS = 50, 8000  # of the texts that duo-on-the-fly is scored on, and of each
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may stay of one context: as many tokens a head, on average, as a head mask keeps.
+
+    Attributes:
+        tokens: of the context.
+        share: fraction of the KV heads that stream under the mask.
+        sink_size: first tokens that its streaming heads keep.
+        recent_size: latest tokens that they keep.
+        chat_template: whether the context stands in the model's chat template.
+    """
+
+    tokens: int
+    share: float
+    sink_size: int
+    recent_size: int
+    chat_template: bool = False
+
+    @property
+    def kept(self) -> int:
+        """Tokens that each head may keep, rounded."""
+        window = min(self.tokens, self.sink_size + self.recent_size)
+        return round((1 - self.share) * self.tokens + self.share * window)
+
+    @property
+    def ratio(self) -> float:
+        """The compression ratio that leaves exactly `kept` tokens.
+
+        kvpress rounds what it keeps down, so the ratio is a hair smaller than the fraction that goes.
+        """
+        return max(0.0, 1 - self.kept / self.tokens - 1e-9)
+
+
+class PlainKVzipPress(KVzipPress):
+    """KVzip for a context that stands in no chat template, though the tokenizer has one."""
+
+    def prepare(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *rest: Any, **options: Any
+    ) -> list[tuple[Any, Any]]:
+        """The context cut for its reconstruction: no token of it is a template's, all are scored."""
+        self.prefix_length = 0
+        self._suffix_ids = tokenizer.encode("\n", return_tensors="pt", add_special_tokens=False)
+        return super().prepare(model, tokenizer, *rest, **options)
+
+
+class SameWindowsDuoPress(DuoAttentionPress):
+    """Head scores of kvpress over the windows of the evaluated mask, so that heads alone are compared."""
+
+    windows: tuple[int, int]  # sink size, recent size
+
+    def post_init_from_model(self, model: PreTrainedModel) -> None:
+        """Score the heads, on texts that need no network."""
+        with patch.object(duo_attention_press, "load_dataset", lambda *name, **options: _Texts()):
+            super().post_init_from_model(model)
+        self.sink_size, self.recent_size = self.windows
+
+
+class _Texts:
+    """Stands for a data set with a column of chapters."""
+
+    def to_pandas(self) -> pd.DataFrame:
+        return pd.DataFrame({"chapter": [topics[name][:SCORED_CHARACTERS] for name in sorted(topics)[:SCORED_TEXTS]]})
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One press.
+
+    Attributes:
+        make: the press for a budget.
+        note: what a reader of its results should know.
+        eager: whether it wants the attention weights, which only eager attention gives.
+    """
+
+    make: Callable[[Budget], BasePress]
+    note: str
+    eager: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What the press is set to, besides its budget, as plain values."""
+        return _without_ratios(asdict(self.make(Budget(1, 0.0, 1, 1))))
+
+
+def _kvzip(budget: Budget) -> BasePress:
+    return (KVzipPress if budget.chat_template else PlainKVzipPress)(budget.ratio)
+
+
+def _duo(budget: Budget) -> BasePress:
+    press = SameWindowsDuoPress(budget.share, on_the_fly_scoring=True)
+    press.windows = budget.sink_size, budget.recent_size
+    return press
+
+
+PEERS = {
+    # SnapKV (arXiv 2404.14469): what the last 64 tokens attend to, each head for itself
+    "snapkv": Peer(lambda budget: SnapKVPress(budget.ratio), "window 64, kernel 5"),
+    # TOVA (arXiv 2401.06104): what the last token attends to, the same tokens for all heads of a layer
+    "tova": Peer(lambda budget: TOVAPress(budget.ratio), "the same tokens for all heads of a layer"),
+    # H2O (arXiv 2306.14048): what all tokens attend to; weights of tokens x tokens, so contexts must be short
+    "observed": Peer(
+        lambda budget: ObservedAttentionPress(budget.ratio), "H2O's score, in eager attention", eager=True
+    ),
+    # Expected attention (arXiv 2510.00636): what queries to come would attend to, by their statistics
+    "expected": Peer(lambda budget: ExpectedAttentionPress(budget.ratio), "512 positions to come"),
+    # KVzip (arXiv 2505.23416): what is attended to while the context is repeated; reads the context again to score it
+    "kvzip": Peer(_kvzip, f"scored by repeating the context; one budget for all layers; {MASKS}"),
+    # AdaKV (arXiv 2407.11550): the budget of a layer goes to the heads that need it
+    "ada-snapkv": Peer(lambda budget: AdaKVPress(SnapKVPress(budget.ratio)), f"safeguard 0.2; {MASKS}"),
+    "ada-expected": Peer(lambda budget: AdaKVPress(ExpectedAttentionPress(budget.ratio)), f"safeguard 0.2; {MASKS}"),
+    # DuoAttention's split of heads by kvpress's own scores, which need no training: static heads, not eviction
+    "duo-on-the-fly": Peer(
+        _duo,
+        f"static heads by kvpress's scores of mean queries and keys, on {SCORED_TEXTS} help texts of Python instead of "
+        f"BookSum, over the evaluated mask's windows instead of 128 and 256; {MASKS}",
+    ),
+    # StreamingLLM (arXiv 2309.17453): the first 4 and the latest tokens
+    "streaming-llm": Peer(lambda budget: StreamingLLMPress(budget.ratio), "sink 4; keys keep their positions"),
+    # Key norm (arXiv 2406.11430): keys of small norm stay
+    "knorm": Peer(lambda budget: KnormPress(budget.ratio), "keys of small norm stay"),
+}
+
+
+def _without_ratios(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_ratios(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if "compression_ratio" not in key and value is not None
+    }

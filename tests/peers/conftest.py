@@ -1,0 +1,65 @@
+"""The scripts of peers/, loaded without kvpress: a press of the tests' own stands for all of its presses."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+PEERS = Path(__file__).parents[2] / "peers"
+
+
+@dataclass
+class LatestPress:
+    """Keeps the latest tokens of a context, as many as the ratio leaves."""
+
+    compression_ratio: Any = 0.0
+    on_the_fly_scoring: bool = False
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel) -> Iterator[None]:
+        def trim(module: object, given: tuple, options: dict[str, Any], output: object) -> None:
+            for layer in options["past_key_values"].layers:
+                kept = int(layer.keys.shape[2] * (1 - self.compression_ratio))
+                layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
+
+        hook = model.model.register_forward_hook(trim, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+class StubKvpress(ModuleType):
+    """Has every press under the sun."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.endswith("Press"):
+            return LatestPress
+        raise AttributeError(name)
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[SimpleNamespace]:
+    """The modules of peers/, with `press` for all of kvpress."""
+    stubs = {name: StubKvpress(name) for name in ("kvpress", "kvpress.presses", "kvpress.presses.base_press")}
+    stubs["kvpress.presses"].duo_attention_press = ModuleType("duo_attention_press")
+    names = ("answers", "presses", "reading", "run")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in stubs.items():
+            patch.setitem(sys.modules, name, module)
+        loaded = {}
+        for name in names:
+            spec = spec_from_file_location(name, PEERS / f"{name}.py")
+            assert spec is not None
+            loaded[name] = module_from_spec(spec)
+            patch.setitem(sys.modules, name, loaded[name])
+            spec.loader.exec_module(loaded[name])
+        patch.setattr(loaded["run"], "version", lambda package: "0")
+        yield SimpleNamespace(**loaded, press=LatestPress)

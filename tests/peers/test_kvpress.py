@@ -1,0 +1,152 @@
+"""The script with kvpress itself, in the environment that `make peers` sets up."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from duo_id.evaluation.items import Item, Question
+from duo_id.evaluation.peers import read_answers
+from tests.peers.cases import (
+    RECENT,
+    SINK,
+    TOKENS,
+    answer_logits,
+    cache_bytes,
+    greedy,
+    kept_tokens,
+    make_items,
+    measures,
+    model_folder,
+    write_run,
+)
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-peers/bin/python"
+PRESSES = ("snapkv", "tova", "observed", "expected", "kvzip", "ada-snapkv", "ada-expected", "duo-on-the-fly")
+PRESSES += ("streaming-llm", "knorm")
+ITEMS = make_items()
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.exists(), reason="make peers sets up the environment of the peers"),
+]
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    """A model of one layer, in which what a head evicts is one mask, and the rows of all presses."""
+    folder = tmp_path_factory.mktemp("run")
+    model = model_folder(folder / "model", num_hidden_layers=1)
+    write_run(folder, folder / "model", ITEMS)
+    command = [PYTHON, ROOT / "peers/run.py", folder, f"presses={','.join(PRESSES)}", "device=cpu"]
+    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return model, read_answers(folder, ITEMS)
+
+
+def rows_of(answered: tuple[PreTrainedModel, list[dict[str, Any]]], press: str) -> list[tuple[dict, Item, Question]]:
+    rows = [row for row in answered[1] if row["heads"] == press]
+    assert len(rows) == 2 * 2 * 3
+    return [(row, ITEMS[row["index"]], ITEMS[row["index"]].questions[row["question"]]) for row in rows]
+
+
+def read_tokens(question: Question) -> int:
+    return TOKENS if question.place is None else question.place - 1
+
+
+@pytest.mark.parametrize("press", PRESSES)
+def test_bytes_are_those_of_the_mask(answered: tuple[PreTrainedModel, list[dict[str, Any]]], press: str) -> None:
+    model = answered[0]
+    for row, _, question in rows_of(answered, press):
+        tokens = read_tokens(question)
+        kept: float = kept_tokens(row["sparsity"], tokens)
+        if press == "kvzip" and row["sparsity"]:
+            kept += 0.5  # it counts what goes, and rounds that down: one entry more, in two heads
+        if press == "duo-on-the-fly" and row["sparsity"]:
+            kept = (tokens + SINK + RECENT) / 2  # whole heads, so nothing is rounded
+        assert row["bytes"] == cache_bytes(model, kept)
+        assert row["full_bytes"] == cache_bytes(model, tokens)
+
+
+@pytest.mark.parametrize("press", PRESSES)
+def test_nothing_evicted_is_full_attention(answered: tuple[PreTrainedModel, list[dict[str, Any]]], press: str) -> None:
+    model = answered[0]
+    for row, item, question in rows_of(answered, press):
+        full = answer_logits(model, item, question)
+        if row["sparsity"] == 0:
+            loss, _, correct = measures(full, full, question.answer)
+            assert row["loss"] == pytest.approx(loss, abs=1e-4)
+            assert row["kl"] == pytest.approx(0, abs=1e-5)
+            assert row["correct"] == correct
+            if question.place is None:
+                assert row["generated"] == greedy(model, [*item.context, *question.prompt], item.max_new_tokens)
+        else:
+            assert row["kl"] > 1e-4
+
+
+def latest(model: PreTrainedModel, context: list[int], kept: int) -> Tensor:
+    places = torch.arange(len(context))
+    return ((places < 4) | (places >= len(context) - kept + 4))[None]
+
+
+def small_keys(model: PreTrainedModel, context: list[int], kept: int) -> Tensor:
+    layer, config = model.model.layers[0], model.config
+    keys = layer.self_attn.k_proj(layer.input_layernorm(model.model.embed_tokens(torch.tensor(context))))
+    norms = keys.view(len(context), config.num_key_value_heads, config.head_dim).norm(dim=-1)
+    smallest = norms.T.argsort(-1)[:, :kept]
+    mask = torch.zeros(norms.T.shape, dtype=torch.bool).scatter_(1, smallest, True)
+    return mask.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, 0)
+
+
+@pytest.mark.parametrize(("press", "keep"), [("streaming-llm", latest), ("knorm", small_keys)])
+def test_what_is_kept_is_what_the_press_says(
+    answered: tuple[PreTrainedModel, list[dict[str, Any]]], press: str, keep: Callable[..., Tensor]
+) -> None:
+    model = answered[0]
+    for row, item, question in rows_of(answered, press):
+        tokens = read_tokens(question)
+        mask = keep(model, list(item.context[:tokens]), kept_tokens(row["sparsity"], tokens))
+        full, logits = answer_logits(model, item, question), answer_logits(model, item, question, mask)
+        loss, kl, _ = measures(logits, full, question.answer)
+        assert row["loss"] == pytest.approx(loss, abs=1e-4)
+        assert row["kl"] == pytest.approx(kl, abs=1e-4)
+
+
+def test_static_heads_are_masked_over_the_windows_of_the_mask(
+    answered: tuple[PreTrainedModel, list[dict[str, Any]]],
+) -> None:
+    """One of the two heads streams: which one is the press's choice."""
+    model = answered[0]
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    for row, item, question in rows_of(answered, "duo-on-the-fly"):
+        if row["sparsity"] == 0.5:
+            tokens = read_tokens(question)
+            places = torch.arange(tokens)
+            window = (places < SINK) | (places >= tokens - RECENT)
+            full, losses = answer_logits(model, item, question), []
+            for head in range(2):
+                mask = torch.ones(2, tokens, dtype=torch.bool)
+                mask[head] = window
+                logits = answer_logits(model, item, question, mask.repeat_interleave(groups, 0))
+                losses.append(measures(logits, full, question.answer)[0])
+            assert min(abs(row["loss"] - loss) for loss in losses) < 1e-4
+
+
+def test_settings_are_told(answered: tuple[PreTrainedModel, list[dict[str, Any]]], tmp_path: Path) -> None:
+    notes = {row["heads"]: row["note"] for row in answered[1]}
+    assert notes.keys() == set(PRESSES)
+    assert all("prefill attends in full" in note for note in notes.values())
+    masking = {"kvzip", "ada-snapkv", "ada-expected", "duo-on-the-fly"}
+    assert {press for press, note in notes.items() if "without freeing" in note} == masking
+    write_run(tmp_path, tmp_path / "nothing", ITEMS)
+    subprocess.run([PYTHON, ROOT / "peers/run.py", tmp_path, "presses=ada-snapkv"], capture_output=True)
+    header = json.loads((tmp_path / "answers-ada-snapkv.jsonl").read_text().splitlines()[0])
+    assert header["settings"] == {"press": {"window_size": 64, "kernel_size": 5}, "alpha_safeguard": 0.2}
+    assert header["versions"]["kvpress"] == "0.5.5"

@@ -1,0 +1,229 @@
+"""The script that asks the peers, with a press of the tests' own in place of kvpress."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from duo_id.evaluation.peers import read_answers
+from tests.peers.cases import (
+    TOKENS,
+    answer_logits,
+    cache_bytes,
+    greedy,
+    kept_tokens,
+    make_items,
+    measures,
+    model_folder,
+    write_run,
+)
+
+ITEMS = make_items()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
+    folder = tmp_path_factory.mktemp("model")
+    return folder, model_folder(folder)
+
+
+@pytest.fixture
+def run(tmp_path: Path, saved: tuple[Path, PreTrainedModel]) -> Path:
+    write_run(tmp_path, saved[0], ITEMS)
+    return tmp_path
+
+
+def lines(run: Path, press: str = "knorm") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / f"answers-{press}.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_those_of_a_plain_forward(
+    scripts: SimpleNamespace, run: Path, saved: tuple[Path, PreTrainedModel]
+) -> None:
+    """The context is read in full, and what comes after it sees what was kept."""
+    assert scripts.run.main([str(run), "presses=knorm", "device=cpu"]) == 0
+    model, rows = saved[1], read_answers(run, ITEMS)
+    assert len(rows) == 2 * 2 * 3
+    for row in rows:
+        item = ITEMS[row["index"]]
+        question = item.questions[row["question"]]
+        tokens = TOKENS if question.place is None else question.place - 1
+        kept = kept_tokens(row["sparsity"], tokens)
+        full = answer_logits(model, item, question)
+        logits = answer_logits(model, item, question, (torch.arange(tokens) >= tokens - kept)[None])
+        loss, kl, correct = measures(logits, full, question.answer)
+        assert row["loss"] == pytest.approx(loss, abs=1e-4)
+        assert row["kl"] == pytest.approx(kl, abs=1e-4)
+        assert (row["kl"] > 1e-3) == (row["sparsity"] > 0)
+        assert (row["correct"], row["tokens"]) == (correct, len(question.answer))
+        assert (row["bytes"], row["full_bytes"]) == (cache_bytes(model, kept), cache_bytes(model, tokens))
+        assert (row["generated"] is None) == (question.place is not None)
+        if row["generated"] and row["sparsity"] == 0:
+            assert row["generated"] == greedy(model, [*item.context, *question.prompt], item.max_new_tokens)
+
+
+def test_a_run_goes_on_where_it_stopped(
+    scripts: SimpleNamespace, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(run), "presses=knorm", "device=cpu"]
+    assert scripts.run.main([*command, "samples=1", "sparsity=0.5", "generate=false"]) == 0
+    (header, first), path = lines(run), run / "answers-knorm.jsonl"
+    assert (first["index"], first["sparsity"], first["questions"][0]["generated"]) == (0, 0.5, None)
+    with open(path, "a") as file:
+        file.write('{"task": "words", "leng')  # the process was killed here
+    assert scripts.run.main([*command, "generate=false"]) == 0
+    assert lines(run)[:2] == [header, first]
+    assert [(line["index"], line["sparsity"]) for line in lines(run)[2:]] == [(0, 0.0), (1, 0.0), (1, 0.5)]
+    assert scripts.run.main(command) == 0  # answers that lack a generated one are given anew
+    assert [bool(line["questions"][0]["generated"]) for line in lines(run)[1:]] == [False] * 4 + [True] * 4
+
+    monkeypatch.setattr(scripts.run, "load_model", lambda *given: pytest.fail("all is answered"))
+    assert scripts.run.main(command) == 0
+    monkeypatch.setattr(scripts.run, "version", lambda package: "1")
+    assert scripts.run.main(command) == 2
+    assert "answers-knorm.jsonl was written under another versions" in capsys.readouterr().err
+
+
+def test_a_press_that_fails_leaves_the_others_alone(
+    scripts: SimpleNamespace, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(budget: Any) -> Any:
+        press = scripts.press(budget.ratio)
+        if budget.share and budget.tokens == TOKENS:
+            press.compression_ratio = None
+        return press
+
+    working = scripts.presses.PEERS["tova"]
+    monkeypatch.setitem(scripts.presses.PEERS, "tova", scripts.presses.Peer(broken, "is broken"))
+    assert scripts.run.main([str(run), "presses=tova,knorm", "device=cpu", "generate=false"]) == 1
+    output = capsys.readouterr().out
+    assert output.count("tova failed on words at 160: TypeError") == 1
+    assert "2 failed" in output
+    rows = read_answers(run, ITEMS)
+    assert {name: sum(row["heads"] == name for row in rows) for name in ("tova", "knorm")} == {"tova": 6, "knorm": 12}
+    note = next(row["note"] for row in rows if row["heads"] == "tova")
+    assert "is broken; failed on 2 contexts, first with TypeError" in note
+
+    monkeypatch.setitem(scripts.presses.PEERS, "tova", scripts.presses.Peer(working.make, "is broken"))
+    assert scripts.run.main([str(run), "presses=tova,knorm", "device=cpu", "generate=false"]) == 0
+    assert len(read_answers(run, ITEMS)) == 24
+
+
+def test_an_interrupt_is_no_failure(scripts: SimpleNamespace, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(budget: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(scripts.presses.PEERS, "knorm", scripts.presses.Peer(interrupt, ""))
+    monkeypatch.setattr(scripts.presses.Peer, "settings", lambda self: {})
+    assert scripts.run.main([str(run), "presses=knorm", "device=cpu"]) == 130
+    assert len(lines(run)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give one run folder"),
+        (["{run}", "presses=snapvk"], "presses=snapvk: choose among snapkv, tova"),
+        (["{run}", "ratio=0.5"], "ratio= is no option"),
+        (["{run}", "samples=few"], "samples=few cannot be understood"),
+        (["{run}", "generate=perhaps"], "generate=perhaps cannot be understood"),
+        (["{run}", "sparsity=0.3"], "sparsity=0.3 is not among those of the samples: [0.0, 0.5]"),
+        (["{run}", "tasks=riddles"], "tasks=riddles is not among those of the samples: words"),
+        (["{run}", "samples=0"], "raise samples=0"),
+        (["{run}/nowhere"], "samples.jsonl does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(
+    scripts: SimpleNamespace, run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert scripts.run.main([argument.format(run=run) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_samples_and_models_that_do_not_fit_are_mistakes(
+    scripts: SimpleNamespace, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "samples.jsonl"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 9', 1))
+    assert scripts.run.main([str(run)]) == 2
+    assert "is duo_id/samples of version 9" in capsys.readouterr().err
+    path.write_text("no JSON\n")
+    assert scripts.run.main([str(run)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    write_run(run, run / "nothing", ITEMS)
+    assert scripts.run.main([str(run), "presses=knorm", "device=cpu"]) == 2
+    assert "cannot be loaded on cpu" in capsys.readouterr().err
+
+
+def test_budgets_are_those_of_a_mask(scripts: SimpleNamespace) -> None:
+    budget = scripts.presses.Budget
+    assert budget(1000, 0.5, 16, 64).kept == 540
+    assert budget(60, 0.5, 16, 64).kept == 60  # a context within the window stays whole
+    assert budget(60, 0.5, 16, 64).ratio == 0
+    assert budget(1000, 0.0, 16, 64).ratio == 0
+    for tokens in range(90, 5000, 7):
+        for share in (0.1, 22 / 90, 0.5, 1.0):
+            asked = budget(tokens, share, 16, 64)
+            assert int(tokens * (1 - asked.ratio)) == asked.kept, "kvpress rounds down"
+            assert int(tokens * asked.ratio) in (tokens - asked.kept, tokens - asked.kept - 1), "KVzip counts what goes"
+
+
+def test_bytes_leave_out_what_is_masked(scripts: SimpleNamespace) -> None:
+    states = [SimpleNamespace(keys=torch.zeros(1, 2, 10, 8), values=torch.zeros(1, 2, 10, 6)) for _ in range(2)]
+    cache, entry = SimpleNamespace(layers=states), (8 + 6) * 4
+    assert scripts.reading.retained_bytes(cache, []) == 40 * entry
+    masked = tuple(torch.zeros(7, dtype=torch.int64) for _ in range(3))
+    modules = [
+        SimpleNamespace(layer_idx=0, masked_key_indices=None),
+        SimpleNamespace(layer_idx=1, masked_key_indices=masked),
+        SimpleNamespace(),
+    ]
+    assert scripts.reading.retained_bytes(cache, modules) == 33 * entry
+
+
+def test_what_one_context_masked_is_forgotten(scripts: SimpleNamespace, saved: tuple[Path, PreTrainedModel]) -> None:
+    attention = saved[1].model.layers[0].self_attn
+    attention.masked_key_indices = tuple(torch.zeros(7, dtype=torch.int64) for _ in range(3))
+    held = scripts.reading.read(saved[1], ITEMS[0].context, None, eager=True)
+    assert attention.masked_key_indices is None
+    assert held.bytes == cache_bytes(saved[1], TOKENS)
+    assert saved[1].config._attn_implementation == "sdpa"
+
+
+def test_generation_ends_at_its_stop(scripts: SimpleNamespace, saved: tuple[Path, PreTrainedModel]) -> None:
+    model, item = saved[1], ITEMS[0]
+    texts = dict(enumerate([" \n", "a", "b", "\n", "c"], start=10))
+    tokens = list(texts)
+    tokenizer = SimpleNamespace(eos_token_id=99, decode=lambda written: "".join(texts[token] for token in written))
+    queue = list(tokens)
+
+    def forward(*given: Any) -> torch.Tensor:
+        return torch.eye(100)[queue.pop(0)][None]
+
+    held = scripts.reading.read(model, item.context, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scripts.reading, "_forward", forward)
+
+        def answer(first: list[int], count: int, stop: str | None) -> list[int]:
+            queue[:] = first
+            return scripts.reading.generate(model, tokenizer, held, [5], count, stop)
+
+        assert answer(tokens, 5, "\n") == tokens[:4]
+        assert answer(tokens, 5, None) == tokens
+        assert answer(tokens, 2, "\n") == tokens[:2]
+        assert answer([11, 99, 12], 5, None) == [11, 99]
+
+
+def test_requirements_hold_the_same_torch() -> None:
+    root = Path(__file__).parents[2]
+    pins = [set((root / name).read_text().split()) for name in ("constraints.txt", "peers/requirements.txt")]
+    for name in ("torch==", "rich=="):
+        (both,) = {pin for pin in pins[0] if pin.startswith(name)}
+        assert both in pins[1]
