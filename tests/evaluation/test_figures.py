@@ -200,3 +200,12 @@ def test_who_generated_nothing_is_not_drawn_where_answers_are_scored() -> None:
     depths = plot_depths(rows, "needle-words")
     assert "random" not in " ".join(axes.get_title(loc="left") for axes in depths.axes)
     assert len(plot_tasks(rows, "relative_score").axes) == len(sparsities_of(rows)) - 1
+
+
+def test_legends_lie_inside_their_figures(rows: pd.DataFrame) -> None:
+    one = rows[rows["sparsity"].isin([0, 0.5])].replace({"heads": {"found": "SmolLM2-135M-Instruct at 8K tokens"}})
+    for figure in (plot_tasks(one), plot_budget(one, "rise"), plot_position(one, "language")):
+        figure.canvas.draw()
+        box = figure.legends[0].get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width

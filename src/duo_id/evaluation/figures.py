@@ -105,7 +105,7 @@ def plot_tasks(rows: pd.DataFrame, metric: str | None = None) -> Figure:
     panels = sparsities_of(found[found[metric].notna()]) or sparsities_of(rows)
     thick = 0.8 / len(drawn)
     height = 1.3 + max(1, len(tasks)) * max(0.35, 0.12 * len(drawn)) + 0.06 * len(drawn)
-    figure = Figure(figsize=(1.6 + 1.7 * len(panels), height))
+    figure = Figure(figsize=(max(4.8, 1.6 + 1.7 * len(panels)), height))
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
     for axes, sparsity in zip(grid.flat, panels, strict=True):
         for place, (kind, heads, look) in enumerate(drawn):
@@ -230,7 +230,8 @@ def looks(rows: pd.DataFrame) -> list[Look]:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3)
+    columns = min(len(labels), max(1, int(figure.get_figwidth() / (0.7 + 0.08 * max(map(len, labels))))))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
 def _label(heads: str) -> str:

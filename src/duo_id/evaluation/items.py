@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
 Row = dict[str, Any]  # what is known of one answer of one contender, see `duo_id.evaluation.judging`
 SPLITS = ("development", "test")  # of every task: choose and tune on the first, report the second
 

@@ -10,12 +10,11 @@ import pandas as pd
 
 from duo_id.errors import UserError
 from duo_id.evaluation.contenders import Key
-from duo_id.evaluation.items import Item, Row
+from duo_id.evaluation.items import SCHEMA, VERSION, Item, Row
 from duo_id.files import atomic_path, write_text
 
 SCORES = "scores.jsonl"  # in a run folder: a header line, then one row a line
 RESULTS = "results.json"
-SCHEMA, VERSION = "duo_id/results", 1
 
 
 class Journal:

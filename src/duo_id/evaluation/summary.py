@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from duo_id.errors import UserError
+from duo_id.evaluation.items import SCHEMA, VERSION
 
-SCHEMA, VERSION = "duo_id/results", 1
 SAMPLE = ["task", "length", "index"]  # what is resampled as one: its questions share a context
 QUESTION = [*SAMPLE, "question"]
 CONTENDER = ["kind", "heads", "sparsity"]  # random masks of all seeds are one
