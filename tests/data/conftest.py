@@ -9,9 +9,19 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from duo_id.config import DataSettings
 from duo_id.data.haystack import Haystack
+from duo_id.models import byte_tokenizer
 
 CORPUS = [f"The {animal} of number {n} sleeps near the old mill." for animal in ("fox", "owl") for n in range(99)]
-QUICK = {"length_min": 700, "length_max": 900, "num_lengths": 3, "num_passkeys": 3, "passkey_words": 2}
+QUICK = {
+    "length_min": 700,
+    "length_max": 900,
+    "num_lengths": 3,
+    "num_passkeys": 3,
+    "passkey_words": 2,
+    "num_questions": 3,
+    "answer_words": 2,
+    "answer_tokens": 10,
+}
 
 
 def bytes_only() -> PreTrainedTokenizerBase:
@@ -48,7 +58,12 @@ def metaspace() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
 
 
-TOKENIZERS = {maker.__name__: maker() for maker in (bytes_only, byte_level_bpe, metaspace)}
+TOKENIZERS = {maker.__name__: maker() for maker in (bytes_only, byte_tokenizer, byte_level_bpe, metaspace)}
+
+
+def find(piece, tokens):
+    """The places where the list `piece` stands in the list `tokens`."""
+    return [place for place in range(len(tokens)) if tokens[place : place + len(piece)] == piece]
 
 
 @pytest.fixture(params=TOKENIZERS)

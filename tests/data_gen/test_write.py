@@ -10,15 +10,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from duo_id.config import DataSettings, conf_dir, parse
-from duo_id.data.tasks import make_task
+from duo_id.data.tasks import TASKS, make_task
 from duo_id.errors import UserError
 
-SCRIPT = Path(__file__).parents[2] / "data_gen" / "passkey.py"
+SCRIPT = Path(__file__).parents[2] / "data_gen" / "write.py"
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("data_gen_passkey", SCRIPT)
+    spec = importlib.util.spec_from_file_location("data_gen_write", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -43,14 +43,21 @@ def compose(*overrides, name=None):
 
 
 @pytest.fixture
-def config(tmp_path):
-    """What the script gets."""
-    data = ("data.length_min=800", "data.length_max=900", "data.num_passkeys=2", "data.passkey_words=3")
-    counts = ("n=4", "n_validation=1", "n_test=0", "seed=3")
-    return compose(f"out={tmp_path / 'set'}", *data, *counts, name="data_gen")
+def make_config(tmp_path):
+    """What the script gets for a task."""
+    sizes = ("data.length_min=800", "data.length_max=900", "data.num_passkeys=2", "data.passkey_words=3")
+    counts = ("data.num_questions=2", "n=4", "n_validation=1", "n_test=0", "seed=3")
+    return lambda task: compose(f"out={tmp_path / 'set'}", f"data={task}", *sizes, *counts, name="data_gen")
 
 
-def test_what_is_written_is_what_training_would_draw(script, config, tokenizer, capsys):
+@pytest.fixture
+def config(make_config):
+    return make_config("passkey")
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "disk"])
+def test_what_is_written_is_what_training_would_draw(script, make_config, tokenizer, capsys, task):
+    config = make_config(task)
     script.generate(config)
     assert capsys.readouterr().out.strip() == config.out
     written = make_task(parse(DataSettings, compose("+data=disk", f"data.path={config.out}").data), tokenizer, "train")
@@ -61,7 +68,7 @@ def test_what_is_written_is_what_training_would_draw(script, config, tokenizer, 
     assert torch.equal(labels >= 0, written.sample(0, 0)["answers"] > 0)
     card = json.loads((Path(config.out) / "card.json").read_text())
     assert card["samples"] == {"train": 4, "validation": 1}
-    assert card["settings"]["data"]["num_passkeys"] == 2
+    assert (card["settings"]["data"]["task"], card["settings"]["data"]["num_passkeys"]) == (task, 2)
 
 
 def test_existing_folder_is_refused(script, config, tokenizer):

@@ -1,4 +1,4 @@
-"""Write passkey samples to disk: `python data_gen/passkey.py out=DIR n=1000 [model=... data.length_max=...]`."""
+"""Write samples to disk: `python data_gen/write.py out=DIR n=1000 [data=key_value model=... data.length_max=...]`."""
 
 from omegaconf import DictConfig
 
