@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from omegaconf import DictConfig
 
 from duo_id import app, benchmark, evaluate, train
-from duo_id.config import parse
+from duo_id.config import TrainSettings, parse
+from duo_id.methods import train_settings
 
 COMMANDS = {"train": train.main, "evaluate": evaluate.main, "benchmark": benchmark.main}
 
@@ -91,6 +93,7 @@ def run_command(
 def settings_of(name: str, schema: type, *overrides: str, folder: Path) -> Any:
     """The typed settings that a command gets under these overrides."""
     found: list[Any] = []
-    finished = run_command(name, *overrides, folder=folder, command=lambda config: found.append(parse(schema, config)))
+    read = train_settings if schema is TrainSettings else partial(parse, schema)
+    finished = run_command(name, *overrides, folder=folder, command=lambda config: found.append(read(config)))
     assert finished.status == 0, finished.output
     return found[0]

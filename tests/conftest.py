@@ -1,5 +1,6 @@
 """Tiny random models of many families, shared by all tests."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -8,10 +9,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from duo_id.attention.gated import Backends, attached
-from duo_id.config import MethodSettings, StepSettings
+from duo_id.config import StepSettings
+from duo_id.methods import GateSettings
 from duo_id.models import LanguageModel, byte_tokenizer
 from duo_id.recompute import recomputed
 from duo_id.training import GateTraining
+
+# Tiny models gain nothing by a second thread, and wait for it long where cores are busy.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Sizes that differ where a mix-up would show: head_dim != hidden_size / heads wherever the family allows it.
 SHARED = {
@@ -62,7 +68,7 @@ def gate_training(make_model: Callable[..., PreTrainedModel]) -> Callable[..., A
 
     @contextmanager
     def make(
-        method: MethodSettings, step: StepSettings | None = None, device: str = "cpu", **changes: object
+        method: GateSettings, step: StepSettings | None = None, device: str = "cpu", **changes: object
     ) -> Iterator[GateTraining]:
         step = step or StepSettings()
         model = make_model(**{"family": "llama"} | changes).to(device)

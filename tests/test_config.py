@@ -10,6 +10,7 @@ from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.config import DataGenSettings, TrainSettings, conf_dir, parse, plain
 from duo_id.errors import UserError
 from duo_id.evaluation.settings import EvaluateSettings
+from duo_id.methods import METHODS, GateSettings, train_settings
 from tests.commands import run_command, settings_of
 
 SCHEMAS = {
@@ -36,7 +37,9 @@ def test_every_option_composes(option: str, tmp_path: Path) -> None:
     group, _, choice = option.rpartition("/")
     settings = settings_of("train", TrainSettings, f"{group}={choice}", *NEEDED.get(option, []), folder=tmp_path)
     assert settings.logger["csv"]["save_dir"] == str(tmp_path / "run")
-    assert settings.method.optimizer["lr"] == settings.method.lr
+    assert type(settings.method) is METHODS[settings.method.name]
+    if isinstance(settings.method, GateSettings):
+        assert settings.method.optimizer["lr"] == settings.method.lr
 
 
 @pytest.mark.parametrize("name", [config for config in CONFIGS if "/" not in config])
@@ -104,6 +107,14 @@ WRONG = {
     "data.length_max": 10,
     "data.num_lengths": 0,
     "data.passkey_words": 0,
+    "data.num_questions": 0,
+    "data.answer_words": 0,
+    "data.answer_tokens": 0,
+    "data.text_skip": -1,
+    "data.curriculum": -1,
+    "data.mixture.text": -1.0,
+    "data.mixture.copying": float("nan"),
+    "data.score": "maybe",
     "data.depth_min": -0.1,
     "data.depth_max": 1.1,
     "data.batch_size": 0,
@@ -132,7 +143,6 @@ WRONG = {
     "sparsity": [],
     # types
     "seed": None,
-    "data.score_questions": "maybe",
     "data.length_max ": 1.5,
     "method.lr ": "fast",
     "method.optimizer": 3,
@@ -157,7 +167,7 @@ WRONG = {
 @pytest.mark.parametrize("key", WRONG)
 def test_a_wrong_value_is_one_line_that_names_the_override(key: str, base: dict[str, dict[str, Any]]) -> None:
     with pytest.raises(UserError) as raised:
-        parse(TrainSettings, changed(base["train"], {key.strip(): WRONG[key]}))
+        train_settings(changed(base["train"], {key.strip(): WRONG[key]}))
     message = str(raised.value)
     assert "\n" not in message
     assert key.strip() in message
@@ -174,6 +184,8 @@ def test_a_wrong_value_is_one_line_that_names_the_override(key: str, base: dict[
         ({"data.haystack.source": "file"}, "data.haystack.path=FILE"),
         ({"data.haystack.source": "hub"}, "data.haystack.id=DATASET"),
         ({"data.task": "disk"}, "data.path=DIR"),
+        ({"data.task": "mixture", "data.mixture.text": 0.0}, "data.mixture.passkey=1"),
+        ({"data.curriculum": 9, "data.num_lengths": 1}, "data.curriculum=9 needs data.num_lengths"),
         ({"data.depth_min": 0.8, "data.depth_max": 0.2}, "data.depth_min=0.8 and data.depth_max=0.2"),
         ({"method.sink_size": 100, "method.recent_size": 156}, "= 256 must be below data.length_min=256"),
         ({"method.lr": float("nan")}, "method.lr=nan"),
@@ -181,7 +193,7 @@ def test_a_wrong_value_is_one_line_that_names_the_override(key: str, base: dict[
 )
 def test_values_that_do_not_go_together(changes: dict[str, Any], named: str, base: dict[str, dict[str, Any]]) -> None:
     with pytest.raises(UserError) as raised:
-        parse(TrainSettings, changed(base["train"], changes))
+        train_settings(changed(base["train"], changes))
     assert named in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -194,9 +206,9 @@ def test_missing_values_of_the_other_commands_are_named(name: str, key: str, bas
 
 def test_samples_on_disk_have_lengths_of_their_own(base: dict[str, dict[str, Any]]) -> None:
     changes = {"data": {"task": "disk", "path": "DIR"}, "method.recent_size": 4000}
-    assert parse(TrainSettings, changed(base["train"], changes)).data.path == "DIR"
+    assert train_settings(changed(base["train"], changes)).data.path == "DIR"
 
 
 def test_plain_settings_come_back_the_same(base: dict[str, dict[str, Any]]) -> None:
-    settings = parse(TrainSettings, OmegaConf.create(base["train"]))
-    assert parse(TrainSettings, OmegaConf.create(plain(settings))) == settings
+    settings = train_settings(OmegaConf.create(base["train"]))
+    assert train_settings(OmegaConf.create(plain(settings))) == settings

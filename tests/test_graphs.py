@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from duo_id.config import MethodSettings, StepSettings
+from duo_id.config import StepSettings
 from duo_id.data.samples import pad_batch, with_scored
 from duo_id.graphs import GraphedLoss
+from duo_id.methods import GateSettings
 from duo_id.training import GateTraining
 
 METHOD = {"sink_size": 3, "recent_size": 8}
@@ -34,10 +35,10 @@ def test_on_the_cpu_the_function_is_called_as_it_is() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("blend", ["student", "teacher"])
 def test_replay_equals_the_plain_step(blend: str, gate_training: Callable[..., Any]) -> None:
-    method = MethodSettings(**METHOD, blend=blend)
+    method = GateSettings(**METHOD, blend=blend)
     with gate_training(method, StepSettings(streaming_backend="blocked"), "cuda") as training:
         assert isinstance(training, GateTraining)
-        graphed = GraphedLoss(training._distill)
+        graphed = GraphedLoss(training.distillation.loss)
 
         def values(function: Callable[..., Tensor], tokens: int, seed: int) -> tuple[Tensor, Tensor]:
             generator = torch.Generator().manual_seed(seed)
@@ -47,6 +48,6 @@ def test_replay_equals_the_plain_step(blend: str, gate_training: Callable[..., A
 
         for tokens, seed in [(70, 1), (90, 2), (200, 3), (75, 4), (250, 5)]:  # two shapes, used in turn
             torch.testing.assert_close(
-                values(graphed, tokens, seed), values(training._distill, tokens, seed), atol=1e-5, rtol=1e-3
+                values(graphed, tokens, seed), values(training.distillation.loss, tokens, seed), atol=1e-5, rtol=1e-3
             )
         assert len(graphed._captured) == 2

@@ -22,9 +22,10 @@ from PIL import Image
 import duo_id.train
 from duo_id import load_pattern
 from duo_id.checkpoints import CHECKPOINT
-from duo_id.config import TrainSettings, conf_dir
+from duo_id.config import TrainSettings, conf_dir, plain
+from duo_id.methods import GateSettings
 from duo_id.models import LanguageModel
-from duo_id.objectives import OBJECTIVES
+from duo_id.objectives import OBJECTIVES, Objective, Outputs
 from tests.commands import QUICK, Finished, run_command, settings_of
 
 ROOT = Path(__file__).parents[1]
@@ -176,8 +177,9 @@ def test_every_experiment_runs_a_step(experiment: str, tmp_path: Path) -> None:
     settings = settings_of("train", TrainSettings, *overrides, *quicker, folder=tmp_path)
     summary = duo_id.train.train(settings, tmp_path / "run")
     assert [row["heads"] for row in summary["results"]] == ["full", "found", "random", "streaming"]
-    assert load_pattern(tmp_path / "run").provenance["settings"]["method"]["blend"] == settings.method.blend
-    assert (tmp_path / "run" / "figures" / "training.png").is_file()
+    assert load_pattern(tmp_path / "run").provenance["settings"]["method"] == plain(settings)["method"]
+    trained = isinstance(settings.method, GateSettings)
+    assert (tmp_path / "run" / "figures" / "training.png").is_file() == trained
 
 
 def test_wandb_offline_beside_the_csv(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_without_a_logger_there_is_no_curve(tmp_path: Path) -> None:
 
 
 def test_trains_on_samples_from_disk(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("data_gen_passkey", ROOT / "data_gen" / "passkey.py")
+    spec = importlib.util.spec_from_file_location("data_gen_write", ROOT / "data_gen" / "write.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     counts = ["n=3", "n_validation=1", "n_test=2", f"out={tmp_path / 'samples'}"]
@@ -286,12 +288,12 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_last_good_checkpoint_goes
     overrides = ["trainer.max_steps=4", "comparison.validation_samples=0", "comparison.random_masks=0"]
     plain, calls, before = OBJECTIVES["hidden_l2"], [0], signal.getsignal(signal.SIGINT)
 
-    def breaks(*hidden: torch.Tensor) -> torch.Tensor:
+    def breaks(*outputs: Outputs) -> torch.Tensor:
         calls[0] += 1
-        return plain(*hidden) * (torch.nan if calls[0] == 3 else 1)
+        return plain(*outputs) * (torch.nan if calls[0] == 3 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setitem(OBJECTIVES, "hidden_l2", breaks)
+        patch.setitem(OBJECTIVES, "hidden_l2", Objective(breaks))
         finished = run_command("train", *QUICK, *overrides, "checkpoint_seconds=0", folder=tmp_path)
     assert signal.getsignal(signal.SIGINT) is before, "Ctrl-C still goes to the ended run"
     assert "no longer a number at step 3" in finished.error

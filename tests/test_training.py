@@ -13,27 +13,23 @@ from transformers import PreTrainedModel
 from duo_id.attention.gated import bound
 from duo_id.attention.masks import Window
 from duo_id.checkpoints import AtomicCheckpointIO, LastCheckpoint
-from duo_id.config import MethodSettings, StepSettings
-from duo_id.data.samples import collate, pad_batch, with_scored
+from duo_id.config import StepSettings
+from duo_id.data.samples import Batch, Sample, collate, pad_batch, with_scored
 from duo_id.errors import UserError
+from duo_id.methods import GateSettings
+from duo_id.objectives import Objective, Outputs
 from duo_id.training import GateTraining, learning_rate_factor
+from tests.planted import planted_model, planted_sample, random_sample
 
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 0.05, "weight_decay": 0.0}
 MakeTraining = Callable[..., Any]
 
 
-def method(**changes: Any) -> MethodSettings:
-    return MethodSettings(**{"sink_size": 2, "recent_size": 8, "lr": 0.05, "optimizer": ADAMW} | changes)
+def method(**changes: Any) -> GateSettings:
+    return GateSettings(**{"sink_size": 2, "recent_size": 8, "lr": 0.05, "optimizer": ADAMW} | changes)
 
 
-def sample(tokens: int, seed: int, scored: int = 5) -> dict[str, Tensor]:
-    ids = torch.randint(3, 96, (tokens,), generator=torch.Generator().manual_seed(seed))
-    labels = torch.full_like(ids, -100)
-    labels[-scored:] = ids[-scored:]
-    return {"input_ids": ids, "labels": labels, "answers": (labels != -100).long()}
-
-
-def batch_of(*samples: dict[str, Tensor], side: str = "right") -> dict[str, Any]:
+def batch_of(*samples: Sample, side: str = "right") -> Batch:
     return collate(list(samples), 0, side)
 
 
@@ -65,13 +61,13 @@ def test_learning_rate_rises_and_falls_over_a_fifth() -> None:
 
 def test_loss_is_the_published_objective(gate_training: MakeTraining) -> None:
     with gate_training(method(reg_weight=0.05)) as training:
-        batch = with_scored(batch_of(sample(40, 1, scored=7)))
+        batch = with_scored(batch_of(random_sample(40, 1, scored=7)))
         alpha = torch.linspace(0, 1, 6).view(3, 2)
         training.gates.weight.data.copy_(alpha)
         model = training.language_model.model
         teacher = model.model(batch["input_ids"], use_cache=False).last_hidden_state
-        full_scores = training._scored(batch)
-        distill = training._distill(training.gates.alpha(), batch)
+        full_scores = training.distillation.outputs(batch).hidden
+        distill = training.distillation.loss(training.gates.alpha(), batch)
         assert torch.equal(full_scores, teacher[0, -7:])
         expected = []
         for token in range(33, 40):
@@ -84,7 +80,7 @@ def student_hidden(training: GateTraining, batch: dict[str, Any]) -> Tensor:
     from duo_id.attention.gated import gated_heads
 
     gated = {
-        layer.index: gated_heads(row, Window(2, 8), training.blend, training.backends)
+        layer.index: gated_heads(row, Window(2, 8), training.distillation.blend, training.distillation.backends)
         for layer, row in zip(training.layers, training.gates.alpha(), strict=True)
     }
     with bound(training.layers, gated):
@@ -98,7 +94,7 @@ def test_only_gates_learn_and_they_stay_in_range(blend: str, recompute: bool, ga
     with gate_training(settings, StepSettings(recompute=recompute)) as training:
         model = training.language_model.model
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-        fit(training, [batch_of(sample(40, seed)) for seed in range(10)], 10)
+        fit(training, [batch_of(random_sample(40, seed)) for seed in range(10)], 10)
         for name, parameter in model.named_parameters():
             assert parameter.grad is None, name
             assert not parameter.requires_grad, name
@@ -118,8 +114,8 @@ def test_recomputation_changes_nothing_and_runs_each_layer_once_more(blend: str,
             count = [0]
             for layer in training.language_model.model.model.layers:
                 layer.mlp.register_forward_pre_hook(lambda *unused, count=count: count.__setitem__(0, count[0] + 1))
-            batch = with_scored(batch_of(sample(40, 1)))
-            loss = training._distill(training.gates.alpha(), batch)
+            batch = with_scored(batch_of(random_sample(40, 1)))
+            loss = training.distillation.loss(training.gates.alpha(), batch)
             loss.backward()
             results[recompute], calls[recompute] = training.gates.weight.grad, count[0]
     assert torch.equal(results[False], results[True])
@@ -129,25 +125,25 @@ def test_recomputation_changes_nothing_and_runs_each_layer_once_more(blend: str,
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch_scores_each_token_as_alone(side: str, gate_training: MakeTraining) -> None:
-    samples = [sample(40, 1), sample(61, 2)]
+    samples = [random_sample(40, 1), random_sample(61, 2)]
     with gate_training(method()) as training:
         training.gates.weight.data.copy_(torch.linspace(0.1, 0.9, 6).view(3, 2))
         alpha = training.gates.alpha()
-        together = training._distill(alpha, with_scored(batch_of(*samples, side=side)))
-        alone = [training._distill(alpha, with_scored(batch_of(one))) for one in samples]
+        together = training.distillation.loss(alpha, with_scored(batch_of(*samples, side=side)))
+        alone = [training.distillation.loss(alpha, with_scored(batch_of(one))) for one in samples]
         torch.testing.assert_close(together, (alone[0] + alone[1]) / 2)
 
 
 def test_padding_to_few_lengths_changes_nothing(gate_training: MakeTraining) -> None:
     with gate_training(method()) as training:
         training.gates.weight.data.copy_(torch.linspace(0.1, 0.9, 6).view(3, 2))
-        plain = with_scored(batch_of(sample(40, 1)))
-        padded = with_scored(pad_batch(batch_of(sample(40, 1)), 64, 512), 32)
+        plain = with_scored(batch_of(random_sample(40, 1)))
+        padded = with_scored(pad_batch(batch_of(random_sample(40, 1)), 64, 512), 32)
         assert padded["input_ids"].shape == (1, 64)
         assert len(padded["scored"]) == 32
         gradients = []
         for batch in (plain, padded):
-            loss = training._distill(training.gates.alpha(), batch)
+            loss = training.distillation.loss(training.gates.alpha(), batch)
             gradients.append((loss.detach(), *torch.autograd.grad(loss, training.gates.weight)))
         torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -156,12 +152,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     gate_training: MakeTraining, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with gate_training(method()) as training:
-        plain = training.objective
-        monkeypatch.setattr(
-            training, "objective", lambda *args: plain(*args) * (torch.nan if training.global_step == 3 else 1)
-        )
+        plain = training.distillation.objective
+
+        def breaks(*outputs: Outputs) -> Tensor:
+            return plain(*outputs) * (torch.nan if training.global_step == 3 else 1)
+
+        monkeypatch.setattr(training.distillation, "objective", Objective(breaks))
         with pytest.raises(UserError, match=r"no longer a number at step 4.*method.lr.*last good checkpoint"):
-            fit(training, [batch_of(sample(40, seed)) for seed in range(8)], 8, tmp_path)
+            fit(training, [batch_of(random_sample(40, seed)) for seed in range(8)], 8, tmp_path)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 3
     assert saved["state_dict"]["gates.weight"].isfinite().all()
@@ -174,16 +172,16 @@ def test_gates_that_are_no_numbers_are_never_saved(gate_training: MakeTraining, 
     with gate_training(method()) as training:
         training.gates.weight.register_hook(spoil)  # the loss itself stays a number
         with pytest.raises(UserError, match="no longer a number"):
-            fit(training, [batch_of(sample(40, seed)) for seed in range(4)], 4, tmp_path)
+            fit(training, [batch_of(random_sample(40, seed)) for seed in range(4)], 4, tmp_path)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["state_dict"]["gates.weight"].isfinite().all()
 
 
 def test_checkpoints_hold_gates_optimizer_and_position_alone(gate_training: MakeTraining, tmp_path: Any) -> None:
     with gate_training(method()) as training:
-        fit(training, [batch_of(sample(40, seed)) for seed in range(3)], 3, tmp_path)
+        fit(training, [batch_of(random_sample(40, seed)) for seed in range(3)], 3, tmp_path)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert list(saved["state_dict"]) == ["gates.weight"]
+    assert list(saved["state_dict"]) == ["gates.weight", "gates.mean", "gates.steps"]
     assert {key: saved["duo_id"][key] for key in ("model", "layers", "kv_heads")} == {
         "model": "tiny", "layers": 3, "kv_heads": 2
     }  # fmt: skip
@@ -193,7 +191,7 @@ def test_checkpoints_hold_gates_optimizer_and_position_alone(gate_training: Make
 
 def test_a_checkpoint_of_another_model_is_refused(gate_training: MakeTraining, tmp_path: Any) -> None:
     with gate_training(method()) as training:
-        fit(training, [batch_of(sample(40, seed)) for seed in range(3)], 3, tmp_path)
+        fit(training, [batch_of(random_sample(40, seed)) for seed in range(3)], 3, tmp_path)
     with (
         gate_training(method(), num_hidden_layers=2) as other,
         pytest.raises(UserError, match=r"made with layers=3, this run has layers=2"),
@@ -204,36 +202,9 @@ def test_a_checkpoint_of_another_model_is_refused(gate_training: MakeTraining, t
 def test_gates_in_a_bfloat16_model_stay_float32(gate_training: MakeTraining) -> None:
     with gate_training(method(lr=1e-3, optimizer=ADAMW | {"lr": 1e-3})) as training:
         training.language_model.model.to(torch.bfloat16)
-        fit(training, [batch_of(sample(40, seed)) for seed in range(4)], 4)
+        fit(training, [batch_of(random_sample(40, seed)) for seed in range(4)], 4)
         assert training.gates.weight.dtype == torch.float32
         assert (training.gates.weight.bfloat16().float() != training.gates.weight).any(), "on bfloat16's coarse grid"
-
-
-PAYLOADS, QUERY, FILLERS = range(3, 11), 11, range(12, 96)
-
-
-def planted_model(make_model: Callable[..., PreTrainedModel], layer: int, kv_head: int) -> PreTrainedModel:
-    """All heads do little but one: at a QUERY token it finds the one payload token, however far, and copies its kind.
-
-    Hidden sizes 0 and 1 say "payload" and "query", 2 to 9 which payload. The head matches them in the one pair of
-    its dimensions that rotary positions hardly turn.
-    """
-    model = make_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e9})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(0.05)
-        embedding = model.model.embed_tokens.weight
-        embedding.zero_()
-        embedding[:, 10:] = torch.randn(96, 22, generator=torch.Generator().manual_seed(0)) * 0.3
-        embedding[list(PAYLOADS), 0] = embedding[QUERY, 1] = 1.0
-        embedding[list(PAYLOADS), range(2, 10)] = 1.0
-        attention, still, first = model.model.layers[layer].self_attn, 7, 2 * kv_head * 16  # of two query heads
-        attention.q_proj.weight[first + still, 1] = 8.0
-        attention.k_proj.weight[kv_head * 16 + still, 0] = 8.0
-        attention.v_proj.weight[range(kv_head * 16, kv_head * 16 + 8), range(2, 10)] = 1.0
-        attention.o_proj.weight[range(20, 28), range(first, first + 8)] = 1.0
-    return model
 
 
 @pytest.mark.parametrize(("layer", "kv_head"), [(0, 1), (1, 0), (2, 1)])
@@ -241,21 +212,12 @@ def planted_model(make_model: Callable[..., PreTrainedModel], layer: int, kv_hea
 def test_the_planted_head_is_ranked_first(
     layer: int, kv_head: int, blend: str, gate_training: MakeTraining, make_model: Callable[..., PreTrainedModel]
 ) -> None:
-    def needle(seed: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(FILLERS.start, FILLERS.stop, (80,), generator=generator)
-        ids[int(torch.randint(5, 60, (), generator=generator))] = PAYLOADS[seed % 8]
-        ids[-1] = QUERY
-        labels = torch.full_like(ids, -100)
-        labels[-1] = ids[-1]
-        return {"input_ids": ids, "labels": labels, "answers": (labels != -100).long()}
-
     with gate_training(method(blend=blend)) as training:
         planted = planted_model(make_model, layer, kv_head)
         training.language_model.model.load_state_dict(planted.state_dict())
         training.language_model.model.model.rotary_emb = planted.model.rotary_emb
         training.steps = 40
-        fit(training, [batch_of(needle(seed)) for seed in range(40)], 40)
+        fit(training, [batch_of(planted_sample(seed)) for seed in range(40)], 40)
         scores = training.pattern().scores
     assert scores.argmax() == layer * 2 + kv_head
     others = scores.flatten()[torch.arange(6) != layer * 2 + kv_head]

@@ -83,6 +83,7 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.showwarning = lambda message, *rest: console.print("[yellow]warning:[/]", escape(str(message)))
     folder = Path(HydraConfig.get().runtime.output_dir)
     given = {override.split("=")[0]: override for override in HydraConfig.get().overrides.task}
     if config.get("resume"):

@@ -1,19 +1,18 @@
 """Typed settings: what Hydra composes is checked here once, and every error names the override to change."""
 
 from dataclasses import dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from duo_id.attention.blends import BLENDS
 from duo_id.attention.full import FULL_BACKENDS
+from duo_id.attention.gated import Backends
 from duo_id.attention.masks import Window
 from duo_id.attention.streaming import STREAMING_BACKENDS
 from duo_id.errors import UserError
-from duo_id.gates import GATES, PENALTIES
-from duo_id.objectives import OBJECTIVES
 
 Settings = TypeVar("Settings")
 
@@ -85,17 +84,23 @@ class HaystackSettings:
 class DataSettings:
     """The samples that heads are identified on: see conf/data/."""
 
-    task: str = "passkey"  # passkey | disk
-    path: str | None = None  # disk: a folder written by a script of data_gen/
+    task: str = "passkey"  # a name of `duo_id.data.tasks.TASKS`
+    path: str | None = None  # disk: a folder written by data_gen/write.py
+    mixture: dict[str, float] = field(default_factory=dict)  # mixture: the weight of each task
     haystack: HaystackSettings = field(default_factory=HaystackSettings)
     length_min: int = 1  # tokens
     length_max: int | None = None  # tokens; null: the model's limit
     num_lengths: int = 1  # how many lengths between the two, evenly spaced
+    curriculum: int = 0  # training samples over which the longest length grows from length_min to length_max
     num_passkeys: int = 1
     passkey_words: int = 1
-    depth_min: float = 0.05  # of the haystack
+    num_questions: int = 1  # key_value, copying; multi_query: things that its one question asks for
+    answer_words: int = 1  # key_value, multi_query
+    answer_tokens: int = 1  # copying
+    text_skip: int = 64  # text: tokens at the beginning that are not labelled
+    depth_min: float = 0.05  # of the haystack, or the records
     depth_max: float = 0.95
-    score_questions: bool = False  # the labels mark the questions too, as the published code does
+    score: str = "answers"  # what is labelled: answers | questions | all (also what separates them)
     batch_size: int = 1
     padding_side: str = "right"
     num_workers: int = 0
@@ -109,7 +114,24 @@ class DataSettings:
             f"data.length_max={self.length_max} must not be below data.length_min={self.length_min}",
         )
         require(self.num_lengths >= 1, f"data.num_lengths={self.num_lengths} must be at least 1")
-        require(self.passkey_words >= 1, f"data.passkey_words={self.passkey_words} must be at least 1")
+        for key in ("passkey_words", "num_questions", "answer_words", "answer_tokens"):
+            require(getattr(self, key) >= 1, f"data.{key}={getattr(self, key)} must be at least 1")
+        for key in ("text_skip", "curriculum"):
+            require(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)} must not be negative")
+        require(
+            self.curriculum == 0 or self.num_lengths > 1,
+            f"data.curriculum={self.curriculum} needs data.num_lengths of at least 2: a single length cannot grow",
+        )
+        for name, weight in self.mixture.items():
+            require(0 <= weight < inf, f"data.mixture.{name}={weight} must be a weight, 0 or more")
+        require(
+            self.task != "mixture" or any(self.mixture.values()),
+            "data=mixture needs a task with a positive weight, such as data.mixture.passkey=1",
+        )
+        require(
+            self.score in ("answers", "questions", "all"),
+            f"data.score={self.score}: choose answers, questions or all",
+        )
         require(
             0 <= self.depth_min <= self.depth_max <= 1,
             f"data.depth_min={self.depth_min} and data.depth_max={self.depth_max} must be fractions, in this order",
@@ -121,33 +143,15 @@ class DataSettings:
 
 @dataclass
 class MethodSettings:
-    """How gates are trained: see conf/method/. Each of blend, gate, penalty and objective names one function."""
+    """What all methods have; each has its own settings too, in `duo_id.methods`: see conf/method/."""
 
-    name: str = "duo"
-    blend: str = "student"
-    gate: str = "clamp"
-    penalty: str = "l1"
-    objective: str = "hidden_l2"
+    name: str = MISSING
     sink_size: int = MISSING  # tokens
     recent_size: int = MISSING  # tokens, the query's own among them
-    initial: float = 1.0  # of every gate
-    reg_weight: float = 0.05  # of the penalty
-    lr: float = 0.02
-    warmup: float = 0.2  # fraction of the steps over which the learning rate rises, and falls at the end
-    floor: float = 0.1  # the learning rate's least fraction
-    optimizer: dict[str, Any] = field(default_factory=dict)  # `_target_` and its arguments but the parameters
 
     def __post_init__(self) -> None:
-        """Check names and ranges."""
-        for axis, choices in (("blend", BLENDS), ("gate", GATES), ("penalty", PENALTIES), ("objective", OBJECTIVES)):
-            chosen = getattr(self, axis)
-            require(chosen in choices, f"method.{axis}={chosen}: choose one of {', '.join(choices)}")
+        """Check the window that heads are identified for."""
         Window(self.sink_size, self.recent_size)
-        require(0 <= self.initial <= 1, f"method.initial={self.initial} must lie in [0, 1]")
-        require(self.reg_weight >= 0, f"method.reg_weight={self.reg_weight} must not be negative")
-        require(self.lr > 0, f"method.lr={self.lr} must be positive")
-        require(0 <= self.warmup <= 0.5, f"method.warmup={self.warmup} must lie in [0, 0.5]")
-        require(0 <= self.floor <= 1, f"method.floor={self.floor} must lie in [0, 1]")
 
 
 @dataclass
@@ -166,6 +170,11 @@ class StepSettings:
         for key, choices in (("full_backend", FULL_BACKENDS), ("streaming_backend", STREAMING_BACKENDS)):
             chosen = getattr(self, key)
             require(chosen in choices, f"step.{key}={chosen}: choose one of {', '.join(choices)}")
+
+    @property
+    def backends(self) -> Backends:
+        """Implementations of attention."""
+        return Backends(self.full_backend, self.streaming_backend)
 
 
 @dataclass
@@ -195,6 +204,7 @@ class TrainSettings:
     logger: dict[str, Any] = field(default_factory=dict)
     sparsity: list[float] = MISSING  # fractions of KV heads that stream, of the exported masks
     seed: int = 0
+    repeats: int = 1  # runs with the seeds from `seed` on, whose scores are averaged
     checkpoint_seconds: float = 60.0  # between checkpoints
     resume: str | None = None  # a run folder to go on with
 
@@ -202,6 +212,7 @@ class TrainSettings:
         """Check what depends on several groups."""
         self.sparsity = fractions(self.sparsity)
         check_seed(self.seed)
+        require(self.repeats >= 1, f"repeats={self.repeats} must be at least 1")
         window = self.method.sink_size + self.method.recent_size
         require(
             self.data.task == "disk" or window < self.data.length_min,
@@ -229,7 +240,7 @@ class TrainSettings:
 
 @dataclass
 class DataGenSettings:
-    """`python data_gen/passkey.py`: see conf/data_gen.yaml."""
+    """`python data_gen/write.py`: see conf/data_gen.yaml."""
 
     model: ModelSettings = MISSING
     data: DataSettings = MISSING
@@ -253,8 +264,13 @@ def check_seed(seed: int) -> None:
     require(0 <= seed < 2**32, f"seed={seed} must lie in [0, 2^32)")
 
 
-def parse(schema: type[Settings], config: DictConfig) -> Settings:
+def parse(schema: type[Settings], config: DictConfig, **parts: type[Any]) -> Settings:
     """Turn a composed config into typed settings.
+
+    Args:
+        schema: their class.
+        config: what was composed.
+        parts: for some keys, a subclass of what `schema` has there.
 
     Raises:
         UserError: a value is missing, unknown, of the wrong type or out of range.
@@ -264,7 +280,10 @@ def parse(schema: type[Settings], config: DictConfig) -> Settings:
             config = config.copy()
             OmegaConf.update(config, item.name, [config[item.name]])  # sparsity=0.5 is what people type
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), config)
+        typed = OmegaConf.structured(schema)
+        for key, part in parts.items():
+            typed[key] = OmegaConf.structured(part)
+        merged = OmegaConf.merge(typed, config)
         settings = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from error

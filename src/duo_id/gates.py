@@ -1,36 +1,161 @@
-"""The trained gates: parametrisations of alpha and penalties that make it sparse, one small class or function each."""
+"""The trained gates: parametrisations of alpha, one small class each."""
 
-from collections.abc import Callable
+import math
+import random
 
 import torch
 from torch import Tensor, nn
 
+TIE_BREAK = 1e-2  # weight of a gate's course over training in its score
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # of the hard concrete distribution, as its authors chose them
 
-class ClampedGates(nn.Module):
-    """Alpha is the parameter itself, projected to [0, 1] in place between optimizer steps (DuoAttention, section 2.2).
+
+class Gates(nn.Module):
+    """What all parametrisations have: a float32 weight a gate, and the mean over training of how open it was.
 
     Float32 whatever the model computes in: bfloat16 has a grid of 1/256 above 0.5, on which late updates vanish.
     """
 
-    def __init__(self, layers: int, kv_heads: int, initial: float = 1.0) -> None:
-        """Make (layers, KV heads) gates that all start at `initial`."""
+    def __init__(self, layers: int, kv_heads: int, initial: float = 1.0, temperature: float = 1.0) -> None:
+        """Make (layers, KV heads) gates that are all open by `initial`, in [0, 1]."""
         super().__init__()
-        self.weight = nn.Parameter(torch.full((layers, kv_heads), initial, dtype=torch.float32))
+        self.temperature = temperature
+        self.weight = nn.Parameter(torch.full((layers, kv_heads), self.weight_of(initial), dtype=torch.float32))
+        self.mean: Tensor
+        self.steps: Tensor
+        self.register_buffer("mean", torch.full((layers, kv_heads), initial, dtype=torch.float32))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def weight_of(self, openness: float) -> float:
+        """The weight at which a gate is this open."""
+        return openness
+
+    def openness(self) -> Tensor:
+        """(layers, KV heads) float32 in [0, 1], with a gradient: what penalties look at; 1 = full attention."""
+        return self.weight
 
     def alpha(self) -> Tensor:
-        """(layers, KV heads) float32 in [0, 1]; 1 = full attention."""
-        return self.weight
+        """(layers, KV heads) float32 in [0, 1]: what heads are blended with; while training, perhaps drawn."""
+        return self.openness()
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Bring the parameter back to where it means a gate; called after each optimizer step."""
+        """Called after each optimizer step: bring the weight back to where it means a gate, and note how open it is."""
+        self.bound_()
+        self.steps += 1
+        self.mean += (self.openness() - self.mean) / self.steps
+
+    def bound_(self) -> None:
+        """Bring the weight back to where it means a gate."""
+
+    @torch.no_grad()
+    def scores(self) -> Tensor:
+        """(layers, KV heads) in [0, 1]: how open the gates are, and among equals how open they were over training.
+
+        Gates that are clamped, or saturate, tie at 0 and 1; a mask's budget must not be settled by chance there.
+        """
+        return (1 - TIE_BREAK) * self.openness() + TIE_BREAK * self.mean
+
+
+class ClampedGates(Gates):
+    """Alpha is the weight itself, projected to [0, 1] in place between optimizer steps (DuoAttention, section 2.2)."""
+
+    def bound_(self) -> None:
+        """Clamp."""
         self.weight.clamp_(0, 1)
 
 
-def l1(alpha: Tensor) -> Tensor:
-    """Mean |alpha| over all gates (DuoAttention, section 2.2)."""
-    return alpha.abs().mean()
+class SigmoidGates(Gates):
+    """Alpha is the sigmoid of the weight over a temperature: the lower it is, the sooner gates are 0 or 1."""
+
+    def weight_of(self, openness: float) -> float:
+        """The inverse; gates do not begin nearer to 0 or 1 than 0.01, where they would hardly move."""
+        return self.temperature * _logit(openness)
+
+    def openness(self) -> Tensor:
+        """The sigmoid."""
+        return torch.sigmoid(self.weight / self.temperature)
 
 
-GATES: dict[str, type[ClampedGates]] = {"clamp": ClampedGates}
-PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"l1": l1}
+class DrawnGates(Gates):
+    """Gates that are drawn at every training step.
+
+    What is drawn is a function of a seed and the number of draws so far, which checkpoints hold: a resumed run draws
+    what an undisturbed one would.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, initial: float = 1.0, temperature: float = 1.0) -> None:
+        """As `Gates`; `seed` may be set afterwards."""
+        super().__init__(layers, kv_heads, initial, temperature)
+        self.seed, self.draws = 0, 0
+
+    def uniform(self) -> Tensor:
+        """(layers, KV heads) uniform noise in (0, 1), other at every call."""
+        drawn = random.Random(f"{self.seed}:{self.draws}").getrandbits(32)  # all that CPU generators take of a seed
+        generator = torch.Generator().manual_seed(drawn)
+        self.draws += 1
+        noise = torch.rand(self.weight.shape, generator=generator)
+        return noise.clamp(1e-6, 1 - 1e-6).to(self.weight.device, non_blocking=True)
+
+    def get_extra_state(self) -> dict[str, int]:
+        """What a checkpoint holds beside tensors."""
+        return {"draws": self.draws}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Go on from a checkpoint."""
+        self.draws = int(state["draws"])
+
+
+class HardConcreteGates(DrawnGates):
+    """The stretched and clamped concrete distribution (Louizos et al. 2018, arXiv 1712.01312), as in PruLong.
+
+    Source: PruLong is Bhaskar et al. 2025, arXiv 2506.17121.
+    """
+
+    def weight_of(self, openness: float) -> float:
+        """Where the probability of being open is this."""
+        return _logit(openness) + BETA * math.log(-GAMMA / ZETA)
+
+    def openness(self) -> Tensor:
+        """The probability that a gate is not 0."""
+        return torch.sigmoid(self.weight - BETA * math.log(-GAMMA / ZETA))
+
+    def alpha(self) -> Tensor:
+        """Drawn while training; afterwards without noise."""
+        if not self.training:
+            return self._stretched(torch.sigmoid(self.weight))
+        noise = self.uniform()
+        return self._stretched(torch.sigmoid((noise.log() - (-noise).log1p() + self.weight) / BETA))
+
+    @staticmethod
+    def _stretched(concrete: Tensor) -> Tensor:
+        return (concrete * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+class StraightThroughGates(DrawnGates):
+    """Alpha is 0 or 1, drawn with the weight as probability, whose gradient passes as if it were the weight.
+
+    Source: Bengio et al. 2013, arXiv 1308.3432, section 4. Outside training it is 1 from a half on.
+    """
+
+    def bound_(self) -> None:
+        """Clamp: the weight is a probability."""
+        self.weight.clamp_(0, 1)
+
+    def alpha(self) -> Tensor:
+        """0 or 1."""
+        threshold = self.uniform() if self.training else torch.full_like(self.weight, 0.5)
+        return (self.weight >= threshold).float() + (self.weight - self.weight.detach())  # exactly 0 or 1
+
+
+def _logit(openness: float) -> float:
+    inside = min(max(openness, 0.01), 0.99)
+    return math.log(inside / (1 - inside))
+
+
+GATES: dict[str, type[Gates]] = {
+    "clamp": ClampedGates,
+    "sigmoid": SigmoidGates,
+    "hard_concrete": HardConcreteGates,
+    "straight_through": StraightThroughGates,
+}

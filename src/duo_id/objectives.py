@@ -1,23 +1,134 @@
-"""What the student must match in the teacher, token by token: one small function each."""
+"""What the student must match, token by token: one small function each, and weighted sums of them.
 
-from collections.abc import Callable
+All take what two forwards leave at the scored tokens, the student's and the teacher's, and return one float32 value a
+token, (..., scored tokens): leading dimensions of the student (candidates) are kept.
+"""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from duo_id.errors import UserError
 
-def hidden_l2(student: Tensor, teacher: Tensor) -> Tensor:
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a forward leaves at n scored tokens.
+
+    Attributes:
+        hidden: (..., n, hidden size), last hidden states after the final norm, at the scored tokens.
+        layers: (..., n, hidden size) of each gated layer's transformer block, if an objective needs them.
+        logits: (..., n, vocabulary) that predict the scored tokens, if an objective needs them.
+        targets: (n,), the scored tokens themselves.
+    """
+
+    hidden: Tensor
+    layers: tuple[Tensor, ...] = ()
+    logits: Tensor | None = None
+    targets: Tensor | None = None
+
+
+ObjectiveFunction = Callable[[Outputs, Outputs], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A function of the two forwards, and what it needs of them.
+
+    Attributes:
+        function: student and teacher to (..., n) float32.
+        layers: whether it looks at each layer.
+        logits: whether it looks at the logits.
+        teacher: whether it looks at the teacher at all.
+    """
+
+    function: ObjectiveFunction
+    layers: bool = False
+    logits: bool = False
+    teacher: bool = True
+
+    def __call__(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """The value at each scored token."""
+        return self.function(student, teacher)
+
+
+def hidden_l2(student: Outputs, teacher: Outputs) -> Tensor:
     """Squared difference of the last hidden states, mean over the hidden size.
 
     Source: DuoAttention, section 2.2, equation 2; its mean over the scored tokens is the caller's.
-
-    Args:
-        student: (scored tokens, hidden size), after the model's final norm.
-        teacher: the same of the model with full attention.
-
-    Returns:
-        (scored tokens,) float32.
     """
-    return (student.float() - teacher.float()).square().mean(-1)
+    return _difference(student.hidden, teacher.hidden)
 
 
-OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"hidden_l2": hidden_l2}
+def relative_l2(student: Outputs, teacher: Outputs) -> Tensor:
+    """As `hidden_l2`, in units of the teacher's mean square: tokens with large hidden states count no more."""
+    return _relative(student.hidden, teacher.hidden)
+
+
+def layer_l2(student: Outputs, teacher: Outputs) -> Tensor:
+    """Relative squared difference behind every gated layer, mean over the layers."""
+    pairs = zip(student.layers, teacher.layers, strict=True)
+    return torch.stack([_relative(own, theirs) for own, theirs in pairs]).mean(0)
+
+
+def kl(student: Outputs, teacher: Outputs) -> Tensor:
+    """KL divergence of the student's next-token distribution from the teacher's, in nats (Hinton et al. 2015)."""
+    assert student.logits is not None
+    assert teacher.logits is not None
+    own, theirs = (F.log_softmax(outputs.logits.float(), -1) for outputs in (student, teacher))  # type: ignore[union-attr]
+    return (theirs.exp() * (theirs - own)).sum(-1)
+
+
+def next_token(student: Outputs, teacher: Outputs) -> Tensor:
+    """Negative log-likelihood of the scored tokens, in nats: no teacher, as PruLong trains (arXiv 2506.17121)."""
+    assert student.logits is not None
+    assert student.targets is not None
+    own = student.logits.float().log_softmax(-1)
+    return -own.gather(-1, student.targets.expand(own.shape[:-1])[..., None])[..., 0]
+
+
+OBJECTIVES = {
+    "hidden_l2": Objective(hidden_l2),
+    "relative_l2": Objective(relative_l2),
+    "layer_l2": Objective(layer_l2, layers=True),
+    "kl": Objective(kl, logits=True),
+    "next_token": Objective(next_token, logits=True, teacher=False),
+}
+
+
+def make_objective(chosen: str | Mapping[str, float]) -> Objective:
+    """One of `OBJECTIVES` by name, or a sum of several, from their weights.
+
+    Raises:
+        UserError: there is no such objective, or a weight is not positive.
+    """
+    weights = dict(chosen) if isinstance(chosen, Mapping) else {chosen: 1.0}
+    for name, weight in weights.items():
+        if name not in OBJECTIVES:
+            raise UserError(f"method.objective={name}: choose one of {', '.join(OBJECTIVES)}, or weights of several")
+        if not isinstance(weight, int | float) or not weight > 0:
+            raise UserError(f"method.objective.{name}={weight} must be a positive weight")
+    if not weights:
+        raise UserError(f"method.objective={{}}: choose one of {', '.join(OBJECTIVES)}, or weights of several")
+    parts = [(OBJECTIVES[name], weight) for name, weight in weights.items()]
+
+    def weighted(student: Outputs, teacher: Outputs) -> Tensor:
+        return torch.stack([weight * part(student, teacher) for part, weight in parts]).sum(0)
+
+    return Objective(
+        weighted if len(parts) > 1 or parts[0][1] != 1 else parts[0][0].function,
+        layers=any(part.layers for part, _ in parts),
+        logits=any(part.logits for part, _ in parts),
+        teacher=any(part.teacher for part, _ in parts),
+    )
+
+
+def _difference(own: Tensor, theirs: Tensor) -> Tensor:
+    return (own.float() - theirs.float()).square().mean(-1)
+
+
+def _relative(own: Tensor, theirs: Tensor) -> Tensor:
+    return _difference(own, theirs) / theirs.float().square().mean(-1).clamp(min=1e-12)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -110,6 +111,9 @@ class HeadPattern:
         """
         if (sparsity is None) == (threshold is None):
             raise UserError(f"give either sparsity or threshold, not {'both' if threshold is not None else 'neither'}")
+        budget = self.provenance.get("budget")
+        if budget is not None and sparsity not in (None, budget, 0, 1):
+            warnings.warn(f"this pattern was refined for sparsity={budget}, not {sparsity}", stacklevel=2)
         gated = list(self.gated_layers)
         retrieval = torch.ones_like(self.scores, dtype=torch.bool)
         if sparsity is not None:

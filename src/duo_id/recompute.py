@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from duo_id.attention.gated import bound, bound_functions
-from duo_id.attention.probe import AttentionLayer
-from duo_id.errors import UserError
+from duo_id.attention.probe import AttentionLayer, layer_list
 
 
 @contextmanager
@@ -24,7 +23,7 @@ def recomputed(model: nn.Module, layers: Sequence[AttentionLayer]) -> Iterator[N
         model: the language model.
         layers: its gated attention layers, which say where the list of transformer layers is.
     """
-    stack = _layer_list(layers[0].name)
+    stack = layer_list(layers[0].name)
     blocks = dict(model.get_submodule(stack).named_children())
     own = {block: block.__dict__.get("forward") for block in blocks.values()}  # such as a hook of accelerate
     try:
@@ -37,14 +36,6 @@ def recomputed(model: nn.Module, layers: Sequence[AttentionLayer]) -> Iterator[N
             block.__dict__.pop("forward", None)
             if forward is not None:
                 block.forward = forward
-
-
-def _layer_list(name: str) -> str:
-    """`model.layers` of `model.layers.3.self_attn`: the path up to the first number."""
-    parts = name.split(".")
-    if not any(part.isdigit() for part in parts):
-        raise UserError(f"step.recompute=true: {name} is in no numbered list of layers; use step.recompute=false")
-    return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())])
 
 
 def _checkpointed(forward: Callable[..., Any], layers: Sequence[AttentionLayer]) -> Callable[..., Any]:

@@ -14,18 +14,21 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from duo_id.attention.blends import BLENDS
-from duo_id.attention.gated import Backends, bound, gated_heads, masked_layers, recording_heads
+from duo_id.attention.gated import bound, masked_layers
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.checkpoints import CHECKPOINT
-from duo_id.config import MethodSettings, StepSettings
+from duo_id.config import StepSettings
 from duo_id.data.samples import Batch, pad_batch, with_scored
+from duo_id.distillation import Distillation
 from duo_id.errors import UserError
-from duo_id.gates import GATES, PENALTIES
+from duo_id.gates import GATES, DrawnGates
 from duo_id.graphs import GraphedLoss
+from duo_id.methods import GateSettings
 from duo_id.models import LanguageModel
-from duo_id.objectives import OBJECTIVES
+from duo_id.objectives import make_objective
 from duo_id.patterns import HeadPattern
+from duo_id.penalties import PENALTIES, TargetSparsity
 from duo_id.scoring import Score, score
 
 StepBatch = dict[str, Any]  # with what `with_scored` adds
@@ -42,10 +45,11 @@ class GateTraining(lightning.LightningModule):
         self,
         model: LanguageModel,
         layers: Sequence[AttentionLayer],
-        method: MethodSettings,
+        method: GateSettings,
         step: StepSettings,
         steps: int,
         sparsities: Sequence[float],
+        seed: int = 0,
     ) -> None:
         """Make the gates.
 
@@ -56,16 +60,26 @@ class GateTraining(lightning.LightningModule):
             step: how a step is computed.
             steps: how many optimizer steps the learning rate is planned for.
             sparsities: at which fractions of streaming heads validation binarises the gates.
+            seed: of gates that are drawn.
         """
         super().__init__()
         self.language_model, self.layers = model, layers
         self.method, self.step, self.steps, self.sparsities = method, step, steps, sparsities
         self.window = Window(method.sink_size, method.recent_size)
-        self.backends = Backends(step.full_backend, step.streaming_backend)
-        self.blend, self.objective = BLENDS[method.blend], OBJECTIVES[method.objective]
-        self.penalty = PENALTIES[method.penalty]
-        self.gates = GATES[method.gate](len(layers), layers[0].kv_heads, method.initial)
-        self.distill = GraphedLoss(self._distill) if step.cuda_graphs else self._distill
+        self.distillation = Distillation(
+            model,
+            layers,
+            self.window,
+            step.backends,
+            make_objective(method.objective),
+            method.tokens,
+            BLENDS[method.blend],
+        )
+        self.gates = GATES[method.gate](len(layers), layers[0].kv_heads, method.initial, method.temperature)
+        if isinstance(self.gates, DrawnGates):
+            self.gates.seed = seed
+        self.penalties = torch.nn.ModuleDict({name: self._penalty(name) for name in method.penalties})
+        self.distill = GraphedLoss(self.distillation.loss) if step.cuda_graphs else self.distillation.loss
         self.interrupted = False
         self._finite = torch.tensor(True)
         self._full_scores: dict[int, Score] = {}
@@ -74,6 +88,10 @@ class GateTraining(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The configured optimizer over the gates, with a rise and a fall of the learning rate."""
         optimizer = instantiate(self.method.optimizer, self.gates.parameters())
+        for penalty in self.penalties.values():
+            if isinstance(penalty, TargetSparsity):  # its multipliers rise against the loss
+                multipliers = {"lr": self.method.multiplier_lr, "weight_decay": 0.0, "maximize": True}
+                optimizer.add_param_group({"params": penalty.parameters()} | multipliers)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, self.steps, self.method.warmup, self.method.floor)
         )
@@ -93,8 +111,8 @@ class GateTraining(lightning.LightningModule):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """Distillation loss plus the penalty on the gates."""
-        alpha = self.gates.alpha()
-        distill, penalty = self.distill(alpha, batch), self.penalty(alpha)
+        alpha, openness = self.gates.alpha(), self.gates.openness()
+        distill, penalty = self.distill(alpha, batch), self.penalty(openness)
         loss = distill + self.method.reg_weight * penalty
         self._finite &= torch.isfinite(loss.detach())
         now = time.perf_counter()
@@ -102,7 +120,7 @@ class GateTraining(lightning.LightningModule):
             "loss": loss.detach(),
             "distill": distill.detach(),
             "penalty": penalty.detach(),
-            "mean_gate": alpha.detach().mean(),
+            "mean_gate": openness.detach().mean(),
             "length": float(batch["length"]),
             "tokens_per_s": batch["length"] * len(batch["input_ids"]) / (now - self._clock),
         }
@@ -141,12 +159,12 @@ class GateTraining(lightning.LightningModule):
         sample = {key: batch[key][0] for key in ("input_ids", "answers")}
         if batch_idx not in self._full_scores:
             self._full_scores[batch_idx] = score(self.language_model, sample)
-        shown: dict[str, Tensor | float] = {"distill": self._distill(self.gates.alpha(), batch)}
+        shown: dict[str, Tensor | float] = {"distill": self.distillation.loss(self.gates.alpha(), batch)}
         shown |= _shown("0", self._full_scores[batch_idx])
         pattern = self.pattern()
         for sparsity in self.sparsities:
             mask = pattern.binarize(sparsity=sparsity)
-            with bound(self.layers, masked_layers(self.layers, mask, self.backends)):
+            with bound(self.layers, masked_layers(self.layers, mask, self.step.backends)):
                 shown |= _shown(f"{100 * sparsity:g}", score(self.language_model, sample))
         self.log_dict({f"val/{key}": value for key, value in shown.items()}, batch_size=1)
 
@@ -154,7 +172,7 @@ class GateTraining(lightning.LightningModule):
         """The gates at present as a head pattern; layers without gates are rows of 1."""
         scores = torch.ones(self.language_model.num_layers, self.layers[0].kv_heads)
         gated = [layer.index for layer in self.layers]
-        scores[gated] = self.gates.alpha().detach().float().cpu()
+        scores[gated] = self.gates.scores().float().cpu()
         return HeadPattern(
             scores, self.window.sink_size, self.window.recent_size, gated_layers=tuple(gated), provenance=provenance
         )
@@ -174,24 +192,20 @@ class GateTraining(lightning.LightningModule):
             theirs, ours = ({key: values.get(key) for key in differing} for values in (found, expected))
             raise UserError(f"resume: the checkpoint was made with {_listed(theirs)}, this run has {_listed(ours)}")
 
-    def _distill(self, alpha: Tensor, batch: StepBatch) -> Tensor:
-        recorded: dict[int, Tensor] = {}
-        record = {layer.index: recording_heads(recorded, layer.index, self.backends) for layer in self.layers}
-        with torch.no_grad(), bound(self.layers, record if self.blend.needs_teacher else {}):
-            teacher = self._scored(batch)
-        gated = {
-            layer.index: gated_heads(row, self.window, self.blend, self.backends, recorded.get(layer.index))
-            for layer, row in zip(self.layers, alpha, strict=True)
-        }
-        with bound(self.layers, gated):
-            return (self.objective(self._scored(batch), teacher) * batch["weights"]).sum()
+    def penalty(self, openness: Tensor) -> Tensor:
+        """The weighted penalties on how open the gates are."""
+        progress = self.global_step / self.steps
+        weighted = [self.method.penalties[name] * part(openness, progress) for name, part in self.penalties.items()]
+        return torch.stack(weighted).sum()
 
-    def _scored(self, batch: StepBatch) -> Tensor:
-        """Last hidden states at the scored tokens, (scored tokens, hidden size)."""
-        return self.language_model.hidden_states(batch).flatten(0, 1)[batch["scored"]]
+    def _penalty(self, name: str) -> torch.nn.Module:
+        if name == "target":
+            assert self.method.target_sparsity is not None
+            return TargetSparsity(self.method.target_sparsity, self.method.target_rise)
+        return PENALTIES[name]()
 
     def _stop_unless_finite(self) -> None:
-        if not bool(self._finite & self.gates.alpha().isfinite().all()):
+        if not bool(self._finite & self.gates.weight.isfinite().all()):
             run = Path(self.trainer.default_root_dir)
             saved = f"; resume={run} goes on from the last good checkpoint" if (run / CHECKPOINT).is_file() else ""
             raise UserError(
@@ -201,8 +215,8 @@ class GateTraining(lightning.LightningModule):
 
     def _identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
-        rows, columns = self.gates.alpha().shape
-        kept = ("gate", "blend", "objective", "penalty", "reg_weight", "sink_size", "recent_size")
+        rows, columns = self.gates.weight.shape
+        kept = ("gate", "blend", "objective", "tokens", "penalty", "reg_weight", "sink_size", "recent_size")
         model = {"model": self.language_model.id, "layers": rows, "kv_heads": columns}
         return model | {key: getattr(self.method, key) for key in kept}
 

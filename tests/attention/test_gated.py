@@ -131,6 +131,8 @@ def test_gate_gradients_equal_finite_differences(family: str, blend: str, make_m
             with torch.no_grad():
                 difference = loss(alpha + step.view_as(alpha)) - loss(alpha - step.view_as(alpha))
             expected.view(-1)[index] = difference / 2e-5
+    if blend == "detached":  # what reaches earlier layers through full attention is left out
+        found, expected = found[-1], expected[-1]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -7,6 +7,7 @@ output (batch, heads, tokens, head_dim), and returns the term that alpha multipl
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -34,4 +35,10 @@ def teacher(own: Callable[[], Tensor], teacher: Tensor | None) -> Tensor:
     return teacher
 
 
-BLENDS = {"student": Blend(student), "teacher": Blend(teacher, needs_teacher=True)}
+@torch.no_grad()
+def detached(own: Callable[[], Tensor], teacher: Tensor | None) -> Tensor:
+    """The student's full attention without a gradient through it: cheaper, and the student still feels what changed."""
+    return own()
+
+
+BLENDS = {"student": Blend(student), "detached": Blend(detached), "teacher": Blend(teacher, needs_teacher=True)}

@@ -107,10 +107,43 @@ def masked_heads(retrieval: Tensor, window: Window, backends: Backends) -> Atten
     return attend
 
 
+def masked_rows(retrieval: Tensor, window: Window, backends: Backends) -> AttendFunction:
+    """A layer with a hard mask of its own for each row of the batch.
+
+    Args:
+        retrieval: (rows, KV heads) bool CPU tensor, True for retrieval heads.
+        window: what streaming heads see.
+        backends: implementations.
+    """
+    flat = retrieval.flatten()
+    full, streaming = flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        rows, kv_heads = key.shape[:2]
+        grouped = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)  # (rows * KV heads, group, tokens, head_dim)
+        key, value = (x.flatten(0, 1)[:, None] for x in (key, value))
+        out = torch.empty_like(grouped)
+        for chosen, function in (
+            (full, partial(full_attention, backend=backends.full)),
+            (streaming, partial(streaming_attention, window=window, backend=backends.streaming)),
+        ):
+            if len(chosen):
+                heads = chosen.to(query.device)
+                out[heads] = function(grouped[heads], key[heads], value[heads], scale)
+        return out.unflatten(0, (rows, kv_heads)).flatten(1, 2)
+
+    return attend
+
+
 def masked_layers(layers: Sequence[AttentionLayer], mask: Mask, backends: Backends) -> dict[int, AttendFunction]:
     """What each gated layer does under a hard mask (a `duo_id.HeadMask`), to be bound."""
     window = Window(mask.sink_size, mask.recent_size)
     return {layer.index: masked_heads(mask.retrieval[layer.index], window, backends) for layer in layers}
+
+
+def streaming_heads(window: Window, backends: Backends) -> AttendFunction:
+    """A layer all of whose heads stream."""
+    return partial(streaming_attention, window=window, backend=backends.streaming)
 
 
 def recording_heads(outputs: dict[int, Tensor], index: int, backends: Backends) -> AttendFunction:

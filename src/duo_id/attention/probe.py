@@ -1,5 +1,6 @@
 """Find a model's attention layers by running a few tokens through it, and say which can be gated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,3 +129,21 @@ def gated_layers(model: PreTrainedModel, layers: list[AttentionLayer]) -> list[A
     if len({layer.index for layer in layers}) < len(layers) or len({layer.kv_heads for layer in gated}) > 1:
         raise UserError(f"{title} cannot be gated: its layers share attention modules or differ in their KV heads")
     return gated
+
+
+def blocks(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[nn.Module]:
+    """The transformer block around each of the attention layers."""
+    stack = layer_list(layers[0].name)
+    return [model.get_submodule(f"{stack}.{layer.name.removeprefix(stack + '.').split('.')[0]}") for layer in layers]
+
+
+def layer_list(name: str) -> str:
+    """`model.layers` of `model.layers.3.self_attn`: the path up to the first number.
+
+    Raises:
+        UserError: there is none.
+    """
+    parts = name.split(".")
+    if not any(part.isdigit() for part in parts):
+        raise UserError(f"{name} is in no numbered list of layers: neither step.recompute=true nor method=search works")
+    return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())])

@@ -10,6 +10,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
+from rich.table import Table
 
 from duo_id.patterns import HeadPattern
 from duo_id.plots import GATES, UNGATED, style
@@ -33,6 +34,15 @@ def agreement(patterns: Mapping[str, HeadPattern], sparsities: Sequence[float]) 
         title = f"shared retrieval heads\n{100 * sparsity:.4g}% stream"
         found[title] = pd.DataFrame(shared, list(patterns), list(patterns))
     return found
+
+
+def agreement_table(patterns: Mapping[str, HeadPattern], sparsities: Sequence[float]) -> Table:
+    """The agreement of at least two patterns for the terminal: the mean over their pairs, and the least."""
+    table = Table("agreement", "mean", "least", title=f"{len(patterns)} runs", title_justify="left")
+    for title, frame in agreement(patterns, sparsities).items():
+        pairs = frame.to_numpy()[np.triu_indices(len(frame), 1)]
+        table.add_row(title.replace("\n", ", "), f"{pairs.mean():.2f}", f"{pairs.min():.2f}")
+    return table
 
 
 @style()

@@ -1,0 +1,155 @@
+"""A frozen model beside its full attention: what training, saliency and search all measure."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duo_id.attention.blends import BLENDS, Blend
+from duo_id.attention.gated import AttendFunction, Backends, bound, gated_heads, recording_heads, streaming_heads
+from duo_id.attention.masks import Window
+from duo_id.attention.probe import AttentionLayer, blocks
+from duo_id.models import LanguageModel
+from duo_id.objectives import OBJECTIVES, Objective, Outputs
+
+Batch = Mapping[str, Any]  # with what `duo_id.data.samples.with_scored` adds
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What full attention leaves of a batch.
+
+    Attributes:
+        outputs: at the scored tokens; None where nothing looks at them.
+        weights: (scored tokens,) float32, what each counts; they add up to 1.
+        attention: the output of each gated layer's attention, for blends that need it.
+    """
+
+    outputs: Outputs | None
+    weights: Tensor
+    attention: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Distillation:
+    """How far a gated or masked model is from its full attention, by an objective at the scored tokens."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        layers: Sequence[AttentionLayer],
+        window: Window,
+        backends: Backends,
+        objective: Objective,
+        tokens: str = "labelled",
+        blend: Blend = BLENDS["student"],
+    ) -> None:
+        """Take the parts.
+
+        Args:
+            model: the frozen model, attached (`duo_id.attention.gated.attached`).
+            layers: its layers that get gates.
+            window: what streaming heads see.
+            backends: implementations of attention.
+            objective: what is compared, token by token.
+            tokens: what a scored token counts: `labelled`: each the same; `far`: as much as its loss falls by seeing
+                more than the windows, for then plain text without a template tells which heads must look far.
+            blend: which full attention enters gated heads.
+        """
+        self.model, self.layers, self.window, self.backends = model, layers, window, backends
+        self.objective, self.far, self.blend = objective, tokens == "far", blend
+
+    def loss(self, alpha: Tensor, batch: Batch, teacher: Teacher | None = None) -> Tensor:
+        """The objective under gates, weighted over the scored tokens: a scalar.
+
+        Args:
+            alpha: (gated layers, KV heads) float32.
+            batch: samples, with `scored` and `weights`.
+            teacher: of this batch; None: it is computed.
+        """
+        teacher = teacher or self.teacher(batch)
+        student = self.student(alpha, batch, teacher)
+        return (self.objective(student, teacher.outputs or student) * teacher.weights).sum()
+
+    def student(self, alpha: Tensor, batch: Batch, teacher: Teacher, logits: bool | None = None) -> Outputs:
+        """What the gated model leaves of a batch: arguments as of `loss` and `outputs`."""
+        gated = {
+            layer.index: gated_heads(row, self.window, self.blend, self.backends, teacher.attention.get(layer.index))
+            for layer, row in zip(self.layers, alpha, strict=True)
+        }
+        with bound(self.layers, gated):
+            return self.outputs(batch, logits)
+
+    @torch.no_grad()
+    def teacher(self, batch: Batch) -> Teacher:
+        """Full attention's pass over a batch, if anything looks at it."""
+        attention: dict[int, Tensor] = {}
+        record: dict[int, AttendFunction] = {}
+        if self.blend.needs_teacher:
+            record = {layer.index: recording_heads(attention, layer.index, self.backends) for layer in self.layers}
+        outputs = None
+        if self.objective.teacher or self.blend.needs_teacher or self.far:
+            with bound(self.layers, record):
+                outputs = self.outputs(batch, logits=self.objective.logits or self.far)
+        weights = batch["weights"]
+        if self.far:
+            assert outputs is not None
+            weights = self._far_weights(batch, outputs)
+        return Teacher(outputs, weights, attention)
+
+    def outputs(self, batch: Batch, logits: bool | None = None, candidates: bool = False) -> Outputs:
+        """What the model, doing what is bound to its attention at present, leaves at the scored tokens.
+
+        Args:
+            batch: samples, with `scored`.
+            logits: whether to compute them; None: if the objective looks at them.
+            candidates: the one sample of the batch has become several on its way through the layers, and so all that
+                is returned has a leading dimension of them.
+        """
+        scored, tokens = batch["scored"], batch["input_ids"].shape[1]
+        logits = self.objective.logits if logits is None else logits
+        with self._caught() as (hidden, layers):
+            found = self.model.logits(dict(batch), (scored - 1) % tokens) if logits else None
+            if found is None:
+                self.model.hidden_states(dict(batch))
+
+        def pick(states: Tensor) -> Tensor:
+            return states[:, scored] if candidates else states.flatten(0, 1)[scored]
+
+        if found is not None and not candidates:
+            found = found[scored // tokens, torch.arange(len(scored), device=scored.device)]
+        targets = batch["input_ids"].flatten()[scored]
+        return Outputs(pick(hidden[0]), tuple(pick(states) for states in layers), found, targets)
+
+    @torch.no_grad()
+    def _far_weights(self, batch: Batch, full: Outputs) -> Tensor:
+        loss = OBJECTIVES["next_token"]
+        streaming = {layer.index: streaming_heads(self.window, self.backends) for layer in self.layers}
+        with bound(self.layers, streaming):
+            near = self.outputs(batch, logits=True)
+        gain = (loss(near, near) - loss(full, full)).clamp(min=0) * batch["weights"]
+        return gain / gain.sum().clamp(min=1e-12)
+
+    @contextmanager
+    def _caught(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """The last hidden states, and those behind each gated layer, of the forward in the block."""
+        hidden: list[Tensor] = []
+        layers: list[Tensor] = []
+        base = self.model.model.base_model
+        hooks = [base.register_forward_hook(lambda module, given, out: hidden.append(out.last_hidden_state))]
+        if self.objective.layers:
+            hooks += [block.register_forward_hook(_append(layers)) for block in blocks(self.model.model, self.layers)]
+        try:
+            yield hidden, layers
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _append(found: list[Tensor]) -> Any:
+    def hook(module: nn.Module, given: Any, out: Any) -> None:
+        found.append(out if isinstance(out, Tensor) else out[0])
+
+    return hook

@@ -1,0 +1,145 @@
+"""Any method on any model: from settings to a head pattern, perhaps from several seeds."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import LambdaCallback
+from rich.console import Console
+from torch import Tensor
+
+from duo_id.attention.masks import Window
+from duo_id.attention.probe import AttentionLayer
+from duo_id.checkpoints import CHECKPOINT, AtomicCheckpointIO, LastCheckpoint
+from duo_id.config import MethodSettings, TrainSettings, require
+from duo_id.data.module import SampleModule
+from duo_id.formats import load_pattern
+from duo_id.methods import GateSettings, ScoreSettings, SearchSettings
+from duo_id.models import LanguageModel
+from duo_id.patterns import HeadPattern
+from duo_id.progress import TrainingBar
+from duo_id.recompute import recomputed
+from duo_id.scores.registry import mean_scores, random_scores, search_scores
+from duo_id.scores.subject import Subject
+from duo_id.training import GateTraining
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every method works with.
+
+    Attributes:
+        settings: of the whole run.
+        model: the language model, attached.
+        layers: those that get scores.
+        folder: where progress is kept.
+        seed: of samples and of whatever else is drawn.
+        accepted: called once the settings have proved to work.
+        console: shows the progress.
+    """
+
+    settings: TrainSettings
+    model: LanguageModel
+    layers: Sequence[AttentionLayer]
+    folder: Path
+    seed: int
+    accepted: Callable[[], None]
+    console: Console
+
+    def data(self) -> SampleModule:
+        """The samples of this seed."""
+        validation = self.settings.comparison.validation_samples
+        return SampleModule(
+            self.settings.data, self.model.tokenizer, self.seed, self.model.max_length, num_validation=validation
+        )
+
+    def pattern(self, method: MethodSettings, scores: Tensor, **found: Any) -> HeadPattern:
+        """Scores (gated layers, KV heads) as a pattern of the whole model; layers without gates are rows of 1."""
+        gated = [layer.index for layer in self.layers]
+        rows = torch.ones(self.model.num_layers, self.layers[0].kv_heads)
+        rows[gated] = scores.float().cpu()
+        return HeadPattern(rows, method.sink_size, method.recent_size, tuple(gated), found)
+
+
+def identify(method: MethodSettings, run: Run) -> HeadPattern:
+    """Carry a method out; the pattern's provenance says what the method alone knows.
+
+    Raises:
+        UserError: something in the settings cannot work; the message names the override.
+        KeyboardInterrupt: after Ctrl-C, once progress is saved.
+    """
+    if isinstance(method, GateSettings):
+        return _trained(method, run)
+    data = run.data()
+    data.task("train")  # what cannot work is refused before anything is computed
+    run.accepted()
+    subject = Subject(run.model, run.layers, Window(method.sink_size, method.recent_size), run.settings.step.backends)
+    if not isinstance(method, ScoreSettings):
+        return run.pattern(method, random_scores(subject.shape, run.seed))
+    samples = data.samples("train", method.samples)
+    if isinstance(method, SearchSettings):
+        start = _start(method, run)
+        scores, told = search_scores(subject, samples, method, start, run.folder, run.console)
+        return run.pattern(method, scores, **told)
+    return run.pattern(method, mean_scores(subject, samples, method, run.console))
+
+
+def average(patterns: Sequence[HeadPattern]) -> HeadPattern:
+    """The pattern of the mean scores of several seeds, which share all else; of one: itself."""
+    if len(patterns) == 1:
+        return patterns[0]
+    scores = torch.stack([pattern.scores for pattern in patterns]).mean(0)
+    seeds = [pattern.provenance["seed"] for pattern in patterns]
+    return replace(patterns[0], scores=scores, provenance=patterns[0].provenance | {"seeds": seeds})
+
+
+def device_of(settings: TrainSettings) -> torch.device:
+    """Where Lightning would run.
+
+    Raises:
+        UserError: it would run on several devices.
+    """
+    trainer = instantiate(settings.trainer, logger=False, enable_checkpointing=False)
+    require(trainer.world_size == 1, f"trainer.devices={settings.trainer.get('devices')}: only 1 works at present")
+    return trainer.strategy.root_device
+
+
+def _start(method: SearchSettings, run: Run) -> HeadPattern | None:
+    """The pattern that a search refines, which another method may have to find first."""
+    if method.start is None:
+        return None
+    if isinstance(method.start, MethodSettings):
+        return identify(method.start, replace(run, folder=run.folder / "start"))
+    pattern = load_pattern(str(method.start))
+    pattern.check_fits(run.model.num_layers, run.layers[0].kv_heads, run.model.name)
+    return pattern
+
+
+def _trained(method: GateSettings, run: Run) -> HeadPattern:
+    """Gates, trained by Lightning."""
+    settings, data = run.settings, run.data()
+    data.task("train")
+    steps = settings.trainer["max_steps"]
+    gates = GateTraining(run.model, run.layers, method, settings.step, steps, settings.sparsity, run.seed)
+    trainer = instantiate(
+        {"limit_train_batches": steps} | settings.trainer,  # the stream of samples has no end
+        logger=[instantiate(logger, save_dir=str(run.folder)) for logger in settings.logger.values()],
+        callbacks=[
+            LastCheckpoint(run.folder, settings.checkpoint_seconds),
+            TrainingBar(),
+            LambdaCallback(on_train_start=lambda *_: run.accepted()),
+        ],
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(run.folder),
+    )
+    checkpoint = run.folder / CHECKPOINT
+    before = str(checkpoint) if settings.resume and checkpoint.is_file() else None
+    with recomputed(run.model.model, run.layers) if settings.step.recompute else nullcontext():
+        trainer.fit(gates, datamodule=data, ckpt_path=before, weights_only=True)
+    if gates.interrupted:
+        raise KeyboardInterrupt
+    return gates.pattern(steps=trainer.global_step)

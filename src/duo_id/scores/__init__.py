@@ -1,0 +1,1 @@
+"""Identification without gradients through training: scores read off a model, and searches over masks."""

@@ -1,0 +1,61 @@
+"""The attention weights of chosen queries, a few at a time: no tokens x tokens matrix is ever built."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from duo_id.attention.full import full_attention
+from duo_id.attention.gated import AttendFunction, bound
+from duo_id.scores.subject import Subject
+
+ROWS = 64  # queries whose weights are held at the same time
+Reduce = Callable[[Iterator[tuple[Tensor, Tensor]]], Tensor]
+
+
+def score_attention(subject: Subject, ids: Tensor, queries: Tensor, reduce: Reduce, reduction: str) -> Tensor:
+    """Scores from the attention weights of full attention: (gated layers, KV heads) float32 CPU.
+
+    Args:
+        subject: the model.
+        ids: (tokens,), one text.
+        queries: (n,) positions whose queries are looked at.
+        reduce: from the queries and their weights, some at a time, (queries,) and (heads, queries, tokens) float32, to
+            one value a query head, (heads,).
+        reduction: how the query heads of a KV head become one: max | mean.
+    """
+    found: dict[int, Tensor] = {}
+    queries = queries.to(subject.device)
+
+    def watching(index: int) -> AttendFunction:
+        def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+            values = reduce(weights(query, key, queries, scale)).unflatten(0, (key.shape[1], -1))
+            found[index] = values.amax(-1) if reduction == "max" else values.mean(-1)
+            return full_attention(query, key, value, scale, subject.backends.full)
+
+        return attend
+
+    with torch.no_grad(), bound(subject.layers, {layer.index: watching(layer.index) for layer in subject.layers}):
+        subject.model.hidden_states({"input_ids": ids.to(subject.device)[None]})
+    return torch.stack([found[layer.index] for layer in subject.layers]).float().cpu()
+
+
+def weights(query: Tensor, key: Tensor, queries: Tensor, scale: float | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The causal attention weights of some queries, `ROWS` at a time.
+
+    Args:
+        query: (1, heads, tokens, head_dim).
+        key: (1, KV heads, tokens, head_dim).
+        queries: (n,) positions.
+        scale: factor on the scores; None: 1/sqrt(head_dim).
+
+    Yields:
+        positions (rows,) and weights (heads, rows, tokens) float32.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    grouped = query[0].unflatten(0, (key.shape[1], -1))
+    places = torch.arange(key.shape[2], device=key.device)
+    for rows in queries.split(ROWS):
+        scores = torch.einsum("hgqd,hkd->hgqk", grouped[:, :, rows].float(), key[0].float()) * scale
+        scores = scores.masked_fill(places > rows[:, None], -torch.inf)
+        yield rows, scores.softmax(-1).flatten(0, 1)

@@ -1,0 +1,146 @@
+"""Every method without training, by name, and how samples, progress and interruptions go with them."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from duo_id.data.samples import Sample
+from duo_id.errors import UserError
+from duo_id.files import write_text
+from duo_id.methods import ScoreSettings, SearchSettings
+from duo_id.objectives import make_objective
+from duo_id.patterns import HeadPattern
+from duo_id.scores.candidates import MaskLosses
+from duo_id.scores.profile import attention_profile
+from duo_id.scores.query import query_score
+from duo_id.scores.reconstruction import reconstruction
+from duo_id.scores.retrieval import retrieval_score
+from duo_id.scores.saliency import saliency
+from duo_id.scores.search import STRATEGIES, Order, from_scores, swap
+from duo_id.scores.subject import Subject
+
+SCORES: dict[str, Callable[[Subject, Sample, Any], Tensor]] = {
+    "attention_profile": attention_profile,
+    "retrieval_score": retrieval_score,
+    "query_score": query_score,
+    "reconstruction": reconstruction,
+    "saliency": saliency,
+}
+ORDER = "search.json"  # in a run folder: how far a search has come
+CPU_BATCH_TOKENS = 16384
+
+
+def random_scores(shape: tuple[int, int], seed: int) -> Tensor:
+    """Scores that order the heads at random, a function of the seed: what every method must beat."""
+    drawn = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed))
+    return drawn.view(shape) / max(len(drawn) - 1, 1)
+
+
+def mean_scores(subject: Subject, samples: Sequence[Sample], settings: ScoreSettings, console: Console) -> Tensor:
+    """The mean over samples of the score that `settings.name` names: (gated layers, KV heads) float32 CPU."""
+    total = torch.zeros(subject.shape)
+    with _progress(console) as progress:
+        bar = progress.add_task(settings.name, total=len(samples))
+        for sample in samples:
+            total += SCORES[settings.name](subject, sample, settings)
+            progress.advance(bar)
+    return total / len(samples)
+
+
+def search_scores(
+    subject: Subject,
+    samples: Sequence[Sample],
+    settings: SearchSettings,
+    start: HeadPattern | None,
+    folder: Path,
+    console: Console,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Scores by a search over masks, which are the places of the heads in its order.
+
+    Args:
+        subject: the model.
+        samples: on which masks are compared.
+        settings: of the search.
+        start: a pattern whose order holds for the heads that are not searched.
+        folder: where `search.json` tells the order so far; one that is there is gone on with.
+        console: shows the progress.
+
+    Returns:
+        (gated layers, KV heads) in [0, 1], and what provenance says of the search.
+
+    Raises:
+        UserError: candidates do not fit the memory, or the saved order is one of another model.
+    """
+    order = Order(subject.shape)
+    if start is not None:
+        order = from_scores(start.scores[[layer.index for layer in subject.layers]], settings.between)
+    path = folder / ORDER
+    if path.is_file():
+        order = _read(path, order)
+
+    def decided(order: Order) -> None:
+        state = {"shape": order.shape, "first": order.first, "last": order.last, "hints": order.hints.tolist()}
+        write_text(path, json.dumps(state | {"swaps": order.swaps}))
+        progress.update(bar, completed=order.swaps or heads - len(order.open))
+
+    heads, told = len(order.hints), dict[str, Any](samples=len(samples))
+    distillation = subject.distillation(make_objective(settings.objective), settings.tokens)
+    with _progress(console) as progress:
+        bar = progress.add_task(settings.strategy, total=heads, completed=heads - len(order.open))
+        batches = [subject.batch(sample) for sample in samples]
+        share = max(len(batch["scored"]) / batch["input_ids"].shape[1] for batch in batches)
+        fitting = batch_tokens_for(subject, share if distillation.objective.logits else 0.0)
+        losses = MaskLosses(distillation, batches, settings.batch_tokens or fitting)
+        STRATEGIES[settings.strategy](order, losses, settings.heads_per_round, decided)
+        if settings.swap_at is not None:
+            progress.update(bar, description="exchanging heads", total=settings.max_swaps, completed=0)
+            streaming = round(settings.swap_at * heads)
+            swap(order, losses, streaming, settings.max_swaps, settings.swap_width, decided)
+            told |= {"swaps": order.swaps, "budget": settings.swap_at}
+    return order.scores(), told | {"forwards": round(losses.forwards, 1)}
+
+
+def batch_tokens_for(subject: Subject, logits: float) -> int:
+    """Tokens of candidates that a forward may hold: what takes about a third of a GPU's free memory.
+
+    Args:
+        subject: the model.
+        logits: the fraction of the tokens whose logits are computed.
+    """
+    if subject.device.type != "cuda":
+        return CPU_BATCH_TOKENS
+    config = subject.model.model.config.get_text_config()
+    width = 12 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    width += round(logits * config.vocab_size)
+    free = torch.cuda.mem_get_info(subject.device)[0]
+    return max(1, int(free / 3 / width / subject.model.model.dtype.itemsize))
+
+
+def _read(path: Path, expected: Order) -> Order:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        hints = torch.tensor([float(hint) for hint in state["hints"]])
+        order = Order(tuple(state["shape"]), list(state["first"]), list(state["last"]), hints, state.get("swaps", 0))
+        whole = len(hints) == math.prod(order.shape) and sorted(order.all) == list(range(len(hints)))
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"resume: {path} cannot be read ({error!r}): delete it to start anew") from error
+    if order.shape != expected.shape:
+        raise UserError(f"resume: {path} orders {order.shape} heads, this model has {expected.shape}")
+    if not whole:
+        raise UserError(f"resume: {path} does not name each head once: delete it to start anew")
+    return order
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as progress:
+        yield progress

@@ -1,0 +1,45 @@
+"""Retrieval score: how often a head's strongest attention is on the token that is copied next."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from duo_id.data.samples import Sample
+from duo_id.methods import AttentionSettings
+from duo_id.scores.attention import score_attention
+from duo_id.scores.needles import needles
+from duo_id.scores.subject import Subject
+
+
+def retrieval_score(subject: Subject, sample: Sample, settings: AttentionSettings) -> Tensor:
+    """The fraction of answer tokens for which a head attends most to that very token in the needle.
+
+    Source: Wu et al. 2024, arXiv 2404.15574, section 2, teacher-forced: the answer's tokens are given, so that heads
+    are scored also where the model would have answered wrongly.
+
+    Args:
+        subject: the model.
+        sample: a training sample whose answers stand in its context.
+        settings: of the method.
+
+    Returns:
+        (gated layers, KV heads) in [0, 1].
+    """
+    ids = sample["input_ids"].to(subject.device)
+    found = needles(sample)
+    queries = torch.cat([answer for answer, _ in found]).to(subject.device) - 1
+    first, last = (
+        torch.cat([source[end].expand(len(source)) for _, source in found]).to(subject.device) for end in (0, -1)
+    )
+
+    def copied(rows: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        hits, done = torch.zeros(()), 0
+        for places, weights in rows:
+            most, part = weights.argmax(-1), slice(done, done + len(places))
+            inside = (most >= first[part]) & (most <= last[part])
+            hits = hits.to(weights) + (inside & (ids[most] == ids[places + 1])).sum(-1)
+            done += len(places)
+        return hits / len(queries)
+
+    return score_attention(subject, ids, queries, copied, settings.reduction)

@@ -1,0 +1,62 @@
+"""A model with one retrieval head, planted by hand, and samples that only this head can answer."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from duo_id.data.samples import UNSCORED, Sample
+
+PAYLOADS, QUERY, FILLERS = range(3, 11), 11, range(12, 96)
+
+
+def planted_model(make_model: Callable[..., PreTrainedModel], layer: int, kv_head: int) -> PreTrainedModel:
+    """All heads do little but one: at a QUERY token it finds the one payload token, however far, and copies its kind.
+
+    Hidden sizes 0 and 1 say "payload" and "query", 2 to 9 which payload. The head matches them in the one pair of
+    its dimensions that rotary positions hardly turn.
+    """
+    model = make_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e9})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(0.05)
+        embedding = model.model.embed_tokens.weight
+        embedding.zero_()
+        embedding[:, 10:] = torch.randn(96, 22, generator=torch.Generator().manual_seed(0)) * 0.3
+        embedding[list(PAYLOADS), 0] = embedding[QUERY, 1] = 1.0
+        embedding[list(PAYLOADS), range(2, 10)] = 1.0
+        attention, still, first = model.model.layers[layer].self_attn, 7, 2 * kv_head * 16  # of two query heads
+        attention.q_proj.weight[first + still, 1] = 8.0
+        attention.k_proj.weight[kv_head * 16 + still, 0] = 8.0
+        attention.v_proj.weight[range(kv_head * 16, kv_head * 16 + 8), range(2, 10)] = 1.0
+        attention.o_proj.weight[range(20, 28), range(first, first + 8)] = 1.0
+    return model
+
+
+def planted_sample(seed: int, answered: bool = False) -> Sample:
+    """80 tokens with one payload and QUERY at the end, the one labelled token.
+
+    With `answered`, the payload comes once more behind QUERY, and is what is labelled.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(FILLERS.start, FILLERS.stop, (80,), generator=generator)
+    place = int(torch.randint(5, 60, (), generator=generator))
+    ids[place] = PAYLOADS[seed % 8]
+    ids[-1] = QUERY
+    if answered:
+        ids = torch.cat([ids, ids[place, None]])
+    return sample_of(ids, 1)
+
+
+def random_sample(tokens: int, seed: int, scored: int = 5) -> Sample:
+    """Random tokens, of which the last are labelled."""
+    return sample_of(torch.randint(3, 96, (tokens,), generator=torch.Generator().manual_seed(seed)), scored)
+
+
+def sample_of(ids: Tensor, scored: int) -> Sample:
+    """A sample whose last tokens are labelled, as one answer."""
+    labels = torch.full_like(ids, UNSCORED)
+    labels[-scored:] = ids[-scored:]
+    return Sample(input_ids=ids, labels=labels, answers=(labels != UNSCORED).long())

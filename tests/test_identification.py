@@ -1,0 +1,83 @@
+"""Any method through the command: several seeds, searches that stop, resume and refine."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from duo_id import load_pattern
+from duo_id.formats import save_pattern
+from duo_id.patterns import HeadPattern
+from duo_id.scores.candidates import MaskLosses
+from tests.commands import QUICK, run_command
+
+SMALL = ["comparison.samples=1", "comparison.random_masks=0", "comparison.validation_samples=0"]
+SEARCH = [*(override for override in QUICK if "method" not in override), *SMALL, "method=search", "method.samples=1"]
+SEARCH += ["method.sink_size=4", "method.recent_size=60"]
+
+
+def test_several_seeds_are_one_run_whose_scores_are_averaged(tmp_path: Path) -> None:
+    finished = run_command("train", *QUICK, *SMALL, "repeats=2", "seed=3", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert "rank correlation" in finished.output
+    folders = [tmp_path / "run" / name for name in ("seed-3", "seed-4")]
+    one, other = (load_pattern(folder) for folder in folders)
+    assert not torch.equal(one.scores, other.scores)
+    assert [pattern.provenance["seed"] for pattern in (one, other)] == [3, 4]
+    both = load_pattern(tmp_path / "run")
+    assert torch.equal(both.scores, (one.scores + other.scores) / 2)
+    assert both.provenance["seeds"] == [3, 4]
+    assert all((folder / "figures" / "training.png").is_file() for folder in folders)
+    (folders[1] / "heads" / "heads.json").unlink()  # as if stopped in the second
+    before = (folders[0] / "heads" / "heads.json").stat().st_mtime_ns
+    resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
+    assert resumed.status == 0, resumed.output
+    assert (folders[0] / "heads" / "heads.json").stat().st_mtime_ns == before
+    assert torch.equal(load_pattern(tmp_path / "run").scores, both.scores)
+
+
+def test_an_interrupted_search_keeps_its_order_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_command("train", *SEARCH, f"hydra.run.dir={tmp_path / 'whole'}", folder=tmp_path).status == 0
+    plain_call, calls = MaskLosses.__call__, [0]
+
+    def interrupted(self: MaskLosses, masks: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+        return plain_call(self, masks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskLosses, "__call__", interrupted)
+        finished = run_command("train", *SEARCH, folder=tmp_path)
+    assert finished.status == 130
+    assert f"resume={tmp_path / 'run'}" in finished.output
+    assert len(json.loads((tmp_path / "run" / "search.json").read_text())["first"]) == 3
+    resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
+    assert resumed.status == 0, resumed.output
+    assert torch.equal(load_pattern(tmp_path / "run").scores, load_pattern(tmp_path / "whole").scores)
+
+
+@pytest.mark.parametrize("start", ["+method@method.start=saliency", "+method@method.start=duo", "method.start=SAVED"])
+def test_a_search_refines_what_another_method_found(start: str, tmp_path: Path) -> None:
+    saved = HeadPattern(torch.arange(6).view(3, 2) / 5, 4, 60)
+    save_pattern(saved, tmp_path / "saved", [0.5])
+    start = start.replace("SAVED", str(tmp_path / "saved"))
+    finished = run_command("train", *SEARCH, start, "method.between=[0.34,0.67]", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    found = load_pattern(tmp_path / "run")
+    assert len(found.scores.unique()) == 6
+    if "saved" in start:
+        order = found.scores.flatten().argsort().tolist()
+        assert (order[:2], sorted(order[2:4]), order[4:]) == ([0, 1], [2, 3], [4, 5])
+
+
+def test_a_pattern_with_swaps_is_for_its_budget_and_others_warn(tmp_path: Path) -> None:
+    swaps = ["method.swap_at=0.5", "method.max_swaps=2"]
+    finished = run_command("train", *SEARCH, *swaps, folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert "warning" not in finished.output
+    assert [path.name for path in (tmp_path / "run" / "heads").glob("mask_*")] == ["mask_sparsity_50.tsv"]
+    pattern = load_pattern(tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"refined for sparsity=0\.5, not 0\.25"):
+        pattern.binarize(sparsity=0.25)

@@ -1,0 +1,189 @@
+"""Settings of the methods: every mistake is one line that names the override."""
+
+import re
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from duo_id.config import MethodSettings, plain
+from duo_id.errors import UserError
+from duo_id.methods import (
+    METHODS,
+    AttentionSettings,
+    GateSettings,
+    SaliencySettings,
+    ScoreSettings,
+    SearchSettings,
+    method_settings,
+)
+
+WINDOW = {"sink_size": 3, "recent_size": 8}
+
+
+def settings(name: Any, **changes: Any) -> Any:
+    return method_settings(OmegaConf.create({"name": name, **WINDOW, **changes}))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_its_name_and_window(name: str) -> None:
+    changes = {"at": [0.5]} if name == "saliency" else {}
+    found = settings(name, **changes)
+    assert type(found) is METHODS[name]
+    assert (found.name, found.sink_size, found.recent_size) == (name, 3, 8)
+    assert method_settings(OmegaConf.create(plain(found))) == found, "as provenance keeps it"
+
+
+SCORED = [name for name, schema in METHODS.items() if issubclass(schema, ScoreSettings)]
+PROFILED = [name for name, schema in METHODS.items() if issubclass(schema, AttentionSettings)]
+OBJECTIVES = [name for name, schema in METHODS.items() if hasattr(schema, "objective")]
+
+REFUSALS: list[tuple[str, dict[str, Any], str]] = [
+    *((name, {"sink_size": -1}, "method.sink_size=-1 must not be negative") for name in METHODS),
+    *((name, {"recent_size": 0}, "method.recent_size=0 must be at least 1") for name in METHODS),
+    *((name, {"samples": 0}, "method.samples=0 must be at least 1") for name in SCORED),
+    *((name, {"reduction": "min"}, "method.reduction=min: choose one of max, mean") for name in PROFILED),
+    *((name, {"tokens": "all"}, "method.tokens=all: choose one of labelled, far") for name in OBJECTIVES),
+    *((name, {"objective": "l3"}, "method.objective=l3: choose one of hidden_l2, ") for name in OBJECTIVES),
+    *((name, {"objective": {"kl": 0}}, "method.objective.kl=0 must be a positive weight") for name in OBJECTIVES),
+    *((name, {"objective": {}}, "method.objective={}: choose one of") for name in OBJECTIVES),
+    ("saliency", {"kind": "hessian"}, "method.kind=hessian: choose one of gradient, fisher"),
+    ("saliency", {"at": [0.5, 1.5]}, "method.at=1.5 must lie in [0, 1]"),
+    ("saliency", {"at": [-0.1]}, "method.at=-0.1 must lie in [0, 1]"),
+    ("saliency", {"at": []}, "method.at=[] must name at least one value"),
+    ("saliency", {"at": [1.0]}, "method.at=[1.0]: at 1 the student is the teacher"),
+    ("saliency", {"at": [1.0, 1.0], "objective": {"kl": 1, "next_token": 1}}, "method.at=[1.0, 1.0]: at 1 the"),
+    ("search", {"strategy": "random"}, "method.strategy=random: choose one of elimination, selection"),
+    ("search", {"heads_per_round": 0}, "method.heads_per_round=0 must be at least 1"),
+    ("search", {"swap_width": 0}, "method.swap_width=0 must be at least 1"),
+    ("search", {"max_swaps": -1}, "method.max_swaps=-1 must not be negative"),
+    ("search", {"batch_tokens": 0}, "method.batch_tokens=0 must be at least 1"),
+    ("search", {"start": "DIR", "between": [0.5]}, "method.between=[0.5] must be two fractions, in this order"),
+    ("search", {"start": "DIR", "between": [0.6, 0.5]}, "method.between=[0.6, 0.5] must be two fractions"),
+    ("search", {"start": "DIR", "between": [-0.1, 0.5]}, "method.between=[-0.1, 0.5] must be two fractions"),
+    ("search", {"start": "DIR", "between": [0.5, 1.1]}, "method.between=[0.5, 1.1] must be two fractions"),
+    ("search", {"between": [0.2, 0.5]}, "method.between=[0.2, 0.5] needs method.start"),
+    ("search", {"max_swaps": 3}, "method.max_swaps=3 needs method.swap_at=SPARSITY"),
+    ("search", {"swap_at": 0.0}, "method.swap_at=0.0 must lie between 0 and 1"),
+    ("search", {"swap_at": 1.0, "max_swaps": 3}, "method.swap_at=1.0 must lie between 0 and 1"),
+    ("duo", {"blend": "both"}, "method.blend=both: choose one of student, detached, teacher"),
+    ("duo", {"gate": "relu"}, "method.gate=relu: choose one of clamp, sigmoid, hard_concrete, straight_through"),
+    ("duo", {"penalty": "l2"}, "method.penalty=l2: choose one of l1, binary, target"),
+    ("duo", {"penalty": {"l1": 1, "l2": 1}}, "method.penalty=l2: choose one of l1, binary, target"),
+    ("duo", {"penalty": {"l1": 0}}, "method.penalty.l1=0 must be a positive weight"),
+    ("duo", {"penalty": {"l1": "much"}}, "method.penalty.l1=much must be a positive weight"),
+    ("duo", {"penalty": {"l1": None}}, "method.penalty.l1=None must be a positive weight"),
+    ("duo", {"penalty": {}}, "method.penalty={}: choose one of l1, binary, target, or weights"),
+    ("duo", {"penalty": None}, "method.penalty=None: choose one of"),
+    ("duo", {"penalty": 3}, "method.penalty=3: choose one of"),
+    ("duo", {"initial": 1.1}, "method.initial=1.1 must lie in [0, 1]"),
+    ("duo", {"initial": -0.1}, "method.initial=-0.1 must lie in [0, 1]"),
+    ("duo", {"target_rise": 1.1}, "method.target_rise=1.1 must lie in [0, 1]"),
+    ("duo", {"target_rise": -0.1}, "method.target_rise=-0.1 must lie in [0, 1]"),
+    ("duo", {"reg_weight": -1}, "method.reg_weight=-1.0 must not be negative"),
+    ("duo", {"lr": 0}, "method.lr=0.0 must be positive"),
+    ("duo", {"lr": "nan"}, "method.lr=nan must be positive"),
+    ("duo", {"temperature": 0}, "method.temperature=0.0 must be positive"),
+    ("duo", {"multiplier_lr": 0}, "method.multiplier_lr=0.0 must be positive"),
+    ("duo", {"warmup": 0.6}, "method.warmup=0.6 must lie in [0, 0.5]"),
+    ("duo", {"warmup": -0.1}, "method.warmup=-0.1 must lie in [0, 0.5]"),
+    ("duo", {"floor": 1.1}, "method.floor=1.1 must lie in [0, 1]"),
+    ("duo", {"floor": -0.1}, "method.floor=-0.1 must lie in [0, 1]"),
+    ("duo", {"blend": "teacher", "objective": "next_token"}, "method.blend=teacher needs a teacher pass"),
+    ("duo", {"penalty": "target"}, "method.penalty=target needs method.target_sparsity, a fraction, not None"),
+    ("duo", {"penalty": "target", "target_sparsity": 1.5}, "method.penalty=target needs method.target_sparsity"),
+    ("duo", {"penalty": {"l1": 1, "target": 1}}, "method.penalty=target needs method.target_sparsity"),
+    (
+        "duo",
+        {"penalty": "target", "target_sparsity": 0.5, "reg_weight": 0},
+        "method.penalty=target cannot reach its target with method.reg_weight=0",
+    ),
+    ("duo", {"target_sparsity": 0.5}, "method.target_sparsity=0.5 needs method.penalty=target"),
+    ("lora", {}, "method.name=lora: choose one of duo, "),
+    ("duo", {"samples": 8}, "samples: Key 'samples' not in 'GateSettings'"),
+    ("random", {"lr": 8}, "lr: Key 'lr' not in 'MethodSettings'"),
+    ("duo", {"lr": "fast"}, "lr: Value 'fast'"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), REFUSALS, ids=[f"{n}-{c}" for n, c, _ in REFUSALS])
+def test_refusals(name: str, changes: dict[str, Any], message: str) -> None:
+    if name == "saliency" and "at" not in changes:
+        changes = {"at": [0.5]} | changes
+    with pytest.raises(UserError, match=f"^{re.escape(message)}") as error:
+        settings(name, **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_method_without_a_name() -> None:
+    for config in ({}, {"name": None, **WINDOW}):
+        with pytest.raises(UserError, match=r"^method\.name=None: choose one of duo, attention_profile"):
+            method_settings(OmegaConf.create(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("saliency", {"at": [1.0], "kind": "fisher"}),
+        ("saliency", {"at": [1.0], "objective": "next_token"}),
+        ("saliency", {"at": [1.0, 0.9]}),
+        ("saliency", {"at": 0.5}),
+        ("saliency", {"at": [0.0]}),
+        ("search", {"start": "DIR", "between": [0.5, 0.5]}),
+        ("search", {"swap_at": 0.5, "max_swaps": 3}),
+        ("duo", {"blend": "detached", "objective": "next_token"}),
+        ("duo", {"blend": "teacher", "objective": {"next_token": 1, "kl": 1}}),
+        ("duo", {"penalty": "target", "target_sparsity": 0.0}),
+        ("duo", {"penalty": {"l1": 1, "target": 1}, "target_sparsity": 1.0}),
+        ("duo", {"reg_weight": 0}),
+    ],
+    ids=str,
+)
+def test_what_is_no_mistake(name: str, changes: dict[str, Any]) -> None:
+    found = settings(name, **changes)
+    assert (found.sink_size, found.recent_size) == (3, 8)
+
+
+def test_penalties_are_weights() -> None:
+    assert settings("duo").penalties == {"l1": 1.0}
+    assert settings("duo", penalty={"l1": 1, "binary": 0.5}).penalties == {"l1": 1, "binary": 0.5}
+
+
+def test_a_start_is_a_method_over_the_same_window() -> None:
+    given = {"name": "duo", "sink_size": 99, "recent_size": 98, "lr": 0.5}
+    found = settings("search", start=given, between=[0.2, 0.5])
+    assert isinstance(found, SearchSettings)
+    assert isinstance(found.start, GateSettings)
+    assert (found.start.sink_size, found.start.recent_size, found.start.lr) == (3, 8, 0.5)
+    assert settings("search").start is None
+    assert settings("search", start="outputs/run").start == "outputs/run"
+
+
+def test_starts_may_be_nested() -> None:
+    inner = {"name": "search", "start": {"name": "saliency", "at": [0.5]}, "between": [0.1, 0.9]}
+    found = settings("search", start=inner, between=[0.2, 0.5])
+    assert isinstance(found.start, SearchSettings)
+    assert isinstance(found.start.start, SaliencySettings)
+    assert (found.start.between, found.start.start.at) == ([0.1, 0.9], [0.5])
+    assert (found.start.start.sink_size, found.start.start.recent_size) == (3, 8)
+    assert type(settings("search", start={"name": "random"}).start) is MethodSettings
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ({"name": "duo", "lr": -1}, "method.start.lr=-1.0 must be positive"),
+        ({"name": "duo", "lr": "fast"}, "method.start.lr: Value 'fast'"),
+        ({"name": "duo", "samples": 3}, "method.start.samples: Key 'samples' not in 'GateSettings'"),
+        ({"name": "lora"}, "method.start.name=lora: choose one of duo"),
+        ({}, "method.start.name=None: choose one of duo"),
+        ({"name": "saliency", "at": [1.0]}, "method.start.at=[1.0]: at 1 the student"),
+        ({"name": "search", "between": [0.1, 0.5]}, "method.start.between=[0.1, 0.5] needs method.start.start"),
+        ({"name": "search", "start": {"name": "duo", "lr": 0}}, "method.start.start.lr=0.0 must be positive"),
+    ],
+    ids=str,
+)
+def test_mistakes_of_a_start_name_its_override(start: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}") as error:
+        settings("search", start=start)
+    assert "\n" not in str(error.value)
