@@ -207,6 +207,60 @@ def test_what_leaves_no_room_for_the_context_is_an_error(tmp_path: Path, write: 
         items(tmp_path, "longbench/qasper", lengths=(200,))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("qasper", {"answers": 5}, "answers is 5, not a text"),
+        ("trec", {}, "the data has no all_classes"),
+        ("qasper", None, "holds no rows"),
+    ],
+)
+def test_damaged_rows_are_named(
+    tmp_path: Path, write: Write, name: str, change: dict[str, Any] | None, words: str
+) -> None:
+    write(f"{name}.jsonl", *([] if change is None else [row(**change)]))
+    with pytest.raises(UserError, match=words):
+        items(tmp_path, f"longbench/{name}")
+
+
+def test_one_answer_may_be_a_text(tmp_path: Path, write: Write) -> None:
+    write("qasper.jsonl", row(answers="Paris"))
+    (item,) = items(tmp_path, "longbench/qasper")
+    assert item.questions[0].references == ("Paris",)
+
+
+def test_the_same_data_in_two_formats_is_read_by_neither(tmp_path: Path, write: Write) -> None:
+    write("qasper.jsonl", row())
+    write("qasper.json", row())
+    with pytest.raises(UserError, match="qasper twice"):
+        items(tmp_path, "longbench/qasper")
+
+
+@pytest.mark.parametrize(
+    ("file", "contents", "words"),
+    [
+        ("dataset2maxlen", {"qasper": "many"}, "'many', not a number of tokens"),
+        ("dataset2maxlen", {"qasper": -3}, "-3, not a number of tokens"),
+        ("dataset2prompt", {"qasper": "{context} {} {input}"}, "no prompt that can be filled in"),
+        ("dataset2prompt", {"qasper": "{context} { {input}"}, "no prompt that can be filled in"),
+    ],
+)
+def test_damaged_settings_of_the_data_are_named(
+    tmp_path: Path, write: Write, file: str, contents: dict[str, Any], words: str
+) -> None:
+    write("qasper.jsonl", row())
+    (tmp_path / f"{file}.json").write_text(json.dumps(contents))
+    with pytest.raises(UserError, match=words):
+        items(tmp_path, "longbench/qasper")
+
+
+@pytest.mark.parametrize("answer", [None, "Paris", "E"])
+def test_version_2_needs_letters(tmp_path: Path, write: Write, answer: str | None) -> None:
+    write("data.json", {"context": STORY, "question": "?", "answer": answer} | {f"choice_{x}": x for x in "ABCD"})
+    with pytest.raises(UserError, match="not a letter from ABCD"):
+        items(tmp_path, "longbench-v2")
+
+
 def test_an_answer_must_be_there(tmp_path: Path, write: Write) -> None:
     write("qasper.jsonl", row(answers=["", "Ada"]))
     (item,) = items(tmp_path, "longbench/qasper")

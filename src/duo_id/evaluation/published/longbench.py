@@ -5,8 +5,19 @@ from dataclasses import replace
 from typing import Any
 
 from duo_id.errors import UserError
+from duo_id.evaluation.metrics import LETTERS
 from duo_id.evaluation.published.building import Entry, Form
-from duo_id.evaluation.published.sources import Row, from_hub, hub_split, hub_zip, local_files, read_json, read_rows
+from duo_id.evaluation.published.sources import (
+    Row,
+    from_hub,
+    hub_split,
+    hub_zip,
+    local_files,
+    positive,
+    read_json,
+    read_rows,
+    texts,
+)
 
 HUB, HUB_V2 = "zai-org/LongBench", "zai-org/LongBench-v2"
 V2 = "longbench-v2"
@@ -83,9 +94,12 @@ def read_longbench(name: str, folder: str | None) -> tuple[Form, list[Entry]]:
     """
     template, form = DATA_SETS[name]
     template = str(read_json(folder, "dataset2prompt.json").get(name, template))
-    form = replace(form, max_new_tokens=int(read_json(folder, "dataset2maxlen.json").get(name, form.max_new_tokens)))
+    tokens = read_json(folder, "dataset2maxlen.json").get(name, form.max_new_tokens)
+    form = replace(form, max_new_tokens=positive(f"dataset2maxlen.json: {name}", tokens))
     rows = _rows(name, folder, HUB, lambda: hub_zip(HUB, "data.zip", f"data/{name}.jsonl"))
-    return form, [_entry(f"longbench/{name}", template, row, _references(row, form)) for row in rows]
+    return form, [
+        _entry(f"longbench/{name}", template, row, _references(f"longbench/{name}", row, form)) for row in rows
+    ]
 
 
 def read_longbench_v2(folder: str | None) -> tuple[Form, list[Entry]]:
@@ -99,7 +113,10 @@ def read_longbench_v2(folder: str | None) -> tuple[Form, list[Entry]]:
     """
     rows = _rows("data", folder, HUB_V2, lambda: hub_split(HUB_V2, "train"), parts=False)
     form = Form("choice", 128)
-    return form, [_entry(V2, CHOICE, row, (str(row.get("answer", "")),), CUE) for row in rows]
+    for row in rows:
+        if row.get("answer") not in tuple(LETTERS):
+            raise UserError(f"tasks={V2}: an answer is {row.get('answer')!r}, not a letter from {LETTERS}")
+    return form, [_entry(V2, CHOICE, row, (row["answer"],), CUE) for row in rows]
 
 
 def _rows(
@@ -115,12 +132,12 @@ def _rows(
     return [row for file in files for row in read_rows(file)]
 
 
-def _references(row: Row, form: Form) -> tuple[str, ...]:
+def _references(task: str, row: Row, form: Form) -> tuple[str, ...]:
     """The right answers; of a classification, the right class and then the others."""
-    answers = tuple(map(str, row.get("answers") or ()))
-    if form.metric != "classification" or not answers:
+    answers = texts(task, row, "answers")
+    if form.metric != "classification":
         return answers
-    return (*answers[:1], *(name for name in row.get("all_classes") or () if name not in answers))
+    return (*answers[:1], *(name for name in texts(task, row, "all_classes") if name not in answers))
 
 
 def _entry(task: str, template: str, row: Row, references: tuple[str, ...], cue: str = "") -> Entry:
@@ -128,7 +145,11 @@ def _entry(task: str, template: str, row: Row, references: tuple[str, ...], cue:
     if not mark or "context" not in row:
         raise UserError(f"tasks={task}: {'the data' if mark else 'dataset2prompt.json'} has no context")
     fields = _Fields(task, row)
-    return Entry(head.format_map(fields), str(row["context"]), tail.format_map(fields), references, cue)
+    try:
+        before, after = head.format_map(fields), tail.format_map(fields)
+    except (ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"tasks={task}: dataset2prompt.json has no prompt that can be filled in ({error})") from error
+    return Entry(before, str(row["context"]), after, references, cue)
 
 
 class _Fields(dict[str, Any]):

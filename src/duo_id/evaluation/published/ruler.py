@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from duo_id.errors import UserError
 from duo_id.evaluation.published.building import Entry, Form
-from duo_id.evaluation.published.sources import Row, from_hub, hub_split, local_files, read_rows
+from duo_id.evaluation.published.sources import Row, from_hub, hub_split, local_files, positive, read_rows, texts
 
 HUB = "simonjegou/ruler"  # the data set that NVIDIA/kvpress evaluates on: 4096, 8192 and 16384 tokens
 
@@ -37,7 +37,8 @@ def read_ruler(name: str, folder: str | None, length: int) -> tuple[Form, list[E
             "lengths or tasks, or generate it, see docs/benchmarks.md"
         )
     form = FORMS[name.partition("_")[0]]
-    form = replace(form, max_new_tokens=int(rows[0].get("max_new_tokens") or form.max_new_tokens))
+    tokens = rows[0].get("max_new_tokens") or form.max_new_tokens
+    form = replace(form, max_new_tokens=positive(f"{task}: max_new_tokens", tokens))
     return form, [_split(task, row) if "input" in row else _given(task, row) for row in rows]
 
 
@@ -61,7 +62,7 @@ def _split(task: str, row: Row) -> Entry:
     place = text.rstrip().rfind("\n")
     if place < 0:
         raise UserError(f"tasks={task}: an input has one line, so no question can be told from its context")
-    return Entry("", text[:place], text[place:], _texts(task, row, "outputs"), cue)
+    return Entry("", text[:place], text[place:], texts(task, row, "outputs"), cue)
 
 
 def _given(task: str, row: Row) -> Entry:
@@ -71,11 +72,4 @@ def _given(task: str, row: Row) -> Entry:
         raise UserError(f"tasks={task}: the data has no {', '.join(sorted(missing))}")
     context, question = str(row["context"]), str(row["question"])
     gap = "" if context[-1:].isspace() or question[:1].isspace() else "\n"
-    return Entry("", context, gap + question, _texts(task, row, "answer"), str(row.get("answer_prefix") or ""))
-
-
-def _texts(task: str, row: Row, key: str) -> tuple[str, ...]:
-    found = row.get(key)
-    if not found:
-        raise UserError(f"tasks={task}: the data has no {key}")
-    return (found,) if isinstance(found, str) else tuple(map(str, found))
+    return Entry("", context, gap + question, texts(task, row, "answer"), str(row.get("answer_prefix") or ""))

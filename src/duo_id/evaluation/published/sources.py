@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def local_files(folder: str, name: str, parts: bool = True, within: str | None =
     places = sorted({path.parent for path in files})
     if len(places) > 1:
         raise UserError(f"data.path={folder} has {name} twice, in {places[0]} and in {places[1]}: give one of them")
+    twins = [path for path, after in pairwise(files) if path.stem == after.stem]
+    if twins:
+        raise UserError(f"data.path={folder} has {name} twice, as {twins[0].stem} in several formats: give one of them")
     return files
 
 
@@ -55,7 +59,35 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f"data.path: {path} cannot be read: {_one_line(error)}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"data.path: {path} holds no rows")
+    if not rows:
+        raise UserError(f"data.path: {path} holds no rows")
     return rows
+
+
+def texts(task: str, row: Row, key: str) -> tuple[str, ...]:
+    """The texts of a column that holds one or several; blank ones, which any answer would contain, are left out.
+
+    Raises:
+        UserError: the column is missing or empty, or holds something else.
+    """
+    found = row.get(key)
+    if not found:
+        raise UserError(f"tasks={task}: the data has no {key}")
+    found = [found] if isinstance(found, str) else found
+    if not isinstance(found, list) or not all(isinstance(text, str | int | float) for text in found):
+        raise UserError(f"tasks={task}: {key} is {found!r}, not a text or a list of texts")
+    return tuple(str(text) for text in found if str(text).strip())
+
+
+def positive(what: str, number: Any) -> int:
+    """A whole number of tokens.
+
+    Raises:
+        UserError: it is none, or not positive.
+    """
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise UserError(f"data.path: {what} is {number!r}, not a number of tokens")
+    return number
 
 
 def read_json(folder: str | None, name: str) -> dict[str, Any]:
