@@ -139,6 +139,8 @@ REFUSED = {
     "malformed-heads": (["heads=malformed.tsv"], "malformed.tsv, line 2, column 2: 'six'"),
     "heads-of-another-model": (["heads=good.tsv"], "2 layers x 2 KV heads, but tiny has 3 layers"),
     "other-pattern-of-another-model": (["+patterns.other=good.tsv"], "2 layers x 2 KV heads, but tiny has 3 layers"),
+    "which-pattern-does-not-fit": (["+patterns.other=good.tsv"], "patterns.other=good.tsv"),
+    "the-name-of-the-heads": (["heads=wide", "+patterns.wide=good.tsv"], "patterns.wide"),
     "name-with-a-meaning": (["+patterns.random=good.tsv"], "patterns.random"),
     "unknown-split": (["split=train"], "development"),
     "unknown-baseline": (["baselines=[nosuch]"], "streaming"),

@@ -12,6 +12,7 @@ from duo_id import __version__, app
 from duo_id.attention.gated import attached
 from duo_id.config import parse, plain, require
 from duo_id.data.haystack import load_haystack
+from duo_id.errors import UserError
 from duo_id.evaluation import chat
 from duo_id.evaluation.contenders import check_windows, contenders
 from duo_id.evaluation.figures import figures
@@ -48,12 +49,18 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
     Raises:
         UserError: something in the settings cannot work; the message names the override.
     """
-    sources = {pattern_name(settings.heads): settings.heads} | settings.patterns
+    name = pattern_name(settings.heads)
+    require(name not in settings.patterns, f"patterns.{name}: heads={settings.heads} has this name, choose another")
+    sources = {name: settings.heads} | settings.patterns
     patterns = {name: load_pattern(source) for name, source in sources.items()}
     model = load_model(settings.model, "cuda" if torch.cuda.is_available() else "cpu", settings.seed)
     with attached(model.model) as layers:
-        for pattern in patterns.values():
-            pattern.check_fits(model.num_layers, layers[0].kv_heads, model.name)
+        for name, pattern in patterns.items():
+            try:
+                pattern.check_fits(model.num_layers, layers[0].kv_heads, model.name)
+            except UserError as error:
+                override = "patterns." + name if name in settings.patterns else "heads"
+                raise UserError(f"{override}={sources[name]}: {error}") from error
         description = model.describe(layers) | {"dtype": str(model.model.dtype).removeprefix("torch.")}
     items = all_items(settings, model)
     check_windows(patterns, items)
@@ -66,6 +73,7 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
     accepted()
     if settings.peers:
         write_samples(folder / SAMPLES, _for_peers(settings, model, next(iter(patterns.values()))), items)
+    read_answers(folder, items)  # what cannot be read is told before the long work
     run(model, items, compared, journal, settings.generate, settings.batch_tokens, settings.chunk_size, app.console)
     eviction = read_answers(folder, items)
     results = {

@@ -198,6 +198,7 @@ def test_the_default_model_is_the_patterns_own(tmp_path: Path, pattern: HeadPatt
         ({"heads": "", "model": "tinny"}, "model=tinny: choose among .*smollm2-135m.*pretrained="),
         ({"heads": ""}, "add --model_args pretrained=MODEL"),
         ({"heads": "", "model": "tiny", "sparsity": 2}, r"must lie in \[0, 1\]"),
+        ({"heads": "", "model": "tiny", "sparsity": "abc"}, "sparsity=abc is not a number"),
         ({"heads": "SmolLM2-135M-Instruct", "model": "tiny"}, "is for 30 layers"),
     ],
 )

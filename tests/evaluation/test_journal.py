@@ -19,7 +19,31 @@ KEY = ("baseline", "random", 0.25, 3)
 def row(question: int, text: str | None = None, **changes: Any) -> dict[str, Any]:
     who = dict(zip(("kind", "heads", "sparsity", "seed"), KEY, strict=True))
     row = {"task": "t", "length": 100, "index": 0, "sample": ITEM.digest, "question": question}
-    return row | who | {"text": text, "loss": 1.5} | changes
+    measured = {"depth": None, "kl": 0.5, "tokens": 2, "correct": 1, "score": None, "exact": None, "bytes": 9}
+    return row | who | {"text": text, "loss": 1.5} | measured | changes
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("[1]", "where a row should be"),
+        ('{"task": "t"}', "lacks length"),
+        (json.dumps(dict(row(0), loss="x")), "loss is 'x'"),
+    ],
+)
+def test_a_damaged_row_is_named(line: str, named: str, tmp_path: Path) -> None:
+    Journal(tmp_path, {}).add([row(0)])
+    with open(tmp_path / SCORES, "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=named):
+        Journal(tmp_path, {})
+
+
+@pytest.mark.parametrize("contents", [b"3\n", b"[]\n", b"\xff\xfe\n", b""])
+def test_a_file_without_a_header_is_refused(contents: bytes, tmp_path: Path) -> None:
+    (tmp_path / SCORES).write_bytes(contents)
+    with pytest.raises(UserError, match="leave out resume"):
+        Journal(tmp_path, {})
 
 
 def test_rows_are_there_after_the_process_has_gone(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from duo_id.errors import UserError
 from duo_id.evaluation.contenders import Contender
 from duo_id.evaluation.items import Item, Question
 from duo_id.evaluation.judging import compare_logits, judged, rows_of, rows_of_peers
@@ -66,6 +67,9 @@ def test_rows_say_who_was_asked_what() -> None:
     assert (one["score"], one["exact"], two["score"], two["text"]) == (1, True, None, None)
     assert two["loss"] == pytest.approx(-math.log(0.75))
     assert one.keys() == two.keys()
+    broken = Answers([torch.full((1, 2), torch.nan)] * 2, [None, None], 640)
+    with pytest.raises(UserError, match=r"needle at 100 tokens .* under full: .*model\.dtype=float32"):
+        rows_of(Contender("full", "full", 0.0, None), item, broken, broken, byte_tokenizer(), set())
 
 
 def test_answers_of_peers_become_rows() -> None:

@@ -178,6 +178,13 @@ def test_runs_of_the_same_questions_are_merged() -> None:
     assert len(merge([first, first | {"patterns": {"found": wider}}])) == 2, "their baselines have other windows"
 
 
+def test_runs_of_other_samples_stay_apart() -> None:
+    first = saved_results(1, ("language",), (1000,))
+    first |= {"rows": [row | {"sample": "a"} for row in first["rows"]]}
+    other = first | {"rows": [row | {"sample": "b", "loss": row["loss"] + 5} for row in first["rows"]]}
+    assert [found["rows"] for found in merge([first, other, first])] == [first["rows"], other["rows"]]
+
+
 def test_an_answer_with_text_wins() -> None:
     first = saved_results(1, ("json-lookup",), (1000,))
     silent = [row | {"text": None, "score": None, "loss": 9.0} for row in first["rows"]]

@@ -124,6 +124,29 @@ def test_other_files_are_refused(run: Path, changes: dict[str, Any], words: str)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"loss": None}, "loss is None, not a number"),
+        ({"question": -1}, "question -1 of passkey is not the one"),
+        ({"generated": "drop"}, "a row lacks generated"),
+    ],
+)
+def test_damaged_answers_are_named(run: Path, change: dict[str, Any], words: str) -> None:
+    question = answer()["questions"][0] | change
+    question = {key: value for key, value in question.items() if value != "drop"}
+    write_answers(run, [answer() | {"questions": [question]}])
+    with pytest.raises(UserError, match=words):
+        read_answers(run, ITEMS)
+
+
+@pytest.mark.parametrize("key", ["task", "sparsity", "questions"])
+def test_lines_lack_nothing(run: Path, key: str) -> None:
+    write_answers(run, [{name: value for name, value in answer().items() if name != key}])
+    with pytest.raises(UserError, match=f"lacks {key}"):
+        read_answers(run, ITEMS)
+
+
 def test_other_samples_are_refused(run: Path) -> None:
     write_answers(run, [answer()])
     with pytest.raises(UserError, match="sample 0 of passkey at 64 tokens is not asked here"):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from duo_id.errors import UserError
-from duo_id.evaluation.summary import COLUMNS, METRICS, contenders, frame, load_results, name_of, summarise
+from duo_id.evaluation.summary import COLUMNS, METRICS, _Resamples, contenders, frame, load_results, name_of, summarise
 from tests.evaluation.saved import line_up, save, saved_results
 
 FULL, MASK = ("full", "full", 0.0), ("pattern", "found", 0.5)
@@ -124,6 +124,13 @@ def test_random_masks_are_resampled_too() -> None:
     assert (single["loss_low"] == single["loss_high"]).all()
 
 
+def test_masks_and_samples_are_drawn_apart() -> None:
+    resamples = _Resamples(0)
+    samples, seeds = (resamples.weights(kind, np.arange(3)) for kind in ("samples", "seeds"))
+    assert (samples != seeds).any()
+    assert resamples.weights("seeds", np.arange(3)) is seeds
+
+
 def test_intervals_cover_the_truth() -> None:
     """95% of the intervals of 100 experiments with 40 samples hold the mean, give or take chance."""
     values = np.random.default_rng(0).normal(1.0, 0.5, size=(100, 40))
@@ -180,6 +187,9 @@ def test_results_come_back_from_the_disk(tmp_path: Path) -> None:
         ({"version": 2}, "has version 2, this duo_id reads version 1"),
         ({"rows": []}, "holds no rows"),
         ({"rows": [{"task": "a"}]}, "rows lack length, index"),
+        ({"model": "m"}, "model is str, not dict"),
+        ({"settings": None}, "settings is NoneType, not dict"),
+        ({"rows": [3]}, "a row is not an object"),
         (None, "cannot be read"),
     ],
 )
@@ -190,6 +200,23 @@ def test_what_is_not_results_is_refused(change: dict | None, message: str, tmp_p
         load_results(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("column", "value"), [("kind", "nosuch"), ("task", None), ("length", "1000"), ("kind", [])])
+def test_damaged_rows_are_named(column: str, value: object, tmp_path: Path) -> None:
+    results = saved_results(samples=1, tasks=("language",))
+    results["rows"][0][column] = value
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=f"{column} of a row is"):
+        load_results(tmp_path)
+
+
+def test_results_need_full_attention(tmp_path: Path) -> None:
+    results = saved_results(samples=1, tasks=("language",))
+    masks = [row for row in results["rows"] if row["kind"] != "full"]
+    (tmp_path / "results.json").write_text(json.dumps(results | {"rows": masks}))
+    with pytest.raises(UserError, match="no rows of full attention"):
+        load_results(tmp_path)
 
 
 def test_missing_keys_files_and_numbers_are_named(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def looks(rows: pd.DataFrame) -> list[Look]:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    columns = min(len(labels), max(1, int(figure.get_figwidth() / (0.7 + 0.08 * max(map(len, labels))))))
+    columns = min(len(labels), max(1, int(figure.get_figwidth() / (0.7 + 0.08 * max(map(len, labels), default=0)))))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 

@@ -53,7 +53,11 @@ class DuoLM(HFLM):
         if model is not None and pretrained is not None:
             raise UserError(f"--model_args model={model},pretrained={pretrained}: give one of them")
         pattern = load_pattern(heads)
-        mask = pattern.binarize(sparsity=float(sparsity))
+        try:
+            fraction = float(sparsity)
+        except ValueError as error:
+            raise UserError(f"--model_args sparsity={sparsity} is not a number") from error
+        mask = pattern.binarize(sparsity=fraction)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if pretrained is None:
             loaded = load_model(_settings(model, pattern, dtype), device)

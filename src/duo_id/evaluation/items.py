@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from duo_id.errors import UserError
+
 SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
 Row = dict[str, Any]  # what is known of one answer of one contender, see `duo_id.evaluation.judging`
 SPLITS = ("development", "test")  # of every task: choose and tune on the first, report the second
@@ -72,6 +74,22 @@ def from_json(contents: dict[str, Any]) -> Item:
     """The item that `Item.to_json` told."""
     questions = tuple(Question(**_tuples(question)) for question in contents["questions"])
     return Item(**_tuples(contents) | {"questions": questions})
+
+
+def check_row(row: Any, numbers: Sequence[str], others: Sequence[str], where: str) -> None:
+    """Refuse a row that was read from a file if it lacks a column, or has something else where numbers belong.
+
+    Raises:
+        UserError: `where` and what is wrong.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{where} holds {row!r} where a row should be")
+    for column in (*numbers, *others):
+        if column not in row:
+            raise UserError(f"{where}: a row lacks {column}")
+    for column in numbers:
+        if isinstance(row[column], bool) or not isinstance(row[column], int | float):
+            raise UserError(f"{where}: {column} is {row[column]!r}, not a number")
 
 
 def _tuples(contents: dict[str, Any]) -> dict[str, Any]:

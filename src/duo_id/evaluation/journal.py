@@ -10,11 +10,13 @@ import pandas as pd
 
 from duo_id.errors import UserError
 from duo_id.evaluation.contenders import Key
-from duo_id.evaluation.items import SCHEMA, VERSION, Item, Row
+from duo_id.evaluation.items import SCHEMA, VERSION, Item, Row, check_row
 from duo_id.files import atomic_path, write_text
 
 SCORES = "scores.jsonl"  # in a run folder: a header line, then one row a line
 RESULTS = "results.json"
+NUMBERS = ("length", "index", "question", "sparsity", "loss", "kl", "tokens", "correct", "bytes")  # of a row
+OTHERS = ("task", "sample", "kind", "heads", "seed", "depth", "score", "exact", "text")
 
 
 class Journal:
@@ -73,13 +75,18 @@ class Journal:
             self._rows[_identity(row)] = row
 
     def _read(self) -> None:
-        text = self.path.read_text(encoding="utf-8")
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise UserError(f"resume: {self.path} cannot be read ({error}): leave out resume to start anew") from error
         lines = text.splitlines()
         if text and not text.endswith("\n"):  # written while the process was killed
             lines.pop()
             write_text(self.path, "".join(line + "\n" for line in lines))
         try:
             header, *rows = [json.loads(line) for line in lines]
+            if not isinstance(header, dict):
+                raise ValueError("it has no header")
         except ValueError as error:
             raise UserError(f"resume: {self.path} cannot be read ({error}): leave out resume to start anew") from error
         if (header.get("schema"), header.get("version")) != (SCHEMA, VERSION):
@@ -91,6 +98,7 @@ class Journal:
             if header.get(key) != self.header.get(key):
                 raise UserError(f"resume: {self.path} was made with another {key}: leave out resume to start anew")
         for row in rows:
+            check_row(row, NUMBERS, OTHERS, f"resume: {self.path}")
             self._rows[_identity(row)] = row
 
 

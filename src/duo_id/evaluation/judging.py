@@ -1,5 +1,6 @@
 """From a model's answers to rows: one for each question and contender, with everything that is known of the answer."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from duo_id.errors import UserError
 from duo_id.evaluation.contenders import Contender
 from duo_id.evaluation.items import Item, Row
 from duo_id.evaluation.metrics import cut, judge
@@ -36,6 +38,11 @@ def rows_of(
     rows = []
     for number, question in enumerate(item.questions):
         measured = compare_logits(answers.logits[number], full.logits[number], question.answer)
+        if math.isnan(measured["loss"]):
+            raise UserError(
+                f"an answer to {item.task} at {item.length} tokens has a loss that is no number under "
+                f"{contender.heads}: compute in model.dtype=float32, or look at the model"
+            )
         row = {"task": item.task, "length": item.length, "index": item.index, "sample": item.digest, "question": number}
         row |= {"depth": question.depth} | contender_columns(contender) | measured
         row |= judged(item, number, answers.generated[number], tokenizer, ends) | {"bytes": answers.bytes}

@@ -129,11 +129,13 @@ def code_similarity(text: str, references: Sequence[str]) -> float:
 def choice(text: str, references: Sequence[str]) -> float:
     """1 if the answer chooses the right letter, else 0.
 
-    LongBench v2's accuracy (Bai et al. 2024, arXiv 2412.15204, section 4): the letter after "The correct answer is",
-    else the one that the answer begins with.
+    LongBench v2's accuracy (Bai et al. 2024, arXiv 2412.15204, section 4): the letter that the answer begins with, for
+    the prompt ends in "The correct answer is (", else the first one after these words. "A" may be an article: a letter
+    that is followed by another word is none.
     """
     text = text.replace("*", "")
-    found = re.search(rf"correct answer is:? *\(?([{LETTERS}])\b", text) or re.match(rf"\W*([{LETTERS}])\b", text)
+    found = re.match(rf"\W*([{LETTERS}])(?:[).,:;]|\s*$|\s*\n)", text)
+    found = found or re.search(rf"correct answer is:? *\(?([{LETTERS}])\b", text)
     return float(found is not None and found[1] in references)
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from duo_id.errors import UserError
-from duo_id.evaluation.items import Item
+from duo_id.evaluation.items import Item, check_row
 from duo_id.files import write_text
 
 SAMPLES = "samples.jsonl"  # in a run folder: a header line, then one item a line
 ANSWERS = "answers-*.jsonl"  # beside it, one file a press: a header line, then one context and sparsity a line
 SAMPLES_SCHEMA, ANSWERS_SCHEMA, VERSION = "duo_id/samples", "duo_id/answers", 1
+NUMBERS = ("question", "loss", "kl", "tokens", "correct", "bytes", "full_bytes")  # of an answer to a question
 HEADER = {
     "model",  # a hub id, or a local folder
     "revision",
@@ -87,8 +88,9 @@ def _rows(file: Path, item: Item, press: str, note: str, answer: dict[str, Any])
     """The rows of one answered context."""
     rows = []
     for asked in answer["questions"]:
+        check_row(asked, NUMBERS, ("generated",), f"{file}: {_again(file)}")
         number = asked["question"]
-        if number >= len(item.questions) or asked["tokens"] != len(item.questions[number].answer):
+        if number not in range(len(item.questions)) or asked["tokens"] != len(item.questions[number].answer):
             raise UserError(f"{file}: question {number} of {item.task} is not the one asked here: {_again(file)}")
         inside = item.questions[number].place is not None
         row = {"task": item.task, "length": item.length, "index": item.index, "question": number}
@@ -100,11 +102,13 @@ def _rows(file: Path, item: Item, press: str, note: str, answer: dict[str, Any])
 
 def _read(file: Path, digest: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and lines of one file; a last line that was cut short is left out."""
-    text = _bytes(file).decode()
+    text = _bytes(file).decode(errors="replace")
     whole = text[: text.rfind("\n") + 1]
     try:
         header, *answers = [json.loads(line) for line in whole.splitlines()]
         schema, version, samples = (header.get(key) for key in ("schema", "version", "samples"))
+        if not all(isinstance(answer, dict) for answer in answers):
+            raise ValueError("a line is not an object")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{file} holds no answers of peers ({error}): {_again(file)}") from error
     if schema != ANSWERS_SCHEMA:
@@ -115,6 +119,12 @@ def _read(file: Path, digest: str) -> tuple[dict[str, Any], list[dict[str, Any]]
         )
     if samples != digest:
         raise UserError(f"{file} answers other samples than {SAMPLES} beside it: {_again(file)}")
+    lacking = [key for key in ("press", "note") if key not in header]
+    for answer in answers:
+        lacking += [key for key in ("task", "length", "index", "sparsity") if key not in answer]
+        lacking += [] if "error" in answer or isinstance(answer.get("questions"), list) else ["questions"]
+    if lacking:
+        raise UserError(f"{file} lacks {lacking[0]}: {_again(file)}")
     return header, answers
 
 

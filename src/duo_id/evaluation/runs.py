@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 
 from duo_id.errors import UserError
-from duo_id.evaluation.summary import CONTENDER, QUESTION, load_results
+from duo_id.evaluation.summary import CONTENDER, QUESTION, SAMPLE, load_results
 from duo_id.formats import contents_of, load_pattern, pattern_name
 from duo_id.plots import read_metrics
 
+Place = tuple[Any, ...]  # of a sample: task, length and index
 IDENTITY = [*QUESTION, *CONTENDER, "seed"]  # of a row
 
 
@@ -72,10 +73,16 @@ def merge(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Args:
         runs: each as in results.json.
     """
-    merged: dict[str, dict[str, Any]] = {}
+    merged: list[_Merged] = []
     for run in runs:
-        fresh: dict[str, Any] = {"rows": [], "patterns": {}, "contenders": [], "all_settings": []}
-        into = merged.setdefault(_asked(run), dict(run) | fresh)
+        asked, samples = _asked(run), _samples(run)
+        found = next((known for known in merged if known.takes(asked, samples)), None)
+        if found is None:
+            fresh: dict[str, Any] = {"rows": [], "patterns": {}, "contenders": [], "all_settings": []}
+            found = _Merged(asked, {}, dict(run) | fresh)
+            merged.append(found)
+        found.samples.update(samples)
+        into = found.results
         names = {name: free_name(name, pattern, into["patterns"]) for name, pattern in run["patterns"].items()}
         rows: dict[Hashable, Any] = {}
         for row in [*into["rows"], *(_renamed(row, names) for row in run["rows"])]:
@@ -89,7 +96,21 @@ def merge(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             contender for contender in told if contender not in into["contenders"]
         ]
         into["all_settings"] = [*into["all_settings"], run["settings"]]
-    return list(merged.values())
+    return [known.results for known in merged]
+
+
+@dataclass
+class _Merged:
+    """Runs that have become one: what all of them asked, the digests of their samples, and the results so far."""
+
+    asked: str
+    samples: dict[Place, str]
+    results: dict[str, Any]
+
+    def takes(self, asked: str, samples: Mapping[Place, str]) -> bool:
+        """Whether a run asked the same; a sample of one name may be another, as under another Python."""
+        same = all(self.samples.get(place, digest) == digest for place, digest in samples.items())
+        return asked == self.asked and same
 
 
 def free_name(name: str, pattern: Mapping[str, Any], taken: Mapping[str, Any]) -> str:
@@ -107,6 +128,10 @@ def _asked(run: Mapping[str, Any]) -> str:
     window = first.get("sink_size"), first.get("recent_size")
     asked = [run.get(key) for key in ("model", "split", "seed", "chat_template")]
     return json.dumps([asked, window, [run["settings"].get(key) for key in ("data", "depths")]], sort_keys=True)
+
+
+def _samples(run: Mapping[str, Any]) -> dict[Place, str]:
+    return {tuple(row[column] for column in SAMPLE): row.get("sample", "") for row in run["rows"]}
 
 
 def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

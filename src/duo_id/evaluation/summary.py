@@ -77,11 +77,23 @@ def load_results(path: str | Path) -> dict[str, Any]:
     missing = [key for key in ("model", "patterns", "contenders", "settings", "versions", "rows") if key not in results]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
+    kinds = {"model": dict, "patterns": dict, "contenders": list, "settings": dict, "versions": dict, "rows": list}
+    for key, kind in kinds.items():
+        if not isinstance(results[key], kind):
+            raise UserError(f"{path} is damaged: {key} is {type(results[key]).__name__}, not {kind.__name__}")
     if not results["rows"]:
         raise UserError(f"{path} holds no rows: nothing was scored")
+    if not all(isinstance(row, dict) for row in results["rows"]):
+        raise UserError(f"{path} is damaged: a row is not an object")
     lacking = [column for column in COLUMNS if any(column not in row for row in results["rows"])]
     if lacking:
         raise UserError(f"{path}: rows lack {', '.join(lacking)}")
+    for row in results["rows"]:
+        for column, expected in {"kind": str, "task": str, "heads": str, "length": int}.items():
+            if not isinstance(row[column], expected) or (column == "kind" and row[column] not in KINDS):
+                raise UserError(f"{path} is damaged: {column} of a row is {row[column]!r}")
+    if all(row["kind"] != "full" for row in results["rows"]):
+        raise UserError(f"{path} holds no rows of full attention, which all others are compared with")
     return results
 
 
@@ -177,15 +189,15 @@ def name_of(kind: str, heads: str, seeds: int = 1) -> str:
 
 
 class _Resamples:
-    """Bootstrap weights, the first of which are ones: the sample itself. Equal sets of units get equal weights."""
+    """Bootstrap weights, the first of which are ones: the sample itself. Equal sets of one kind get equal weights."""
 
     def __init__(self, seed: int) -> None:
         self.random = np.random.default_rng(seed)
-        self.known: dict[bytes, np.ndarray] = {}
+        self.known: dict[tuple[str, bytes], np.ndarray] = {}
 
-    def weights(self, units: np.ndarray) -> np.ndarray:
-        """How often each unit is drawn: (1 + resamples, units)."""
-        key, count = units.tobytes(), len(units)
+    def weights(self, kind: str, units: np.ndarray) -> np.ndarray:
+        """How often each unit of a kind is drawn: (1 + resamples, units)."""
+        key, count = (kind, units.tobytes()), len(units)
         if key not in self.known:
             drawn = self.random.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
             self.known[key] = np.vstack([np.ones(count), drawn])
@@ -197,7 +209,7 @@ class _Resamples:
         seeds, seed = np.unique(seeds, return_inverse=True)
         table = np.zeros((len(seeds), len(samples), values.shape[1]))
         table[seed, sample] = values
-        drawn, drawn_seeds = self.weights(samples), self.weights(seeds)
+        drawn, drawn_seeds = self.weights("samples", samples), self.weights("seeds", seeds)
         return np.einsum("rs,srk->rk", drawn_seeds, drawn @ table)
 
 
