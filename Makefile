@@ -17,8 +17,8 @@ help:  ## Show this list
 train: $(installed)  ## Identify retrieval heads: make train ARGS="experiment=... key=value"
 	$(bin)/python -m duo_id.train $(ARGS)
 
-test: $(installed)  ## Run the tests: make test ARGS="-m gpu"
-	$(bin)/python -m pytest $(ARGS)
+test: $(installed)  ## Run the tests, a process a core: make test ARGS="-m gpu -n 0"
+	$(bin)/python -m pytest -n auto $(ARGS)
 
 lint: $(installed)  ## Check style and types
 	$(bin)/ruff check

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import noop_mask
 
+from duo_id.attention import full
 from duo_id.attention.full import full_attention
 from duo_id.attention.masks import Window
 from duo_id.attention.streaming import FLEX_BLOCK, flex_block_mask, streaming_attention
@@ -96,6 +97,16 @@ def test_flash_attn_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"step.full_backend=flash_attn: .*not installed"):
         full_attention(*inputs(4, 2, 2), None, "flash_attn")
+
+
+def test_cudnn_is_planned_for_long_contexts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("torch.backends.cudnn.is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    choose = full._choose.__wrapped__  # nothing of another device stays in its cache
+    assert choose("auto", "cuda", torch.bfloat16, True) == "cudnn"
+    assert choose("auto", "cuda", torch.bfloat16, False) == "flash"
+    assert choose("auto", "cuda", torch.float32, True) == choose("auto", "cpu", torch.bfloat16, True) == "sdpa"
 
 
 def test_unknown_backends_are_named() -> None:

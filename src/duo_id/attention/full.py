@@ -2,7 +2,7 @@
 
 import functools
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from duo_id.errors import UserError
 
-FULL_BACKENDS = ("auto", "sdpa", "cudnn", "flash_attn")
+FULL_BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flash_attn")
 CUDNN_MAX_DIM = 128  # widest head of cuDNN's forward pass that every supported version has
+CUDNN_MIN_TOKENS = 8192  # below, planning a new shape costs cuDNN more than its speed gains
+OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+ORDERS = {"cudnn": [SDPBackend.CUDNN_ATTENTION, *OTHERS], "flash": OTHERS}
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str = "auto") -> Tensor:
@@ -26,8 +29,9 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | Non
         key: (batch, KV heads, tokens, head_dim), tokens >= queries.
         value: (batch, KV heads, tokens, head_dim).
         scale: factor on the scores; None: 1/sqrt(head_dim).
-        backend: `auto` takes cuDNN on Hopper and later (there 1.7x SDPA's flash backend at 32K tokens), flash-attn
-            where it is installed, and otherwise what SDPA chooses; or one of these by name.
+        backend: `auto` takes cuDNN for long contexts on Hopper and later (there 1.7x SDPA's flash backend at 32K
+            tokens), else flash-attn where it is installed, and otherwise SDPA's flash backend, which plans nothing, so
+            that batches of ever new shapes cost no more; or one of these by name, `sdpa`: what SDPA chooses.
 
     Returns:
         (batch, heads, queries, head_dim).
@@ -35,20 +39,20 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | Non
     Raises:
         UserError: flash-attn was asked for and is not installed, or the backend is unknown.
     """
-    chosen = _choose(backend, query.device.type, query.dtype)
+    chosen = _choose(backend, query.device.type, query.dtype, key.shape[2] >= CUDNN_MIN_TOKENS)
     if chosen == "flash_attn":
         return _flash_attn(query, key, value, scale)
     past = key.shape[2] - query.shape[2]
     if past and query.shape[2] > 1:
         return _joined(query, key, value, past, scale, chosen)
-    with _prefer_cudnn() if chosen == "cudnn" else nullcontext():
+    with sdpa_kernel(ORDERS[chosen], set_priority=True) if chosen in ORDERS else nullcontext():
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=not past, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
 
 
 @functools.cache
-def _choose(backend: str, device: str, dtype: torch.dtype) -> str:
+def _choose(backend: str, device: str, dtype: torch.dtype, long: bool) -> str:
     if backend not in FULL_BACKENDS:
         raise UserError(f"step.full_backend={backend}: choose one of {', '.join(FULL_BACKENDS)}")
     if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
@@ -59,14 +63,9 @@ def _choose(backend: str, device: str, dtype: torch.dtype) -> str:
         return backend
     if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
-    if torch.cuda.get_device_capability()[0] >= 9 and torch.backends.cudnn.is_available():
+    if long and torch.cuda.get_device_capability()[0] >= 9 and torch.backends.cudnn.is_available():
         return "cudnn"
-    return "flash_attn" if importlib.util.find_spec("flash_attn") else "sdpa"
-
-
-def _prefer_cudnn() -> AbstractContextManager[None]:
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
+    return "flash_attn" if importlib.util.find_spec("flash_attn") else "flash"
 
 
 def _joined(query: Tensor, key: Tensor, value: Tensor, past: int, scale: float | None, chosen: str) -> Tensor:
