@@ -17,7 +17,7 @@ LONGEST = 320  # lines of a module
 # Each line imports from the lines above it alone, or from its own from left to right.
 ORDER = """
 errors files
-attention.masks attention.blends attention.full attention.kernels attention.streaming attention.decode
+attention.masks attention.blends attention.softmax attention.full attention.kernels attention.streaming attention.decode
 attention.padding attention.probe attention.gated
 gates penalties objectives
 config methods
@@ -115,11 +115,11 @@ def test_nobody_imports_the_entry_points() -> None:
         ("patterns", "errors"),
         ("formats", "patterns files errors"),
         ("plots", "patterns files errors"),
-        ("attention.probe", "attention.full errors"),
+        ("attention.probe", "attention.masks attention.softmax attention.full errors"),
         (
             "attention.gated",
-            "attention.masks attention.blends attention.full attention.kernels attention.streaming attention.padding "
-            "attention.probe errors",
+            "attention.masks attention.blends attention.softmax attention.full attention.kernels attention.streaming "
+            "attention.padding attention.probe errors",
         ),
     ],
 )

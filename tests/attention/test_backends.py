@@ -8,6 +8,7 @@ from torch.nn.attention.flex_attention import noop_mask
 from duo_id.attention import full
 from duo_id.attention.full import full_attention
 from duo_id.attention.masks import Window
+from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import FLEX_BLOCK, flex_block_mask, streaming_attention
 from duo_id.errors import UserError
 
@@ -37,7 +38,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None, wi
 @pytest.mark.parametrize("kv_heads", [2, 6])
 def test_blocked_equals_dense(window: Window, tokens: int, kv_heads: int) -> None:
     query, key, value = inputs(tokens, 6, kv_heads)
-    out = streaming_attention(query, key, value, 0.3, window, "blocked")
+    out = streaming_attention(query, key, value, Softmax(0.3), window, "blocked")
     expected = reference(query, key, value, 0.3, window)
     torch.testing.assert_close(out, expected)
     weights = torch.randn_like(out)
@@ -52,7 +53,7 @@ def test_blocked_equals_dense(window: Window, tokens: int, kv_heads: int) -> Non
 def test_flex_equals_dense(window: Window, tokens: int, kv_heads: int) -> None:
     query, key, value = inputs(tokens, 6, kv_heads, torch.float32)
     with torch.no_grad():  # FlexAttention has no backward pass on the CPU; on CUDA the gpu tests cover it
-        out = streaming_attention(query, key, value, None, window, "flex")
+        out = streaming_attention(query, key, value, Softmax(), window, "flex")
         torch.testing.assert_close(out, reference(query, key, value, None, window), atol=1e-5, rtol=1e-4)
 
 
@@ -71,7 +72,9 @@ def test_flex_block_mask_skips_only_what_nobody_sees(window: Window) -> None:
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_full_equals_dense(kv_heads: int, scale: float | None) -> None:
     query, key, value = inputs(77, 6, kv_heads)
-    torch.testing.assert_close(full_attention(query, key, value, scale), reference(query, key, value, scale, None))
+    torch.testing.assert_close(
+        full_attention(query, key, value, Softmax(scale)), reference(query, key, value, scale, None)
+    )
 
 
 def test_memory_of_blocked_is_linear() -> None:
@@ -87,7 +90,7 @@ def test_memory_of_blocked_is_linear() -> None:
 
         query, key, value = inputs(tokens, 2, 1, torch.float32)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            streaming_attention(query, key, value, None, Window(16, 64), "blocked")
+            streaming_attention(query, key, value, Softmax(), Window(16, 64), "blocked")
         return total
 
     assert kept(4096) < 5 * kept(1024)
@@ -96,7 +99,7 @@ def test_memory_of_blocked_is_linear() -> None:
 def test_flash_attn_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"step.full_backend=flash_attn: .*not installed"):
-        full_attention(*inputs(4, 2, 2), None, "flash_attn")
+        full_attention(*inputs(4, 2, 2), Softmax(), "flash_attn")
 
 
 def test_cudnn_is_planned_for_long_contexts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +114,9 @@ def test_cudnn_is_planned_for_long_contexts_alone(monkeypatch: pytest.MonkeyPatc
 
 def test_unknown_backends_are_named() -> None:
     with pytest.raises(UserError, match=r"step.full_backend=fast"):
-        full_attention(*inputs(4, 2, 2), None, "fast")
+        full_attention(*inputs(4, 2, 2), Softmax(), "fast")
     with pytest.raises(UserError, match=r"step.streaming_backend=fast"):
-        streaming_attention(*inputs(4, 2, 2), None, Window(1, 1), "fast")
+        streaming_attention(*inputs(4, 2, 2), Softmax(), Window(1, 1), "fast")
 
 
 @pytest.mark.gpu
@@ -126,7 +129,7 @@ def test_streaming_on_cuda(backend: str, window: Window, tokens: int) -> None:
     weights = torch.randn_like(expected)
     wanted = torch.autograd.grad((expected * weights).sum(), [query, key, value])
     moved = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in (query, key, value)]
-    out = streaming_attention(*moved, None, window, backend)
+    out = streaming_attention(*moved, Softmax(), window, backend)
     found = torch.autograd.grad((out * weights.cuda()).sum(), moved)
     for got, want in zip((out, *found), (expected, *wanted), strict=True):
         assert (got.cpu().double() - want).norm() / want.norm() < 1e-2
@@ -141,7 +144,7 @@ def test_full_on_cuda(backend: str, tokens: int) -> None:
     weights = torch.randn_like(expected)
     wanted = torch.autograd.grad((expected * weights).sum(), [query, key, value])
     moved = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in (query, key, value)]
-    out = full_attention(*moved, None, backend)
+    out = full_attention(*moved, Softmax(), backend)
     found = torch.autograd.grad((out * weights.cuda()).sum(), moved)
     for got, want in zip((out, *found), (expected, *wanted), strict=True):
         assert (got.cpu().double() - want).norm() / want.norm() < 1e-2
@@ -149,4 +152,4 @@ def test_full_on_cuda(backend: str, tokens: int) -> None:
 
 def test_flex_on_the_cpu_has_no_gradient_and_says_so() -> None:
     with pytest.raises(UserError, match=r"step.streaming_backend=flex .*blocked"):
-        streaming_attention(*inputs(200, 2, 2, torch.float32), None, Window(1, 8), "flex")
+        streaming_attention(*inputs(200, 2, 2, torch.float32), Softmax(), Window(1, 8), "flex")

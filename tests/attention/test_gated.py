@@ -229,7 +229,6 @@ def test_the_model_is_as_before_also_after_an_error(make_model: MakeModel, ids: 
         ("falcon", {}, "no attention that can be gated"),
         ("deepseek_v3", {"num_key_value_heads": 4}, "latent attention"),
         ("mistral", {"sliding_window": 16}, r"sliding window of 16 .*model.config.sliding_window=null"),
-        ("gemma2", {"head_dim": 16}, "soft cap"),
     ],
 )
 def test_models_that_cannot_be_gated_are_refused(

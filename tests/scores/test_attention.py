@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duo_id.attention.gated import bound_functions
+from duo_id.attention.softmax import Softmax
 from duo_id.scores.attention import ROWS, score_attention, weights
 from tests.conftest import FAMILIES
 from tests.dense import dense_attention
@@ -73,7 +74,7 @@ def test_query_heads_become_kv_heads(family: str, reduction: str, make_model: Ma
 def test_scale(scale: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 6, 20, 4, generator=generator), torch.randn(1, 2, 20, 4, generator=generator)
-    ((places, found),) = list(weights(query.bfloat16(), key.bfloat16(), torch.tensor([0, 7, 19]), scale))
+    ((places, found),) = list(weights(query.bfloat16(), key.bfloat16(), torch.tensor([0, 7, 19]), Softmax(scale)))
     assert places.tolist() == [0, 7, 19]
     assert found.dtype == torch.float32
     for head in range(6):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duo_id.attention.masks import Window
+from duo_id.attention.softmax import Softmax
 
 
 @torch.library.custom_op(
@@ -24,6 +25,8 @@ def decode_attention(
     sink_size: int,
     recent_size: int,
     scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Store a new token in the slots of its layer and attend from it; how many tokens there are is read on the device.
 
@@ -44,11 +47,14 @@ def decode_attention(
         sink_size: first tokens that streaming heads see.
         recent_size: latest tokens that streaming heads see.
         scale: factor on the scores.
+        softcap: see `Softmax`.
+        sinks: (query heads,), see `Softmax`.
 
     Returns:
         (batch, query heads, 1, head_dim).
     """
-    if query.is_cuda:
+    softmax, device = Softmax(scale, softcap, sinks), query.device
+    if query.is_cuda and softmax.plain:
         from duo_id.attention import kernels
 
         stores = (full_key, full_value, recent_key, recent_value)
@@ -59,26 +65,23 @@ def decode_attention(
     slot = torch.where(past < sink_size, past, sink_size + (past - sink_size) % recent_size)
     retrieval, streaming = heads.long().split([full_key.shape[1], recent_key.shape[1]])
     grouped = query.unflatten(1, (len(heads), -1))
-    out = torch.empty(grouped.shape, dtype=query.dtype)
+    out = torch.empty(grouped.shape, dtype=query.dtype, device=device)
     for chosen, keys, values, place in (
         (retrieval, full_key, full_value, past),
         (streaming, recent_key, recent_value, slot),
     ):
         if not len(chosen):
             continue
-        samples = torch.arange(len(query))
+        samples = torch.arange(len(query), device=device)
         keys[samples, :, place] = key[:, chosen, 0]
         values[samples, :, place] = value[:, chosen, 0]
-        used = min(keys.shape[2], int(lengths.max()))
-        visible = torch.arange(used) < lengths[:, None]
-        part = F.scaled_dot_product_attention(
-            grouped[:, chosen].flatten(1, 2),
-            keys[:, :, :used],
-            values[:, :, :used],
-            attn_mask=visible[:, None, None],
-            scale=scale,
-            enable_gqa=True,
-        )
+        used = keys.shape[2] if query.is_cuda else min(keys.shape[2], int(lengths.max()))
+        visible = (torch.arange(used, device=device) < lengths[:, None])[:, None, None]
+        inputs = (grouped[:, chosen].flatten(1, 2), keys[:, :, :used], values[:, :, :used])
+        if softmax.plain:
+            part = F.scaled_dot_product_attention(*inputs, attn_mask=visible, scale=scale, enable_gqa=True)
+        else:
+            part = softmax.of(chosen, len(heads)).attend(*inputs, visible)
         out[:, chosen] = part.unflatten(1, (len(chosen), -1))
     return out.flatten(1, 2)
 

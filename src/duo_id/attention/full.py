@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from duo_id.attention.softmax import Softmax, attend_by_rows
 from duo_id.errors import UserError
 
 FULL_BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flash_attn")
@@ -18,7 +19,7 @@ OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend
 ORDERS = {"cudnn": [SDPBackend.CUDNN_ATTENTION, *OTHERS], "flash": OTHERS}
 
 
-def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str = "auto") -> Tensor:
+def full_attention(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, backend: str = "auto") -> Tensor:
     """Causal softmax attention; the queries are those of the last tokens.
 
     With a past, keys before the queries, its part and the queries' own part are computed apart and joined by their
@@ -28,7 +29,7 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | Non
         query: (batch, heads, queries, head_dim).
         key: (batch, KV heads, tokens, head_dim), tokens >= queries.
         value: (batch, KV heads, tokens, head_dim).
-        scale: factor on the scores; None: 1/sqrt(head_dim).
+        softmax: of the layer: scale, soft cap and sinks; the last two have a path of their own, `attend_by_rows`.
         backend: `auto` takes cuDNN for long contexts on Hopper and later (there 1.7x SDPA's flash backend at 32K
             tokens), else flash-attn where it is installed, and otherwise SDPA's flash backend, which plans nothing, so
             that batches of ever new shapes cost no more; or one of these by name, `sdpa`: what SDPA chooses.
@@ -40,6 +41,9 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | Non
         UserError: flash-attn was asked for and is not installed, or the backend is unknown.
     """
     chosen = _choose(backend, query.device.type, query.dtype, key.shape[2] >= CUDNN_MIN_TOKENS)
+    if not softmax.plain:
+        return attend_by_rows(query, key, value, softmax)
+    scale = softmax.scale
     if chosen == "flash_attn":
         return _flash_attn(query, key, value, scale)
     past = key.shape[2] - query.shape[2]

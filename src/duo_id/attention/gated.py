@@ -1,6 +1,6 @@
 """The one attention function of all model families: registered with transformers, steered layer by layer.
 
-Every attention module of an attached model holds one function `(query, key, value, scale) -> output`, bound to it
+Every attention module of an attached model holds one function `(query, key, value, softmax) -> output`, bound to it
 as a plain attribute. Which function that is decides what the layer does: full attention, a gated blend, a hard mask.
 """
 
@@ -20,6 +20,7 @@ from duo_id.attention.full import full_attention
 from duo_id.attention.masks import Window
 from duo_id.attention.padding import padding_mask
 from duo_id.attention.probe import AttentionLayer, find_layers, gated_layers
+from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
 from duo_id.errors import UserError
 
@@ -27,7 +28,7 @@ IMPLEMENTATION = "duo_id"  # the name under which transformers knows the attenti
 PROBE = "duo_id_probe"  # and the one that finds the layers, which other models may not notice
 BOUND = "duo_id_attend"  # the attribute of an attention module that holds what it does
 
-AttendFunction = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+AttendFunction = Callable[[Tensor, Tensor, Tensor, Softmax], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Mask(Protocol):
 class CachedKeys(Protocol):
     """What a cache that keeps heads apart returns in place of keys: it holds the past and attends by itself."""
 
-    def attend(self, module: nn.Module, query: Tensor, scale: float | None) -> Tensor: ...  # noqa: D102
+    def attend(self, module: nn.Module, query: Tensor, softmax: Softmax) -> Tensor: ...  # noqa: D102
 
 
 def gated_heads(
@@ -70,10 +71,10 @@ def gated_heads(
         teacher: (batch, heads, tokens, head_dim), the teacher's full attention output, for blends that need it.
     """
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         gate = alpha.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
-        full = blend.full(lambda: full_attention(query, key, value, scale, backends.full), teacher)
-        streaming = streaming_attention(query, key, value, scale, window, backends.streaming)
+        full = blend.full(lambda: full_attention(query, key, value, softmax, backends.full), teacher)
+        streaming = streaming_attention(query, key, value, softmax, window, backends.streaming)
         return (gate * full + (1 - gate) * streaming).to(query.dtype)
 
     return attend
@@ -89,18 +90,19 @@ def masked_heads(retrieval: Tensor, window: Window, backends: Backends) -> Atten
     """
     full, streaming = retrieval.nonzero()[:, 0].tolist(), (~retrieval).nonzero()[:, 0].tolist()
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         if not streaming:
-            return full_attention(query, key, value, scale, backends.full)
+            return full_attention(query, key, value, softmax, backends.full)
         if not full:
-            return streaming_attention(query, key, value, scale, window, backends.streaming)
+            return streaming_attention(query, key, value, softmax, window, backends.streaming)
         grouped = query.unflatten(1, (key.shape[1], -1))
         out = torch.empty_like(grouped)
         for heads, function in (
             (full, partial(full_attention, backend=backends.full)),
             (streaming, partial(streaming_attention, window=window, backend=backends.streaming)),
         ):
-            part = function(grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], scale)
+            own = softmax.of(heads, key.shape[1])
+            part = function(grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], own)
             out[:, heads] = part.unflatten(1, (len(heads), -1))
         return out.flatten(1, 2)
 
@@ -118,10 +120,11 @@ def masked_rows(retrieval: Tensor, window: Window, backends: Backends) -> Attend
     flat = retrieval.flatten()
     full, streaming = flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         rows, kv_heads = key.shape[:2]
         grouped = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)  # (rows * KV heads, group, tokens, head_dim)
         key, value = (x.flatten(0, 1)[:, None] for x in (key, value))
+        sinks = None if softmax.sinks is None else softmax.sinks.view(kv_heads, -1).repeat(rows, 1)
         out = torch.empty_like(grouped)
         for chosen, function in (
             (full, partial(full_attention, backend=backends.full)),
@@ -129,7 +132,8 @@ def masked_rows(retrieval: Tensor, window: Window, backends: Backends) -> Attend
         ):
             if len(chosen):
                 heads = chosen.to(query.device)
-                out[heads] = function(grouped[heads], key[heads], value[heads], scale)
+                own = softmax if sinks is None else softmax._replace(sinks=sinks[heads])
+                out[heads] = function(grouped[heads], key[heads], value[heads], own)
         return out.unflatten(0, (rows, kv_heads)).flatten(1, 2)
 
     return attend
@@ -149,8 +153,8 @@ def streaming_heads(window: Window, backends: Backends) -> AttendFunction:
 def recording_heads(outputs: dict[int, Tensor], index: int, backends: Backends) -> AttendFunction:
     """A full-attention layer that leaves its output in `outputs[index]`, for blends with the teacher."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        outputs[index] = full_attention(query, key, value, scale, backends.full)
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+        outputs[index] = full_attention(query, key, value, softmax, backends.full)
         return outputs[index]
 
     return attend
@@ -227,24 +231,27 @@ def _attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: (batch, heads, tokens, dim) in, (batch, tokens, heads, dim) out."""
+    softmax = Softmax(scaling, softcap, s_aux)
     if not isinstance(key, Tensor):
-        return key.attend(module, query, scaling).transpose(1, 2).contiguous(), None
+        return key.attend(module, query, softmax).transpose(1, 2).contiguous(), None
     if key.shape[2] != query.shape[2]:
         raise UserError("this cache is not for gated or masked heads: call the model with use_cache=False")
     attend = getattr(module, BOUND)
     if attention_mask is None:
-        out = attend(query, key, value, scaling)
+        out = attend(query, key, value, softmax)
     elif attention_mask.dim() == 4:
         if getattr(attend, "func", None) is not _own_attention:
             raise UserError("heads cannot be gated or masked over packed sequences or a matrix as attention_mask")
-        out = _dense_attention(query, key, value, scaling, attention_mask)
+        out = _dense_attention(query, key, value, softmax, attention_mask)
     else:
         # Real tokens come first, so that causality alone hides the padding, whichever side it was on.
         start = attention_mask.to(torch.int32).argmax(-1)
-        out = _roll(attend(*(_roll(x, start) for x in (query, key, value)), scaling), -start)
+        out = _roll(attend(*(_roll(x, start) for x in (query, key, value)), softmax), -start)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -256,14 +263,16 @@ def _roll(x: Tensor, start: Tensor) -> Tensor:
 
 
 def _own_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, backends: Backends
+    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, window: int | None, backends: Backends
 ) -> Tensor:
     """A layer as its model has it: full attention, or a sliding window, which is a streaming head without a sink."""
     if window is None:
-        return full_attention(query, key, value, scale, backends.full)
-    return streaming_attention(query, key, value, scale, Window(0, window), backends.streaming)
+        return full_attention(query, key, value, softmax, backends.full)
+    return streaming_attention(query, key, value, softmax, Window(0, window), backends.streaming)
 
 
-def _dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor) -> Tensor:
+def _dense_attention(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, mask: Tensor) -> Tensor:
+    if not softmax.plain:
+        return softmax.attend(query, key, value, mask)
     gqa = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax.scale, enable_gqa=gqa)

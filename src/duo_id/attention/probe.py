@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from duo_id.attention.full import full_attention
+from duo_id.attention.softmax import Softmax
 from duo_id.errors import UserError
 
 
@@ -67,7 +68,8 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
                 obstacle=_obstacle(query, key, value, attention_mask, options),
             )
         )
-        out = full_attention(query, key, value, options.get("scaling"), "sdpa")
+        softmax = Softmax(options.get("scaling"), options.get("softcap"), options.get("s_aux"))
+        out = full_attention(query, key, value, softmax, "sdpa")
         return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(implementation, note)
@@ -86,13 +88,8 @@ def _obstacle(
         return f"{query.shape[1]} query heads do not divide among {key.shape[1]} KV heads"
     if attention_mask is not None and attention_mask.dim() == 4:
         return "its attention has a pattern of its own"
-    for option, name in {
-        "softcap": "a soft cap on the scores",
-        "s_aux": "learned sinks",
-        "position_bias": "a bias",
-    }.items():
-        if options.get(option) is not None:
-            return f"its attention has {name}, which is not supported yet"
+    if options.get("position_bias") is not None:
+        return "its attention has a bias, which is not supported yet"
     return None
 
 

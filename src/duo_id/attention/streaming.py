@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from duo_id.attention.full import full_attention
 from duo_id.attention.masks import Window
+from duo_id.attention.softmax import Softmax, attend_by_rows
 from duo_id.errors import UserError
 
 STREAMING_BACKENDS = ("auto", "blocked", "flex", "triton")
@@ -17,7 +18,7 @@ FLEX_BLOCK = 128  # FlexAttention's block of queries and of keys
 
 
 def streaming_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window, backend: str = "auto"
+    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, window: Window, backend: str = "auto"
 ) -> Tensor:
     """Causal attention of streaming heads: each query sees the sink and the recent window (`Window.sees`).
 
@@ -27,7 +28,7 @@ def streaming_attention(
         query: (batch, heads, queries, head_dim).
         key: (batch, KV heads, tokens, head_dim), tokens >= queries.
         value: (batch, KV heads, tokens, head_dim).
-        scale: factor on the scores; None: 1/sqrt(head_dim).
+        softmax: of the layer: scale, soft cap and sinks; the last two have a path of their own, `attend_by_rows`.
         window: sink and recent sizes, in tokens.
         backend: `blocked` (SDPA over blocks of queries, any device), `flex` (compiled FlexAttention, CUDA), `triton`
             (our kernel, CUDA, no gradient), or `auto`: on CUDA flex where a gradient is needed, else triton; on
@@ -43,7 +44,10 @@ def streaming_attention(
         raise UserError(f"step.streaming_backend={backend}: choose one of {', '.join(STREAMING_BACKENDS)}")
     tokens, past = key.shape[2], key.shape[2] - query.shape[2]
     if tokens <= window.sink_size + window.recent_size:
-        return full_attention(query, key, value, scale)  # nothing lies between sink and window
+        return full_attention(query, key, value, softmax)  # nothing lies between sink and window
+    if not softmax.plain:
+        return attend_by_rows(query, key, value, softmax, window)
+    scale = softmax.scale
     gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if backend == "auto":
         backend = ("flex" if gradient else "triton") if query.is_cuda else "blocked"
@@ -73,7 +77,9 @@ def _blocked(query: Tensor, key: Tensor, value: Tensor, scale: float | None, win
     first = min(start, max(past, sink + window.recent_size))
     parts = []
     if past < first:
-        parts.append(full_attention(query[:, :, : first - past], key[:, :, :first], value[:, :, :first], scale))
+        parts.append(
+            full_attention(query[:, :, : first - past], key[:, :, :first], value[:, :, :first], Softmax(scale))
+        )
     if first < start:
         middle = F.scaled_dot_product_attention(
             query[:, :, first - past : start - past].reshape(batch, kv_heads, group * (start - first), dim),

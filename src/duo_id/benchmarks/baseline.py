@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from duo_id.attention.full import full_attention
 from duo_id.attention.probe import AttentionLayer
+from duo_id.attention.softmax import Softmax
 from duo_id.benchmarks.timing import captured, timed
 
 IMPLEMENTATION = "duo_id_baseline"  # the name under which transformers knows the attention function
@@ -60,9 +61,9 @@ def filled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, co
     key, value = (x[:, :, : host.tokens] for x in (key, value))
     if query.shape[2] == 1:
         with nullcontext() if host.backend is None else sdpa_kernel(host.backend):
-            out = full_attention(query, key, value, scale, "sdpa")
+            out = full_attention(query, key, value, Softmax(scale), "sdpa")
     else:
-        out = full_attention(query, key, value, scale)
+        out = full_attention(query, key, value, Softmax(scale))
     return out.transpose(1, 2).contiguous()
 
 
@@ -113,7 +114,7 @@ def choose_backend(layer: AttentionLayer, key: Tensor, value: Tensor, tokens: in
 
         def attend(backend: SDPBackend = backend) -> None:
             with sdpa_kernel(backend):
-                full_attention(query, key[:, :, :tokens], value[:, :, :tokens], None, "sdpa")
+                full_attention(query, key[:, :, :tokens], value[:, :, :tokens], Softmax(), "sdpa")
 
         try:
             with warnings.catch_warnings():

@@ -11,6 +11,7 @@ from duo_id.attention.decode import decode_attention
 from duo_id.attention.gated import Backends
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
+from duo_id.attention.softmax import Softmax
 from duo_id.deploy.stores import FullStore, Store, StreamingStore
 from duo_id.deploy.tokens import Tokens
 from duo_id.errors import UserError
@@ -80,10 +81,9 @@ class DualLayer(CacheLayerMixin):
         return ArrivingKeys(self, key_states, value_states), value_states
 
     @torch.no_grad()
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         """Store new tokens and attend from them; see `ArrivingKeys.attend`."""
         tokens, new = self.tokens, key.shape[2]
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self.leads:
             tokens.advance(new, self.capacity)
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -94,7 +94,16 @@ class DualLayer(CacheLayerMixin):
             window, lengths = self.window, tokens.reach.to(query.device)
             places = (self.full.key, self.full.value, self.recent.key, self.recent.value, self.heads, lengths)
             return decode_attention(
-                query, key, value, *places, self.arrived, window.sink_size, window.recent_size, scale
+                query,
+                key,
+                value,
+                *places,
+                self.arrived,
+                window.sink_size,
+                window.recent_size,
+                softmax.factor(query.shape[-1]),
+                softmax.softcap,
+                softmax.sinks,
             )
         # Tokens before heads in memory, which is how the model goes on; nothing else writes where there is padding.
         whole = tokens.uniform and tokens.spans[0] == (0, new)
@@ -106,7 +115,7 @@ class DualLayer(CacheLayerMixin):
             part = (sample, slice(None), slice(start, end))
             for store in self.stores:
                 if store.heads and end > start:
-                    store.attend(query[part], key[part], value[part], out[part], past, sample, scale)
+                    store.attend(query[part], key[part], value[part], out[part], past, sample, softmax)
         return out
 
     @property
@@ -177,13 +186,13 @@ class ArrivingKeys:
     def __init__(self, layer: DualLayer, key: Tensor, value: Tensor) -> None:
         self.layer, self.key, self.value = layer, key, value
 
-    def attend(self, module: torch.nn.Module, query: Tensor, scale: float | None) -> Tensor:
+    def attend(self, module: torch.nn.Module, query: Tensor, softmax: Softmax) -> Tensor:
         """Store the tokens and attend from them to all that the layer's heads see.
 
         Args:
             module: the attention module that asks.
             query: (batch, heads, tokens, head_dim).
-            scale: factor on the scores; None: 1/sqrt(head_dim).
+            softmax: of the layer.
 
         Returns:
             (batch, heads, tokens, head_dim); zeros for padding.
@@ -195,4 +204,4 @@ class ArrivingKeys:
             raise UserError(
                 "layers of this model share keys and values, which the dual cache does not: use_cache=False"
             )
-        return self.layer.attend(query, self.key, self.value, scale)
+        return self.layer.attend(query, self.key, self.value, softmax)

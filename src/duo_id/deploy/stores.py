@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duo_id.attention.full import full_attention
 from duo_id.attention.masks import Window
+from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
 
 SLACK = 64  # tokens by which a growing store grows at least; beyond 8192 it grows by 1/128 of its length
@@ -41,7 +42,7 @@ class Store(ABC):
 
     @abstractmethod
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, past: int, sample: slice, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, past: int, sample: slice, softmax: Softmax
     ) -> None:
         """Store a chunk of tokens and attend from it.
 
@@ -52,7 +53,7 @@ class Store(ABC):
             out: the query's shape; written at the heads of this store.
             past: tokens of these samples before the chunk.
             sample: which samples of the batch.
-            scale: factor on the scores.
+            softmax: of the layer.
         """
 
     @abstractmethod
@@ -64,9 +65,17 @@ class Store(ABC):
         parts = [x[:, there] for _, there in self.runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def attention(self, query: Tensor, out: Tensor, kv_heads: int, attend: Callable[[Tensor], Tensor]) -> None:
+    def attention(
+        self,
+        query: Tensor,
+        out: Tensor,
+        kv_heads: int,
+        softmax: Softmax,
+        attend: Callable[[Tensor, Softmax], Tensor],
+    ) -> None:
         """Attend from the queries of this store's heads, and put the result into their places of `out`."""
-        found = attend(self.taken(query.unflatten(1, (kv_heads, -1))).flatten(1, 2)).unflatten(1, (len(self.heads), -1))
+        chosen = self.taken(query.unflatten(1, (kv_heads, -1))).flatten(1, 2)
+        found = attend(chosen, softmax.of(self.heads, kv_heads)).unflatten(1, (len(self.heads), -1))
         places = out.unflatten(1, (kv_heads, -1))
         for here, there in self.runs:
             places[:, there] = found[:, here]
@@ -125,7 +134,7 @@ class FullStore(Store):
             setattr(self, name, new)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, past: int, sample: slice, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, past: int, sample: slice, softmax: Softmax
     ) -> None:
         """See `Store.attend`."""
         end = past + key.shape[2]
@@ -133,7 +142,9 @@ class FullStore(Store):
             self.key[sample, here, past:end] = key[:, there]
             self.value[sample, here, past:end] = value[:, there]
         keys, values = self.key[sample, :, :end], self.value[sample, :, :end]
-        self.attention(query, out, key.shape[1], lambda q: full_attention(q, keys, values, scale, self.backend))
+        self.attention(
+            query, out, key.shape[1], softmax, lambda q, own: full_attention(q, keys, values, own, self.backend)
+        )
 
 
 class StreamingStore(Store):
@@ -155,13 +166,14 @@ class StreamingStore(Store):
         """Nothing: the window has room for any number."""
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, past: int, sample: slice, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, past: int, sample: slice, softmax: Softmax
     ) -> None:
         """See `Store.attend`."""
         stored = self.key[sample], self.value[sample]
-        if query.is_cuda and self.backend in ("auto", "triton"):
+        if query.is_cuda and softmax.plain and self.backend in ("auto", "triton"):
             from duo_id.attention.kernels import stream
 
+            scale = softmax.factor(query.shape[-1])
             stream(query, key, value, *stored, self.listed, past, self.window, scale, out)
         else:
             order = self._slot(self._kept(0, past, key.device))
@@ -172,7 +184,8 @@ class StreamingStore(Store):
                 query,
                 out,
                 key.shape[1],
-                lambda q: streaming_attention(q, keys, values, scale, self.window, self.backend),
+                softmax,
+                lambda q, own: streaming_attention(q, keys, values, own, self.window, self.backend),
             )
         kept = self._kept(past, key.shape[2], key.device)
         slots = self._slot(kept)

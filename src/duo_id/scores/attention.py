@@ -7,6 +7,7 @@ from torch import Tensor
 
 from duo_id.attention.full import full_attention
 from duo_id.attention.gated import AttendFunction, bound
+from duo_id.attention.softmax import Softmax
 from duo_id.scores.subject import Subject
 
 ROWS = 64  # queries whose weights are held at the same time
@@ -28,10 +29,10 @@ def score_attention(subject: Subject, ids: Tensor, queries: Tensor, reduce: Redu
     queries = queries.to(subject.device)
 
     def watching(index: int) -> AttendFunction:
-        def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-            values = reduce(weights(query, key, queries, scale)).unflatten(0, (key.shape[1], -1))
+        def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+            values = reduce(weights(query, key, queries, softmax)).unflatten(0, (key.shape[1], -1))
             found[index] = values.amax(-1) if reduction == "max" else values.mean(-1)
-            return full_attention(query, key, value, scale, subject.backends.full)
+            return full_attention(query, key, value, softmax, subject.backends.full)
 
         return attend
 
@@ -40,22 +41,19 @@ def score_attention(subject: Subject, ids: Tensor, queries: Tensor, reduce: Redu
     return torch.stack([found[layer.index] for layer in subject.layers]).float().cpu()
 
 
-def weights(query: Tensor, key: Tensor, queries: Tensor, scale: float | None) -> Iterator[tuple[Tensor, Tensor]]:
+def weights(query: Tensor, key: Tensor, queries: Tensor, softmax: Softmax) -> Iterator[tuple[Tensor, Tensor]]:
     """The causal attention weights of some queries, `ROWS` at a time.
 
     Args:
         query: (1, heads, tokens, head_dim).
         key: (1, KV heads, tokens, head_dim).
         queries: (n,) positions.
-        scale: factor on the scores; None: 1/sqrt(head_dim).
+        softmax: of the layer.
 
     Yields:
         positions (rows,) and weights (heads, rows, tokens) float32.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    grouped = query[0].unflatten(0, (key.shape[1], -1))
     places = torch.arange(key.shape[2], device=key.device)
     for rows in queries.split(ROWS):
-        scores = torch.einsum("hgqd,hkd->hgqk", grouped[:, :, rows].float(), key[0].float()) * scale
-        scores = scores.masked_fill(places > rows[:, None], -torch.inf)
-        yield rows, scores.softmax(-1).flatten(0, 1)
+        visible = places <= rows[:, None]
+        yield rows, softmax.weights(query[:, :, rows].float(), key.float(), visible)[0]

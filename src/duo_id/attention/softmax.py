@@ -1,0 +1,107 @@
+"""How a layer turns products of queries and keys into weights, and attention for layers that no fast backend knows."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from duo_id.attention.masks import Window
+
+ROWS = 128  # queries whose weights are held at the same time
+
+
+class Softmax(NamedTuple):
+    """What a layer does between its scores and its weights.
+
+    Attributes:
+        scale: factor on the products of queries and keys; None: 1/sqrt(head_dim).
+        softcap: c, where scores go through c * tanh(score / c); None: they do not.
+        sinks: (heads,) or (batch, heads), a learned score of each query head that takes its share of the softmax and
+            has no value; None: there is none.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is a scale alone, which every backend knows."""
+        return self.softcap is None and self.sinks is None
+
+    def factor(self, dim: int) -> float:
+        """The scale for heads of width `dim`."""
+        return dim**-0.5 if self.scale is None else self.scale
+
+    def of(self, chosen: Sequence[int] | Tensor, kv_heads: int) -> "Softmax":
+        """The same for the query heads of the KV heads `chosen` of `kv_heads`."""
+        if self.sinks is None:
+            return self
+        return self._replace(sinks=self.sinks.unflatten(-1, (kv_heads, -1))[..., chosen, :].flatten(-2))
+
+    def weights(self, query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
+        """Attention weights.
+
+        Args:
+            query: (batch, heads, queries, head_dim).
+            key: (batch, KV heads, keys, head_dim).
+            visible: bool, broadcast to (batch, heads, queries, keys): what each query sees, itself at least.
+
+        Returns:
+            (batch, heads, queries, keys), float32 or what is wider; they add up to 1, or to less with a sink.
+        """
+        kv_heads, queries = key.shape[1], query.shape[2]
+        grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # so that keys are not repeated
+        scores = (grouped @ key.mT).unflatten(2, (-1, queries)).flatten(1, 2)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.factor(query.shape[-1])
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        if self.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.sinks.to(scores.dtype)[..., None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+        """Attention, (batch, heads, queries, head_dim), over what is `visible`; see `weights`."""
+        weights = self.weights(query, key, visible).to(value.dtype)
+        grouped = weights.unflatten(1, (key.shape[1], -1)).flatten(2, 3) @ value
+        return grouped.unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+
+
+def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, window: Window | None = None) -> Tensor:
+    """Causal attention for any softmax, `ROWS` queries at a time; a backward pass computes their weights again.
+
+    Args:
+        query: (batch, heads, queries, head_dim), of the last tokens.
+        key: (batch, KV heads, tokens, head_dim), tokens >= queries.
+        value: the same shape.
+        softmax: of the layer.
+        window: what streaming heads see; None: the whole context.
+
+    Returns:
+        (batch, heads, queries, head_dim).
+    """
+    past = key.shape[2] - query.shape[2]
+    window = window or Window(0, key.shape[2])
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    parts = []
+    for start in range(0, query.shape[2], ROWS):
+        rows = query[:, :, start : start + ROWS]
+        first, end = past + start, past + start + rows.shape[2]
+        near = max(window.sink_size, first - window.recent_size + 1)  # the first key of the window of the first query
+        seen = torch.arange(end, device=key.device)
+        inputs: list[Any] = [rows, key[:, :, :end], value[:, :, :end]]
+        if near > window.sink_size:
+            seen, *inputs[1:] = (
+                torch.cat([x.narrow(d, 0, window.sink_size), x.narrow(d, near, end - near)], d)
+                for x, d in ((seen, 0), (inputs[1], 2), (inputs[2], 2))
+            )
+        inputs.append(window.dense(torch.arange(first, end, device=key.device), seen))
+        if gradient:
+            parts.append(checkpoint(softmax.attend, *inputs, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(softmax.attend(*inputs))
+    return torch.cat(parts, 2)
