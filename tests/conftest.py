@@ -53,6 +53,8 @@ def tiny_model(family: str, **changes: object) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embed" not in name:
                 torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * 1.5)
+            elif "sinks" in name:
+                torch.nn.init.normal_(parameter)
     return model.eval().requires_grad_(False)
 
 

@@ -22,15 +22,19 @@ EVERY_FAMILY: dict[str, dict[str, Any]] = FAMILIES | {
     "olmo2": {},
     "granite": {"attention_multiplier": 0.3},
     "gpt2": {},
-    "gemma2": {"head_dim": 16, "attn_logit_softcapping": None, "query_pre_attn_scalar": 10, "sliding_window": 9},
+    "gemma2": {"head_dim": 16, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 10, "sliding_window": 9},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 10, "sliding_window": 9, "layer_types": HYBRID},
-}
+    "gpt_oss": {
+        "head_dim": 16, "sliding_window": 9, "layer_types": HYBRID, "num_local_experts": 2, "num_experts_per_tok": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}  # fmt: skip
 WITH_LINEAR_ATTENTION: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4, "head_dim": 16,
     "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
 }  # fmt: skip
-HYBRIDS = ("gemma2", "gemma3_text")
+HYBRIDS = ("gemma2", "gemma3_text", "gpt_oss")
 ONE_HEAD_EACH = ("gpt_neox", "gpt2")  # keys of their own for every query head
 
 

@@ -41,10 +41,10 @@ def brute_force(model: PreTrainedModel, retrieval: Tensor, sink: int, recent: in
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **unused: Any,
     ) -> tuple[Tensor, None]:
         assert query.shape[2] == key.shape[2], "the reference has no cache"
-        assert softcap is None
         batch, heads, tokens, dim = query.shape
         real = torch.ones(batch, tokens, dtype=torch.long) if attention_mask is None else attention_mask.long()
         group = heads // key.shape[1]
@@ -58,7 +58,11 @@ def brute_force(model: PreTrainedModel, retrieval: Tensor, sink: int, recent: in
             else:
                 seen = visible(real, sink, recent)
             scores = query[:, head].double() @ key[:, kv_head].double().mT * (dim**-0.5 if scaling is None else scaling)
-            out[:, head] = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value[:, kv_head].double()
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            shares = scores.masked_fill(~seen, -torch.inf).exp()
+            total = shares.sum(-1, keepdim=True) + (0 if s_aux is None else s_aux[head].double().exp())
+            out[:, head] = shares / total @ value[:, kv_head].double()
         return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(NAME, attend)

@@ -276,7 +276,6 @@ def test_a_mask_about_layers_without_gates_is_refused() -> None:
         ("mamba", {}, "no attention that can be gated"),
         ("deepseek_v3", {"num_key_value_heads": 4}, "latent attention"),
         ("mistral", {"sliding_window": 16}, "sliding window of 16"),
-        ("gemma2", {"head_dim": 16}, "layers.1.self_attn cannot be gated: its attention has a soft cap"),
         (
             "llama4_text",
             {

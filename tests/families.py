@@ -1,0 +1,190 @@
+"""Every causal language model of transformers at a tiny size: what gates and masks make of it.
+
+`python -m tests.families` writes the table of docs/models.md; `tests/test_families.py` holds it true.
+"""
+
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from duo_id import HeadMask, duo_attention
+from duo_id.attention.blends import BLENDS
+from duo_id.attention.gated import Backends, attached, bound, gated_heads, masked_layers
+from duo_id.attention.masks import Window
+from duo_id.attention.probe import AttentionLayer
+from duo_id.errors import UserError
+from tests.deploy.reference import brute_force
+
+TABLE = Path(__file__).parents[1] / "docs" / "models.md"
+START, END = "<!-- families: python -m tests.families -->", "<!-- end of families -->"
+FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+WINDOW, TOKENS, NEW = Window(1, 3), 12, 3
+LARGEST = 3_000_000  # parameters of a tiny model
+
+# Under every name that a family may give them; what a family does not know it does not read.
+LAYERS = {"num_hidden_layers": 4}
+SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 95,
+    "num_experts": 2, "num_local_experts": 2, "n_routed_experts": 2, "moe_num_experts": 2, "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1, "sliding_window": 5,
+}  # fmt: skip
+OF: dict[str, dict[str, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a family.
+
+    Attributes:
+        works: whether its heads can be gated, masked and deployed.
+        gated: its gated layers of all, as "2 of 4".
+        why: the reason, where it does not work.
+    """
+
+    works: bool
+    gated: str = ""
+    why: str = ""
+
+
+class Unbuilt(Exception):
+    """A family has no tiny model."""
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    """Of four layers, one of them with full attention at least where the family has such layers."""
+    numbers = LAYERS | SIZES | OF.get(family, {})
+    config = AutoConfig.for_model(family, **numbers)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and "full_attention" not in kinds and "sliding_attention" in kinds:
+        config = AutoConfig.for_model(family, **numbers, layer_types=[*kinds[:-1], "full_attention"])
+    return config
+
+
+def tiny_model(family: str) -> PreTrainedModel:
+    """A frozen random model, in float32.
+
+    Raises:
+        Unbuilt: there is none.
+    """
+    try:
+        config = tiny_config(family)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if parameters > LARGEST:
+            raise Unbuilt(f"{parameters} parameters")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 2 and "embed" not in name:
+                    torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * 1.5)
+                elif "sink" in name:
+                    torch.nn.init.normal_(parameter)
+    except Exception as error:
+        raise Unbuilt(f"{type(error).__name__}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def try_family(family: str) -> Outcome:
+    """Gate, mask and deploy a family's tiny model.
+
+    Raises:
+        Unbuilt: it has none.
+        AssertionError: a result is wrong.
+    """
+    model = tiny_model(family)
+    ids = torch.randint(3, 90, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    try:
+        with attached(model):
+            pass
+    except UserError as error:
+        return Outcome(False, why=str(error))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    with attached(model) as layers:
+        mask = mask_of(model, layers)
+        check_gates(model, layers, ids, expected)
+        with torch.no_grad(), bound(layers, masked_layers(layers, mask, Backends())):
+            masked = model(ids, use_cache=False).logits
+    total = model.config.get_text_config().num_hidden_layers
+    with torch.no_grad(), brute_force(model, mask.retrieval, mask.sink_size, mask.recent_size):
+        close(masked, model(ids, use_cache=False).logits, "hard mask")
+    assert (masked - expected).abs().max() > 1e-4, "the mask changes nothing"
+    gated = f"{len(layers)} of {total}"
+    try:
+        check_deployed(model, mask, ids)
+    except UserError as error:
+        return Outcome(True, gated, f"no dual cache: {error}")
+    return Outcome(True, gated)
+
+
+def mask_of(model: PreTrainedModel, layers: list[AttentionLayer]) -> HeadMask:
+    """Heads that alternate; a layer of one KV head streams."""
+    retrieval = torch.ones(model.config.get_text_config().num_hidden_layers, layers[0].kv_heads, dtype=torch.bool)
+    for layer in layers:
+        retrieval[layer.index, ::2] = False
+    return HeadMask(retrieval, WINDOW.sink_size, WINDOW.recent_size, [layer.index for layer in layers])
+
+
+def check_gates(model: PreTrainedModel, layers: list[AttentionLayer], ids: Tensor, expected: Tensor) -> None:
+    """All gates at 1 are the untouched model; every layer's gates get a gradient."""
+
+    def logits(alpha: Tensor) -> Tensor:
+        pairs = zip(layers, alpha, strict=True)
+        functions = {layer.index: gated_heads(row, WINDOW, BLENDS["student"], Backends()) for layer, row in pairs}
+        with bound(layers, functions):
+            return model(ids, use_cache=False).logits
+
+    shape = (len(layers), layers[0].kv_heads)
+    with torch.no_grad():
+        close(logits(torch.ones(shape)), expected, "gates at 1")
+    alpha = torch.full(shape, 0.5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(logits(alpha).square().mean(), alpha)
+    assert gradient.isfinite().all(), "a gradient is not finite"
+    assert (gradient.abs().amax(-1) > 0).all(), "a layer's gates get no gradient"
+
+
+def check_deployed(model: PreTrainedModel, mask: HeadMask, ids: Tensor) -> None:
+    """Tokens that the dual cache decodes are those that a forward without it finds likeliest."""
+    with torch.no_grad(), duo_attention(model, mask):
+        made = model.generate(
+            ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        plain = model(made.sequences, use_cache=False).logits[:, TOKENS - 1 : -1]
+    close(torch.stack(made.logits, 1), plain, "dual cache")
+
+
+def close(found: Tensor, expected: Tensor, what: str) -> None:
+    """The greatest error is 1e-4 of the greatest logit."""
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    assert error <= 1e-4, f"{what}: error {error:.1e}"
+
+
+def row(family: str, outcome: Outcome) -> str:
+    """A line of the table."""
+    return f"| {family} | {'works' if outcome.works else 'refused'} | {outcome.gated} | {outcome.why} |"
+
+
+def main() -> None:
+    """Try all, or those that are named."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    for family in sys.argv[1:] or FAMILIES:
+        try:
+            print(row(family, try_family(family)), flush=True)
+        except Exception as error:
+            text = str(error).partition("\n")[0][:300]
+            print(f"| {family} | ERROR | | {type(error).__name__} {text} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
