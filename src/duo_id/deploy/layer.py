@@ -186,6 +186,12 @@ class ArrivingKeys:
     def __init__(self, layer: DualLayer, key: Tensor, value: Tensor) -> None:
         self.layer, self.key, self.value = layer, key, value
 
+    def __getattr__(self, name: str) -> Any:
+        """Nothing else: a model that works on its keys after the cache has taken them cannot use this one."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UserError("this model changes its keys behind the cache, which the dual cache does not: use_cache=False")
+
     def attend(self, module: torch.nn.Module, query: Tensor, softmax: Softmax) -> Tensor:
         """Store the tokens and attend from them to all that the layer's heads see.
 
