@@ -122,6 +122,21 @@ def test_more_samples_and_contenders_are_appended(tmp_path: Path) -> None:
     assert all(row["text"] is not None for row in rows if row["task"] == "needle-words")
 
 
+def test_several_seeds_are_one_contender(tmp_path: Path) -> None:
+    for seed in range(2):
+        scores = torch.rand(3, 2, generator=torch.Generator().manual_seed(seed))
+        provenance = {"seed": seed, "seconds": 1.0 + seed, "settings": {"data": {"task": "passkey"}}}
+        save_pattern(HeadPattern(scores, 4, 60, provenance=provenance), tmp_path / "two" / f"seed-{seed}" / "heads")
+    finished = evaluate(tmp_path, f"+patterns.two={tmp_path}/two/seed-*", "generate=false", "random_masks=0")
+    assert finished.status == 0, finished.output
+    shown = " ".join(finished.output.split())
+    assert "Rise in answer loss over full attention (nats a token), out of family: language" in shown
+    assert "two (2 seeds)" in shown
+    found = results(tmp_path / "run")
+    assert {row["heads"] for row in found["rows"]} == {"full", NAME, "two#0", "two#1", "streaming"}
+    assert found["patterns"]["two#1"]["provenance"]["seconds"] == 2.0
+
+
 def test_resuming_with_other_settings_is_refused(done: tuple[Path, Finished], tmp_path: Path) -> None:
     finished = run_command("evaluate", f"resume={done[0]}", "seed=3", folder=tmp_path)
     assert "another seed" in finished.error
@@ -140,6 +155,8 @@ REFUSED = {
     "heads-of-another-model": (["heads=good.tsv"], "2 layers x 2 KV heads, but tiny has 3 layers"),
     "other-pattern-of-another-model": (["+patterns.other=good.tsv"], "2 layers x 2 KV heads, but tiny has 3 layers"),
     "which-pattern-does-not-fit": (["+patterns.other=good.tsv"], "patterns.other=good.tsv"),
+    "no-seeds": (["+patterns.other=nosuch/seed-*"], "patterns.other=nosuch/seed-*: nothing there matches"),
+    "a-seed-of-another-model": (["+patterns.other=goo*.tsv"], "patterns.other#0=good.tsv"),
     "the-name-of-the-heads": (["heads=wide", "+patterns.wide=good.tsv"], "patterns.wide"),
     "name-with-a-meaning": (["+patterns.random=good.tsv"], "patterns.random"),
     "unknown-split": (["split=train"], "development"),

@@ -1,7 +1,8 @@
 """`python -m duo_id.evaluate heads=DIR_OR_NAME`: head patterns on held-out long-context tasks."""
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from duo_id.evaluation.figures import figures
 from duo_id.evaluation.items import Item, Row
 from duo_id.evaluation.journal import RESULTS, SCORES, Journal, write_results
 from duo_id.evaluation.judging import rows_of_peers
+from duo_id.evaluation.leaderboard import leaderboards
 from duo_id.evaluation.peers import SAMPLES, read_answers, write_samples
 from duo_id.evaluation.published.registry import is_published, published_items
 from duo_id.evaluation.reading import end_tokens
 from duo_id.evaluation.running import run
 from duo_id.evaluation.settings import EvaluateSettings
-from duo_id.evaluation.table import results_table
+from duo_id.evaluation.summary import SEED
+from duo_id.evaluation.table import results_table, terminal
 from duo_id.evaluation.tasks.building import Builder
 from duo_id.evaluation.tasks.registry import make_items
 from duo_id.formats import contents_of, list_patterns, load_pattern, pattern_name
@@ -51,7 +54,7 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
     """
     name = pattern_name(settings.heads)
     require(name not in settings.patterns, f"patterns.{name}: heads={settings.heads} has this name, choose another")
-    sources = {name: settings.heads} | settings.patterns
+    sources = {name: settings.heads} | seeds_of(settings.patterns)
     patterns = {name: load_pattern(source) for name, source in sources.items()}
     model = load_model(settings.model, "cuda" if torch.cuda.is_available() else "cpu", settings.seed)
     with attached(model.model) as layers:
@@ -59,7 +62,7 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
             try:
                 pattern.check_fits(model.num_layers, layers[0].kv_heads, model.name)
             except UserError as error:
-                override = "patterns." + name if name in settings.patterns else "heads"
+                override = "heads" if sources[name] == settings.heads else f"patterns.{name}"
                 raise UserError(f"{override}={sources[name]}: {error}") from error
         description = model.describe(layers) | {"dtype": str(model.model.dtype).removeprefix("torch.")}
     items = all_items(settings, model)
@@ -88,9 +91,26 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
     }
     write_results(folder, results)
     app.console.print(results_table(results, f"{model.name} under {settings.heads}"))
+    for title, grid in leaderboards(results).items():
+        app.console.print(terminal(grid, title))
     for name, figure in figures(results).items():
         save_figure(figure, folder / "figures" / f"{name}.png")
     return results
+
+
+def seeds_of(sources: Mapping[str, str]) -> dict[str, str]:
+    """Where patterns are, by name; a source with a `*` is all that match: NAME#0, NAME#1, ..., seeds of one contender.
+
+    Raises:
+        UserError: nothing matches.
+    """
+    found: dict[str, str] = {}
+    for name, source in sources.items():
+        matches = sorted(glob(source)) if "*" in source else [source]
+        require(bool(matches), f"patterns.{name}={source}: nothing there matches")
+        numbered = {f"{name}{SEED}{number}": match for number, match in enumerate(matches)}
+        found |= numbered if "*" in source else {name: source}
+    return found
 
 
 def all_items(settings: EvaluateSettings, model: LanguageModel) -> list[Item]:

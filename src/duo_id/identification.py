@@ -88,15 +88,6 @@ def identify(method: MethodSettings, run: Run) -> HeadPattern:
     return run.pattern(method, mean_scores(subject, samples, method, run.console))
 
 
-def average(patterns: Sequence[HeadPattern]) -> HeadPattern:
-    """The pattern of the mean scores of several seeds, which share all else; of one: itself."""
-    if len(patterns) == 1:
-        return patterns[0]
-    scores = torch.stack([pattern.scores for pattern in patterns]).mean(0)
-    seeds = [pattern.provenance["seed"] for pattern in patterns]
-    return replace(patterns[0], scores=scores, provenance=patterns[0].provenance | {"seeds": seeds})
-
-
 def device_of(settings: TrainSettings) -> torch.device:
     """Where Lightning would run.
 

@@ -3,8 +3,8 @@
 import json
 import math
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -147,6 +147,15 @@ class HeadPattern:
         """The shape and the sizes, not the heads."""
         low, high = self.scores[list(self.gated_layers)].aminmax()
         return f"HeadPattern({_summary(self, self.scores)}, scores in [{low:.4g}, {high:.4g}])"
+
+
+def average(patterns: Sequence[HeadPattern]) -> HeadPattern:
+    """The pattern of the mean scores of several seeds, which share all else; of one: itself."""
+    if len(patterns) == 1:
+        return patterns[0]
+    scores = torch.stack([pattern.scores for pattern in patterns]).mean(0)
+    seeds = [pattern.provenance.get("seed") for pattern in patterns]
+    return replace(patterns[0], scores=scores, provenance=patterns[0].provenance | {"seeds": seeds})
 
 
 def random_mask(

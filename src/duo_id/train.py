@@ -17,10 +17,10 @@ from duo_id.evaluation.agreement import agreement_table
 from duo_id.evaluation.comparison import check_window, compare, results_table
 from duo_id.files import write_text
 from duo_id.formats import HEADS, load_pattern, save_pattern
-from duo_id.identification import Run, average, device_of, identify
+from duo_id.identification import Run, device_of, identify
 from duo_id.methods import GateSettings, train_settings
 from duo_id.models import load_model
-from duo_id.patterns import HeadPattern
+from duo_id.patterns import HeadPattern, average
 from duo_id.plots import plot_gates, plot_training, read_metrics, save_figure
 
 UNTOLD = ("logger", "resume", "checkpoint_seconds")  # settings that say nothing about what was found, only about a disk
@@ -91,8 +91,10 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
         if settings.repeats > 1 and (folder / "heads" / HEADS).is_file():
             patterns[f"seed {seed}"] = load_pattern(folder)
             continue
+        began = time.perf_counter()
         pattern = identify(settings.method, replace(run, folder=folder, seed=seed))
-        pattern = replace(pattern, provenance=found | {"seed": seed} | pattern.provenance)
+        took = {"seed": seed, "seconds": time.perf_counter() - began}
+        pattern = replace(pattern, provenance=found | took | pattern.provenance)
         if settings.repeats > 1:
             save_pattern(pattern, folder / "heads", settings.sparsity)
         if isinstance(settings.method, GateSettings) and "csv" in settings.logger:

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from duo_id.evaluation.agreement import draw_cells, plain, plot_agreement, plot_patterns
+from duo_id.evaluation.leaderboard import averaged, seconds_of
 from duo_id.evaluation.summary import CONTENDER, KINDS, METRICS, contenders, frame
 from duo_id.evaluation.table import headline
-from duo_id.formats import pattern_from_json
 from duo_id.plots import COLORS, DASHES, MARKERS, style
 
 FULL: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 1.0}
@@ -39,11 +39,14 @@ def figures(results: Mapping[str, Any]) -> dict[str, Figure]:
                 found[f"budget-{metric}"] = plot_budget(rows, metric)
     if sparsities_of(rows) and rows["task"].nunique() > 1:
         found["tasks"] = plot_tasks(rows)
+    seconds = seconds_of(results["patterns"])
+    if len(seconds) > 1:
+        found["cost"] = plot_cost(rows, seconds)
     for task in _placed(rows, generated=True):
         found[f"depths-{_slug(task)}"] = plot_depths(rows, task)
     for task in _placed(rows, generated=False):
         found[f"position-{_slug(task)}"] = plot_position(rows, task)
-    patterns = {name: pattern_from_json(contents, name) for name, contents in results["patterns"].items()}
+    patterns = averaged(results["patterns"])
     if patterns:
         found["gates"] = plot_patterns(patterns)
     if len(patterns) > 1:
@@ -86,6 +89,36 @@ def plot_budget(rows: pd.DataFrame, metric: str) -> Figure:
     if form.percent:
         axes.set_ylim(bottom=0)
     _legend(figure, axes)
+    return figure
+
+
+@style()
+def plot_cost(rows: pd.DataFrame, seconds: Mapping[str, float]) -> Figure:
+    """The rise in answer loss over the time that finding the heads took, one panel a sparsity.
+
+    Args:
+        rows: of the patterns that `seconds` names, among others, which are left out.
+        seconds: by name, each above 0.
+    """
+    found, panels = contenders(rows), sparsities_of(rows[rows["heads"].isin(seconds)])
+    figure = Figure(figsize=(max(4.2, 0.9 + 1.9 * len(panels)), 3.2))
+    grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
+    for axes, sparsity in zip(grid.flat, panels, strict=True):
+        for kind, heads, look in looks(rows):
+            points = _of(found, kind, heads)
+            points = points[points["sparsity"] == sparsity]
+            if kind != "pattern" or heads not in seconds or points.empty:
+                continue
+            value, low, high = (points[f"rise{end}"].to_numpy() for end in ("", "_low", "_high"))
+            axes.plot(seconds[heads], value, label=_label(heads), markersize=5, **look | {"linestyle": ""})
+            axes.vlines(seconds[heads], low, high, color=look["color"], linewidth=0.9)
+        axes.axhline(0, **FULL)
+        axes.set_title(f"{100 * sparsity:.4g}% stream", loc="left")
+        axes.set_xscale("log")
+        axes.grid(axis="y")
+    grid[0, 0].set_ylabel(METRICS["rise"].label)
+    figure.supxlabel("time to find the heads (s)", fontsize=9)
+    _legend(figure, grid[0, 0])
     return figure
 
 

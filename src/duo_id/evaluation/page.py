@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 
 from duo_id.evaluation.agreement import plot_agreement, plot_patterns
 from duo_id.evaluation.figures import figures, sparsities_of
+from duo_id.evaluation.leaderboard import averaged, leaderboards
 from duo_id.evaluation.runs import Run, free_name, merge
 from duo_id.evaluation.summary import METRICS, QUESTION, SAMPLE, frame, name_of
 from duo_id.evaluation.table import Cell, Grid, contender_grid, headline, middle, task_grid
-from duo_id.formats import pattern_from_json
 from duo_id.plots import plot_training
 
 LARGEST_SVG = 200_000  # characters; a larger figure becomes a PNG
@@ -31,6 +31,7 @@ CAPTIONS = {  # what a figure shows, by the beginning of its name
     "Bands: 95% intervals.",
     "budget-rise": "How far the answer loss rises above full attention's, over the part of the KV cache that is kept. "
     "Bands: 95% intervals.",
+    "cost": "Rise in answer loss over the time that finding the heads took. Thin lines: 95% intervals.",
     "tasks": "Each task relative to full attention (dashed), by the part of the KV heads that stream. "
     "Thin lines: 95% intervals.",
     "depths": "Score by the length of the context and the depth of the needle. KV: the part of the cache that is kept.",
@@ -140,6 +141,7 @@ def _evaluation(results: Mapping[str, Any], picture: Pictures) -> dict[str, Any]
             picture(figure, next(text for start, text in CAPTIONS.items() if name.startswith(start)))
             for name, figure in figures(dict(results) | {"patterns": {}}).items()
         ],
+        "leaderboards": leaderboards(results),
         "tables": [
             (
                 f"{METRICS[metric].label}, {100 * sparsity:.4g}% of the KV heads stream",
@@ -171,7 +173,7 @@ def _answers(rows: pd.DataFrame, sparsity: float) -> Grid | None:
 
 
 def _patterns(contents: Mapping[str, Any], picture: Pictures) -> list[Picture]:
-    patterns = {name: pattern_from_json(pattern, name) for name, pattern in contents.items()}
+    patterns = averaged(contents)
     found = []
     for shape in sorted({tuple(pattern.scores.shape) for pattern in patterns.values()}):
         alike = {name: pattern for name, pattern in patterns.items() if tuple(pattern.scores.shape) == shape}

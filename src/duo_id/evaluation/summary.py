@@ -1,6 +1,7 @@
 """Saved rows in, statistics out: what each contender scores, how sure that is, and what it loses to full attention."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ SAMPLE = ["task", "length", "index"]  # what is resampled as one: its questions 
 QUESTION = [*SAMPLE, "question"]
 CONTENDER = ["kind", "heads", "sparsity"]  # random masks of all seeds are one
 COLUMNS = [*QUESTION, "depth", *CONTENDER, "seed", "loss", "kl", "tokens", "correct", "score", "exact", "text", "bytes"]
+SEED = "#"  # the pattern NAME#2 is one of several seeds of the contender NAME
 KINDS = ("full", "pattern", "baseline", "eviction")
 RESAMPLES = 1000
 
@@ -100,6 +102,8 @@ def load_results(path: str | Path) -> dict[str, Any]:
 def frame(results: Mapping[str, Any]) -> pd.DataFrame:
     """The rows of results as a frame; what was not measured is NaN, and `exact` is 1 or 0.
 
+    Patterns named NAME#SEED are seeds of the contender NAME.
+
     Raises:
         UserError: a column holds something else than numbers.
     """
@@ -110,7 +114,19 @@ def frame(results: Mapping[str, Any]) -> pd.DataFrame:
             rows[column] = rows[column].astype(float)
         except (TypeError, ValueError) as error:
             raise UserError(f"these results are damaged: {column} holds no numbers ({error})") from None
-    return rows
+    return _with_seeds(rows)
+
+
+def contender_of(pattern: str) -> str:
+    """The contender that a pattern belongs to: NAME of NAME#2, and of runs put together NAME [2] of NAME#2 [2]."""
+    return re.sub(rf"{SEED}\d+(?=$| \[\d+\]$)", "", pattern)
+
+
+def _with_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    seeds = rows["heads"].str.extract(rf"{SEED}(\d+)(?:$| \[\d+\]$)")[0].astype(float)
+    seeds = seeds.where(rows["kind"] == "pattern")
+    named = rows["heads"].map({name: contender_of(name) for name in rows["heads"].unique()})
+    return rows.assign(seed=rows["seed"].fillna(seeds), heads=named.where(seeds.notna(), rows["heads"]))
 
 
 def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) -> pd.DataFrame:
@@ -122,7 +138,7 @@ def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) 
     is the fraction of the full cache's bytes.
 
     Intervals are percentiles of a bootstrap over the samples of each task, all questions of a sample together; where
-    a group has several seeds (of random masks), these are resampled as well (Owen 2007, "The pigeonhole bootstrap").
+    a group has several seeds, these are resampled as well (Owen 2007, "The pigeonhole bootstrap").
     A relative value takes the same resample on both sides. There is no interval where each task has one sample.
 
     Args:
@@ -185,7 +201,8 @@ def name_of(kind: str, heads: str, seeds: int = 1) -> str:
     name = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in heads)
     if kind == "full":
         return "full attention"
-    return f"{name} ({seeds} masks)" if seeds > 1 else name
+    of_seeds = "masks" if kind == "baseline" else "seeds"
+    return f"{name} ({seeds} {of_seeds})" if seeds > 1 else name
 
 
 class _Resamples:
