@@ -17,7 +17,8 @@ LONGEST = 320  # lines of a module
 # Each line imports from the lines above it alone, or from its own from left to right.
 ORDER = """
 errors files
-attention.masks attention.blends attention.softmax attention.full attention.kernels attention.streaming attention.decode
+attention.masks attention.blends attention.softmax attention.full attention.kernels attention.streaming_kernels
+attention.streaming attention.decode
 attention.padding attention.probe attention.gated
 gates penalties objectives
 config methods
@@ -26,7 +27,7 @@ data.words data.samples data.haystack data.disk data.drafting data.passkey data.
 data.text data.mixture data.tasks data.module
 patterns formats
 deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill
-scoring recompute graphs distillation
+scoring recompute graphs distillation compiled memory steps
 plots progress checkpoints
 training
 scores.subject scores.attention scores.needles scores.profile scores.retrieval scores.query scores.reconstruction
@@ -118,8 +119,8 @@ def test_nobody_imports_the_entry_points() -> None:
         ("attention.probe", "attention.masks attention.softmax attention.full errors"),
         (
             "attention.gated",
-            "attention.masks attention.blends attention.softmax attention.full attention.kernels attention.streaming "
-            "attention.padding attention.probe errors",
+            "attention.masks attention.blends attention.softmax attention.full attention.kernels "
+            "attention.streaming_kernels attention.streaming attention.padding attention.probe errors",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """Typed settings: what Hydra composes is checked here once, and every error names the override to change."""
 
+import re
 from dataclasses import dataclass, field, fields
 from math import inf
 from pathlib import Path
@@ -15,6 +16,7 @@ from duo_id.attention.streaming import STREAMING_BACKENDS
 from duo_id.errors import UserError
 
 Settings = TypeVar("Settings")
+UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
 
 
 def conf_dir() -> Path:
@@ -158,7 +160,9 @@ class MethodSettings:
 class StepSettings:
     """How a training step is computed: see conf/step/."""
 
-    recompute: bool = False  # activations of each layer are computed again in the backward pass
+    shape: str = "fast"  # fast | paper: teacher and student in one batch, as DuoAttention's code has it
+    memory: str = "auto"  # auto: what the GPU has; a budget such as 60GiB; least: layers keep their inputs alone
+    compile: bool = False  # norms, MLP, projections and blends of all layers
     full_backend: str = "auto"
     streaming_backend: str = "auto"
     cuda_graphs: bool = False  # replay the step as one graph for each length, padded to a multiple of the next
@@ -166,6 +170,12 @@ class StepSettings:
 
     def __post_init__(self) -> None:
         """Check the backends' names."""
+        memory_bytes(self.memory)
+        require(self.shape in ("fast", "paper"), f"step.shape={self.shape}: choose fast or paper")
+        require(
+            self.shape == "fast" or self.memory == "least",
+            f"step.shape=paper needs step.memory=least, not {self.memory}: step=paper_shape sets both",
+        )
         require(self.length_multiple >= 1, f"step.length_multiple={self.length_multiple} must be at least 1")
         for key, choices in (("full_backend", FULL_BACKENDS), ("streaming_backend", STREAMING_BACKENDS)):
             chosen = getattr(self, key)
@@ -174,7 +184,7 @@ class StepSettings:
     @property
     def backends(self) -> Backends:
         """Implementations of attention."""
-        return Backends(self.full_backend, self.streaming_backend)
+        return Backends(self.full_backend, self.streaming_backend, self.compile)
 
 
 @dataclass
@@ -262,6 +272,21 @@ def fractions(sparsity: list[float]) -> list[float]:
 def check_seed(seed: int) -> None:
     """Raise a `UserError` unless random generators take the seed."""
     require(0 <= seed < 2**32, f"seed={seed} must lie in [0, 2^32)")
+
+
+def memory_bytes(memory: str) -> int | None:
+    """The bytes of a budget such as `60GiB`; None for `auto`, and for `least`, which have none.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if memory in ("auto", "least"):
+        return None
+    found = re.fullmatch(rf"([0-9.]+) ?({'|'.join(UNITS)})", memory)
+    try:
+        return int(float(found[1]) * UNITS[found[2]])  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise UserError(f"step.memory={memory}: choose auto, least, or a budget such as 60GiB") from None
 
 
 def parse(schema: type[Settings], config: DictConfig, **parts: type[Any]) -> Settings:

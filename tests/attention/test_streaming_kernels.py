@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from duo_id.attention.masks import Window
+from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
 from tests.attention.test_backends import reference
 
@@ -32,7 +33,7 @@ def check(tokens: int, window: tuple[int, int], group: int, dim: int, dtype: tor
 
         out = stream(*given, *window, scale)[0]
     else:
-        out = streaming_attention(*given, scale, seen, "triton")
+        out = streaming_attention(*given, Softmax(scale), seen, "triton")
     expected = reference(*wide, scale, seen)
     assert out.dtype == dtype
     found = torch.autograd.grad(out, given, grad)
@@ -49,7 +50,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from duo_id.attention import streaming_kernels
 
     for name, rows, block in (("FORWARD", 32, 16), ("QUERY", 16, 32), ("KEY", 32, 16)):
-        monkeypatch.setattr(streaming_kernels, f"{name}_TUNING", {"rows": rows, "block": block, "warps": 4, "stages": 2})
+        monkeypatch.setattr(
+            streaming_kernels, f"{name}_TUNING", {"rows": rows, "block": block, "warps": 4, "stages": 2}
+        )
     monkeypatch.setattr(streaming_kernels, "CHUNK", 64)
 
 
@@ -79,7 +82,7 @@ def test_any_layout(expanded: bool) -> None:
     found, wanted = (
         (out.sum() if expanded else out.square().sum(), leaves)
         for out, leaves in (
-            (streaming_attention(*given, None, Window(3, 20), "triton"), given),
+            (streaming_attention(*given, Softmax(), Window(3, 20), "triton"), given),
             (reference(*wide, None, Window(3, 20)), wide),
         )
     )
@@ -121,8 +124,8 @@ def test_a_long_sequence(dim: int) -> None:
     query, key, value, grad = inputs(20_000, 4, dim, torch.bfloat16, batch=1)
     given = [x.detach().requires_grad_() for x in (query, key, value)]
     wide = [x.detach().float().requires_grad_() for x in (query, key, value)]
-    out = streaming_attention(*given, None, Window(128, 256), "triton")
-    expected = streaming_attention(*wide, None, Window(128, 256), "blocked")
+    out = streaming_attention(*given, Softmax(), Window(128, 256), "triton")
+    expected = streaming_attention(*wide, Softmax(), Window(128, 256), "blocked")
     found, wanted = torch.autograd.grad(out, given, grad), torch.autograd.grad(expected, wide, grad.float())
     for got, want in zip((out, *found), (expected, *wanted), strict=True):
         assert (got.float() - want).norm() / want.norm() < 1e-2

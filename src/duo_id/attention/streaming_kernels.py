@@ -1,8 +1,8 @@
 """Streaming attention of whole sequences with a backward pass, as Triton kernels: what training needs.
 
-Query heads of one KV head lie side by side in the rows of a block, row r being token r // group of head r % group: keys are
-read once for all of them, and a block reaches over few tokens, so that little outside the windows is computed. Blocks
-that all rows see go without a mask. Softmax is computed online, in base 2; its log-sum is what the backward pass keeps.
+Query heads of one KV head lie side by side in the rows of a block, row r being token r // group of head r % group: keys
+are read once for all of them, and a block reaches over few tokens, so that little outside the windows is computed.
+Blocks that all rows see go without a mask. Softmax is computed online, in base 2; its log-sum is kept for the backward pass.
 """
 
 import torch
@@ -288,7 +288,7 @@ def stream(
         the output, (batch, heads, tokens, head_dim), and the log-sum of the softmax in base 2, float32,
         (batch, KV heads, tokens * group), which has no gradient.
     """
-    batch, kv_heads, tokens, dim = key.shape
+    batch, kv_heads, tokens, _ = key.shape
     group = query.shape[1] // kv_heads
     out = torch.empty_like(query)
     log_sum = torch.empty(batch, kv_heads, tokens * group, dtype=torch.float32, device=query.device)
