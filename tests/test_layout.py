@@ -42,7 +42,8 @@ evaluation.settings evaluation.reading evaluation.judging evaluation.journal eva
 evaluation.summary evaluation.table evaluation.agreement evaluation.figures evaluation.runs evaluation.page
 evaluation.harness
 benchmarks.settings benchmarks.timing benchmarks.ceilings benchmarks.floors benchmarks.baseline benchmarks.contenders
-benchmarks.measure benchmarks.results benchmarks.figures
+benchmarks.measure benchmarks.results benchmarks.figures benchmarks.profiling benchmarks.train_step
+benchmarks.step_results
 app
 train evaluate benchmark report lm_eval
 """

@@ -2,7 +2,7 @@
 
 Query heads of one KV head lie side by side in the rows of a block, row r being token r // group of head r % group: keys
 are read once for all of them, and a block reaches over few tokens, so that little outside the windows is computed.
-Blocks that all rows see go without a mask. Softmax is computed online, in base 2; its log-sum is kept for the backward pass.
+Blocks that all rows see go without a mask. Softmax is computed online, in base 2; its log-sum is kept for gradients.
 """
 
 import torch
@@ -95,7 +95,7 @@ def _fold(queries, keys, values, visible, most, total, out, scale, MASKED: tl.co
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
+def _streaming_forward(  # type: ignore[no-untyped-def]
     query, key, value, output, log_sum, scale, tokens, sink, recent,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     output_batch, output_head, output_token,
@@ -145,7 +145,7 @@ def _query_part(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _query_gradient(  # type: ignore[no-untyped-def]
+def _streaming_query_gradient(  # type: ignore[no-untyped-def]
     query, key, value, output, grad, log_sum, deltas, query_grad, scale, tokens, sink, recent,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     output_batch, output_head, output_token, grad_batch, grad_head, grad_token, to_batch, to_head, to_token,
@@ -202,7 +202,7 @@ def _key_part(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _key_gradients(  # type: ignore[no-untyped-def]
+def _streaming_key_gradients(  # type: ignore[no-untyped-def]
     query, key, value, grad, log_sum, deltas, key_grad, value_grad, partial, scale, tokens, sink, recent, splits, chunk,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     grad_batch, grad_head, grad_token, key_to_batch, key_to_head, key_to_token,
@@ -293,7 +293,7 @@ def stream(
     out = torch.empty_like(query)
     log_sum = torch.empty(batch, kv_heads, tokens * group, dtype=torch.float32, device=query.device)
     sizes = _sizes(FORWARD_TUNING, query, key)
-    _forward[(triton.cdiv(tokens * group, sizes["ROWS"]), kv_heads, batch)](
+    _streaming_forward[(triton.cdiv(tokens * group, sizes["ROWS"]), kv_heads, batch)](
         query, key, value, out, log_sum, scale * LOG2_E, tokens, min(sink_size, tokens), recent_size,
         *_strides(query, key, value, out), **sizes,
     )  # fmt: skip
@@ -318,7 +318,7 @@ def stream_backward(
     query_grad, key_grad, value_grad = (torch.empty_like(x) for x in (query, key, value))
     deltas = torch.empty_like(log_sum)
     sizes = _sizes(QUERY_TUNING, query, key)
-    _query_gradient[(triton.cdiv(tokens * group, sizes["ROWS"]), kv_heads, batch)](
+    _streaming_query_gradient[(triton.cdiv(tokens * group, sizes["ROWS"]), kv_heads, batch)](
         query, key, value, out, grad, log_sum, deltas, query_grad, scale, tokens, sink, recent_size,
         *_strides(query, key, value, out, grad, query_grad), **sizes,
     )  # fmt: skip
@@ -326,7 +326,7 @@ def stream_backward(
     splits = triton.cdiv(tokens * group, CHUNK)
     partial = torch.empty(2, splits, batch, kv_heads, sink, dim, dtype=torch.float32, device=query.device)
     programs = triton.cdiv(sink, sizes["BLOCK"]) * splits + triton.cdiv(tokens - sink, sizes["BLOCK"])
-    _key_gradients[(programs, kv_heads, batch)](
+    _streaming_key_gradients[(programs, kv_heads, batch)](
         query, key, value, grad, log_sum, deltas, key_grad, value_grad, partial, scale, tokens, sink, recent_size,
         splits, CHUNK, *_strides(query, key, value, grad, key_grad, value_grad), **sizes,
     )  # fmt: skip
