@@ -189,9 +189,13 @@ def _count(
 
     def given_to(number: int, level: Keep) -> Any:
         """Checkpoints keep what they are given beside autograd's books."""
-        return lambda module, given: [
-            count(x) for x in given if torch.is_tensor(x) and recomputation.levels[number] == level
-        ]
+
+        def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
+            for value in given if recomputation.levels[number] == level else ():
+                if torch.is_tensor(value):
+                    count(value)
+
+        return hook
 
     with ExitStack() as stack:
         teacher = distillation.teacher(batch)
