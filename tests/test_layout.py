@@ -18,10 +18,10 @@ LONGEST = 320  # lines of a module
 ORDER = """
 errors files
 attention.masks attention.blends attention.softmax attention.full attention.kernels attention.streaming_kernels
-attention.streaming attention.decode
+attention.streaming_operator attention.streaming attention.decode
 attention.padding attention.probe attention.gated
 gates penalties objectives
-config methods
+budget config methods
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module
@@ -121,7 +121,8 @@ def test_nobody_imports_the_entry_points() -> None:
         (
             "attention.gated",
             "attention.masks attention.blends attention.softmax attention.full attention.kernels "
-            "attention.streaming_kernels attention.streaming attention.padding attention.probe errors",
+            "attention.streaming_kernels attention.streaming_operator attention.streaming attention.padding "
+            "attention.probe errors",
         ),
     ],
 )

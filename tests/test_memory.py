@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from duo_id.config import memory_bytes
+from duo_id.budget import memory_bytes
 from duo_id.errors import UserError
 from duo_id.memory import Costs, MemoryPlanner, measure_costs
 from duo_id.recompute import Keep, recomputed

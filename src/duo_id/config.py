@@ -1,6 +1,5 @@
 """Typed settings: what Hydra composes is checked here once, and every error names the override to change."""
 
-import re
 from dataclasses import dataclass, field, fields
 from math import inf
 from pathlib import Path
@@ -13,10 +12,10 @@ from duo_id.attention.full import FULL_BACKENDS
 from duo_id.attention.gated import Backends
 from duo_id.attention.masks import Window
 from duo_id.attention.streaming import STREAMING_BACKENDS
+from duo_id.budget import memory_bytes
 from duo_id.errors import UserError
 
 Settings = TypeVar("Settings")
-UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
 
 
 def conf_dir() -> Path:
@@ -272,21 +271,6 @@ def fractions(sparsity: list[float]) -> list[float]:
 def check_seed(seed: int) -> None:
     """Raise a `UserError` unless random generators take the seed."""
     require(0 <= seed < 2**32, f"seed={seed} must lie in [0, 2^32)")
-
-
-def memory_bytes(memory: str) -> int | None:
-    """The bytes of a budget such as `60GiB`; None for `auto`, and for `least`, which have none.
-
-    Raises:
-        UserError: it is none of these.
-    """
-    if memory in ("auto", "least"):
-        return None
-    found = re.fullmatch(rf"([0-9.]+) ?({'|'.join(UNITS)})", memory)
-    try:
-        return int(float(found[1]) * UNITS[found[2]])  # type: ignore[index]
-    except (TypeError, ValueError):
-        raise UserError(f"step.memory={memory}: choose auto, least, or a budget such as 60GiB") from None
 
 
 def parse(schema: type[Settings], config: DictConfig, **parts: type[Any]) -> Settings:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from duo_id.attention.probe import AttentionLayer
-from duo_id.config import memory_bytes
+from duo_id.budget import memory_bytes
 from duo_id.distillation import Distillation
 from duo_id.errors import UserError
 from duo_id.recompute import Keep, Recomputation

@@ -29,7 +29,7 @@ def check(tokens: int, window: tuple[int, int], group: int, dim: int, dtype: tor
     wide = [x.detach().double().cpu().requires_grad_() for x in (query, key, value)]
     seen, scale = Window(*window), 0.7 * dim**-0.5
     if tokens <= sum(window):  # else full attention takes it
-        from duo_id.attention.streaming_kernels import stream
+        from duo_id.attention.streaming_operator import stream
 
         out = stream(*given, *window, scale)[0]
     else:
@@ -47,13 +47,13 @@ def check(tokens: int, window: tuple[int, int], group: int, dim: int, dtype: tor
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks over few tokens, and many parts of the sink."""
-    from duo_id.attention import streaming_kernels
+    from duo_id.attention import streaming_operator
 
     for name, rows, block in (("FORWARD", 32, 16), ("QUERY", 16, 32), ("KEY", 32, 16)):
         monkeypatch.setattr(
             streaming_kernels, f"{name}_TUNING", {"rows": rows, "block": block, "warps": 4, "stages": 2}
         )
-    monkeypatch.setattr(streaming_kernels, "CHUNK", 64)
+    monkeypatch.setattr(streaming_operator, "CHUNK", 64)
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
@@ -132,7 +132,7 @@ def test_a_long_sequence(dim: int) -> None:
 
 
 def test_the_operators_are_what_torch_expects() -> None:
-    from duo_id.attention.streaming_kernels import stream
+    from duo_id.attention.streaming_operator import stream
 
     query, key, value, _ = inputs(50, 2, 16, torch.float32)
     given = [x.detach().requires_grad_() for x in (query, key, value)]

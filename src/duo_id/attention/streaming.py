@@ -131,7 +131,7 @@ def _block_mask(window: Window, block: int, reach: int, group: int, device: torc
 
 
 def _triton(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:
-    from duo_id.attention.streaming_kernels import stream
+    from duo_id.attention.streaming_operator import stream
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -31,7 +31,7 @@ class BenchmarkSettings:
     sink_size: int = MISSING  # tokens, of random heads; a pattern brings its own
     recent_size: int = MISSING  # tokens, the query's own among them
     step: StepSettings = field(default_factory=StepSettings)  # train_step: ours
-    blend: list[str] = MISSING  # train_step: student | teacher | detached
+    blend: list[str] = field(default_factory=lambda: ["student"])  # train_step: student | teacher | detached
     profile: bool = False  # train_step: also where the time goes
     batch_size: int = 1
     compile: bool | None = None  # null: on a GPU alone
