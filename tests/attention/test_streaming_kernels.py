@@ -51,7 +51,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, rows, block in (("FORWARD", 32, 16), ("QUERY", 16, 32), ("KEY", 32, 16)):
         monkeypatch.setattr(
-            streaming_kernels, f"{name}_TUNING", {"rows": rows, "block": block, "warps": 4, "stages": 2}
+            streaming_operator, f"{name}_TUNING", {"rows": rows, "block": block, "warps": 4, "stages": 2}
         )
     monkeypatch.setattr(streaming_operator, "CHUNK", 64)
 
