@@ -2,17 +2,17 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from duo_id.attention.gated import Backends, attached
+from duo_id.attention.gated import attached
 from duo_id.config import StepSettings
 from duo_id.methods import GateSettings
 from duo_id.models import LanguageModel, byte_tokenizer
-from duo_id.recompute import recomputed
+from duo_id.steps import prepared
 from duo_id.training import GateTraining
 
 # Tiny models gain nothing by a second thread, and wait for it long where cores are busy.
@@ -75,11 +75,9 @@ def gate_training(make_model: Callable[..., PreTrainedModel]) -> Callable[..., A
         step = step or StepSettings()
         model = make_model(**{"family": "llama"} | changes).to(device)
         language_model = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
-        backends = Backends(step.full_backend, step.streaming_backend)
-        with (
-            attached(model, backends) as layers,
-            recomputed(model, layers) if step.recompute else nullcontext(),
-        ):
-            yield GateTraining(language_model, layers, method, step, 10, [0.5]).to(device)
+        with attached(model, step.backends) as layers:
+            training = GateTraining(language_model, layers, method, step, 10, [0.5]).to(device)
+            with prepared(training.distillation, step) as training.arrange:
+                yield training
 
     return make

@@ -17,16 +17,17 @@ LONGEST = 320  # lines of a module
 # Each line imports from the lines above it alone, or from its own from left to right.
 ORDER = """
 errors files
-attention.masks attention.blends attention.softmax attention.full attention.kernels attention.streaming attention.decode
+attention.masks attention.blends attention.softmax attention.full attention.kernels attention.streaming_kernels
+attention.streaming_operator attention.streaming attention.decode
 attention.padding attention.probe attention.gated
 gates penalties objectives
-config methods
+budget config methods
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module
 patterns formats
 deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill
-scoring recompute graphs distillation
+scoring recompute graphs distillation compiled memory steps
 plots progress checkpoints
 training
 scores.subject scores.attention scores.needles scores.profile scores.retrieval scores.query scores.reconstruction
@@ -41,7 +42,8 @@ evaluation.settings evaluation.reading evaluation.judging evaluation.journal eva
 evaluation.summary evaluation.table evaluation.leaderboard evaluation.agreement evaluation.figures evaluation.runs
 evaluation.page evaluation.harness
 benchmarks.settings benchmarks.timing benchmarks.ceilings benchmarks.floors benchmarks.baseline benchmarks.contenders
-benchmarks.measure benchmarks.results benchmarks.figures
+benchmarks.measure benchmarks.results benchmarks.figures benchmarks.profiling benchmarks.train_step
+benchmarks.step_results
 app
 train evaluate benchmark report lm_eval
 """
@@ -118,8 +120,9 @@ def test_nobody_imports_the_entry_points() -> None:
         ("attention.probe", "attention.masks attention.softmax attention.full errors"),
         (
             "attention.gated",
-            "attention.masks attention.blends attention.softmax attention.full attention.kernels attention.streaming "
-            "attention.padding attention.probe errors",
+            "attention.masks attention.blends attention.softmax attention.full attention.kernels "
+            "attention.streaming_kernels attention.streaming_operator attention.streaming attention.padding "
+            "attention.probe errors",
         ),
     ],
 )

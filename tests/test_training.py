@@ -88,10 +88,10 @@ def student_hidden(training: GateTraining, batch: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("blend", ["student", "teacher"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_only_gates_learn_and_they_stay_in_range(blend: str, recompute: bool, gate_training: MakeTraining) -> None:
+@pytest.mark.parametrize("memory", ["auto", "least"])
+def test_only_gates_learn_and_they_stay_in_range(blend: str, memory: str, gate_training: MakeTraining) -> None:
     settings = method(blend=blend, reg_weight=2.0, initial=0.05)
-    with gate_training(settings, StepSettings(recompute=recompute)) as training:
+    with gate_training(settings, StepSettings(memory=memory)) as training:
         model = training.language_model.model
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         fit(training, [batch_of(random_sample(40, seed)) for seed in range(10)], 10)
@@ -108,8 +108,8 @@ def test_only_gates_learn_and_they_stay_in_range(blend: str, recompute: bool, ga
 @pytest.mark.parametrize("blend", ["student", "teacher"])
 def test_recomputation_changes_nothing_and_runs_each_layer_once_more(blend: str, gate_training: MakeTraining) -> None:
     results, calls = {}, {}
-    for recompute in (False, True):
-        with gate_training(method(blend=blend), StepSettings(recompute=recompute)) as training:
+    for memory in ("auto", "least"):
+        with gate_training(method(blend=blend), StepSettings(memory=memory)) as training:
             training.gates.weight.data.copy_(torch.linspace(0.1, 0.9, 6).view(3, 2))
             count = [0]
             for layer in training.language_model.model.model.layers:
@@ -117,10 +117,10 @@ def test_recomputation_changes_nothing_and_runs_each_layer_once_more(blend: str,
             batch = with_scored(batch_of(random_sample(40, 1)))
             loss = training.distillation.loss(training.gates.alpha(), batch)
             loss.backward()
-            results[recompute], calls[recompute] = training.gates.weight.grad, count[0]
-    assert torch.equal(results[False], results[True])
-    assert results[True].abs().max() > 0
-    assert calls == {False: 6, True: 9}  # three layers: teacher, student, and the student once more
+            results[memory], calls[memory] = training.gates.weight.grad, count[0]
+    assert torch.equal(results["auto"], results["least"])
+    assert results["least"].abs().max() > 0
+    assert calls == {"auto": 6, "least": 9}  # three layers: teacher, student, and the student once more
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,9 +1,10 @@
-"""`python -m duo_id.benchmark task=decode|prefill|memory`: masks beside full attention on this machine."""
+"""`python -m duo_id.benchmark task=decode|prefill|memory|train_step`: masks and training steps on this machine."""
 
 import importlib
 import importlib.util
 import json
 import platform
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from duo_id.benchmarks.floors import workload
 from duo_id.benchmarks.measure import Bench
 from duo_id.benchmarks.results import NAMES, compared, results_tables
 from duo_id.benchmarks.settings import BenchmarkSettings
+from duo_id.benchmarks.step_results import plot_steps, step_tables
+from duo_id.benchmarks.train_step import StepBench
 from duo_id.config import parse, plain
 from duo_id.errors import UserError
 from duo_id.files import write_text
@@ -47,7 +50,8 @@ def benchmark(settings: BenchmarkSettings, folder: Path, overrides: list[str]) -
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     language_model = load_model(settings.model, device, settings.seed)
     layers = attention_layers(language_model)
-    contenders = line_up(settings, language_model, layers)
+    steps = settings.task == "train_step"
+    contenders = [] if steps else line_up(settings, language_model, layers)
     ceilings = measure_ceilings(device, language_model.model.dtype)
     rates = f"{ceilings.bandwidth / 1e12:.3g} TB/s, {ceilings.flops / 1e12:.4g} TFLOP/s"
     app.console.print(f"{language_model.name}; the machine at its best: {rates}", highlight=False)
@@ -62,28 +66,34 @@ def benchmark(settings: BenchmarkSettings, folder: Path, overrides: list[str]) -
         "versions": app.versions() | _kernel_versions(),
     }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    sizes = len(settings.context) * (len(settings.chunk_size) if settings.task == "prefill" else 1)
     try:
         with Progress(*columns, console=app.console, transient=True) as progress:
-            shown = progress.add_task("", total=sizes * len(contenders))
-            bench = Bench(
-                settings,
-                language_model.model,
-                layers,
-                workload(language_model.model, layers),
-                ceilings,
-                lambda phase: progress.update(shown, description=phase, refresh=True),
-            )
-            for contender in contenders:
-                for row in bench.rows(contender):
-                    results["rows"] = compared([*results["rows"], row])
-                    write_text(folder / "results.json", json.dumps(results, indent=1))
-                    app.console.print(_line(row), soft_wrap=True, highlight=False, markup=False)
-                    progress.advance(shown)
+            shown = progress.add_task("")
+
+            def announce(phase: str) -> None:
+                progress.update(shown, description=phase, refresh=True)
+
+            if steps:
+                bench = StepBench(settings, language_model, ceilings, folder, announce)
+                total, rows = len(bench), bench.rows()
+            else:
+                work = workload(language_model.model, layers)
+                masks = Bench(settings, language_model.model, layers, work, ceilings, announce)
+                sizes = len(settings.context) * (len(settings.chunk_size) if settings.task == "prefill" else 1)
+                total, rows = sizes * len(contenders), chain.from_iterable(map(masks.rows, contenders))
+            progress.update(shown, total=total)
+            for row in rows:
+                results["rows"] = [*results["rows"], row] if steps else compared([*results["rows"], row])
+                write_text(folder / "results.json", json.dumps(results, indent=1))
+                line = _step_line(row) if steps else _line(row)
+                app.console.print(line, soft_wrap=True, highlight=False, markup=False)
+                progress.advance(shown)
     finally:  # also after Ctrl-C: what was measured is shown
         if results["rows"]:
-            app.console.print(*results_tables(results), sep="\n")
-            for axis in plotted_axes(results):
+            app.console.print(*(step_tables if steps else results_tables)(results), sep="\n")
+            if steps:
+                save_figure(plot_steps(results), folder / "train_step.png")
+            for axis in [] if steps else plotted_axes(results):
                 save_figure(plot_benchmark(results, axis), folder / f"{settings.task}_over_{axis}.png")
             app.console.print(f"results and figures: {folder}", soft_wrap=True)
     return results
@@ -145,6 +155,14 @@ def _line(row: dict[str, Any]) -> str:
     seconds = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["seconds"].items())
     streaming = f" ({100 * row['sparsity']:.4g}% stream)" if row["sparsity"] else ""
     return f"{NAMES[row['attention']]}{streaming}, {sizes}: {measured}  [{seconds} s]"
+
+
+def _step_line(row: dict[str, Any]) -> str:
+    """A measured step in one line, after the plan of its memory."""
+    measured = f"{row['ms']:.4g} ms, {row['over_floor']:.3f} x floor" if "ms" in row else row["status"]
+    seconds = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["seconds"].items())
+    plan = f"{row['plan']}\n" if row.get("plan") else ""
+    return f"{plan}{row['step']}, {row['blend']} blend, {row['context']:,} tokens: {measured}  [{seconds} s]"
 
 
 def _kernel_versions() -> dict[str, str | None]:

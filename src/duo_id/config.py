@@ -12,6 +12,7 @@ from duo_id.attention.full import FULL_BACKENDS
 from duo_id.attention.gated import Backends
 from duo_id.attention.masks import Window
 from duo_id.attention.streaming import STREAMING_BACKENDS
+from duo_id.budget import memory_bytes
 from duo_id.errors import UserError
 
 Settings = TypeVar("Settings")
@@ -158,7 +159,9 @@ class MethodSettings:
 class StepSettings:
     """How a training step is computed: see conf/step/."""
 
-    recompute: bool = False  # activations of each layer are computed again in the backward pass
+    shape: str = "fast"  # fast | paper: teacher and student in one batch, as DuoAttention's code has it
+    memory: str = "auto"  # auto: what the GPU has; a budget such as 60GiB; least: layers keep their inputs alone
+    compile: bool = False  # norms, MLP, projections and blends of all layers
     full_backend: str = "auto"
     streaming_backend: str = "auto"
     cuda_graphs: bool = False  # replay the step as one graph for each length, padded to a multiple of the next
@@ -166,6 +169,12 @@ class StepSettings:
 
     def __post_init__(self) -> None:
         """Check the backends' names."""
+        memory_bytes(self.memory)
+        require(self.shape in ("fast", "paper"), f"step.shape={self.shape}: choose fast or paper")
+        require(
+            self.shape == "fast" or self.memory == "least",
+            f"step.shape=paper needs step.memory=least, not {self.memory}: step=paper_shape sets both",
+        )
         require(self.length_multiple >= 1, f"step.length_multiple={self.length_multiple} must be at least 1")
         for key, choices in (("full_backend", FULL_BACKENDS), ("streaming_backend", STREAMING_BACKENDS)):
             chosen = getattr(self, key)
@@ -174,7 +183,7 @@ class StepSettings:
     @property
     def backends(self) -> Backends:
         """Implementations of attention."""
-        return Backends(self.full_backend, self.streaming_backend)
+        return Backends(self.full_backend, self.streaming_backend, self.compile)
 
 
 @dataclass

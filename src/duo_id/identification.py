@@ -1,7 +1,6 @@
 """Any method on any model: from settings to a head pattern, perhaps from several seeds."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from duo_id.methods import GateSettings, ScoreSettings, SearchSettings
 from duo_id.models import LanguageModel
 from duo_id.patterns import HeadPattern
 from duo_id.progress import TrainingBar
-from duo_id.recompute import recomputed
 from duo_id.scores.registry import mean_scores, random_scores, search_scores
 from duo_id.scores.subject import Subject
+from duo_id.steps import prepared
 from duo_id.training import GateTraining
 
 
@@ -129,7 +128,12 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
     )
     checkpoint = run.folder / CHECKPOINT
     before = str(checkpoint) if settings.resume and checkpoint.is_file() else None
-    with recomputed(run.model.model, run.layers) if settings.step.recompute else nullcontext():
+    longest = settings.data.length_max or run.model.max_length
+    with prepared(gates.distillation, settings.step) as gates.arrange:
+        if longest is not None and settings.data.task != "disk":  # else each step says when it does not fit
+            plan = gates.arrange(longest * settings.data.batch_size)
+            if plan is not None:
+                run.console.print(plan, soft_wrap=True, highlight=False)
         trainer.fit(gates, datamodule=data, ckpt_path=before, weights_only=True)
     if gates.interrupted:
         raise KeyboardInterrupt

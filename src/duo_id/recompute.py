@@ -1,10 +1,11 @@
-"""Activation checkpointing of a frozen model that stays in eval mode.
+"""Activation checkpointing of a frozen model that stays in eval mode, layer by layer.
 
 transformers' own checkpointing acts only in train mode, which would switch on dropout and router noise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -12,35 +13,70 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from duo_id.attention.gated import bound, bound_functions
-from duo_id.attention.probe import AttentionLayer, layer_list
+from duo_id.attention.probe import AttentionLayer, beside, layer_list
+
+
+class Keep(IntEnum):
+    """What a transformer layer keeps for the backward pass; the rest is computed again."""
+
+    ALL = 0
+    ATTENTION = 1  # norms and MLP keep only their inputs
+    INPUT = 2  # the layer keeps only its input
+
+
+class Recomputation:
+    """What each transformer layer keeps, which may change from step to step.
+
+    Attributes:
+        blocks: the transformer layers, in order.
+        levels: what each keeps.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer], keep: Keep) -> None:
+        stack = layer_list(layers[0].name)
+        numbered = dict(model.get_submodule(stack).named_children())
+        self.blocks = list(numbered.values())
+        self.levels = [keep] * len(self.blocks)
+        self.attention = [
+            [layer for layer in layers if layer.name.startswith(f"{stack}.{number}.")] for number in numbered
+        ]
+
+    def regions(self) -> Iterator[tuple[nn.Module, int, Keep]]:
+        """Each module that can be computed again, its layer's place, and the level at which it is."""
+        for place, (block, inside) in enumerate(zip(self.blocks, self.attention, strict=True)):
+            yield block, place, Keep.INPUT
+            for part in beside(block, inside[0]) if inside else []:
+                yield part, place, Keep.ATTENTION
 
 
 @contextmanager
-def recomputed(model: nn.Module, layers: Sequence[AttentionLayer]) -> Iterator[None]:
-    """Keep only the input of each transformer layer; the backward pass computes the rest again.
+def recomputed(model: nn.Module, layers: Sequence[AttentionLayer], keep: Keep = Keep.INPUT) -> Iterator[Recomputation]:
+    """Let transformer layers keep less than all for a block.
 
     Args:
         model: the language model.
-        layers: its gated attention layers, which say where the list of transformer layers is.
+        layers: its attention layers that get gates, which say where the list of transformer layers is.
+        keep: what all layers keep, until the levels that are yielded are changed.
     """
-    stack = layer_list(layers[0].name)
-    blocks = dict(model.get_submodule(stack).named_children())
-    own = {block: block.__dict__.get("forward") for block in blocks.values()}  # such as a hook of accelerate
+    chosen = Recomputation(model, layers, keep)
+    regions = list(chosen.regions())
+    own = {module: module.__dict__.get("forward") for module, _, _ in regions}  # such as a hook of accelerate
     try:
-        for number, block in blocks.items():
-            inside = [layer for layer in layers if layer.name.startswith(f"{stack}.{number}.")]
-            block.forward = _checkpointed(block.forward, inside)
-        yield
+        for module, place, level in regions:
+            module.forward = _checkpointed(module.forward, chosen, place, level)
+        yield chosen
     finally:
-        for block, forward in own.items():
-            block.__dict__.pop("forward", None)
+        for module, forward in own.items():
+            module.__dict__.pop("forward", None)
             if forward is not None:
-                block.forward = forward
+                module.forward = forward
 
 
-def _checkpointed(forward: Callable[..., Any], layers: Sequence[AttentionLayer]) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], chosen: Recomputation, place: int, level: Keep) -> Callable[..., Any]:
+    layers = chosen.attention[place]
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or chosen.levels[place] != level:
             return forward(*args, **kwargs)
         functions = bound_functions(layers)
 

@@ -20,7 +20,6 @@ from duo_id.attention.probe import AttentionLayer
 from duo_id.checkpoints import CHECKPOINT
 from duo_id.config import StepSettings
 from duo_id.data.samples import Batch, pad_batch, with_scored
-from duo_id.distillation import Distillation
 from duo_id.errors import UserError
 from duo_id.gates import GATES, DrawnGates
 from duo_id.graphs import GraphedLoss
@@ -30,6 +29,7 @@ from duo_id.objectives import make_objective
 from duo_id.patterns import HeadPattern
 from duo_id.penalties import PENALTIES, TargetSparsity
 from duo_id.scoring import Score, score
+from duo_id.steps import SHAPES, Arrange
 
 StepBatch = dict[str, Any]  # with what `with_scored` adds
 SCORED_MULTIPLE = 256  # CUDA graphs have a fixed number of scored tokens: padded to a multiple of this, at weight 0
@@ -66,7 +66,7 @@ class GateTraining(lightning.LightningModule):
         self.language_model, self.layers = model, layers
         self.method, self.step, self.steps, self.sparsities = method, step, steps, sparsities
         self.window = Window(method.sink_size, method.recent_size)
-        self.distillation = Distillation(
+        self.distillation = SHAPES[step.shape](
             model,
             layers,
             self.window,
@@ -80,6 +80,7 @@ class GateTraining(lightning.LightningModule):
             self.gates.seed = seed
         self.penalties = torch.nn.ModuleDict({name: self._penalty(name) for name in method.penalties})
         self.distill = GraphedLoss(self.distillation.loss) if step.cuda_graphs else self.distillation.loss
+        self.arrange: Arrange = lambda tokens: None  # lets layers keep what a step's memory allows
         self.interrupted = False
         self._finite = torch.tensor(True)
         self._full_scores: dict[int, Score] = {}
@@ -111,6 +112,7 @@ class GateTraining(lightning.LightningModule):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """Distillation loss plus the penalty on the gates."""
+        self.arrange(batch["input_ids"].numel())
         alpha, openness = self.gates.alpha(), self.gates.openness()
         distill, penalty = self.distill(alpha, batch), self.penalty(openness)
         loss = distill + self.method.reg_weight * penalty

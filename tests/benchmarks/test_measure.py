@@ -7,7 +7,7 @@ import torch
 
 from duo_id.benchmarks import measure
 from duo_id.benchmarks.contenders import DualAttention, StaticAttention
-from duo_id.benchmarks.measure import compiled_parts
+from duo_id.compiled import compiled_parts
 from tests.benchmarks.cases import layers_of, make_bench, mask, named
 from tests.conftest import tiny_model
 
@@ -117,10 +117,10 @@ def test_every_phase_is_announced_with_its_subject() -> None:
 def test_norms_and_mlps_are_compiled_and_released_again() -> None:
     model = tiny_model("llama")
     with compiled_parts(model, layers_of(model)):
-        compiled = {name for name, part in model.named_modules() if part._compiled_call_impl is not None}
+        compiled = {name for name, part in model.named_modules() if "forward" in part.__dict__}
     block = ("mlp", "input_layernorm", "post_attention_layernorm")
     assert compiled == {f"model.layers.{index}.{part}" for index in range(3) for part in block}
-    assert all(part._compiled_call_impl is None for part in model.modules())
+    assert all("forward" not in part.__dict__ for part in model.modules())
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Every attention module of an attached model holds one function `(query, key, val
 as a plain attribute. Which function that is decides what the layer does: full attention, a gated blend, a hard mask.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Backends:
 
     full: str = "auto"
     streaming: str = "auto"
+    compiled: bool = False  # whether blends are compiled, which makes them one pass over memory
 
 
 class Mask(Protocol):
@@ -75,9 +77,20 @@ def gated_heads(
         gate = alpha.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
         full = blend.full(lambda: full_attention(query, key, value, softmax, backends.full), teacher)
         streaming = streaming_attention(query, key, value, softmax, window, backends.streaming)
-        return (gate * full + (1 - gate) * streaming).to(query.dtype)
+        return (_compiled_blend() if backends.compiled else _blend)(gate, full, streaming)
 
     return attend
+
+
+def _blend(gate: Tensor, full: Tensor, streaming: Tensor) -> Tensor:
+    """Both (batch, heads, tokens, head_dim), weighted by float32 gates (heads, 1, 1) and 1 less these, in float32."""
+    assert gate.dtype in (torch.float32, torch.float64), "gates are never rounded to the model's dtype"
+    return (gate * full + (1 - gate) * streaming).to(streaming.dtype)
+
+
+@functools.cache
+def _compiled_blend() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return torch.compile(_blend, dynamic=True)
 
 
 def masked_heads(retrieval: Tensor, window: Window, backends: Backends) -> AttendFunction:
@@ -163,7 +176,7 @@ def recording_heads(outputs: dict[int, Tensor], index: int, backends: Backends) 
 def register() -> None:
     """Make `attn_implementation="duo_id"` known to transformers; calling it again changes nothing."""
     for name in (IMPLEMENTATION, PROBE):
-        AttentionInterface.register(name, _attention_forward)
+        AttentionInterface.register(name, attention_forward)
         AttentionMaskInterface.register(name, padding_mask)
 
 
@@ -224,7 +237,7 @@ def bound_functions(layers: Sequence[AttentionLayer]) -> dict[int, AttendFunctio
     return {layer.index: getattr(layer.module, BOUND) for layer in layers}
 
 
-def _attention_forward(
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor | CachedKeys,

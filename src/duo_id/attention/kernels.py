@@ -5,7 +5,6 @@ KV head's keys among its query group without repeating them. Softmax is computed
 """
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -216,9 +215,9 @@ def decode(
         query, key, value, full_key, full_value, recent_key, recent_value, heads, lengths, arrived, partial, out,
         scale * LOG2_E, query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0),
         value.stride(1), full_key.shape[2], window.sink_size, window.recent_size, full_heads, streaming_heads, splits,
-        GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, COLUMNS=_columns(dim),
+        GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, COLUMNS=padded_dim(dim),
         BLOCK=_fit(chosen["block"], query), TILE=32, num_warps=chosen["warps"], num_stages=chosen["stages"],
-        **_options(query),
+        PRECISION=precision(query),
     )  # fmt: skip
     return out
 
@@ -258,22 +257,24 @@ def stream(
     _stream[(triton.cdiv(tokens, rows), len(heads) * group, batch)](
         query, key, value, recent_key, recent_value, heads, out, scale * LOG2_E, past, tokens, window.sink_size,
         window.recent_size, len(heads), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        GROUP=group, DIM=dim, COLUMNS=_columns(dim), ROWS=rows, BLOCK=min(rows, chosen["block"]),
-        num_warps=chosen["warps"], num_stages=chosen["stages"], **_options(query),
+        GROUP=group, DIM=dim, COLUMNS=padded_dim(dim), ROWS=rows, BLOCK=min(rows, chosen["block"]),
+        num_warps=chosen["warps"], num_stages=chosen["stages"], PRECISION=precision(query),
     )  # fmt: skip
 
 
-def _columns(dim: int) -> int:
+def padded_dim(dim: int) -> int:
+    """The width of a head as kernels see it: a power of 2, at least 16."""
     return max(16, triton.next_power_of_2(dim))
 
 
 def _fit(block: int, query: Tensor) -> int:
     """The largest block, up to `block`, whose keys take no more than `TILE_BYTES`."""
-    return max(16, min(block, TILE_BYTES // (_columns(query.shape[-1]) * query.element_size())))
+    return max(16, min(block, TILE_BYTES // (padded_dim(query.shape[-1]) * query.element_size())))
 
 
-def _options(query: Tensor) -> dict[str, Any]:
-    return {"PRECISION": "ieee" if query.dtype == torch.float32 else "tf32"}
+def precision(query: Tensor) -> str:
+    """How products are computed: float32 as it is, not rounded."""
+    return "ieee" if query.dtype == torch.float32 else "tf32"
 
 
 @functools.cache

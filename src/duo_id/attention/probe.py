@@ -141,6 +141,13 @@ def blocks(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[nn.
     return [model.get_submodule(f"{stack}.{layer.name.removeprefix(stack + '.').split('.')[0]}") for layer in layers]
 
 
+def beside(block: nn.Module, layer: AttentionLayer) -> list[nn.Module]:
+    """The parts of a transformer block with parameters that lie beside its attention: norms and MLP."""
+    return [
+        part for part in block.children() if layer.module not in part.modules() and any(True for _ in part.parameters())
+    ]
+
+
 def layer_list(name: str) -> str:
     """`model.layers` of `model.layers.3.self_attn`: the path up to the first number.
 
@@ -149,5 +156,5 @@ def layer_list(name: str) -> str:
     """
     parts = name.split(".")
     if not any(part.isdigit() for part in parts):
-        raise UserError(f"{name} is in no numbered list of layers: neither step.recompute=true nor method=search works")
+        raise UserError(f"{name} is in no numbered list of layers: gates cannot be trained, nor heads searched")
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())])

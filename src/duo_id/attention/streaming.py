@@ -30,15 +30,15 @@ def streaming_attention(
         value: (batch, KV heads, tokens, head_dim).
         softmax: of the layer: scale, soft cap and sinks; the last two have a path of their own, `attend_by_rows`.
         window: sink and recent sizes, in tokens.
-        backend: `blocked` (SDPA over blocks of queries, any device), `flex` (compiled FlexAttention, CUDA), `triton`
-            (our kernel, CUDA, no gradient), or `auto`: on CUDA flex where a gradient is needed, else triton; on
-            other devices blocked. Queries with a past are always blocked.
+        backend: `triton` (our kernels, CUDA), `flex` (compiled FlexAttention, CUDA), `blocked` (SDPA over blocks of
+            queries, any device), or `auto`: triton on CUDA, but blocked for float64; elsewhere blocked. Queries with a
+            past are always blocked.
 
     Returns:
         (batch, heads, queries, head_dim).
 
     Raises:
-        UserError: the backend is unknown.
+        UserError: the backend is unknown, or does not work on this device.
     """
     if backend not in STREAMING_BACKENDS:
         raise UserError(f"step.streaming_backend={backend}: choose one of {', '.join(STREAMING_BACKENDS)}")
@@ -48,15 +48,15 @@ def streaming_attention(
     if not softmax.plain:
         return attend_by_rows(query, key, value, softmax, window)
     scale = softmax.scale
-    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if backend == "auto":
-        backend = ("flex" if gradient else "triton") if query.is_cuda else "blocked"
+        backend = "triton" if query.is_cuda and query.dtype != torch.float64 else "blocked"
     if past or backend == "blocked":
         return _blocked(query, key, value, scale, window)
-    if gradient and (backend == "triton" or not query.is_cuda):
-        raise UserError(f"step.streaming_backend={backend} has no backward pass here: use blocked or auto")
     if backend == "triton":
         return _triton(query, key, value, scale, window)
+    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if gradient and not query.is_cuda:
+        raise UserError(f"step.streaming_backend={backend} has no backward pass here: use blocked or auto")
     return _flex(query, key, value, scale, window)
 
 
@@ -131,14 +131,11 @@ def _block_mask(window: Window, block: int, reach: int, group: int, device: torc
 
 
 def _triton(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:
-    from duo_id.attention.kernels import stream
+    from duo_id.attention.streaming_operator import stream
 
-    heads = torch.arange(key.shape[1], dtype=torch.int32, device=query.device)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    out = torch.empty_like(query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    stream(query, key, value, key, value, heads, 0, window, scale, out)
-    return out
+    return stream(query, key, value, window.sink_size, window.recent_size, scale)[0]
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:

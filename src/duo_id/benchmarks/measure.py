@@ -1,7 +1,7 @@
 """Measure decode steps, prefills and memory of all contenders, row by row."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from duo_id.benchmarks.contenders import Contender
 from duo_id.benchmarks.floors import Floor, Workload
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.benchmarks.timing import Stopwatch, Timing, captured, release, timed, unless_out_of_memory, with_peak
+from duo_id.compiled import compiled_parts
 from duo_id.deploy.prefill import read_in_chunks
 
 STEPS_BEFORE = 2  # decode steps that run before the warm-up: for compiling, and on the stream of the capture
@@ -142,7 +143,7 @@ class Bench:
         def clear() -> None:
             contender.clear(cache)
 
-        with compiled_parts(self.model, self.layers) if self.compiles else nullcontext():
+        with compiled_parts(self.model, self.layers, dynamic=False) if self.compiles else nullcontext():
             with self.watch.phase("warm up"):
                 timed(run, self.device, settings.warmup, before=clear)
             with self.watch.phase("measure"):
@@ -219,29 +220,3 @@ def decode_step(
         return forward(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
 
     return step
-
-
-@contextmanager
-def compiled_parts(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Iterator[None]:
-    """Compile what stands beside the attention of each layer, norms and MLP, for a block.
-
-    The whole model would be compiled again for each chunk, since each has another past; these see shapes alone, and
-    all layers share what is compiled.
-
-    Args:
-        model: the model.
-        layers: its attention layers.
-    """
-    parts = []
-    for layer in layers:
-        block = model.get_submodule(layer.name.rpartition(".")[0])
-        parts += [part for part in block.children() if part is not layer.module]
-    torch._dynamo.reset()
-    for part in parts:
-        part.compile(dynamic=False)
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.__dict__.pop("_compiled_call_impl", None)
-        torch._dynamo.reset()

@@ -1,12 +1,20 @@
 """Typed settings of `python -m duo_id.benchmark`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from duo_id.config import ModelSettings, require
+from duo_id.attention.blends import BLENDS
+from duo_id.config import ModelSettings, StepSettings, require
 
-TASKS = ("decode", "prefill", "memory")
+TASKS = ("decode", "prefill", "memory", "train_step")
+
+
+@dataclass
+class LengthSettings:
+    """The length of samples, under the name that training has for it."""
+
+    length: int | None = None  # tokens; null: `context`
 
 
 @dataclass
@@ -14,13 +22,17 @@ class BenchmarkSettings:
     """`python -m duo_id.benchmark`: see conf/benchmark.yaml."""
 
     model: ModelSettings = MISSING
-    task: str = MISSING  # decode | prefill | memory
-    context: list[int] = MISSING  # tokens: in the cache before a decode step, or of a prompt
+    task: str = MISSING  # decode | prefill | memory | train_step
+    context: list[int] = MISSING  # tokens: in the cache before a decode step, of a prompt, or of a training step
+    data: LengthSettings = field(default_factory=LengthSettings)
     chunk_size: list[int] = MISSING  # prefill: tokens a forward
     sparsity: list[float] = MISSING  # fractions of KV heads that stream
     heads: str | None = None  # a run folder, its heads/ folder or a shipped name; null: heads drawn at random
     sink_size: int = MISSING  # tokens, of random heads; a pattern brings its own
     recent_size: int = MISSING  # tokens, the query's own among them
+    step: StepSettings = field(default_factory=StepSettings)  # train_step: ours
+    blend: list[str] = field(default_factory=lambda: ["student"])  # train_step: student | teacher | detached
+    profile: bool = False  # train_step: also where the time goes
     batch_size: int = 1
     compile: bool | None = None  # null: on a GPU alone
     repeats: int = MISSING  # timed runs of each row
@@ -30,6 +42,11 @@ class BenchmarkSettings:
     def __post_init__(self) -> None:
         """Check names and ranges."""
         require(self.task in TASKS, f"task={self.task}: choose one of {', '.join(TASKS)}")
+        if self.data.length is not None:
+            self.context = [self.data.length]
+        require(bool(self.blend), "blend=[] must name at least one value")
+        for name in self.blend:
+            require(name in BLENDS, f"blend={name}: choose from {', '.join(BLENDS)}")
         for key in ("context", "chunk_size", "sparsity"):
             values = getattr(self, key)
             require(bool(values), f"{key}=[] must name at least one value")

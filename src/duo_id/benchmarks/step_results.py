@@ -1,0 +1,78 @@
+"""Training steps side by side: the tables and the figure of a benchmark of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from duo_id.plots import COLORS, style
+
+NAMES = {"ours": "ours", "paper": "published shape"}
+
+
+def step_tables(results: Mapping[str, Any]) -> list[Table]:
+    """Time and memory of each step, and where the time went if it was profiled."""
+    title, rates = f"{results['model']['name']} on {results['device']}", results["ceilings"]
+    caption = f"floors at {rates['flops'] / 1e12:.4g} TFLOP/s and the measured full attention"
+    table = Table(title=f"train step: {title}", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    headings = ["step", "blend", "tokens", "s", "tokens\n/s", "floor\ns", "over\nfloor", "MFU", "peak\nGiB"]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", no_wrap=True)
+    for row in results["rows"]:
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.4g}"
+        measured = ["OOM", "", f"{row['floor_ms'] / 1e3:.3g}", "", ""]
+        if "ms" in row:
+            measured = [
+                f"{row['ms'] / 1e3:.4g}",
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['floor_ms'] / 1e3:.3g}",
+                f"{row['over_floor']:.2f}",
+                f"{100 * row['mfu']:.3g}%",
+            ]
+        table.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *measured, peak)
+    profiles = [row for row in results["rows"] if "profile" in row]
+    if not profiles:
+        return [table]
+    groups = list(dict.fromkeys(group for row in profiles for group in row["profile"]))
+    spent = Table(title="where the time goes (ms)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("step", "blend", "tokens", *(group.replace(" ", "\n") for group in groups)):
+        spent.add_column(heading, justify="left" if heading in ("step", "blend") else "right", no_wrap=True)
+    for row in profiles:
+        times = [f"{row['profile'].get(group, 0):.4g}" for group in groups]
+        spent.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *times)
+    return [table, spent]
+
+
+@style()
+def plot_steps(results: Mapping[str, Any]) -> Figure:
+    """Bars of the time and the peak memory of each step, with floors."""
+    rows = results["rows"]
+    places = list(dict.fromkeys((row["context"], row["blend"]) for row in rows))
+    kinds = [name for name in NAMES if any(row["step"] == name for row in rows)]
+    panels = 2 if any(row["peak_bytes"] for row in rows) else 1
+    figure = Figure(figsize=(3.1 * panels + 0.2, 3.3))
+    axes = list(figure.subplots(1, panels, squeeze=False).flat)
+    width = 0.8 / len(kinds)
+    for number, (kind, color) in enumerate(zip(kinds, COLORS, strict=False)):
+        own = [row for row in rows if row["step"] == kind]
+        at = [places.index((row["context"], row["blend"])) + (number - (len(kinds) - 1) / 2) * width for row in own]
+        axes[0].bar(at, [row.get("ms", 0) / 1e3 for row in own], width, color=color, label=NAMES[kind])
+        if panels > 1:
+            axes[1].bar(at, [(row["peak_bytes"] or 0) / 2**30 for row in own], width, color=color)
+        for panel in axes:
+            for x, row in zip(at, own, strict=True):
+                if row["status"] == "OOM":
+                    panel.text(x, 0, "OOM", color=color, ha="center", va="bottom", rotation=90)
+    for place, (context, blend) in enumerate(places):
+        floor = next(row["floor_ms"] for row in rows if (row["context"], row["blend"]) == (context, blend)) / 1e3
+        label = "floor" if place == 0 else None
+        axes[0].hlines(floor, place - 0.45, place + 0.45, color="#555555", linestyle="--", linewidth=1.0, label=label)
+    for panel, text in zip(axes, ["time of a step (s)", "peak memory (GiB)"], strict=False):
+        panel.set_xticks(range(len(places)), [f"{blend}\n{context:,}" for context, blend in places])
+        panel.set(xlabel="blend, tokens", ylabel=text)
+        panel.grid(axis="y")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.suptitle(f"{results['model']['name']}, {results['device']}")
+    return figure

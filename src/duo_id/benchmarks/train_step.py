@@ -1,0 +1,193 @@
+"""Measure training steps: ours beside the one in the published shape, and the floor that both have."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duo_id.attention.blends import BLENDS
+from duo_id.attention.full import full_attention
+from duo_id.attention.gated import attached
+from duo_id.attention.masks import Window
+from duo_id.attention.probe import AttentionLayer
+from duo_id.attention.softmax import Softmax
+from duo_id.benchmarks.ceilings import Ceilings
+from duo_id.benchmarks.floors import workload
+from duo_id.benchmarks.profiling import profiled
+from duo_id.benchmarks.settings import BenchmarkSettings
+from duo_id.benchmarks.timing import Stopwatch, Timing, release, timed, unless_out_of_memory, with_peak
+from duo_id.config import StepSettings
+from duo_id.errors import UserError
+from duo_id.models import LanguageModel
+from duo_id.objectives import OBJECTIVES
+from duo_id.steps import SHAPES, prepared
+
+SCORED = 512  # tokens that the loss looks at, at the end of a sample
+BACKWARD = 2.5  # arithmetic of attention's backward pass, in forward passes: five products beside two
+
+
+class StepBench:
+    """Measures steps row by row.
+
+    Args:
+        settings: what to measure.
+        language_model: the model.
+        ceilings: of the machine.
+        folder: where traces are written.
+        announce: called with each phase that begins.
+    """
+
+    def __init__(
+        self,
+        settings: BenchmarkSettings,
+        language_model: LanguageModel,
+        ceilings: Ceilings,
+        folder: Path,
+        announce: Callable[[str], None],
+    ) -> None:
+        self.settings, self.model, self.ceilings, self.folder = settings, language_model, ceilings, folder
+        self.device: torch.device = language_model.model.device
+        self.window = Window(settings.sink_size, settings.recent_size)
+        self.subject = ""
+        self.watch = Stopwatch(lambda phase: announce(f"{self.subject}: {phase}"))
+        compiles = self.device.type == "cuda" if settings.compile is None else settings.compile
+        ours = replace(settings.step, compile=settings.step.compile or compiles)
+        paper = replace(settings.step, shape="paper", memory="least", compile=False)
+        self.steps = {"ours": ours, "paper": paper} if ours.shape == "fast" else {"paper": paper}
+        limit = language_model.max_length
+        if limit is not None and settings.context[-1] > limit:
+            raise UserError(
+                f"context={settings.context[-1]}: {language_model.name} is made for {limit} tokens; "
+                f"+model.config.max_position_embeddings={settings.context[-1]} lets it have more"
+            )
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self.settings.context) * len(self.settings.blend) * len(self.steps)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row for each length, blend and shape of step; one that the memory does not suffice for is a row too."""
+        for context in self.settings.context:
+            attention: tuple[float, float] | None = None
+            for blend in self.settings.blend:
+                for name, step in self.steps.items():
+                    self.subject = f"{name}, {blend} blend, {context:,} tokens"
+                    release()
+                    with attached(self.model.model, step.backends) as layers:
+                        attention = attention or self.attention_seconds(layers[0], context)
+                        yield self._row(name, step, layers, blend, context, attention)
+
+    def attention_seconds(self, layer: AttentionLayer, context: int) -> tuple[float, float]:
+        """The best times of full attention in a layer, forward and backward: ceilings at this length."""
+        batch, dtype = self.settings.batch_size, self.model.model.dtype
+        query, key, value = (
+            torch.randn(batch, heads, context, layer.head_dim, device=self.device, dtype=dtype, requires_grad=True)
+            for heads in (layer.heads, layer.kv_heads, layer.kv_heads)
+        )
+
+        def forward() -> Tensor:
+            return full_attention(query, key, value, Softmax(), self.settings.step.full_backend)
+
+        with self.watch.phase("ceilings"):
+            out = forward()
+            grad = torch.randn_like(out)
+            ahead = timed(forward, self.device, self.settings.repeats, warmup=1)
+            back = timed(
+                lambda: torch.autograd.grad(out, (query, key, value), grad, retain_graph=True),
+                self.device,
+                self.settings.repeats,
+                warmup=1,
+            )
+        return min(ahead.runs), min(back.runs)
+
+    def _row(
+        self,
+        name: str,
+        step: StepSettings,
+        layers: Sequence[AttentionLayer],
+        blend: str,
+        context: int,
+        attention: tuple[float, float],
+    ) -> dict[str, Any]:
+        settings, model = self.settings, self.model
+        distillation = SHAPES[step.shape](
+            model, layers, self.window, step.backends, OBJECTIVES["hidden_l2"], blend=BLENDS[blend]
+        )
+        batch, told = self._batch(context), dict[str, Any]()
+        shape = len(layers), layers[0].kv_heads
+        alpha = torch.full(shape, 0.5, device=self.device, requires_grad=True)
+
+        def run() -> Tensor:
+            return torch.autograd.grad(distillation.loss(alpha, batch), alpha)[0]
+
+        def measure() -> tuple[Timing, int | None]:
+            with prepared(distillation, step) as arrange:
+                with self.watch.phase("compile" if step.compile else "first step"):
+                    plan = arrange(batch["input_ids"].numel())
+                    told["plan"] = None if plan is None else str(plan)
+                    run()
+                with self.watch.phase("measure"):
+                    found = with_peak(lambda: timed(run, self.device, settings.repeats, settings.warmup), self.device)
+                if settings.profile:
+                    with self.watch.phase("profile"):
+                        trace = self.folder / f"trace_{name}_{blend}_{context}.json"
+                        told["profile"] = profiled(run, self.device, trace)
+                return found
+
+        measured = unless_out_of_memory(measure)
+        floor, flops = self.floor(layers, blend, context, attention)
+        row: dict[str, Any] = {
+            "step": name,
+            "blend": blend,
+            "context": context,
+            "batch_size": settings.batch_size,
+            "status": "OOM" if measured is None else "ok",
+            "peak_bytes": measured and measured[1],
+            "floor_ms": 1e3 * floor,
+            "flops": flops,
+            "attention_ms": [1e3 * seconds for seconds in attention],
+            "seconds": self.watch.take(),
+            **told,
+        }
+        if measured is not None:
+            seconds = measured[0].median
+            row |= measured[0].summary() | {
+                "tokens_per_s": context * settings.batch_size / seconds,
+                "over_floor": seconds / floor,
+                "mfu": flops / seconds / self.ceilings.flops,
+            }
+        return row
+
+    def floor(
+        self, layers: Sequence[AttentionLayer], blend: str, context: int, attention: tuple[float, float]
+    ) -> tuple[float, float]:
+        """Seconds that a step takes at least, and the floating-point operations that it must do.
+
+        Teacher, student and the gradients of the frozen layers' inputs are 6 operations a weight and token. Full
+        attention counts as it was measured, forward and backward, everything else at the rate of the matrix product.
+        """
+        batch, window = self.settings.batch_size, min(context, self.window.sink_size + self.window.recent_size)
+        linear = 6 * workload(self.model.model, layers).linear * batch * context
+        forwards, backwards = {"student": (2, 1), "detached": (2, 0), "teacher": (1, 0)}[blend]
+        pairs = context * (context + 1) // 2
+        near = window * (window + 1) // 2 + (context - window) * window
+        each = sum(4 * batch * layer.head_dim * layer.heads for layer in layers)
+        streaming = each * near * (1 + BACKWARD)
+        seconds = (linear + streaming) / self.ceilings.flops
+        seconds += len(layers) * (forwards * attention[0] + backwards * attention[1])
+        return seconds, linear + streaming + each * pairs * (forwards + BACKWARD * backwards)
+
+    def _batch(self, context: int) -> dict[str, Any]:
+        generator = torch.Generator(self.device).manual_seed(self.settings.seed)
+        shape, size = (self.settings.batch_size, context), self.model.model.config.get_text_config().vocab_size
+        scored = torch.arange(max(0, context - SCORED), context, device=self.device)
+        scored = (scored + context * torch.arange(shape[0], device=self.device)[:, None]).flatten()
+        return {
+            "input_ids": torch.randint(size, shape, generator=generator, device=self.device),
+            "attention_mask": None,
+            "scored": scored,
+            "weights": torch.full((len(scored),), 1 / len(scored), device=self.device),
+        }
