@@ -24,7 +24,8 @@ config methods
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module
-patterns formats
+patterns tables hub formats
+interop.options interop.quantile interop.query_heads interop.tensors interop.registry
 deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill
 scoring recompute graphs distillation
 plots progress checkpoints
@@ -43,10 +44,10 @@ evaluation.harness
 benchmarks.settings benchmarks.timing benchmarks.ceilings benchmarks.floors benchmarks.baseline benchmarks.contenders
 benchmarks.measure benchmarks.results benchmarks.figures
 app
-train evaluate benchmark report lm_eval
+train evaluate benchmark report convert lm_eval
 """
 LEVELS = {f"duo_id.{name}": place for place, name in enumerate(ORDER.split())}
-ENTRY_POINTS = {f"duo_id.{name}" for name in ("train", "evaluate", "benchmark", "report", "lm_eval")}
+ENTRY_POINTS = {f"duo_id.{name}" for name in ("train", "evaluate", "benchmark", "report", "convert", "lm_eval")}
 FAMILIES = (
     "llama mistral mixtral qwen gemma phi[0-9]? gpt_?neox gpt-?2 opt falcon bloom stablelm olmo cohere granite smollm "
     "deepseek nemotron starcoder glm pythia mamba"
@@ -113,7 +114,7 @@ def test_nobody_imports_the_entry_points() -> None:
         ("errors", ""),
         ("files", ""),
         ("patterns", "errors"),
-        ("formats", "patterns files errors"),
+        ("formats", "patterns tables hub files errors"),
         ("plots", "patterns files errors"),
         ("attention.probe", "attention.full errors"),
         (
