@@ -1,7 +1,7 @@
 """Scores of query heads: the JSON of Retrieval_Head and HeadKV, and QRHead's, its YAML of the chosen heads.
 
-`pool` makes them scores of KV heads, `spread` gives them back. Sources: github.com/nightdessert/Retrieval_Head (a head's
-score is the mean of its list), github.com/FYYFU/HeadKV (the same, normalised by their sum, in the order of the file),
+`pool` makes them scores of KV heads, `spread` gives them back. Sources: github.com/nightdessert/Retrieval_Head (a score
+is the mean of a list), github.com/FYYFU/HeadKV (the same, normalised by their sum, in the order of the file),
 github.com/princeton-pli/QRHead (`attn_head_set`: heads from the best down, or full_heads; detection writes pairs).
 """
 

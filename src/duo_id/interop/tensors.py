@@ -1,7 +1,5 @@
 """KVzip's head scores: one tensor (layers, KV heads) in a .pt file (github.com/snu-mllab/KVzip, `load_head_score`)."""
 
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
@@ -23,7 +21,9 @@ def read_kvzip(path: Path, options: Options) -> HeadPattern:
     expected = f"{path}: expected KVzip's scores, one tensor (layers, KV heads)"
     try:
         scores = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # broken files end in errors of any kind
         raise UserError(f"{expected}, found a file that is not read ({type(error).__name__})") from None
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         raise UserError(f"{expected}, found {getattr(scores, 'dtype', type(scores).__name__)}")
