@@ -28,7 +28,7 @@ patterns tables hub formats
 interop.options interop.quantile interop.query_heads interop.tensors interop.registry
 deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill
 scoring recompute graphs distillation
-plots progress checkpoints
+plots sharing progress checkpoints
 training
 scores.subject scores.attention scores.needles scores.profile scores.retrieval scores.query scores.reconstruction
 scores.saliency scores.candidates scores.search scores.registry identification

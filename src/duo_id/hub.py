@@ -34,8 +34,14 @@ def fetch(repo: str, revision: str | None, files: Sequence[str]) -> Path:
 
 
 @contextmanager
-def told(repo: str, revision: str | None = None) -> Iterator[None]:
-    """What the hub's client raises within the block becomes a `UserError` that says what to do."""
+def told(repo: str, revision: str | None = None, here: bool = True) -> Iterator[None]:
+    """What the hub's client raises within the block becomes a `UserError` that says what to do.
+
+    Args:
+        repo: that was asked for.
+        revision: likewise.
+        here: whether the name could have been a folder's.
+    """
     from huggingface_hub import errors
 
     place = f"{repo}@{revision}" if revision else repo
@@ -49,7 +55,8 @@ def told(repo: str, revision: str | None = None) -> Iterator[None]:
         ) from None
     except errors.RepositoryNotFoundError:
         raise UserError(
-            f"{place} is no folder here and no repo on the hub (a private one needs a login: hf auth login)"
+            f"{place} is {'no folder here and ' if here else ''}no repo on the hub that this login may use "
+            "(hf auth login, or HF_TOKEN)"
         ) from None
     except errors.HFValidationError as error:
         raise UserError(f"{place} is no name of a repo: {_line(error)}") from None
@@ -61,9 +68,10 @@ def told(repo: str, revision: str | None = None) -> Iterator[None]:
             ) from None
         raise UserError(f"{place}: the hub answers with an error ({_line(error)})") from None
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        advice = "copy the repo's folder here and give its path" if here else "upload the folder heads/ from elsewhere"
         raise UserError(
-            f"{place} is no folder here, and the hub cannot be reached ({_line(error.__cause__ or error)}): check the "
-            "network, HF_ENDPOINT and HF_HUB_OFFLINE, or copy the repo's folder here and give its path"
+            f"{place}{' is no folder here, and' if here else ':'} the hub cannot be reached "
+            f"({_line(error.__cause__ or error)}): check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or {advice}"
         ) from None
 
 
