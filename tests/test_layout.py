@@ -44,10 +44,10 @@ evaluation.harness
 benchmarks.settings benchmarks.timing benchmarks.ceilings benchmarks.floors benchmarks.baseline benchmarks.contenders
 benchmarks.measure benchmarks.results benchmarks.figures
 app
-train evaluate benchmark report convert lm_eval
+train evaluate benchmark report convert lm_eval kvpress
 """
 LEVELS = {f"duo_id.{name}": place for place, name in enumerate(ORDER.split())}
-ENTRY_POINTS = {f"duo_id.{name}" for name in ("train", "evaluate", "benchmark", "report", "convert", "lm_eval")}
+ENTRY_POINTS = {f"duo_id.{name}" for name in ("train", "evaluate", "benchmark", "report", "convert", "lm_eval", "kvpress")}
 FAMILIES = (
     "llama mistral mixtral qwen gemma phi[0-9]? gpt_?neox gpt-?2 opt falcon bloom stablelm olmo cohere granite smollm "
     "deepseek nemotron starcoder glm pythia mamba"
