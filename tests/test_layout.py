@@ -47,7 +47,7 @@ app
 train evaluate benchmark report convert lm_eval kvpress
 """
 LEVELS = {f"duo_id.{name}": place for place, name in enumerate(ORDER.split())}
-ENTRY_POINTS = {f"duo_id.{name}" for name in ("train", "evaluate", "benchmark", "report", "convert", "lm_eval", "kvpress")}
+ENTRY_POINTS = {f"duo_id.{name}" for name in "train evaluate benchmark report convert lm_eval kvpress".split()}
 FAMILIES = (
     "llama mistral mixtral qwen gemma phi[0-9]? gpt_?neox gpt-?2 opt falcon bloom stablelm olmo cohere granite smollm "
     "deepseek nemotron starcoder glm pythia mamba"

@@ -69,7 +69,7 @@ def load_pattern(source: str | Path) -> HeadPattern:
     repo = None if path.exists() else hub.split_revision(str(source))
     if repo is not None:
         path = hub.fetch(*repo, [folder + name for folder in ("", "heads/") for name in (HEADS, SCORES, CONFIG)])
-    if path.is_dir():
+    if path.is_dir() or repo is not None:
         places = (path / HEADS, path / SCORES, path / "heads" / HEADS, path / "heads" / SCORES)
         found = next((place for place in places if place.is_file()), None)
         if found is None and repo is not None:

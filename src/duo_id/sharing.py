@@ -1,7 +1,6 @@
 """A head pattern as a repo of the model hub: its files, a figure, and a model card that says how it was found."""
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from duo_id.files import write_text
 from duo_id.formats import SHIPPED, list_patterns, save_pattern
 from duo_id.patterns import HeadPattern
 from duo_id.plots import plot_gates, save_figure
-from duo_id.tables import read_object
+from duo_id.tables import read_object, read_text
 
 CARD, FIGURE, SUMMARY = "README.md", "gates.png", "summary.json"
 TOLD = 60  # characters of a value in the card's table
@@ -94,13 +93,14 @@ def write_folder(
         raise UserError("sparsities=() leaves no mask to show: give at least one")
     summary = _summary(run)
     shown = sorted(sparsities)[len(sparsities) // 2]
+    results = [] if summary is None else read_object(summary).get("results", [])
+    card = model_card(pattern, repo, results, shown)
     save_pattern(pattern, folder, sparsities)
     title = _model(pattern).get("name") or _model(pattern).get("id")
     save_figure(plot_gates(pattern, title, pattern.binarize(sparsity=shown)), folder / FIGURE)
     if summary is not None:
-        shutil.copyfile(summary, folder / SUMMARY)
-    results = read_object(summary).get("results", []) if summary is not None else []
-    write_text(folder / CARD, model_card(pattern, repo, results, shown))
+        write_text(folder / SUMMARY, read_text(summary))
+    write_text(folder / CARD, card)
 
 
 def model_card(
