@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -117,6 +118,45 @@ def test_json_holds_the_agreed_fields_one_row_a_line(pattern: HeadPattern, tmp_p
     assert contents["gated_layers"] == [0, 2, 3, 5]
     assert contents["provenance"] == pattern.provenance
     assert len(text.splitlines()) < 80
+
+
+def test_what_is_written_keeps_to_the_schema(pattern: HeadPattern, tmp_path: Path) -> None:
+    schema = json.loads((Path(formats.__file__).parent / "heads.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    check = jsonschema.Draft202012Validator(schema)
+    save_pattern(pattern, tmp_path)
+    contents = json.loads((tmp_path / "heads.json").read_text())
+    check.validate(contents)
+    check.validate(contents_of(pattern))
+    check.validate(json.loads((formats.SHIPPED / "SmolLM2-135M-Instruct" / "heads.json").read_text()))
+    assert schema["properties"].keys() == contents.keys()
+    assert set(schema["required"]) == contents.keys() - {"masks"}
+    assert schema["properties"]["version"]["const"] == formats.VERSION
+    for change in ({"schema": "x"}, {"version": 2}, {"recent_size": 0}, {"scores": [[]]}, {"gated_layers": []}):
+        assert not check.is_valid(contents | change)
+    for key in schema["required"]:
+        assert not check.is_valid({name: value for name, value in contents.items() if name != key})
+
+
+def test_older_versions_are_brought_up_step_by_step(
+    pattern: HeadPattern, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if version 1 had called the scores gates, and version 2 had left out the gated layers."""
+    steps = {
+        1: lambda old: {**old, "version": 2, "scores": old["gates"]},
+        2: lambda old: {**old, "version": 3, "gated_layers": [0, 2, 3, 5]},
+    }
+    contents = contents_of(pattern)
+    first = {**contents, "gates": contents["scores"]}
+    del first["scores"], first["gated_layers"]
+    monkeypatch.setattr(formats, "VERSION", 3)
+    monkeypatch.setattr(formats, "MIGRATIONS", steps)
+    (tmp_path / "heads.json").write_text(json.dumps(first))
+    assert load_pattern(tmp_path) == pattern
+    monkeypatch.setattr(formats, "MIGRATIONS", {2: steps[2]})
+    refused(tmp_path, "has version 1 of its schema, this duo_id reads version 3$")
+    (tmp_path / "heads.json").write_text(json.dumps(first | {"version": 4}))
+    refused(tmp_path, "has version 4 .* upgrade")
 
 
 def test_nothing_is_written_for_a_sparsity_out_of_range(pattern: HeadPattern, tmp_path: Path) -> None:

@@ -25,10 +25,11 @@ budget config methods
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module
-patterns formats
+patterns tables hub formats
+interop.options interop.quantile interop.query_heads interop.tensors interop.registry
 deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill
 scoring recompute graphs distillation compiled memory steps
-plots progress checkpoints
+plots sharing progress checkpoints
 training
 scores.subject scores.attention scores.needles scores.profile scores.retrieval scores.query scores.reconstruction
 scores.saliency scores.candidates scores.search scores.registry identification
@@ -45,10 +46,10 @@ benchmarks.settings benchmarks.timing benchmarks.ceilings benchmarks.floors benc
 benchmarks.measure benchmarks.results benchmarks.figures benchmarks.profiling benchmarks.train_step
 benchmarks.step_results
 app
-train evaluate benchmark report lm_eval
+train evaluate benchmark report convert lm_eval kvpress
 """
 LEVELS = {f"duo_id.{name}": place for place, name in enumerate(ORDER.split())}
-ENTRY_POINTS = {f"duo_id.{name}" for name in ("train", "evaluate", "benchmark", "report", "lm_eval")}
+ENTRY_POINTS = {f"duo_id.{name}" for name in "train evaluate benchmark report convert lm_eval kvpress".split()}
 FAMILIES = (
     "llama mistral mixtral qwen gemma phi[0-9]? gpt_?neox gpt-?2 opt falcon bloom stablelm olmo cohere granite smollm "
     "deepseek nemotron starcoder glm pythia mamba"
@@ -115,7 +116,7 @@ def test_nobody_imports_the_entry_points() -> None:
         ("errors", ""),
         ("files", ""),
         ("patterns", "errors"),
-        ("formats", "patterns files errors"),
+        ("formats", "patterns tables hub files errors"),
         ("plots", "patterns files errors"),
         ("attention.probe", "attention.masks attention.softmax attention.full errors"),
         (

@@ -1,28 +1,30 @@
-"""The export folder `heads/`, written and read, and the folders that DuoAttention's own code writes.
+"""The export folder `heads/`, written and read: our own format, and what DuoAttention's loaders read beside it.
 
 heads/
   full_attention_heads.tsv   scores, one row a layer, one column a KV head   } what DuoAttention's loaders read
   config.json                sink_size, recent_size                          } (github.com/mit-han-lab/duo-attention)
   mask_sparsity_50.tsv       0/1 rows (1 = retrieval), one file a sparsity
   heads.json                 all of it and the provenance, written last: what `load_pattern` believes
+
+heads.schema.json beside this module says what a heads.json holds. Other tools' files: see `duo_id.interop`.
 """
 
-import json
-import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from duo_id import hub
 from duo_id.errors import UserError
 from duo_id.files import write_text
 from duo_id.patterns import HeadMask, HeadPattern
+from duo_id.tables import exact_rows, json_text, number_rows, read_object, read_tsv, tsv
 
 SCHEMA = "duo_id/heads"
 VERSION = 1
+# What turns the contents of an older version into those of the next; a field that is added or renamed gets an entry.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 SHIPPED = Path(__file__).parent / "head_patterns"
 HEADS, SCORES, CONFIG = "heads.json", "full_attention_heads.tsv", "config.json"
 
@@ -37,11 +39,11 @@ def save_pattern(pattern: HeadPattern, folder: str | Path, sparsities: Iterable[
     """
     folder = Path(folder)
     masks = {sparsity: pattern.binarize(sparsity=sparsity) for sparsity in sorted(sparsities)}
-    files = {_mask_name(sparsity): _tsv(mask.retrieval.int()) for sparsity, mask in masks.items()}
+    files = {_mask_name(sparsity): tsv(mask.retrieval.int()) for sparsity, mask in masks.items()}
     stale = [path for path in folder.glob("mask_sparsity_*.tsv") if path.name not in files]
-    files[SCORES] = _tsv(pattern.scores)
-    files[CONFIG] = _json(_duo_config(pattern))
-    files[HEADS] = _json(_contents(pattern, masks))
+    files[SCORES] = tsv(pattern.scores)
+    files[CONFIG] = json_text(duo_config(pattern))
+    files[HEADS] = json_text(_contents(pattern, masks))
     for name, text in files.items():
         write_text(folder / name, text)
     for path in stale:
@@ -54,18 +56,24 @@ def load_pattern(source: str | Path) -> HeadPattern:
     Args:
         source: a shipped name (see `list_patterns`; it goes before a folder of that name, which `./NAME` reaches), a
             run folder, its `heads/` folder, a DuoAttention folder, a scores TSV beside its `config.json`, or a
-            `heads.json`. Where a folder holds `heads.json`, that is what is read. Scores are taken as they are:
-            published gates reach from -0.0015 to 1.
+            `heads.json`; where nothing of that name is here, a repo of the hub, `user/repo` or `user/repo@revision`.
+            Where a folder holds `heads.json`, that is what is read. Scores are taken as they are: published gates
+            reach from -0.0015 to 1.
 
     Raises:
-        UserError: one line that names the file and, in a table, the row at fault.
+        UserError: one line that names the file and, in a table, the row at fault, or says why the hub did not help.
     """
     if str(source) in list_patterns():
         return load_pattern(SHIPPED / source / HEADS)
     path = Path(source).expanduser()
-    if path.is_dir():
+    repo = None if path.exists() else hub.split_revision(str(source))
+    if repo is not None:
+        path = hub.fetch(*repo, [folder + name for folder in ("", "heads/") for name in (HEADS, SCORES, CONFIG)])
+    if path.is_dir() or repo is not None:
         places = (path / HEADS, path / SCORES, path / "heads" / HEADS, path / "heads" / SCORES)
         found = next((place for place in places if place.is_file()), None)
+        if found is None and repo is not None:
+            raise UserError(f"the hub's repo {source} holds no head pattern ({HEADS} or {SCORES})")
         if found is None:
             raise UserError(
                 f"{path} has no heads/ yet (nor {HEADS} or {SCORES}): if it is a run, "
@@ -77,7 +85,7 @@ def load_pattern(source: str | Path) -> HeadPattern:
         raise UserError(f"no head pattern {str(source)!r}: not a file or folder, nor a shipped name ({shipped})")
     if path.suffix not in (".json", ".tsv"):
         raise UserError(f"{path} is not a head pattern: give a folder, a {HEADS} or a {SCORES}")
-    return pattern_from_json(_read_json(path), path) if path.suffix == ".json" else _read_duo(path)
+    return pattern_from_json(read_object(path), path) if path.suffix == ".json" else _read_duo(path)
 
 
 def list_patterns() -> list[str]:
@@ -109,8 +117,12 @@ def pattern_from_json(contents: dict[str, Any], path: str | Path) -> HeadPattern
         UserError: as of `load_pattern`.
     """
     if contents.get("schema") != SCHEMA:
-        raise UserError(f"{path} is not a head pattern: its schema is {contents.get('schema')!r}, not {SCHEMA!r}")
-    version = contents.get("version")
+        raise UserError(
+            f"{path} is not a head pattern: its schema is {contents.get('schema')!r}, not {SCHEMA!r} "
+            "(python -m duo_id.convert reads what other tools write)"
+        )
+    while isinstance(version := contents.get("version"), int) and version < VERSION and version in MIGRATIONS:
+        contents = MIGRATIONS[version](contents)
     if version != VERSION:
         newer = isinstance(version, int) and version > VERSION
         advice = "; a newer duo_id wrote it, upgrade to read it" if newer else ""
@@ -122,7 +134,7 @@ def pattern_from_json(contents: dict[str, Any], path: str | Path) -> HeadPattern
         raise UserError(f"{path}: scores must be a list of rows")
     if not isinstance(provenance, dict):
         raise UserError(f"{path}: provenance must be an object")
-    scores = _table(f"{path}: scores, row", enumerate(rows, start=1))
+    scores = number_rows(f"{path}: scores, row", enumerate(rows, start=1))
     shape, said = (len(scores), len(scores[0])), (contents["layers"], contents["kv_heads"])
     if shape != said:
         raise UserError(
@@ -143,14 +155,14 @@ def _contents(pattern: HeadPattern, masks: dict[float, HeadMask]) -> dict[str, A
         "recent_size": pattern.recent_size,
         "gated_layers": list(pattern.gated_layers),
         "provenance": pattern.provenance,
-        "scores": _rows(pattern.scores),
+        "scores": exact_rows(pattern.scores),
         "masks": [
             {"sparsity": sparsity, "retrieval": mask.retrieval.int().tolist()} for sparsity, mask in masks.items()
         ],
     }
 
 
-def _duo_config(pattern: HeadPattern) -> dict[str, Any]:
+def duo_config(pattern: HeadPattern) -> dict[str, Any]:
     """What DuoAttention's loaders look up, and `gated_layers`, without which a hybrid model's TSV would mislead us."""
     model = pattern.provenance.get("model")
     name = {"model_name": model["id"]} if isinstance(model, dict) and "id" in model else {}
@@ -159,16 +171,11 @@ def _duo_config(pattern: HeadPattern) -> dict[str, Any]:
 
 
 def _read_duo(path: Path) -> HeadPattern:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file") from None
-    filled = [(number, line.split("\t")) for number, line in enumerate(lines, start=1) if line.strip()]
-    scores = _table(f"{path}, line", filled)
+    scores = read_tsv(path)
     beside = path.with_name(CONFIG)
     if not beside.is_file():
         raise UserError(f"{beside} is missing: sink_size and recent_size of {path.name} stand there")
-    config = _read_json(beside)
+    config = read_object(beside)
     _check_keys(beside, config, ("sink_size", "recent_size"))
     model = {"id": config.get("model_name"), "layers": len(scores), "kv_heads": len(scores[0])}
     return _pattern(path.parent, scores, config, {"format": "DuoAttention", "model": model, "config": config})
@@ -186,61 +193,10 @@ def _pattern(
         raise UserError(f"{place}: {error}") from None
 
 
-def _table(where: str, rows: Iterable[tuple[int, Sequence[Any]]]) -> list[list[float]]:
-    """Numbered rows of cells as floats; the message of an error starts with `where` and the row's number."""
-    table: list[list[float]] = []
-    for number, cells in rows:
-        for column, cell in enumerate(cells, start=1):
-            if not math.isfinite(_float(cell)):
-                raise UserError(f"{where} {number}, column {column}: {str(cell)[:40]!r} is not a finite number")
-        table.append([float(cell) for cell in cells])
-        if len(cells) != len(table[0]):
-            raise UserError(f"{where} {number} has {len(cells)} columns, but the first has {len(table[0])}")
-    if not table or not table[0]:
-        raise UserError(f"{where} 1: nothing there, a pattern has one row a layer and one column a KV head")
-    return table
-
-
-def _float(cell: Any) -> float:
-    """The number in a cell; NaN where there is none."""
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file") from None
-    if not isinstance(contents, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(contents).__name__}")
-    return contents
-
-
 def _check_keys(path: str | Path, contents: dict[str, Any], keys: Iterable[str]) -> None:
     missing = [key for key in keys if key not in contents]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
-
-
-def _rows(heads: Tensor) -> list[list[float]]:
-    """Rows of numbers with nine significant digits, which is what tells any two float32 apart."""
-    return [[float(f"{value:.9g}") for value in row] for row in heads.tolist()]
-
-
-def _tsv(heads: Tensor) -> str:
-    rows = _rows(heads) if heads.is_floating_point() else heads.tolist()
-    return "".join("\t".join(map(str, row)) + "\n" for row in rows)
-
-
-def _json(contents: dict[str, Any]) -> str:
-    """JSON with one row of numbers a line; only real line breaks are closed up, so no string can be touched."""
-    text = json.dumps(contents, indent=1, allow_nan=False)
-    return re.sub(r"\[\n[\s\d.,eE+-]*\]", lambda row: re.sub(r"\s+", " ", row[0]), text) + "\n"
 
 
 def _mask_name(sparsity: float) -> str:

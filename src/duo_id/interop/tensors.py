@@ -1,0 +1,46 @@
+"""KVzip's head scores: one tensor (layers, KV heads) in a .pt file (github.com/snu-mllab/KVzip, `load_head_score`)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from duo_id.errors import UserError
+from duo_id.files import atomic_path
+from duo_id.interop.options import Options, as_pattern
+from duo_id.interop.quantile import streaming_heads
+from duo_id.patterns import HeadPattern
+
+
+def read_kvzip(path: Path, options: Options) -> HeadPattern:
+    """KVzip's scores, loaded without running what a file might hold beside tensors.
+
+    Raises:
+        UserError: the file holds something else than one such tensor, or the windows are not given.
+    """
+    expected = f"{path}: expected KVzip's scores, one tensor (layers, KV heads)"
+    try:
+        scores = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # broken files end in errors of any kind
+        raise UserError(f"{expected}, found a file that is not read ({type(error).__name__})") from None
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        raise UserError(f"{expected}, found {getattr(scores, 'dtype', type(scores).__name__)}")
+    table = scores if scores.dim() == 2 else scores.squeeze()
+    if table.dim() != 2:
+        raise UserError(f"{expected}, found one of shape {tuple(scores.shape)}")
+    return as_pattern(table, "kvzip", str(path), options)
+
+
+def write_kvzip(pattern: HeadPattern, path: Path, options: Options) -> str:
+    """Write KVzip's scores; returns the ratio for its scripts, which keep what lies above a score, not at it."""
+    with atomic_path(path) as beside:
+        torch.save(pattern.scores.clone(), beside)
+    advice = f"{path}: copy it to utils/head_score/MODEL-DATA-0.pt, then --level head"
+    if options.sparsity is None:
+        return advice
+    total = pattern.scores.numel()
+    kept = total - streaming_heads(pattern, options.sparsity)
+    ratio = 1.0 if kept == total else (kept + 0.5) / total
+    return f"{advice} --ratio {ratio:.6g}: {kept} of {total} heads keep all (equal scores fall together)"
