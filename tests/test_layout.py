@@ -16,7 +16,7 @@ LONGEST = 320  # lines of a module
 
 # Each line imports from the lines above it alone, or from its own from left to right.
 ORDER = """
-errors files
+errors files style
 attention.masks attention.blends attention.full attention.kernels attention.streaming attention.decode
 attention.padding attention.probe attention.gated
 gates penalties objectives
@@ -25,12 +25,12 @@ models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module
 patterns formats
-deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill
+deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill deploy.memory
 scoring recompute graphs distillation
-plots progress checkpoints
+history plots progress checkpoints
 training
-scores.subject scores.attention scores.needles scores.profile scores.retrieval scores.query scores.reconstruction
-scores.saliency scores.candidates scores.search scores.registry identification
+scores.subject scores.attention scores.needles scores.anatomy scores.profile scores.retrieval scores.query
+scores.reconstruction scores.saliency scores.candidates scores.search scores.registry identification
 evaluation.items evaluation.contenders evaluation.comparison
 evaluation.chat evaluation.metrics
 evaluation.tasks.words evaluation.tasks.building evaluation.tasks.needles evaluation.tasks.ruler evaluation.tasks.lookup
@@ -112,9 +112,10 @@ def test_nobody_imports_the_entry_points() -> None:
     [
         ("errors", ""),
         ("files", ""),
+        ("style", ""),
         ("patterns", "errors"),
         ("formats", "patterns files errors"),
-        ("plots", "patterns files errors"),
+        ("plots", "patterns files errors style history"),
         ("attention.probe", "attention.full errors"),
         (
             "attention.gated",

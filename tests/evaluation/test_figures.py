@@ -10,10 +10,11 @@ import torch
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from duo_id.evaluation.agreement import agreement, plain, plot_agreement, plot_patterns
+from duo_id.evaluation.agreement import agreement, plot_agreement, plot_patterns
 from duo_id.evaluation.figures import figures, looks, plot_budget, plot_depths, plot_position, plot_tasks, sparsities_of
 from duo_id.evaluation.summary import contenders, frame
 from duo_id.patterns import HeadPattern
+from duo_id.style import plain
 from tests.evaluation.saved import DEPTHS, LENGTHS, SPARSITIES, a_pattern, line_up, saved_results
 
 NAMES = ["found", "random", "streaming", "window", "snapkv"]
