@@ -106,7 +106,8 @@ def plot_thresholds(
         mask = pattern.binarize(threshold=threshold)
         _heads(axes, mask.retrieval.numpy().astype(float), mask.gated_layers, flat, TWO, Normalize(0, 1))
         streaming = round(mask.sparsity * pattern.gated_heads)
-        axes.set_title(f"below {threshold:g}: {streaming} of {pattern.gated_heads} stream", loc="left", fontsize=8)
+        title_of = (f"below {threshold:g}:", f"{streaming} of {pattern.gated_heads} stream")
+        axes.set_title((" " if flat else "\n").join(title_of), loc="left", fontsize=8)
     for unused in list(grid.flat)[len(thresholds) :]:
         unused.set_visible(False)
     for axes in grid.flat[len(thresholds) - across : len(thresholds)]:  # the last of each column

@@ -43,8 +43,14 @@ def agreement_table(patterns: Mapping[str, HeadPattern], sparsities: Sequence[fl
 
 
 @style()
-def plot_patterns(patterns: Mapping[str, HeadPattern]) -> Figure:
-    """The scores of patterns of one model on one colour scale: layers down, KV heads to the right."""
+def plot_patterns(patterns: Mapping[str, HeadPattern], ranks: bool = False) -> Figure:
+    """The scores of patterns of one model on one colour scale: layers down, KV heads to the right.
+
+    Args:
+        patterns: by name.
+        ranks: show the place of each head in its pattern's order, from 0 (streams first) to 1, and not its score, for
+            methods whose scores have other scales.
+    """
     layers, kv_heads = next(iter(patterns.values())).scores.shape
     across = min(len(patterns), 4)
     down = -(-len(patterns) // across)
@@ -52,17 +58,20 @@ def plot_patterns(patterns: Mapping[str, HeadPattern]) -> Figure:
     height = min(5.0, max(1.2, 0.1 * layers))
     figure = Figure(figsize=(max(3.4, 0.5 + width * across), 1.0 + (height + 0.35) * down))
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    scores = np.concatenate([pattern.scores[list(pattern.gated_layers)].flatten() for pattern in patterns.values()])
+    shown = {name: _ranked(pattern) if ranks else pattern.scores.numpy() for name, pattern in patterns.items()}
+    scores = np.concatenate([shown[name][list(pattern.gated_layers)].flatten() for name, pattern in patterns.items()])
     gates = scores.min() >= -0.01 and scores.max() <= 1.01
     scale = Normalize(0, 1) if gates else Normalize(scores.min(), scores.max())
     for axes, (name, pattern) in zip(grid.flat, patterns.items(), strict=False):
-        mesh = draw_cells(axes, pattern.scores.numpy(), scale)
+        mesh = draw_cells(axes, shown[name], scale)
         hatch_ungated(axes, layers, kv_heads, pattern.gated_layers)
         axes.set_title(plain(name, 12 * width), loc="left", fontsize=8)
         number_heads(axes)
     for axes in list(grid.flat)[len(patterns) :]:
         axes.set_visible(False)
     label = "gate α (1 = retrieval)" if gates else "score (higher = retrieval)"
+    if ranks:
+        label = "rank of the head (1 = the last to stream)"
     bar = figure.colorbar(mesh, ax=grid, location="bottom", label=label, aspect=40, shrink=0.8)
     bar.outline.set_visible(False)
     if any(len(pattern.gated_layers) < layers for pattern in patterns.values()):
@@ -88,6 +97,14 @@ def plot_agreement(patterns: Mapping[str, HeadPattern], sparsities: Sequence[flo
     for axes in list(grid.flat)[len(found) :]:
         axes.set_visible(False)
     return figure
+
+
+def _ranked(pattern: HeadPattern) -> np.ndarray:
+    """The places in the pattern's order as (layers, KV heads) in [0, 1]; layers without gates are 1."""
+    gated, ranks = list(pattern.gated_layers), np.ones(pattern.scores.shape)
+    order = pattern.scores[gated].flatten().argsort(stable=True).argsort().numpy()
+    ranks[gated] = (order / max(len(order) - 1, 1)).reshape(len(gated), -1)
+    return ranks
 
 
 def _jaccard(mask: np.ndarray, other: np.ndarray) -> float:
