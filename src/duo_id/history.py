@@ -84,7 +84,7 @@ def read_history(run: str | Path) -> pd.DataFrame:
 def _read(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, index_col="step").astype(float)
-        broken = not len(table) or table.isna().any(axis=None)
+        broken = table.empty or table.isna().any(axis=None)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a history of gates: {str(error).splitlines()[0]}") from None
     if broken or not all(str(name).replace(".", "", 1).isdigit() and "." in str(name) for name in table):

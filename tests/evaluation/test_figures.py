@@ -14,7 +14,6 @@ from duo_id.evaluation.agreement import agreement, plot_agreement, plot_patterns
 from duo_id.evaluation.figures import figures, looks, plot_budget, plot_depths, plot_position, plot_tasks, sparsities_of
 from duo_id.evaluation.summary import contenders, frame
 from duo_id.patterns import HeadPattern
-from duo_id.style import plain
 from tests.evaluation.saved import DEPTHS, LENGTHS, SPARSITIES, a_pattern, line_up, saved_results
 
 NAMES = ["found", "random", "streaming", "window", "snapkv"]
@@ -186,12 +185,6 @@ def test_little_was_measured(task: str, compared: list) -> None:
     expected = {"needle-words": {"depths-needle-words"}, "json-lookup": set(), "language": {"position-language"}}[task]
     assert figures(results).keys() == {"gates", *expected}
     assert figures(results | {"patterns": {}}).keys() == expected
-
-
-def test_plain_names() -> None:
-    assert plain("a$b$") == r"a\$b\$"
-    assert plain("x" * 50 + "end", 10) == "…xxxxxxend"
-    assert plain("a\x00\ud800b") == "a??b"
 
 
 def test_who_generated_nothing_is_not_drawn_where_answers_are_scored() -> None:
