@@ -115,7 +115,7 @@ def test_nobody_imports_the_entry_points() -> None:
         ("style", ""),
         ("patterns", "errors"),
         ("formats", "patterns files errors"),
-        ("plots", "patterns files errors style history"),
+        ("plots", "patterns files errors style"),
         ("attention.probe", "attention.full errors"),
         (
             "attention.gated",

@@ -149,6 +149,7 @@ METRICS = pd.DataFrame(
         "val/answer_loss_50": [None, 0.9, None, None, 0.2],
         "val/answer_loss_75": [None, 1.9, None, None, 0.7],
         "val/answer_loss_25": [None] * 5,
+        "val/answer_loss_0": [None, 0.1, None, None, 0.1],
         "val/token_accuracy_50": [None, 0.5, None, None, 0.9],
         "val/distill": [None, 0.6, None, None, 0.25],
     }
@@ -168,7 +169,11 @@ def test_training_curves_skip_what_was_not_logged() -> None:
     assert loss["penalty"] == [[0, 10, 20], [0.05, 0.04, 0.03]]
     assert loss["distillation, validation"] == [[0, 20], [0.6, 0.25]]
     assert list(gate.values()) == [[[0, 10, 20], [1.0, 0.9, 0.8]]]
-    assert answer == {"50% stream": [[0, 20], [0.9, 0.2]], "75% stream": [[0, 20], [1.9, 0.7]]}
+    assert answer == {
+        "full attention": [[0, 20], [0.1, 0.1]],
+        "50% stream": [[0, 20], [0.9, 0.2]],
+        "75% stream": [[0, 20], [1.9, 0.7]],
+    }
 
 
 def test_training_panels_without_data_are_left_out() -> None:

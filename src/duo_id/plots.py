@@ -169,7 +169,9 @@ def plot_training(metrics: pd.DataFrame | str | Path, title: str | None = None) 
     wanted = {
         "loss": losses,
         "mean gate α": {"train/mean_gate": ""},
-        "answer loss\n(nats per token)": {name: f"{percent:.4g}% stream" for percent, name in answers},
+        "answer loss\n(nats per token)": {
+            name: f"{percent:.4g}% stream" if percent else "full attention" for percent, name in answers
+        },
     }
     panels = {label: {name: key for name, key in curves.items() if name in steps} for label, curves in wanted.items()}
     panels = {label: curves for label, curves in panels.items() if curves}

@@ -203,3 +203,14 @@ def test_legends_lie_inside_their_figures(rows: pd.DataFrame) -> None:
         box = figure.legends[0].get_window_extent()
         assert box.x0 >= 0
         assert box.x1 <= figure.bbox.width
+
+
+def test_ranks_put_methods_of_other_scales_side_by_side() -> None:
+    scores = torch.tensor([[0.2, 0.9], [0.5, 0.1], [7.0, 7.0]])
+    patterns = {"gates": HeadPattern(scores, 4, 8, (0, 1)), "tiny": HeadPattern(scores / 1e6, 4, 8, (0, 1))}
+    figure = plot_patterns(patterns, ranks=True)
+    for axes in figure.axes[:2]:
+        mesh = next(item for item in axes.collections if isinstance(item, QuadMesh))
+        np.testing.assert_allclose(mesh.get_array(), [[1 / 3, 1], [2 / 3, 0], [1, 1]])
+        assert mesh.get_clim() == (0, 1)
+    assert figure.axes[2].get_xlabel() == "rank of the head (1 = the last to stream)"

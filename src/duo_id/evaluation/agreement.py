@@ -54,7 +54,7 @@ def plot_patterns(patterns: Mapping[str, HeadPattern], ranks: bool = False) -> F
     layers, kv_heads = next(iter(patterns.values())).scores.shape
     across = min(len(patterns), 4)
     down = -(-len(patterns) // across)
-    width = min(2.6, max(1.4, 0.14 * kv_heads + 0.4))
+    width = min(2.6, max(1.6, 0.14 * kv_heads + 0.4))
     height = min(5.0, max(1.2, 0.1 * layers))
     figure = Figure(figsize=(max(3.4, 0.5 + width * across), 1.0 + (height + 0.35) * down))
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
