@@ -52,7 +52,9 @@ def test_long_runs_are_noted_every_few_steps_and_at_the_end(tmp_path: Path) -> N
 def test_a_resumed_run_keeps_the_rows_before_and_replaces_those_after(tmp_path: Path) -> None:
     train(tmp_path, 0, 6, 8)
     whole = read_history(tmp_path)
-    train(tmp_path, 4, 8, 8)
+    train(tmp_path, 4, 5, 8)
+    assert read_history(tmp_path).index.tolist() == list(range(6)), "what came after step 4 is done anew"
+    train(tmp_path, 5, 8, 8)
     found = read_history(tmp_path)
     assert found.index.tolist() == list(range(9))
     assert found.loc[:6].equals(whole)
