@@ -16,7 +16,7 @@ LONGEST = 320  # lines of a module
 
 # Each line imports from the lines above it alone, or from its own from left to right.
 ORDER = """
-errors files
+errors files style
 attention.masks attention.blends attention.softmax attention.full attention.kernels attention.streaming_kernels
 attention.streaming_operator attention.streaming attention.decode
 attention.padding attention.probe attention.gated
@@ -27,12 +27,12 @@ data.words data.samples data.haystack data.disk data.drafting data.passkey data.
 data.text data.mixture data.tasks data.module
 patterns tables hub formats
 interop.options interop.quantile interop.query_heads interop.tensors interop.registry
-deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill
+deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill deploy.memory
 scoring recompute graphs distillation compiled memory steps
-plots sharing progress checkpoints
+history plots sharing progress checkpoints
 training
-scores.subject scores.attention scores.needles scores.profile scores.retrieval scores.query scores.reconstruction
-scores.saliency scores.candidates scores.search scores.registry identification
+scores.subject scores.attention scores.needles scores.anatomy scores.profile scores.retrieval scores.query
+scores.reconstruction scores.saliency scores.candidates scores.search scores.registry identification
 evaluation.items evaluation.contenders evaluation.comparison
 evaluation.chat evaluation.metrics
 evaluation.tasks.words evaluation.tasks.building evaluation.tasks.needles evaluation.tasks.ruler evaluation.tasks.lookup
@@ -115,9 +115,10 @@ def test_nobody_imports_the_entry_points() -> None:
     [
         ("errors", ""),
         ("files", ""),
+        ("style", ""),
         ("patterns", "errors"),
         ("formats", "patterns tables hub files errors"),
-        ("plots", "patterns files errors"),
+        ("plots", "patterns files errors style"),
         ("attention.probe", "attention.masks attention.softmax attention.full errors"),
         (
             "attention.gated",

@@ -1,18 +1,59 @@
-"""Each notebook runs from its folder, on what the repository ships."""
+"""Each notebook runs from its folder on what the repository ships, shows its figures, and says what is missing."""
 
+import ast
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from nbmake.nb_result import NotebookResult
+from nbmake.nb_run import NotebookRun
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
+FIGURES = {"inspect_gates": 5, "compare_methods": 5, "deploy": 1, "head_anatomy": 2}
+notebooks = pytest.mark.parametrize("name", FIGURES)
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.name)
-def test_notebook_runs_and_shows_figures(path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are not tracked"
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(FOLDER)}}).execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
+def run(path: Path) -> NotebookResult:
+    """The notebook executed in its folder, as `pytest --nbmake` does it."""
+    return NotebookRun(path, default_timeout=240).execute()
+
+
+def test_every_notebook_is_listed() -> None:
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == FIGURES.keys()
+    listed = (FOLDER.parent / "docs" / "notebooks.md").read_text()
+    assert set(re.findall(r"`(\w+)\.ipynb`", listed)) == FIGURES.keys()
+
+
+@notebooks
+def test_notebooks_define_nothing_and_track_no_outputs(name: str) -> None:
+    for cell in nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+        code = "" if cell.cell_type != "code" else re.sub(r"^%.*$", "", cell.source, flags=re.MULTILINE)
+        kinds = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
+        assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(code)))
+
+
+@notebooks
+def test_notebook_runs_and_shows_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run(FOLDER / f"{name}.ipynb")
+    assert result.error is None, result.error.trace
+    outputs = [output for cell in result.nb.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES[name]
+
+
+def test_without_results_a_notebook_says_so_in_one_line(tmp_path: Path) -> None:
+    text = (FOLDER / "compare_methods.ipynb").read_text()
+    assert text.count("data/evaluation\\") == 1, "the first cell names the results"
+    path = tmp_path / "compare_methods.ipynb"
+    path.write_text(text.replace("data/evaluation\\", "nowhere\\"))
+    error = run(path).error
+    assert error is not None
+    shown = error.trace.partition("-" * 75 + "\n")[2].splitlines()[-1]
+    assert (
+        shown == "error: nowhere/results.json is missing: give the run folder of a finished evaluation"
+        or shown.startswith("error: nowhere is missing: give the run folder of a finished evaluation")
+    )
+    assert "Traceback" not in error.trace

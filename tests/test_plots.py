@@ -15,7 +15,16 @@ from matplotlib.patches import Rectangle
 
 from duo_id.errors import UserError
 from duo_id.patterns import HeadPattern
-from duo_id.plots import plot_gates, plot_histogram, plot_training, read_metrics, save_figure, style
+from duo_id.plots import (
+    plot_gates,
+    plot_histogram,
+    plot_history,
+    plot_thresholds,
+    plot_training,
+    read_metrics,
+    save_figure,
+)
+from duo_id.style import COLORS, style
 
 
 def make(layers: int, kv_heads: int, gated: tuple[int, ...] | None = None) -> HeadPattern:
@@ -94,6 +103,42 @@ def test_histogram_of_equal_scores() -> None:
     assert [line.get_xdata()[0] for line in lines] == [1]  # at 100% no head is kept, so there is no threshold
 
 
+@pytest.mark.parametrize(("layers", "kv_heads"), [(30, 3), (32, 32)])
+def test_thresholds_show_a_mask_each(layers: int, kv_heads: int) -> None:
+    pattern, thresholds = make(layers, kv_heads, gated=tuple(range(2, layers))), (0.1, 0.5, 0.9, 2.0)
+    figure = plot_thresholds(pattern, thresholds, title="a model")
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(shown) == 4
+    for place, (axes, threshold) in enumerate(zip(shown, thresholds, strict=True)):
+        retrieval = pattern.binarize(threshold=threshold).retrieval.numpy()
+        np.testing.assert_array_equal(cells(figure, place), retrieval.T if kv_heads == 3 else retrieval)
+        title = axes.get_title(loc="left")
+        assert title.startswith(f"below {threshold:g}:")
+        assert f"{int((~retrieval).sum())} of {pattern.gated_heads} stream" in title
+    assert "no gates" in {text.get_text() for text in figure.legends[0].get_texts()}
+    assert shown[-1].get_xlabel() == ("layer" if kv_heads == 3 else "KV head")
+    with pytest.raises(UserError, match="thresholds"):
+        plot_thresholds(pattern, ())
+
+
+def test_history_shows_every_gate_in_the_colour_of_what_becomes_of_it() -> None:
+    columns = pd.MultiIndex.from_tuples([(0, 0), (0, 1), (2, 0), (2, 1)])
+    history = pd.DataFrame([[1, 1, 1, 1], [0.9, 0.2, 0.7, 0.6], [0.8, 0.1, 0.4, 0.5]], [0, 5, 10], columns)
+    lines = plot_history(history, sparsity=0.25).axes[0].lines
+    retrieval, streaming = (
+        [list(line.get_ydata()) for line in lines if line.get_color() == color] for color in COLORS[:2]
+    )
+    medians = retrieval.pop(), streaming.pop()
+    assert sorted(retrieval) == [[1, 0.6, 0.5], [1, 0.7, 0.4], [1, 0.9, 0.8]]
+    assert streaming == [[1, 0.2, 0.1]]
+    assert medians == ([1, 0.7, 0.5], [1, 0.2, 0.1])
+    assert {line.get_label() for line in lines if not str(line.get_label()).startswith("_")} == {
+        "3 retrieval heads, median",
+        "1 streaming heads, median",
+    }
+    assert len(plot_history(history, sparsity=0).axes[0].lines) == 5
+
+
 METRICS = pd.DataFrame(
     {
         "step": [0, 0, 10, 20, 20],
@@ -104,6 +149,7 @@ METRICS = pd.DataFrame(
         "val/answer_loss_50": [None, 0.9, None, None, 0.2],
         "val/answer_loss_75": [None, 1.9, None, None, 0.7],
         "val/answer_loss_25": [None] * 5,
+        "val/answer_loss_0": [None, 0.1, None, None, 0.1],
         "val/token_accuracy_50": [None, 0.5, None, None, 0.9],
         "val/distill": [None, 0.6, None, None, 0.25],
     }
@@ -123,7 +169,11 @@ def test_training_curves_skip_what_was_not_logged() -> None:
     assert loss["penalty"] == [[0, 10, 20], [0.05, 0.04, 0.03]]
     assert loss["distillation, validation"] == [[0, 20], [0.6, 0.25]]
     assert list(gate.values()) == [[[0, 10, 20], [1.0, 0.9, 0.8]]]
-    assert answer == {"50% stream": [[0, 20], [0.9, 0.2]], "75% stream": [[0, 20], [1.9, 0.7]]}
+    assert answer == {
+        "full attention": [[0, 20], [0.1, 0.1]],
+        "50% stream": [[0, 20], [0.9, 0.2]],
+        "75% stream": [[0, 20], [1.9, 0.7]],
+    }
 
 
 def test_training_panels_without_data_are_left_out() -> None:

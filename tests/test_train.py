@@ -23,6 +23,7 @@ import duo_id.train
 from duo_id import load_pattern
 from duo_id.checkpoints import CHECKPOINT
 from duo_id.config import TrainSettings, conf_dir, plain
+from duo_id.history import read_history
 from duo_id.methods import GateSettings
 from duo_id.models import LanguageModel
 from duo_id.objectives import OBJECTIVES, Objective, Outputs
@@ -161,6 +162,15 @@ def test_metrics_hold_training_and_validation(run: Run) -> None:
         assert all(map(math.isfinite, values)), column
     assert table["train/mean_gate"].dropna().tolist()[0] == 1.0
     assert set(table["train/length"].dropna()) <= {700, 800}
+
+
+def test_gates_over_training_end_with_those_exported(run: Run) -> None:
+    history = read_history(run.folder)
+    assert history.index.tolist() == [0, 1, 2]
+    pattern = load_pattern(run.folder)
+    assert (history.iloc[0] == 1).all()
+    assert history.columns.tolist() == [(layer, head) for layer in pattern.gated_layers for head in range(2)]
+    np.testing.assert_allclose(history.iloc[-1], pattern.scores.flatten(), rtol=1e-4)
 
 
 def test_run_folder_keeps_its_command_line(run: Run) -> None:

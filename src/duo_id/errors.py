@@ -1,5 +1,9 @@
-"""The one exception that the commands show as a single line instead of a traceback."""
+"""The one exception that the commands and notebooks show as a single line instead of a traceback."""
 
 
 class UserError(ValueError):
     """Something that the user can mend; the message is one line and names the override to change."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback."""
+        return [f"error: {self}"]

@@ -17,6 +17,7 @@ from duo_id.checkpoints import CHECKPOINT, AtomicCheckpointIO, LastCheckpoint
 from duo_id.config import MethodSettings, TrainSettings, require
 from duo_id.data.module import SampleModule
 from duo_id.formats import load_pattern
+from duo_id.history import GateHistory
 from duo_id.methods import GateSettings, ScoreSettings, SearchSettings
 from duo_id.models import LanguageModel
 from duo_id.patterns import HeadPattern
@@ -121,6 +122,7 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
         callbacks=[
             LastCheckpoint(run.folder, settings.checkpoint_seconds),
             TrainingBar(),
+            GateHistory(run.folder),
             LambdaCallback(on_train_start=lambda *_: run.accepted()),
         ],
         plugins=[AtomicCheckpointIO()],

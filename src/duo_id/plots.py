@@ -1,63 +1,28 @@
 """Figures from what runs have saved: gates, their distribution, and the course of training.
 
 Every function returns a `matplotlib.figure.Figure` of its own: no display is needed, and the style holds inside the
-call only. Sizes are chosen so that text stays legible when a figure is shown as wide as one column of a page.
+call only.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from duo_id.errors import UserError
 from duo_id.files import atomic_path
 from duo_id.patterns import HeadMask, HeadPattern
+from duo_id.style import COLORS, DASHES, GATES, MARKERS, UNGATED, draw_cells, hatch_ungated, number_heads, style
 
-# from Okabe and Ito's set, told apart with every common kind of colour vision (jfly.uni-koeln.de/color)
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-MARKERS, DASHES = "os^Dv<", ("-", "--", ":", "-.")
-GATES = mpl.colormaps["YlGnBu"]  # light to dark, so it survives grey print too
-UNGATED: dict[str, Any] = {"facecolor": "#DDDDDD", "edgecolor": "#999999", "hatch": "//////", "linewidth": 0.0}
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """The one look of all figures, for a block or a decorated function; what was set before is restored."""
-    with mpl.rc_context(
-        {
-            "figure.dpi": 160,
-            "figure.constrained_layout.use": True,
-            "figure.constrained_layout.h_pad": 0.06,
-            "figure.constrained_layout.w_pad": 0.06,
-            "figure.titlesize": 10,
-            "font.size": 9,
-            "axes.titlesize": 9,
-            "axes.labelsize": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.axisbelow": True,
-            "grid.color": "#E4E4E4",
-            "grid.linewidth": 0.6,
-            "xtick.labelsize": 8,
-            "ytick.labelsize": 8,
-            "legend.fontsize": 8,
-            "legend.frameon": False,
-            "lines.linewidth": 1.4,
-            "hatch.linewidth": 0.5,
-        }
-    ):
-        yield
+TWO = ListedColormap([GATES(0.0), GATES(1.0)])  # of a mask: streaming, retrieval
 
 
 @style()
@@ -85,18 +50,14 @@ def plot_gates(pattern: HeadPattern, title: str | None = None, mask: HeadMask | 
     bar = figure.colorbar(image, ax=axes, location="bottom", label=label, aspect=40, fraction=0.08, shrink=0.7)
     bar.outline.set_visible(False)
 
-    keys = []
+    ungated = len(pattern.gated_layers) < layers
     if mask is not None:
         mask.check_fits(layers, kv_heads, "the pattern")
-        two = ListedColormap([GATES(0.0), GATES(1.0)])
-        _heads(axes[1], mask.retrieval.numpy().astype(float), mask.gated_layers, flat, two, Normalize(0, 1))
+        _heads(axes[1], mask.retrieval.numpy().astype(float), mask.gated_layers, flat, TWO, Normalize(0, 1))
         axes[1].set_title(f"{100 * mask.sparsity:.3g}% of the heads stream", loc="left")
-        for name, color in (("retrieval", two(1.0)), ("streaming", two(0.0))):
-            keys.append(Patch(facecolor=color, edgecolor="#555555", linewidth=0.5, label=name))
-    if len(pattern.gated_layers) < layers:
-        keys.append(Patch(**UNGATED, label="no gates"))
-    if keys:
-        figure.legend(handles=keys, loc="outside lower center", ncols=3)
+        figure.legend(handles=_keys(ungated), loc="outside lower center", ncols=3)
+    elif ungated:
+        figure.legend(handles=[Patch(**UNGATED, label="no gates")], loc="outside lower center")
     _set_title(figure, title)
     return figure
 
@@ -124,6 +85,71 @@ def plot_histogram(
 
 
 @style()
+def plot_thresholds(
+    pattern: HeadPattern, thresholds: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95), title: str | None = None
+) -> Figure:
+    """Which heads stream at each of `thresholds`, one mask a panel; `pattern.binarize(threshold=...)` makes them.
+
+    Raises:
+        UserError: there is no threshold to show.
+    """
+    if not len(thresholds):
+        raise UserError("thresholds=() shows nothing: give at least one score, such as thresholds=(0.5,)")
+    layers, kv_heads = pattern.scores.shape
+    flat = layers > 2 * kv_heads
+    across = 1 if flat else min(3, len(thresholds))
+    down = -(-len(thresholds) // across)
+    width, height = (4.8, min(max(0.15 * kv_heads, 0.45), 1.6)) if flat else (1.7, 1.7 * min(layers / kv_heads, 2))
+    figure = Figure(figsize=(max(3.4, width * across), (height + 0.3) * down + 0.75 + 0.25 * bool(title)))
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    for axes, threshold in zip(grid.flat, thresholds, strict=False):
+        mask = pattern.binarize(threshold=threshold)
+        _heads(axes, mask.retrieval.numpy().astype(float), mask.gated_layers, flat, TWO, Normalize(0, 1))
+        streaming = round(mask.sparsity * pattern.gated_heads)
+        title_of = (f"below {threshold:g}:", f"{streaming} of {pattern.gated_heads} stream")
+        axes.set_title((" " if flat else "\n").join(title_of), loc="left", fontsize=8)
+    for unused in list(grid.flat)[len(thresholds) :]:
+        unused.set_visible(False)
+    for axes in grid.flat[len(thresholds) - across : len(thresholds)]:  # the last of each column
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("layer" if flat else "KV head")
+    figure.legend(handles=_keys(len(pattern.gated_layers) < layers), loc="outside lower center", ncols=3)
+    _set_title(figure, title)
+    return figure
+
+
+@style()
+def plot_history(history: pd.DataFrame, sparsity: float = 0.5, title: str | None = None) -> Figure:
+    """The course of every gate over training, coloured by what the last gates make of its head.
+
+    Args:
+        history: as `duo_id.history.read_history` gives it.
+        sparsity: fraction of heads that stream; the order among equal gates is that of `HeadPattern`.
+        title: above the figure.
+    """
+    last = history.iloc[-1].to_numpy().argsort(kind="stable")
+    count = round(sparsity * len(last))
+    figure = Figure(figsize=(4.8, 3.2))
+    axes = figure.subplots()
+    faint = {"alpha": max(0.08, min(0.5, 25 / len(last))), "linewidth": 0.8}
+    for name, heads, color, dash in (
+        ("retrieval", last[count:], COLORS[0], "-"),
+        ("streaming", last[:count], COLORS[1], "--"),
+    ):
+        if len(heads):
+            chosen = history.iloc[:, heads]
+            axes.plot(history.index, chosen, color=color, **faint)
+            label = f"{len(heads)} {name} heads, median"
+            axes.plot(history.index, chosen.median(axis=1), color=color, linestyle=dash, linewidth=2.2, label=label)
+    axes.set(xlabel="step", ylabel="gate α (1 = retrieval)", ylim=(-0.03, 1.03))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y")
+    figure.legend(loc="outside lower center", ncols=2)
+    _set_title(figure, title)
+    return figure
+
+
+@style()
 def plot_training(metrics: pd.DataFrame | str | Path, title: str | None = None) -> Figure:
     """Loss parts, mean gate and validation answer loss over training steps; a panel without data is left out.
 
@@ -143,7 +169,9 @@ def plot_training(metrics: pd.DataFrame | str | Path, title: str | None = None) 
     wanted = {
         "loss": losses,
         "mean gate α": {"train/mean_gate": ""},
-        "answer loss\n(nats per token)": {name: f"{percent:.4g}% stream" for percent, name in answers},
+        "answer loss\n(nats per token)": {
+            name: f"{percent:.4g}% stream" if percent else "full attention" for percent, name in answers
+        },
     }
     panels = {label: {name: key for name, key in curves.items() if name in steps} for label, curves in wanted.items()}
     panels = {label: curves for label, curves in panels.items() if curves}
@@ -206,21 +234,17 @@ def _heads(
     axes: Axes, values: np.ndarray, gated: tuple[int, ...], flat: bool, colors: Colormap, limits: Normalize
 ) -> QuadMesh:
     """Draw one cell a head, values (layers, KV heads); `flat` lets layers run to the right."""
-    layers, kv_heads = values.shape
-    cells = values.T if flat else values
-    rows, columns = (np.arange(size + 1) - 0.5 for size in cells.shape)
-    line = min(0.4, 16 / max(cells.shape) ** 1.2)
-    mesh = axes.pcolormesh(columns, rows, cells, cmap=colors, norm=limits, edgecolors="white", linewidth=line)
-    for layer in set(range(layers)) - set(gated):
-        corner, size = ((layer - 0.5, -0.5), (1, kv_heads)) if flat else ((-0.5, layer - 0.5), (kv_heads, 1))
-        axes.add_patch(Rectangle(corner, *size, **UNGATED))
-    axes.set_ylim(rows[-1], rows[0])
-    axes.set(xlabel="layer" if flat else "KV head", ylabel="KV head" if flat else "layer")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 10]))
-    axes.spines[:].set(visible=True, linewidth=0.5, color="#555555")
-    axes.label_outer()
+    mesh = draw_cells(axes, values.T if flat else values, limits, colors=colors)
+    hatch_ungated(axes, *values.shape, gated, flat)
+    number_heads(axes, flat)
     return mesh
+
+
+def _keys(ungated: bool) -> list[Patch]:
+    """The legend of a mask."""
+    two = zip(("retrieval", "streaming"), (TWO(1.0), TWO(0.0)), strict=True)
+    keys = [Patch(facecolor=color, edgecolor="#555555", linewidth=0.5, label=name) for name, color in two]
+    return [*keys, Patch(**UNGATED, label="no gates")] if ungated else keys
 
 
 def _curve(axes: Axes, values: pd.Series, label: str, color: str, marker: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from duo_id.evaluation.agreement import agreement, plain, plot_agreement, plot_patterns
+from duo_id.evaluation.agreement import agreement, plot_agreement, plot_patterns
 from duo_id.evaluation.figures import figures, looks, plot_budget, plot_depths, plot_position, plot_tasks, sparsities_of
 from duo_id.evaluation.summary import contenders, frame
 from duo_id.patterns import HeadPattern
@@ -187,12 +187,6 @@ def test_little_was_measured(task: str, compared: list) -> None:
     assert figures(results | {"patterns": {}}).keys() == expected
 
 
-def test_plain_names() -> None:
-    assert plain("a$b$") == r"a\$b\$"
-    assert plain("x" * 50 + "end", 10) == "…xxxxxxend"
-    assert plain("a\x00\ud800b") == "a??b"
-
-
 def test_who_generated_nothing_is_not_drawn_where_answers_are_scored() -> None:
     rows = frame(saved_results())
     silent = rows["heads"].eq("random") | rows["sparsity"].eq(0.75)
@@ -209,3 +203,14 @@ def test_legends_lie_inside_their_figures(rows: pd.DataFrame) -> None:
         box = figure.legends[0].get_window_extent()
         assert box.x0 >= 0
         assert box.x1 <= figure.bbox.width
+
+
+def test_ranks_put_methods_of_other_scales_side_by_side() -> None:
+    scores = torch.tensor([[0.2, 0.9], [0.5, 0.1], [7.0, 7.0]])
+    patterns = {"gates": HeadPattern(scores, 4, 8, (0, 1)), "tiny": HeadPattern(scores / 1e6, 4, 8, (0, 1))}
+    figure = plot_patterns(patterns, ranks=True)
+    for axes in figure.axes[:2]:
+        mesh = next(item for item in axes.collections if isinstance(item, QuadMesh))
+        np.testing.assert_allclose(mesh.get_array(), [[1 / 3, 1], [2 / 3, 0], [1, 1]])
+        assert mesh.get_clim() == (0, 1)
+    assert figure.axes[2].get_xlabel() == "rank of the head (1 = the last to stream)"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from duo_id.benchmarks.results import FULL, memory
 from duo_id.errors import UserError
-from duo_id.plots import COLORS, MARKERS, style
+from duo_id.style import COLORS, MARKERS, style
 
 AXES = {
     "context": "context (thousand tokens)",

@@ -4,16 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patches import Patch
 from rich.table import Table
 
 from duo_id.patterns import HeadPattern
-from duo_id.plots import GATES, UNGATED, style
+from duo_id.style import UNGATED, draw_cells, hatch_ungated, number_heads, plain, style
 
 
 def agreement(patterns: Mapping[str, HeadPattern], sparsities: Sequence[float]) -> dict[str, pd.DataFrame]:
@@ -46,30 +43,35 @@ def agreement_table(patterns: Mapping[str, HeadPattern], sparsities: Sequence[fl
 
 
 @style()
-def plot_patterns(patterns: Mapping[str, HeadPattern]) -> Figure:
-    """The scores of patterns of one model on one colour scale: layers down, KV heads to the right."""
+def plot_patterns(patterns: Mapping[str, HeadPattern], ranks: bool = False) -> Figure:
+    """The scores of patterns of one model on one colour scale: layers down, KV heads to the right.
+
+    Args:
+        patterns: by name.
+        ranks: show the place of each head in its pattern's order, from 0 (streams first) to 1, and not its score, for
+            methods whose scores have other scales.
+    """
     layers, kv_heads = next(iter(patterns.values())).scores.shape
     across = min(len(patterns), 4)
     down = -(-len(patterns) // across)
-    width = min(2.6, max(1.4, 0.14 * kv_heads + 0.4))
+    width = min(2.6, max(1.6, 0.14 * kv_heads + 0.4))
     height = min(5.0, max(1.2, 0.1 * layers))
     figure = Figure(figsize=(max(3.4, 0.5 + width * across), 1.0 + (height + 0.35) * down))
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    scores = np.concatenate([pattern.scores[list(pattern.gated_layers)].flatten() for pattern in patterns.values()])
+    shown = {name: _ranked(pattern) if ranks else pattern.scores.numpy() for name, pattern in patterns.items()}
+    scores = np.concatenate([shown[name][list(pattern.gated_layers)].flatten() for name, pattern in patterns.items()])
     gates = scores.min() >= -0.01 and scores.max() <= 1.01
     scale = Normalize(0, 1) if gates else Normalize(scores.min(), scores.max())
     for axes, (name, pattern) in zip(grid.flat, patterns.items(), strict=False):
-        mesh = draw_cells(axes, pattern.scores.numpy(), scale)
-        for layer in set(range(layers)) - set(pattern.gated_layers):
-            axes.add_patch(Rectangle((-0.5, layer - 0.5), kv_heads, 1, **UNGATED))
+        mesh = draw_cells(axes, shown[name], scale)
+        hatch_ungated(axes, layers, kv_heads, pattern.gated_layers)
         axes.set_title(plain(name, 12 * width), loc="left", fontsize=8)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 10]))
-        axes.set(xlabel="KV head", ylabel="layer")
-        axes.label_outer()
+        number_heads(axes)
     for axes in list(grid.flat)[len(patterns) :]:
         axes.set_visible(False)
     label = "gate α (1 = retrieval)" if gates else "score (higher = retrieval)"
+    if ranks:
+        label = "rank of the head (1 = the last to stream)"
     bar = figure.colorbar(mesh, ax=grid, location="bottom", label=label, aspect=40, shrink=0.8)
     bar.outline.set_visible(False)
     if any(len(pattern.gated_layers) < layers for pattern in patterns.values()):
@@ -97,26 +99,12 @@ def plot_agreement(patterns: Mapping[str, HeadPattern], sparsities: Sequence[flo
     return figure
 
 
-def draw_cells(axes: Axes, values: np.ndarray, scale: Normalize, form: str = "") -> QuadMesh:
-    """One cell a value (rows, columns), the first row on top; with `form` the values are written into them."""
-    rows, columns = (np.arange(size + 1) - 0.5 for size in values.shape)
-    line = min(0.4, 16 / max(values.shape) ** 1.2)
-    mesh = axes.pcolormesh(columns, rows, values, cmap=GATES, norm=scale, edgecolors="white", linewidth=line)
-    axes.set_ylim(rows[-1], rows[0])
-    axes.spines[:].set(visible=True, linewidth=0.5, color="#555555")
-    if form:
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                color = "white" if scale(value) > 0.55 else "black"
-                axes.text(column, row, form.format(value), color=color, ha="center", va="center", fontsize=7)
-    return mesh
-
-
-def plain(name: str, most: float = 32) -> str:
-    """A name as matplotlib draws it letter by letter: no formulas, nothing unprintable, at most so many characters."""
-    name = "".join(character if character.isprintable() else "?" for character in name)
-    name = name if len(name) <= most else "…" + name[1 - int(most) :]  # runs are told apart by their last part
-    return name.replace("$", r"\$")
+def _ranked(pattern: HeadPattern) -> np.ndarray:
+    """The places in the pattern's order as (layers, KV heads) in [0, 1]; layers without gates are 1."""
+    gated, ranks = list(pattern.gated_layers), np.ones(pattern.scores.shape)
+    order = pattern.scores[gated].flatten().argsort(stable=True).argsort().numpy()
+    ranks[gated] = (order / max(len(order) - 1, 1)).reshape(len(gated), -1)
+    return ranks
 
 
 def _jaccard(mask: np.ndarray, other: np.ndarray) -> float:

@@ -14,11 +14,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from duo_id.evaluation.agreement import draw_cells, plain, plot_agreement, plot_patterns
+from duo_id.evaluation.agreement import plot_agreement, plot_patterns
 from duo_id.evaluation.leaderboard import averaged, seconds_of
 from duo_id.evaluation.summary import CONTENDER, KINDS, METRICS, contenders, frame
 from duo_id.evaluation.table import headline
-from duo_id.plots import COLORS, DASHES, MARKERS, style
+from duo_id.style import COLORS, DASHES, MARKERS, draw_cells, plain, style
 
 FULL: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 1.0}
 MOST_DEPTHS = 12  # rows of a heatmap, points of a curve; more are put into tenths

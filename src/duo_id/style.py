@@ -1,0 +1,89 @@
+"""The one look of all figures: colours that every kind of colour vision tells apart, sizes, and how heads are drawn.
+
+Notebooks, run folders, evaluations, benchmarks and the report's page draw with it. Sizes are chosen so that text stays
+legible when a figure is shown as wide as one column of a page.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+# from Okabe and Ito's set, told apart with every common kind of colour vision (jfly.uni-koeln.de/color)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+MARKERS, DASHES = "os^Dv<", ("-", "--", ":", "-.")
+GATES = mpl.colormaps["YlGnBu"]  # light to dark, so it survives grey print too
+UNGATED: dict[str, Any] = {"facecolor": "#DDDDDD", "edgecolor": "#999999", "hatch": "//////", "linewidth": 0.0}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The one look of all figures, for a block or a decorated function; what was set before is restored."""
+    with mpl.rc_context(
+        {
+            "figure.dpi": 160,
+            "figure.constrained_layout.use": True,
+            "figure.constrained_layout.h_pad": 0.06,
+            "figure.constrained_layout.w_pad": 0.06,
+            "figure.titlesize": 10,
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.labelsize": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+            "grid.color": "#E4E4E4",
+            "grid.linewidth": 0.6,
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+            "legend.fontsize": 8,
+            "legend.frameon": False,
+            "lines.linewidth": 1.4,
+            "hatch.linewidth": 0.5,
+        }
+    ):
+        yield
+
+
+def draw_cells(axes: Axes, values: np.ndarray, scale: Normalize, form: str = "", colors: Colormap = GATES) -> QuadMesh:
+    """One cell a value (rows, columns), the first row on top; with `form` the values are written into them."""
+    rows, columns = (np.arange(size + 1) - 0.5 for size in values.shape)
+    line = min(0.4, 16 / max(values.shape) ** 1.2)
+    mesh = axes.pcolormesh(columns, rows, values, cmap=colors, norm=scale, edgecolors="white", linewidth=line)
+    axes.set_ylim(rows[-1], rows[0])
+    axes.spines[:].set(visible=True, linewidth=0.5, color="#555555")
+    if form:
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                color = "white" if scale(value) > 0.55 else "black"
+                axes.text(column, row, form.format(value), color=color, ha="center", va="center", fontsize=7)
+    return mesh
+
+
+def hatch_ungated(axes: Axes, layers: int, kv_heads: int, gated: Collection[int], flat: bool = False) -> None:
+    """Hatch the layers without gates in cells of one a head; `flat`: layers run to the right and not down."""
+    for layer in sorted(set(range(layers)) - set(gated)):
+        corner, size = ((layer - 0.5, -0.5), (1, kv_heads)) if flat else ((-0.5, layer - 0.5), (kv_heads, 1))
+        axes.add_patch(Rectangle(corner, *size, **UNGATED))
+
+
+def number_heads(axes: Axes, flat: bool = False) -> None:
+    """Label the axes of cells of one a head; inner panels of a grid go without."""
+    axes.set(xlabel="layer" if flat else "KV head", ylabel="KV head" if flat else "layer")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 10]))
+    axes.label_outer()
+
+
+def plain(name: str, most: float = 32) -> str:
+    """A name as matplotlib draws it letter by letter: no formulas, nothing unprintable, at most so many characters."""
+    name = "".join(character if character.isprintable() else "?" for character in name)
+    name = name if len(name) <= most else "…" + name[1 - int(most) :]  # runs are told apart by their last part
+    return name.replace("$", r"\$")
