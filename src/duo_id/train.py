@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from duo_id import app
 from duo_id.attention.gated import attached
 from duo_id.config import TrainSettings, plain
 from duo_id.evaluation.agreement import agreement_table
-from duo_id.evaluation.comparison import check_window, compare, results_table
+from duo_id.evaluation.comparison import check_window, compare, found_loss, results_table
 from duo_id.files import write_text
 from duo_id.formats import HEADS, load_pattern, save_pattern
 from duo_id.identification import Run, average, device_of, identify
@@ -26,13 +28,17 @@ from duo_id.plots import plot_gates, plot_training, read_metrics, save_figure
 UNTOLD = ("logger", "resume", "checkpoint_seconds")  # settings that say nothing about what was found, only about a disk
 
 
-def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def train(
+    settings: TrainSettings, folder: Path, accepted: Callable[[], None] = lambda: None, in_sweep: bool = False
+) -> dict[str, Any]:
     """Train the gates, export them as a head pattern and compare its masks.
 
     Args:
         settings: what to identify, on which samples, how.
         folder: the run folder; `heads/`, `figures/` and `summary.json` are written to it.
         accepted: called once the settings, and those of a resumed run, have proved to work.
+        in_sweep: score the found masks on validation samples too, for a sweep to choose by; the test samples of the
+            table would flatter what was chosen on them.
 
     Returns:
         the summary that is also written.
@@ -49,6 +55,7 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
         run = Run(settings, model, layers, folder, settings.seed, accepted, app.console)
         test = run.data().samples("test", settings.comparison.samples)
         check_window(test, method.sink_size, method.recent_size)
+        validation = run.data().samples("validation", settings.comparison.samples) if in_sweep else []
         found = {
             "model": model.describe(layers),
             "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
@@ -67,13 +74,21 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
     results = compare(
         model, pattern, test, sparsities, settings.comparison.random_masks, settings.seed, settings.step.backends
     )
+    chosen_by = {}
+    if in_sweep:
+        loss = found_loss(model, pattern, validation, sparsities, settings.step.backends)
+        chosen_by = {"validation_loss": loss}
     done = time.perf_counter()
     app.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
-    summary = pattern.provenance | {
-        "mean_gate": float(pattern.scores[list(pattern.gated_layers)].mean()),
-        "seconds": {"load": loaded - began, "identify": identified - loaded, "compare": done - identified},
-        "results": [result.summary() for result in results],
-    }
+    summary = (
+        pattern.provenance
+        | {
+            "mean_gate": float(pattern.scores[list(pattern.gated_layers)].mean()),
+            "seconds": {"load": loaded - began, "identify": identified - loaded, "compare": done - identified},
+            "results": [result.summary() for result in results],
+        }
+        | chosen_by
+    )
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     return summary
 
@@ -102,18 +117,18 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
     return patterns
 
 
-def main(config: DictConfig) -> float:
-    """Run the command; returns what a sweep minimises, the found masks' mean answer loss on held-out samples."""
+def main(config: DictConfig) -> float | None:
+    """Run the command; returns what a sweep minimises: the found masks' mean answer loss on validation samples."""
     config, folder, overrides = app.start_run(config)
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        summary = train(train_settings(config), folder, lambda: app.keep_overrides(folder, overrides))
+        summary = train(train_settings(config), folder, lambda: app.keep_overrides(folder, overrides), in_sweep)
     except (KeyboardInterrupt, OSError):
         if (folder / app.OVERRIDES).is_file():
             app.console.print(f"stopped; to go on: python -m duo_id.train resume={folder}", soft_wrap=True)
         raise
     app.console.print(f"heads: {folder / 'heads'}   figures: {folder / 'figures'}", soft_wrap=True)
-    losses = [result["answer_loss"] for result in summary["results"] if result["heads"] == "found"]
-    return sum(losses) / len(losses)
+    return summary.get("validation_loss")
 
 
 if __name__ == "__main__":
