@@ -27,7 +27,7 @@ data.text data.mixture data.tasks data.module
 patterns formats
 deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill
 scoring recompute graphs distillation
-plots progress checkpoints
+plots progress checkpoints tracking
 training
 scores.subject scores.attention scores.needles scores.profile scores.retrieval scores.query scores.reconstruction
 scores.saliency scores.candidates scores.search scores.registry identification

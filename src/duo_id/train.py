@@ -2,14 +2,16 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from duo_id import app
@@ -24,6 +26,7 @@ from duo_id.methods import GateSettings, train_settings
 from duo_id.models import load_model
 from duo_id.patterns import HeadPattern
 from duo_id.plots import plot_gates, plot_training, read_metrics, save_figure
+from duo_id.tracking import log_config, log_gates, log_heads, tracked
 
 UNTOLD = ("logger", "resume", "checkpoint_seconds")  # settings that say nothing about what was found, only about a disk
 
@@ -67,9 +70,9 @@ def train(
     pattern = average(list(patterns.values()))
     if len(patterns) > 1:
         app.console.print(agreement_table(patterns, settings.sparsity))
-    budget = pattern.provenance.get("budget")
-    sparsities = settings.sparsity if budget is None else [budget]
-    save_pattern(pattern, folder / "heads", sparsities)
+    sparsities = _sparsities(settings, pattern)
+    if len(patterns) > 1:
+        save_pattern(pattern, folder / "heads", sparsities)
     save_figure(plot_gates(pattern, title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
     results = compare(
         model, pattern, test, sparsities, settings.comparison.random_masks, settings.seed, settings.step.backends
@@ -106,15 +109,33 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
         if settings.repeats > 1 and (folder / "heads" / HEADS).is_file():
             patterns[f"seed {seed}"] = load_pattern(folder)
             continue
-        pattern = identify(settings.method, replace(run, folder=folder, seed=seed))
-        pattern = replace(pattern, provenance=found | {"seed": seed} | pattern.provenance)
-        if settings.repeats > 1:
-            save_pattern(pattern, folder / "heads", settings.sparsity)
+        with tracked(settings.logger, folder) as loggers:
+            known = found | {"seed": seed}
+            accepted = partial(_accepted, run, loggers, known)
+            pattern = identify(
+                settings.method, replace(run, folder=folder, seed=seed, accepted=accepted, loggers=loggers)
+            )
+            pattern = replace(pattern, provenance=known | pattern.provenance)
+            save_pattern(pattern, folder / "heads", _sparsities(settings, pattern))
+            if not isinstance(settings.method, GateSettings):
+                log_gates(loggers, pattern, settings.sparsity, step=0)
+            log_heads(loggers, folder / "heads")
         if isinstance(settings.method, GateSettings) and "csv" in settings.logger:
             curve = plot_training(read_metrics(folder), title=f"Training gates of {run.model.name}")
             save_figure(curve, folder / "figures" / "training.png")
         patterns[f"seed {seed}"] = pattern
     return patterns
+
+
+def _accepted(run: Run, loggers: Sequence[Logger], known: dict[str, Any]) -> None:
+    run.accepted()
+    log_config(loggers, known)
+
+
+def _sparsities(settings: TrainSettings, pattern: HeadPattern) -> list[float]:
+    """Of the masks that are exported: a pattern that was refined for one sparsity has that one alone."""
+    budget = pattern.provenance.get("budget")
+    return settings.sparsity if budget is None else [budget]
 
 
 def main(config: DictConfig) -> float | None:

@@ -1,7 +1,7 @@
 """`hydra/launcher=local` and `=ray`: jobs of a sweep side by side, each in a process of its own with a GPU of its own.
 
 The processes are submitit's and Ray's. Neither submitit's local executor nor Hydra's plugins give each job another
-GPU and let the next job wait for a free one, and Hydra's plugin for Ray comes with AWS's client, which nobody here needs.
+GPU and let the next job wait for a free one, and Hydra's plugin for Ray brings AWS's client along.
 Hydra imports this module whenever a command starts, so what is heavy is imported when jobs start.
 """
 

@@ -25,8 +25,8 @@ ERROR = "error.txt"  # a job that failed leaves it in its folder
 OVERRIDES = Path(".hydra") / "overrides.yaml"
 RUNNING = "has not ended: it runs still, or was killed"
 CAPTION = (
-    "validation loss: of the found masks on validation samples, by which a sweep chooses; the other losses: on the test "
-    "samples of the table after training. Nats a token."
+    "validation loss: of the found masks on validation samples, by which a sweep chooses; the other losses: on "
+    "test samples, as in the table after training. Nats a token."
 )
 
 
@@ -100,7 +100,7 @@ class Sweep:
 
 
 class SweepTable(Callback):
-    """Shows a sweep's table at its end; a sweep with failed jobs ends with status 2, whichever processes they ran in."""
+    """Shows a sweep's table at its end; one with failed jobs ends with status 2, wherever they ran."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra, in the process that started the jobs."""
@@ -152,8 +152,11 @@ def grids(sweep: Sweep) -> dict[str, Grid]:
     headings = ["full\nloss" if sparsity == 0 else f"loss,\n{100 * sparsity:.4g}%" for sparsity in sparsities]
     if sweep.ended:
         lines = [
-            [Cell(job.name, float(job.name) if job.name.isdecimal() else None), *_asked(job, varied)]
-            + [_loss([job.objective]), *(_loss([job.losses.get(one)]) for one in sparsities)]
+            [
+                Cell(job.name, float(job.name) if job.name.isdecimal() else None),
+                *_asked(job, varied),
+                *(_loss([loss]) for loss in (job.objective, *map(job.losses.get, sparsities))),
+            ]
             for job in sweep.ended
         ]
         found["jobs"] = Grid(["job", *varied, "validation\nloss", *headings], {"": lines})
