@@ -8,6 +8,7 @@ Hydra imports this module whenever a command starts, so what is heavy is importe
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -24,7 +25,6 @@ from duo_id.files import write_text
 
 Job = Callable[[], JobReturn]
 LOOK: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}
-ERROR = "error.txt"  # where `duo_id.evaluation.sweeps` looks for it
 YEAR = 365 * 24 * 60  # minutes: jobs end by themselves
 
 
@@ -37,6 +37,8 @@ class _ProcessLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the jobs, numbered from `initial_job_idx`, and wait for all of them."""
+        from duo_id.evaluation.sweeps import ERROR
+
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
         state, console, shared = Singleton.get_state(), Console(), set(self.config.hydra.overrides.task)
         calls = [
@@ -120,9 +122,9 @@ class RayLauncher(_ProcessLauncher):
         except (ConnectionError, ValueError, TypeError) as error:
             raise UserError(f"hydra.launcher.init={self.init}: {error}") from error
         try:
-            run = ray.remote(lambda call: call()).options(**self.remote)  # type: ignore[arg-type]
+            run: Any = ray.remote(_called).options(**self.remote)  # type: ignore[arg-type]
             jobs = [run.remote(call) for call in calls]
-            return [ended(call, "", lambda job=job: ray.get(job)) for call, job in zip(calls, jobs, strict=True)]
+            return [ended(call, "", partial(ray.get, job)) for call, job in zip(calls, jobs, strict=True)]
         finally:
             ray.shutdown()
 
@@ -146,8 +148,8 @@ class _Call:
         Singleton.set_state(self.state)
         setup_globals()
         config = self.hydra_context.config_loader.load_sweep_config(self.config, self.overrides)
-        with open_dict(config.hydra.job) as job:
-            job.id = job.num = self.number
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = self.number
         return run_job(
             hydra_context=self.hydra_context,
             task_function=self.task_function,
@@ -155,6 +157,10 @@ class _Call:
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+
+
+def _called(call: _Call) -> JobReturn:
+    return call()
 
 
 def visible_gpus() -> list[str]:

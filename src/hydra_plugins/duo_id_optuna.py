@@ -145,15 +145,17 @@ def distribution(override: Override) -> "optuna.distributions.BaseDistribution":
     try:
         log = "log" in sweep.tags
         if isinstance(sweep, IntervalSweep):
-            whole = isinstance(sweep.start, int) and isinstance(sweep.end, int)  # int(interval(1,8))
-            numbers = distributions.IntDistribution if whole else distributions.FloatDistribution
-            return numbers(sweep.start, sweep.end, log=log)
+            low, high = sweep.start, sweep.end
+            assert low is not None
+            assert high is not None
+            if isinstance(low, int) and isinstance(high, int):  # int(interval(1,8))
+                return distributions.IntDistribution(low, high, log=log)
+            return distributions.FloatDistribution(low, high, log=log)
         if isinstance(sweep, RangeSweep):
-            values = sorted(sweep.range())  # like Python's range, without its end
-            whole = all(isinstance(value, int) for value in values)
-            numbers = distributions.IntDistribution if whole else distributions.FloatDistribution
-            step = None if log and not whole else abs(sweep.step)
-            return numbers(values[0], values[-1], log=log, step=step)
+            values, step = sorted(sweep.range()), abs(sweep.step)  # like Python's range, without its end
+            if isinstance(step, int) and all(isinstance(value, int) for value in values):
+                return distributions.IntDistribution(int(values[0]), int(values[-1]), log=log, step=step)
+            return distributions.FloatDistribution(values[0], values[-1], log=log, step=None if log else step)
         return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{key}: Optuna cannot search {override.input_line} ({error})") from error
