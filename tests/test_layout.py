@@ -38,8 +38,8 @@ evaluation.tasks.language evaluation.tasks.registry
 evaluation.published.building evaluation.published.sources evaluation.published.ruler evaluation.published.longbench
 evaluation.published.registry
 evaluation.settings evaluation.reading evaluation.judging evaluation.journal evaluation.running evaluation.peers
-evaluation.summary evaluation.table evaluation.agreement evaluation.figures evaluation.runs evaluation.sweeps evaluation.sweep_figures
-evaluation.page
+evaluation.summary evaluation.table evaluation.agreement evaluation.figures evaluation.runs evaluation.sweeps
+evaluation.sweep_figures evaluation.page
 evaluation.harness
 benchmarks.settings benchmarks.timing benchmarks.ceilings benchmarks.floors benchmarks.baseline benchmarks.contenders
 benchmarks.measure benchmarks.results benchmarks.figures
