@@ -123,8 +123,9 @@ class RayLauncher(_ProcessLauncher):
             raise UserError(f"hydra.launcher.init={self.init}: {error}") from error
         try:
             run: Any = ray.remote(_called).options(**self.remote)  # type: ignore[arg-type]
+            get: Any = ray.get
             jobs = [run.remote(call) for call in calls]
-            return [ended(call, "", partial(ray.get, job)) for call, job in zip(calls, jobs, strict=True)]
+            return [ended(call, "", partial(get, job)) for call, job in zip(calls, jobs, strict=True)]
         finally:
             ray.shutdown()
 

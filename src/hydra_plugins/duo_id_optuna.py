@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Sweep
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -32,13 +33,17 @@ SAMPLERS = ("tpe", "random")
 class OptunaSweeper(Sweeper):
     """Runs the trials of a study as the jobs of a sweep, in batches; a sweep that was killed is gone on with."""
 
+    hydra_context: HydraContext
+    config: DictConfig
+    launcher: Launcher
+
     def __init__(
         self,
         n_trials: int,
         n_jobs: int,
         sampler: Any,
         seed: int,
-        direction: str,
+        direction: Any,
         storage: str | None,
         params: Mapping[str, str],
     ) -> None:
@@ -106,7 +111,7 @@ class OptunaSweeper(Sweeper):
         try:
             study = optuna.create_study(
                 storage=storage, study_name=folder.name, direction=self.direction, load_if_exists=True
-            )  # type: ignore[call-overload]
+            )
         except Exception as error:  # SQLAlchemy's, of many kinds
             reason = str(error).splitlines()[0]
             raise UserError(f"hydra.sweeper.storage={self.storage}: {storage} cannot be opened ({reason})") from error
@@ -142,8 +147,9 @@ def distribution(override: Override) -> "optuna.distributions.BaseDistribution":
     from optuna import distributions
 
     sweep, key = override.value(), override.get_key_element()
+    assert isinstance(sweep, Sweep)
+    log = "log" in sweep.tags
     try:
-        log = "log" in sweep.tags
         if isinstance(sweep, IntervalSweep):
             low, high = sweep.start, sweep.end
             assert low is not None
