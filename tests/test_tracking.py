@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import wandb
 
 from duo_id import load_pattern
 from duo_id.patterns import HeadPattern
@@ -45,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("WANDB_DATA_DIR", str(folder))
         wandb = ["logger=wandb", "logger.wandb.offline=true"]
         board = "+logger.tensorboard={_target_:lightning.pytorch.loggers.TensorBoardLogger,save_dir:x,name:tensorboard}"
-        finished = run_command("train", *QUICK, *QUICKER, *wandb, board, folder=folder)
+        finished = run_command("train", *QUICK, *QUICKER, *offline, board, folder=folder)
         assert finished.status == 0, finished.output
         resumed = run_command("train", f"resume={folder / 'run'}", "trainer.max_steps=3", folder=folder)
         assert resumed.status == 0, resumed.output
@@ -140,6 +141,7 @@ def test_layers_are_counted_at_each_sparsity() -> None:
 def test_wandb_without_an_account_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
+    wandb.teardown()  # it keeps the environment of the first run in a process, which was offline
     monkeypatch.setenv("HOME", str(tmp_path))  # where a login would be kept
     monkeypatch.setenv("WANDB_SILENT", "true")
     error = run_command("train", *QUICK, "logger=wandb", folder=tmp_path).error
