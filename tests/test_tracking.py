@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("WANDB_DATA_DIR", str(folder))
-        wandb = ["logger=wandb", "logger.wandb.offline=true"]
+        offline = ["logger=wandb", "logger.wandb.offline=true"]
         board = "+logger.tensorboard={_target_:lightning.pytorch.loggers.TensorBoardLogger,save_dir:x,name:tensorboard}"
         finished = run_command("train", *QUICK, *QUICKER, *offline, board, folder=folder)
         assert finished.status == 0, finished.output
