@@ -29,7 +29,7 @@ patterns tables hub formats
 interop.options interop.quantile interop.query_heads interop.tensors interop.registry
 deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill deploy.memory
 scoring recompute graphs distillation compiled memory steps
-history plots sharing progress checkpoints
+history plots sharing progress checkpoints tracking
 training
 scores.subject scores.attention scores.needles scores.anatomy scores.profile scores.retrieval scores.query
 scores.reconstruction scores.saliency scores.candidates scores.search scores.registry identification
@@ -41,7 +41,7 @@ evaluation.published.building evaluation.published.sources evaluation.published.
 evaluation.published.registry
 evaluation.settings evaluation.reading evaluation.judging evaluation.journal evaluation.running evaluation.peers
 evaluation.summary evaluation.table evaluation.leaderboard evaluation.agreement evaluation.figures evaluation.runs
-evaluation.page evaluation.harness
+evaluation.sweeps evaluation.sweep_figures evaluation.page evaluation.harness
 benchmarks.settings benchmarks.timing benchmarks.ceilings benchmarks.floors benchmarks.baseline benchmarks.contenders
 benchmarks.measure benchmarks.results benchmarks.figures benchmarks.profiling benchmarks.train_step
 benchmarks.step_results

@@ -56,7 +56,8 @@ def test_archives_hold_every_file_of_the_package(archives):
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
     with tarfile.open(sdist) as archive:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
-    for source, installed in (("src/duo_id", "duo_id"), ("conf", "duo_id/conf")):
+    places = {"src/duo_id": "duo_id", "src/hydra_plugins": "hydra_plugins", "conf": "duo_id/conf"}
+    for source, installed in places.items():
         paths = [path for path in (ROOT / source).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         files = [path.relative_to(ROOT / source).as_posix() for path in paths]
         assert {f"{source}/{file}" for file in files} <= in_sdist
@@ -64,9 +65,11 @@ def test_archives_hold_every_file_of_the_package(archives):
 
 
 def test_wheel_finds_its_configuration(wheel_python, tmp_path):
-    code = "import duo_id; from duo_id.config import conf_dir; print(duo_id.__file__, conf_dir())"
-    package, conf = run(wheel_python, "-c", code, cwd=tmp_path).split()
+    code = "import duo_id; from duo_id.config import conf_dir; from hydra_plugins import duo_id_optuna as plugin; "
+    code += "print(duo_id.__file__, conf_dir(), plugin.__file__)"
+    package, conf, plugin = run(wheel_python, "-c", code, cwd=tmp_path).split()
     assert Path(package).is_relative_to(wheel_python.parents[1])
+    assert Path(plugin).is_relative_to(wheel_python.parents[1])
     assert Path(conf) == Path(package).parent / "conf"
 
     def configs(folder):

@@ -339,6 +339,11 @@ def test_a_sweep_makes_a_run_folder_for_each_seed_and_goes_on_after_a_failed_job
     folders = sorted(path.parents[1] for path in (tmp_path / "outputs" / "sweeps").glob("*/*/*/heads/heads.json"))
     assert [folder.name for folder in folders] == ["2", "3"]  # after the two that failed
     assert [load_pattern(folder).provenance["seed"] for folder in folders] == [0, 1]
-    losses = [json.loads((folder / "summary.json").read_text())["results"][0]["answer_loss"] for folder in folders]
-    assert losses[0] != losses[1]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    assert summaries[0]["results"][0]["answer_loss"] != summaries[1]["results"][0]["answer_loss"]
+    for summary in summaries:  # what was chosen by is not what it is judged by
+        tested = [row["answer_loss"] for row in summary["results"] if row["heads"] == "found"]
+        assert math.isfinite(summary["validation_loss"])
+        assert summary["validation_loss"] != pytest.approx(sum(tested) / len(tested))
+    assert "python -m duo_id.report outputs/sweeps/" in done.stdout
     assert not (tmp_path / "outputs" / "train").exists()

@@ -23,6 +23,7 @@ from rich.markup import escape
 from duo_id import __version__
 from duo_id.config import conf_dir
 from duo_id.errors import UserError
+from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text
 
 console = Console()
@@ -43,10 +44,13 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
         composed = True
         try:
             return command(config)
-        except (UserError, HydraException, OmegaConfBaseException, OSError) as error:  # Hydra would print more
-            status = _complain(error)
-            if HydraConfig.get().mode != RunMode.MULTIRUN:  # the other jobs of a sweep go on
-                sys.exit(status)
+        except Exception as error:
+            expected = isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError)
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                if expected:
+                    sys.exit(_complain(error))  # Hydra would print more
+                raise
+            status = _note_failure(error, expected)  # the other jobs of a sweep go on
             return math.nan
 
     try:
@@ -123,10 +127,22 @@ def _run_folder(resume: str | None, progress: str, fresh: str) -> str:
 
 def _complain(error: BaseException) -> int:
     """Show an error as one line, without a traceback, and return the exit status."""
+    console.print("[bold red]error:[/]", escape(_message(error)), highlight=False, soft_wrap=True)
+    return 2
+
+
+def _note_failure(error: Exception, expected: bool) -> int:
+    """Leave a failed job's error in its folder, and return the sweep's exit status; the unexpected is shown in full."""
+    if not expected:
+        console.print_exception()
+    write_text(Path(HydraConfig.get().runtime.output_dir) / ERROR, _message(error))
+    return _complain(error)
+
+
+def _message(error: BaseException) -> str:
+    """What is wrong, in one line."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     user_error = next((link for link in chain if isinstance(link, UserError)), error)  # maybe inside an interpolation
-    message = " ".join(line.strip() for line in str(user_error).splitlines() if line.strip())
-    console.print("[bold red]error:[/]", escape(message), highlight=False, soft_wrap=True)
-    return 2
+    return " ".join(line.strip() for line in str(user_error).splitlines() if line.strip()) or type(error).__name__

@@ -27,7 +27,7 @@ from duo_id.evaluation.reading import end_tokens
 from duo_id.evaluation.running import run
 from duo_id.evaluation.settings import EvaluateSettings
 from duo_id.evaluation.summary import SEED
-from duo_id.evaluation.table import results_table, terminal
+from duo_id.evaluation.table import results_table, terminal_table
 from duo_id.evaluation.tasks.building import Builder
 from duo_id.evaluation.tasks.registry import make_items
 from duo_id.formats import contents_of, list_patterns, load_pattern, pattern_name
@@ -92,7 +92,7 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
     write_results(folder, results)
     app.console.print(results_table(results, f"{model.name} under {settings.heads}"))
     for title, grid in leaderboards(results).items():
-        app.console.print(terminal(grid, title))
+        app.console.print(terminal_table(grid, title))
     for name, figure in figures(results).items():
         save_figure(figure, folder / "figures" / f"{name}.png")
     return results

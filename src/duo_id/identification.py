@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from duo_id.progress import TrainingBar
 from duo_id.scores.registry import mean_scores, random_scores, search_scores
 from duo_id.scores.subject import Subject
 from duo_id.steps import prepared
+from duo_id.tracking import GateTracking
 from duo_id.training import GateTraining
 
 
@@ -40,6 +42,7 @@ class Run:
         seed: of samples and of whatever else is drawn.
         accepted: called once the settings have proved to work.
         console: shows the progress.
+        loggers: get what training logs.
     """
 
     settings: TrainSettings
@@ -49,6 +52,7 @@ class Run:
     seed: int
     accepted: Callable[[], None]
     console: Console
+    loggers: Sequence[Logger] = ()
 
     def data(self) -> SampleModule:
         """The samples of this seed."""
@@ -118,11 +122,12 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
     gates = GateTraining(run.model, run.layers, method, settings.step, steps, settings.sparsity, run.seed)
     trainer = instantiate(
         {"limit_train_batches": steps} | settings.trainer,  # the stream of samples has no end
-        logger=[instantiate(logger, save_dir=str(run.folder)) for logger in settings.logger.values()],
+        logger=list(run.loggers),
         callbacks=[
             LastCheckpoint(run.folder, settings.checkpoint_seconds),
             TrainingBar(),
             GateHistory(run.folder),
+            GateTracking(settings.sparsity),
             LambdaCallback(on_train_start=lambda *_: run.accepted()),
         ],
         plugins=[AtomicCheckpointIO()],

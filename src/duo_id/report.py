@@ -1,4 +1,4 @@
-"""`python -m duo_id.report RUN_FOLDER ... [out=report.html]`: one HTML page about any evaluations and training runs."""
+"""`python -m duo_id.report FOLDER ... [out=report.html]`: one HTML page about evaluations, training runs and sweeps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,24 +7,25 @@ from duo_id import app
 from duo_id.errors import UserError
 from duo_id.evaluation.page import report
 from duo_id.evaluation.runs import read_run
+from duo_id.evaluation.sweeps import Sweep, is_sweep, read_sweep, tables
 from duo_id.files import write_text
 
 PAGE = "report.html"
-USAGE = f"python -m duo_id.report RUN_FOLDER ... [out={PAGE}]"
+USAGE = f"python -m duo_id.report FOLDER ... [out={PAGE}]"
 
 
 def main(arguments: Sequence[str]) -> Path:
     """Write the page about the runs that the command line names.
 
     Args:
-        arguments: run folders, or the `results.json` in them, and perhaps `out=FILE`; without it the page goes to the
-            first of the folders.
+        arguments: folders of runs and sweeps, or the `results.json` of a run, and perhaps `out=FILE`; without it the
+            page goes to the first of the folders. The tables of sweeps are shown in the terminal too.
 
     Returns:
         the page's path.
 
     Raises:
-        UserError: an argument is neither, or a run cannot be read.
+        UserError: an argument is neither, a run cannot be read, or no job of a sweep has come to its end.
     """
     given = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
     settings = dict(argument.split("=", 1) for argument in arguments if argument not in given)
@@ -38,10 +39,23 @@ def main(arguments: Sequence[str]) -> Path:
     if out.is_dir():
         raise UserError(f"out={out} is a folder: give a file, such as out={out / PAGE}")
     with app.console.status("reading") as status:
-        page = report([read_run(path) for path in given], status.update)
+        sweeps = [_read_sweep(path) for path in given if is_sweep(path)]
+        page = report([read_run(path) for path in given if not is_sweep(path)], status.update, sweeps)
     write_text(out, page)
+    for table in [table for sweep in sweeps for table in tables(sweep).values()]:
+        app.console.print(table)
     app.console.print(f"report: {out}", soft_wrap=True, highlight=False, markup=False)
     return out
+
+
+def _read_sweep(path: str) -> Sweep:
+    sweep = read_sweep(path)
+    if not sweep.ended:
+        first = sweep.jobs[0]
+        raise UserError(
+            f"{path}: none of the {len(sweep.jobs)} jobs has come to its end; job {first.name}: {first.error}"
+        )
+    return sweep
 
 
 if __name__ == "__main__":

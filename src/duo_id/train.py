@@ -2,19 +2,23 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from duo_id import app
 from duo_id.attention.gated import attached
 from duo_id.config import TrainSettings, plain
 from duo_id.evaluation.agreement import agreement_table
-from duo_id.evaluation.comparison import check_window, compare, results_table
+from duo_id.evaluation.comparison import check_window, compare, found_loss, results_table
 from duo_id.files import write_text
 from duo_id.formats import HEADS, load_pattern, save_pattern
 from duo_id.identification import Run, device_of, identify
@@ -22,17 +26,22 @@ from duo_id.methods import GateSettings, train_settings
 from duo_id.models import load_model
 from duo_id.patterns import HeadPattern, average
 from duo_id.plots import plot_gates, plot_training, read_metrics, save_figure
+from duo_id.tracking import log_config, log_gates, log_heads, tracked
 
 UNTOLD = ("logger", "resume", "checkpoint_seconds")  # settings that say nothing about what was found, only about a disk
 
 
-def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def train(
+    settings: TrainSettings, folder: Path, accepted: Callable[[], None] = lambda: None, in_sweep: bool = False
+) -> dict[str, Any]:
     """Train the gates, export them as a head pattern and compare its masks.
 
     Args:
         settings: what to identify, on which samples, how.
         folder: the run folder; `heads/`, `figures/` and `summary.json` are written to it.
         accepted: called once the settings, and those of a resumed run, have proved to work.
+        in_sweep: score the found masks on validation samples too, for a sweep to choose by; the test samples of the
+            table would flatter what was chosen on them.
 
     Returns:
         the summary that is also written.
@@ -49,6 +58,7 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
         run = Run(settings, model, layers, folder, settings.seed, accepted, app.console)
         test = run.data().samples("test", settings.comparison.samples)
         check_window(test, method.sink_size, method.recent_size)
+        validation = run.data().samples("validation", settings.comparison.samples) if in_sweep else []
         found = {
             "model": model.describe(layers),
             "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
@@ -60,20 +70,28 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
     pattern = average(list(patterns.values()))
     if len(patterns) > 1:
         app.console.print(agreement_table(patterns, settings.sparsity))
-    budget = pattern.provenance.get("budget")
-    sparsities = settings.sparsity if budget is None else [budget]
-    save_pattern(pattern, folder / "heads", sparsities)
+    sparsities = _sparsities(settings, pattern)
+    if len(patterns) > 1:
+        save_pattern(pattern, folder / "heads", sparsities)
     save_figure(plot_gates(pattern, title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
     results = compare(
         model, pattern, test, sparsities, settings.comparison.random_masks, settings.seed, settings.step.backends
     )
+    chosen_by = {}
+    if in_sweep:
+        loss = found_loss(model, pattern, validation, sparsities, settings.step.backends)
+        chosen_by = {"validation_loss": loss}
     done = time.perf_counter()
     app.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
-    summary = pattern.provenance | {
-        "mean_gate": float(pattern.scores[list(pattern.gated_layers)].mean()),
-        "seconds": {"load": loaded - began, "identify": identified - loaded, "compare": done - identified},
-        "results": [result.summary() for result in results],
-    }
+    summary = (
+        pattern.provenance
+        | {
+            "mean_gate": float(pattern.scores[list(pattern.gated_layers)].mean()),
+            "seconds": {"load": loaded - began, "identify": identified - loaded, "compare": done - identified},
+            "results": [result.summary() for result in results],
+        }
+        | chosen_by
+    )
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     return summary
 
@@ -91,12 +109,19 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
         if settings.repeats > 1 and (folder / "heads" / HEADS).is_file():
             patterns[f"seed {seed}"] = load_pattern(folder)
             continue
-        began = time.perf_counter()
-        pattern = identify(settings.method, replace(run, folder=folder, seed=seed))
-        took = {"seed": seed, "seconds": time.perf_counter() - began}
-        pattern = replace(pattern, provenance=found | took | pattern.provenance)
-        if settings.repeats > 1:
-            save_pattern(pattern, folder / "heads", settings.sparsity)
+        with tracked(settings.logger, folder) as loggers:
+            known = found | {"seed": seed}
+            accepted = partial(_accepted, run, loggers, known)
+            began = time.perf_counter()
+            pattern = identify(
+                settings.method, replace(run, folder=folder, seed=seed, accepted=accepted, loggers=loggers)
+            )
+            took = {"seconds": time.perf_counter() - began}
+            pattern = replace(pattern, provenance=known | took | pattern.provenance)
+            save_pattern(pattern, folder / "heads", _sparsities(settings, pattern))
+            if not isinstance(settings.method, GateSettings):
+                log_gates(loggers, pattern, settings.sparsity, step=0)
+            log_heads(loggers, folder / "heads")
         if isinstance(settings.method, GateSettings) and "csv" in settings.logger:
             curve = plot_training(read_metrics(folder), title=f"Training gates of {run.model.name}")
             save_figure(curve, folder / "figures" / "training.png")
@@ -104,18 +129,29 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
     return patterns
 
 
-def main(config: DictConfig) -> float:
-    """Run the command; returns what a sweep minimises, the found masks' mean answer loss on held-out samples."""
+def _accepted(run: Run, loggers: Sequence[Logger], known: dict[str, Any]) -> None:
+    run.accepted()
+    log_config(loggers, known)
+
+
+def _sparsities(settings: TrainSettings, pattern: HeadPattern) -> list[float]:
+    """Of the masks that are exported: a pattern that was refined for one sparsity has that one alone."""
+    budget = pattern.provenance.get("budget")
+    return settings.sparsity if budget is None else [budget]
+
+
+def main(config: DictConfig) -> float | None:
+    """Run the command; returns what a sweep minimises: the found masks' mean answer loss on validation samples."""
     config, folder, overrides = app.start_run(config)
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        summary = train(train_settings(config), folder, lambda: app.keep_overrides(folder, overrides))
+        summary = train(train_settings(config), folder, lambda: app.keep_overrides(folder, overrides), in_sweep)
     except (KeyboardInterrupt, OSError):
         if (folder / app.OVERRIDES).is_file():
             app.console.print(f"stopped; to go on: python -m duo_id.train resume={folder}", soft_wrap=True)
         raise
     app.console.print(f"heads: {folder / 'heads'}   figures: {folder / 'figures'}", soft_wrap=True)
-    losses = [result["answer_loss"] for result in summary["results"] if result["heads"] == "found"]
-    return sum(losses) / len(losses)
+    return summary.get("validation_loss")
 
 
 if __name__ == "__main__":

@@ -150,9 +150,8 @@ class GateTraining(lightning.LightningModule):
         self._validation_began = time.perf_counter()
 
     def on_validation_end(self) -> None:
-        """Set the clock forward by what validation took; show wandb the gates."""
+        """Set the clock forward by what validation took."""
         self._clock += time.perf_counter() - self._validation_began
-        self._log_heatmap()
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Score a held-out sample with the gates as they are and binarised at each sparsity."""
@@ -221,14 +220,6 @@ class GateTraining(lightning.LightningModule):
         kept = ("gate", "blend", "objective", "tokens", "penalty", "reg_weight", "sink_size", "recent_size")
         model = {"model": self.language_model.id, "layers": rows, "kv_heads": columns}
         return model | {key: getattr(self.method, key) for key in kept}
-
-    def _log_heatmap(self) -> None:
-        for logger in self.loggers:
-            if hasattr(logger, "log_image"):
-                from duo_id.plots import plot_gates
-
-                figure = plot_gates(self.pattern(), title=f"{self.language_model.name}, step {self.global_step}")
-                logger.log_image("gates", [figure], step=self.global_step)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float = 0.2, floor: float = 0.1) -> float:

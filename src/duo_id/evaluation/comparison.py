@@ -82,6 +82,21 @@ def compare(
     return results
 
 
+def found_loss(
+    model: LanguageModel,
+    pattern: HeadPattern,
+    samples: Sequence[Mapping[str, Any]],
+    sparsities: Sequence[float],
+    backends: Backends | None = None,
+) -> float:
+    """The answer loss of the pattern's masks, in nats a token: the mean over the sparsities."""
+    losses = []
+    for sparsity in sparsities:
+        with duo_attention(model.model, pattern.binarize(sparsity=sparsity), backends):
+            losses.append(total(tuple(score(model, sample) for sample in samples)).answer_loss)
+    return mean(losses)
+
+
 def check_window(samples: Sequence[Mapping[str, Any]], sink_size: int, recent_size: int) -> None:
     """Raise a `UserError` if no sample is longer than the window, for then every mask is full attention."""
     longest = max(len(sample["input_ids"]) for sample in samples)

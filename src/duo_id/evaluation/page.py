@@ -20,6 +20,8 @@ from duo_id.evaluation.figures import figures, sparsities_of
 from duo_id.evaluation.leaderboard import averaged, leaderboards
 from duo_id.evaluation.runs import Run, free_name, merge
 from duo_id.evaluation.summary import METRICS, QUESTION, SAMPLE, frame, name_of
+from duo_id.evaluation.sweep_figures import sweep_figures
+from duo_id.evaluation.sweeps import CAPTION, Sweep, grids
 from duo_id.evaluation.table import Cell, Grid, contender_grid, headline, middle, task_grid
 from duo_id.plots import plot_training
 
@@ -40,12 +42,13 @@ CAPTIONS = {  # what a figure shows, by the beginning of its name
 Picture = dict[str, Any]
 
 
-def report(runs: Sequence[Run], shown: Callable[[str], None] = lambda text: None) -> str:
-    """The page: a section for each model, with its evaluations, its head patterns and its training runs.
+def report(runs: Sequence[Run], shown: Callable[[str], None] = lambda text: None, sweeps: Sequence[Sweep] = ()) -> str:
+    """The page: a section for each sweep, then for each model, with its evaluations, head patterns and training runs.
 
     Args:
-        runs: at least one.
+        runs: to show; at least one, or a sweep.
         shown: told what is being worked on.
+        sweeps: to show, each with a job that has come to its end.
 
     Raises:
         UserError: a run holds a broken head pattern, or something else than numbers where numbers belong.
@@ -62,7 +65,8 @@ def report(runs: Sequence[Run], shown: Callable[[str], None] = lambda text: None
         lstrip_blocks=True,
     )
     sections = [_section(name, of_model, pictures) for (name, *_), of_model in models.items()]
-    page = environment.get_template("page.html.j2").render(sections=sections)
+    compared = [_sweep(sweep, pictures) for sweep in sweeps]
+    page = environment.get_template("page.html.j2").render(sections=sections, sweeps=compared)
     return re.sub(r"[\x00-\x08\x0b-\x1f]", "\N{REPLACEMENT CHARACTER}", page)  # answers may hold anything
 
 
@@ -97,6 +101,21 @@ class Pictures:
         svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{prefix}{found[1]}"' if found[1] in used else "", svg)
         svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", svg)
         return svg.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
+
+
+def _sweep(sweep: Sweep, picture: Pictures) -> dict[str, Any]:
+    models = dict.fromkeys(str(job.summary["model"].get("name")) for job in sweep.ended if job.summary)
+    return {
+        "title": f"Sweep: {sweep.name}",
+        "facts": {
+            "model": ", ".join(models),
+            "jobs": f"{len(sweep.ended)} of {len(sweep.jobs)} have come to their end",
+            "best": f"job {sweep.ended[0].name}: {sweep.setting(sweep.ended[0])}",
+            "losses": CAPTION,
+        },
+        "tables": list(grids(sweep).items()),
+        "figures": [picture(figure, caption) for caption, figure in sweep_figures(sweep).items()],
+    }
 
 
 def _section(title: str, runs: Sequence[Run], picture: Pictures) -> dict[str, Any]:
@@ -211,7 +230,9 @@ def _training(run: Run, picture: Pictures) -> dict[str, Any]:
             "versions": _listed(summary.get("versions") or {}),
         },
         "grid": Grid(headings, {"": lines}) if lines else None,
-        "figures": [] if run.metrics is None else [picture(plot_training(run.metrics), "The course of training.")],
+        "figures": []
+        if run.metrics is None or "train/mean_gate" not in run.metrics  # no gates were trained
+        else [picture(plot_training(run.metrics), "The course of training.")],
         "settings": json.dumps(summary.get("settings"), indent=1),
     }
 

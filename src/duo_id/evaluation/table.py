@@ -66,7 +66,7 @@ def results_table(results: Mapping[str, Any] | pd.DataFrame, title: str) -> Tabl
         results: as in results.json, or its rows as `frame` gives them.
         title: above the table.
     """
-    return terminal(contender_grid(_rows(results)), title, CAPTION)
+    return terminal_table(contender_grid(_rows(results)), title, CAPTION)
 
 
 def task_table(
@@ -85,7 +85,7 @@ def task_table(
     chosen = middle(rows) if sparsity is None else sparsity
     title += f": {100 * chosen:.4g}% of the KV heads stream" if chosen else ""
     caption = f"{METRICS[metric].label}; ±: half of the 95% interval, by bootstrap over samples"
-    return terminal(task_grid(rows, metric, chosen), title, caption)
+    return terminal_table(task_grid(rows, metric, chosen), title, caption)
 
 
 def contender_grid(rows: pd.DataFrame) -> Grid:
@@ -149,8 +149,8 @@ def _rows(results: Mapping[str, Any] | pd.DataFrame) -> pd.DataFrame:
     return results if isinstance(results, pd.DataFrame) else frame(results)
 
 
-def terminal(grid: Grid, title: str, caption: str | None = None) -> Table:
-    """A grid for the terminal."""
+def terminal_table(grid: Grid, title: str, caption: str | None = None) -> Table:
+    """A grid for the terminal, without the ends of intervals."""
     table = Table(
         title=escape(title),
         caption=caption,

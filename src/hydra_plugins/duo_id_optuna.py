@@ -1,0 +1,189 @@
+"""`hydra/sweeper=optuna`: Optuna chooses what the jobs of a sweep run with, by what the jobs before have returned.
+
+Hydra's own plugin holds Optuna below version 3; this one knows Optuna by its ask-and-tell interface alone. Hydra
+imports this module whenever a command starts, so what is heavy is imported when a sweep begins.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Sweep
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from duo_id.errors import UserError
+from duo_id.files import write_text
+
+if TYPE_CHECKING:
+    import optuna
+
+DATABASE = "optuna.db"
+RESULTS = "optimization_results.yaml"  # as Hydra's own plugin names it
+SAMPLERS = ("tpe", "random")
+
+
+class OptunaSweeper(Sweeper):
+    """Runs the trials of a study as the jobs of a sweep, in batches; a sweep that was killed is gone on with."""
+
+    hydra_context: HydraContext
+    config: DictConfig
+    launcher: Launcher
+
+    def __init__(
+        self,
+        n_trials: int,
+        n_jobs: int,
+        sampler: Any,
+        seed: int,
+        direction: Any,
+        storage: str | None,
+        params: Mapping[str, str],
+    ) -> None:
+        """Keep the settings, see conf/hydra/sweeper/optuna.yaml."""
+        self.n_trials, self.n_jobs, self.sampler, self.seed = n_trials, n_jobs, sampler, seed
+        self.direction, self.storage, self.params = direction, storage, params
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before `sweep`."""
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run trials until the study has `n_trials` that ended, and keep the best in `RESULTS`.
+
+        Args:
+            arguments: overrides, those that sweep among them.
+
+        Raises:
+            UserError: a setting or a sweep makes no sense, or the folder holds another sweep.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._check()
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
+        given = {override.get_key_element(): override for override in overrides}  # the command line's come last
+        space = {key: distribution(one) for key, one in given.items() if one.is_sweep_override()}
+        fixed = [str(one.input_line) for one in given.values() if not one.is_sweep_override()]
+        if not space:
+            raise UserError(
+                "hydra/sweeper=optuna: no override sweeps; give one, such as 'method.lr=interval(0.01,0.2)'"
+            )
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        study = self._study(folder, {key: str(one) for key, one in space.items()}, fixed)
+        while (left := self.n_trials - sum(trial.state.is_finished() for trial in study.get_trials())) > 0:
+            trials = [study.ask(space) for _ in range(min(left, self.n_jobs))]
+            batch = [[*fixed, *(f"{key}={trial.params[key]}" for key in space)] for trial in trials]
+            self.validate_batch_is_legal(batch)
+            ended = self.launcher.launch(batch, initial_job_idx=trials[0].number)
+            for trial, job in zip(trials, ended, strict=True):
+                state, value = outcome(job)
+                study.tell(trial, value, state)
+            _write_best(study, folder)
+
+    def _check(self) -> None:
+        for key in ("n_trials", "n_jobs"):
+            if getattr(self, key) < 1:
+                raise UserError(f"hydra.sweeper.{key}={getattr(self, key)} must be at least 1")
+        if isinstance(self.sampler, str) and self.sampler not in SAMPLERS:
+            raise UserError(f"hydra.sweeper.sampler={self.sampler}: choose {' or '.join(SAMPLERS)}")
+        if self.direction not in ("minimize", "maximize"):
+            raise UserError(f"hydra.sweeper.direction={self.direction}: choose minimize or maximize")
+
+    def _study(self, folder: Path, space: Mapping[str, str], fixed: Sequence[str]) -> "optuna.Study":
+        """A new study, or that of the folder, whose unfinished trials are run again."""
+        import optuna
+
+        storage = self.storage or f"sqlite:///{folder.absolute() / DATABASE}"
+        try:
+            study = optuna.create_study(
+                storage=storage, study_name=folder.name, direction=self.direction, load_if_exists=True
+            )
+        except Exception as error:  # SQLAlchemy's, of many kinds
+            reason = str(error).splitlines()[0]
+            raise UserError(f"hydra.sweeper.storage={self.storage}: {storage} cannot be opened ({reason})") from error
+        asked = json.dumps([space, sorted(fixed), self.direction])
+        before = study.user_attrs.get("asked", asked)
+        if before != asked:
+            raise UserError(f"hydra.sweep.dir={folder} holds another sweep, of {before}; choose another folder")
+        study.set_user_attr("asked", asked)
+        known = study.get_trials()
+        if self.storage is None:  # nobody else is at work on it
+            for trial in known:
+                if trial.state == optuna.trial.TrialState.RUNNING:
+                    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                    study.enqueue_trial(trial.params)
+        if self.sampler == "tpe":
+            study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(known))  # a seed draws its values once
+        elif self.sampler == "random":
+            study.sampler = optuna.samplers.RandomSampler(seed=self.seed + len(known))
+        else:
+            study.sampler = self.sampler
+        return study
+
+
+def distribution(override: Override) -> "optuna.distributions.BaseDistribution":
+    """What an override sweeps over, as Optuna has it.
+
+    `choice(...)`, lists and globs are choices, `range(...)` and `interval(...)` are numbers with their order; with
+    `tag(log, ...)` numbers are drawn on a logarithmic scale.
+
+    Raises:
+        UserError: Optuna knows no such sweep.
+    """
+    from optuna import distributions
+
+    sweep, key = override.value(), override.get_key_element()
+    assert isinstance(sweep, Sweep)
+    log = "log" in sweep.tags
+    try:
+        if isinstance(sweep, IntervalSweep):
+            low, high = sweep.start, sweep.end
+            assert low is not None
+            assert high is not None
+            if isinstance(low, int) and isinstance(high, int):  # int(interval(1,8))
+                return distributions.IntDistribution(low, high, log=log)
+            return distributions.FloatDistribution(low, high, log=log)
+        if isinstance(sweep, RangeSweep):
+            values, step = sorted(sweep.range()), abs(sweep.step)  # like Python's range, without its end
+            if isinstance(step, int) and all(isinstance(value, int) for value in values):
+                return distributions.IntDistribution(int(values[0]), int(values[-1]), log=log, step=step)
+            return distributions.FloatDistribution(values[0], values[-1], log=log, step=None if log else step)
+        return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"{key}: Optuna cannot search {override.input_line} ({error})") from error
+
+
+def outcome(job: JobReturn) -> tuple["optuna.trial.TrialState", float | None]:
+    """How a trial ended, and with which value: what is no number has failed."""
+    import optuna
+
+    states = optuna.trial.TrialState
+    if job.status != JobStatus.COMPLETED:
+        return (states.PRUNED if isinstance(job._return_value, optuna.TrialPruned) else states.FAIL), None
+    value = job.return_value
+    if isinstance(value, int | float) and math.isfinite(value):
+        return states.COMPLETE, float(value)
+    return states.FAIL, None
+
+
+def _write_best(study: "optuna.Study", folder: Path) -> None:
+    import optuna
+
+    if study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
+        best = study.best_trial
+        found = {"name": "optuna", "best_params": best.params, "best_value": best.value, "best_job": best.number}
+        write_text(folder / RESULTS, OmegaConf.to_yaml(OmegaConf.create(found)))

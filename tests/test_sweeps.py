@@ -1,0 +1,187 @@
+"""Sweeps as they run: Optuna's trials, processes side by side, and what launchers are configured to."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from omegaconf import DictConfig
+from optuna import distributions, load_study
+
+from duo_id.config import conf_dir
+from duo_id.errors import UserError
+from hydra_plugins import duo_id_launchers
+from hydra_plugins.duo_id_optuna import distribution
+from tests.commands import Finished, run_command
+
+OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3"]
+SPACE = "method.lr=interval(0.01,0.2)"
+
+
+def sweep(folder: Path, *overrides: str, command: Callable[[DictConfig], Any]) -> Finished:
+    """`train --multirun` with another function in place of training; the sweep's folder is `sweep`."""
+    where = f"hydra.sweep.dir={folder / 'sweep'}"
+    return run_command("train", "--multirun", "model=tiny", where, *overrides, folder=folder, command=command)
+
+
+def leave(loss: float) -> float:
+    """What a run leaves that came to its end."""
+    summary = {"model": {"name": "Tiny", "id": "tiny"}, "validation_loss": loss, "results": []}
+    (Path(HydraConfig.get().runtime.output_dir) / "summary.json").write_text(json.dumps(summary))
+    return loss
+
+
+def distance(config: DictConfig) -> float:
+    return leave(abs(config.method.lr - 0.1))
+
+
+def best_of(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "sweep" / "optimization_results.yaml").read_text())
+
+
+def test_optuna_keeps_the_best_trial(tmp_path: Path) -> None:
+    tried = []
+
+    def command(config: DictConfig) -> float:
+        tried.append(config.method.lr)
+        return distance(config)
+
+    finished = sweep(tmp_path, *OPTUNA, SPACE, "seed=3", command=command)
+    assert finished.status == 0, finished.output
+    assert len(set(tried)) == 3
+    assert all(0.01 <= value <= 0.2 for value in tried)
+    best = min(tried, key=lambda value: abs(value - 0.1))
+    found = best_of(tmp_path)
+    assert found["best_params"] == {"method.lr": best}
+    assert found["best_value"] == pytest.approx(abs(best - 0.1))
+    assert found["best_job"] == tried.index(best)
+    assert "python -m duo_id.report" in finished.output
+
+
+def test_failed_trials_do_not_end_the_search(tmp_path: Path) -> None:
+    calls = []
+
+    def command(config: DictConfig) -> float:
+        calls.append(config.method.lr)
+        if len(calls) == 1:
+            raise UserError("method.lr: not today")
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return distance(config)
+
+    finished = sweep(tmp_path, *OPTUNA, SPACE, "hydra.sweeper.n_jobs=2", command=command)
+    assert finished.status == 2
+    assert len(calls) == 3
+    assert best_of(tmp_path)["best_job"] == 2
+    assert (tmp_path / "sweep" / "0" / "error.txt").read_text() == "method.lr: not today"
+    assert (tmp_path / "sweep" / "1" / "error.txt").read_text() == "out of memory"
+
+
+def test_a_killed_search_goes_on(tmp_path: Path) -> None:
+    tried: list[float] = []
+
+    def command(config: DictConfig) -> float:
+        tried.append(config.method.lr)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return distance(config)
+
+    assert sweep(tmp_path, *OPTUNA, SPACE, command=command).status == 130
+    sweep(tmp_path, *OPTUNA, SPACE, command=command)
+    assert tried[2] == tried[1], "what was cut off is tried again"
+    assert len(set(tried)) == len(tried) - 1
+    study = load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'sweep' / 'optuna.db'}")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    other = sweep(tmp_path, *OPTUNA, "method.lr=interval(0.01,0.3)", command=command)
+    assert "holds another sweep" in other.error
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lr=interval(0.1,2)", distributions.FloatDistribution(0.1, 2.0)),
+        ("lr=tag(log,interval(0.01,1))", distributions.FloatDistribution(0.01, 1.0, log=True)),
+        ("n=int(interval(1,8))", distributions.IntDistribution(1, 8)),
+        ("n=range(1,8,2)", distributions.IntDistribution(1, 7, step=2)),
+        ("n=range(3)", distributions.IntDistribution(0, 2)),
+        ("x=range(0.5,2,0.5)", distributions.FloatDistribution(0.5, 1.5, step=0.5)),
+        ("blend=choice(student,teacher)", distributions.CategoricalDistribution(["student", "teacher"])),
+        ("seed=0,1", distributions.CategoricalDistribution(["0", "1"])),
+    ],
+)
+def test_hydras_sweeps_are_optunas_distributions(override: str, expected: distributions.BaseDistribution) -> None:
+    (parsed,) = OverridesParser.create().parse_overrides([override])
+    assert distribution(parsed) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["hydra.sweeper.sampler=nosuch", SPACE], "hydra.sweeper.sampler=nosuch: choose tpe or random"),
+        (["hydra.sweeper.n_trials=0", SPACE], "hydra.sweeper.n_trials=0"),
+        (["hydra.sweeper.direction=up", SPACE], "hydra.sweeper.direction=up"),
+        (["hydra.sweeper.storage=nosuch://x", SPACE], "hydra.sweeper.storage=nosuch://x"),
+        (["seed=1"], "no override sweeps"),
+        (["method.lr=tag(log,interval(0,1))"], "method.lr: Optuna cannot search"),
+        (["nosuch.key=interval(0,1)"], "nosuch.key"),
+        (["hydra/launcher=local", "hydra.launcher.n_jobs=0", SPACE], "hydra.launcher.n_jobs=0"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_in_one_line(overrides: list[str], named: str, tmp_path: Path) -> None:
+    assert named in sweep(tmp_path, "hydra/sweeper=optuna", *overrides, command=distance).error
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("local", "LocalLauncher"), ("ray", "RayLauncher"), ("slurm", "SlurmLauncher")]
+)
+def test_launchers_are_found_and_can_be_made(name: str, kind: str) -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("train", [f"hydra/launcher={name}", "hydra.job.num=0"], return_hydra_config=True)
+        config.hydra.sweep.dir = "sweep"
+        HydraConfig.instance().set_config(config)
+        launcher = Plugins.instance()._instantiate(config.hydra.launcher)
+    assert type(launcher).__name__ == kind
+    if name == "slurm":
+        assert (launcher.params["gpus_per_node"], launcher.params["tasks_per_node"]) == (1, 1)
+
+
+def processes(config: DictConfig) -> float:
+    """Leaves its GPU and process; the job with seed 1 is killed."""
+    if config.seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    (folder / "where.json").write_text(json.dumps([os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid()]))
+    return leave(config.seed)
+
+
+def test_jobs_have_a_process_and_a_gpu_each_and_die_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duo_id_launchers, "visible_gpus", lambda: ["GPU-a", "7"])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(conf_dir().parent / "src"), str(conf_dir().parent)]))
+    finished = sweep(tmp_path, "hydra/launcher=local", "seed=0,1,2", command=processes)
+    assert finished.status == 2, finished.output
+    places = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("sweep/*/where.json"))]
+    assert len(places) == 2
+    assert {gpu for gpu, _ in places} <= {"GPU-a", "7"}
+    assert len({process for _, process in places} | {os.getpid()}) == 3
+    assert (tmp_path / "sweep" / "1" / "error.txt").read_text().startswith("died: ")
+    assert "job 1 died" in finished.output
+
+
+@pytest.mark.slow  # Ray's own processes take long to start
+def test_jobs_on_ray(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    here = ["hydra.launcher.remote.num_gpus=0", "+hydra.launcher.init.num_cpus=2"]
+    paths = os.pathsep.join([str(conf_dir().parent / "src"), str(conf_dir().parent)])
+    here.append(f"+hydra.launcher.init.runtime_env={{env_vars:{{PYTHONPATH:'{paths}'}}}}")
+    finished = sweep(tmp_path, "hydra/launcher=ray", *here, "seed=0,1,2", command=processes)
+    assert finished.status == 2, finished.output
+    assert len(list(tmp_path.glob("sweep/*/where.json"))) == 2
+    assert "job 1 died" in finished.output
