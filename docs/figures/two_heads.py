@@ -54,8 +54,8 @@ def draw() -> Figure:
 def _cells(axes: Axes, values: np.ndarray) -> None:
     """One cell a query and key, queries downward."""
     rows, columns = (np.arange(size + 1) - 0.5 for size in values.shape)
-    colors = ListedColormap(PALETTE)
-    axes.pcolormesh(columns, rows, values, cmap=colors, vmin=0, vmax=len(KINDS) - 1, edgecolors="#E4E4E4", linewidth=0.4)
+    colors = {"cmap": ListedColormap(PALETTE), "vmin": 0, "vmax": len(KINDS) - 1}
+    axes.pcolormesh(columns, rows, values, edgecolors="#E4E4E4", linewidth=0.4, **colors)
     axes.set_ylim(rows[-1], rows[0])
     axes.spines[:].set(visible=True, linewidth=0.5, color="#555555")
 

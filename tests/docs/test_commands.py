@@ -6,9 +6,9 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import chdir, redirect_stdout
+from functools import cache
 from importlib import import_module, util
 from io import StringIO
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,40 @@ import pytest
 import zstandard
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import duo_id
-from duo_id.config import ModelSettings, TrainSettings, parse
+from duo_id import app
+from duo_id.config import ModelSettings, TrainSettings, conf_dir, parse
 from duo_id.methods import train_settings
 from duo_id.models import load_model
 from tests.commands import QUICK, run_command
 from tests.docs.blocks import Block, Command, blocks, commands
-from tests.test_benchmark import SMALL as SMALL_BENCHMARK
 from tests.test_config import SCHEMAS
-from tests.test_evaluate import SMALL as SMALL_EVALUATION
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN, EVALUATION, MODEL = "outputs/train/DATE/TIME", "outputs/evaluate/DATE/TIME", "FOLDER"
 SCRIPTS = {"data_gen/write.py": "data_gen"}
-TINY = {  # what makes a command a matter of seconds
-    "train": QUICK[1:],
-    "evaluate": SMALL_EVALUATION[1:],
-    "benchmark": SMALL_BENCHMARK[1:],
-    "data_gen": ["n=4", "n_validation=2", "n_test=2", "data.length_min=700", "data.length_max=800"],
+TINY = {  # what makes a command a matter of a second or two
+    "train": [
+        *QUICK[1:],
+        *("data.length_min=900", "data.length_max=1000", "trainer.max_steps=1", "sparsity=[0.5]"),
+        *("comparison.samples=1", "comparison.validation_samples=0", "comparison.random_masks=0"),
+    ],
+    "evaluate": [
+        *("evaluation=quick", "tasks=[language]", "lengths=[1024]", "samples=1", "sparsity=[0.5]"),
+        *("random_masks=0", "baselines=[]"),
+    ],
+    "benchmark": [
+        *("context=[24]", "chunk_size=[16]", "sparsity=[0.5]", "sink_size=4", "recent_size=8"),
+        *("repeats=1", "warmup=0"),
+    ],
+    "data_gen": ["n=4", "n_validation=2", "n_test=2", "data.length_min=900", "data.length_max=1000"],
 }
 SHELL = {".", "cd", "export"}
 SIZES = ("experiment=", "evaluation=", "model=", "model.")  # what a tiny run chooses itself
-numbers = count()
+done: set[tuple[str, ...]] = set()  # what has been run: pages repeat themselves
 
 
 def scripts() -> Any:
@@ -57,11 +66,11 @@ def scripts() -> Any:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all that the pages' commands read: a run, its evaluation, a model, a text."""
     folder = tmp_path_factory.mktemp("base")
-    for name, overrides in (
-        ("train", [*QUICK, f"hydra.run.dir={RUN}"]),
-        ("evaluate", [*SMALL_EVALUATION, f"heads={RUN}", f"hydra.run.dir={EVALUATION}"]),
+    for name, *overrides in (
+        ("train", f"hydra.run.dir={RUN}"),
+        ("evaluate", f"hydra.run.dir={EVALUATION}", f"heads={RUN}"),
     ):
-        finished = run_command(name, *overrides, folder=folder)
+        finished = run_command(name, "model=tiny", *TINY[name], *overrides, folder=folder)
         assert finished.status == 0, finished.output
     for name in ("RUN", "RUN_OR_NAME", "DIR"):
         (folder / name).symlink_to(RUN)
@@ -73,11 +82,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@cache
 def tiny() -> Any:
     """The model of model=tiny, which the run in `base` was made with."""
-    found: list[DictConfig] = []
-    run_command("train", "model=tiny", folder=Path.cwd(), command=found.append)
-    return load_model(parse(ModelSettings, found[0].model), "cpu", 0)
+    settings = OmegaConf.load(conf_dir() / "model" / "tiny.yaml")
+    assert isinstance(settings, DictConfig)
+    return load_model(parse(ModelSettings, settings), "cpu", 0)
 
 
 @pytest.fixture
@@ -111,8 +121,12 @@ def compose(name: str, overrides: list[str], place: str, folder: Path) -> Any:
     """The typed settings of a command, or a failure that says where it stands."""
     found: list[Any] = []
     schema = SCHEMAS[name]
-    read = train_settings if schema is TrainSettings else lambda config: parse(schema, config)
-    finished = run_command(name, *overrides, folder=folder, command=lambda config: found.append(read(config)))
+
+    def read(config: DictConfig) -> None:
+        config, *_ = app.start_run(config)  # with what a resumed run was given
+        found.append(train_settings(config) if schema is TrainSettings else parse(schema, config))
+
+    finished = run_command(name, *overrides, folder=folder, command=read)
     assert finished.status == 0, f"{place}: {finished.output}"
     return found[0]
 
@@ -163,11 +177,12 @@ def run(name: str, overrides: list[str], place: str, folder: Path) -> None:
     small = [] if resumed else TINY[name]
     if "data=disk" in overrides:
         small = [override for override in small if not override.startswith("data.")]
-    if not resumed:
-        small = [*small, f"hydra.run.dir=runs/{next(numbers)}"]
-    command = scripts() if name == "data_gen" else None
-    finished = run_command(name, *overrides, *small, folder=folder, command=command)
-    assert finished.status == 0, f"{place}: {finished.output}"
+    if (words := (name, *overrides, *small)) not in done or name == "data_gen":  # which writes what others read
+        command = scripts() if name == "data_gen" else None
+        where = [] if resumed else [f"hydra.run.dir=runs/{len(done)}"]
+        finished = run_command(*words, *where, folder=folder, command=command)
+        assert finished.status == 0, f"{place}: {finished.output}"
+        done.add(words)
 
 
 def try_page(page: Path, folder: Path) -> None:
