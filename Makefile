@@ -9,7 +9,7 @@ bin := .venv/bin
 installed := .venv/installed  # written last, so an interrupted set-up is redone
 peers_installed := .venv-peers/installed
 
-.PHONY: help train test lint format notebooks peers clean
+.PHONY: help train test lint format docs notebooks peers clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -29,6 +29,9 @@ format: $(installed)  ## Mend what ruff can mend
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
 
+docs: $(installed)  ## Build the site of docs/ into build/site/; every warning is an error
+	$(bin)/zensical build --clean --strict
+
 notebooks: $(installed)  ## Execute the notebooks, into outputs/notebooks/
 	mkdir -p outputs/notebooks
 	$(bin)/jupyter-execute --output='../outputs/notebooks/{notebook_name}' notebooks/*.ipynb
@@ -37,7 +40,7 @@ peers: $(peers_installed)  ## Token eviction beside an evaluation: make peers RU
 	.venv-peers/bin/python peers/run.py $(RUN) $(ARGS)
 
 clean:  ## Remove both .venv, builds and caches; outputs/ stays
-	rm -rf .venv .venv-peers build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers build dist .cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(installed): pyproject.toml constraints.txt

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duo_id.errors import UserError
-from duo_id.objectives import OBJECTIVES, Outputs, make_objective
+from duo_id.objectives import OBJECTIVES, Objective, Outputs, make_objective
 
 N, HIDDEN, VOCABULARY, LAYERS = 5, 8, 11, 3
 
@@ -181,9 +181,26 @@ def test_one_name_is_that_objective(name: str) -> None:
         ({}, r"method\.objective=\{\}: choose one of"),
         (3, r"method\.objective=3: choose one of"),
         (None, r"method\.objective=None: choose one of"),
+        (0.5, r"method\.objective=0\.5 cannot be imported"),
+        ("nowhere.cosine", r"method\.objective=nowhere\.cosine cannot be imported from here: No module"),
+        ("math.cosine", r"method\.objective=math\.cosine cannot be imported from here: .*has no attribute"),
+        ("math.cos", r"method\.objective=math\.cos is a builtin_function_or_method, not .*Objective\(function\)"),
     ],
 )
 def test_refusals(chosen: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}") as error:
         make_objective(chosen)
     assert "\n" not in str(error.value)
+
+
+OWN = Objective(lambda student, teacher: 2 * (student.hidden - teacher.hidden).abs().mean(-1), layers=True)
+
+
+def test_an_objective_of_ones_own_by_its_dotted_name() -> None:
+    assert make_objective(f"{__name__}.OWN") == OWN
+    student, teacher = outputs(1), outputs(2)
+    mixture = make_objective({f"{__name__}.OWN": 0.5, "kl": 1.0})
+    torch.testing.assert_close(
+        mixture(student, teacher), 0.5 * OWN(student, teacher) + OBJECTIVES["kl"](student, teacher)
+    )
+    assert (mixture.layers, mixture.logits, mixture.teacher) == (True, True, True)

@@ -1,4 +1,4 @@
-"""What the student must match, token by token: one small function each, and weighted sums of them.
+"""What the student must match, token by token: one small function each, a user's own too, and weighted sums of them.
 
 All take what two forwards leave at the scored tokens, the student's and the teacher's, and return one float32 value a
 token, (..., scored tokens): leading dimensions of the student (candidates) are kept.
@@ -6,6 +6,7 @@ token, (..., scored tokens): leading dimensions of the student (candidates) are 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pkgutil import resolve_name
 
 import torch
 import torch.nn.functional as F
@@ -100,20 +101,18 @@ OBJECTIVES = {
 
 
 def make_objective(chosen: str | Mapping[str, float]) -> Objective:
-    """One of `OBJECTIVES` by name, or a sum of several, from their weights.
+    """One of `OBJECTIVES` or an `Objective` of any importable module by name, or a sum of several, from their weights.
 
     Raises:
         UserError: there is no such objective, or a weight is not positive.
     """
     weights = dict(chosen) if isinstance(chosen, Mapping) else {chosen: 1.0}
-    for name, weight in weights.items():
-        if name not in OBJECTIVES:
-            raise UserError(f"method.objective={name}: choose one of {', '.join(OBJECTIVES)}, or weights of several")
-        if not isinstance(weight, int | float) or not weight > 0:
-            raise UserError(f"method.objective.{name}={weight} must be a positive weight")
     if not weights:
         raise UserError(f"method.objective={{}}: choose one of {', '.join(OBJECTIVES)}, or weights of several")
-    parts = [(OBJECTIVES[name], weight) for name, weight in weights.items()]
+    for name, weight in weights.items():
+        if not isinstance(weight, int | float) or not weight > 0:
+            raise UserError(f"method.objective.{name}={weight} must be a positive weight")
+    parts = [(_named(name), weight) for name, weight in weights.items()]
 
     def weighted(student: Outputs, teacher: Outputs) -> Tensor:
         return torch.stack([weight * part(student, teacher) for part, weight in parts]).sum(0)
@@ -124,6 +123,27 @@ def make_objective(chosen: str | Mapping[str, float]) -> Objective:
         logits=any(part.logits for part, _ in parts),
         teacher=any(part.teacher for part, _ in parts),
     )
+
+
+def _named(name: str) -> Objective:
+    """The objective that a name, or a dotted name such as `my_module.my_objective`, stands for."""
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if "." not in str(name):
+        raise UserError(
+            f"method.objective={name}: choose one of {', '.join(OBJECTIVES)}, or weights of several, or name an "
+            "Objective of your own as MODULE.NAME"
+        )
+    try:
+        found = resolve_name(str(name))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"method.objective={name} cannot be imported from here: {error}") from error
+    if not isinstance(found, Objective):
+        raise UserError(
+            f"method.objective={name} is a {type(found).__name__}, not a duo_id.objectives.Objective: wrap your "
+            "function, as in Objective(function)"
+        )
+    return found
 
 
 def _difference(own: Tensor, theirs: Tensor) -> Tensor:

@@ -1,0 +1,185 @@
+"""The site builds without a warning, holds every page, loads nothing from outside, and a browser finds its way."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module, util
+from pathlib import Path
+from threading import Thread
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+import duo_id
+from duo_id.plots import save_figure
+from tests.evaluation.test_page import CHROMIUM, FLAGS
+
+ROOT = Path(__file__).parents[2]
+DOCS, PICTURE = ROOT / "docs", "two-heads.png"
+CONFIG = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]
+WARNING = re.compile(r"(?i)\b(warning|error)\b")
+# In the browser: search, and tell what was loaded; then go on to the quickstart.
+SCRIPT = """<script>
+const told = () => performance.getEntriesByType("resource").map(entry => entry.name);
+addEventListener("load", () => setTimeout(() => {
+  navigator.sendBeacon("/told", JSON.stringify(told()));
+  document.querySelector("nav a[href$='quickstart.html']").click();
+}, 500));
+</script></body>"""
+
+
+def pages(nav: list[dict[str, Any]]) -> list[str]:
+    """The files that a navigation leads to."""
+    found: list[str] = []
+    for entry in nav:
+        for value in entry.values():
+            found += pages(value) if isinstance(value, list) else [value]
+    return found
+
+
+def build(root: Path) -> subprocess.CompletedProcess:
+    """Build the site of a copy of the sources."""
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    environment = os.environ | {"PYTHONPATH": str(root / "src"), "NO_COLOR": "1"}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def copy_to(root: Path) -> Path:
+    """What the site is made from, at another place, so that nothing is written here."""
+    shutil.copy(ROOT / "zensical.toml", root)
+    shutil.copytree(DOCS, root / "docs")
+    (root / "src").symlink_to(ROOT / "src")
+    return root
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site."""
+    root = copy_to(tmp_path_factory.mktemp("site"))
+    done = build(root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not WARNING.search(done.stdout + done.stderr), (
+        done.stdout + done.stderr
+    )  # of docstrings, which --strict lets by
+    return root / CONFIG["site_dir"]
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    assert sorted(pages(CONFIG["nav"])) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def test_every_page_is_built_and_searched(site: Path) -> None:
+    built = {path.relative_to(site).with_suffix(".md").as_posix() for path in site.rglob("*.html")}
+    assert built == {*pages(CONFIG["nav"]), "404.md"}
+    index = json.loads((site / "search.json").read_text())
+    searched = {entry["location"].partition("#")[0] for entry in index["items"]}
+    assert {Path(page).with_suffix(".html").as_posix() for page in pages(CONFIG["nav"])} <= searched
+
+
+@pytest.mark.parametrize("name", duo_id.__all__)
+def test_the_api_page_has_every_public_name(name: str, site: Path) -> None:
+    text = (site / "api.html").read_text()
+    (found,) = re.findall(rf'<h\d id="(duo_id\.[\w.]+\.{name})"', text)
+    module, _, _ = found.rpartition(".")
+    assert getattr(import_module(module), name) is getattr(duo_id, name)
+
+
+def test_nothing_is_loaded_from_outside(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        loads = re.findall(
+            r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?([^\"'\s>]+)", page.read_text()
+        )
+        assert loads
+        assert not [target for target in loads if re.match(r"(?:https?:)?//", target)], page.name
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"url\([\"']?(?:https?:)?//|@import", sheet.read_text()), sheet.name
+
+
+def test_a_broken_link_fails_the_build(tmp_path: Path) -> None:
+    root = copy_to(tmp_path)
+    (root / "docs" / "index.md").write_text("# Home\n\n[nowhere](nowhere.md)\n")
+    done = build(root)
+    assert done.returncode != 0
+    assert "nowhere.md" in done.stdout + done.stderr
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves the site; its front page acts as a reader."""
+
+    told: list[str]
+
+    def do_GET(self) -> None:
+        """A file, the front page with the script."""
+        if self.path != "/index.html":
+            return super().do_GET()
+        page = Path(self.directory, "index.html").read_text().replace("</body>", SCRIPT).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(page)
+        return None
+
+    def do_POST(self) -> None:
+        """What the script tells."""
+        self.told += json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def served(site: Path) -> Iterator[tuple[str, list[str]]]:
+    """The address of the served site, and the list of what a browser loads there."""
+    told: list[str] = []
+    handler = partial(type("Telling", (Handler,), {"told": told}), directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", told
+        server.shutdown()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_browser_finds_its_way(served: tuple[str, list[str]], tmp_path: Path) -> None:
+    address, told = served
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000", "--dump-dom"]
+    done = subprocess.run([*command, f"{address}/index.html"], capture_output=True, text=True, timeout=120, check=True)
+    assert not re.search(r"CONSOLE.*(?:Refused|Uncaught|Failed)", done.stderr), done.stderr
+    assert "<title>Quickstart - duo_id</title>" in done.stdout
+    assert "make train" in re.sub(r"<[^>]+>", "", done.stdout)
+    assert len(told) > 3
+    assert not [target for target in told if not target.startswith((address, "data:", "blob:"))]
+    assert any("figures/gates.png" in target for target in told)
+
+
+def drawing() -> ModuleType:
+    """docs/figures/two_heads.py."""
+    spec = util.spec_from_file_location("two_heads", DOCS / "figures" / "two_heads.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_is_what_the_code_draws(tmp_path: Path) -> None:
+    script = drawing()
+    save_figure(script.draw(), tmp_path / PICTURE)
+    drawn, kept = imread(tmp_path / PICTURE), imread(DOCS / "figures" / PICTURE)
+    assert drawn.shape == kept.shape
+    assert np.abs(drawn - kept).mean() < 0.01
+    full, streaming = (script.kinds(window) for window in script.HEADS.values())
+    assert np.array_equal(full > 0, np.tri(script.TOKENS))
+    assert np.count_nonzero(streaming[-1]) == script.WINDOW.sink_size + script.WINDOW.recent_size
+    assert full[-1, script.NEEDLE] == 3 > streaming[-1, script.NEEDLE] == 0
