@@ -66,7 +66,7 @@ def load_pattern(source: str | Path) -> HeadPattern:
     if str(source) in list_patterns():
         return load_pattern(SHIPPED / source / HEADS)
     path = Path(source).expanduser()
-    repo = None if path.exists() else hub.split_revision(str(source))
+    repo = _repo(source)
     if repo is not None:
         path = hub.fetch(*repo, [folder + name for folder in ("", "heads/") for name in (HEADS, SCORES, CONFIG)])
     if path.is_dir() or repo is not None:
@@ -94,11 +94,16 @@ def list_patterns() -> list[str]:
 
 
 def pattern_name(source: str | Path) -> str:
-    """A short name for what `load_pattern` reads from `source`: the shipped name, or the end of the path."""
-    if str(source) in list_patterns():
+    """A short name for what `load_pattern` reads from `source`: the shipped name, the repo, or the end of the path."""
+    if str(source) in list_patterns() or _repo(source):
         return str(source)
     parts = [part for part in Path(source).expanduser().resolve().parts if part not in ("/", "heads", HEADS, SCORES)]
     return "/".join(parts[-2:])
+
+
+def _repo(source: str | Path) -> tuple[str, str | None] | None:
+    """Repo and revision that `source` names, unless something of that name is here."""
+    return None if Path(source).expanduser().exists() else hub.split_revision(str(source))
 
 
 def contents_of(pattern: HeadPattern) -> dict[str, Any]:
