@@ -7,6 +7,7 @@ call only.
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -131,7 +132,7 @@ def plot_history(history: pd.DataFrame, sparsity: float = 0.5, title: str | None
     count = round(sparsity * len(last))
     figure = Figure(figsize=(4.8, 3.2))
     axes = figure.subplots()
-    faint = {"alpha": max(0.08, min(0.5, 25 / len(last))), "linewidth": 0.8}
+    faint: dict[str, Any] = {"alpha": max(0.08, min(0.5, 25 / len(last))), "linewidth": 0.8}
     for name, heads, color, dash in (
         ("retrieval", last[count:], COLORS[0], "-"),
         ("streaming", last[:count], COLORS[1], "--"),
@@ -235,7 +236,7 @@ def _heads(
 ) -> QuadMesh:
     """Draw one cell a head, values (layers, KV heads); `flat` lets layers run to the right."""
     mesh = draw_cells(axes, values.T if flat else values, limits, colors=colors)
-    hatch_ungated(axes, *values.shape, gated, flat)
+    hatch_ungated(axes, values.shape[0], values.shape[1], gated, flat)
     number_heads(axes, flat)
     return mesh
 
