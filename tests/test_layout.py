@@ -119,7 +119,7 @@ def test_nobody_imports_the_entry_points() -> None:
         ("patterns", "errors"),
         ("formats", "patterns tables hub files errors"),
         ("plots", "patterns files errors style"),
-        ("attention.probe", "attention.masks attention.softmax attention.full errors"),
+        ("attention.probe", "attention.masks attention.softmax attention.full attention.padding errors"),
         (
             "attention.gated",
             "attention.masks attention.blends attention.softmax attention.full attention.kernels "

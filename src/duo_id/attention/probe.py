@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from duo_id.attention.full import full_attention
+from duo_id.attention.padding import padding_mask
 from duo_id.attention.softmax import Softmax
 from duo_id.errors import UserError
 
@@ -48,7 +49,13 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
     Args:
         model: set to the attention implementation of this name.
         implementation: what is registered under it is replaced; the caller registers its own function afterwards.
+
+    Raises:
+        UserError: the model has latent attention, or a sliding window that its layers do not tell of.
     """
+    title = model.config.get_text_config().name_or_path or type(model).__name__
+    if getattr(model.config.get_text_config(), "kv_lora_rank", None):
+        raise UserError(f"{title} has latent attention: there are no keys and values per head to stream")
     names = {module: name for name, module in model.named_modules()}
     layers: list[AttentionLayer] = []
 
@@ -72,10 +79,22 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
         out = full_attention(query, key, value, softmax, "sdpa")
         return out.transpose(1, 2).contiguous(), None
 
+    windows: list[int | None] = []
+
+    def note_mask(*args: Any, **options: Any) -> Tensor | None:
+        windows.append(options.get("local_size"))
+        return padding_mask(*args, **options)
+
     AttentionInterface.register(implementation, note)
+    AttentionMaskInterface.register(implementation, note_mask)
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
+    if windows and None not in windows and all(layer.window is None for layer in layers):
+        raise UserError(
+            f"{title}: its mask has a sliding window of {windows[0]} tokens, which its layers do not tell of; "
+            "+model.config.sliding_window=null treats them as full attention"
+        )
     return layers
 
 
@@ -110,8 +129,6 @@ def gated_layers(model: PreTrainedModel, layers: list[AttentionLayer]) -> list[A
     title = config.name_or_path or type(model).__name__
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     expected = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
-    if getattr(config, "kv_lora_rank", None):
-        raise UserError(f"{title} has latent attention: there are no keys and values per head to stream")
     if not layers:
         raise UserError(
             f"{title} has no attention that can be gated: none of its layers calls transformers' attention interface"
