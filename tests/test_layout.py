@@ -17,10 +17,12 @@ LONGEST = 320  # lines of a module
 # Each line imports from the lines above it alone, or from its own from left to right.
 ORDER = """
 errors files
-attention.masks attention.blends attention.softmax attention.full attention.kernels attention.streaming attention.decode
+attention.masks attention.blends attention.exchange attention.softmax attention.full attention.kernels
+attention.streaming attention.decode
 attention.padding attention.probe attention.gated
 gates penalties objectives
 config methods
+ranks sharding
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module
@@ -118,7 +120,8 @@ def test_nobody_imports_the_entry_points() -> None:
         ("attention.probe", "attention.masks attention.softmax attention.full errors"),
         (
             "attention.gated",
-            "attention.masks attention.blends attention.softmax attention.full attention.kernels attention.streaming "
+            "attention.masks attention.blends attention.exchange attention.softmax attention.full attention.kernels "
+            "attention.streaming "
             "attention.padding attention.probe errors",
         ),
     ],

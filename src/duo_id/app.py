@@ -128,5 +128,7 @@ def _complain(error: BaseException) -> int:
         chain.append(cause)
     user_error = next((link for link in chain if isinstance(link, UserError)), error)  # maybe inside an interpolation
     message = " ".join(line.strip() for line in str(user_error).splitlines() if line.strip())
-    console.print("[bold red]error:[/]", escape(message), highlight=False, soft_wrap=True)
+    label = "error of another process:" if console.quiet else "error:"
+    console.quiet = False
+    console.print(f"[bold red]{label}[/]", escape(message), highlight=False, soft_wrap=True)
     return 2

@@ -12,16 +12,17 @@ from omegaconf import DictConfig
 
 from duo_id import app
 from duo_id.attention.gated import attached
-from duo_id.config import TrainSettings, plain
+from duo_id.config import TrainSettings, plain, require
 from duo_id.evaluation.agreement import agreement_table
 from duo_id.evaluation.comparison import check_window, compare, results_table
 from duo_id.files import write_text
 from duo_id.formats import HEADS, load_pattern, save_pattern
-from duo_id.identification import Run, average, device_of, identify
+from duo_id.identification import Run, average, identify
 from duo_id.methods import GateSettings, train_settings
 from duo_id.models import load_model
 from duo_id.patterns import HeadPattern
 from duo_id.plots import plot_gates, plot_training, read_metrics, save_figure
+from duo_id.ranks import launch
 
 UNTOLD = ("logger", "resume", "checkpoint_seconds")  # settings that say nothing about what was found, only about a disk
 
@@ -44,38 +45,47 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
     began = time.perf_counter()
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
     method = settings.method
-    model = load_model(settings.model, device_of(settings), settings.seed)
-    with attached(model.model, settings.step.backends) as layers:
-        run = Run(settings, model, layers, folder, settings.seed, accepted, app.console)
-        test = run.data().samples("test", settings.comparison.samples)
-        check_window(test, method.sink_size, method.recent_size)
-        found = {
-            "model": model.describe(layers),
-            "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
-            "versions": app.versions(),
-        }
-        loaded = time.perf_counter()
-        patterns = _identify_repeatedly(run, found)
-        identified = time.perf_counter()
-    pattern = average(list(patterns.values()))
-    if len(patterns) > 1:
-        app.console.print(agreement_table(patterns, settings.sparsity))
-    budget = pattern.provenance.get("budget")
-    sparsities = settings.sparsity if budget is None else [budget]
-    save_pattern(pattern, folder / "heads", sparsities)
-    save_figure(plot_gates(pattern, title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
-    results = compare(
-        model, pattern, test, sparsities, settings.comparison.random_masks, settings.seed, settings.step.backends
+    device, ranks = launch(
+        settings.trainer, settings.step.sequence_parallel, settings.step.shard, settings.data.batch_size
     )
-    done = time.perf_counter()
-    app.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
-    summary = pattern.provenance | {
-        "mean_gate": float(pattern.scores[list(pattern.gated_layers)].mean()),
-        "seconds": {"load": loaded - began, "identify": identified - loaded, "compare": done - identified},
-        "results": [result.summary() for result in results],
-    }
-    write_text(folder / "summary.json", json.dumps(summary, indent=1))
-    return summary
+    require(ranks.world == 1 or not settings.step.cuda_graphs, "step.cuda_graphs=true works on 1 device alone")
+    app.console.quiet = not ranks.first
+    folder = Path(ranks.agreed(str(folder)))
+    with ranks.watched():
+        model = load_model(settings.model, device, settings.seed, ranks)
+        with attached(model.model, settings.step.backends, ranks.group) as layers:
+            run = Run(settings, model, layers, folder, settings.seed, accepted, app.console)
+            test = run.data().samples("test", settings.comparison.samples)
+            check_window(test, method.sink_size, method.recent_size)
+            found = {
+                "model": model.describe(layers),
+                "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
+                "versions": app.versions(),
+            }
+            loaded = time.perf_counter()
+            patterns = _identify_repeatedly(run, found)
+            identified = time.perf_counter()
+        pattern = average(list(patterns.values()))
+        if len(patterns) > 1:
+            app.console.print(agreement_table(patterns, settings.sparsity))
+        budget = pattern.provenance.get("budget")
+        sparsities = settings.sparsity if budget is None else [budget]
+        if ranks.first:
+            save_pattern(pattern, folder / "heads", sparsities)
+            save_figure(plot_gates(pattern, title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
+        results = compare(
+            model, pattern, test, sparsities, settings.comparison.random_masks, settings.seed, settings.step.backends
+        )
+        done = time.perf_counter()
+        app.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
+        summary = pattern.provenance | {
+            "mean_gate": float(pattern.scores[list(pattern.gated_layers)].mean()),
+            "seconds": {"load": loaded - began, "identify": identified - loaded, "compare": done - identified},
+            "results": [result.summary() for result in results],
+        }
+        if ranks.first:
+            write_text(folder / "summary.json", json.dumps(summary, indent=1))
+        return summary
 
 
 def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPattern]:
@@ -93,9 +103,9 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
             continue
         pattern = identify(settings.method, replace(run, folder=folder, seed=seed))
         pattern = replace(pattern, provenance=found | {"seed": seed} | pattern.provenance)
-        if settings.repeats > 1:
+        if settings.repeats > 1 and run.model.ranks.first:
             save_pattern(pattern, folder / "heads", settings.sparsity)
-        if isinstance(settings.method, GateSettings) and "csv" in settings.logger:
+        if isinstance(settings.method, GateSettings) and "csv" in settings.logger and run.model.ranks.first:
             curve = plot_training(read_metrics(folder), title=f"Training gates of {run.model.name}")
             save_figure(curve, folder / "figures" / "training.png")
         patterns[f"seed {seed}"] = pattern
