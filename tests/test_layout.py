@@ -18,11 +18,10 @@ LONGEST = 320  # lines of a module
 ORDER = """
 errors files
 attention.masks attention.blends attention.exchange attention.softmax attention.full attention.kernels
-attention.streaming attention.decode
-attention.padding attention.probe attention.gated
+attention.streaming attention.decode attention.padding attention.probe attention.gated
 gates penalties objectives
 config methods
-ranks sharding
+ranks plan sharding
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module

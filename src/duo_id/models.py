@@ -151,7 +151,7 @@ def load_model(
         UserError: the model cannot be found, reached, built or sharded.
     """
     device, ranks = torch.device(device), ranks or Ranks()
-    dtype = _dtype(settings.dtype, device)
+    dtype = dtype_of(settings.dtype, device)
     if settings.init == "random":
         model = _random_model(settings, device, dtype, seed, ranks)
     else:
@@ -198,7 +198,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """What `model.dtype` means on a device."""
     if name == "auto":  # CPUs compute bfloat16 many times slower than float32
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return getattr(torch, name)
@@ -207,20 +208,44 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _random_model(
     settings: ModelSettings, device: torch.device, dtype: torch.dtype, seed: int, ranks: Ranks
 ) -> PreTrainedModel:
+    model = meta_model(settings, dtype)
     try:
-        config = AutoConfig.for_model(**settings.architecture | settings.config)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            with torch.device("meta"), no_tie_weights(), no_init_weights():
-                model = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, trust_remote_code=settings.trust_remote_code
-                )
             if ranks.sharded:
                 shard(model, ranks.world)
             materialise(model, device)
             return model
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"model.architecture does not describe a model: {_reason(error)}") from error
+    except ValueError as error:  # there is no plan for sharding it
+        raise UserError(f"step.shard=true: {_reason(error)} Use step.shard=false") from error
+
+
+def meta_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without its weights, which it has on the meta device alone.
+
+    Raises:
+        UserError: it cannot be found, reached or built.
+    """
+    config = _config(settings)
+    try:
+        with torch.device("meta"), no_tie_weights(), no_init_weights():
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model={settings.name} does not describe a model: {_reason(error)}") from error
+
+
+def _config(settings: ModelSettings) -> Any:
+    shared = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    try:
+        if settings.init == "random":
+            return AutoConfig.for_model(**settings.architecture | settings.config)
+        config = AutoConfig.from_pretrained(weights_source(settings), **shared)
+        config.update(settings.config)
+        return config
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        if settings.init == "random":
+            raise UserError(f"model.architecture does not describe a model: {_reason(error)}") from error
+        raise _cannot_load(settings, error) from error
 
 
 def _pretrained_model(
@@ -228,9 +253,8 @@ def _pretrained_model(
 ) -> PreTrainedModel:
     source = weights_source(settings)
     shared = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    config = _config(settings)
     try:
-        config = AutoConfig.from_pretrained(source, **shared)
-        config.update(settings.config)
         place = {"distributed_config": sharding(ranks.world)} if ranks.sharded else {"device_map": {"": device}}
         return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **place, **shared)
     except (OSError, ValueError, StrictDataclassError) as error:

@@ -14,9 +14,12 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed as dist
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from duo_id.config import require
+from duo_id.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -110,19 +113,21 @@ def launch(trainer: Mapping[str, Any], sequence: int, shard: bool, batch_size: i
     Raises:
         UserError: so many processes cannot share the work.
     """
-    try:
-        plan = instantiate(trainer, logger=False, enable_checkpointing=False)
-    except (ValueError, RuntimeError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
-        require(False, f"trainer.devices={trainer.get('devices')}: {str(error).splitlines()[0]}")
-    world = plan.world_size
-    check_ranks(world, sequence, batch_size)
-    if world == 1:
-        return plan.strategy.root_device, Ranks()
     require(
         trainer.get("strategy", "auto") in ("auto", "ddp"),
         f"trainer.strategy={trainer.get('strategy')}: auto alone works; step.shard and step.sequence_parallel say how "
         "devices share the work",
     )
+    try:
+        plan = instantiate(trainer, logger=False, enable_checkpointing=False)
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, MisconfigurationException):
+            raise
+        raise UserError(f"trainer.devices={trainer.get('devices')}: {error.__cause__}") from error
+    world = plan.world_size
+    check_ranks(world, sequence, batch_size)
+    if world == 1:
+        return plan.strategy.root_device, Ranks()
     parent = os.getppid() if "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ else None
     watcher = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
     watcher.setLevel(logging.INFO)  # says which process ended the run
@@ -135,7 +140,7 @@ def launch(trainer: Mapping[str, Any], sequence: int, shard: bool, batch_size: i
     try:
         fabric.launch()
     except ValueError as error:  # torchrun or Slurm has started another number
-        require(False, f"trainer.devices={trainer.get('devices')}: {str(error).splitlines()[0]}")
+        raise UserError(f"trainer.devices={trainer.get('devices')}: {error}") from error
     os.environ.setdefault("LOCAL_RANK", str(fabric.local_rank))  # Slurm has another name for it
     if parent is not None and fabric.local_rank:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

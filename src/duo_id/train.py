@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from omegaconf import DictConfig
 
 from duo_id import app
@@ -19,10 +20,11 @@ from duo_id.files import write_text
 from duo_id.formats import HEADS, load_pattern, save_pattern
 from duo_id.identification import Run, average, identify
 from duo_id.methods import GateSettings, train_settings
-from duo_id.models import load_model
+from duo_id.models import dtype_of, load_model, meta_model
 from duo_id.patterns import HeadPattern
+from duo_id.plan import Shape, memory_plan
 from duo_id.plots import plot_gates, plot_training, read_metrics, save_figure
-from duo_id.ranks import launch
+from duo_id.ranks import Ranks, launch
 
 UNTOLD = ("logger", "resume", "checkpoint_seconds")  # settings that say nothing about what was found, only about a disk
 
@@ -52,6 +54,8 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
     app.console.quiet = not ranks.first
     folder = Path(ranks.agreed(str(folder)))
     with ranks.watched():
+        if ranks.world > 1:
+            _announce(settings, device, ranks, folder)
         model = load_model(settings.model, device, settings.seed, ranks)
         with attached(model.model, settings.step.backends, ranks.group) as layers:
             run = Run(settings, model, layers, folder, settings.seed, accepted, app.console)
@@ -86,6 +90,30 @@ def train(settings: TrainSettings, folder: Path, accepted: Callable[[], None] = 
         if ranks.first:
             write_text(folder / "summary.json", json.dumps(summary, indent=1))
         return summary
+
+
+def _announce(settings: TrainSettings, device: torch.device, ranks: Ranks, folder: Path) -> None:
+    """Show what the first step will need of each device, and how a run that is cut off goes on.
+
+    Raises:
+        UserError: a device has not that much.
+    """
+    model = meta_model(settings.model, dtype_of(settings.model.dtype, device))
+    shape = Shape(
+        tokens=settings.data.length_max or model.config.get_text_config().max_position_embeddings,
+        samples=settings.data.batch_size,
+        data=ranks.data,
+        sequence=ranks.sequence,
+        sharded=ranks.sharded,
+        recompute=settings.step.recompute,
+        teacher_outputs=isinstance(settings.method, GateSettings) and settings.method.blend == "teacher",
+    )
+    plan = memory_plan(model, shape)
+    title = f"{settings.model.name}, {shape.tokens:,} tokens, {ranks.data} x {ranks.sequence} devices"
+    app.console.print(plan.table(title))
+    app.console.print(f"if a process is lost: python -m duo_id.train resume={folder}", soft_wrap=True)
+    if device.type == "cuda":
+        plan.check(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPattern]:

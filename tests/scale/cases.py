@@ -51,8 +51,8 @@ CASES = {
     "GQA": Case(),
     "GQA, recomputed": Case(recompute=True),
     "MHA": Case("qwen3", dict.fromkeys(HEADS, 4)),
-    "3 KV heads": Case("llama", dict(zip(HEADS, (6, 3), strict=True))),
-    "1 KV head, padding left": Case("llama", dict(zip(HEADS, (6, 1), strict=True)), side="left"),
+    "3 KV heads": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 3), strict=True))),
+    "1 KV head, padding left": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 1), strict=True)), side="left"),
     "teacher blend": Case(method={"blend": "teacher"}),
     "logits": Case(method={"objective": "kl"}, scored=35),
     "each layer, far tokens": Case(
