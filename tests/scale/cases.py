@@ -105,15 +105,15 @@ def step(case: Case, ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
 
 def scores(ranks: Ranks, device: str = "cpu") -> Tensor:
     """What masks of the model with three KV heads score."""
-    with loaded(CASES["3 KV heads"], ranks, device) as (model, _):
-        samples = []
-        for seed in range(2):
-            sample = random_sample(50 + seed, seed, 40)
-            answers = sample["answers"].clone()
-            answers[-20:] *= 2
-            samples.append({"input_ids": sample["input_ids"], "answers": answers})
-        rows = [score for row in compare(model, PATTERN, samples, [0.5], 1, 0) for score in row.samples]
-        return torch.tensor([[row.loss, row.correct, row.tokens, row.exact, row.answers] for row in rows])
+    model = load_model(CASES["3 KV heads"].settings(), device, 0, ranks)
+    samples = []
+    for seed in range(2):
+        sample = random_sample(50 + seed, seed, 40)
+        answers = sample["answers"].clone()
+        answers[-20:] *= 2
+        samples.append({"input_ids": sample["input_ids"], "answers": answers})
+    rows = [score for row in compare(model, PATTERN, samples, [0.5], 1, 0) for score in row.samples]
+    return torch.tensor([[row.loss, row.correct, row.tokens, row.exact, row.answers] for row in rows])
 
 
 def everything(rank: int, world: int, divisions: list[tuple[int, int, bool]], device: str, folder: Path) -> None:

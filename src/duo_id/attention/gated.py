@@ -233,7 +233,7 @@ def _exchanging(model: PreTrainedModel, layers: Sequence[AttentionLayer], group:
         yield
     finally:
         for layer in layers:
-            del layer.module.__dict__[EXCHANGE]
+            layer.module.__dict__.pop(EXCHANGE, None)
 
 
 @contextmanager
