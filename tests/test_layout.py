@@ -17,11 +17,12 @@ LONGEST = 320  # lines of a module
 # Each line imports from the lines above it alone, or from its own from left to right.
 ORDER = """
 errors files style
-attention.masks attention.blends attention.softmax attention.full attention.kernels attention.streaming_kernels
-attention.streaming_operator attention.streaming attention.decode
+attention.masks attention.blends attention.exchange attention.softmax attention.full attention.kernels
+attention.streaming_kernels attention.streaming_operator attention.streaming attention.decode
 attention.padding attention.probe attention.gated
 gates penalties objectives
 budget config methods
+ranks plan sharding
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module
@@ -122,7 +123,7 @@ def test_nobody_imports_the_entry_points() -> None:
         ("attention.probe", "attention.masks attention.softmax attention.full attention.padding errors"),
         (
             "attention.gated",
-            "attention.masks attention.blends attention.softmax attention.full attention.kernels "
+            "attention.masks attention.blends attention.exchange attention.softmax attention.full attention.kernels "
             "attention.streaming_kernels attention.streaming_operator attention.streaming attention.padding "
             "attention.probe errors",
         ),

@@ -127,7 +127,9 @@ def _run_folder(resume: str | None, progress: str, fresh: str) -> str:
 
 def _complain(error: BaseException) -> int:
     """Show an error as one line, without a traceback, and return the exit status."""
-    console.print("[bold red]error:[/]", escape(_message(error)), highlight=False, soft_wrap=True)
+    label = "error of another process:" if console.quiet else "error:"
+    console.quiet = False
+    console.print(f"[bold red]{label}[/]", escape(_message(error)), highlight=False, soft_wrap=True)
     return 2
 
 

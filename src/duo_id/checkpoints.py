@@ -66,7 +66,8 @@ class LastCheckpoint(ModelCheckpoint):
         self._restore = lambda: signal.signal(signal.SIGINT, before)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *args: Any) -> None:
-        """Save when it is time, at the end, and when interrupted."""
+        """Save when it is time, at the end, and when interrupted, on whichever rank."""
+        pl_module.interrupted = trainer.strategy.reduce_boolean_decision(pl_module.interrupted, all=False)
         if pl_module.interrupted or trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True
             self._save_checkpoint(trainer, str(self.path))

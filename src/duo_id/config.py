@@ -166,6 +166,8 @@ class StepSettings:
     streaming_backend: str = "auto"
     cuda_graphs: bool = False  # replay the step as one graph for each length, padded to a multiple of the next
     length_multiple: int = 1024  # tokens
+    sequence_parallel: int = 1  # processes that share the tokens of each sample
+    shard: bool = True  # several processes: each keeps a share of the weights (FSDP2) alone
 
     def __post_init__(self) -> None:
         """Check the backends' names."""
@@ -175,6 +177,7 @@ class StepSettings:
             self.shape == "fast" or self.memory == "least",
             f"step.shape=paper needs step.memory=least, not {self.memory}: step=paper_shape sets both",
         )
+        require(self.sequence_parallel >= 1, f"step.sequence_parallel={self.sequence_parallel} must be at least 1")
         require(self.length_multiple >= 1, f"step.length_multiple={self.length_multiple} must be at least 1")
         for key, choices in (("full_backend", FULL_BACKENDS), ("streaming_backend", STREAMING_BACKENDS)):
             chosen = getattr(self, key)

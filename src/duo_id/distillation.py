@@ -24,7 +24,7 @@ class Teacher:
 
     Attributes:
         outputs: at the scored tokens; None where nothing looks at them.
-        weights: (scored tokens,) float32, what each counts; they add up to 1.
+        weights: (scored tokens,) float32, what each counts; their sum is 1, in the mean over processes.
         attention: the output of each gated layer's attention, for blends that need it.
     """
 
@@ -76,7 +76,9 @@ class Distillation:
     def student(self, alpha: Tensor, batch: Batch, teacher: Teacher, logits: bool | None = None) -> Outputs:
         """What the gated model leaves of a batch: arguments as of `loss` and `outputs`."""
         gated = {
-            layer.index: gated_heads(row, self.window, self.blend, self.backends, teacher.attention.get(layer.index))
+            layer.index: gated_heads(
+                row[layer.own], self.window, self.blend, self.backends, teacher.attention.get(layer.index)
+            )
             for layer, row in zip(self.layers, alpha, strict=True)
         }
         with bound(self.layers, gated):
@@ -111,15 +113,17 @@ class Distillation:
         scored, tokens = batch["scored"], batch["input_ids"].shape[1]
         logits = self.objective.logits if logits is None else logits
         with self._caught() as (hidden, layers):
-            found = self.model.logits(dict(batch), (scored - 1) % tokens) if logits else None
-            if found is None:
+            found = None
+            if not logits:
                 self.model.hidden_states(dict(batch))
+            elif candidates:
+                found = self.model.logits(dict(batch), (scored - 1) % tokens)
+            else:
+                found = self.model.predictions(dict(batch), scored)
 
         def pick(states: Tensor) -> Tensor:
             return states[:, scored] if candidates else states.flatten(0, 1)[scored]
 
-        if found is not None and not candidates:
-            found = found[scored // tokens, torch.arange(len(scored), device=scored.device)]
         targets = batch["input_ids"].flatten()[scored]
         return Outputs(pick(hidden[0]), tuple(pick(states) for states in layers), found, targets)
 
@@ -130,7 +134,7 @@ class Distillation:
         with bound(self.layers, streaming):
             near = self.outputs(batch, logits=True)
         gain = (loss(near, near) - loss(full, full)).clamp(min=0) * batch["weights"]
-        return gain / gain.sum().clamp(min=1e-12)
+        return gain / self.model.ranks.mean(gain.sum()).clamp(min=1e-12)
 
     @contextmanager
     def _caught(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:

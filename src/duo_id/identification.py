@@ -58,7 +58,12 @@ class Run:
         """The samples of this seed."""
         validation = self.settings.comparison.validation_samples
         return SampleModule(
-            self.settings.data, self.model.tokenizer, self.seed, self.model.max_length, num_validation=validation
+            self.settings.data,
+            self.model.tokenizer,
+            self.seed,
+            self.model.max_length,
+            num_validation=validation,
+            ranks=self.model.ranks,
         )
 
     def pattern(self, method: MethodSettings, scores: Tensor, **found: Any) -> HeadPattern:
@@ -78,6 +83,11 @@ def identify(method: MethodSettings, run: Run) -> HeadPattern:
     """
     if isinstance(method, GateSettings):
         return _trained(method, run)
+    require(
+        run.model.ranks.world == 1,
+        f"trainer.devices={run.settings.trainer.get('devices')}: method={method.name} works on 1 device, method=duo on "
+        "several",
+    )
     data = run.data()
     data.task("train")  # what cannot work is refused before anything is computed
     run.accepted()
@@ -90,17 +100,6 @@ def identify(method: MethodSettings, run: Run) -> HeadPattern:
         scores, told = search_scores(subject, samples, method, start, run.folder, run.console)
         return run.pattern(method, scores, **told)
     return run.pattern(method, mean_scores(subject, samples, method, run.console))
-
-
-def device_of(settings: TrainSettings) -> torch.device:
-    """Where Lightning would run.
-
-    Raises:
-        UserError: it would run on several devices.
-    """
-    trainer = instantiate(settings.trainer, logger=False, enable_checkpointing=False)
-    require(trainer.world_size == 1, f"trainer.devices={settings.trainer.get('devices')}: only 1 works at present")
-    return trainer.strategy.root_device
 
 
 def _start(method: SearchSettings, run: Run) -> HeadPattern | None:
@@ -121,7 +120,8 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
     steps = settings.trainer["max_steps"]
     gates = GateTraining(run.model, run.layers, method, settings.step, steps, settings.sparsity, run.seed)
     trainer = instantiate(
-        {"limit_train_batches": steps} | settings.trainer,  # the stream of samples has no end
+        # The stream of samples has no end, and ranks are told apart where samples are made.
+        {"limit_train_batches": steps} | settings.trainer | {"use_distributed_sampler": False},
         logger=list(run.loggers),
         callbacks=[
             LastCheckpoint(run.folder, settings.checkpoint_seconds),

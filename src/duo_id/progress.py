@@ -35,7 +35,8 @@ class TrainingBar(RichProgressBar):
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any) -> None:
         """Move the bar, or write a line."""
         super().on_train_batch_end(trainer, pl_module, *args)
-        if trainer.global_step % math.ceil(trainer.max_steps / 10) == 0 and not (console := Console()).is_terminal:
+        tenth = trainer.global_step % math.ceil(trainer.max_steps / 10) == 0
+        if tenth and trainer.is_global_zero and not (console := Console()).is_terminal:
             shown = "  ".join(f"{name} {value}" for name, value in _as_text(trainer.progress_bar_metrics).items())
             console.print(f"step {trainer.global_step}/{trainer.max_steps}  {shown}", soft_wrap=True, highlight=False)
 

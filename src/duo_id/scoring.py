@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from duo_id.data.samples import split_batch
 from duo_id.models import LanguageModel
 
 
@@ -51,19 +52,26 @@ class Score:
 def score(model: LanguageModel, sample: Mapping[str, Any]) -> Score:
     """Score the model, doing what is bound to its attention layers at present, on one sample.
 
+    Processes that share a sample's tokens must all call it, and get the same.
+
     Args:
         model: the language model.
         sample: `input_ids` (tokens,) and `answers` (tokens,): 0, or k for the tokens of the k-th answer.
     """
-    device = model.model.device
-    ids, answers = sample["input_ids"].to(device), sample["answers"].to(device)
-    positions = answers.nonzero()[:, 0]
-    logits = model.logits({"input_ids": ids[None]}, positions - 1)[0].float()
-    targets, owners = ids[positions], answers[positions]
-    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    right = logits.argmax(-1) == targets
-    whole = [bool(right[owners == owner].all()) for owner in owners.unique()]
-    return Score(float(loss), int(right.sum()), len(targets), sum(whole), len(whole))
+    ranks, device = model.ranks, model.model.device
+    batch: dict[str, Any] = {key: sample[key].to(device)[None] for key in ("input_ids", "answers")}
+    asked = batch["answers"][batch["answers"] > 0]  # of all processes
+    if ranks.group is not None:
+        batch = split_batch(batch, ranks.part, ranks.sequence)
+    positions = batch["answers"].flatten().nonzero()[:, 0]
+    logits = model.predictions(batch, positions).float()
+    targets, owners = (batch[key].flatten()[positions] for key in ("input_ids", "answers"))
+    loss = ranks.group_sum(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    wrong = torch.zeros(int(asked.max()) + 1, dtype=torch.int64, device=device)  # tokens of each answer
+    wrong = ranks.group_sum(wrong.index_add_(0, owners, (logits.argmax(-1) != targets).long()))
+    answers = asked.unique()
+    exact = int((wrong[answers] == 0).sum())
+    return Score(float(loss), len(asked) - int(wrong.sum()), len(asked), exact, len(answers))
 
 
 def total(scores: Iterable[Score]) -> Score:

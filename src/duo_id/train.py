@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger
@@ -16,16 +17,18 @@ from omegaconf import DictConfig
 
 from duo_id import app
 from duo_id.attention.gated import attached
-from duo_id.config import TrainSettings, plain
+from duo_id.config import TrainSettings, plain, require
 from duo_id.evaluation.agreement import agreement_table
 from duo_id.evaluation.comparison import check_window, compare, found_loss, results_table
 from duo_id.files import write_text
 from duo_id.formats import HEADS, load_pattern, save_pattern
-from duo_id.identification import Run, device_of, identify
+from duo_id.identification import Run, identify
 from duo_id.methods import GateSettings, train_settings
-from duo_id.models import load_model
+from duo_id.models import dtype_of, load_model, meta_model
 from duo_id.patterns import HeadPattern, average
+from duo_id.plan import Shape, memory_plan
 from duo_id.plots import plot_gates, plot_training, read_metrics, save_figure
+from duo_id.ranks import Ranks, launch
 from duo_id.tracking import log_config, log_gates, log_heads, tracked
 
 UNTOLD = ("logger", "resume", "checkpoint_seconds")  # settings that say nothing about what was found, only about a disk
@@ -53,47 +56,78 @@ def train(
     began = time.perf_counter()
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
     method = settings.method
-    model = load_model(settings.model, device_of(settings), settings.seed)
-    with attached(model.model, settings.step.backends) as layers:
-        run = Run(settings, model, layers, folder, settings.seed, accepted, app.console)
-        test = run.data().samples("test", settings.comparison.samples)
-        check_window(test, method.sink_size, method.recent_size)
-        validation = run.data().samples("validation", settings.comparison.samples) if in_sweep else []
-        found = {
-            "model": model.describe(layers),
-            "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
-            "versions": app.versions(),
-        }
-        loaded = time.perf_counter()
-        patterns = _identify_repeatedly(run, found)
-        identified = time.perf_counter()
-    pattern = average(list(patterns.values()))
-    if len(patterns) > 1:
-        app.console.print(agreement_table(patterns, settings.sparsity))
-    sparsities = _sparsities(settings, pattern)
-    if len(patterns) > 1:
-        save_pattern(pattern, folder / "heads", sparsities)
-    save_figure(plot_gates(pattern, title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
-    results = compare(
-        model, pattern, test, sparsities, settings.comparison.random_masks, settings.seed, settings.step.backends
+    device, ranks = launch(
+        settings.trainer, settings.step.sequence_parallel, settings.step.shard, settings.data.batch_size
     )
-    chosen_by = {}
-    if in_sweep:
-        loss = found_loss(model, pattern, validation, sparsities, settings.step.backends)
-        chosen_by = {"validation_loss": loss}
-    done = time.perf_counter()
-    app.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
-    summary = (
-        pattern.provenance
-        | {
+    require(ranks.world == 1 or not settings.step.cuda_graphs, "step.cuda_graphs=true works on 1 device alone")
+    app.console.quiet = not ranks.first
+    folder = Path(ranks.agreed(str(folder)))
+    with ranks.watched():
+        if ranks.world > 1:
+            _announce(settings, device, ranks, folder)
+        model = load_model(settings.model, device, settings.seed, ranks)
+        with attached(model.model, settings.step.backends, ranks.group) as layers:
+            run = Run(settings, model, layers, folder, settings.seed, accepted, app.console)
+            test = run.data().samples("test", settings.comparison.samples)
+            check_window(test, method.sink_size, method.recent_size)
+            validation = run.data().samples("validation", settings.comparison.samples) if in_sweep else []
+            found = {
+                "model": model.describe(layers),
+                "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
+                "versions": app.versions(),
+            }
+            loaded = time.perf_counter()
+            patterns = _identify_repeatedly(run, found)
+            identified = time.perf_counter()
+        pattern = average(list(patterns.values()))
+        if len(patterns) > 1:
+            app.console.print(agreement_table(patterns, settings.sparsity))
+        sparsities = _sparsities(settings, pattern)
+        if ranks.first:
+            if len(patterns) > 1:
+                save_pattern(pattern, folder / "heads", sparsities)
+            save_figure(plot_gates(pattern, title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
+        results = compare(
+            model, pattern, test, sparsities, settings.comparison.random_masks, settings.seed, settings.step.backends
+        )
+        chosen_by = {}
+        if in_sweep:
+            loss = found_loss(model, pattern, validation, sparsities, settings.step.backends)
+            chosen_by = {"validation_loss": loss}
+        done = time.perf_counter()
+        app.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
+        told = {
             "mean_gate": float(pattern.scores[list(pattern.gated_layers)].mean()),
             "seconds": {"load": loaded - began, "identify": identified - loaded, "compare": done - identified},
             "results": [result.summary() for result in results],
         }
-        | chosen_by
+        summary = pattern.provenance | told | chosen_by
+        if ranks.first:
+            write_text(folder / "summary.json", json.dumps(summary, indent=1))
+        return summary
+
+
+def _announce(settings: TrainSettings, device: torch.device, ranks: Ranks, folder: Path) -> None:
+    """Show what the first step will need of each device, and how a run that is cut off goes on.
+
+    Raises:
+        UserError: a device has not that much.
+    """
+    model = meta_model(settings.model, dtype_of(settings.model.dtype, device))
+    shape = Shape(
+        tokens=settings.data.length_max or model.config.get_text_config().max_position_embeddings,
+        samples=settings.data.batch_size,
+        data=ranks.data,
+        sequence=ranks.sequence,
+        sharded=ranks.sharded,
+        teacher_outputs=isinstance(settings.method, GateSettings) and settings.method.blend == "teacher",
     )
-    write_text(folder / "summary.json", json.dumps(summary, indent=1))
-    return summary
+    plan = memory_plan(model, shape)
+    title = f"{settings.model.name}, {shape.tokens:,} tokens, {ranks.data} x {ranks.sequence} devices"
+    app.console.print(plan.table(title))
+    app.console.print(f"if a process is lost: python -m duo_id.train resume={folder}", soft_wrap=True)
+    if device.type == "cuda":
+        plan.check(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPattern]:
@@ -109,7 +143,7 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
         if settings.repeats > 1 and (folder / "heads" / HEADS).is_file():
             patterns[f"seed {seed}"] = load_pattern(folder)
             continue
-        with tracked(settings.logger, folder) as loggers:
+        with tracked(settings.logger if run.model.ranks.first else {}, folder) as loggers:
             known = found | {"seed": seed}
             accepted = partial(_accepted, run, loggers, known)
             began = time.perf_counter()
@@ -118,11 +152,12 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
             )
             took = {"seconds": time.perf_counter() - began}
             pattern = replace(pattern, provenance=known | took | pattern.provenance)
-            save_pattern(pattern, folder / "heads", _sparsities(settings, pattern))
+            if run.model.ranks.first:
+                save_pattern(pattern, folder / "heads", _sparsities(settings, pattern))
             if not isinstance(settings.method, GateSettings):
                 log_gates(loggers, pattern, settings.sparsity, step=0)
             log_heads(loggers, folder / "heads")
-        if isinstance(settings.method, GateSettings) and "csv" in settings.logger:
+        if isinstance(settings.method, GateSettings) and "csv" in settings.logger and run.model.ranks.first:
             curve = plot_training(read_metrics(folder), title=f"Training gates of {run.model.name}")
             save_figure(curve, folder / "figures" / "training.png")
         patterns[f"seed {seed}"] = pattern

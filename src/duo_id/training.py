@@ -19,7 +19,7 @@ from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.checkpoints import CHECKPOINT
 from duo_id.config import StepSettings
-from duo_id.data.samples import Batch, pad_batch, with_scored
+from duo_id.data.samples import Batch, pad_batch, split_batch, with_scored
 from duo_id.errors import UserError
 from duo_id.gates import GATES, DrawnGates
 from duo_id.graphs import GraphedLoss
@@ -99,32 +99,45 @@ class GateTraining(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Bring the language model to the gates' device."""
-        self.language_model.model.to(self.device)  # type: ignore[arg-type]  # its wrapper is untyped
+        """Bring the language model to the gates' device; what is sharded is there."""
+        if not self.language_model.ranks.sharded:
+            self.language_model.model.to(self.device)  # type: ignore[arg-type]  # its wrapper is untyped
         self._finite = self._finite.to(self.device)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> StepBatch:
         """Find the scored tokens while the batch is on the CPU, where looking costs no synchronisation."""
-        length = batch["input_ids"].shape[1]
+        length, own, ranks = batch["input_ids"].shape[1], dict(batch), self.language_model.ranks
         if self.step.cuda_graphs and self.trainer.training:
-            batch = pad_batch(batch, self.step.length_multiple, self.language_model.max_length or sys.maxsize)
-        return with_scored(batch, SCORED_MULTIPLE if self.step.cuda_graphs else 1) | {"length": length}
+            own = dict(pad_batch(batch, self.step.length_multiple, self.language_model.max_length or sys.maxsize))
+        if ranks.group is not None:
+            own = split_batch(batch, ranks.part, ranks.sequence)
+        sample = {key: batch[key][0] for key in ("input_ids", "answers")}
+        return with_scored(own, SCORED_MULTIPLE if self.step.cuda_graphs else 1) | {"length": length, "sample": sample}
+
+    def on_after_batch_transfer(self, batch: StepBatch, dataloader_idx: int) -> StepBatch:
+        """Let each scored token of all ranks count the same, and a rank that has more of them the more."""
+        if self.language_model.ranks.world > 1:
+            found = batch["weights"].new_tensor(len(batch["weights"]))
+            batch["weights"] = torch.ones_like(batch["weights"]) / self.language_model.ranks.mean(found)
+        return batch
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
-        """Distillation loss plus the penalty on the gates."""
+        """Distillation loss plus the penalty on the gates; the mean over ranks of it and its gradient is the step's."""
         self.arrange(batch["input_ids"].numel())
         alpha, openness = self.gates.alpha(), self.gates.openness()
         distill, penalty = self.distill(alpha, batch), self.penalty(openness)
         loss = distill + self.method.reg_weight * penalty
-        self._finite &= torch.isfinite(loss.detach())
+        ranks = self.language_model.ranks
+        shared = ranks.mean(torch.stack([loss.detach(), distill.detach()]))
+        self._finite &= torch.isfinite(shared[0])
         now = time.perf_counter()
         shown = {
-            "loss": loss.detach(),
-            "distill": distill.detach(),
+            "loss": shared[0],
+            "distill": shared[1],
             "penalty": penalty.detach(),
             "mean_gate": openness.detach().mean(),
             "length": float(batch["length"]),
-            "tokens_per_s": batch["length"] * len(batch["input_ids"]) / (now - self._clock),
+            "tokens_per_s": batch["length"] * len(batch["input_ids"]) * ranks.data / (now - self._clock),
         }
         self._clock = now
         self.log_dict({f"train/{key}": value for key, value in shown.items()}, prog_bar=True)
@@ -155,12 +168,13 @@ class GateTraining(lightning.LightningModule):
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Score a held-out sample with the gates as they are and binarised at each sparsity."""
-        if self.interrupted:
+        ranks = self.language_model.ranks
+        if self.interrupted and ranks.world == 1:  # others would wait for this one
             return
-        sample = {key: batch[key][0] for key in ("input_ids", "answers")}
+        sample = batch["sample"]
         if batch_idx not in self._full_scores:
             self._full_scores[batch_idx] = score(self.language_model, sample)
-        shown: dict[str, Tensor | float] = {"distill": self.distillation.loss(self.gates.alpha(), batch)}
+        shown: dict[str, Tensor | float] = {"distill": ranks.mean(self.distillation.loss(self.gates.alpha(), batch))}
         shown |= _shown("0", self._full_scores[batch_idx])
         pattern = self.pattern()
         for sparsity in self.sparsities:

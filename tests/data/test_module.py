@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from duo_id.data.module import SampleModule
 from duo_id.data.samples import Sample, collate
 from duo_id.errors import UserError
+from duo_id.ranks import Ranks
 
 
 def row(*tokens):
@@ -126,17 +127,23 @@ def test_validation_sees_the_same_few_samples_every_time(tmp_path, counting):
     assert recorder.seen == list(range(8))
 
 
-def test_every_rank_takes_its_block_of_each_step(counting):
+@pytest.mark.parametrize(("data", "sequence"), [(1, 1), (2, 1), (4, 1), (2, 2), (1, 3)])
+def test_ranks_share_the_samples_of_each_step(counting, data, sequence):
     seen = []
-    for rank in (0, 1):
-        module = counting(batch_size=2)
-        module.trainer = SimpleNamespace(global_rank=rank, world_size=2, global_step=0)
+    for rank in range(data * sequence):
+        module = counting(batch_size=4)
+        module.ranks = Ranks(data, sequence, rank)
+        module.trainer = SimpleNamespace(global_step=0)
         module.load_state_dict({"position": 8, "global_step": 0, "seed": module.seed})
         batches = itertools.islice(module.train_dataloader(), 2)
         seen.append([batch["input_ids"][:, 0].tolist() for batch in batches])
         module.trainer.global_step = 5
         assert module.state_dict() == {"position": 8 + 5 * 4, "global_step": 5, "seed": module.seed}
-    assert seen == [[[8, 9], [12, 13]], [[10, 11], [14, 15]]]
+    for group in range(data):
+        assert all(seen[group * sequence + part] == seen[group * sequence] for part in range(sequence))
+    for step in range(2):
+        together = [index for group in range(data) for index in seen[group * sequence][step]]
+        assert together == list(range(8 + 4 * step, 12 + 4 * step))
 
 
 def test_workers_change_nothing(quick, tokenizer):

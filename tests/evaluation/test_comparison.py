@@ -1,6 +1,5 @@
 """The comparison of masks: which rows there are, what each is scored under, and what the terminal shows."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from io import StringIO
 from statistics import stdev
@@ -9,9 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from duo_id.attention.gated import Backends, attached, bound, masked_layers
+from duo_id.attention.gated import AttendFunction, Backends, attached, bound, masked_layers
+from duo_id.attention.probe import AttentionLayer
 from duo_id.errors import UserError
 from duo_id.evaluation import comparison
 from duo_id.evaluation.comparison import Result, check_window, compare, results_table
@@ -39,13 +38,12 @@ def samples(count: int = 2) -> list[dict[str, Tensor]]:
 
 def test_each_row_is_scored_under_its_own_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = []
-    plain = comparison.duo_attention
 
-    def watched(model: PreTrainedModel, mask: HeadMask, backends: Backends | None) -> AbstractContextManager[None]:
+    def watched(layers: list[AttentionLayer], mask: HeadMask, backends: Backends) -> dict[int, AttendFunction]:
         masks.append(mask)
-        return plain(model, mask, backends)
+        return masked_layers(layers, mask, backends)
 
-    monkeypatch.setattr(comparison, "duo_attention", watched)
+    monkeypatch.setattr(comparison, "masked_layers", watched)
     model = tiny()
     full = [score(model, sample) for sample in samples()]
     results = compare(model, PATTERN, samples(), [0.5, 1 / 3], random_masks=2, seed=7)
@@ -83,11 +81,11 @@ def test_random_masks_leave_layers_without_gates_alone(monkeypatch: pytest.Monke
     pattern = HeadPattern(PATTERN.scores, 2, 4, gated_layers=(0, 2))
     masks = []
 
-    def watched(model: PreTrainedModel, mask: HeadMask, backends: Backends | None) -> AbstractContextManager[None]:
+    def watched(layers: list[AttentionLayer], mask: HeadMask, backends: Backends) -> dict[int, AttendFunction]:
         masks.append(mask)
-        return nullcontext()
+        return {}
 
-    monkeypatch.setattr(comparison, "duo_attention", watched)
+    monkeypatch.setattr(comparison, "masked_layers", watched)
     compare(tiny(), pattern, samples(1), [0.5], random_masks=5, seed=0)
     assert all(mask.retrieval[1].all() for mask in masks)
     assert [int((~mask.retrieval).sum()) for mask in masks] == [0, 2, *[2] * 5, 4]

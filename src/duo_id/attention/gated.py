@@ -7,16 +7,18 @@ as a plain attribute. Which function that is decides what the layer does: full a
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from duo_id.attention.blends import Blend
+from duo_id.attention.exchange import Exchange
 from duo_id.attention.full import full_attention
 from duo_id.attention.masks import Window
 from duo_id.attention.padding import padding_mask
@@ -28,6 +30,7 @@ from duo_id.errors import UserError
 IMPLEMENTATION = "duo_id"  # the name under which transformers knows the attention function
 PROBE = "duo_id_probe"  # and the one that finds the layers, which other models may not notice
 BOUND = "duo_id_attend"  # the attribute of an attention module that holds what it does
+EXCHANGE = "duo_id_exchange"  # and, where processes share a sample's tokens, how they get together in attention
 
 AttendFunction = Callable[[Tensor, Tensor, Tensor, Softmax], Tensor]
 
@@ -74,6 +77,7 @@ def gated_heads(
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+        assert alpha.dtype == torch.float32, "gates are float32 whatever the model computes in"
         gate = alpha.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
         full = blend.full(lambda: full_attention(query, key, value, softmax, backends.full), teacher)
         streaming = streaming_attention(query, key, value, softmax, window, backends.streaming)
@@ -155,7 +159,7 @@ def masked_rows(retrieval: Tensor, window: Window, backends: Backends) -> Attend
 def masked_layers(layers: Sequence[AttentionLayer], mask: Mask, backends: Backends) -> dict[int, AttendFunction]:
     """What each gated layer does under a hard mask (a `duo_id.HeadMask`), to be bound."""
     window = Window(mask.sink_size, mask.recent_size)
-    return {layer.index: masked_heads(mask.retrieval[layer.index], window, backends) for layer in layers}
+    return {layer.index: masked_heads(mask.retrieval[layer.index][layer.own], window, backends) for layer in layers}
 
 
 def streaming_heads(window: Window, backends: Backends) -> AttendFunction:
@@ -181,7 +185,9 @@ def register() -> None:
 
 
 @contextmanager
-def attached(model: PreTrainedModel, backends: Backends | None = None) -> Iterator[list[AttentionLayer]]:
+def attached(
+    model: PreTrainedModel, backends: Backends | None = None, group: dist.ProcessGroup | None = None
+) -> Iterator[list[AttentionLayer]]:
     """Route the attention of `model` through this module; afterwards the model is as it was.
 
     A probe forward of a few tokens finds the attention layers and proves that each reaches our function.
@@ -189,6 +195,7 @@ def attached(model: PreTrainedModel, backends: Backends | None = None) -> Iterat
     Args:
         model: any causal language model of transformers.
         backends: implementations; all automatic by default.
+        group: processes that share the tokens of each sample; None: this one has all.
 
     Yields:
         the layers that can be gated: those that see the whole context, in the model's order.
@@ -197,7 +204,12 @@ def attached(model: PreTrainedModel, backends: Backends | None = None) -> Iterat
         UserError: the model has no layer that can be gated, or one that should be does not reach our function.
     """
     with routed(model, backends or Backends()) as layers:
-        yield gated_layers(model, layers)
+        gated = gated_layers(model, layers)
+        if group is None:
+            yield gated
+        else:
+            with _exchanging(model, layers, group):
+                yield [replace(layer, own=getattr(layer.module, EXCHANGE).own.kv_heads) for layer in gated]
 
 
 @contextmanager
@@ -217,6 +229,24 @@ def routed(model: PreTrainedModel, backends: Backends) -> Iterator[list[Attentio
         for layer in layers:
             layer.module.__dict__.pop(BOUND, None)
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def _exchanging(model: PreTrainedModel, layers: Sequence[AttentionLayer], group: dist.ProcessGroup) -> Iterator[None]:
+    """Let each layer's attention gather the tokens of the whole group, for a share of its heads."""
+    depth = model.config.get_text_config().num_hidden_layers
+    if len(layers) < depth or any(layer.obstacle for layer in layers):
+        raise UserError(
+            f"step.sequence_parallel={group.size()}: a layer of the model mixes tokens otherwise than by attention "
+            "that can be gated, and each process has a part of them alone; use step.sequence_parallel=1"
+        )
+    for layer in layers:
+        setattr(layer.module, EXCHANGE, Exchange(group, layer.heads, layer.kv_heads))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.module.__dict__.pop(EXCHANGE, None)
 
 
 @contextmanager
@@ -255,7 +285,11 @@ def attention_forward(
     if key.shape[2] != query.shape[2]:
         raise UserError("this cache is not for gated or masked heads: call the model with use_cache=False")
     attend = getattr(module, BOUND)
-    if attention_mask is None:
+    if (exchange := getattr(module, EXCHANGE, None)) is not None:
+        assert attention_mask is None, "`split_batch` leaves no padding that causality does not hide"
+        own = softmax if s_aux is None else softmax._replace(sinks=s_aux[exchange.own.heads])
+        out = exchange.to_tokens(attend(*exchange.to_heads(query, key, value), own))
+    elif attention_mask is None:
         out = attend(query, key, value, softmax)
     elif attention_mask.dim() == 4:
         if getattr(attend, "func", None) is not _own_attention:

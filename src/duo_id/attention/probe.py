@@ -27,6 +27,7 @@ class AttentionLayer:
         head_dim: width of a head.
         window: sliding-window size in tokens; None for a layer that sees the whole context.
         obstacle: why the layer cannot be gated, if so.
+        own: the KV heads that this process computes: all, but where a sample's tokens are shared.
     """
 
     index: int
@@ -37,6 +38,7 @@ class AttentionLayer:
     head_dim: int
     window: int | None = None
     obstacle: str | None = None
+    own: slice = field(default_factory=lambda: slice(None), compare=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionLayer":
         """Itself: a copy of what refers to a layer refers to the same one."""

@@ -14,13 +14,15 @@ from duo_id.config import DataSettings
 from duo_id.data.samples import Batch, Sample, Task, collate
 from duo_id.data.tasks import make_task
 from duo_id.errors import UserError
+from duo_id.ranks import Ranks
 
 
 class SampleModule(LightningDataModule):
     """Training batches without end, and the first samples of the held-out splits.
 
-    Step s takes the global indices from `position` on, a block of `batch_size` for each rank; which samples these are
-    depends on nothing else, so any number of workers, and a resumed run, sees what one undisturbed process sees.
+    A step takes the `batch_size` global indices from `position` on, each group of ranks an equal block of them; which
+    samples these are depends on nothing else, so any number of workers and ranks, and a resumed run, sees what one
+    undisturbed process sees.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class SampleModule(LightningDataModule):
         seed: int,
         length_limit: int | None = None,
         num_validation: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         """Keep the settings; a split's haystack is opened when its samples are first asked for.
 
@@ -39,10 +42,11 @@ class SampleModule(LightningDataModule):
             seed: of all samples.
             length_limit: the most tokens that the model takes; None: it names no limit.
             num_validation: samples of the validation loader; 0: there is none.
+            ranks: the processes that share a step; None: this one alone.
         """
         super().__init__()
         self.settings, self.tokenizer, self.seed, self.length_limit = settings, tokenizer, seed, length_limit
-        self.num_validation = num_validation
+        self.num_validation, self.ranks = num_validation, ranks or Ranks()
         self._tasks: dict[str, Task] = {}
         self._start = {"position": 0, "global_step": 0}  # the position that a global step of the trainer began at
         token_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -74,7 +78,7 @@ class SampleModule(LightningDataModule):
         if self.trainer is None:
             return self._start["position"]
         steps = self.trainer.global_step - self._start["global_step"]
-        return self._start["position"] + steps * self.settings.batch_size * self.trainer.world_size
+        return self._start["position"] + steps * self.settings.batch_size
 
     def state_dict(self) -> dict[str, int]:
         """Where a resumed run goes on."""
@@ -106,16 +110,17 @@ class SampleModule(LightningDataModule):
 class _TrainBatches(IterableDataset[Batch]):
     """The batches of one rank from `position` on; worker w of n makes the batches w, w + n, ... of them."""
 
-    def __init__(self, task: Task, module: SampleModule, rank: int, world_size: int) -> None:
+    def __init__(self, task: Task, module: SampleModule) -> None:
         self.task, self.seed, self.collate = task, module.seed, module.collate
-        self.batch_size, self.rank, self.world_size = module.settings.batch_size, rank, world_size
+        self.step, self.batch_size = module.settings.batch_size, module.settings.batch_size // module.ranks.data
+        self.offset = module.ranks.data_rank * self.batch_size
         self.position = 0
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         first, every = (worker.id, worker.num_workers) if worker else (0, 1)
         for number in itertools.count(first, every):
-            start = self.position + (number * self.world_size + self.rank) * self.batch_size
+            start = self.position + number * self.step + self.offset
             yield self.collate([self.task.sample(start + row, self.seed) for row in range(self.batch_size)])
 
 
@@ -123,10 +128,8 @@ class _TrainLoader(DataLoader[Batch]):
     """Starts at the module's position whenever it is iterated anew, as Lightning does for every epoch."""
 
     def __init__(self, module: SampleModule) -> None:
-        trainer = module.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         super().__init__(
-            _TrainBatches(module.task("train"), module, rank, world_size),
+            _TrainBatches(module.task("train"), module),
             batch_size=None,  # the dataset yields whole batches
             num_workers=module.settings.num_workers,
             pin_memory=torch.cuda.is_available(),

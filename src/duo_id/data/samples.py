@@ -1,6 +1,6 @@
 """What a sample is, what makes samples, and how several become one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -78,7 +78,32 @@ def pad_batch(batch: Batch, multiple: int, limit: int) -> Batch:
     )
 
 
-def with_scored(batch: Batch, multiple: int = 1) -> dict[str, Any]:
+def split_batch(batch: Mapping[str, Any], part: int, parts: int) -> dict[str, Any]:
+    """One of `parts` runs of the tokens of a batch, all of the same length, with the places of its tokens.
+
+    Real tokens come first, and padding to a multiple of `parts` last: causal attention never looks there.
+
+    Args:
+        batch: whole samples; of labels and answers, what there is.
+        part: which run, from 0.
+        parts: their number.
+    """
+    samples, tokens = batch["input_ids"].shape
+    length = -(-tokens // parts)
+    mask = batch.get("attention_mask")
+    start = torch.zeros(samples, dtype=torch.int64) if mask is None else mask.to(torch.int32).argmax(-1)
+    places = torch.arange(part * length, (part + 1) * length).expand(samples, -1)
+    order = (places + start[:, None]) % tokens
+
+    def run(rows: Tensor, value: int) -> Tensor:
+        return rows.gather(1, order.to(rows.device)).masked_fill((places >= tokens).to(rows.device), value)
+
+    fill = {"input_ids": 0, "labels": UNSCORED, "answers": 0}
+    kept = {key: run(batch[key], value) for key, value in fill.items() if key in batch}
+    return kept | {"attention_mask": None, "position_ids": places.clamp(max=tokens - 1).to(kept["input_ids"].device)}
+
+
+def with_scored(batch: Mapping[str, Any], multiple: int = 1) -> dict[str, Any]:
     """Add `scored`, the flat indices of the labelled tokens, and `weights`, which make a sum over them a mean.
 
     Their number is padded to a multiple of `multiple`, at weight 0.

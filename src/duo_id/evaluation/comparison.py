@@ -8,8 +8,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from duo_id.attention.gated import Backends
-from duo_id.deploy.install import duo_attention
+from duo_id.attention.gated import Backends, attached, bound, masked_layers
 from duo_id.errors import UserError
 from duo_id.evaluation.contenders import random_like
 from duo_id.models import LanguageModel
@@ -51,7 +50,7 @@ def compare(
     seed: int,
     backends: Backends | None = None,
 ) -> list[Result]:
-    """Score every mask on every sample, teacher-forced.
+    """Score every mask on every sample, teacher-forced. Ranks that share the model must all call it, and get the same.
 
     Args:
         model: the language model.
@@ -68,13 +67,17 @@ def compare(
         for drawn in range(seed, seed + random_masks):
             rows.append(("random", sparsity, drawn, random_like(pattern, sparsity, drawn)))
     rows.append(("streaming", 1.0, None, pattern.binarize(sparsity=1)))
+    backends = backends or Backends()
     results = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
+    with (
+        Progress(*columns, transient=True, disable=not model.ranks.first) as progress,
+        attached(model.model, backends, model.ranks.group) as layers,
+    ):
         task = progress.add_task("scoring masks", total=len(rows) * len(samples))
         for heads, sparsity, number, mask in rows:
             scores = []
-            with duo_attention(model.model, mask, backends):
+            with bound(layers, masked_layers(layers, mask, backends)):
                 for sample in samples:
                     scores.append(score(model, sample))
                     progress.advance(task)

@@ -1,0 +1,128 @@
+"""Steps that any number of processes must take alike, and how one process of them does its part."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from duo_id.attention.gated import attached
+from duo_id.config import ModelSettings, StepSettings
+from duo_id.data.samples import collate
+from duo_id.evaluation.comparison import compare
+from duo_id.methods import GateSettings
+from duo_id.models import LanguageModel, load_model
+from duo_id.patterns import HeadPattern
+from duo_id.ranks import Ranks
+from duo_id.recompute import recomputed
+from duo_id.training import GateTraining
+from tests.conftest import FAMILIES, SHARED
+from tests.planted import random_sample
+
+LENGTHS = (61, 40, 83, 57)  # odd and even; none divides by 2 and 4
+PATTERN = HeadPattern(torch.tensor([[0.1, 0.9, 0.7], [0.3, 0.2, 0.6], [0.8, 0.4, 0.5]]), sink_size=2, recent_size=8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of three layers and a step of it."""
+
+    family: str = "llama"
+    model: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] = LENGTHS
+    scored: int = 5
+    side: str = "right"
+    recompute: bool = False
+
+    def settings(self) -> ModelSettings:
+        """Its model, with weights that are large enough for attention to be far from uniform."""
+        architecture = SHARED | FAMILIES.get(self.family, {}) | self.model
+        shape = {"model_type": self.family, "initializer_range": 0.3, "vocab_size": 258}
+        return ModelSettings(id="tiny", init="random", dtype="float32", architecture=architecture | shape)
+
+
+HEADS = ("num_attention_heads", "num_key_value_heads")
+CASES = {
+    "GQA": Case(),
+    "GQA, recomputed": Case(recompute=True),
+    "MHA": Case("qwen3", dict.fromkeys(HEADS, 4)),
+    "3 KV heads": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 3), strict=True))),
+    "1 KV head, padding left": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 1), strict=True)), side="left"),
+    "teacher blend": Case(method={"blend": "teacher"}),
+    "logits": Case(method={"objective": "kl"}, scored=35),
+    "each layer, far tokens": Case(
+        method={"objective": {"layer_l2": 1.0, "next_token": 0.5}, "tokens": "far"}, scored=35
+    ),
+    "sliding window": Case(
+        "gemma3_text", {"sliding_window": 16, "layer_types": ["sliding_attention", *["full_attention"] * 2]}
+    ),
+}
+
+
+def divided(rank: int, data: int, sequence: int, sharded: bool) -> Ranks:
+    """The place of a rank whose processes have been started already; all must ask."""
+    group = dist.new_subgroups(sequence)[0] if sequence > 1 else None
+    return Ranks(data, sequence, rank, sharded, group)
+
+
+@contextmanager
+def loaded(case: Case, ranks: Ranks, device: str) -> Iterator[tuple[LanguageModel, GateTraining]]:
+    """The case's model and gates, attached."""
+    method = {"sink_size": 2, "recent_size": 8, "reg_weight": 0.05} | case.method
+    model = load_model(case.settings(), device, 0, ranks)
+    with (
+        attached(model.model, group=ranks.group) as layers,
+        recomputed(model.model, layers) if case.recompute else nullcontext(),
+    ):
+        training = GateTraining(model, layers, GateSettings(name="duo", **method), StepSettings(), 10, [0.5]).to(device)
+        gates = training.gates.weight
+        gates.data.copy_(torch.linspace(0.1, 0.9, gates.numel()).view_as(gates))
+        yield model, training
+
+
+def step(case: Case, ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
+    """Loss and gradient of the whole step, of which this process computes its part."""
+    with loaded(case, ranks, device) as (_, training):
+        count = len(case.lengths) // ranks.data
+        mine = range(ranks.data_rank * count, (ranks.data_rank + 1) * count)
+        samples = [random_sample(case.lengths[index], index, case.scored + index) for index in mine]
+        batch = training.on_before_batch_transfer(collate(samples, 0, case.side), 0)
+        batch = training.on_after_batch_transfer(training.transfer_batch_to_device(batch, torch.device(device), 0), 0)
+        loss = training.distillation.loss(training.gates.alpha(), batch) + 0.05 * training.penalty(
+            training.gates.openness()
+        )
+        loss.backward()
+        gradient = training.gates.weight.grad
+        assert gradient is not None
+        assert gradient.dtype == torch.float32
+        return {"loss": ranks.mean(loss.detach()).cpu(), "gradient": ranks.mean(gradient).cpu()}
+
+
+def scores(ranks: Ranks, device: str = "cpu") -> Tensor:
+    """What masks of the model with three KV heads score."""
+    model = load_model(CASES["3 KV heads"].settings(), device, 0, ranks)
+    samples = []
+    for seed in range(2):
+        sample = random_sample(50 + seed, seed, 40)
+        answers = sample["answers"].clone()
+        answers[-20:] *= 2
+        samples.append({"input_ids": sample["input_ids"], "answers": answers})
+    rows = [score for row in compare(model, PATTERN, samples, [0.5], 1, 0) for score in row.samples]
+    return torch.tensor([[row.loss, row.correct, row.tokens, row.exact, row.answers] for row in rows])
+
+
+def everything(rank: int, world: int, divisions: list[tuple[int, int, bool]], device: str, folder: Path) -> None:
+    """All cases and the comparison, over each division of the processes; the first leaves the results."""
+    found: dict[str, Any] = {}
+    for data, sequence, sharded in divisions:
+        ranks = divided(rank, data, sequence, sharded)
+        name = f"{data} x {sequence}{' sharded' * sharded}"
+        found |= {f"{name}: {key}": step(case, ranks, device) for key, case in CASES.items()}
+        found[f"{name}: scores"] = scores(ranks, device)
+    if rank == 0:
+        torch.save(found, folder / "found.pt")

@@ -1,0 +1,111 @@
+"""The command over two processes that Lightning starts: a lost one ends the run, and one process goes on with it."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from duo_id.formats import load_pattern
+from duo_id.patterns import HeadPattern
+from tests.commands import Finished, run_command
+
+OVERRIDES = [
+    "model=tiny",
+    "data.length_min=401",
+    "data.length_max=501",
+    "data.num_lengths=3",
+    "data.num_passkeys=1",
+    "data.passkey_words=2",
+    "data.batch_size=2",
+    "method.sink_size=4",
+    "method.recent_size=60",
+    "trainer.max_steps=5",
+    "trainer.val_check_interval=4",
+    "trainer.accelerator=cpu",
+    "comparison.samples=1",
+    "comparison.validation_samples=1",
+    "comparison.random_masks=1",
+    "checkpoint_seconds=0",
+    "sparsity=[0.5]",
+]
+LOST = """
+import os, signal, time
+from duo_id import app, train
+from duo_id.training import GateTraining
+
+plain, calls = GateTraining.training_step, [0]
+
+def step(self, *given):
+    calls[0] += 1
+    if os.environ.get("LOCAL_RANK") == "1" and calls[0] == 4:
+        open("lost", "w").write(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, *given)
+
+GateTraining.training_step = step
+app.run("train", train.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished, float]:
+    """A run whose second process is killed in its fourth step: its folder, its end, and the seconds till then."""
+    folder = tmp_path_factory.mktemp("lost")
+    (folder / "command.py").write_text(LOST)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "command.py",
+            *OVERRIDES,
+            "trainer.devices=2",
+            "step.sequence_parallel=2",
+            "hydra.run.dir=run",
+        ],
+        cwd=folder,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return folder, Finished(done.returncode, done.stdout), time.time() - float((folder / "lost").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> HeadPattern:
+    folder = tmp_path_factory.mktemp("alone")
+    assert run_command("train", *OVERRIDES, folder=folder).status == 0
+    return load_pattern(folder / "run" / "heads")
+
+
+def test_a_lost_process_ends_the_run_with_what_to_do(lost: tuple[Path, Finished, float]) -> None:
+    folder, finished, seconds = lost
+    assert finished.status not in (0, None), finished.output
+    assert seconds < 60
+    assert "Traceback" not in finished.output
+    assert "python -m duo_id.train resume=" in finished.output
+    assert "another process of this run has ended" in finished.output or "terminated with code -9" in finished.output
+    assert {path.name for path in (folder / "run" / "checkpoints").iterdir()} == {"last.ckpt"}
+
+
+def test_only_the_first_process_speaks_and_says_what_memory_is_needed(lost: tuple[Path, Finished, float]) -> None:
+    lines = lost[1].output.splitlines()
+    assert sum(line.startswith("step 1/5") for line in lines) == 1, lost[1].output
+    for part in ("weights", "activations", "buffers"):
+        assert sum(part in line for line in lines) == 1
+
+
+def test_one_process_goes_on_with_it(lost: tuple[Path, Finished, float], alone: HeadPattern) -> None:
+    folder = lost[0]
+    resumed = run_command(
+        "train", f"resume={folder / 'run'}", "trainer.devices=1", "step.sequence_parallel=1", folder=folder
+    )
+    assert resumed.status == 0, resumed.output
+    assert "step 3/5" not in resumed.output, "it began anew"
+    found = load_pattern(folder / "run" / "heads")
+    assert (alone.scores - found.scores).abs().max() < 1e-5 * alone.scores.abs().max()
+    assert alone.scores.unique().numel() > 3, "gates that never moved prove nothing"

@@ -1,0 +1,98 @@
+"""Any division of a step among processes gives one process's loss, gradients and scores."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from duo_id.ranks import Ranks
+from tests.scale.cases import CASES, scores, step
+
+ROOT = Path(__file__).parents[2]
+TWO = ["2x1x0", "2x1x1", "1x2x0", "1x2x1"]  # data x sequence x sharded
+FOUR = ["4x1x1", "2x2x0", "2x2x1", "1x4x1"]
+
+
+def together(world: int, divisions: list[str], device: str, folder: Path) -> dict[str, Any]:
+    """What the first of `world` processes found."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.scale.process", str(rank), str(world), device, str(folder), *divisions],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(outputs)[-4000:]
+    return torch.load(folder / "found.pt")
+
+
+@cache
+def alone(name: str, device: str) -> Any:
+    """What one process computes."""
+    return scores(Ranks(), device) if name == "scores" else step(CASES[name], Ranks(), device)
+
+
+def close(found: Any, name: str, rtol: float = 1e-5, device: str = "cpu") -> None:
+    expected = alone(name, device)
+    if isinstance(found, Tensor):
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+        return
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=rtol, atol=0)
+    scale = float(expected["gradient"].abs().max())
+    assert scale > 1e-4, "a gradient of nothing proves nothing"
+    torch.testing.assert_close(found["gradient"], expected["gradient"], rtol=rtol, atol=rtol * scale)
+
+
+def named(divisions: list[str]) -> list[str]:
+    parts = [division.split("x") for division in divisions]
+    return [f"{data} x {sequence}{' sharded' if sharded == '1' else ''}" for data, sequence, sharded in parts]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return together(2, TWO, "cpu", tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return together(4, FOUR, "cpu", tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(scope="module")
+def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return together(2, TWO, "cuda", tmp_path_factory.mktemp("gpus"))
+
+
+@pytest.mark.parametrize("division", named(TWO))
+@pytest.mark.parametrize("name", [*CASES, "scores"])
+def test_two_processes_are_one(division: str, name: str, two: dict[str, Any]) -> None:
+    close(two[f"{division}: {name}"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("division", named(FOUR))
+@pytest.mark.parametrize("name", [*CASES, "scores"])
+def test_four_processes_are_one(division: str, name: str, four: dict[str, Any]) -> None:
+    close(four[f"{division}: {name}"], name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("division", named(TWO))
+@pytest.mark.parametrize("name", [*CASES, "scores"])
+def test_two_gpus_are_one_process(division: str, name: str, two_gpus: dict[str, Any]) -> None:
+    close(two_gpus[f"{division}: {name}"], name, 1e-4, "cuda")
