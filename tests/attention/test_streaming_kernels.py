@@ -12,7 +12,8 @@ from tests.attention.test_backends import reference
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WINDOWS = [(0, 1), (0, 5), (3, 8), (1, 1), (6, 1), (40, 3), (16, 64), (5, 33), (50, 70)]
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3} | ({} if DEVICE == "cpu" else {torch.bfloat16: 1e-2})
+# Triton's interpreter (3.7) multiplies bfloat16 as if it were integers.
 
 
 def inputs(tokens: int, group: int, dim: int, dtype: torch.dtype, kv_heads: int = 2, batch: int = 2) -> list[Tensor]:
@@ -40,7 +41,7 @@ def check(tokens: int, window: tuple[int, int], group: int, dim: int, dtype: tor
     wanted = torch.autograd.grad(expected, wide, grad.double().cpu())
     for name, got, want in zip("output query key value".split(), (out, *found), (expected, *wanted), strict=True):
         assert got.shape == want.shape
-        error = (got.double().cpu() - want).norm() / want.norm().clamp(min=1)
+        error = (got.detach().double().cpu() - want).norm() / want.norm().clamp(min=1)
         assert error < LIMITS[dtype], (name, tokens, window, float(error))
 
 
