@@ -93,10 +93,11 @@ def found_loss(
     backends: Backends | None = None,
 ) -> float:
     """The answer loss of the pattern's masks, in nats a token: the mean over the sparsities."""
-    losses = []
-    for sparsity in sparsities:
-        with duo_attention(model.model, pattern.binarize(sparsity=sparsity), backends):
-            losses.append(total(tuple(score(model, sample) for sample in samples)).answer_loss)
+    losses, backends = [], backends or Backends()
+    with attached(model.model, backends, model.ranks.group) as layers:
+        for sparsity in sparsities:
+            with bound(layers, masked_layers(layers, pattern.binarize(sparsity=sparsity), backends)):
+                losses.append(total(tuple(score(model, sample) for sample in samples)).answer_loss)
     return mean(losses)
 
 
