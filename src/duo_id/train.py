@@ -116,9 +116,10 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
                 settings.method, replace(run, folder=folder, seed=seed, accepted=accepted, loggers=loggers)
             )
             pattern = replace(pattern, provenance=known | pattern.provenance)
-            save_pattern(pattern, folder / "heads", _sparsities(settings, pattern))
+            sparsities = _sparsities(settings, pattern)
+            save_pattern(pattern, folder / "heads", sparsities)
             if not isinstance(settings.method, GateSettings):
-                log_gates(loggers, pattern, settings.sparsity, step=0)
+                log_gates(loggers, pattern, sparsities, step=0)
             log_heads(loggers, folder / "heads")
         if isinstance(settings.method, GateSettings) and "csv" in settings.logger:
             curve = plot_training(read_metrics(folder), title=f"Training gates of {run.model.name}")
