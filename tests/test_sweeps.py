@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from optuna import distributions, load_study
 
 from duo_id.config import conf_dir
 from duo_id.errors import UserError
-from hydra_plugins import duo_id_launchers
 from hydra_plugins.duo_id_optuna import distribution
 from tests.commands import Finished, run_command
+from tests.sweep_jobs import leave, processes
 
 OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3"]
 SPACE = "method.lr=interval(0.01,0.2)"
@@ -30,13 +29,6 @@ def sweep(folder: Path, *overrides: str, command: Callable[[DictConfig], Any]) -
     """`train --multirun` with another function in place of training; the sweep's folder is `sweep`."""
     where = f"hydra.sweep.dir={folder / 'sweep'}"
     return run_command("train", "--multirun", "model=tiny", where, *overrides, folder=folder, command=command)
-
-
-def leave(loss: float) -> float:
-    """What a run leaves that came to its end."""
-    summary = {"model": {"name": "Tiny", "id": "tiny"}, "validation_loss": loss, "results": []}
-    (Path(HydraConfig.get().runtime.output_dir) / "summary.json").write_text(json.dumps(summary))
-    return loss
 
 
 def distance(config: DictConfig) -> float:
@@ -153,17 +145,8 @@ def test_launchers_are_found_and_can_be_made(name: str, kind: str) -> None:
         assert (launcher.params["gpus_per_node"], launcher.params["tasks_per_node"]) == (1, 1)
 
 
-def processes(config: DictConfig) -> float:
-    """Leaves its GPU and process; the job with seed 1 is killed."""
-    if config.seed == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    (folder / "where.json").write_text(json.dumps([os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid()]))
-    return leave(config.seed)
-
-
 def test_jobs_have_a_process_and_a_gpu_each_and_die_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duo_id_launchers, "visible_gpus", lambda: ["GPU-a", "7"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,7")  # taken as they are named
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(conf_dir().parent / "src"), str(conf_dir().parent)]))
     finished = sweep(tmp_path, "hydra/launcher=local", "seed=0,1,2", command=processes)
     assert finished.status == 2, finished.output

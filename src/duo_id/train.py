@@ -152,10 +152,11 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
             )
             took = {"seconds": time.perf_counter() - began}
             pattern = replace(pattern, provenance=known | took | pattern.provenance)
+            sparsities = _sparsities(settings, pattern)
             if run.model.ranks.first:
-                save_pattern(pattern, folder / "heads", _sparsities(settings, pattern))
+                save_pattern(pattern, folder / "heads", sparsities)
             if not isinstance(settings.method, GateSettings):
-                log_gates(loggers, pattern, settings.sparsity, step=0)
+                log_gates(loggers, pattern, sparsities, step=0)
             log_heads(loggers, folder / "heads")
         if isinstance(settings.method, GateSettings) and "csv" in settings.logger and run.model.ranks.first:
             curve = plot_training(read_metrics(folder), title=f"Training gates of {run.model.name}")

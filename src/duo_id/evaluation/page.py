@@ -230,11 +230,16 @@ def _training(run: Run, picture: Pictures) -> dict[str, Any]:
             "versions": _listed(summary.get("versions") or {}),
         },
         "grid": Grid(headings, {"": lines}) if lines else None,
-        "figures": []
-        if run.metrics is None or "train/mean_gate" not in run.metrics  # no gates were trained
-        else [picture(plot_training(run.metrics), "The course of training.")],
+        "figures": _course(run, picture),
         "settings": json.dumps(summary.get("settings"), indent=1),
     }
+
+
+def _course(run: Run, picture: Pictures) -> list[Picture]:
+    """The curves of training; methods without training have logged the layers of what they found alone."""
+    if run.metrics is None or not any(column.startswith(("train/", "val/")) for column in run.metrics):
+        return []
+    return [picture(plot_training(run.metrics), "The course of training.")]
 
 
 def _listed(values: Mapping[str, Any]) -> str:
