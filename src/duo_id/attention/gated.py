@@ -21,7 +21,7 @@ from duo_id.attention.blends import Blend
 from duo_id.attention.exchange import Exchange
 from duo_id.attention.full import full_attention
 from duo_id.attention.masks import Window
-from duo_id.attention.padding import padding_mask
+from duo_id.attention.padding import padding_mask, rolled
 from duo_id.attention.probe import AttentionLayer, find_layers, gated_layers
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
@@ -298,15 +298,8 @@ def attention_forward(
     else:
         # Real tokens come first, so that causality alone hides the padding, whichever side it was on.
         start = attention_mask.to(torch.int32).argmax(-1)
-        out = _roll(attend(*(_roll(x, start) for x in (query, key, value)), softmax), -start)
+        out = rolled(attend(*(rolled(x, start) for x in (query, key, value)), softmax), -start)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _roll(x: Tensor, start: Tensor) -> Tensor:
-    """Rotate the tokens of each sample of (batch, heads, tokens, dim) so that token `start[sample]` comes first."""
-    tokens = x.shape[2]
-    index = (torch.arange(tokens, device=x.device) + start[:, None]) % tokens
-    return x.gather(2, index[:, None, :, None].expand_as(x))
 
 
 def _own_attention(

@@ -67,3 +67,10 @@ def _is_sliding(mask_function: Callable[..., Any], size: int | None) -> bool:
         return False
     zero, query = torch.tensor(0), torch.tensor(size)
     return bool(mask_function(zero, zero, query, query - 1)) and not bool(mask_function(zero, zero, query, zero))
+
+
+def rolled(x: Tensor, start: Tensor) -> Tensor:
+    """Rotate the tokens of each sample of (batch, heads, tokens, dim) so that token `start[sample]` comes first."""
+    tokens = x.shape[2]
+    index = (torch.arange(tokens, device=x.device) + start[:, None]) % tokens
+    return x.gather(2, index[:, None, :, None].expand_as(x))
