@@ -22,7 +22,7 @@ attention.streaming_kernels attention.streaming_operator attention.streaming att
 attention.padding attention.probe attention.gated
 gates penalties objectives
 budget config methods
-ranks plan sharding
+byte_tokens ranks plan sharding
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from duo_id.models import LanguageModel, byte_tokenizer
+from duo_id.ranks import Ranks
 from duo_id.scoring import Score, score, total
 from tests.conftest import tiny_model
 
@@ -17,14 +18,16 @@ VOCABULARY = 4
 class Scripted:
     """Stands for a language model: its next-token logits at each position are a table."""
 
+    ranks = Ranks()
+
     def __init__(self, logits: Tensor) -> None:
         self.table = logits
         self.model = self
         self.device = torch.device("cpu")
 
-    def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
+    def predictions(self, batch: dict[str, Any], scored: Tensor) -> Tensor:
         assert batch["input_ids"].shape == (1, len(self.table))
-        return self.table[positions][None]
+        return self.table[scored - 1]
 
 
 def certain(*tokens: int) -> Tensor:

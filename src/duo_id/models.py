@@ -15,9 +15,6 @@ from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
 from packaging.requirements import Requirement
 from platformdirs import user_cache_path
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -26,13 +23,13 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights, no_tie_weights
 
 from duo_id.attention.exchange import from_previous
 from duo_id.attention.padding import no_padding
 from duo_id.attention.probe import AttentionLayer
+from duo_id.byte_tokens import byte_tokenizer
 from duo_id.config import ModelSettings
 from duo_id.errors import UserError
 from duo_id.ranks import Ranks
@@ -179,23 +176,6 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise _cannot_load(settings, error) from error
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 258 tokens: every byte, <bos> in front of a text, and <eos>."""
-    vocabulary = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<bos>", "<eos>"])}
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    bos = ("<bos>", vocabulary["<bos>"])
-    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[bos])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<eos>",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:

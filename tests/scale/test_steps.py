@@ -15,8 +15,8 @@ from duo_id.ranks import Ranks
 from tests.scale.cases import CASES, scores, step
 
 ROOT = Path(__file__).parents[2]
-TWO = ["2x1x0", "2x1x1", "1x2x0", "1x2x1"]  # data x sequence x sharded
-FOUR = ["4x1x1", "2x2x0", "2x2x1", "1x4x1"]
+TWO = ["2x1x1", "1x2x0", "1x2x1"]  # data x sequence x sharded
+FOUR = ["4x1x0", "4x1x1", "2x2x0", "2x2x1", "1x4x1"]
 
 
 def together(world: int, divisions: list[str], device: str, folder: Path) -> dict[str, Any]:
