@@ -126,7 +126,7 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
         callbacks=[
             LastCheckpoint(run.folder, settings.checkpoint_seconds),
             TrainingBar(),
-            GateHistory(run.folder),
+            *([GateHistory(run.folder)] if run.model.ranks.first else []),
             GateTracking(settings.sparsity),
             LambdaCallback(on_train_start=lambda *_: run.accepted()),
         ],

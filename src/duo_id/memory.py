@@ -131,13 +131,13 @@ class MemoryPlanner:
 
 
 def available(memory: str, device: torch.device) -> int | None:
-    """The bytes that a step may use, weights included; None where nothing limits it.
+    """The bytes that a step may use, weights included; None where nothing limits it, or where it is to keep the least.
 
     Raises:
         UserError: `memory` is neither auto, least nor a budget.
     """
     budget = memory_bytes(memory)
-    if budget is not None or device.type != "cuda":
+    if budget is not None or memory == "least" or device.type != "cuda":
         return budget
     return int(USED * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)))
 

@@ -70,7 +70,7 @@ class MemoryPlan:
             )
             raise UserError(
                 f"not enough memory: a step needs {self.total / GIB:.1f} GiB on each device ({parts}) of which it has "
-                f"{capacity / GIB:.1f}: more trainer.devices, step.sequence_parallel or a smaller "
+                f"{capacity / GIB:.1f}: more trainer.devices, step.sequence_parallel, step.memory=least or a smaller "
                 "data.length_max need less"
             )
 

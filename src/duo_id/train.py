@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from duo_id import app
 from duo_id.attention.gated import attached
+from duo_id.budget import memory_bytes
 from duo_id.config import TrainSettings, plain, require
 from duo_id.evaluation.agreement import agreement_table
 from duo_id.evaluation.comparison import check_window, compare, found_loss, results_table
@@ -59,12 +60,11 @@ def train(
     device, ranks = launch(
         settings.trainer, settings.step.sequence_parallel, settings.step.shard, settings.data.batch_size
     )
-    require(ranks.world == 1 or not settings.step.cuda_graphs, "step.cuda_graphs=true works on 1 device alone")
     app.console.quiet = not ranks.first
     folder = Path(ranks.agreed(str(folder)))
     with ranks.watched():
         if ranks.world > 1:
-            _announce(settings, device, ranks, folder)
+            settings = _shared(settings, device, ranks, folder)
         model = load_model(settings.model, device, settings.seed, ranks)
         with attached(model.model, settings.step.backends, ranks.group) as layers:
             run = Run(settings, model, layers, folder, settings.seed, accepted, app.console)
@@ -107,12 +107,17 @@ def train(
         return summary
 
 
-def _announce(settings: TrainSettings, device: torch.device, ranks: Ranks, folder: Path) -> None:
+def _shared(settings: TrainSettings, device: torch.device, ranks: Ranks, folder: Path) -> TrainSettings:
     """Show what the first step will need of each device, and how a run that is cut off goes on.
 
+    Returns:
+        the settings, with step.memory=least where memory does not let layers keep everything.
+
     Raises:
-        UserError: a device has not that much.
+        UserError: a device has not that much, or the settings are for one device alone.
     """
+    require(not settings.step.cuda_graphs, "step.cuda_graphs=true works on 1 device alone")
+    require(settings.step.shape == "fast", f"step.shape={settings.step.shape} works on 1 device alone")
     model = meta_model(settings.model, dtype_of(settings.model.dtype, device))
     shape = Shape(
         tokens=settings.data.length_max or model.config.get_text_config().max_position_embeddings,
@@ -120,14 +125,22 @@ def _announce(settings: TrainSettings, device: torch.device, ranks: Ranks, folde
         data=ranks.data,
         sequence=ranks.sequence,
         sharded=ranks.sharded,
+        recompute=settings.step.memory == "least",
         teacher_outputs=isinstance(settings.method, GateSettings) and settings.method.blend == "teacher",
     )
+    capacity = memory_bytes(settings.step.memory)
+    if capacity is None and device.type == "cuda":
+        capacity = torch.cuda.get_device_properties(device).total_memory
     plan = memory_plan(model, shape)
+    if capacity is not None and plan.total > capacity:
+        plan = memory_plan(model, replace(shape, recompute=True))
+        settings = replace(settings, step=replace(settings.step, memory="least"))
     title = f"{settings.model.name}, {shape.tokens:,} tokens, {ranks.data} x {ranks.sequence} devices"
     app.console.print(plan.table(title))
     app.console.print(f"if a process is lost: python -m duo_id.train resume={folder}", soft_wrap=True)
-    if device.type == "cuda":
-        plan.check(torch.cuda.get_device_properties(device).total_memory)
+    if capacity is not None:
+        plan.check(capacity)
+    return settings
 
 
 def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPattern]:
@@ -166,7 +179,8 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
 
 
 def _accepted(run: Run, loggers: Sequence[Logger], known: dict[str, Any]) -> None:
-    run.accepted()
+    if run.model.ranks.first:
+        run.accepted()
     log_config(loggers, known)
 
 
