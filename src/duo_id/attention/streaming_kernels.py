@@ -252,9 +252,9 @@ def streaming_key_gradients(  # type: ignore[no-untyped-def]
     offsets = place.to(tl.int64)[:, None]
     if in_sink:
         parts = tl.num_programs(2).to(tl.int64) * heads * sink * DIM  # numbers in a part
-        to = partial + split * parts + (batch * heads + head) * sink * DIM + offsets * DIM + columns[None, :]
-        tl.store(to, key_out, inside)
-        tl.store(to + splits * parts, value_out, inside)
+        part = partial + split * parts + (batch * heads + head) * sink * DIM + offsets * DIM + columns[None, :]
+        tl.store(part, key_out, inside)
+        tl.store(part + splits * parts, value_out, inside)
     else:
         to = key_grad + batch * key_to_batch + head * key_to_head + offsets * key_to_token + columns[None, :]
         tl.store(to, key_out.to(key_grad.dtype.element_ty), inside)
