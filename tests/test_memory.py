@@ -97,7 +97,7 @@ def test_mlps_run_once_more_where_they_are_not_kept(make_model: Callable[..., Pr
 
 @pytest.mark.parametrize("blend", ["student", "teacher"])
 def test_counted_bytes_foretell_those_of_longer_steps(blend: str, make_model: Callable[..., PreTrainedModel]) -> None:
-    """Against what autograd saves in a step of four times the tokens, as a plain list of tensors."""
+    """Never less than autograd saves in a step of more tokens, as a plain list of tensors, and at most a fifth more."""
     model = make_model("llama", max_position_embeddings=4096)
     with (
         distilling(model, "hidden_l2", blend) as distillation,
@@ -123,7 +123,7 @@ def test_counted_bytes_foretell_those_of_longer_steps(blend: str, make_model: Ca
         total = sum(size for pointer, size in saved.items() if pointer not in known)
         plan = costs.plan(1080, None)
         del outputs
-    assert plan.activations == pytest.approx(total, rel=0.1)
+    assert total <= plan.activations <= 1.2 * total
     for everything, attention, only_input in costs.kept:
         assert everything > attention > only_input
     assert costs.kept[1][Keep.INPUT] == 4 * 32, "one hidden state a token"

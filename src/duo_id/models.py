@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -271,11 +272,10 @@ def _gguf_in_wheel(distribution: str | None) -> tuple[list[Path], str] | None:
         wheel = importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-    found: list[Path] = []
-    try:
-        wheels = [wheel, *(importlib.metadata.distribution(Requirement(x).name) for x in wheel.requires or ())]
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    found, wheels = [], [wheel]
+    for requirement in wheel.requires or ():
+        with suppress(importlib.metadata.PackageNotFoundError):  # such as what would run the model by itself
+            wheels.append(importlib.metadata.distribution(Requirement(requirement).name))
     for one in wheels:
         found += [Path(str(one.locate_file(file))) for file in one.files or () if ".gguf" in file.suffixes]
     whole = [path for path in found if path.suffix == ".gguf"][:1]

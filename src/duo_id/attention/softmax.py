@@ -54,7 +54,7 @@ class Softmax(NamedTuple):
         """
         kv_heads, queries = key.shape[1], query.shape[2]
         grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # so that keys are not repeated
-        scores = (grouped @ key.mT).unflatten(2, (-1, queries)).flatten(1, 2)
+        scores = (grouped @ key.mT).unflatten(2, (query.shape[1] // kv_heads, queries)).flatten(1, 2)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.factor(query.shape[-1])
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from duo_id.plots import COLORS, style
+from duo_id.style import COLORS, style
 
 NAMES = {"ours": "ours", "paper": "published shape"}
 

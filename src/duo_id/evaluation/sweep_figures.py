@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from duo_id.evaluation.agreement import plain, plot_agreement
 from duo_id.evaluation.sweeps import Job, Sweep
-from duo_id.plots import COLORS, DASHES, MARKERS, style
+from duo_id.style import COLORS, DASHES, MARKERS, style
 
 SHOWN, COMPARED = 6, 12  # settings in colour, the others are grey; patterns whose agreement is shown
 GREY = "#BBBBBB"
