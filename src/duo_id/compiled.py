@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import torch.fx.experimental._config as shapes
-from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from duo_id.attention.gated import IMPLEMENTATION, attention_forward
 from duo_id.attention.probe import AttentionLayer, beside, blocks
@@ -19,7 +18,7 @@ from duo_id.attention.probe import AttentionLayer, beside, blocks
 
 @contextmanager
 def compiled_parts(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: Sequence[AttentionLayer],
     attention: bool = False,
     dynamic: bool = True,
@@ -42,7 +41,7 @@ def compiled_parts(
     torch._dynamo.reset()
     try:
         # A length that equals the hidden size would else be taken for the same number, and fixed.
-        with shapes.patch(use_duck_shape=False):
+        with shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # made when torch is imported
             for part in parts:
                 part.forward = torch.compile(part.forward, dynamic=dynamic, backend=backend)
             yield

@@ -14,6 +14,7 @@ from torch import Tensor
 from duo_id.attention.full import full_attention
 from duo_id.attention.gated import AttendFunction, bound
 from duo_id.attention.masks import Window
+from duo_id.attention.softmax import Softmax
 from duo_id.data.samples import Sample
 from duo_id.errors import UserError
 from duo_id.patterns import HeadPattern
@@ -50,11 +51,11 @@ def answer_attention(subject: Subject, sample: Sample, heads: Collection[Head] |
     queries = torch.cat([answer for answer, _ in needles(sample)]).to(subject.device) - 1
     found: dict[Head, Tensor] = {}
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, layer: int) -> Tensor:
-        rows = torch.cat([part for _, part in weights(query, key, queries, scale)], 1)  # (heads, queries, tokens)
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, layer: int) -> Tensor:
+        rows = torch.cat([part for _, part in weights(query, key, queries, softmax)], 1)  # (heads, queries, tokens)
         of_head = rows.unflatten(0, (key.shape[1], -1)).mean(1).cpu()
         found.update({head: of_head[head[1]] for head in chosen if head[0] == layer})
-        return full_attention(query, key, value, scale, subject.backends.full)
+        return full_attention(query, key, value, softmax, subject.backends.full)
 
     watching: dict[int, AttendFunction] = {layer: partial(attend, layer=layer) for layer, _ in chosen}
     with torch.no_grad(), bound(subject.layers, watching):
