@@ -77,7 +77,6 @@ def gated_heads(
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        assert alpha.dtype.itemsize >= 4, "gates are float32 at least, whatever the model computes in"
         gate = alpha.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
         full = blend.full(lambda: full_attention(query, key, value, softmax, backends.full), teacher)
         streaming = streaming_attention(query, key, value, softmax, window, backends.streaming)
