@@ -52,6 +52,14 @@ def test_the_fewest_operations_that_fit(budget: int) -> None:
     assert list(plan.levels) == sorted(plan.levels, reverse=True), "early layers keep the least"
 
 
+def test_a_part_of_a_gpus_budget_is_spared() -> None:
+    gpu = Costs(weights=1000, kept=KEPT, other=2, again=COSTS.again, reserve=100)
+    plan, cpu = gpu.plan(100, 6000), COSTS.plan(100, 6000)
+    assert plan.buffers == cpu.buffers + 100 + 360
+    assert plan.weights + plan.activations + plan.buffers <= 6000
+    assert gpu.plan(100, None).buffers == cpu.buffers + 100
+
+
 def test_too_little_is_one_line_with_the_numbers() -> None:
     with pytest.raises(UserError) as error:
         Costs(2**34, KEPT, 0, COSTS.again).plan(2**20, 2**34)

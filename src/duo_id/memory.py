@@ -22,7 +22,7 @@ from duo_id.recompute import Keep, Recomputation
 
 PROBED_BEYOND = 256  # tokens of the short pass beyond the windows
 LIBRARIES = 2**30  # bytes that a GPU's libraries and the gaps between tensors take
-USED = 0.95  # of what the GPU has, with step.memory=auto
+SPARED = 0.06  # of a GPU's budget: by so much steps have come out above what was counted (docs/performance.md)
 GIB = 2**30
 
 
@@ -53,8 +53,9 @@ class Costs:
             UserError: not even the least fits.
         """
         layers = len(self.kept)
-        buffers = int(2 * tokens * max(row[Keep.ALL] for row in self.kept))
-        base = self.weights + int(self.other * tokens) + buffers + self.reserve
+        spared = int(SPARED * (budget or 0)) if self.reserve else 0
+        buffers = int(2 * tokens * max(row[Keep.ALL] for row in self.kept)) + self.reserve + spared
+        base = self.weights + int(self.other * tokens) + buffers
         kept, again = (
             [list(accumulate((row[level] for row in table), initial=0.0)) for level in Keep]
             for table in (self.kept, self.again(tokens))
@@ -72,7 +73,7 @@ class Costs:
                     best = work, least, middle
         if best is None:
             assert budget is not None
-            sizes = (self.weights, self.other * tokens + tokens * kept[Keep.INPUT][-1], buffers + self.reserve)
+            sizes = (self.weights, self.other * tokens + tokens * kept[Keep.INPUT][-1], buffers)
             weights, activations, rest, there = (size / GIB for size in (*sizes, budget))
             raise UserError(
                 f"step.memory: a step of {tokens:,} tokens needs at least {weights + activations + rest:.3g} GiB "
@@ -82,7 +83,7 @@ class Costs:
         _, least, middle = best
         levels = [Keep.INPUT] * least + [Keep.ATTENTION] * (middle - least) + [Keep.ALL] * (layers - middle)
         activations = tokens * (self.other + sum(row[level] for row, level in zip(self.kept, levels, strict=True)))
-        return Plan(tuple(levels), tokens, self.weights, int(activations), buffers + self.reserve, budget)
+        return Plan(tuple(levels), tokens, self.weights, int(activations), buffers, budget)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Plan:
         tokens: of the step, all samples together.
         weights: bytes.
         activations: bytes kept for the backward pass, the teacher's outputs among them.
-        buffers: bytes that come and go: one layer that is computed again, with its gradients; libraries.
+        buffers: bytes that come and go: one layer that is computed again, with its gradients; libraries; what is spared.
         budget: bytes; None: there is no limit.
     """
 
@@ -139,7 +140,7 @@ def available(memory: str, device: torch.device) -> int | None:
     budget = memory_bytes(memory)
     if budget is not None or memory == "least" or device.type != "cuda":
         return budget
-    return int(USED * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)))
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def measure_costs(distillation: Distillation, recomputation: Recomputation) -> Costs:

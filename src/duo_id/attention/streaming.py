@@ -31,8 +31,7 @@ def streaming_attention(
         softmax: of the layer: scale, soft cap and sinks; the last two have a path of their own, `attend_by_rows`.
         window: sink and recent sizes, in tokens.
         backend: `triton` (our kernels, CUDA), `flex` (compiled FlexAttention, CUDA), `blocked` (SDPA over blocks of
-            queries, any device), or `auto`: on CUDA flex where a gradient is needed (the kernels' backward pass has not
-            run there in half precision yet), else triton, but blocked for float64; elsewhere blocked. Queries with a
+            queries, any device), or `auto`: on CUDA triton, but blocked for float64; elsewhere blocked. Queries with a
             past are always blocked.
 
     Returns:
@@ -49,14 +48,13 @@ def streaming_attention(
     if not softmax.plain:
         return attend_by_rows(query, key, value, softmax, window)
     scale = softmax.scale
-    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if backend == "auto":
-        on_gpu = query.is_cuda and query.dtype != torch.float64
-        backend = ("flex" if gradient else "triton") if on_gpu else "blocked"
+        backend = "triton" if query.is_cuda and query.dtype != torch.float64 else "blocked"
     if past or backend == "blocked":
         return _blocked(query, key, value, scale, window)
     if backend == "triton":
         return _triton(query, key, value, scale, window)
+    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if gradient and not query.is_cuda:
         raise UserError(f"step.streaming_backend={backend} has no backward pass here: use blocked or auto")
     return _flex(query, key, value, scale, window)

@@ -8,8 +8,8 @@ from duo_id.attention.kernels import LOG2_E, padded_dim, precision
 from duo_id.attention.streaming_kernels import streaming_forward, streaming_key_gradients, streaming_query_gradient
 
 # Not yet tuned on a GPU. Rows times queries' width, and keys times width, at most as many numbers as in `TILE`.
-FORWARD_TUNING = {"rows": 128, "block": 64, "warps": 8, "stages": 2}
-QUERY_TUNING = {"rows": 128, "block": 64, "warps": 8, "stages": 2}
+FORWARD_TUNING = {"rows": 64, "block": 32, "warps": 4, "stages": 3}
+QUERY_TUNING = {"rows": 64, "block": 32, "warps": 4, "stages": 2}
 KEY_TUNING = {"rows": 64, "block": 64, "warps": 4, "stages": 2}
 TILE_BYTES = 128 * 128 * 2
 CHUNK = 4096  # rows that one program adds up for the sink's gradients, which come from all queries
