@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from duo_id.attention.gated import attached
+from duo_id.compiled import compiled_parts
 from duo_id.config import ModelSettings, StepSettings
 from duo_id.data.samples import collate
 from duo_id.evaluation.comparison import compare
@@ -38,6 +39,7 @@ class Case:
     scored: int = 5
     side: str = "right"
     recompute: bool = False
+    compile: bool = False
 
     def settings(self) -> ModelSettings:
         """Its model, with weights that are large enough for attention to be far from uniform."""
@@ -50,6 +52,7 @@ HEADS = ("num_attention_heads", "num_key_value_heads")
 CASES = {
     "GQA": Case(),
     "GQA, recomputed": Case(recompute=True),
+    "GQA, compiled": Case(compile=True),
     "MHA": Case("qwen3", dict.fromkeys(HEADS, 4)),
     "3 KV heads": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 3), strict=True))),
     "1 KV head, padding left": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 1), strict=True)), side="left"),
@@ -77,6 +80,7 @@ def loaded(case: Case, ranks: Ranks, device: str) -> Iterator[tuple[LanguageMode
     model = load_model(case.settings(), device, 0, ranks)
     with (
         attached(model.model, group=ranks.group) as layers,
+        compiled_parts(model.model, layers, attention=True, backend="eager") if case.compile else nullcontext(),
         recomputed(model.model, layers) if case.recompute else nullcontext(),
     ):
         training = GateTraining(model, layers, GateSettings(name="duo", **method), StepSettings(), 10, [0.5]).to(device)
