@@ -109,9 +109,9 @@ def _measured(
                 total, rows = sizes * len(contenders), chain.from_iterable(map(masks.rows, contenders))
             progress.update(shown, total=total)
             for row in rows:
-                if "tokens_per_s" in row and row.get("step") == "ours" and single:
-                    each = row["tokens_per_s"] / ranks.world
-                    row["efficiency"] = each / single[row["context"], row["blend"]]
+                alone = single.get((row["context"], row.get("blend", "")))
+                if alone and row["step"] == "ours" and "ms" in row:
+                    row["efficiency"] = row["tokens_per_s"] / ranks.world / alone
                 results["rows"] = [*results["rows"], row] if steps else compared([*results["rows"], row])
                 if ranks.first:
                     write_text(folder / "results.json", json.dumps(results, indent=1))

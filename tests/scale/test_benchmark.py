@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished, float
     """A run whose second length is too much for its second process: its folder, its end, and the seconds till then."""
     folder = tmp_path_factory.mktemp("benchmark")
     (folder / "command.py").write_text(FULL)
-    rows = [{"step": "ours", "blend": "teacher", "context": tokens, "tokens_per_s": 100.0} for tokens in (61, 90)]
+    rows = [{"step": "ours", "status": "ok", "blend": "teacher", "context": n, "tokens_per_s": 100.0} for n in (61, 90)]
     (folder / "alone").mkdir()
     alone = {"rows": rows, "model": {"name": "tiny"}, "device": platform.processor() or "CPU"}
     (folder / "alone" / "results.json").write_text(json.dumps(alone))

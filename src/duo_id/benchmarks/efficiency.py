@@ -12,7 +12,7 @@ Place = tuple[int, str]  # context and blend
 
 
 def read_baseline(run: str, results: Mapping[str, Any], places: list[Place]) -> dict[Place, float]:
-    """Tokens a second of our step on one device.
+    """Tokens a second of our step on one device, at the places for which its memory sufficed.
 
     Args:
         run: the folder of a run of the benchmark on one device, or its results.json: `compare`.
@@ -25,8 +25,8 @@ def read_baseline(run: str, results: Mapping[str, Any], places: list[Place]) -> 
     path = Path(run)
     try:
         found = json.loads((path / "results.json" if path.is_dir() else path).read_text())
-        steps = [row for row in found["rows"] if row.get("step") == "ours" and "tokens_per_s" in row]
-        speeds = {(row["context"], row["blend"]): float(row["tokens_per_s"]) for row in steps}
+        steps = {(row["context"], row["blend"]): row for row in found["rows"] if row.get("step") == "ours"}
+        speeds = {place: float(row["tokens_per_s"]) for place, row in steps.items() if row["status"] != "OOM"}
         measured = found.get("devices", 1), found["model"]["name"], found["device"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"compare={run}: no results of task=train_step can be read there") from error
@@ -37,7 +37,7 @@ def read_baseline(run: str, results: Mapping[str, Any], places: list[Place]) -> 
     )
     for context, blend in places:
         require(
-            (context, blend) in speeds, f"compare={run}: it has no step of {context:,} tokens with the {blend} blend"
+            (context, blend) in steps, f"compare={run}: it has no step of {context:,} tokens with the {blend} blend"
         )
     return speeds
 
