@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from duo_id.attention.gated import attached
+from duo_id.attention.gated import Backends, attached
 from duo_id.compiled import compiled_parts
 from duo_id.config import ModelSettings, StepSettings
 from duo_id.data.samples import collate
@@ -48,6 +48,7 @@ class Case:
         return ModelSettings(id="tiny", init="random", dtype="float32", architecture=architecture | shape)
 
 
+BACKENDS = Backends(streaming="blocked")  # on any device, where others would be compiled for every length
 HEADS = ("num_attention_heads", "num_key_value_heads")
 CASES = {
     "GQA": Case(),
@@ -79,11 +80,12 @@ def loaded(case: Case, ranks: Ranks, device: str) -> Iterator[tuple[LanguageMode
     method = {"sink_size": 2, "recent_size": 8, "reg_weight": 0.05} | case.method
     model = load_model(case.settings(), device, 0, ranks)
     with (
-        attached(model.model, group=ranks.group) as layers,
+        attached(model.model, BACKENDS, ranks.group) as layers,
         compiled_parts(model.model, layers, attention=True, backend="eager") if case.compile else nullcontext(),
         recomputed(model.model, layers) if case.recompute else nullcontext(),
     ):
-        training = GateTraining(model, layers, GateSettings(name="duo", **method), StepSettings(), 10, [0.5]).to(device)
+        settings = StepSettings(streaming_backend=BACKENDS.streaming)
+        training = GateTraining(model, layers, GateSettings(name="duo", **method), settings, 10, [0.5]).to(device)
         gates = training.gates.weight
         gates.data.copy_(torch.linspace(0.1, 0.9, gates.numel()).view_as(gates))
         yield model, training
@@ -116,7 +118,7 @@ def scores(ranks: Ranks, device: str = "cpu") -> Tensor:
         answers = sample["answers"].clone()
         answers[-20:] *= 2
         samples.append({"input_ids": sample["input_ids"], "answers": answers})
-    rows = [score for row in compare(model, PATTERN, samples, [0.5], 1, 0) for score in row.samples]
+    rows = [score for row in compare(model, PATTERN, samples, [0.5], 1, 0, BACKENDS) for score in row.samples]
     return torch.tensor([[row.loss, row.correct, row.tokens, row.exact, row.answers] for row in rows])
 
 

@@ -1,7 +1,6 @@
 """The benchmark over two processes: what it measures, and that one of them which runs out of memory ends the run."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -10,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.commands import Finished
+from tests.scale.devices import environment
 
 OVERRIDES = [
     "task=train_step",
     "model=tiny",
-    "trainer.accelerator=cpu",
     "trainer.devices=2",
     "step.sequence_parallel=2",
     "context=[61,90]",  # an odd one, and one that is too much
@@ -26,6 +26,8 @@ OVERRIDES = [
     "repeats=2",
     "profile=true",
     "compare=alone",
+    "step.streaming_backend=blocked",
+    "compile=false",
     "hydra.run.dir=run",
 ]
 FULL = """
@@ -47,19 +49,20 @@ app.run("benchmark", benchmark.main)
 """
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished, float]:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished, float]:
     """A run whose second length is too much for its second process: its folder, its end, and the seconds till then."""
     folder = tmp_path_factory.mktemp("benchmark")
     (folder / "command.py").write_text(FULL)
     rows = [{"step": "ours", "status": "ok", "blend": "teacher", "context": n, "tokens_per_s": 100.0} for n in (61, 90)]
     (folder / "alone").mkdir()
-    alone = {"rows": rows, "model": {"name": "tiny"}, "device": platform.processor() or "CPU"}
+    device = torch.cuda.get_device_name() if request.param == "gpu" else platform.processor() or "CPU"
+    alone = {"rows": rows, "model": {"name": "tiny"}, "device": device}
     (folder / "alone" / "results.json").write_text(json.dumps(alone))
     done = subprocess.run(
-        [sys.executable, "command.py", *OVERRIDES],
+        [sys.executable, "command.py", *OVERRIDES, f"trainer.accelerator={request.param}"],
         cwd=folder,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        env=environment(request.param),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
