@@ -84,7 +84,7 @@ class Ranks:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.tolist()
 
-    def gather(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here and their devices have nothing left to do."""
         if self.world > 1:
             dist.barrier()

@@ -11,6 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from duo_id.attention.gated import Backends, attached
+from duo_id.benchmarks.ceilings import Ceilings
+from duo_id.benchmarks.settings import BenchmarkSettings
+from duo_id.benchmarks.train_step import StepBench
 from duo_id.compiled import compiled_parts
 from duo_id.config import ModelSettings, StepSettings
 from duo_id.data.samples import collate
@@ -109,6 +112,18 @@ def step(case: Case, ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
         return {"loss": ranks.mean(loss.detach()).cpu(), "gradient": ranks.mean(gradient).cpu()}
 
 
+def measured(ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
+    """Loss and gradient of a step that the benchmark measures."""
+    with loaded(CASES["GQA"], ranks, device) as (model, training):
+        sizes = {"context": [501], "chunk_size": [8], "sparsity": [0.5], "sink_size": 2, "recent_size": 8}
+        settings = BenchmarkSettings(CASES["GQA"].settings(), "train_step", batch_size=2, repeats=1, warmup=0, **sizes)
+        batch = StepBench(settings, model, Ceilings(1.0, 1.0), Path(), lambda phase: None)._batch(501)
+        alpha = training.gates.alpha()
+        loss = training.distillation.loss(alpha, batch)
+        (gradient,) = torch.autograd.grad(loss, alpha)
+        return {"loss": ranks.mean(loss.detach()).cpu(), "gradient": ranks.mean(gradient).cpu()}
+
+
 def scores(ranks: Ranks, device: str = "cpu") -> Tensor:
     """What masks of the model with three KV heads score."""
     model = load_model(CASES["3 KV heads"].settings(), device, 0, ranks)
@@ -129,6 +144,7 @@ def everything(rank: int, world: int, divisions: list[tuple[int, int, bool]], de
         ranks = divided(rank, data, sequence, sharded)
         name = f"{data} x {sequence}{' sharded' * sharded}"
         found |= {f"{name}: {key}": step(case, ranks, device) for key, case in CASES.items()}
+        found[f"{name}: measured"] = measured(ranks, device)
         found[f"{name}: scores"] = scores(ranks, device)
     if rank == 0:
         torch.save(found, folder / "found.pt")

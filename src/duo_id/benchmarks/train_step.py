@@ -145,13 +145,13 @@ class StepBench:
                     run()
                 with self.watch.phase("measure"):
                     timing, peak = with_peak(
-                        lambda: timed(run, self.device, settings.repeats, settings.warmup, ranks.gather), self.device
+                        lambda: timed(run, self.device, settings.repeats, settings.warmup, ranks.barrier), self.device
                     )
                     *runs, most = ranks.greatest(*timing.runs, peak or 0, device=self.device)
                 if settings.profile:
                     with self.watch.phase("profile"):
                         trace = self.folder / f"trace_{name}_{blend}_{context}.json" if ranks.first else None
-                        told["profile"], exchanged = profiled(run, self.device, trace, ranks.gather)
+                        told["profile"], exchanged = profiled(run, self.device, trace, ranks.barrier)
                         told.update({"communication": exchanged} if exchanged else {})
                 return Timing(tuple(runs)), int(most) or None
 
