@@ -180,8 +180,10 @@ def test_settings_have_no_key_without_a_place_in_conf(tmp_path: Path) -> None:
 
 
 def test_the_docs_name_every_preset_and_no_other() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
-    assert set(re.findall(r"paper-[a-z-]+[a-z]|train-[0-9a-z-]+[a-z]", text)) == set(PRESETS)
+    docs = Path(__file__).parents[1] / "docs"
+    text = "".join((docs / page).read_text() for page in ("performance.md", "scale.md"))
+    names = r"paper-[a-z-]+[a-z]|train-[0-9a-z-]+[a-z]|scale-[0-9][0-9a-z-]*[a-z]"
+    assert set(re.findall(names, text)) == set(PRESETS)
 
 
 @pytest.mark.gpu

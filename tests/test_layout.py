@@ -45,7 +45,7 @@ evaluation.summary evaluation.table evaluation.leaderboard evaluation.agreement 
 evaluation.sweeps evaluation.sweep_figures evaluation.page evaluation.harness
 benchmarks.settings benchmarks.timing benchmarks.ceilings benchmarks.floors benchmarks.baseline benchmarks.contenders
 benchmarks.measure benchmarks.results benchmarks.figures benchmarks.profiling benchmarks.train_step
-benchmarks.step_results
+benchmarks.step_results benchmarks.efficiency
 app
 train evaluate benchmark report convert lm_eval kvpress
 """

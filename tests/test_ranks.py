@@ -21,6 +21,7 @@ def test_one_process_asks_nobody() -> None:
     assert Ranks().mean(value) is value
     assert Ranks().group_sum(value) is value
     assert Ranks().agreed("folder") == "folder"
+    assert Ranks().greatest(1.5, 2, device=torch.device("cpu")) == [1.5, 2]
     with pytest.raises(RuntimeError, match="gloo"), Ranks().watched():
         raise RuntimeError("gloo: of no other process")
 
@@ -30,6 +31,13 @@ def test_a_lost_process_is_a_connection_error() -> None:
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
     with pytest.raises(RuntimeError, match="other"), Ranks(data=2).watched():
         raise RuntimeError("something other")
+
+
+def test_memory_that_does_not_suffice_is_one_line_where_others_wait() -> None:
+    with pytest.raises(UserError, match=r"^process 1 of 2 ran out of its device's memory"), Ranks(2, rank=1).watched():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError), Ranks().watched():
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize(("world", "sequence", "batch"), [(1, 1, 1), (4, 4, 1), (4, 2, 2), (4, 1, 8), (6, 3, 4)])

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from duo_id.config import conf_dir
 from duo_id.errors import UserError
 from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text
+from duo_id.ranks import leave, several
 
 console = Console()
 OVERRIDES = "overrides.json"  # in a run folder: the command line that made it, for going on with it
@@ -48,7 +50,10 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
             expected = isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 if expected:
-                    sys.exit(_complain(error))  # Hydra would print more
+                    leave(_complain(error))  # Hydra would print more
+                if several():
+                    traceback.print_exc()
+                    leave(1)
                 raise
             status = _note_failure(error, expected)  # the other jobs of a sweep go on
             return math.nan
@@ -64,7 +69,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
         sys.exit(_complain(error))
     except KeyboardInterrupt:
         console.print("interrupted")
-        sys.exit(130)
+        leave(130)
 
 
 def run_plain(command: Callable[[list[str]], object]) -> None:

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import json
 import platform
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from duo_id.attention.gated import Backends, routed
 from duo_id.attention.probe import AttentionLayer, gated_layers
 from duo_id.benchmarks.ceilings import measure_ceilings
 from duo_id.benchmarks.contenders import Contender, DualAttention, StaticAttention
+from duo_id.benchmarks.efficiency import read_baseline
 from duo_id.benchmarks.figures import plot_benchmark, plotted_axes
 from duo_id.benchmarks.floors import workload
 from duo_id.benchmarks.measure import Bench
@@ -24,13 +25,14 @@ from duo_id.benchmarks.results import NAMES, compared, results_tables
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.benchmarks.step_results import plot_steps, step_tables
 from duo_id.benchmarks.train_step import StepBench
-from duo_id.config import parse, plain
+from duo_id.config import parse, plain, require
 from duo_id.errors import UserError
 from duo_id.files import write_text
 from duo_id.formats import load_pattern
 from duo_id.models import LanguageModel, load_model
 from duo_id.patterns import HeadMask, random_mask
 from duo_id.plots import save_figure
+from duo_id.ranks import Ranks, launch
 
 
 def benchmark(settings: BenchmarkSettings, folder: Path, overrides: list[str]) -> dict[str, Any]:
@@ -47,8 +49,26 @@ def benchmark(settings: BenchmarkSettings, folder: Path, overrides: list[str]) -
     Raises:
         UserError: something in the settings cannot work; the message names the override.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    language_model = load_model(settings.model, device, settings.seed)
+    device, ranks = _place(settings)
+    app.console.quiet = not ranks.first
+    with ranks.watched():
+        return _measured(settings, Path(ranks.agreed(str(folder))), overrides, device, ranks)
+
+
+def _place(settings: BenchmarkSettings) -> tuple[torch.device, Ranks]:
+    """The device of this process, after starting the others that share a training step."""
+    if settings.task != "train_step":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), Ranks()
+    step = settings.step
+    device, ranks = launch(settings.trainer, step.sequence_parallel, step.shard, settings.batch_size, "batch_size")
+    require(device.type in ("cuda", "cpu"), f"trainer.accelerator={device.type}: steps are measured on gpu and cpu")
+    return device, ranks
+
+
+def _measured(
+    settings: BenchmarkSettings, folder: Path, overrides: list[str], device: torch.device, ranks: Ranks
+) -> dict[str, Any]:
+    language_model = load_model(settings.model, device, settings.seed, ranks)
     layers = attention_layers(language_model)
     steps = settings.task == "train_step"
     contenders = [] if steps else line_up(settings, language_model, layers)
@@ -59,12 +79,18 @@ def benchmark(settings: BenchmarkSettings, folder: Path, overrides: list[str]) -
         "task": settings.task,
         "model": language_model.describe(layers),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "devices": ranks.world,
+        "data_groups": ranks.data,
+        "sequence_parallel": ranks.sequence,
+        "sharded": ranks.sharded,
         "ceilings": vars(ceilings),
         "rows": [],
         "command": " ".join(["python -m duo_id.benchmark", *overrides]),
         "settings": plain(settings),
         "versions": app.versions() | _kernel_versions(),
     }
+    places = list(product(settings.context, settings.blend))
+    single = read_baseline(settings.compare, results, places) if settings.compare else {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=app.console, transient=True) as progress:
@@ -83,13 +109,17 @@ def benchmark(settings: BenchmarkSettings, folder: Path, overrides: list[str]) -
                 total, rows = sizes * len(contenders), chain.from_iterable(map(masks.rows, contenders))
             progress.update(shown, total=total)
             for row in rows:
+                alone = single.get((row["context"], row.get("blend", "")))
+                if alone and row["step"] == "ours" and "ms" in row:
+                    row["efficiency"] = row["tokens_per_s"] / ranks.world / alone
                 results["rows"] = [*results["rows"], row] if steps else compared([*results["rows"], row])
-                write_text(folder / "results.json", json.dumps(results, indent=1))
+                if ranks.first:
+                    write_text(folder / "results.json", json.dumps(results, indent=1))
                 line = _step_line(row) if steps else _line(row)
                 app.console.print(line, soft_wrap=True, highlight=False, markup=False)
                 progress.advance(shown)
     finally:  # also after Ctrl-C: what was measured is shown
-        if results["rows"]:
+        if results["rows"] and ranks.first:
             app.console.print(*(step_tables if steps else results_tables)(results), sep="\n")
             if steps:
                 save_figure(plot_steps(results), folder / "train_step.png")

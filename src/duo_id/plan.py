@@ -1,11 +1,14 @@
 """What a step needs of each device's memory, by calculation, before anything is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
+from duo_id.budget import memory_bytes
+from duo_id.config import StepSettings, require
 from duo_id.errors import UserError
 
 GIB = 2**30
@@ -53,6 +56,10 @@ class MemoryPlan:
         """All of it."""
         return self.weights + self.activations + self.buffers
 
+    def __str__(self) -> str:
+        parts = " + ".join(f"{name} {getattr(self, name) / GIB:.3g}" for name in ("weights", "activations", "buffers"))
+        return f"memory on each device, by calculation: {parts} = {self.total / GIB:.3g} GiB"
+
     def table(self, title: str) -> Table:
         """For the terminal."""
         table = Table(title=title, title_justify="left")
@@ -62,17 +69,54 @@ class MemoryPlan:
             table.add_row(name, f"{getattr(self, name) / GIB:.1f}", style="bold" if name == "total" else None)
         return table
 
-    def check(self, capacity: int) -> None:
-        """Raise a `UserError` if a device with `capacity` bytes cannot hold the plan."""
-        if self.total > capacity:
+    def check(self, capacity: int | None) -> None:
+        """Raise a `UserError` if a device with `capacity` bytes (None: no limit) cannot hold the plan."""
+        if capacity is not None and self.total > capacity:
             parts = ", ".join(
                 f"{name} {getattr(self, name) / GIB:.1f}" for name in ("weights", "activations", "buffers")
             )
             raise UserError(
                 f"not enough memory: a step needs {self.total / GIB:.1f} GiB on each device ({parts}) of which it has "
-                f"{capacity / GIB:.1f}: more trainer.devices, step.sequence_parallel, step.memory=least or a smaller "
-                "data.length_max need less"
+                f"{capacity / GIB:.1f}: more trainer.devices, step.sequence_parallel, step.memory=least or fewer "
+                "tokens (data.length_max; of the benchmark context) need less"
             )
+
+
+def capacity(memory: str, device: torch.device) -> int | None:
+    """The bytes of a device that `step.memory` lets a step have; None where nothing limits it.
+
+    Raises:
+        UserError: `memory` is neither auto, least nor a budget.
+    """
+    budget = memory_bytes(memory)
+    if budget is not None or device.type != "cuda":
+        return budget
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def fitted(
+    model: PreTrainedModel, step: StepSettings, shape: Shape, capacity: int | None
+) -> tuple[StepSettings, MemoryPlan]:
+    """A step that several devices share, as it fits them: with step.memory=least if layers cannot keep everything.
+
+    Args:
+        model: of its weights; the meta device will do.
+        step: what is asked for.
+        shape: of the step; whether it recomputes is decided here.
+        capacity: bytes of each device; None: no limit.
+
+    Returns:
+        the step's settings, and its plan, which nevertheless may not fit: see `MemoryPlan.check`.
+
+    Raises:
+        UserError: it is for one device alone.
+    """
+    require(not step.cuda_graphs, "step.cuda_graphs=true works on 1 device alone")
+    require(step.shape == "fast", f"step.shape={step.shape} works on 1 device alone")
+    plan = memory_plan(model, replace(shape, recompute=step.memory == "least"))
+    if capacity is not None and plan.total > capacity:
+        return replace(step, memory="least"), memory_plan(model, replace(shape, recompute=True))
+    return step, plan
 
 
 def memory_plan(model: PreTrainedModel, shape: Shape) -> MemoryPlan:

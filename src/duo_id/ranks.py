@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
 import torch
@@ -71,6 +71,24 @@ class Ranks:
         dist.all_reduce(total)
         return total / self.world
 
+    def greatest(self, *values: float, device: torch.device) -> list[float]:
+        """Of each number the greatest that any process has.
+
+        Args:
+            values: as many on each process.
+            device: of the collective: this process's.
+        """
+        if self.world == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.tolist()
+
+    def barrier(self) -> None:
+        """Wait until all processes are here and their devices have nothing left to do."""
+        if self.world > 1:
+            dist.barrier()
+
     def group_sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over the group, without a gradient."""
         if self.group is None:
@@ -89,16 +107,30 @@ class Ranks:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Turn what a process meets when another one is gone into a `ConnectionError`, one line long."""
+        """Turn what ends a process of several into one line.
+
+        Raises:
+            ConnectionError: another process is gone.
+            UserError: this one's device has not enough memory. The step cannot be left out: others wait in it.
+        """
         try:
             yield
+        except torch.OutOfMemoryError as error:
+            if self.world == 1:
+                raise
+            raise UserError(
+                f"process {self.rank} of {self.world} ran out of its device's memory: step.memory=least, fewer tokens, "
+                "more trainer.devices or step.sequence_parallel need less"
+            ) from error
         except RuntimeError as error:
             if self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
             raise ConnectionError("another process of this run has ended or does not answer") from error
 
 
-def launch(trainer: Mapping[str, Any], sequence: int, shard: bool, batch_size: int) -> tuple[torch.device, Ranks]:
+def launch(
+    trainer: Mapping[str, Any], sequence: int, shard: bool, batch_size: int, samples: str = "data.batch_size"
+) -> tuple[torch.device, Ranks]:
     """Start the processes that the trainer's arguments ask for, unless torchrun or Slurm has; find this one's place.
 
     Args:
@@ -106,6 +138,7 @@ def launch(trainer: Mapping[str, Any], sequence: int, shard: bool, batch_size: i
         sequence: how many processes share the tokens of a sample.
         shard: whether they share the weights.
         batch_size: samples of a step, in all.
+        samples: the override that sets this number.
 
     Returns:
         this process's device, and its place.
@@ -125,7 +158,7 @@ def launch(trainer: Mapping[str, Any], sequence: int, shard: bool, batch_size: i
             raise
         raise UserError(f"trainer.devices={trainer.get('devices')}: {error.__cause__}") from error
     world = plan.world_size
-    check_ranks(world, sequence, batch_size)
+    check_ranks(world, sequence, batch_size, samples)
     if world == 1:
         return plan.strategy.root_device, Ranks()
     parent = os.getppid() if "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ else None
@@ -150,7 +183,7 @@ def launch(trainer: Mapping[str, Any], sequence: int, shard: bool, batch_size: i
     return fabric.device, Ranks(world // sequence, sequence, fabric.global_rank, shard, group)
 
 
-def check_ranks(world: int, sequence: int, batch_size: int) -> None:
+def check_ranks(world: int, sequence: int, batch_size: int, samples: str = "data.batch_size") -> None:
     """Raise a `UserError`, with the nearest that works, unless `world` processes can share a step."""
     divisors = [size for size in range(1, world + 1) if world % size == 0]
     nearest = min(divisors, key=lambda size: abs(size - sequence))
@@ -164,9 +197,27 @@ def check_ranks(world: int, sequence: int, batch_size: int) -> None:
     fits = next((size for size in divisors if size >= sequence and batch_size % (world // size) == 0), world)
     require(
         batch_size % groups == 0,
-        f"data.batch_size={batch_size}, the samples of a step, does not divide among {groups} groups of processes: the "
-        f"nearest that work are data.batch_size={more} and step.sequence_parallel={fits}",
+        f"{samples}={batch_size}, the samples of a step, does not divide among {groups} groups of processes: the "
+        f"nearest that work are {samples}={more} and step.sequence_parallel={fits}",
     )
+
+
+def several() -> bool:
+    """Whether this process is connected to others of its run."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with an exit status; at once where it is one of several.
+
+    Of several the others may wait for this one in a collective, and what NCCL does at exit would wait for them. So
+    it ends without, and whoever started the processes ends the others.
+    """
+    if several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _end_with(parent: int) -> None:

@@ -17,8 +17,7 @@ from omegaconf import DictConfig
 
 from duo_id import app
 from duo_id.attention.gated import attached
-from duo_id.budget import memory_bytes
-from duo_id.config import TrainSettings, plain, require
+from duo_id.config import TrainSettings, plain
 from duo_id.evaluation.agreement import agreement_table
 from duo_id.evaluation.comparison import check_window, compare, found_loss, results_table
 from duo_id.files import write_text
@@ -27,7 +26,7 @@ from duo_id.identification import Run, identify
 from duo_id.methods import GateSettings, train_settings
 from duo_id.models import dtype_of, load_model, meta_model
 from duo_id.patterns import HeadPattern, average
-from duo_id.plan import Shape, memory_plan
+from duo_id.plan import Shape, capacity, fitted
 from duo_id.plots import plot_gates, plot_training, read_metrics, save_figure
 from duo_id.ranks import Ranks, launch
 from duo_id.tracking import log_config, log_gates, log_heads, tracked
@@ -116,8 +115,6 @@ def _shared(settings: TrainSettings, device: torch.device, ranks: Ranks, folder:
     Raises:
         UserError: a device has not that much, or the settings are for one device alone.
     """
-    require(not settings.step.cuda_graphs, "step.cuda_graphs=true works on 1 device alone")
-    require(settings.step.shape == "fast", f"step.shape={settings.step.shape} works on 1 device alone")
     model = meta_model(settings.model, dtype_of(settings.model.dtype, device))
     shape = Shape(
         tokens=settings.data.length_max or model.config.get_text_config().max_position_embeddings,
@@ -125,22 +122,15 @@ def _shared(settings: TrainSettings, device: torch.device, ranks: Ranks, folder:
         data=ranks.data,
         sequence=ranks.sequence,
         sharded=ranks.sharded,
-        recompute=settings.step.memory == "least",
         teacher_outputs=isinstance(settings.method, GateSettings) and settings.method.blend == "teacher",
     )
-    capacity = memory_bytes(settings.step.memory)
-    if capacity is None and device.type == "cuda":
-        capacity = torch.cuda.get_device_properties(device).total_memory
-    plan = memory_plan(model, shape)
-    if capacity is not None and plan.total > capacity:
-        plan = memory_plan(model, replace(shape, recompute=True))
-        settings = replace(settings, step=replace(settings.step, memory="least"))
+    room = ranks.agreed(capacity(settings.step.memory, device))
+    step, plan = fitted(model, settings.step, shape, room)
     title = f"{settings.model.name}, {shape.tokens:,} tokens, {ranks.data} x {ranks.sequence} devices"
     app.console.print(plan.table(title))
     app.console.print(f"if a process is lost: python -m duo_id.train resume={folder}", soft_wrap=True)
-    if capacity is not None:
-        plan.check(capacity)
-    return settings
+    plan.check(room)
+    return replace(settings, step=step)
 
 
 def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPattern]:

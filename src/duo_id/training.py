@@ -19,7 +19,7 @@ from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.checkpoints import CHECKPOINT
 from duo_id.config import StepSettings
-from duo_id.data.samples import Batch, pad_batch, split_batch, with_scored
+from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, with_scored
 from duo_id.errors import UserError
 from duo_id.gates import GATES, DrawnGates
 from duo_id.graphs import GraphedLoss
@@ -116,10 +116,7 @@ class GateTraining(lightning.LightningModule):
 
     def on_after_batch_transfer(self, batch: StepBatch, dataloader_idx: int) -> StepBatch:
         """Let each scored token of all ranks count the same, and a rank that has more of them the more."""
-        if self.language_model.ranks.world > 1:
-            found = batch["weights"].new_tensor(len(batch["weights"]))
-            batch["weights"] = torch.ones_like(batch["weights"]) / self.language_model.ranks.mean(found)
-        return batch
+        return batch | {"weights": shared_weights(batch["weights"], self.language_model.ranks)}
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """Distillation loss plus the penalty on the gates; the mean over ranks of it and its gradient is the step's."""

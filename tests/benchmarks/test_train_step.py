@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 from duo_id.benchmarks.ceilings import Ceilings
-from duo_id.benchmarks.profiling import group_of
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.benchmarks.train_step import StepBench
 from duo_id.config import ModelSettings
 from duo_id.errors import UserError
+from duo_id.models import meta_model
+from duo_id.plan import Shape, memory_plan
+from duo_id.ranks import check_ranks
 from tests.benchmarks.cases import layers_of, named
 from tests.commands import run_command, settings_of
 from tests.conftest import tiny_model
@@ -88,15 +90,6 @@ def test_the_loss_looks_at_the_end_of_every_sample() -> None:
     assert batch["weights"].sum().item() == pytest.approx(1)
 
 
-def test_kernels_have_their_groups() -> None:
-    assert group_of("_streaming_key_gradients") == "streaming attention"
-    assert group_of("cudnn_generated_fort_native_sdpa_sm90_flash_fprop") == "full attention"
-    assert group_of("nvjet_tst_128x256_64x4") == group_of("sm90_xmma_gemm_bf16") == "matrix products"
-    assert group_of("triton_poi_fused_mul_silu_0") == "elementwise"
-    assert group_of("ncclDevKernel_AllGather") == "communication"
-    assert group_of("Memset (Device)") == "other"
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -106,6 +99,10 @@ def test_kernels_have_their_groups() -> None:
         (["step.memory=0.01MiB", "context=60"], "step.memory: a step of 60 tokens needs at least"),
         (["context=1000000"], "context=1000000: tiny is made for"),
         (["data.length=0"], "context=0 must be at least 1 token"),
+        (["trainer.devices=2", "trainer.accelerator=cpu"], "batch_size=1, the samples of a step, does not divide"),
+        (["step.sequence_parallel=2"], "step.sequence_parallel=2 does not divide the 1 processes"),
+        (["task=decode", "trainer.devices=2"], "trainer.devices=2: task=decode works on 1 device"),
+        (["context=60", "compare=nowhere"], "compare=nowhere: no results of task=train_step can be read there"),
     ],
 )
 def test_mistakes_are_one_line(overrides: list[str], message: str, tmp_path: Path) -> None:
@@ -122,6 +119,20 @@ def test_presets_of_steps(preset: str, tmp_path: Path) -> None:
     settings = settings_of("benchmark", BenchmarkSettings, f"preset={preset}", folder=tmp_path)
     (thousands,) = (int(word[:-1]) for word in preset.split("-") if word[:-1].isdigit())
     assert (settings.task, settings.context) == ("train_step", [thousands * 1024])
+
+
+@pytest.mark.parametrize(
+    ("preset", "tokens", "groups"), [("scale-32k", 32768, 8), ("scale-128k", 131072, 1), ("scale-70b-32k", 32768, 4)]
+)
+def test_presets_share_a_step_among_devices(preset: str, tokens: int, groups: int, tmp_path: Path) -> None:
+    overrides = [f"preset={preset}", "trainer.devices=8"]
+    settings = settings_of("benchmark", BenchmarkSettings, *overrides, folder=tmp_path)
+    assert (settings.context, settings.batch_size) == ([tokens], groups)
+    assert settings.step.sequence_parallel == 8 // groups
+    check_ranks(8, settings.step.sequence_parallel, settings.batch_size)
+    model = meta_model(settings.model, torch.bfloat16)
+    assert model.config.max_position_embeddings >= tokens
+    memory_plan(model, Shape(tokens, groups, groups, 8 // groups)).check(80 * 10**9)
 
 
 @pytest.mark.gpu

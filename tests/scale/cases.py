@@ -10,7 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from duo_id.attention.gated import attached
+from duo_id.attention.gated import Backends, attached
+from duo_id.benchmarks.ceilings import Ceilings
+from duo_id.benchmarks.settings import BenchmarkSettings
+from duo_id.benchmarks.train_step import StepBench
+from duo_id.compiled import compiled_parts
 from duo_id.config import ModelSettings, StepSettings
 from duo_id.data.samples import collate
 from duo_id.evaluation.comparison import compare
@@ -38,6 +42,7 @@ class Case:
     scored: int = 5
     side: str = "right"
     recompute: bool = False
+    compile: bool = False
 
     def settings(self) -> ModelSettings:
         """Its model, with weights that are large enough for attention to be far from uniform."""
@@ -46,10 +51,12 @@ class Case:
         return ModelSettings(id="tiny", init="random", dtype="float32", architecture=architecture | shape)
 
 
+BACKENDS = Backends(streaming="blocked")  # on any device, where others would be compiled for every length
 HEADS = ("num_attention_heads", "num_key_value_heads")
 CASES = {
     "GQA": Case(),
     "GQA, recomputed": Case(recompute=True),
+    "GQA, compiled": Case(compile=True),
     "MHA": Case("qwen3", dict.fromkeys(HEADS, 4)),
     "3 KV heads": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 3), strict=True))),
     "1 KV head, padding left": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 1), strict=True)), side="left"),
@@ -76,10 +83,12 @@ def loaded(case: Case, ranks: Ranks, device: str) -> Iterator[tuple[LanguageMode
     method = {"sink_size": 2, "recent_size": 8, "reg_weight": 0.05} | case.method
     model = load_model(case.settings(), device, 0, ranks)
     with (
-        attached(model.model, group=ranks.group) as layers,
+        attached(model.model, BACKENDS, ranks.group) as layers,
+        compiled_parts(model.model, layers, attention=True, backend="eager") if case.compile else nullcontext(),
         recomputed(model.model, layers) if case.recompute else nullcontext(),
     ):
-        training = GateTraining(model, layers, GateSettings(name="duo", **method), StepSettings(), 10, [0.5]).to(device)
+        settings = StepSettings(streaming_backend=BACKENDS.streaming)
+        training = GateTraining(model, layers, GateSettings(name="duo", **method), settings, 10, [0.5]).to(device)
         gates = training.gates.weight
         gates.data.copy_(torch.linspace(0.1, 0.9, gates.numel()).view_as(gates))
         yield model, training
@@ -103,6 +112,18 @@ def step(case: Case, ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
         return {"loss": ranks.mean(loss.detach()).cpu(), "gradient": ranks.mean(gradient).cpu()}
 
 
+def measured(ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
+    """Loss and gradient of a step that the benchmark measures."""
+    with loaded(CASES["GQA"], ranks, device) as (model, training):
+        sizes = {"context": [501], "chunk_size": [8], "sparsity": [0.5], "sink_size": 2, "recent_size": 8}
+        settings = BenchmarkSettings(CASES["GQA"].settings(), "train_step", batch_size=2, repeats=1, warmup=0, **sizes)
+        batch = StepBench(settings, model, Ceilings(1.0, 1.0), Path(), lambda phase: None)._batch(501)
+        alpha = training.gates.alpha()
+        loss = training.distillation.loss(alpha, batch)
+        (gradient,) = torch.autograd.grad(loss, alpha)
+        return {"loss": ranks.mean(loss.detach()).cpu(), "gradient": ranks.mean(gradient).cpu()}
+
+
 def scores(ranks: Ranks, device: str = "cpu") -> Tensor:
     """What masks of the model with three KV heads score."""
     model = load_model(CASES["3 KV heads"].settings(), device, 0, ranks)
@@ -112,7 +133,7 @@ def scores(ranks: Ranks, device: str = "cpu") -> Tensor:
         answers = sample["answers"].clone()
         answers[-20:] *= 2
         samples.append({"input_ids": sample["input_ids"], "answers": answers})
-    rows = [score for row in compare(model, PATTERN, samples, [0.5], 1, 0) for score in row.samples]
+    rows = [score for row in compare(model, PATTERN, samples, [0.5], 1, 0, BACKENDS) for score in row.samples]
     return torch.tensor([[row.loss, row.correct, row.tokens, row.exact, row.answers] for row in rows])
 
 
@@ -123,6 +144,7 @@ def everything(rank: int, world: int, divisions: list[tuple[int, int, bool]], de
         ranks = divided(rank, data, sequence, sharded)
         name = f"{data} x {sequence}{' sharded' * sharded}"
         found |= {f"{name}: {key}": step(case, ranks, device) for key, case in CASES.items()}
+        found[f"{name}: measured"] = measured(ranks, device)
         found[f"{name}: scores"] = scores(ranks, device)
     if rank == 0:
         torch.save(found, folder / "found.pt")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from duo_id.ranks import Ranks
-from tests.scale.cases import CASES, scores, step
+from tests.scale.cases import CASES, measured, scores, step
 
 ROOT = Path(__file__).parents[2]
 TWO = ["2x1x1", "1x2x0", "1x2x1"]  # data x sequence x sharded
@@ -42,7 +42,8 @@ def together(world: int, divisions: list[str], device: str, folder: Path) -> dic
 @cache
 def alone(name: str, device: str) -> Any:
     """What one process computes."""
-    return scores(Ranks(), device) if name == "scores" else step(CASES[name], Ranks(), device)
+    others = {"scores": scores, "measured": measured}
+    return others[name](Ranks(), device) if name in others else step(CASES[name], Ranks(), device)
 
 
 def close(found: Any, name: str, rtol: float = 1e-5, device: str = "cpu") -> None:
@@ -79,20 +80,20 @@ def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("division", named(TWO))
-@pytest.mark.parametrize("name", [*CASES, "scores"])
+@pytest.mark.parametrize("name", [*CASES, "measured", "scores"])
 def test_two_processes_are_one(division: str, name: str, two: dict[str, Any]) -> None:
     close(two[f"{division}: {name}"], name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("division", named(FOUR))
-@pytest.mark.parametrize("name", [*CASES, "scores"])
+@pytest.mark.parametrize("name", [*CASES, "measured", "scores"])
 def test_four_processes_are_one(division: str, name: str, four: dict[str, Any]) -> None:
     close(four[f"{division}: {name}"], name)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("division", named(TWO))
-@pytest.mark.parametrize("name", [*CASES, "scores"])
+@pytest.mark.parametrize("name", [*CASES, "measured", "scores"])
 def test_two_gpus_are_one_process(division: str, name: str, two_gpus: dict[str, Any]) -> None:
     close(two_gpus[f"{division}: {name}"], name, 1e-4, "cuda")

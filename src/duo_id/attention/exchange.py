@@ -23,9 +23,15 @@ class Share:
     kv_heads: slice
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """How many query heads and KV heads."""
+        return _size(self.heads), _size(self.kv_heads)
+
+    @property
     def rows(self) -> int:
         """Rows of a token that the process needs: its queries, keys and values."""
-        return _size(self.heads) + 2 * _size(self.kv_heads)
+        heads, kv_heads = self.sizes
+        return heads + 2 * kv_heads
 
 
 def head_shares(heads: int, kv_heads: int, parts: int) -> list[Share]:
@@ -84,7 +90,7 @@ class Exchange:
             packed, [own.rows] * parts, [share.rows for share in self.shares], self.group
         )
         whole = received.unflatten(0, (parts, own.rows)).permute(2, 1, 0, 3, 4).flatten(2, 3)
-        heads, kv_heads = _size(own.heads), _size(own.kv_heads)
+        heads, kv_heads = own.sizes
         query, key, value = whole.split([heads, kv_heads, kv_heads], dim=1)
         return query, key, value
 

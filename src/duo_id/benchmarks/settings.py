@@ -1,6 +1,7 @@
 """Typed settings of `python -m duo_id.benchmark`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -33,7 +34,9 @@ class BenchmarkSettings:
     step: StepSettings = field(default_factory=StepSettings)  # train_step: ours
     blend: list[str] = field(default_factory=lambda: ["student"])  # train_step: student | teacher | detached
     profile: bool = False  # train_step: also where the time goes
-    batch_size: int = 1
+    batch_size: int = 1  # samples, of all devices together
+    trainer: dict[str, Any] = field(default_factory=lambda: {"_target_": "lightning.Trainer"})  # train_step: devices
+    compare: str | None = None  # train_step: a run on one device, for the efficiency of several
     compile: bool | None = None  # null: on a GPU alone
     repeats: int = MISSING  # timed runs of each row
     warmup: int = MISSING  # runs before them
@@ -44,6 +47,10 @@ class BenchmarkSettings:
         require(self.task in TASKS, f"task={self.task}: choose one of {', '.join(TASKS)}")
         if self.data.length is not None:
             self.context = [self.data.length]
+        if self.task != "train_step":
+            devices, nodes = self.trainer.get("devices", 1), self.trainer.get("num_nodes", 1)
+            require((devices, nodes) == (1, 1), f"trainer.devices={devices}: task={self.task} works on 1 device")
+            require(self.compare is None, f"compare={self.compare}: it is for task=train_step")
         require(bool(self.blend), "blend=[] must name at least one value")
         for name in self.blend:
             require(name in BLENDS, f"blend={name}: choose from {', '.join(BLENDS)}")

@@ -1,6 +1,6 @@
 """Training steps side by side: the tables and the figure of a benchmark of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -13,11 +13,16 @@ NAMES = {"ours": "ours", "paper": "published shape"}
 
 
 def step_tables(results: Mapping[str, Any]) -> list[Table]:
-    """Time and memory of each step, and where the time went if it was profiled."""
-    title, rates = f"{results['model']['name']} on {results['device']}", results["ceilings"]
+    """Time and memory of each step, and where the time went if it was profiled.
+
+    Tokens a second are those of all devices; floors, MFU and peaks are of each.
+    """
+    title, rates = f"{results['model']['name']} on {machine(results)}", results["ceilings"]
     caption = f"floors at {rates['flops'] / 1e12:.4g} TFLOP/s and the measured full attention"
     table = Table(title=f"train step: {title}", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     headings = ["step", "blend", "tokens", "s", "tokens\n/s", "floor\ns", "over\nfloor", "MFU", "peak\nGiB"]
+    compared = any("efficiency" in row for row in results["rows"])
+    headings += ["effi-\nciency"] if compared else []
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", no_wrap=True)
     for row in results["rows"]:
@@ -31,10 +36,12 @@ def step_tables(results: Mapping[str, Any]) -> list[Table]:
                 f"{row['over_floor']:.2f}",
                 f"{100 * row['mfu']:.3g}%",
             ]
-        table.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *measured, peak)
+        gain = [f"{100 * row['efficiency']:.3g}%" if "efficiency" in row else ""] if compared else []
+        table.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *measured, peak, *gain)
     profiles = [row for row in results["rows"] if "profile" in row]
     if not profiles:
         return [table]
+    exchanged = [_exchange_table(results["rows"])] if any("communication" in row for row in profiles) else []
     groups = list(dict.fromkeys(group for row in profiles for group in row["profile"]))
     spent = Table(title="where the time goes (ms)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("step", "blend", "tokens", *(group.replace(" ", "\n") for group in groups)):
@@ -42,7 +49,33 @@ def step_tables(results: Mapping[str, Any]) -> list[Table]:
     for row in profiles:
         times = [f"{row['profile'].get(group, 0):.4g}" for group in groups]
         spent.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *times)
-    return [table, spent]
+    return [table, spent, *exchanged]
+
+
+def machine(results: Mapping[str, Any]) -> str:
+    """The devices of a run, and how they shared a step if they are several."""
+    devices = results.get("devices", 1)  # of older runs one
+    if devices == 1:
+        return str(results["device"])
+    weights = ", sharded weights" if results["sharded"] else ""
+    return (
+        f"{devices} x {results['device']} ({results['data_groups']} groups of samples x {results['sequence_parallel']} "
+        f"parts of their tokens{weights})"
+    )
+
+
+def _exchange_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Communication of the first process's device, in percent of the step."""
+    rows = [row for row in rows if "communication" in row]
+    kinds = [name for name in rows[0]["communication"] if name != "step"]
+    table = Table(title="communication (% of the step)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("step", "blend", "tokens", *kinds):
+        table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", no_wrap=True)
+    for row in rows:
+        found = row["communication"]
+        shares = [f"{100 * found[kind] / found['step']:.3g}" for kind in kinds]
+        table.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *shares)
+    return table
 
 
 @style()
@@ -74,5 +107,6 @@ def plot_steps(results: Mapping[str, Any]) -> Figure:
         panel.set(xlabel="blend, tokens", ylabel=text)
         panel.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=3)
-    figure.suptitle(f"{results['model']['name']}, {results['device']}")
+    count = f"{results.get('devices', 1)} x " if results.get("devices", 1) > 1 else ""
+    figure.suptitle(f"{results['model']['name']}, {count}{results['device']}")
     return figure

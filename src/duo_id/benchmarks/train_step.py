@@ -1,4 +1,7 @@
-"""Measure training steps: ours beside the one in the published shape, and the floor that both have."""
+"""Measure training steps: ours beside the one in the published shape, and the floor that both have.
+
+Several devices share our step alone. Every process of them measures; the slowest counts, and the fullest.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from duo_id.attention.blends import BLENDS
+from duo_id.attention.exchange import head_shares
 from duo_id.attention.full import full_attention
 from duo_id.attention.gated import attached
 from duo_id.attention.masks import Window
@@ -20,9 +24,11 @@ from duo_id.benchmarks.profiling import profiled
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.benchmarks.timing import Stopwatch, Timing, release, timed, unless_out_of_memory, with_peak
 from duo_id.config import StepSettings
+from duo_id.data.samples import UNSCORED, shared_weights, split_batch, with_scored
 from duo_id.errors import UserError
 from duo_id.models import LanguageModel
 from duo_id.objectives import OBJECTIVES
+from duo_id.plan import MemoryPlan, Shape, capacity, fitted
 from duo_id.steps import SHAPES, prepared
 
 SCORED = 512  # tokens that the loss looks at, at the end of a sample
@@ -34,7 +40,7 @@ class StepBench:
 
     Args:
         settings: what to measure.
-        language_model: the model.
+        language_model: the model, perhaps shared by several processes.
         ceilings: of the machine.
         folder: where traces are written.
         announce: called with each phase that begins.
@@ -50,6 +56,7 @@ class StepBench:
     ) -> None:
         self.settings, self.model, self.ceilings, self.folder = settings, language_model, ceilings, folder
         self.device: torch.device = language_model.model.device
+        self.ranks = language_model.ranks
         self.window = Window(settings.sink_size, settings.recent_size)
         self.subject = ""
         self.watch = Stopwatch(lambda phase: announce(f"{self.subject}: {phase}"))
@@ -57,6 +64,8 @@ class StepBench:
         ours = replace(settings.step, compile=settings.step.compile or compiles)
         paper = replace(settings.step, shape="paper", memory="least", compile=False)
         self.steps = {"ours": ours, "paper": paper} if ours.shape == "fast" else {"paper": paper}
+        if self.ranks.world > 1:
+            self.steps = {"ours": ours}
         limit = language_model.max_length
         if limit is not None and settings.context[-1] > limit:
             raise UserError(
@@ -76,16 +85,17 @@ class StepBench:
                 for name, step in self.steps.items():
                     self.subject = f"{name}, {blend} blend, {context:,} tokens"
                     release()
-                    with attached(self.model.model, step.backends) as layers:
+                    with attached(self.model.model, step.backends, self.ranks.group) as layers:
                         attention = attention or self.attention_seconds(layers[0], context)
                         yield self._row(name, step, layers, blend, context, attention)
 
     def attention_seconds(self, layer: AttentionLayer, context: int) -> tuple[float, float]:
-        """The best times of full attention in a layer, forward and backward: ceilings at this length."""
-        batch, dtype = self.settings.batch_size, self.model.model.dtype
+        """The best times of this process's full attention in a layer, forward and backward: ceilings at this length."""
+        batch, dtype = self.settings.batch_size // self.ranks.data, self.model.model.dtype
+        own, own_kv = head_shares(layer.heads, layer.kv_heads, self.ranks.sequence)[self.ranks.part].sizes
         query, key, value = (
             torch.randn(batch, heads, context, layer.head_dim, device=self.device, dtype=dtype, requires_grad=True)
-            for heads in (layer.heads, layer.kv_heads, layer.kv_heads)
+            for heads in (own, own_kv, own_kv)
         )
 
         def forward() -> Tensor:
@@ -112,32 +122,41 @@ class StepBench:
         context: int,
         attention: tuple[float, float],
     ) -> dict[str, Any]:
-        settings, model = self.settings, self.model
+        settings, model, ranks = self.settings, self.model, self.ranks
+        told = dict[str, Any]()
+        if ranks.world > 1:
+            step, plan = self._shared(step, blend, context)
+            told["plan"] = str(plan)
         distillation = SHAPES[step.shape](
             model, layers, self.window, step.backends, OBJECTIVES["hidden_l2"], blend=BLENDS[blend]
         )
-        batch, told = self._batch(context), dict[str, Any]()
+        batch = self._batch(context)
         shape = len(layers), layers[0].kv_heads
         alpha = torch.full(shape, 0.5, device=self.device, requires_grad=True)
 
         def run() -> Tensor:
-            return torch.autograd.grad(distillation.loss(alpha, batch), alpha)[0]
+            return ranks.mean(torch.autograd.grad(distillation.loss(alpha, batch), alpha)[0])
 
         def measure() -> tuple[Timing, int | None]:
             with prepared(distillation, step) as arrange:
                 with self.watch.phase("compile" if step.compile else "first step"):
                     plan = arrange(batch["input_ids"].numel())
-                    told["plan"] = None if plan is None else str(plan)
+                    told.setdefault("plan", None if plan is None else str(plan))
                     run()
                 with self.watch.phase("measure"):
-                    found = with_peak(lambda: timed(run, self.device, settings.repeats, settings.warmup), self.device)
+                    timing, peak = with_peak(
+                        lambda: timed(run, self.device, settings.repeats, settings.warmup, ranks.barrier), self.device
+                    )
+                    *runs, most = ranks.greatest(*timing.runs, peak or 0, device=self.device)
                 if settings.profile:
                     with self.watch.phase("profile"):
-                        trace = self.folder / f"trace_{name}_{blend}_{context}.json"
-                        told["profile"] = profiled(run, self.device, trace)
-                return found
+                        trace = self.folder / f"trace_{name}_{blend}_{context}.json" if ranks.first else None
+                        told["profile"], exchanged = profiled(run, self.device, trace, ranks.barrier)
+                        told.update({"communication": exchanged} if exchanged else {})
+                return Timing(tuple(runs)), int(most) or None
 
-        measured = unless_out_of_memory(measure)
+        # Of several processes none can leave a step out alone: there, memory that does not suffice ends the run.
+        measured = unless_out_of_memory(measure) if ranks.world == 1 else measure()
         floor, flops = self.floor(layers, blend, context, attention)
         row: dict[str, Any] = {
             "step": name,
@@ -164,30 +183,50 @@ class StepBench:
     def floor(
         self, layers: Sequence[AttentionLayer], blend: str, context: int, attention: tuple[float, float]
     ) -> tuple[float, float]:
-        """Seconds that a step takes at least, and the floating-point operations that it must do.
+        """Seconds that a step takes at least, and the floating-point operations that it must do, on each device.
 
         Teacher, student and the gradients of the frozen layers' inputs are 6 operations a weight and token. Full
         attention counts as it was measured, forward and backward, everything else at the rate of the matrix product.
         """
         batch, window = self.settings.batch_size, min(context, self.window.sink_size + self.window.recent_size)
-        linear = 6 * workload(self.model.model, layers).linear * batch * context
+        linear = 6 * workload(self.model.model, layers).linear * batch * context / self.ranks.world
         forwards, backwards = {"student": (2, 1), "detached": (2, 0), "teacher": (1, 0)}[blend]
         pairs = context * (context + 1) // 2
         near = window * (window + 1) // 2 + (context - window) * window
-        each = sum(4 * batch * layer.head_dim * layer.heads for layer in layers)
+        each = sum(4 * batch * layer.head_dim * layer.heads for layer in layers) / self.ranks.world
         streaming = each * near * (1 + BACKWARD)
         seconds = (linear + streaming) / self.ceilings.flops
         seconds += len(layers) * (forwards * attention[0] + backwards * attention[1])
         return seconds, linear + streaming + each * pairs * (forwards + BACKWARD * backwards)
 
+    def _shared(self, step: StepSettings, blend: str, context: int) -> tuple[StepSettings, MemoryPlan]:
+        """A step as several devices can share it, and what it needs of each.
+
+        Raises:
+            UserError: they have not that much, by calculation, or it is for one device alone.
+        """
+        ranks, model = self.ranks, self.model.model
+        teacher = BLENDS[blend].needs_teacher
+        shape = Shape(
+            context, self.settings.batch_size, ranks.data, ranks.sequence, ranks.sharded, teacher_outputs=teacher
+        )
+        room = ranks.agreed(capacity(step.memory, self.device))
+        step, plan = fitted(model, step, shape, room)
+        plan.check(room)
+        return step, plan
+
     def _batch(self, context: int) -> dict[str, Any]:
+        """This process's part of random samples whose last tokens are scored."""
+        ranks, vocabulary = self.ranks, self.model.model.config.get_text_config().vocab_size
         generator = torch.Generator(self.device).manual_seed(self.settings.seed)
-        shape, size = (self.settings.batch_size, context), self.model.model.config.get_text_config().vocab_size
-        scored = torch.arange(max(0, context - SCORED), context, device=self.device)
-        scored = (scored + context * torch.arange(shape[0], device=self.device)[:, None]).flatten()
-        return {
-            "input_ids": torch.randint(size, shape, generator=generator, device=self.device),
-            "attention_mask": None,
-            "scored": scored,
-            "weights": torch.full((len(scored),), 1 / len(scored), device=self.device),
-        }
+        ids = torch.randint(
+            vocabulary, (self.settings.batch_size, context), generator=generator, device=self.device
+        ).chunk(ranks.data)[ranks.data_rank]
+        labels = torch.full_like(ids, UNSCORED)
+        labels[:, -SCORED:] = ids[:, -SCORED:]
+        batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "attention_mask": None}
+        if ranks.group is not None:
+            batch = split_batch(batch, ranks.part, ranks.sequence)
+        batch = with_scored(batch)
+        weights = batch["weights"].to(self.device)
+        return batch | {"weights": shared_weights(weights, ranks)}

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from duo_id.ranks import Ranks
+
 SPLITS = ("train", "validation", "test")
 UNSCORED = -100  # the label of a token that no loss looks at
 
@@ -112,3 +114,15 @@ def with_scored(batch: Mapping[str, Any], multiple: int = 1) -> dict[str, Any]:
     gap = -len(found) % multiple
     weights = torch.full((len(found),), 1 / max(len(found), 1))
     return {**batch, "scored": pad(found, (0, gap)), "weights": pad(weights, (0, gap))}
+
+
+def shared_weights(weights: Tensor, ranks: Ranks) -> Tensor:
+    """Weights with which each scored token of all ranks counts the same, in the mean of their losses.
+
+    Args:
+        weights: as of `with_scored`, one for each scored token of this rank.
+        ranks: the processes that share the step.
+    """
+    if ranks.world == 1:
+        return weights
+    return torch.ones_like(weights) / ranks.mean(weights.new_tensor(len(weights)))

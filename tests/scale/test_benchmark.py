@@ -1,0 +1,106 @@
+"""The benchmark over two processes: what it measures, and that one of them which runs out of memory ends the run."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.commands import Finished
+from tests.scale.devices import environment
+
+OVERRIDES = [
+    "task=train_step",
+    "model=tiny",
+    "trainer.devices=2",
+    "step.sequence_parallel=2",
+    "context=[61,90]",  # an odd one, and one that is too much
+    "blend=[teacher]",
+    "sink_size=4",
+    "recent_size=8",
+    "repeats=2",
+    "profile=true",
+    "compare=alone",
+    "step.streaming_backend=blocked",
+    "compile=false",
+    "model.dtype=float32",
+    "hydra.run.dir=run",
+]
+FULL = """
+import os, time
+import torch
+from duo_id import app, benchmark
+from duo_id.distillation import Distillation
+
+plain = Distillation.loss
+
+def loss(self, alpha, batch, teacher=None):
+    if os.environ.get("LOCAL_RANK") == "1" and batch["input_ids"].shape[1] == 45:
+        open("full", "w").write(str(time.time()))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return plain(self, alpha, batch, teacher)
+
+Distillation.loss = loss
+app.run("benchmark", benchmark.main)
+"""
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished, float]:
+    """A run whose second length is too much for its second process: its folder, its end, and the seconds till then."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    (folder / "command.py").write_text(FULL)
+    rows = [{"step": "ours", "status": "ok", "blend": "teacher", "context": n, "tokens_per_s": 100.0} for n in (61, 90)]
+    (folder / "alone").mkdir()
+    device = torch.cuda.get_device_name() if request.param == "gpu" else platform.processor() or "CPU"
+    alone = {"rows": rows, "model": {"name": "tiny"}, "device": device}
+    (folder / "alone" / "results.json").write_text(json.dumps(alone))
+    done = subprocess.run(
+        [sys.executable, "command.py", *OVERRIDES, f"trainer.accelerator={request.param}"],
+        cwd=folder,
+        env=environment(request.param),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (folder / "full").is_file(), done.stdout
+    return folder, Finished(done.returncode, done.stdout), time.time() - float((folder / "full").read_text())
+
+
+def test_a_process_without_memory_ends_the_run(run: tuple[Path, Finished, float]) -> None:
+    _, finished, seconds = run
+    assert finished.status not in (0, None), finished.output
+    assert seconds < 60
+    assert "Traceback" not in finished.output
+    assert "process 1 of 2 ran out of its device's memory: step.memory=least" in " ".join(finished.output.split())
+
+
+def test_what_was_measured_before_is_kept(run: tuple[Path, Finished, float]) -> None:
+    results: dict[str, Any] = json.loads((run[0] / "run" / "results.json").read_text())
+    shared = [results[key] for key in ("devices", "data_groups", "sequence_parallel", "sharded")]
+    assert shared == [2, 1, 2, True]
+    (row,) = results["rows"]
+    assert (row["step"], row["context"], row["status"]) == ("ours", 61, "ok")
+    assert row["tokens_per_s"] == pytest.approx(61 / row["ms"] * 1e3), "of all processes together"
+    assert row["efficiency"] == pytest.approx(row["tokens_per_s"] / 2 / 100)
+    assert row["plan"].startswith("memory on each device, by calculation: weights")
+    assert row["profile"]["communication"] > 0
+    if row["peak_bytes"] is not None:  # on a GPU, whose kernels are seen
+        found = row["communication"]
+        assert 0 < found["all_to_all"] <= found["all"] <= found["step"]
+        assert 0 <= found["exposed"] <= found["all"]
+    traces = [path.name for path in (run[0] / "run").glob("trace*.json")]
+    assert traces == ["trace_ours_teacher_61.json"], "of the first process alone"
+
+
+def test_only_the_first_process_speaks(run: tuple[Path, Finished, float]) -> None:
+    lines = run[1].output.splitlines()
+    assert sum(line.startswith("ours, teacher blend, 61 tokens:") for line in lines) == 1
+    assert sum("memory on each device" in line for line in lines) == 1
