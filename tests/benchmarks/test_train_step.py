@@ -16,7 +16,7 @@ from duo_id.config import ModelSettings
 from duo_id.errors import UserError
 from tests.benchmarks.cases import layers_of, named
 from tests.commands import run_command, settings_of
-from tests.conftest import tiny_model
+from tests.tiny import tiny_model
 
 SMALL = ["task=train_step", "model=tiny", "sink_size=4", "recent_size=8", "repeats=2"]
 
