@@ -10,6 +10,7 @@ import gc
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,8 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Files that take longest, first to be handed out: one of them at the end would leave all other processes idle.
 LONGEST = (
-    "test_resume.py test_packaging.py test_notebooks.py test_commands.py test_train.py test_compiled.py "
-    "test_run.py test_steps.py test_evaluate.py test_benchmark.py test_sweeps.py test_config.py"
+    "test_notebooks test_resume docs/test_commands test_train test_compiled test_evaluate scale/test_run test_sweeps "
+    "scale/test_steps test_packaging test_config test_benchmark"
 ).split()
 
 
@@ -35,8 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     A benchmark collects garbage before each measurement, and would look through all modules and all tests each time.
     """
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    places = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     gc.collect()
     gc.freeze()
 

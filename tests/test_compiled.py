@@ -23,7 +23,8 @@ def loss_and_gradient(distillation: Distillation, length: int) -> tuple[Tensor, 
     layers = distillation.layers
     alpha = gates_of(len(layers), layers[0].kv_heads).requires_grad_()
     loss = distillation.loss(alpha, batch_of(random_sample(length, length)))
-    return loss.detach(), *torch.autograd.grad(loss, alpha)
+    (gradient,) = torch.autograd.grad(loss, alpha)
+    return loss.detach(), gradient
 
 
 @pytest.mark.parametrize(("family", "more"), [("llama", range(40, 89)), ("gpt_neox", range(40, 43))])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -26,7 +27,7 @@ SHARED = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 16, "tie_word_embeddings": True},
     "mistral": {"sliding_window": None},
     "qwen2": {},
@@ -38,7 +39,7 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str, **changes: object) -> PreTrainedModel:
+def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """A frozen random model; weights larger than usual, so that attention is far from uniform."""
     config = AutoConfig.for_model(family, **{**SHARED, **FAMILIES.get(family, {}), **changes})
     with torch.random.fork_rng():
@@ -54,7 +55,7 @@ def tiny_model(family: str, **changes: object) -> PreTrainedModel:
 
 @contextmanager
 def tiny_training(
-    method: GateSettings, step: StepSettings | None = None, device: str = "cpu", **changes: object
+    method: GateSettings, step: StepSettings | None = None, device: str = "cpu", **changes: Any
 ) -> Iterator[GateTraining]:
     """The training of a tiny model, attached."""
     step = step or StepSettings()
