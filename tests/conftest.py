@@ -1,83 +1,66 @@
-"""Tiny random models of many families, shared by all tests."""
+"""What all tests share.
 
+Modules are imported by the fixtures that need them: the process that hands out tests to others reads this file too, and
+would let them wait for ten seconds.
+"""
+
+from __future__ import annotations
+
+import gc
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from duo_id.attention.gated import attached
-from duo_id.config import StepSettings
-from duo_id.methods import GateSettings
-from duo_id.models import LanguageModel, byte_tokenizer
-from duo_id.steps import prepared
-from duo_id.training import GateTraining
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-# Tiny models gain nothing by a second thread, and wait for it long where cores are busy.
-torch.set_num_threads(1)
+    from duo_id.training import GateTraining
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Sizes that differ where a mix-up would show: head_dim != hidden_size / heads wherever the family allows it.
-SHARED = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES = {
-    "llama": {"head_dim": 16, "tie_word_embeddings": True},
-    "mistral": {"sliding_window": None},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-    "gemma": {"head_dim": 16},
-    "phi3": {},
-    "stablelm": {},
-    "gpt_neox": {},
-}
+
+# Files that take longest, first to be handed out: one of them at the end would leave all other processes idle.
+LONGEST = (
+    "test_notebooks test_resume docs/test_commands test_train test_compiled test_evaluate scale/test_run test_sweeps "
+    "scale/test_steps test_packaging test_config test_benchmark"
+).split()
 
 
-def tiny_model(family: str, **changes: object) -> PreTrainedModel:
-    """A frozen random model; weights larger than usual, so that attention is far from uniform."""
-    config = AutoConfig.for_model(family, **{**SHARED, **FAMILIES.get(family, {}), **changes})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed" not in name:
-                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * 1.5)
-            elif "sinks" in name:
-                torch.nn.init.normal_(parameter)
-    return model.eval().requires_grad_(False)
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files, and spare garbage collection what was imported.
+
+    A benchmark collects garbage before each measurement, and would look through all modules and all tests each time.
+    """
+    places = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny models gain nothing by a second thread, and wait for it long where cores are busy."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
 def make_model() -> Callable[..., PreTrainedModel]:
     """The factory of tiny random models."""
+    from tests.tiny import tiny_model
+
     return tiny_model
 
 
 @pytest.fixture
-def gate_training(make_model: Callable[..., PreTrainedModel]) -> Callable[..., AbstractContextManager[GateTraining]]:
+def gate_training() -> Callable[..., AbstractContextManager[GateTraining]]:
     """Makes a `GateTraining` of a tiny model, attached while the block lasts."""
+    from tests.tiny import tiny_training
 
-    @contextmanager
-    def make(
-        method: GateSettings, step: StepSettings | None = None, device: str = "cpu", **changes: object
-    ) -> Iterator[GateTraining]:
-        step = step or StepSettings()
-        model = make_model(**{"family": "llama"} | changes).to(device)
-        language_model = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
-        with attached(model, step.backends) as layers:
-            training = GateTraining(language_model, layers, method, step, 10, [0.5]).to(device)
-            with prepared(training.distillation, step) as training.arrange:
-                yield training
-
-    return make
+    return tiny_training

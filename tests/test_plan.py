@@ -9,7 +9,7 @@ from duo_id.errors import UserError
 from duo_id.models import meta_model
 from duo_id.plan import GIB, Shape, memory_plan
 from tests.commands import settings_of
-from tests.conftest import tiny_model
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,11 @@
 """A run that is killed or interrupted and resumed ends with the gates of one left alone, bit for bit."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import Started, start
 
 OVERRIDES = [
     "model=tiny",
@@ -57,26 +58,32 @@ INTERRUPTED = [event for event in EVENTS if event.startswith("interrupted")]
 DISTURBED = [event for event in EVENTS if event != "undisturbed"]
 
 
-def start(event: str, *arguments: str, cwd: Path) -> subprocess.Popen:
-    code = f"{COUNT}\n{event}\nsys.argv = ['train', *{list(arguments)!r}]\napp.run('train', train.main)"
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def train_under(event: str, *arguments: str) -> None:
+    """The command, to which the event happens."""
+    sys.argv = ["train", *arguments]
+    exec(f"{COUNT}\n{event}\napp.run('train', train.main)", {})
+
+
+def start_run(event: str, *arguments: str, cwd: Path, file: str) -> Started:
+    return start(train_under, event, *arguments, cwd=cwd, file=cwd / file)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """Each event's run folder, its exit status and output, and those of the resumed run."""
     cwd = tmp_path_factory.mktemp("runs")
-    processes = {name: start(code, *OVERRIDES, f"hydra.run.dir={cwd / name}", cwd=cwd) for name, code in EVENTS.items()}
+    started = {
+        name: start_run(code, *OVERRIDES, f"hydra.run.dir={cwd / name}", cwd=cwd, file=f"{name}.txt")
+        for name, code in EVENTS.items()
+    }
     runs = {}
-    for name, process in processes.items():
-        output, _ = process.communicate(timeout=300)
-        runs[name] = {"folder": cwd / name, "status": process.returncode, "output": output}
-    processes = {name: start("", f"resume={cwd / name}", cwd=cwd) for name in DISTURBED}
-    for name, process in processes.items():
-        output, _ = process.communicate(timeout=300)
-        runs[name] |= {"resumed_status": process.returncode, "resumed_output": output}
+    for name, process in started.items():
+        status, output = process.finish()
+        runs[name] = {"folder": cwd / name, "status": status, "output": output}
+    started = {name: start_run("", f"resume={cwd / name}", cwd=cwd, file=f"{name}-resumed.txt") for name in DISTURBED}
+    for name, process in started.items():
+        status, output = process.finish()
+        runs[name] |= {"resumed_status": status, "resumed_output": output}
     return runs
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from duo_id.models import LanguageModel, byte_tokenizer
 from duo_id.ranks import Ranks
 from duo_id.scoring import Score, score, total
-from tests.conftest import tiny_model
+from tests.tiny import tiny_model
 
 VOCABULARY = 4
 

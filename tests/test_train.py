@@ -4,10 +4,7 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +25,7 @@ from duo_id.methods import GateSettings
 from duo_id.models import LanguageModel
 from duo_id.objectives import OBJECTIVES, Objective, Outputs
 from tests.commands import QUICK, Finished, run_command, settings_of
+from tests.processes import run_module, start
 
 ROOT = Path(__file__).parents[1]
 SIZES = [override for override in QUICK if override.startswith("data.")]
@@ -327,14 +325,13 @@ def test_a_refused_resume_does_not_spoil_the_run(tmp_path: Path) -> None:
 
 
 def test_a_sweep_makes_a_run_folder_for_each_seed_and_goes_on_after_a_failed_job(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     quicker = ["trainer.max_steps=1", "comparison.samples=1", "comparison.validation_samples=0"]
     sweep = ["seed=0,1", "data.length_min=1,700"]  # 1 is too short
-    command = [sys.executable, "-m", "duo_id.train", "--multirun", *QUICK, *quicker, *sweep]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert (done.stdout + done.stderr).count("error: ") == 2
-    assert "Traceback" not in done.stdout + done.stderr
+    command = ["duo_id.train", "--multirun", *QUICK, *quicker, *sweep]
+    status, output = start(run_module, *command, cwd=tmp_path, file=tmp_path / "output.txt").finish()
+    assert status == 2, output
+    assert output.count("error: ") == 2
+    assert "Traceback" not in output
     folders = sorted(path.parents[1] for path in (tmp_path / "outputs" / "sweeps").glob("*/*/*/heads/heads.json"))
     assert [folder.name for folder in folders] == ["2", "3"]  # after the two that failed
     assert [load_pattern(folder).provenance["seed"] for folder in folders] == [0, 1]
@@ -344,5 +341,5 @@ def test_a_sweep_makes_a_run_folder_for_each_seed_and_goes_on_after_a_failed_job
         tested = [row["answer_loss"] for row in summary["results"] if row["heads"] == "found"]
         assert math.isfinite(summary["validation_loss"])
         assert summary["validation_loss"] != pytest.approx(sum(tested) / len(tested))
-    assert "python -m duo_id.report outputs/sweeps/" in done.stdout
+    assert "python -m duo_id.report outputs/sweeps/" in output
     assert not (tmp_path / "outputs" / "train").exists()

@@ -22,7 +22,7 @@ from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.errors import UserError
 from duo_id.patterns import HeadMask
-from tests.conftest import FAMILIES
+from tests.tiny import FAMILIES
 
 WINDOW = Window(3, 8)
 TOKENS = 70

@@ -12,7 +12,7 @@ from duo_id.benchmarks.measure import decode_step
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.prefill import read_in_chunks
 from tests.benchmarks.cases import MIXED, layers_of, mask, named
-from tests.conftest import tiny_model
+from tests.tiny import tiny_model
 
 CONTEXT, BATCH = 30, 2
 ALL = torch.ones_like(MIXED)

@@ -7,7 +7,7 @@ from duo_id.benchmarks.ceilings import Ceilings
 from duo_id.benchmarks.floors import Floor, workload
 from duo_id.patterns import HeadMask
 from tests.benchmarks.cases import layers_of
-from tests.conftest import tiny_model
+from tests.tiny import tiny_model
 
 # 3 layers, hidden size 32, MLP 48, 4 query heads and 2 KV heads of 16, 96 tokens; float32
 LAYER = 32 * 64 + 2 * 32 * 32 + 64 * 32 + 3 * 32 * 48

@@ -9,7 +9,7 @@ from duo_id.benchmarks import measure
 from duo_id.benchmarks.contenders import DualAttention, StaticAttention
 from duo_id.compiled import compiled_parts
 from tests.benchmarks.cases import layers_of, make_bench, mask, named
-from tests.conftest import tiny_model
+from tests.tiny import tiny_model
 
 
 def rows_of(kind: type, **changes: Any) -> list[dict[str, Any]]:

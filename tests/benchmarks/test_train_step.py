@@ -18,7 +18,7 @@ from duo_id.plan import Shape, memory_plan
 from duo_id.ranks import check_ranks
 from tests.benchmarks.cases import layers_of, named
 from tests.commands import run_command, settings_of
-from tests.conftest import tiny_model
+from tests.tiny import tiny_model
 
 SMALL = ["task=train_step", "model=tiny", "sink_size=4", "recent_size=8", "repeats=2"]
 

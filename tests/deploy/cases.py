@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duo_id import HeadMask
-from tests.conftest import FAMILIES, tiny_model
 from tests.deploy.reference import brute_force
+from tests.tiny import FAMILIES, tiny_model
 
 SINK, RECENT = 3, 8
 PROMPT, TOKENS = 70, 84  # each prompt, and with what is decoded after it: seven windows

@@ -10,7 +10,6 @@ from transformers import DynamicCache
 from duo_id import DualCache, dual_cache, duo_attention
 from duo_id.deploy.stores import FullStore
 from duo_id.errors import UserError
-from tests.conftest import tiny_model
 from tests.deploy.cases import (
     LENGTHS,
     PROMPT,
@@ -28,6 +27,7 @@ from tests.deploy.cases import (
     reference,
     run,
 )
+from tests.tiny import tiny_model
 
 WINDOW = SINK + RECENT
 SOME = ("llama", "gpt_neox", "gemma3_text")

@@ -14,8 +14,8 @@ from duo_id import DualCache, HeadMask, dual_cache, duo_attention, install, pref
 from duo_id.errors import UserError
 from duo_id.models import byte_tokenizer
 from duo_id.patterns import random_mask
-from tests.conftest import tiny_model
 from tests.deploy.cases import HYBRID, TOKENS, build, case, check_equal, mask_for, random_ids, reference, run
+from tests.tiny import tiny_model
 
 SHARED_KV: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4},

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from duo_id import HeadMask, dual_cache, duo_attention
 from duo_id.deploy.memory import cache_bytes, plot_cache_bytes
 from duo_id.errors import UserError
-from tests.conftest import tiny_model
+from tests.tiny import tiny_model
 
 MASK = HeadMask(torch.tensor([[True, False], [False, False], [True, True]]), 3, 5)
 

@@ -17,7 +17,7 @@ from duo_id.evaluation.comparison import Result, check_window, compare, results_
 from duo_id.models import LanguageModel, byte_tokenizer
 from duo_id.patterns import HeadMask, HeadPattern, random_mask
 from duo_id.scoring import Score, score
-from tests.conftest import tiny_model
+from tests.tiny import tiny_model
 
 PATTERN = HeadPattern(torch.tensor([[0.1, 0.9], [0.3, 0.2], [0.8, 0.4]]), sink_size=2, recent_size=4)
 

@@ -8,7 +8,7 @@ from duo_id.evaluation.items import Item, Question
 from duo_id.evaluation.reading import Answers, Reader, batches, end_tokens
 from duo_id.models import LanguageModel, byte_tokenizer
 from duo_id.patterns import HeadPattern
-from tests.conftest import tiny_model
+from tests.tiny import tiny_model
 
 PATTERN = HeadPattern(torch.tensor([[0.1, 0.9], [0.3, 0.2], [0.8, 0.4]]), sink_size=4, recent_size=16)
 NEW_TOKENS = 6

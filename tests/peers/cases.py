@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from duo_id.evaluation.items import Item, Question
 from duo_id.evaluation.peers import write_samples
 from duo_id.models import byte_tokenizer
-from tests.conftest import tiny_model
+from tests.tiny import tiny_model
 
 SINK, RECENT, TOKENS = 4, 12, 120
 

@@ -24,8 +24,8 @@ from duo_id.patterns import HeadPattern
 from duo_id.ranks import Ranks
 from duo_id.recompute import recomputed
 from duo_id.training import GateTraining
-from tests.conftest import FAMILIES, SHARED
 from tests.planted import random_sample
+from tests.tiny import FAMILIES, SHARED
 
 LENGTHS = (61, 40, 83, 57)  # odd and even; none divides by 2 and 4
 PATTERN = HeadPattern(torch.tensor([[0.1, 0.9, 0.7], [0.3, 0.2, 0.6], [0.8, 0.4, 0.5]]), sink_size=2, recent_size=8)

@@ -1,7 +1,6 @@
-"""One of the processes of a test: `python -m tests.scale.process RANK WORLD DEVICE FOLDER DIVISION...`."""
+"""One of the processes of a test."""
 
 import os
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,8 +9,10 @@ import torch.distributed as dist
 
 from tests.scale.cases import everything
 
-if __name__ == "__main__":
-    rank, world, device, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+
+def take_part(rank: int, world: int, device: str, folder: Path, divisions: list[str]) -> None:
+    """Meet the others and do everything over each division, such as 2x1x1: data x sequence x sharded."""
+    torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -22,8 +23,8 @@ if __name__ == "__main__":
         world_size=world,
         timeout=timedelta(seconds=120),
     )
-    divisions = [
-        (int(data), int(sequence), sharded == "1") for data, sequence, sharded in (x.split("x") for x in sys.argv[5:])
+    parts = [
+        (int(data), int(sequence), sharded == "1") for data, sequence, sharded in (x.split("x") for x in divisions)
     ]
-    everything(rank, world, divisions, device, folder)
+    everything(rank, world, parts, device, folder)
     dist.destroy_process_group()

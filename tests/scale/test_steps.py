@@ -1,8 +1,5 @@
 """Any division of a step among processes gives one process's loss, gradients and scores."""
 
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,30 +9,23 @@ import torch
 from torch import Tensor
 
 from duo_id.ranks import Ranks
+from tests.processes import start
 from tests.scale.cases import CASES, measured, scores, step
+from tests.scale.process import take_part
 
-ROOT = Path(__file__).parents[2]
 TWO = ["2x1x1", "1x2x0", "1x2x1"]  # data x sequence x sharded
 FOUR = ["4x1x0", "4x1x1", "2x2x0", "2x2x1", "1x4x1"]
 
 
 def together(world: int, divisions: list[str], device: str, folder: Path) -> dict[str, Any]:
     """What the first of `world` processes found."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.scale.process", str(rank), str(world), device, str(folder), *divisions],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    environment = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    started = [
+        start(take_part, rank, world, device, folder, divisions, cwd=folder, file=folder / f"{rank}.txt", **environment)
         for rank in range(world)
     ]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(outputs)[-4000:]
+    ended = [process.finish(600) for process in started]
+    assert not any(status for status, _ in ended), "\n".join(output for _, output in ended)[-4000:]
     return torch.load(folder / "found.pt")
 
 

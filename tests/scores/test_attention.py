@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from duo_id.attention.gated import bound_functions
 from duo_id.attention.softmax import Softmax
 from duo_id.scores.attention import ROWS, score_attention, weights
-from tests.conftest import FAMILIES
 from tests.dense import dense_attention
 from tests.scores.conftest import grouped, subject_of
 from tests.test_distillation import HYBRID
+from tests.tiny import FAMILIES
 
 MakeModel = Callable[..., PreTrainedModel]
 Rows = Iterator[tuple[Tensor, Tensor]]

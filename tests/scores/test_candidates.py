@@ -14,11 +14,11 @@ from duo_id.objectives import OBJECTIVES, Objective, make_objective
 from duo_id.patterns import HeadMask
 from duo_id.scores.candidates import MaskLosses, grow
 from duo_id.scores.subject import Subject
-from tests.conftest import FAMILIES
 from tests.dense import dense_attention, plain_outputs, slow_objective
 from tests.planted import random_sample
 from tests.scores.conftest import WINDOW, subject_of
 from tests.test_distillation import HYBRID
+from tests.tiny import FAMILIES
 
 MakeModel = Callable[..., PreTrainedModel]
 MODELS: list[tuple[str, dict[str, Any]]] = [*((family, {}) for family in FAMILIES), ("gemma3_text", HYBRID)]
