@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from hydra._internal.hydra import Hydra
 from omegaconf import DictConfig
 
 from duo_id import app, benchmark, evaluate, train
@@ -80,6 +81,8 @@ def run_command(
         redirect_stderr(output),
         patch.object(sys, "argv", [name, *overrides]),
         patch.dict(os.environ),
+        # Hydra composes all settings an extra time to look for hydra.mode, which nothing in conf/ sets.
+        patch.object(Hydra, "get_mode", return_value=None),
     ):
         try:
             app.run(name, command or COMMANDS[name])

@@ -54,6 +54,12 @@ def run_module(name: str, *arguments: str) -> None:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
+def run_file(path: str, *arguments: str) -> None:
+    """`python path argument...`."""
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
+
+
 def _printing(
     function: Callable[..., object], arguments: tuple[Any, ...], cwd: Path, file: Path, environment: dict[str, str]
 ) -> None:

@@ -1,7 +1,7 @@
 """Steps that any number of processes must take alike, and how one process of them does its part."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from duo_id.attention.gated import Backends, attached
+from duo_id.attention.probe import AttentionLayer
 from duo_id.benchmarks.ceilings import Ceilings
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.benchmarks.train_step import StepBench
@@ -77,6 +79,14 @@ def divided(rank: int, data: int, sequence: int, sharded: bool) -> Ranks:
     return Ranks(data, sequence, rank, sharded, group)
 
 
+def compiled(
+    model: PreTrainedModel, layers: Sequence[AttentionLayer], ranks: Ranks, device: str
+) -> AbstractContextManager[None]:
+    """Compiled layers; graphs of any length of a sharded model take half a minute, so two processes on a CPU fix it."""
+    dynamic = not ranks.sharded or ranks.world > 2 or device != "cpu"
+    return compiled_parts(model, layers, attention=True, dynamic=dynamic, backend="eager")
+
+
 @contextmanager
 def loaded(case: Case, ranks: Ranks, device: str) -> Iterator[tuple[LanguageModel, GateTraining]]:
     """The case's model and gates, attached."""
@@ -84,7 +94,7 @@ def loaded(case: Case, ranks: Ranks, device: str) -> Iterator[tuple[LanguageMode
     model = load_model(case.settings(), device, 0, ranks)
     with (
         attached(model.model, BACKENDS, ranks.group) as layers,
-        compiled_parts(model.model, layers, attention=True, backend="eager") if case.compile else nullcontext(),
+        compiled(model.model, layers, ranks, device) if case.compile else nullcontext(),
         recomputed(model.model, layers) if case.recompute else nullcontext(),
     ):
         settings = StepSettings(streaming_backend=BACKENDS.streaming)

@@ -1,15 +1,13 @@
 """Where processes of a test run."""
 
-import os
-
 import pytest
 import torch
 
 
 def environment(device: str) -> dict[str, str]:
-    """Variables for processes on `cpu`, or on two GPUs, without which the test is skipped."""
+    """Variables of processes on `cpu`, or on two GPUs, without which the test is skipped."""
     if device == "cpu":
-        return os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        return {"CUDA_VISIBLE_DEVICES": ""}
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    return dict(os.environ)
+    return {}

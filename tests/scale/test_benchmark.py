@@ -2,8 +2,6 @@
 
 import json
 import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from tests.commands import Finished
+from tests.processes import run_file, start
 from tests.scale.devices import environment
 
 OVERRIDES = [
@@ -60,18 +59,18 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     device = torch.cuda.get_device_name() if request.param == "gpu" else platform.processor() or "CPU"
     alone = {"rows": rows, "model": {"name": "tiny"}, "device": device}
     (folder / "alone" / "results.json").write_text(json.dumps(alone))
-    done = subprocess.run(
-        [sys.executable, "command.py", *OVERRIDES, f"trainer.accelerator={request.param}"],
+    started = start(
+        run_file,
+        "command.py",
+        *OVERRIDES,
+        f"trainer.accelerator={request.param}",
         cwd=folder,
-        env=environment(request.param),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
+        file=folder / "output.txt",
+        **environment(request.param),
     )
-    assert (folder / "full").is_file(), done.stdout
-    return folder, Finished(done.returncode, done.stdout), time.time() - float((folder / "full").read_text())
+    finished = Finished(*started.finish())
+    assert (folder / "full").is_file(), finished.output
+    return folder, finished, time.time() - float((folder / "full").read_text())
 
 
 def test_a_process_without_memory_ends_the_run(run: tuple[Path, Finished, float]) -> None:

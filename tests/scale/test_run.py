@@ -1,7 +1,5 @@
 """The command over two processes that Lightning starts: a lost one ends the run, and one process goes on with it."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 from duo_id.formats import load_pattern
 from duo_id.patterns import HeadPattern
 from tests.commands import Finished, run_command
+from tests.processes import run_file, start
 from tests.scale.devices import environment
 
 OVERRIDES = [
@@ -61,25 +60,20 @@ def lost(device: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, F
     """A run whose second process is killed in its fourth step: its folder, its end, and the seconds till then."""
     folder = tmp_path_factory.mktemp("lost")
     (folder / "command.py").write_text(LOST)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "command.py",
-            *OVERRIDES,
-            f"trainer.accelerator={device}",
-            "trainer.devices=2",
-            "step.sequence_parallel=2",
-            "hydra.run.dir=run",
-        ],
+    started = start(
+        run_file,
+        "command.py",
+        *OVERRIDES,
+        f"trainer.accelerator={device}",
+        "trainer.devices=2",
+        "step.sequence_parallel=2",
+        "hydra.run.dir=run",
         cwd=folder,
-        env=environment(device),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
+        file=folder / "output.txt",
+        **environment(device),
     )
-    return folder, Finished(done.returncode, done.stdout), time.time() - float((folder / "lost").read_text())
+    finished = Finished(*started.finish())
+    return folder, finished, time.time() - float((folder / "lost").read_text())
 
 
 @pytest.fixture(scope="module")

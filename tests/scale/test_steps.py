@@ -1,5 +1,6 @@
 """Any division of a step among processes gives one process's loss, gradients and scores."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from duo_id.ranks import Ranks
 from tests.processes import start
 from tests.scale.cases import CASES, measured, scores, step
+from tests.scale.devices import environment
 from tests.scale.process import take_part
 
 TWO = ["2x1x1", "1x2x0", "1x2x1"]  # data x sequence x sharded
@@ -19,9 +21,9 @@ FOUR = ["4x1x0", "4x1x1", "2x2x0", "2x2x1", "1x4x1"]
 
 def together(world: int, divisions: list[str], device: str, folder: Path) -> dict[str, Any]:
     """What the first of `world` processes found."""
-    environment = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    given = environment(device)
     started = [
-        start(take_part, rank, world, device, folder, divisions, cwd=folder, file=folder / f"{rank}.txt", **environment)
+        start(take_part, rank, world, device, folder, divisions, cwd=folder, file=folder / f"{rank}.txt", **given)
         for rank in range(world)
     ]
     ended = [process.finish(600) for process in started]
@@ -31,9 +33,11 @@ def together(world: int, divisions: list[str], device: str, folder: Path) -> dic
 
 @cache
 def alone(name: str, device: str) -> Any:
-    """What one process computes."""
+    """What one process computes, uncompiled."""
     others = {"scores": scores, "measured": measured}
-    return others[name](Ranks(), device) if name in others else step(CASES[name], Ranks(), device)
+    return (
+        others[name](Ranks(), device) if name in others else step(replace(CASES[name], compile=False), Ranks(), device)
+    )
 
 
 def close(found: Any, name: str, rtol: float = 1e-5, device: str = "cpu") -> None:
@@ -64,8 +68,6 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     return together(2, TWO, "cuda", tmp_path_factory.mktemp("gpus"))
 
 
