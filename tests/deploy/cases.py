@@ -14,8 +14,8 @@ from tests.deploy.reference import brute_force
 from tests.tiny import FAMILIES, tiny_model
 
 SINK, RECENT = 3, 8
-PROMPT, TOKENS = 70, 84  # each prompt, and with what is decoded after it: seven windows
-LENGTHS = (PROMPT, 41, 5)  # real tokens of the prompts of a padded batch; the last fits into the window
+PROMPT, TOKENS = 48, 58  # each prompt, and with what is decoded after it: five windows
+LENGTHS = (PROMPT, 33, 5)  # real tokens of the prompts of a padded batch; the last fits into the window
 HYBRID = ["sliding_attention", "full_attention"] * 2
 EVERY_FAMILY: dict[str, dict[str, Any]] = FAMILIES | {
     "mixtral": {"sliding_window": None},

@@ -39,6 +39,8 @@ def one_by_one(subject: Subject, masks: Tensor, objective: Objective, tokens: st
     """Mean over the samples, with the package's own forward under one mask."""
     distillation, found = subject.distillation(objective, tokens), []
     gated = [layer.index for layer in subject.layers]
+    batches = [subject.batch(sample) for sample in SAMPLES]
+    teachers = [distillation.teacher(batch) for batch in batches]
     for mask in masks:
         retrieval = torch.ones(subject.model.num_layers, subject.shape[1], dtype=torch.bool)
         retrieval[gated] = mask
@@ -46,9 +48,7 @@ def one_by_one(subject: Subject, masks: Tensor, objective: Objective, tokens: st
             subject.layers, HeadMask(retrieval, WINDOW.sink_size, WINDOW.recent_size, tuple(gated)), Backends()
         )
         total = torch.zeros(())
-        for sample in SAMPLES:
-            batch = subject.batch(sample)
-            teacher = distillation.teacher(batch)
+        for batch, teacher in zip(batches, teachers, strict=True):
             with torch.no_grad(), bound(subject.layers, functions):
                 student = distillation.outputs(batch)
             total = total + (objective(student, teacher.outputs or student) * teacher.weights).sum()
