@@ -26,13 +26,10 @@ class Kernel:
     """A forked kernel with what Jupyter asks of a subprocess."""
 
     process: BaseProcess
+    pid: int
     stdin: None = None
     stdout: None = None
     stderr: None = None
-
-    @property
-    def pid(self) -> int | None:
-        return self.process.pid
 
     def poll(self) -> int | None:
         return self.process.exitcode
@@ -42,7 +39,7 @@ class Kernel:
         return self.process.exitcode
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
+        os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.process.kill()
@@ -57,9 +54,10 @@ def serve(command: list[str]) -> None:
 def forked(command: list[str], cwd: str, env: dict[str, str], **others: Any) -> Kernel:
     """In place of jupyter_client.launcher.launch_kernel: a kernel that has the modules already."""
     process = start(serve, command, cwd=Path(cwd), file=Path(os.devnull), **env).process
+    assert process.pid is not None
     for _ in range(600):
         if os.getpgid(process.pid) == process.pid:  # signals go to its group, which must not be this process's
-            return Kernel(process)
+            return Kernel(process, process.pid)
         time.sleep(0.1)
     process.kill()
     raise TimeoutError(command)

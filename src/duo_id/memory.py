@@ -95,7 +95,7 @@ class Plan:
         tokens: of the step, all samples together.
         weights: bytes.
         activations: bytes kept for the backward pass, the teacher's outputs among them.
-        buffers: bytes that come and go: one layer that is computed again, with its gradients; libraries; what is spared.
+        buffers: bytes that come and go: a layer that is computed again, with its gradients; libraries; what is spared.
         budget: bytes; None: there is no limit.
     """
 
