@@ -32,7 +32,7 @@ from duo_id.scoring import Score, score
 from duo_id.steps import SHAPES, Arrange
 
 StepBatch = dict[str, Any]  # with what `with_scored` adds
-SCORED_MULTIPLE = 256  # CUDA graphs have a fixed number of scored tokens: padded to a multiple of this, at weight 0
+LEAST_SCORED = 512  # CUDA graphs have a fixed number of scored tokens: this, or twice, four times, ... as many
 
 
 class GateTraining(lightning.LightningModule):
@@ -112,7 +112,7 @@ class GateTraining(lightning.LightningModule):
         if ranks.group is not None:
             own = split_batch(batch, ranks.part, ranks.sequence)
         sample = {key: batch[key][0] for key in ("input_ids", "answers")}
-        return with_scored(own, SCORED_MULTIPLE if self.step.cuda_graphs else 1) | {"length": length, "sample": sample}
+        return with_scored(own, LEAST_SCORED if self.step.cuda_graphs else 0) | {"length": length, "sample": sample}
 
     def on_after_batch_transfer(self, batch: StepBatch, dataloader_idx: int) -> StepBatch:
         """Let each scored token of all ranks count the same, and a rank that has more of them the more."""

@@ -33,6 +33,7 @@ class BenchmarkSettings:
     recent_size: int = MISSING  # tokens, the query's own among them
     step: StepSettings = field(default_factory=StepSettings)  # train_step: ours
     blend: list[str] = field(default_factory=lambda: ["student"])  # train_step: student | teacher | detached
+    beside: bool = True  # train_step: the step in the published shape too, on one device
     profile: bool = False  # train_step: also where the time goes
     batch_size: int = 1  # samples, of all devices together
     trainer: dict[str, Any] = field(default_factory=lambda: {"_target_": "lightning.Trainer"})  # train_step: devices

@@ -63,9 +63,8 @@ class StepBench:
         compiles = self.device.type == "cuda" if settings.compile is None else settings.compile
         ours = replace(settings.step, compile=settings.step.compile or compiles)
         paper = replace(settings.step, shape="paper", memory="least", compile=False)
-        self.steps = {"ours": ours, "paper": paper} if ours.shape == "fast" else {"paper": paper}
-        if self.ranks.world > 1:
-            self.steps = {"ours": ours}
+        beside = settings.beside and self.ranks.world == 1
+        self.steps = {"paper": paper} if ours.shape == "paper" else {"ours": ours} | ({"paper": paper} if beside else {})
         limit = language_model.max_length
         if limit is not None and settings.context[-1] > limit:
             raise UserError(

@@ -105,13 +105,16 @@ def split_batch(batch: Mapping[str, Any], part: int, parts: int) -> dict[str, An
     return kept | {"attention_mask": None, "position_ids": places.clamp(max=tokens - 1).to(kept["input_ids"].device)}
 
 
-def with_scored(batch: Mapping[str, Any], multiple: int = 1) -> dict[str, Any]:
+def with_scored(batch: Mapping[str, Any], least: int = 0) -> dict[str, Any]:
     """Add `scored`, the flat indices of the labelled tokens, and `weights`, which make a sum over them a mean.
 
-    Their number is padded to a multiple of `multiple`, at weight 0.
+    With `least`, their number is padded at weight 0 to the next of `least`, 2 * `least`, 4 * `least`, ...
     """
     found = (batch["labels"].flatten() != UNSCORED).nonzero()[:, 0]
-    gap = -len(found) % multiple
+    size = least
+    while 0 < size < len(found):
+        size *= 2
+    gap = max(size - len(found), 0)
     weights = torch.full((len(found),), 1 / max(len(found), 1))
     return {**batch, "scored": pad(found, (0, gap)), "weights": pad(weights, (0, gap))}
 
