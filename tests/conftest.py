@@ -25,8 +25,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Files that take longest, first to be handed out: one of them at the end would leave all other processes idle.
 LONGEST = (
-    "test_notebooks test_resume docs/test_commands test_train test_compiled test_evaluate scale/test_run test_sweeps "
-    "scale/test_steps test_packaging test_config test_benchmark"
+    "deploy/test_exact docs/test_commands test_notebooks test_evaluate test_resume test_train test_compiled "
+    "test_sweeps scale/test_steps test_packaging data/test_drafting scale/test_run scale/test_benchmark test_config "
+    "attention/test_backends deploy/test_cache scores/test_registry scores/test_candidates"
 ).split()
 
 
