@@ -1,7 +1,6 @@
 """Any method on any model: from settings to a head pattern, perhaps from several seeds."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch import Tensor
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.checkpoints import CHECKPOINT, AtomicCheckpointIO, LastCheckpoint
-from duo_id.compiled import compiled_parts
 from duo_id.config import MethodSettings, TrainSettings, require
 from duo_id.data.module import SampleModule
 from duo_id.formats import load_pattern
@@ -99,8 +97,7 @@ def identify(method: MethodSettings, run: Run) -> HeadPattern:
     samples = data.samples("train", method.samples)
     if isinstance(method, SearchSettings):
         start = _start(method, run)
-        with compiled_parts(run.model.model, run.layers, True) if run.settings.step.compile else nullcontext():
-            scores, told = search_scores(subject, samples, method, start, run.folder, run.console)
+        scores, told = search_scores(subject, samples, method, start, run.folder, run.console)
         return run.pattern(method, scores, **told)
     return run.pattern(method, mean_scores(subject, samples, method, run.console))
 
