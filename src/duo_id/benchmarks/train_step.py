@@ -64,7 +64,9 @@ class StepBench:
         ours = replace(settings.step, compile=settings.step.compile or compiles)
         paper = replace(settings.step, shape="paper", memory="least", compile=False)
         beside = settings.beside and self.ranks.world == 1
-        self.steps = {"paper": paper} if ours.shape == "paper" else {"ours": ours} | ({"paper": paper} if beside else {})
+        self.steps = {"paper": paper} if ours.shape == "paper" else {"ours": ours}
+        if beside:
+            self.steps["paper"] = paper
         limit = language_model.max_length
         if limit is not None and settings.context[-1] > limit:
             raise UserError(
