@@ -24,6 +24,7 @@ COMMANDS = {"train": train.main, "evaluate": evaluate.main, "benchmark": benchma
 # A run of two steps on tiny random weights. A token is a byte, so contexts are long.
 QUICK = [
     "model=tiny",
+    "data=passkey",
     "data.length_min=700",
     "data.length_max=800",
     "data.num_lengths=2",

@@ -184,7 +184,7 @@ def test_a_wrong_value_is_one_line_that_names_the_override(key: str, base: dict[
         ({"data.haystack.source": "file"}, "data.haystack.path=FILE"),
         ({"data.haystack.source": "hub"}, "data.haystack.id=DATASET"),
         ({"data.task": "disk"}, "data.path=DIR"),
-        ({"data.task": "mixture", "data.mixture.text": 0.0}, "data.mixture.passkey=1"),
+        ({"data.mixture": {"passkey": 0.0, "text": 0.0}}, "data.mixture.passkey=1"),
         ({"data.curriculum": 9, "data.num_lengths": 1}, "data.curriculum=9 needs data.num_lengths"),
         ({"data.depth_min": 0.8, "data.depth_max": 0.2}, "data.depth_min=0.8 and data.depth_max=0.2"),
         ({"method.sink_size": 100, "method.recent_size": 156}, "= 256 must be below data.length_min=256"),

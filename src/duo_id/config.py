@@ -99,6 +99,7 @@ class DataSettings:
     answer_words: int = 1  # key_value, multi_query
     answer_tokens: int = 1  # copying
     text_skip: int = 64  # text: tokens at the beginning that are not labelled
+    text_tokens: int | None = None  # text: so many are labelled at most, the last; null: all
     depth_min: float = 0.05  # of the haystack, or the records
     depth_max: float = 0.95
     score: str = "answers"  # what is labelled: answers | questions | all (also what separates them)
@@ -117,6 +118,9 @@ class DataSettings:
         require(self.num_lengths >= 1, f"data.num_lengths={self.num_lengths} must be at least 1")
         for key in ("passkey_words", "num_questions", "answer_words", "answer_tokens"):
             require(getattr(self, key) >= 1, f"data.{key}={getattr(self, key)} must be at least 1")
+        require(
+            self.text_tokens is None or self.text_tokens >= 1, f"data.text_tokens={self.text_tokens} must be at least 1"
+        )
         for key in ("text_skip", "curriculum"):
             require(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)} must not be negative")
         require(

@@ -14,6 +14,14 @@ def test_all_tokens_after_the_skipped_ones_are_labelled(quick, any_tokenizer, sk
     assert torch.equal(sample["answers"], (places >= skip).long())
 
 
+@pytest.mark.parametrize(("most", "labelled"), [(1, 1), (100, 100), (636, 636), (637, 636), (None, 636)])
+def test_the_last_tokens_alone_are_labelled(quick, any_tokenizer, most, labelled):
+    sample = TextTask(quick(text_skip=64, text_tokens=most), any_tokenizer, "train").sample(0, seed=0)
+    assert sample["answers"].tolist() == [0] * (700 - labelled) + [1] * labelled
+    whole = TextTask(quick(text_skip=64), any_tokenizer, "train").sample(0, seed=0)
+    assert torch.equal(sample["input_ids"], whole["input_ids"])
+
+
 def test_first_token_is_never_labelled(quick, any_tokenizer):
     sample = TextTask(quick(text_skip=0), any_tokenizer, "train").sample(0, seed=0)
     assert sample["labels"][0] == -100

@@ -1,4 +1,4 @@
-"""The text task: natural text in which every token is an answer, as in language modelling."""
+"""The text task: natural text whose tokens are the answer, as in language modelling."""
 
 import random
 
@@ -7,7 +7,7 @@ from duo_id.data.drafting import DraftedTask, Piece
 
 
 class TextTask(DraftedTask):
-    """Hay without anything around it; all tokens but the first `text_skip` are labelled, as one answer."""
+    """Hay without anything around it, of which the last `text_tokens` but never the first `text_skip` are one answer."""
 
     def prepare(self) -> None:
         """Find where labels begin.
@@ -23,4 +23,5 @@ class TextTask(DraftedTask):
     def draft(self, rng: random.Random, length: int) -> tuple[list[int], list[Piece]]:
         """Hay, cut in two where labels begin."""
         tokens = self.start + self.hay(rng, length - len(self.start))
-        return tokens[: self.skip], [("answer", tokens[self.skip :])]
+        begin = max(self.skip, len(tokens) - (self.settings.text_tokens or len(tokens)))
+        return tokens[:begin], [("answer", tokens[begin:])]
