@@ -14,6 +14,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+# Whoever asks at import whether there is a GPU must not initialise CUDA, which forked processes could not use then.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 SPAWNING = multiprocessing.get_context("forkserver")
 SPAWNING.set_forkserver_preload(
     ["duo_id.train", "transformers.models.llama.modeling_llama", "matplotlib.backends.backend_agg"]

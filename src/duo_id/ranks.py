@@ -163,7 +163,8 @@ def launch(
         return plan.strategy.root_device, Ranks()
     parent = os.getppid() if "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ else None
     watcher = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
-    watcher.setLevel(logging.INFO)  # says which process ended the run
+    watcher.setLevel(logging.INFO)  # says which process ended the run,
+    watcher.disabled = False  # though Hydra's configuration of logging silences whatever logger was there before
     fabric = lightning.Fabric(
         accelerator=trainer.get("accelerator", "auto"),
         devices=plan.num_devices,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from duo_id.compiled import compiled_parts
 from duo_id.config import ModelSettings, StepSettings
 from duo_id.data.samples import collate
 from duo_id.evaluation.comparison import compare
+from duo_id.files import atomic_path
 from duo_id.methods import GateSettings
 from duo_id.models import LanguageModel, load_model
 from duo_id.patterns import HeadPattern
@@ -148,13 +150,22 @@ def scores(ranks: Ranks, device: str = "cpu") -> Tensor:
 
 
 def everything(rank: int, world: int, divisions: list[tuple[int, int, bool]], device: str, folder: Path) -> None:
-    """All cases and the comparison, over each division of the processes; the first leaves the results."""
+    """All cases and the comparison, over each division of the processes; the first leaves the results.
+
+    Raises:
+        RuntimeError: something failed; its one line says what and how. What was found before is left all the same.
+    """
     found: dict[str, Any] = {}
     for data, sequence, sharded in divisions:
         ranks = divided(rank, data, sequence, sharded)
-        name = f"{data} x {sequence}{' sharded' * sharded}"
-        found |= {f"{name}: {key}": step(case, ranks, device) for key, case in CASES.items()}
-        found[f"{name}: measured"] = measured(ranks, device)
-        found[f"{name}: scores"] = scores(ranks, device)
-    if rank == 0:
-        torch.save(found, folder / "found.pt")
+        parts = {key: partial(step, case) for key, case in CASES.items()} | {"measured": measured, "scores": scores}
+        for key, part in parts.items():
+            name = f"{data} x {sequence}{' sharded' * sharded}: {key}"
+            try:
+                found[name] = part(ranks, device)
+            except Exception as error:
+                told = next(iter(str(error).splitlines()), "")
+                raise RuntimeError(f"{name}: {type(error).__name__}: {told}") from error
+            if rank == 0:
+                with atomic_path(folder / "found.pt") as beside:
+                    torch.save(found, beside)

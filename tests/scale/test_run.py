@@ -40,9 +40,11 @@ plain, calls = GateTraining.training_step, [0]
 
 def step(self, *given):
     calls[0] += 1
-    if os.environ.get("LOCAL_RANK") == "1" and calls[0] == 4:
-        open("lost", "w").write(str(time.time()))
-        os.kill(os.getpid(), signal.SIGKILL)
+    if calls[0] == 4:
+        if os.environ.get("LOCAL_RANK") == "1":
+            open("lost", "w").write(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(float(os.environ["WAIT"]))
     return plain(self, *given)
 
 GateTraining.training_step = step
@@ -58,7 +60,11 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def lost(device: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished, float]:
     """A run whose second process is killed in its fourth step: its folder, its end, and the seconds till then."""
-    folder = tmp_path_factory.mktemp("lost")
+    return lose(device, tmp_path_factory.mktemp("lost"))
+
+
+def lose(device: str, folder: Path, wait: int = 0) -> tuple[Path, Finished, float]:
+    """The first process waits `wait` seconds before it communicates with the one that is lost."""
     (folder / "command.py").write_text(LOST)
     started = start(
         run_file,
@@ -70,6 +76,7 @@ def lost(device: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, F
         "hydra.run.dir=run",
         cwd=folder,
         file=folder / "output.txt",
+        WAIT=str(wait),
         **environment(device),
     )
     finished = Finished(*started.finish())
@@ -91,6 +98,15 @@ def test_a_lost_process_ends_the_run_with_what_to_do(lost: tuple[Path, Finished,
     assert "python -m duo_id.train resume=" in finished.output
     assert "another process of this run has ended" in finished.output or "terminated with code -9" in finished.output
     assert {path.name for path in (folder / "run" / "checkpoints").iterdir()} == {"last.ckpt"}
+
+
+def test_a_lost_process_is_named_where_the_others_only_wait(tmp_path: Path) -> None:
+    """As NCCL does, which notices nothing for minutes; gloo's connections close at once."""
+    _, finished, seconds = lose("cpu", tmp_path, wait=100)
+    assert finished.status not in (0, None), finished.output
+    assert seconds < 60
+    assert "terminated with code -9" in finished.output
+    assert "python -m duo_id.train resume=" in finished.output
 
 
 def test_only_the_first_process_speaks_and_says_what_memory_is_needed(lost: tuple[Path, Finished, float]) -> None:

@@ -1,7 +1,9 @@
 """Any division of a step among processes gives one process's loss, gradients and scores."""
 
+import time
 from dataclasses import replace
 from functools import cache
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,36 @@ TWO = ["2x1x1", "1x2x0", "1x2x1"]  # data x sequence x sharded
 FOUR = ["4x1x0", "4x1x1", "2x2x0", "2x2x1", "1x4x1"]
 
 
-def together(world: int, divisions: list[str], device: str, folder: Path) -> dict[str, Any]:
-    """What the first of `world` processes found."""
+Found = tuple[dict[str, Any], str]  # what the processes found, and why it is not all
+
+
+def together(world: int, divisions: list[str], device: str, folder: Path) -> Found:
+    """What the first of `world` processes found; one that fails ends the others, which would wait for it."""
     given = environment(device)
     started = [
         start(take_part, rank, world, device, folder, divisions, cwd=folder, file=folder / f"{rank}.txt", **given)
         for rank in range(world)
     ]
-    ended = [process.finish(600) for process in started]
-    assert not any(status for status, _ in ended), "\n".join(output for _, output in ended)[-4000:]
-    return torch.load(folder / "found.pt")
+    running, end, failed = list(range(world)), time.monotonic() + 600, None
+    while running and failed is None and time.monotonic() < end:
+        wait([started[rank].process.sentinel for rank in running], timeout=1)
+        ended = [rank for rank in running if started[rank].process.exitcode is not None]
+        failed = next((rank for rank in ended if started[rank].process.exitcode), None)
+        running = [rank for rank in running if rank not in ended]
+    for rank in running:
+        started[rank].process.kill()
+    found = torch.load(folder / "found.pt") if (folder / "found.pt").exists() else {}
+    if failed is None and not running:
+        return found, ""
+    failed = running[0] if failed is None else failed  # too slow
+    status, output = started[failed].finish()
+    last = (output.strip().splitlines() or [""])[-1]
+    return found, f"process {failed} of {world}, status {status}: {last}\n{output[-6000:]}"
+
+
+def part(found: Found, name: str) -> Any:
+    assert name in found[0], found[1]
+    return found[0][name]
 
 
 @cache
@@ -57,35 +79,35 @@ def named(divisions: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def two(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return together(2, TWO, "cpu", tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def four(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return together(4, FOUR, "cpu", tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture(scope="module")
-def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return together(2, TWO, "cuda", tmp_path_factory.mktemp("gpus"))
 
 
 @pytest.mark.parametrize("division", named(TWO))
 @pytest.mark.parametrize("name", [*CASES, "measured", "scores"])
-def test_two_processes_are_one(division: str, name: str, two: dict[str, Any]) -> None:
-    close(two[f"{division}: {name}"], name)
+def test_two_processes_are_one(division: str, name: str, two: Found) -> None:
+    close(part(two, f"{division}: {name}"), name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("division", named(FOUR))
 @pytest.mark.parametrize("name", [*CASES, "measured", "scores"])
-def test_four_processes_are_one(division: str, name: str, four: dict[str, Any]) -> None:
-    close(four[f"{division}: {name}"], name)
+def test_four_processes_are_one(division: str, name: str, four: Found) -> None:
+    close(part(four, f"{division}: {name}"), name)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("division", named(TWO))
 @pytest.mark.parametrize("name", [*CASES, "measured", "scores"])
-def test_two_gpus_are_one_process(division: str, name: str, two_gpus: dict[str, Any]) -> None:
-    close(two_gpus[f"{division}: {name}"], name, 1e-4, "cuda")
+def test_two_gpus_are_one_process(division: str, name: str, two_gpus: Found) -> None:
+    close(part(two_gpus, f"{division}: {name}"), name, 1e-4, "cuda")
