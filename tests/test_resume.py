@@ -9,6 +9,7 @@ from tests.processes import Started, start
 
 OVERRIDES = [
     "model=tiny",
+    "data=passkey",
     "data.length_min=400",
     "data.length_max=500",
     "data.num_passkeys=1",

@@ -13,6 +13,7 @@ from tests.scale.devices import environment
 
 OVERRIDES = [
     "model=tiny",
+    "data=passkey",
     "data.length_min=401",
     "data.length_max=501",
     "data.num_lengths=3",
