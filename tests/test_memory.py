@@ -54,17 +54,21 @@ def test_the_fewest_operations_that_fit(budget: int) -> None:
 
 def test_a_part_of_a_gpus_budget_is_spared() -> None:
     gpu = Costs(weights=1000, kept=KEPT, other=2, again=COSTS.again, reserve=100)
-    plan, cpu = gpu.plan(100, 6000), COSTS.plan(100, 6000)
-    assert plan.buffers == cpu.buffers + 100 + 360
-    assert plan.weights + plan.activations + plan.buffers <= 6000
-    assert gpu.plan(100, None).buffers == cpu.buffers + 100
+    least = 1000 + 200 + 2000 + 100 + 100 * 4 * 1  # weights, outside, buffers, libraries, inputs alone
+    for budget in (least / 0.94 + 1, 6000, 7000):
+        plan = gpu.plan(100, int(budget))
+        assert plan.buffers == 2000 + 100
+        assert plan.weights + plan.activations + plan.buffers <= 0.94 * budget
+    with pytest.raises(UserError, match="needs at least"):
+        gpu.plan(100, int(least / 0.94 - 1))
+    assert set(gpu.plan(100, None).levels) == {Keep.ALL}
 
 
 def test_too_little_is_one_line_with_the_numbers() -> None:
     with pytest.raises(UserError) as error:
         Costs(2**34, KEPT, 0, COSTS.again).plan(2**20, 2**34)
     assert "a step of 1,048,576 tokens needs at least 16 GiB (weights 16" in str(error.value)
-    assert "and there are 16: lower data.length_max" in str(error.value)
+    assert "and there are 16: raise step.memory or lower data.length_max" in str(error.value)
     assert "\n" not in str(error.value)
 
 

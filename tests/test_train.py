@@ -23,7 +23,7 @@ from duo_id.config import TrainSettings, conf_dir, plain
 from duo_id.history import read_history
 from duo_id.methods import GateSettings
 from duo_id.models import LanguageModel
-from duo_id.objectives import OBJECTIVES, Objective, Outputs
+from duo_id.objectives import OBJECTIVES, Outputs
 from tests.commands import QUICK, Finished, run_command, settings_of
 from tests.processes import run_module, start
 
@@ -138,7 +138,9 @@ def test_summary_compares_found_masks_with_full_random_and_streaming(run: Run) -
     assert len(run.summary["results"]) == 10
     for row in run.summary["results"]:
         assert row["answers"] == 4  # two samples with two passkeys each
-        assert row["answer_loss"] == pytest.approx(row["loss"] / row["tokens"])
+        assert row["answer_loss"] == pytest.approx(
+            row["loss"] / row["tokens"], rel=0.02
+        )  # samples have about as many tokens
         assert row["tokens"] == full["tokens"] > 20
         assert 3 < row["answer_loss"] < 9
     assert full["answer_loss"] != streaming["answer_loss"]
@@ -182,7 +184,13 @@ def test_run_folder_keeps_its_command_line(run: Run) -> None:
 def test_every_experiment_runs_a_step(experiment: str, tmp_path: Path) -> None:
     quick = [override for override in QUICK if override != "data=passkey"]
     overrides = [f"experiment={experiment}", *quick, "data/haystack=embedded", "data.num_questions=1"]
-    quicker = ["trainer.max_steps=1", "comparison.samples=1", "comparison.random_masks=1", "sparsity=[0.5]", "step.compile=false"]
+    quicker = [
+        "trainer.max_steps=1",
+        "comparison.samples=1",
+        "comparison.random_masks=1",
+        "sparsity=[0.5]",
+        "step.compile=false",
+    ]
     settings = settings_of("train", TrainSettings, *overrides, *quicker, folder=tmp_path)
     summary = duo_id.train.train(settings, tmp_path / "run")
     assert [row["heads"] for row in summary["results"]] == ["full", "found", "random", "streaming"]

@@ -53,8 +53,8 @@ class Costs:
             UserError: not even the least fits.
         """
         layers = len(self.kept)
-        spared = int(SPARED * (budget or 0)) if self.reserve else 0
-        buffers = int(2 * tokens * max(row[Keep.ALL] for row in self.kept)) + self.reserve + spared
+        usable = 1 - SPARED * (self.reserve > 0)  # of the budget
+        buffers = int(2 * tokens * max(row[Keep.ALL] for row in self.kept)) + self.reserve
         base = self.weights + int(self.other * tokens) + buffers
         kept, again = (
             [list(accumulate((row[level] for row in table), initial=0.0)) for level in Keep]
@@ -69,16 +69,16 @@ class Costs:
                     + sums[Keep.ALL][-1] - sums[Keep.ALL][middle]
                     for sums in (kept, again)
                 )  # fmt: skip
-                if (budget is None or base + tokens * spent <= budget) and (best is None or work < best[0]):
+                if (budget is None or base + tokens * spent <= usable * budget) and (best is None or work < best[0]):
                     best = work, least, middle
         if best is None:
             assert budget is not None
             sizes = (self.weights, self.other * tokens + tokens * kept[Keep.INPUT][-1], buffers)
-            weights, activations, rest, there = (size / GIB for size in (*sizes, budget))
+            needed, weights, activations, rest, there = (size / GIB for size in (sum(sizes) / usable, *sizes, budget))
             raise UserError(
-                f"step.memory: a step of {tokens:,} tokens needs at least {weights + activations + rest:.3g} GiB "
+                f"step.memory: a step of {tokens:,} tokens needs at least {needed:.3g} GiB "
                 f"(weights {weights:.3g}, activations {activations:.3g}, buffers {rest:.3g}), and "
-                f"there are {there:.3g}: lower data.length_max"
+                f"there are {there:.3g}: raise step.memory or lower data.length_max"
             )
         _, least, middle = best
         levels = [Keep.INPUT] * least + [Keep.ATTENTION] * (middle - least) + [Keep.ALL] * (layers - middle)
@@ -95,7 +95,7 @@ class Plan:
         tokens: of the step, all samples together.
         weights: bytes.
         activations: bytes kept for the backward pass, the teacher's outputs among them.
-        buffers: bytes that come and go: a layer that is computed again, with its gradients; libraries; what is spared.
+        buffers: bytes that come and go: a layer that is computed again, with its gradients; libraries.
         budget: bytes; None: there is no limit.
     """
 

@@ -268,7 +268,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _merge(versions: list[pd.DataFrame]) -> pd.DataFrame:
-    return pd.concat(versions).groupby("step", as_index=False).last()
+    return pd.concat(versions).groupby("step").last().copy().reset_index()  # a copy is one block
 
 
 def _percent(name: str) -> float:

@@ -81,7 +81,7 @@ def test_mixture_can_be_sent_to_workers(mixture):
 
 def test_tasks_without_weight_are_not_made(mixture):
     changes = {"score": "all"}  # which text refuses
-    with pytest.raises(UserError, match=r"data.score=all.* leave text out"):
+    with pytest.raises(UserError, match=r"data.score=all.* data.mixture.text=0"):
         mixture({"passkey": 1.0, "text": 1.0}, **changes)
     assert mixture({"passkey": 1.0, "text": 0.0}, **changes).tasks.keys() == {"passkey"}
 

@@ -91,15 +91,15 @@ def test_random_masks_leave_layers_without_gates_alone(monkeypatch: pytest.Monke
     assert [int((~mask.retrieval).sum()) for mask in masks] == [0, 2, *[2] * 5, 4]
 
 
-def test_summary_pools_the_samples() -> None:
+def test_summary_gives_each_sample_one_vote_and_pools_the_sums() -> None:
     row = Result("found", 0.5, None, (Score(6.0, 1, 2, 0, 1), Score(2.0, 6, 6, 3, 3))).summary()
     assert row == {
         "heads": "found",
         "sparsity": 0.5,
         "seed": None,
-        "answer_loss": 1.0,
-        "token_accuracy": 0.875,
-        "exact_answers": 0.75,
+        "answer_loss": (3 + 1 / 3) / 2,
+        "token_accuracy": 0.75,
+        "exact_answers": 0.5,
         "loss": 8.0,
         "correct": 7,
         "tokens": 8,

@@ -255,3 +255,14 @@ def test_candidates_fill_what_is_asked_for(
     with subject_of(make_model("llama")) as subject:
         searched(subject, tmp_path, batch_tokens=asked)
     assert set(seen) == {asked or registry.CPU_BATCH_TOKENS}
+
+
+@pytest.mark.parametrize("name", ["retrieval_score", "query_score"])
+def test_samples_that_do_not_hold_their_answers_do_not_count(name: str, make_model: MakeModel) -> None:
+    settings = AttentionSettings(name, **WINDOW)
+    with subject_of(planted_model(make_model, 1, 0)) as subject:
+        held, text = planted_sample(0, answered=True), random_sample(60, 1, scored=20)
+        alone = mean_scores(subject, [held], settings, CONSOLE)
+        torch.testing.assert_close(mean_scores(subject, [text, held, text], settings, CONSOLE), alone)
+        with pytest.raises(UserError, match=f"^method={name} needs samples .*: choose data=passkey"):
+            mean_scores(subject, [text], settings, CONSOLE)

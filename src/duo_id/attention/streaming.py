@@ -1,6 +1,7 @@
 """Streaming attention, sink and recent window only, in memory linear in the number of tokens."""
 
 import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ def streaming_attention(
     scale = softmax.scale
     if backend == "auto":
         backend = "triton" if query.is_cuda and query.dtype != torch.float64 else "blocked"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        raise UserError("step.streaming_backend=triton: Triton is not installed here: use blocked or auto")
     if past or backend == "blocked":
         return _blocked(query, key, value, scale, window)
     if backend == "triton":

@@ -74,7 +74,7 @@ class CopyingTask(DraftedTask):
                 return hay, places
         raise UserError(
             "the haystack repeats itself, copying finds no passages that begin like no other: give another "
-            "data.haystack or leave copying out"
+            "data.haystack or data.mixture.copying=0"
         )
 
     def _place(self, rng: random.Random, hay: list[int], text: str, places: range) -> int | None:

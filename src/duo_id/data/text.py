@@ -7,7 +7,7 @@ from duo_id.data.drafting import DraftedTask, Piece
 
 
 class TextTask(DraftedTask):
-    """Hay without anything around it, of which the last `text_tokens` but never the first `text_skip` are one answer."""
+    """Hay alone, of which the last `text_tokens`, but none of the first `text_skip`, are one answer."""
 
     def prepare(self) -> None:
         """Find where labels begin.
@@ -16,7 +16,9 @@ class TextTask(DraftedTask):
             UserError: no token is left to label, or questions are to be labelled.
         """
         score, skip = self.settings.score, self.settings.text_skip
-        require(score == "answers", f"data.score={score}: text has no questions, choose answers, or leave text out")
+        require(
+            score == "answers", f"data.score={score}: text has no questions, choose answers, or data.mixture.text=0"
+        )
         self.skip = max(skip, len(self.start), 1)  # nothing stands before a first token that could tell it
         self.need(self.skip + 1, f"tokens after data.text_skip={skip}", "data.text_skip")
 

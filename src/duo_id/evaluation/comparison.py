@@ -35,10 +35,13 @@ class Result:
     samples: tuple[Score, ...]
 
     def summary(self) -> dict[str, Any]:
-        """The pooled score with its metrics, as plain values."""
-        pooled = total(self.samples)
-        metrics = {metric: getattr(pooled, metric) for metric in METRICS}
-        return {"heads": self.heads, "sparsity": self.sparsity, "seed": self.seed} | metrics | asdict(pooled)
+        """The metrics, means over the samples, and the pooled sums, as plain values.
+
+        Each sample has one vote: a text of many labelled tokens weighs as much as a short answer.
+        """
+        metrics = {metric: mean(getattr(one, metric) for one in self.samples) for metric in METRICS}
+        told = {"heads": self.heads, "sparsity": self.sparsity, "seed": self.seed}
+        return told | metrics | asdict(total(self.samples))
 
 
 def compare(
@@ -92,12 +95,12 @@ def found_loss(
     sparsities: Sequence[float],
     backends: Backends | None = None,
 ) -> float:
-    """The answer loss of the pattern's masks, in nats a token: the mean over the sparsities."""
+    """The answer loss of the pattern's masks, in nats a token: the mean over the samples and the sparsities."""
     losses, backends = [], backends or Backends()
     with attached(model.model, backends, model.ranks.group) as layers:
         for sparsity in sparsities:
             with bound(layers, masked_layers(layers, pattern.binarize(sparsity=sparsity), backends)):
-                losses.append(total(tuple(score(model, sample) for sample in samples)).answer_loss)
+                losses.append(mean(score(model, sample).answer_loss for sample in samples))
     return mean(losses)
 
 
@@ -113,7 +116,12 @@ def check_window(samples: Sequence[Mapping[str, Any]], sink_size: int, recent_si
 
 def results_table(results: Sequence[Result], title: str) -> Table:
     """The comparison for the terminal; random masks of one sparsity share a row, mean ± standard deviation."""
-    table = Table(title=title, title_justify="left", caption="answer loss in nats a token", caption_justify="left")
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption="means over the samples; answer loss in nats a token",
+        caption_justify="left",
+    )
     for heading in ("heads", "streaming", "answer loss", "token accuracy", "exact answers"):
         table.add_column(heading, justify="left" if heading == "heads" else "right")
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}

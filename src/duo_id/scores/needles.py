@@ -7,6 +7,10 @@ from duo_id.data.samples import Sample
 from duo_id.errors import UserError
 
 
+class NoNeedleError(UserError):
+    """A sample does not hold its answers."""
+
+
 def needles(sample: Sample) -> list[tuple[Tensor, Tensor]]:
     """Each answer's positions, and those of the same tokens further up.
 
@@ -17,7 +21,7 @@ def needles(sample: Sample) -> list[tuple[Tensor, Tensor]]:
         for each answer in turn, (n,) where it is given and (n,) its first earlier occurrence.
 
     Raises:
-        UserError: an answer stands nowhere earlier.
+        NoNeedleError: an answer stands nowhere earlier, or there is none.
     """
     ids, places = sample["input_ids"], sample["answers"]
     found = []
@@ -26,8 +30,8 @@ def needles(sample: Sample) -> list[tuple[Tensor, Tensor]]:
         windows = ids[: int(answer[0])].unfold(0, len(answer), 1) if int(answer[0]) >= len(answer) else ids[:0, None]
         starts = (windows == ids[answer]).all(-1).nonzero()[:, 0]
         if not len(starts):
-            raise UserError("this method needs samples whose answers stand in their contexts, such as data=passkey")
+            raise NoNeedleError("this method needs samples whose answers stand in their contexts, such as data=passkey")
         found.append((answer, torch.arange(len(answer)) + starts[0]))
     if not found:
-        raise UserError("this method needs samples with answers, such as data=passkey")
+        raise NoNeedleError("this method needs samples with answers, such as data=passkey")
     return found

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from duo_id.config import require
 from duo_id.data.samples import Sample
 from duo_id.errors import UserError
 from duo_id.files import write_text
@@ -19,6 +20,7 @@ from duo_id.methods import ScoreSettings, SearchSettings
 from duo_id.objectives import make_objective
 from duo_id.patterns import HeadPattern
 from duo_id.scores.candidates import MaskLosses
+from duo_id.scores.needles import NoNeedleError
 from duo_id.scores.profile import attention_profile
 from duo_id.scores.query import query_score
 from duo_id.scores.reconstruction import reconstruction
@@ -45,14 +47,26 @@ def random_scores(shape: tuple[int, int], seed: int) -> Tensor:
 
 
 def mean_scores(subject: Subject, samples: Sequence[Sample], settings: ScoreSettings, console: Console) -> Tensor:
-    """The mean over samples of the score that `settings.name` names: (gated layers, KV heads) float32 CPU."""
-    total = torch.zeros(subject.shape)
+    """The mean over samples of the score that `settings.name` names: (gated layers, KV heads) float32 CPU.
+
+    Samples without what the score looks for, such as plain text in a mixture, do not count.
+
+    Raises:
+        UserError: there is none that has it.
+    """
+    found = []
     with _progress(console) as progress:
         bar = progress.add_task(settings.name, total=len(samples))
         for sample in samples:
-            total += SCORES[settings.name](subject, sample, settings)
+            with suppress(NoNeedleError):
+                found.append(SCORES[settings.name](subject, sample, settings))
             progress.advance(bar)
-    return total / len(samples)
+    require(
+        bool(found),
+        f"method={settings.name} needs samples whose answers stand in their contexts, and none of the method.samples="
+        f"{settings.samples} is one: choose data=passkey",
+    )
+    return torch.stack(found).mean(0)
 
 
 def search_scores(
