@@ -20,6 +20,7 @@ from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.errors import UserError
 from tests.deploy.reference import brute_force
+from tests.tiny import draw_weights
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- families: python -m tests.families -->", "<!-- end of families -->"
@@ -111,11 +112,7 @@ def tiny_model(family: str) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            for name, parameter in model.named_parameters():
-                if parameter.dim() == 2 and "embed" not in name:
-                    torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * 1.5)
-                elif "sink" in name:
-                    torch.nn.init.normal_(parameter)
+            draw_weights(model)
     except Unbuilt:
         raise
     except Exception as error:

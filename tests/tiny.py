@@ -45,12 +45,17 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed" not in name:
-                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * 1.5)
-            elif "sinks" in name:
-                torch.nn.init.normal_(parameter)
+        draw_weights(model)
     return model.eval().requires_grad_(False)
+
+
+def draw_weights(model: PreTrainedModel) -> None:
+    """Larger weights than a new model has, and learned sinks that are not 0."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "embed" not in name:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * 1.5)
+        elif "sink" in name:
+            torch.nn.init.normal_(parameter)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Full and streaming attention against a slow dense reference, in values and gradients."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -117,6 +119,12 @@ def test_unknown_backends_are_named() -> None:
         full_attention(*inputs(4, 2, 2), Softmax(), "fast")
     with pytest.raises(UserError, match=r"step.streaming_backend=fast"):
         streaming_attention(*inputs(4, 2, 2), Softmax(), Window(1, 1), "fast")
+
+
+def test_kernels_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "duo_id.attention.streaming_operator", None)
+    with pytest.raises(UserError, match=r"^step.streaming_backend=triton: .* use blocked or auto$"):
+        streaming_attention(*inputs(100, 4, 2), Softmax(), Window(3, 7), "triton")
 
 
 @pytest.mark.gpu

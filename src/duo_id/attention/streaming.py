@@ -1,7 +1,6 @@
 """Streaming attention, sink and recent window only, in memory linear in the number of tokens."""
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
@@ -51,8 +50,6 @@ def streaming_attention(
     scale = softmax.scale
     if backend == "auto":
         backend = "triton" if query.is_cuda and query.dtype != torch.float64 else "blocked"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        raise UserError("step.streaming_backend=triton: Triton is not installed here: use blocked or auto")
     if past or backend == "blocked":
         return _blocked(query, key, value, scale, window)
     if backend == "triton":
@@ -134,7 +131,10 @@ def _block_mask(window: Window, block: int, reach: int, group: int, device: torc
 
 
 def _triton(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:
-    from duo_id.attention.streaming_operator import stream
+    try:
+        from duo_id.attention.streaming_operator import stream
+    except ModuleNotFoundError as error:
+        raise UserError("step.streaming_backend=triton: Triton is not installed here: use blocked or auto") from error
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
