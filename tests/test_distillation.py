@@ -19,6 +19,7 @@ from duo_id.objectives import OBJECTIVES, Objective, Outputs
 from duo_id.recompute import recomputed
 from tests.dense import dense_attention, plain_outputs, slow_objective
 from tests.planted import random_sample
+from tests.tiny import hooks_of
 
 WINDOW = Window(2, 8)
 HYBRID: dict[str, Any] = {
@@ -254,7 +255,7 @@ def test_nothing_stays_hooked_or_bound_after_an_exception(where: str, blend: str
         raise RuntimeError("on purpose")
 
     with distilling(model, "layer_l2", blend) as distillation:
-        functions = bound_functions(distillation.layers)
+        functions, hooks = bound_functions(distillation.layers), hooks_of(model)
         teacher = distillation.teacher(batch)
         block = model.model.layers[1]
         spoiled = []
@@ -270,9 +271,8 @@ def test_nothing_stays_hooked_or_bound_after_an_exception(where: str, blend: str
         for hook in spoiled:
             hook.remove()
         assert bound_functions(distillation.layers) == functions
-        for module in model.modules():
-            assert not module._forward_hooks
-            assert not module._forward_pre_hooks
+        assert hooks_of(model) == hooks
+    assert not hooks_of(model)
     assert not any(hasattr(module, BOUND) for module in model.modules())
 
 

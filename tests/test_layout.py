@@ -19,7 +19,7 @@ ORDER = """
 errors files style
 attention.masks attention.blends attention.exchange attention.softmax attention.full attention.kernels
 attention.streaming_kernels attention.streaming_operator attention.streaming attention.decode
-attention.padding attention.probe attention.gated
+attention.padding attention.probe attention.rows attention.gated
 gates penalties objectives
 budget config methods
 byte_tokens ranks plan sharding
@@ -125,7 +125,7 @@ def test_nobody_imports_the_entry_points() -> None:
             "attention.gated",
             "attention.masks attention.blends attention.exchange attention.softmax attention.full attention.kernels "
             "attention.streaming_kernels attention.streaming_operator attention.streaming attention.padding "
-            "attention.probe errors",
+            "attention.probe attention.rows errors",
         ),
     ],
 )

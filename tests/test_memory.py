@@ -116,6 +116,8 @@ def test_counted_bytes_foretell_those_of_longer_steps(blend: str, make_model: Ca
         recomputed(model, distillation.layers, Keep.ALL) as recomputation,
     ):
         costs = measure_costs(distillation, recomputation)
+        assert distillation.last is not None
+        distillation.last = None  # the most that a step keeps: its last layer computes all tokens
         assert costs.weights == 4 * sum(parameter.numel() for parameter in model.parameters()) + sum(
             buffer.nbytes for buffer in model.buffers()
         )

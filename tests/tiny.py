@@ -49,6 +49,11 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def hooks_of(model: torch.nn.Module) -> list[int]:
+    """The keys of all hooks that are on the modules of a model."""
+    return [hook for module in model.modules() for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
+
+
 def draw_weights(model: PreTrainedModel) -> None:
     """Larger weights than a new model has, and learned sinks that are not 0."""
     for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
 """A frozen model beside its full attention: what training, saliency and search all measure."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from duo_id.attention.blends import BLENDS, Blend
-from duo_id.attention.gated import AttendFunction, Backends, bound, gated_heads, recording_heads, streaming_heads
+from duo_id.attention.gated import (
+    AttendFunction,
+    Backends,
+    bound,
+    bound_functions,
+    gated_heads,
+    recording_heads,
+    streaming_heads,
+)
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer, blocks
+from duo_id.attention.rows import AtRows, few, last_layer
 from duo_id.models import LanguageModel
 from duo_id.objectives import OBJECTIVES, Objective, Outputs
 
@@ -60,6 +69,7 @@ class Distillation:
         """
         self.model, self.layers, self.window, self.backends = model, layers, window, backends
         self.objective, self.far, self.blend = objective, tokens == "far", blend
+        self.last = last_layer(model.model, layers)
 
     def loss(self, alpha: Tensor, batch: Batch, teacher: Teacher | None = None) -> Tensor:
         """The objective under gates, weighted over the scored tokens: a scalar.
@@ -112,7 +122,7 @@ class Distillation:
         """
         scored, tokens = batch["scored"], batch["input_ids"].shape[1]
         logits = self.objective.logits if logits is None else logits
-        with self._caught() as (hidden, layers):
+        with nullcontext() if candidates else self._last_at_scored(batch), self._caught() as (hidden, layers):
             found = None
             if not logits:
                 self.model.hidden_states(dict(batch))
@@ -135,6 +145,19 @@ class Distillation:
             near = self.outputs(batch, logits=True)
         gain = (loss(near, near) - loss(full, full)).clamp(min=0) * batch["weights"]
         return gain / self.model.ranks.mean(gain.sum()).clamp(min=1e-12)
+
+    @contextmanager
+    def _last_at_scored(self, batch: Batch) -> Iterator[None]:
+        """Let the last layer compute the scored tokens and those that predict them alone, where these are few."""
+        samples, tokens = batch["input_ids"].shape
+        rows = torch.cat([batch["scored"], (batch["scored"] - 1) % tokens])
+        whole = samples == 1 and batch.get("attention_mask") is None and self.model.ranks.group is None
+        if self.last is None or not whole or not few(rows, tokens):
+            yield
+            return
+        function = bound_functions([self.last])[self.last.index]
+        with bound([self.last], {self.last.index: AtRows(function, rows)}):
+            yield
 
     @contextmanager
     def _caught(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:

@@ -153,13 +153,14 @@ def measure_costs(distillation: Distillation, recomputation: Recomputation) -> C
     batch = {"input_ids": ids, "attention_mask": None, "scored": scored, "weights": torch.ones(1, device=device)}
     alpha = torch.full((len(layers), layers[0].kv_heads), 0.5, device=device, requires_grad=True)
     before, kept, other = list(recomputation.levels), [], 0
+    last, distillation.last = distillation.last, None  # with many scored tokens it computes all
     try:
         for level in Keep:
             recomputation.levels[:] = [level] * len(recomputation.levels)
             inside, other = _count(distillation, recomputation, alpha, batch)
             kept.append([count / tokens for count in inside])
     finally:
-        recomputation.levels[:] = before
+        recomputation.levels[:], distillation.last = before, last
     return Costs(
         sum({x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}.values()),
         list(zip(*kept, strict=True)),

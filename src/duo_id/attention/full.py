@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from duo_id.attention.softmax import Softmax, attend_by_rows
+from duo_id.attention.softmax import Softmax, attend_at, attend_by_rows
 from duo_id.errors import UserError
 
 FULL_BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flash_attn")
@@ -19,8 +19,10 @@ OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend
 ORDERS = {"cudnn": [SDPBackend.CUDNN_ATTENTION, *OTHERS], "flash": OTHERS}
 
 
-def full_attention(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, backend: str = "auto") -> Tensor:
-    """Causal softmax attention; the queries are those of the last tokens.
+def full_attention(
+    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, backend: str = "auto", rows: Tensor | None = None
+) -> Tensor:
+    """Causal softmax attention; the queries are those of the last tokens, or of `rows`.
 
     With a past, keys before the queries, its part and the queries' own part are computed apart and joined by their
     log-sum-exp, so that both stay on the fast backend and no mask is built. This has no gradient.
@@ -33,6 +35,7 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, 
         backend: `auto` takes cuDNN for long contexts on Hopper and later (there 1.7x SDPA's flash backend at 32K
             tokens), else flash-attn where it is installed, and otherwise SDPA's flash backend, which plans nothing, so
             that batches of ever new shapes cost no more; or one of these by name, `sdpa`: what SDPA chooses.
+        rows: (queries,) positions of the queries, for a few of them anywhere.
 
     Returns:
         (batch, heads, queries, head_dim).
@@ -41,6 +44,8 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, 
         UserError: flash-attn was asked for and is not installed, or the backend is unknown.
     """
     chosen = _choose(backend, query.device.type, query.dtype, key.shape[2] >= CUDNN_MIN_TOKENS)
+    if rows is not None:
+        return attend_at(query, key, value, softmax, rows)
     if not softmax.plain:
         return attend_by_rows(query, key, value, softmax)
     scale = softmax.scale
@@ -53,6 +58,14 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, 
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=not past, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, mask: Tensor) -> Tensor:
+    """Attention under a matrix of the model's own, bool or added to the scores, broadcast over the heads."""
+    if not softmax.plain:
+        return softmax.attend(query, key, value, mask)
+    gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax.scale, enable_gqa=gqa)
 
 
 @functools.cache

@@ -13,16 +13,16 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from duo_id.attention.blends import Blend
 from duo_id.attention.exchange import Exchange
-from duo_id.attention.full import full_attention
+from duo_id.attention.full import dense_attention, full_attention
 from duo_id.attention.masks import Window
 from duo_id.attention.padding import padding_mask, rolled
 from duo_id.attention.probe import AttentionLayer, find_layers, gated_layers
+from duo_id.attention.rows import last_mlp_at_rows
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
 from duo_id.errors import UserError
@@ -32,7 +32,7 @@ PROBE = "duo_id_probe"  # and the one that finds the layers, which other models 
 BOUND = "duo_id_attend"  # the attribute of an attention module that holds what it does
 EXCHANGE = "duo_id_exchange"  # and, where processes share a sample's tokens, how they get together in attention
 
-AttendFunction = Callable[[Tensor, Tensor, Tensor, Softmax], Tensor]
+AttendFunction = Callable[..., Tensor]  # of query, key, value and softmax; those of a step also of `rows`, see `AtRows`
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ def gated_heads(
         window: what streaming attention sees.
         blend: which full attention enters, the student's own or the teacher's.
         backends: implementations.
-        teacher: (batch, heads, tokens, head_dim), the teacher's full attention output, for blends that need it.
+        teacher: (batch, heads, queries, head_dim), the teacher's full attention output, for blends that need it.
     """
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, rows: Tensor | None = None) -> Tensor:
         gate = alpha.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
-        full = blend.full(lambda: full_attention(query, key, value, softmax, backends.full), teacher)
-        streaming = streaming_attention(query, key, value, softmax, window, backends.streaming)
+        full = blend.full(lambda: full_attention(query, key, value, softmax, backends.full, rows), teacher)
+        streaming = streaming_attention(query, key, value, softmax, window, backends.streaming, rows)
         return (_compiled_blend() if backends.compiled else _blend)(gate, full, streaming)
 
     return attend
@@ -169,8 +169,8 @@ def streaming_heads(window: Window, backends: Backends) -> AttendFunction:
 def recording_heads(outputs: dict[int, Tensor], index: int, backends: Backends) -> AttendFunction:
     """A full-attention layer that leaves its output in `outputs[index]`, for blends with the teacher."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        outputs[index] = full_attention(query, key, value, softmax, backends.full)
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, rows: Tensor | None = None) -> Tensor:
+        outputs[index] = full_attention(query, key, value, softmax, backends.full, rows)
         return outputs[index]
 
     return attend
@@ -205,7 +205,8 @@ def attached(
     with routed(model, backends or Backends()) as layers:
         gated = gated_layers(model, layers)
         if group is None:
-            yield gated
+            with last_mlp_at_rows(model, gated, BOUND):
+                yield gated
         else:
             with _exchanging(model, layers, group):
                 yield [replace(layer, own=getattr(layer.module, EXCHANGE).own.kv_heads) for layer in gated]
@@ -293,7 +294,7 @@ def attention_forward(
     elif attention_mask.dim() == 4:
         if getattr(attend, "func", None) is not _own_attention:
             raise UserError("heads cannot be gated or masked over packed sequences or a matrix as attention_mask")
-        out = _dense_attention(query, key, value, softmax, attention_mask)
+        out = dense_attention(query, key, value, softmax, attention_mask)
     else:
         # Real tokens come first, so that causality alone hides the padding, whichever side it was on.
         start = attention_mask.to(torch.int32).argmax(-1)
@@ -302,16 +303,15 @@ def attention_forward(
 
 
 def _own_attention(
-    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, window: int | None, backends: Backends
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softmax: Softmax,
+    window: int | None,
+    backends: Backends,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """A layer as its model has it: full attention, or a sliding window, which is a streaming head without a sink."""
     if window is None:
-        return full_attention(query, key, value, softmax, backends.full)
-    return streaming_attention(query, key, value, softmax, Window(0, window), backends.streaming)
-
-
-def _dense_attention(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, mask: Tensor) -> Tensor:
-    if not softmax.plain:
-        return softmax.attend(query, key, value, mask)
-    gqa = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax.scale, enable_gqa=gqa)
+        return full_attention(query, key, value, softmax, backends.full, rows)
+    return streaming_attention(query, key, value, softmax, Window(0, window), backends.streaming, rows)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -69,6 +70,32 @@ class Softmax(NamedTuple):
         weights = self.weights(query, key, visible).to(value.dtype)
         grouped = weights.unflatten(1, (key.shape[1], -1)).flatten(2, 3) @ value
         return grouped.unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+
+
+def attend_at(
+    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, rows: Tensor, window: Window | None = None
+) -> Tensor:
+    """Causal attention of a few queries anywhere in the context.
+
+    Args:
+        query: (batch, heads, n, head_dim).
+        key: (batch, KV heads, tokens, head_dim).
+        value: the same shape.
+        softmax: of the layer.
+        rows: (n,) positions of the queries.
+        window: what streaming heads see; None: the whole context.
+
+    Returns:
+        (batch, heads, n, head_dim).
+    """
+    tokens, kv_heads = key.shape[2], key.shape[1]
+    visible = (window or Window(0, tokens)).dense(rows, torch.arange(tokens, device=rows.device))
+    if not softmax.plain:
+        return softmax.attend(query, key, value, visible)
+    grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # so that keys are not repeated
+    visible = visible.repeat(query.shape[1] // kv_heads, 1)
+    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=visible, scale=softmax.scale)
+    return out.unflatten(2, (-1, len(rows))).flatten(1, 2)
 
 
 def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, window: Window | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from duo_id.attention.full import full_attention
 from duo_id.attention.masks import Window
-from duo_id.attention.softmax import Softmax, attend_by_rows
+from duo_id.attention.softmax import Softmax, attend_at, attend_by_rows
 from duo_id.errors import UserError
 
 STREAMING_BACKENDS = ("auto", "blocked", "flex", "triton")
@@ -18,7 +18,13 @@ FLEX_BLOCK = 128  # FlexAttention's block of queries and of keys
 
 
 def streaming_attention(
-    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, window: Window, backend: str = "auto"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softmax: Softmax,
+    window: Window,
+    backend: str = "auto",
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of streaming heads: each query sees the sink and the recent window (`Window.sees`).
 
@@ -33,6 +39,7 @@ def streaming_attention(
         backend: `triton` (our kernels, CUDA), `flex` (compiled FlexAttention, CUDA), `blocked` (SDPA over blocks of
             queries, any device), or `auto`: on CUDA triton, but blocked for float64; elsewhere blocked. Queries with a
             past are always blocked.
+        rows: (queries,) positions of the queries, for a few of them anywhere.
 
     Returns:
         (batch, heads, queries, head_dim).
@@ -42,6 +49,8 @@ def streaming_attention(
     """
     if backend not in STREAMING_BACKENDS:
         raise UserError(f"step.streaming_backend={backend}: choose one of {', '.join(STREAMING_BACKENDS)}")
+    if rows is not None:
+        return attend_at(query, key, value, softmax, rows, window)
     tokens, past = key.shape[2], key.shape[2] - query.shape[2]
     if tokens <= window.sink_size + window.recent_size:
         return full_attention(query, key, value, softmax)  # nothing lies between sink and window
