@@ -1,6 +1,7 @@
 """The peers: presses of kvpress, each made for the number of tokens that a head may keep of a context."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pydoc_data.topics import topics
 from typing import Any
@@ -78,10 +79,21 @@ class SameWindowsDuoPress(DuoAttentionPress):
     windows: tuple[int, int]  # sink size, recent size
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
-        """Score the heads, on texts that need no network."""
-        with patch.object(duo_attention_press, "load_dataset", lambda *name, **options: _Texts()):
+        """Score the heads."""
+        with _help_texts():
             super().post_init_from_model(model)
         self.sink_size, self.recent_size = self.windows
+
+
+def head_scores(model: PreTrainedModel) -> list[list[float]]:
+    """The scores by which `duo-on-the-fly` chooses: a row a layer, a column a KV head, the lowest stream first."""
+    with _help_texts():
+        return duo_attention_press.duo_attention_on_the_fly(model).tolist()
+
+
+def _help_texts() -> AbstractContextManager[Any]:
+    """While it is open kvpress scores heads on help texts of Python, which need no network."""
+    return patch.object(duo_attention_press, "load_dataset", lambda *name, **options: _Texts())
 
 
 class _Texts:

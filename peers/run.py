@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 USAGE = "python peers/run.py RUN_FOLDER [presses=snapkv,tova] [sparsity=0.5] [samples=4] [tasks=...] [generate=false]"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 console = Console()
 
 Todo = list[tuple[str, float]]  # presses and sparsities
@@ -49,7 +50,7 @@ class Options:
     samples: int | None = None
     tasks: list[str] | None = None
     generate: bool | None = None
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = DEVICE
 
 
 def parse(arguments: Sequence[str]) -> Options:

@@ -50,7 +50,7 @@ def scripts() -> Iterator[SimpleNamespace]:
     """The modules of peers/, with `press` for all of kvpress."""
     stubs = {name: StubKvpress(name) for name in ("kvpress", "kvpress.presses", "kvpress.presses.base_press")}
     stubs["kvpress.presses"].duo_attention_press = ModuleType("duo_attention_press")
-    names = ("answers", "presses", "reading", "run")
+    names = ("answers", "presses", "reading", "run", "heads")
     with pytest.MonkeyPatch.context() as patch:
         for name, module in stubs.items():
             patch.setitem(sys.modules, name, module)
@@ -61,5 +61,6 @@ def scripts() -> Iterator[SimpleNamespace]:
             loaded[name] = module_from_spec(spec)
             patch.setitem(sys.modules, name, loaded[name])
             spec.loader.exec_module(loaded[name])
-        patch.setattr(loaded["run"], "version", lambda package: "0")
+        for name in ("run", "heads"):
+            patch.setattr(loaded[name], "version", lambda package: "0")
         yield SimpleNamespace(**loaded, press=LatestPress)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from duo_id.evaluation.items import Item, Question
 from duo_id.evaluation.peers import read_answers
+from duo_id.formats import load_pattern
 from tests.peers.cases import (
     RECENT,
     SINK,
@@ -40,9 +41,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def answered(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def answered(folder: Path) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """A model of one layer, in which what a head evicts is one mask, and the rows of all presses."""
-    folder = tmp_path_factory.mktemp("run")
     model = model_folder(folder / "model", num_hidden_layers=1)
     write_run(folder, folder / "model", ITEMS)
     command = [PYTHON, ROOT / "peers/run.py", folder, f"presses={','.join(PRESSES)}", "device=cpu"]
@@ -120,9 +125,15 @@ def test_what_is_kept_is_what_the_press_says(
 
 
 def test_static_heads_are_masked_over_the_windows_of_the_mask(
-    answered: tuple[PreTrainedModel, list[dict[str, Any]]],
+    folder: Path, answered: tuple[PreTrainedModel, list[dict[str, Any]]]
 ) -> None:
-    """One of the two heads streams: which one is the press's choice."""
+    """One of the two heads streams: the one that the head pattern of these scores has streaming."""
+    finished = subprocess.run([PYTHON, ROOT / "peers/heads.py", folder], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    pattern = load_pattern(folder / "heads-duo-on-the-fly")
+    assert (pattern.sink_size, pattern.recent_size) == (SINK, RECENT)
+    retrieval = pattern.binarize(sparsity=0.5).retrieval[0]
+    assert sorted(retrieval.tolist()) == [False, True]
     model = answered[0]
     groups = model.config.num_attention_heads // model.config.num_key_value_heads
     for row, item, question in rows_of(answered, "duo-on-the-fly"):
@@ -130,13 +141,9 @@ def test_static_heads_are_masked_over_the_windows_of_the_mask(
             tokens = read_tokens(question)
             places = torch.arange(tokens)
             window = (places < SINK) | (places >= tokens - RECENT)
-            full, losses = answer_logits(model, item, question), []
-            for head in range(2):
-                mask = torch.ones(2, tokens, dtype=torch.bool)
-                mask[head] = window
-                logits = answer_logits(model, item, question, mask.repeat_interleave(groups, 0))
-                losses.append(measures(logits, full, question.answer)[0])
-            assert min(abs(row["loss"] - loss) for loss in losses) < 1e-4
+            mask = (retrieval[:, None] | window).repeat_interleave(groups, 0)
+            full, logits = answer_logits(model, item, question), answer_logits(model, item, question, mask)
+            assert row["loss"] == pytest.approx(measures(logits, full, question.answer)[0], abs=1e-4)
 
 
 def test_settings_are_told(answered: tuple[PreTrainedModel, list[dict[str, Any]]], tmp_path: Path) -> None:
