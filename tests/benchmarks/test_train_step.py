@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from duo_id import benchmark
 from duo_id.benchmarks.ceilings import Ceilings
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.benchmarks.train_step import StepBench
@@ -107,6 +108,16 @@ def test_the_loss_looks_at_the_end_of_every_sample() -> None:
 )
 def test_mistakes_are_one_line(overrides: list[str], message: str, tmp_path: Path) -> None:
     assert message in run_command("benchmark", *SMALL, *overrides, folder=tmp_path).error
+
+
+def test_a_run_to_compare_with_is_read_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*given: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(benchmark, "load_model", load)
+    assert "compare=nowhere" in run_command("benchmark", *SMALL, "compare=nowhere", folder=tmp_path).error
 
 
 def test_a_longer_sequence_than_the_model_is_made_for_is_refused() -> None:

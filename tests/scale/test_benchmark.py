@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands import Finished
+from duo_id.benchmarks.settings import BenchmarkSettings
+from duo_id.config import plain
+from tests.commands import Finished, settings_of
 from tests.processes import run_file, start
 from tests.scale.devices import environment
 
@@ -57,7 +59,9 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     rows = [{"step": "ours", "status": "ok", "blend": "teacher", "context": n, "tokens_per_s": 100.0} for n in (61, 90)]
     (folder / "alone").mkdir()
     device = torch.cuda.get_device_name() if request.param == "gpu" else platform.processor() or "CPU"
-    alone = {"rows": rows, "model": {"name": "tiny"}, "device": device}
+    one = [*OVERRIDES, "trainer.devices=1", "step.sequence_parallel=1"]
+    settings = plain(settings_of("benchmark", BenchmarkSettings, *one, folder=folder))
+    alone = {"rows": rows, "model": {"name": "tiny"}, "device": device, "settings": settings}
     (folder / "alone" / "results.json").write_text(json.dumps(alone))
     started = start(
         run_file,

@@ -60,8 +60,7 @@ class StepBench:
         self.window = Window(settings.sink_size, settings.recent_size)
         self.subject = ""
         self.watch = Stopwatch(lambda phase: announce(f"{self.subject}: {phase}"))
-        compiles = self.device.type == "cuda" if settings.compile is None else settings.compile
-        ours = replace(settings.step, compile=settings.step.compile or compiles)
+        ours = replace(settings.step, compile=settings.compiles(self.device))
         paper = replace(settings.step, shape="paper", memory="least", compile=False)
         beside = settings.beside and self.ranks.world == 1
         self.steps = {"paper": paper} if ours.shape == "paper" else {"ours": ours}
