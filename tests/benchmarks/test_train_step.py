@@ -103,6 +103,9 @@ def test_the_loss_looks_at_the_end_of_every_sample() -> None:
         (["trainer.devices=2", "trainer.accelerator=cpu"], "batch_size=1, the samples of a step, does not divide"),
         (["step.sequence_parallel=2"], "step.sequence_parallel=2 does not divide the 1 processes"),
         (["task=decode", "trainer.devices=2"], "trainer.devices=2: task=decode works on 1 device"),
+        (["context=[12,60]"], "sink_size + recent_size = 12 must be below context=12, or nothing lies outside"),
+        (["step.cuda_graphs=true"], "step.cuda_graphs=true: task=train_step measures steps without a graph"),
+        (["heads=nowhere"], "heads=nowhere: task=train_step trains the gates of all heads"),
         (["context=60", "compare=nowhere"], "compare=nowhere: no results of task=train_step can be read there"),
     ],
 )
