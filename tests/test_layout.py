@@ -21,7 +21,7 @@ attention.masks attention.blends attention.exchange attention.softmax attention.
 attention.streaming_kernels attention.streaming_operator attention.streaming attention.decode
 attention.padding attention.probe attention.gated
 gates penalties objectives
-budget config methods
+budget mistakes config methods
 byte_tokens ranks plan sharding
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
