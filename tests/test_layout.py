@@ -22,14 +22,14 @@ attention.streaming_kernels attention.streaming_operator attention.streaming att
 attention.padding attention.probe attention.gated
 gates penalties objectives
 budget mistakes config methods
-byte_tokens ranks plan sharding
+byte_tokens ranks sharding
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module
 patterns tables hub formats
 interop.options interop.quantile interop.query_heads interop.tensors interop.registry
 deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill deploy.memory
-scoring recompute graphs distillation compiled memory steps
+scoring recompute graphs distillation compiled memory plan steps
 history plots sharing progress checkpoints tracking
 training
 scores.subject scores.attention scores.needles scores.anatomy scores.profile scores.retrieval scores.query

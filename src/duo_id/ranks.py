@@ -61,6 +61,15 @@ class Ranks:
         """Which part of its samples' tokens this process has."""
         return self.rank % self.sequence
 
+    def tokens(self, length: int, samples: int) -> int:
+        """How many tokens of a step a process computes, at most.
+
+        Args:
+            length: tokens of a sample.
+            samples: of the step, of all processes together.
+        """
+        return -(-length // self.sequence) * -(-samples // self.data)
+
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over all processes, without a gradient."""
         if self.world == 1:

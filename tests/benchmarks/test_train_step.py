@@ -15,8 +15,8 @@ from duo_id.benchmarks.train_step import StepBench
 from duo_id.config import ModelSettings
 from duo_id.errors import UserError
 from duo_id.models import meta_model
-from duo_id.plan import Shape, memory_plan
-from duo_id.ranks import check_ranks
+from duo_id.plan import calculated_costs, fitted
+from duo_id.ranks import Ranks, check_ranks
 from tests.benchmarks.cases import layers_of, named
 from tests.commands import run_command, settings_of
 from tests.tiny import tiny_model
@@ -62,7 +62,7 @@ def test_a_budget_shows_its_plan(tmp_path: Path) -> None:
     finished = run_command("benchmark", *SMALL, "context=60", "step.memory=1GiB", folder=tmp_path)
     assert finished.status == 0, finished.output
     ours, paper = saved(tmp_path)["rows"]
-    assert ours["plan"].startswith("memory of 60 tokens: weights")
+    assert ours["plan"].startswith("memory of a device with 60 tokens: weights")
     assert paper["plan"] is None
     assert "3 keep everything" in " ".join(finished.output.split())
 
@@ -146,7 +146,9 @@ def test_presets_share_a_step_among_devices(preset: str, tokens: int, groups: in
     check_ranks(8, settings.step.sequence_parallel, settings.batch_size)
     model = meta_model(settings.model, torch.bfloat16)
     assert model.config.max_position_embeddings >= tokens
-    memory_plan(model, Shape(tokens, groups, groups, 8 // groups)).check(80 * 10**9)
+    ranks = Ranks(groups, 8 // groups, sharded=True)
+    costs = calculated_costs(model, ranks, torch.device("cuda"))
+    fitted(settings.step, costs, ranks.tokens(tokens, settings.batch_size), 80 * 10**9)
 
 
 @pytest.mark.gpu
