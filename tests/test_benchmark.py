@@ -141,6 +141,10 @@ def test_one_number_needs_no_brackets(tmp_path: Path) -> None:
     assert (settings.context, settings.chunk_size, settings.sparsity) == ([100], [10], [0.25])
 
 
+def test_one_name_needs_no_brackets(tmp_path: Path) -> None:
+    assert settings_of("benchmark", BenchmarkSettings, "blend=teacher", folder=tmp_path).blend == ["teacher"]
+
+
 def test_weights_are_random_unless_asked_for(tmp_path: Path) -> None:
     assert settings_of("benchmark", BenchmarkSettings, "model=llama3-8b", folder=tmp_path).model.init == "random"
     settings = settings_of("benchmark", BenchmarkSettings, "model.init=pretrained", folder=tmp_path)

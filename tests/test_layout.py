@@ -21,15 +21,15 @@ attention.masks attention.blends attention.exchange attention.softmax attention.
 attention.streaming_kernels attention.streaming_operator attention.streaming attention.decode
 attention.padding attention.probe attention.rows attention.gated
 gates penalties objectives
-budget config methods
-byte_tokens ranks plan sharding
+budget mistakes config methods
+byte_tokens ranks sharding
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module
 patterns tables hub formats
 interop.options interop.quantile interop.query_heads interop.tensors interop.registry
 deploy.tokens deploy.stores deploy.layer deploy.cache deploy.install deploy.prefill deploy.memory
-scoring recompute graphs distillation compiled memory steps
+scoring recompute graphs distillation compiled memory plan steps
 history plots sharing progress checkpoints tracking
 training
 scores.subject scores.attention scores.needles scores.anatomy scores.profile scores.retrieval scores.query

@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 
 from duo_id.budget import memory_bytes
 from duo_id.errors import UserError
-from duo_id.memory import Costs, MemoryPlanner, measure_costs
+from duo_id.memory import MeasuredCosts, MemoryPlanner, measure_costs
 from duo_id.recompute import Keep, recomputed
 from tests.planted import random_sample
 from tests.test_distillation import batch_of, distilling, gates_of
 
-KEPT = [(10.0, 6.0, 1.0)] * 4
-COSTS = Costs(weights=1000, kept=KEPT, other=2, again=lambda tokens: [(0, 3 * tokens, 10 * tokens)] * 4)
+KEPT = [dict(zip(Keep, (10.0, 6.0, 1.0), strict=True))] * 4
+COSTS = MeasuredCosts(weights=1000, kept=KEPT, other=2, again=lambda tokens: [(0, 3 * tokens, 10 * tokens)] * 4)
 
 
 def test_budgets_are_read() -> None:
@@ -53,7 +53,7 @@ def test_the_fewest_operations_that_fit(budget: int) -> None:
 
 
 def test_a_part_of_a_gpus_budget_is_spared() -> None:
-    gpu = Costs(weights=1000, kept=KEPT, other=2, again=COSTS.again, reserve=100)
+    gpu = MeasuredCosts(weights=1000, kept=KEPT, other=2, again=COSTS.again, reserve=100)
     least = 1000 + 200 + 2000 + 100 + 100 * 4 * 1  # weights, outside, buffers, libraries, inputs alone
     for budget in (least / 0.94 + 1, 6000, 7000):
         plan = gpu.plan(100, int(budget))
@@ -66,9 +66,11 @@ def test_a_part_of_a_gpus_budget_is_spared() -> None:
 
 def test_too_little_is_one_line_with_the_numbers() -> None:
     with pytest.raises(UserError) as error:
-        Costs(2**34, KEPT, 0, COSTS.again).plan(2**20, 2**34)
-    assert "a step of 1,048,576 tokens needs at least 16 GiB (weights 16" in str(error.value)
-    assert "and there are 16: raise step.memory or lower data.length_max" in str(error.value)
+        MeasuredCosts(2**34, KEPT, 0, again=COSTS.again).plan(2**20, 2**34)
+    assert "a step of 1,048,576 tokens needs at least 16 GiB of its device (weights 16 + activations" in str(
+        error.value
+    )
+    assert "and there are 16: raise step.memory, lower data.length_max" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -138,7 +140,7 @@ def test_counted_bytes_foretell_those_of_longer_steps(blend: str, make_model: Ca
         plan = costs.plan(1080, None)
         del outputs
     assert total <= plan.activations <= 1.2 * total
-    for everything, attention, only_input in costs.kept:
+    for everything, attention, only_input in (row.values() for row in costs.kept):
         assert everything > attention > only_input
     assert costs.kept[1][Keep.INPUT] == 4 * 32, "one hidden state a token"
     assert (costs.other > 3 * 4 * 64) == (blend == "teacher"), "the teacher's outputs of three layers"
@@ -150,7 +152,8 @@ def test_the_planner_sets_the_levels_of_each_step(make_model: Callable[..., PreT
         distilling(model, "hidden_l2") as distillation,
         recomputed(model, distillation.layers, Keep.ALL) as recomputation,
     ):
-        planner = MemoryPlanner(recomputation, Costs(0, [(10, 5, 1)] * 3, 0, COSTS.again), 4500)
+        kept = [dict(zip(Keep, (10.0, 5.0, 1.0), strict=True))] * 3
+        planner = MemoryPlanner(recomputation, MeasuredCosts(0, kept, 0, again=COSTS.again), 4500)
         planner.arrange(100)
         assert recomputation.levels == [Keep.ATTENTION, Keep.ALL, Keep.ALL]
         assert "3 keep everything, 0 their attention, 0 their input" in str(planner.arrange(80))

@@ -262,9 +262,11 @@ def test_a_model_that_cannot_be_reached_is_one_line(
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"model\.id={tmp_path / 'nosuch'}") as raised:
-        load_model(ModelSettings(name="any", id=str(tmp_path / "nosuch")))
-    assert "\n" not in str(raised.value)
+    for load in (load_model, load_tokenizer):
+        for folder, reason in ((tmp_path / "nosuch", "there is no such folder"), (tmp_path, "has no config.json")):
+            with pytest.raises(UserError, match=rf"^model\.id={folder} .*{reason}") as raised:
+                load(ModelSettings(name="any", id=str(folder)))
+            assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])

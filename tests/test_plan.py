@@ -1,15 +1,26 @@
 """The memory of a step by calculation: what is counted, and which model fits which devices."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from duo_id.config import TrainSettings
+from duo_id.budget import memory_bytes
+from duo_id.config import StepSettings, TrainSettings
 from duo_id.errors import UserError
+from duo_id.memory import GIB, LIBRARIES, SPARED, Plan
 from duo_id.models import meta_model
-from duo_id.plan import GIB, Shape, memory_plan
+from duo_id.plan import calculated_costs, fitted, shared_step
+from duo_id.ranks import Ranks
+from duo_id.recompute import Keep
 from tests.commands import settings_of
 from tests.tiny import tiny_model
+
+META, GPU = torch.device("meta"), torch.device("cuda")  # neither is used: what is planned has no weights
+LEAST = StepSettings(memory="least")
+A100 = StepSettings(memory="80GB")
 
 
 @pytest.fixture(scope="module")
@@ -20,37 +31,81 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
     return meta_model(settings.model, torch.bfloat16)
 
 
+def planned(
+    model: PreTrainedModel, ranks: Ranks, tokens: int, samples: int = 1, step: StepSettings = LEAST, **given: Any
+) -> Plan:
+    costs = calculated_costs(model, ranks, **({"device": META} | given))
+    return fitted(step, costs, ranks.tokens(tokens, samples), memory_bytes(step.memory))[1]
+
+
 def test_a_70b_fits_eight_gpus_of_80_gb(large: PreTrainedModel) -> None:
     assert all(parameter.is_meta for parameter in large.parameters())
-    plan = memory_plan(large, Shape(32768, samples=4, data=4, sequence=2))
+    plan = planned(large, Ranks(4, 2, sharded=True), 32768, 4, A100, device=GPU)
     assert 70.5e9 * 2 / 8 < plan.weights < 30e9
-    plan.check(80 * 10**9)
-    memory_plan(large, Shape(32768, samples=2, data=2, sequence=4, teacher_outputs=True)).check(80 * 10**9)
-    memory_plan(large, Shape(65536, sequence=8)).check(80 * 10**9)
+    assert set(plan.levels) == {Keep.INPUT}
+    planned(large, Ranks(2, 4, sharded=True), 32768, 2, A100, device=GPU, teacher_outputs=True)
+    planned(large, Ranks(1, 8, sharded=True), 65536, 1, A100, device=GPU)
 
 
 def test_what_does_not_fit_is_refused_with_its_numbers(large: PreTrainedModel) -> None:
-    with pytest.raises(UserError, match=r"^not enough memory: .* GiB on each device \(weights \d+\.\d, activations"):
-        memory_plan(large, Shape(32768, sharded=False, samples=8, data=8)).check(80 * 10**9)
-    with pytest.raises(UserError, match=r"step\.memory=least"):
-        memory_plan(large, Shape(32768, samples=8, data=8, recompute=False)).check(80 * 10**9)
+    told = r"^step\.memory: a step of 32,768 tokens needs at least [\d.]+ GiB of its device \(weights"
+    for sharded in (False, True):
+        with pytest.raises(UserError, match=told):
+            planned(large, Ranks(8, 1, sharded=sharded), 32768, 8, A100, device=GPU)
+
+
+def test_layers_keep_everything_where_it_fits() -> None:
+    costs, step = calculated_costs(tiny_model("llama"), Ranks(2), META), StepSettings(compile=True)
+    everything = costs.keeping([Keep.ALL] * 3, 64, None)
+    assert fitted(step, costs, 64, everything.total) == (step, replace(everything, budget=everything.total))
+    less, plan = fitted(step, costs, 64, everything.total - 1)
+    assert less == StepSettings(compile=True, memory="least")
+    assert set(plan.levels) == {Keep.INPUT}
+    assert fitted(LEAST, costs, 64, None)[1].levels == plan.levels
+
+
+def test_gpus_have_libraries_and_a_part_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one GPU has, see `tests.test_memory`; and the fullest of them counts."""
+    model, room = tiny_model("llama"), [80 * GIB]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room[0] - 2 * GIB, 90 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
+    monkeypatch.setattr(Ranks, "greatest", lambda self, value, device: [value + GIB])
+    plan = shared_step(model, LEAST, Ranks(2), GPU, 64, 2, teacher_outputs=False)[1]
+    assert (plan.budget, plan.spared) == (79 * GIB, SPARED)
+    assert plan.buffers == planned(model, Ranks(2), 64, 2).buffers + LIBRARIES
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"cuda_graphs": True}, r"step\.cuda_graphs=true"), ({"shape": "paper", "memory": "least"}, r"step\.shape=paper")],
+)
+def test_what_is_for_one_device_alone_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^{message} works on 1 device alone"):
+        shared_step(tiny_model("llama"), StepSettings(**change), Ranks(2), META, 64, 2, teacher_outputs=False)
 
 
 def test_the_published_shape_is_what_was_measured() -> None:
     """Two streams of 32K in one batch, all layers recomputed: 46 GiB on an H200 (design, numbers to stand on)."""
     architecture = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
     config = AutoConfig.for_model("llama", num_attention_heads=32, num_key_value_heads=8, **architecture)
-    with torch.device("meta"):
+    with META:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    assert memory_plan(model, Shape(32768, samples=2)).total == pytest.approx(46 * GIB, rel=0.15)
+    assert planned(model, Ranks(), 32768, 2).total == pytest.approx(46 * GIB, rel=0.15)
 
 
 def test_shares_add_up() -> None:
     model = tiny_model("llama")
-    whole = sum(parameter.numel() for parameter in model.parameters()) * 4
-    alone = memory_plan(model, Shape(64))
+    whole = sum(parameter.numel() for parameter in model.parameters()) * 4 + sum(x.nbytes for x in model.buffers())
+    alone = planned(model, Ranks(), 64)
     assert alone.weights == whole
-    assert memory_plan(model, Shape(64, samples=2, data=2, sharded=False)).weights == whole
-    assert memory_plan(model, Shape(64, samples=2, data=2)).activations == alone.activations
-    assert memory_plan(model, Shape(64, sequence=2)).activations == alone.activations // 2
+    assert planned(model, Ranks(2), 64, 2).weights == whole
+    assert planned(model, Ranks(2, sharded=True), 64, 2).activations == alone.activations
+    halves = planned(model, Ranks(1, 2, sharded=True), 63)
+    assert halves.activations == alone.activations // 2
+    assert halves.tokens == 32, "the longer part"
     assert alone.activations == 64 * 32 * 4 * 3  # tokens, hidden size, float32, layers
+    teacher = planned(model, Ranks(), 64, teacher_outputs=True)
+    assert teacher.activations - alone.activations == 64 * 4 * 16 * 4 * 3  # heads x head_dim
+    inner = calculated_costs(model, Ranks(), META).kept[0][Keep.ALL]
+    assert alone.buffers == 64 * 2 * inner
+    assert halves.buffers - alone.buffers // 2 == 32 * 2 * 4 * (2 * 4 + 2 * 2) * 16  # queries and outputs, keys, values

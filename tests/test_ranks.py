@@ -16,6 +16,11 @@ def test_neighbours_share_tokens_and_groups_share_samples() -> None:
     assert [place.first for place in places] == [True, *[False] * 5]
 
 
+def test_the_longest_part_of_a_sample_and_the_most_samples_count() -> None:
+    assert Ranks(2, 3).tokens(31, 3) == 11 * 2
+    assert Ranks().tokens(31, 3) == 93
+
+
 def test_one_process_asks_nobody() -> None:
     value = torch.tensor(2.0)
     assert Ranks().mean(value) is value

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from duo_id import steps
 from duo_id.attention.blends import BLENDS
 from duo_id.config import StepSettings
 from duo_id.errors import UserError
@@ -80,6 +81,17 @@ def test_the_fast_step_is_the_simple_step_within_any_budget(
             assert plan is not None
             assert set(plan.levels) != {Keep.ALL}
             torch.testing.assert_close(step(distillation, batch), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_the_least_needs_no_plan_whatever_there_is(
+    make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, which has a limit."""
+    monkeypatch.setattr(steps, "available", lambda memory, device: 2**30)
+    with distilling(make_model("llama"), "hidden_l2") as distillation:
+        for memory, planned in (("auto", True), ("least", False)):
+            with prepared(distillation, StepSettings(memory=memory)) as arrange:
+                assert (arrange(40) is not None) == planned
 
 
 def test_compiled_blends_are_the_same(make_model: Callable[..., PreTrainedModel]) -> None:

@@ -22,6 +22,7 @@ from tests.commands import Finished, run_command
 from tests.sweep_jobs import leave, processes
 
 OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3"]
+SOURCES = os.pathsep.join([str(conf_dir().parent / "src"), str(conf_dir().parent)])
 SPACE = "method.lr=interval(0.01,0.2)"
 
 
@@ -147,7 +148,7 @@ def test_launchers_are_found_and_can_be_made(name: str, kind: str) -> None:
 
 def test_jobs_have_a_process_and_a_gpu_each_and_die_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,7")  # taken as they are named
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(conf_dir().parent / "src"), str(conf_dir().parent)]))
+    monkeypatch.setenv("PYTHONPATH", SOURCES, prepend=os.pathsep)
     finished = sweep(tmp_path, "hydra/launcher=local", "seed=0,1,2", command=processes)
     assert finished.status == 2, finished.output
     places = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("sweep/*/where.json"))]
@@ -159,11 +160,11 @@ def test_jobs_have_a_process_and_a_gpu_each_and_die_alone(tmp_path: Path, monkey
 
 
 @pytest.mark.slow  # Ray's own processes take long to start
-def test_jobs_on_ray(tmp_path: Path) -> None:
+def test_jobs_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     here = ["hydra.launcher.remote.num_gpus=0", "+hydra.launcher.init.num_cpus=2"]
-    paths = os.pathsep.join([str(conf_dir().parent / "src"), str(conf_dir().parent)])
-    here.append(f"+hydra.launcher.init.runtime_env={{env_vars:{{PYTHONPATH:'{paths}'}}}}")
+    monkeypatch.setenv("PYTHONPATH", SOURCES, prepend=os.pathsep)
+    here.append(f"+hydra.launcher.init.runtime_env={{env_vars:{{PYTHONPATH:'{os.environ['PYTHONPATH']}'}}}}")
     finished = sweep(tmp_path, "hydra/launcher=ray", *here, "seed=0,1,2", command=processes)
     assert finished.status == 2, finished.output
     assert len(list(tmp_path.glob("sweep/*/where.json"))) == 2

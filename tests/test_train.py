@@ -356,3 +356,10 @@ def test_a_sweep_makes_a_run_folder_for_each_seed_and_goes_on_after_a_failed_job
         assert summary["validation_loss"] != pytest.approx(sum(tested) / len(tested))
     assert "python -m duo_id.report outputs/sweeps/" in output
     assert not (tmp_path / "outputs" / "train").exists()
+
+
+def test_the_memory_of_a_budget_is_told_in_a_line(tmp_path: Path) -> None:
+    finished = run_command("train", *QUICK, "step.memory=1GiB", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    (line,) = [line for line in finished.output.splitlines() if line.startswith("memory of a device with 800 tokens")]
+    assert line.endswith("of 3 layers 3 keep everything, 0 their attention, 0 their input")

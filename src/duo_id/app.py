@@ -26,6 +26,7 @@ from duo_id.config import conf_dir
 from duo_id.errors import UserError
 from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text
+from duo_id.mistakes import explained
 from duo_id.ranks import leave, several
 
 console = Console()
@@ -134,7 +135,7 @@ def _complain(error: BaseException) -> int:
     """Show an error as one line, without a traceback, and return the exit status."""
     label = "error of another process:" if console.quiet else "error:"
     console.quiet = False
-    console.print(f"[bold red]{label}[/]", escape(_message(error)), highlight=False, soft_wrap=True)
+    console.print(f"[bold red]{label}[/]", escape(explained(error)), highlight=False, soft_wrap=True)
     return 2
 
 
@@ -142,14 +143,5 @@ def _note_failure(error: Exception, expected: bool) -> int:
     """Leave a failed job's error in its folder, and return the sweep's exit status; the unexpected is shown in full."""
     if not expected:
         console.print_exception()
-    write_text(Path(HydraConfig.get().runtime.output_dir) / ERROR, _message(error))
+    write_text(Path(HydraConfig.get().runtime.output_dir) / ERROR, explained(error))
     return _complain(error)
-
-
-def _message(error: BaseException) -> str:
-    """What is wrong, in one line."""
-    chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    user_error = next((link for link in chain if isinstance(link, UserError)), error)  # maybe inside an interpolation
-    return " ".join(line.strip() for line in str(user_error).splitlines() if line.strip()) or type(error).__name__

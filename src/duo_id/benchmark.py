@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import json
 import platform
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ def _place(settings: BenchmarkSettings) -> tuple[torch.device, Ranks]:
 def _measured(
     settings: BenchmarkSettings, folder: Path, overrides: list[str], device: torch.device, ranks: Ranks
 ) -> dict[str, Any]:
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    single = read_baseline(settings, device, card, ranks.data) if settings.compare else {}
     language_model = load_model(settings.model, device, settings.seed, ranks)
     layers = attention_layers(language_model)
     steps = settings.task == "train_step"
@@ -78,7 +80,7 @@ def _measured(
     results: dict[str, Any] = {
         "task": settings.task,
         "model": language_model.describe(layers),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "device": card,
         "devices": ranks.world,
         "data_groups": ranks.data,
         "sequence_parallel": ranks.sequence,
@@ -89,8 +91,6 @@ def _measured(
         "settings": plain(settings),
         "versions": app.versions() | _kernel_versions(),
     }
-    places = list(product(settings.context, settings.blend))
-    single = read_baseline(settings.compare, results, places) if settings.compare else {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=app.console, transient=True) as progress:

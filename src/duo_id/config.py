@@ -14,6 +14,7 @@ from duo_id.attention.masks import Window
 from duo_id.attention.streaming import STREAMING_BACKENDS
 from duo_id.budget import memory_bytes
 from duo_id.errors import UserError
+from duo_id.mistakes import explained
 
 Settings = TypeVar("Settings")
 
@@ -292,9 +293,9 @@ def parse(schema: type[Settings], config: DictConfig, **parts: type[Any]) -> Set
         UserError: a value is missing, unknown, of the wrong type or out of range.
     """
     for item in fields(schema):  # type: ignore[arg-type]
-        if get_origin(item.type) is list and isinstance(config.get(item.name), int | float):
+        if get_origin(item.type) is list and isinstance(config.get(item.name), int | float | str):
             config = config.copy()
-            OmegaConf.update(config, item.name, [config[item.name]])  # sparsity=0.5 is what people type
+            OmegaConf.update(config, item.name, [config[item.name]])  # sparsity=0.5, blend=teacher: what people type
     try:
         typed = OmegaConf.structured(schema)
         for key, part in parts.items():
@@ -302,7 +303,7 @@ def parse(schema: type[Settings], config: DictConfig, **parts: type[Any]) -> Set
         merged = OmegaConf.merge(typed, config)
         settings = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(explained(error)) from error
     assert isinstance(settings, schema)
     return settings
 
@@ -312,8 +313,3 @@ def plain(settings: Any) -> dict[str, Any]:
     container = OmegaConf.to_container(OmegaConf.structured(settings))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-def _one_line(error: OmegaConfBaseException) -> str:
-    reason = str(error).splitlines()[0]
-    return f"{error.full_key}: {reason}" if error.full_key else reason

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
@@ -20,6 +19,7 @@ from duo_id.data.module import SampleModule
 from duo_id.formats import load_pattern
 from duo_id.history import GateHistory
 from duo_id.methods import GateSettings, ScoreSettings, SearchSettings
+from duo_id.mistakes import built
 from duo_id.models import LanguageModel
 from duo_id.patterns import HeadPattern
 from duo_id.progress import TrainingBar
@@ -119,7 +119,8 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
     data.task("train")
     steps = settings.trainer["max_steps"]
     gates = GateTraining(run.model, run.layers, method, settings.step, steps, settings.sparsity, run.seed)
-    trainer = instantiate(
+    trainer = built(
+        "trainer",
         # The stream of samples has no end, and ranks are told apart where samples are made.
         {"limit_train_batches": steps} | settings.trainer | {"use_distributed_sampler": False},
         logger=list(run.loggers),
@@ -140,7 +141,7 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
         if longest is not None and settings.data.task != "disk":  # else each step says when it does not fit
             plan = gates.arrange(longest * settings.data.batch_size)
             if plan is not None:
-                run.console.print(plan, soft_wrap=True, highlight=False)
+                run.console.print(str(plan), soft_wrap=True, highlight=False)
         trainer.fit(gates, datamodule=data, ckpt_path=before, weights_only=True)
     if gates.interrupted:
         raise KeyboardInterrupt

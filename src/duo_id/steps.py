@@ -83,9 +83,10 @@ def prepared(distillation: Distillation, step: StepSettings) -> Iterator[Arrange
         UserError: the memory's budget cannot be read; by what is yielded: it is not enough.
     """
     model, layers = distillation.model.model, distillation.layers
-    # Several ranks must do the same, and what each has of the weights comes and goes: see `duo_id.plan`.
-    budget = available(step.memory, model.device) if distillation.model.ranks.world == 1 else None
     keep = Keep.INPUT if step.memory == "least" else Keep.ALL
+    # Several ranks must do the same, and what each has of the weights comes and goes: see `duo_id.plan`.
+    planned = step.memory != "least" and distillation.model.ranks.world == 1
+    budget = available(step.memory, model.device) if planned else None
     with (
         compiled_parts(model, layers, attention=True) if step.compile else nullcontext(),
         recomputed(model, layers, keep) if budget or keep else nullcontext() as recomputation,

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from hydra.errors import HydraException
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from duo_id.errors import UserError
 from duo_id.files import write_text
+from duo_id.mistakes import built
 from duo_id.patterns import HeadPattern
 from duo_id.plots import plot_gates
 
@@ -114,8 +113,8 @@ def _logger(name: str, settings: dict[str, Any], folder: Path) -> Logger:
             write_text(path, uuid.uuid4().hex[:8])
         settings["id"] = path.read_text(encoding="utf-8").strip()
     try:
-        return instantiate(settings, save_dir=str(folder))
-    except HydraException as error:
+        return built(f"logger.{name}", settings, save_dir=str(folder))
+    except UserError as error:
         if not isinstance(error.__cause__, ImportError):
             raise
         raise UserError(f"logger={name} needs a package that is missing: pip install 'duo_id[{name}]'") from error

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from duo_id import app
+from duo_id.attention.blends import BLENDS
 from duo_id.attention.gated import attached
 from duo_id.config import TrainSettings, plain
 from duo_id.evaluation.agreement import agreement_table
@@ -26,7 +27,7 @@ from duo_id.identification import Run, identify
 from duo_id.methods import GateSettings, train_settings
 from duo_id.models import dtype_of, load_model, meta_model
 from duo_id.patterns import HeadPattern, average
-from duo_id.plan import Shape, capacity, fitted
+from duo_id.plan import shared_step
 from duo_id.plots import plot_gates, plot_training, read_metrics, save_figure
 from duo_id.ranks import Ranks, launch
 from duo_id.tracking import log_config, log_gates, log_heads, tracked
@@ -116,20 +117,11 @@ def _shared(settings: TrainSettings, device: torch.device, ranks: Ranks, folder:
         UserError: a device has not that much, or the settings are for one device alone.
     """
     model = meta_model(settings.model, dtype_of(settings.model.dtype, device))
-    shape = Shape(
-        tokens=settings.data.length_max or model.config.get_text_config().max_position_embeddings,
-        samples=settings.data.batch_size,
-        data=ranks.data,
-        sequence=ranks.sequence,
-        sharded=ranks.sharded,
-        teacher_outputs=isinstance(settings.method, GateSettings) and settings.method.blend == "teacher",
-    )
-    room = ranks.agreed(capacity(settings.step.memory, device))
-    step, plan = fitted(model, settings.step, shape, room)
-    title = f"{settings.model.name}, {shape.tokens:,} tokens, {ranks.data} x {ranks.sequence} devices"
-    app.console.print(plan.table(title))
+    tokens = settings.data.length_max or model.config.get_text_config().max_position_embeddings
+    teacher_outputs = isinstance(settings.method, GateSettings) and BLENDS[settings.method.blend].needs_teacher
+    step, plan = shared_step(model, settings.step, ranks, device, tokens, settings.data.batch_size, teacher_outputs)
+    app.console.print(str(plan), soft_wrap=True, highlight=False)
     app.console.print(f"if a process is lost: python -m duo_id.train resume={folder}", soft_wrap=True)
-    plan.check(room)
     return replace(settings, step=step)
 
 

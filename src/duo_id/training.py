@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from duo_id.errors import UserError
 from duo_id.gates import GATES, DrawnGates
 from duo_id.graphs import GraphedLoss
 from duo_id.methods import GateSettings
+from duo_id.mistakes import built
 from duo_id.models import LanguageModel
 from duo_id.objectives import make_objective
 from duo_id.patterns import HeadPattern
@@ -88,7 +88,7 @@ class GateTraining(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The configured optimizer over the gates, with a rise and a fall of the learning rate."""
-        optimizer = instantiate(self.method.optimizer, self.gates.parameters())
+        optimizer = built("method.optimizer", self.method.optimizer, self.gates.parameters())
         for penalty in self.penalties.values():
             if isinstance(penalty, TargetSparsity):  # its multipliers rise against the loss
                 multipliers = {"lr": self.method.multiplier_lr, "weight_decay": 0.0, "maximize": True}

@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
+from duo_id import benchmark
 from duo_id.benchmarks.ceilings import Ceilings
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.benchmarks.train_step import StepBench
 from duo_id.config import ModelSettings
 from duo_id.errors import UserError
 from duo_id.models import meta_model
-from duo_id.plan import Shape, memory_plan
-from duo_id.ranks import check_ranks
+from duo_id.plan import calculated_costs, fitted
+from duo_id.ranks import Ranks, check_ranks
 from tests.benchmarks.cases import layers_of, named
 from tests.commands import run_command, settings_of
 from tests.tiny import tiny_model
@@ -61,7 +62,7 @@ def test_a_budget_shows_its_plan(tmp_path: Path) -> None:
     finished = run_command("benchmark", *SMALL, "context=60", "step.memory=1GiB", folder=tmp_path)
     assert finished.status == 0, finished.output
     ours, paper = saved(tmp_path)["rows"]
-    assert ours["plan"].startswith("memory of 60 tokens: weights")
+    assert ours["plan"].startswith("memory of a device with 60 tokens: weights")
     assert paper["plan"] is None
     assert "3 keep everything" in " ".join(finished.output.split())
 
@@ -102,11 +103,24 @@ def test_the_loss_looks_at_the_end_of_every_sample() -> None:
         (["trainer.devices=2", "trainer.accelerator=cpu"], "batch_size=1, the samples of a step, does not divide"),
         (["step.sequence_parallel=2"], "step.sequence_parallel=2 does not divide the 1 processes"),
         (["task=decode", "trainer.devices=2"], "trainer.devices=2: task=decode works on 1 device"),
+        (["context=[12,60]"], "sink_size + recent_size = 12 must be below context=12, or nothing lies outside"),
+        (["step.cuda_graphs=true"], "step.cuda_graphs=true: task=train_step measures steps without a graph"),
+        (["heads=nowhere"], "heads=nowhere: task=train_step trains the gates of all heads"),
         (["context=60", "compare=nowhere"], "compare=nowhere: no results of task=train_step can be read there"),
     ],
 )
 def test_mistakes_are_one_line(overrides: list[str], message: str, tmp_path: Path) -> None:
     assert message in run_command("benchmark", *SMALL, *overrides, folder=tmp_path).error
+
+
+def test_a_run_to_compare_with_is_read_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*given: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(benchmark, "load_model", load)
+    assert "compare=nowhere" in run_command("benchmark", *SMALL, "compare=nowhere", folder=tmp_path).error
 
 
 def test_a_longer_sequence_than_the_model_is_made_for_is_refused() -> None:
@@ -132,7 +146,9 @@ def test_presets_share_a_step_among_devices(preset: str, tokens: int, groups: in
     check_ranks(8, settings.step.sequence_parallel, settings.batch_size)
     model = meta_model(settings.model, torch.bfloat16)
     assert model.config.max_position_embeddings >= tokens
-    memory_plan(model, Shape(tokens, groups, groups, 8 // groups)).check(80 * 10**9)
+    ranks = Ranks(groups, 8 // groups, sharded=True)
+    costs = calculated_costs(model, ranks, torch.device("cuda"))
+    fitted(settings.step, costs, ranks.tokens(tokens, settings.batch_size), 80 * 10**9)
 
 
 @pytest.mark.gpu

@@ -51,7 +51,9 @@ def pages(nav: list[dict[str, Any]]) -> list[str]:
 def build(root: Path) -> subprocess.CompletedProcess:
     """Build the site of a copy of the sources."""
     command = [sys.executable, "-m", "zensical", "build", "--strict"]
-    environment = os.environ | {"PYTHONPATH": str(root / "src"), "NO_COLOR": "1"}
+    inherited = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    paths = os.pathsep.join([str(root / "src"), *inherited])
+    environment = os.environ | {"PYTHONPATH": paths, "NO_COLOR": "1"}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands import Finished
+from duo_id.benchmarks.settings import BenchmarkSettings
+from duo_id.config import plain
+from duo_id.models import meta_model
+from duo_id.plan import calculated_costs, fitted
+from duo_id.ranks import Ranks
+from tests.commands import Finished, settings_of
 from tests.processes import run_file, start
 from tests.scale.devices import environment
 
@@ -57,7 +62,9 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     rows = [{"step": "ours", "status": "ok", "blend": "teacher", "context": n, "tokens_per_s": 100.0} for n in (61, 90)]
     (folder / "alone").mkdir()
     device = torch.cuda.get_device_name() if request.param == "gpu" else platform.processor() or "CPU"
-    alone = {"rows": rows, "model": {"name": "tiny"}, "device": device}
+    one = [*OVERRIDES, "trainer.devices=1", "step.sequence_parallel=1"]
+    settings = plain(settings_of("benchmark", BenchmarkSettings, *one, folder=folder))
+    alone = {"rows": rows, "model": {"name": "tiny"}, "device": device, "settings": settings}
     (folder / "alone" / "results.json").write_text(json.dumps(alone))
     started = start(
         run_file,
@@ -89,7 +96,9 @@ def test_what_was_measured_before_is_kept(run: tuple[Path, Finished, float]) -> 
     assert (row["step"], row["context"], row["status"]) == ("ours", 61, "ok")
     assert row["tokens_per_s"] == pytest.approx(61 / row["ms"] * 1e3), "of all processes together"
     assert row["efficiency"] == pytest.approx(row["tokens_per_s"] / 2 / 100)
-    assert row["plan"].startswith("memory on each device, by calculation: weights")
+    settings, ranks = settings_of("benchmark", BenchmarkSettings, *OVERRIDES, folder=run[0]), Ranks(1, 2, sharded=True)
+    costs = calculated_costs(meta_model(settings.model, torch.float32), ranks, torch.device("cpu"), True)
+    assert row["plan"] == str(fitted(settings.step, costs, 31, None)[1]), "as before the weights are loaded"
     assert row["profile"]["communication"] > 0
     if row["peak_bytes"] is not None:  # on a GPU, whose kernels are seen
         found = row["communication"]
@@ -102,4 +111,4 @@ def test_what_was_measured_before_is_kept(run: tuple[Path, Finished, float]) -> 
 def test_only_the_first_process_speaks(run: tuple[Path, Finished, float]) -> None:
     lines = run[1].output.splitlines()
     assert sum(line.startswith("ours, teacher blend, 61 tokens:") for line in lines) == 1
-    assert sum("memory on each device" in line for line in lines) == 1
+    assert sum("memory of a device" in line for line in lines) == 1

@@ -1,46 +1,70 @@
 """How well several devices are used: tokens a second of each, over those of one device in another run."""
 
 import json
-from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from duo_id.config import require
+import torch
+from omegaconf import OmegaConf
+
+from duo_id.benchmarks.settings import BenchmarkSettings
+from duo_id.config import parse, require
 from duo_id.errors import UserError
 
 Place = tuple[int, str]  # context and blend
 
 
-def read_baseline(run: str, results: Mapping[str, Any], places: list[Place]) -> dict[Place, float]:
-    """Tokens a second of our step on one device, at the places for which its memory sufficed.
+def read_baseline(settings: BenchmarkSettings, device: torch.device, card: str, groups: int) -> dict[Place, float]:
+    """Tokens a second of our step on one device, at the contexts and blends that it has been measured at.
 
     Args:
-        run: the folder of a run of the benchmark on one device, or its results.json: `compare`.
-        results: of this run, of which model and device are looked at.
-        places: what is measured.
+        settings: of this run; `compare` is the folder of the other, or its results.json.
+        device: of this process.
+        card: its name.
+        groups: of devices that take different samples.
 
     Raises:
-        UserError: the run cannot be read, or it measured something else.
+        UserError: the run cannot be read, or its steps do other work than those of this one.
     """
-    path = Path(run)
+    path, refused = Path(str(settings.compare)), f"compare={settings.compare}"
     try:
         found = json.loads((path / "results.json" if path.is_dir() else path).read_text())
         steps = {(row["context"], row["blend"]): row for row in found["rows"] if row.get("step") == "ours"}
         speeds = {place: float(row["tokens_per_s"]) for place, row in steps.items() if row["status"] != "OOM"}
-        measured = found.get("devices", 1), found["model"]["name"], found["device"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"compare={run}: no results of task=train_step can be read there") from error
-    expected = 1, results["model"]["name"], results["device"]
-    require(
-        measured == expected,
-        f"compare={run}: measured on {_said(measured)}; efficiency is against {_said(expected)}",
-    )
-    for context, blend in places:
+        there = found.get("devices", 1), found["device"], found["model"]["name"]
+        its = parse(BenchmarkSettings, OmegaConf.create(found["settings"]))
+        require(its.task == "train_step", f"task={its.task}")
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{refused}: no results of task=train_step can be read there ({error})") from error
+    here = 1, card, settings.model.name
+    told = "measured on {} x {} with {}; efficiency is against {} x {} with {}".format(*there, *here)
+    require(there == here, f"{refused}: {told}")
+    other, own = _work(its, device, 1), _work(settings, device, groups)
+    for key in sorted(own | other):
         require(
-            (context, blend) in steps, f"compare={run}: it has no step of {context:,} tokens with the {blend} blend"
+            other.get(key) == own.get(key),
+            f"{refused}: {key} is {other.get(key)} there and {own.get(key)} here, which is other work",
         )
+    places = set(product(settings.context, settings.blend))
+    require(
+        bool(places & steps.keys()),
+        f"{refused}: none of its steps has context={settings.context} and blend={settings.blend}",
+    )
     return speeds
 
 
-def _said(measured: tuple[int, str, str]) -> str:
-    return "{0} x {2} with {1}".format(*measured)
+def _work(settings: BenchmarkSettings, device: torch.device, groups: int) -> dict[str, Any]:
+    """What else than context and blend decides how much there is to compute, by override."""
+    model, step = settings.model, settings.step
+    return {f"model.architecture.{key}": value for key, value in (model.architecture | model.config).items()} | {
+        "model.dtype": model.dtype,
+        "step.shape": step.shape,
+        "step.memory": step.memory,
+        "step.full_backend": step.full_backend,
+        "step.streaming_backend": step.streaming_backend,
+        "compile": settings.compiles(device),
+        "sink_size": settings.sink_size,
+        "recent_size": settings.recent_size,
+        "batch_size of each group of devices": settings.batch_size // groups,
+    }

@@ -44,7 +44,7 @@ class Bench:
     ) -> None:
         self.settings, self.model, self.layers, self.work, self.ceilings = settings, model, layers, work, ceilings
         self.device: torch.device = model.device
-        self.compiles = self.device.type == "cuda" if settings.compile is None else settings.compile
+        self.compiles = settings.compiles(self.device)
         self.subject = ""
         self.watch = Stopwatch(lambda phase: announce(f"{self.subject}: {phase}"))
         weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from omegaconf import MISSING
 
 from duo_id.attention.blends import BLENDS
@@ -66,3 +67,15 @@ class BenchmarkSettings:
         for key, least in (("batch_size", 1), ("repeats", 1), ("warmup", 0), ("sink_size", 0), ("recent_size", 1)):
             require(getattr(self, key) >= least, f"{key}={getattr(self, key)} must be at least {least}")
         require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
+        if self.task == "train_step":
+            window, shortest = self.sink_size + self.recent_size, self.context[0]
+            require(
+                window < shortest,
+                f"sink_size + recent_size = {window} must be below context={shortest}, or nothing lies outside",
+            )
+            require(not self.step.cuda_graphs, "step.cuda_graphs=true: task=train_step measures steps without a graph")
+            require(self.heads is None, f"heads={self.heads}: task=train_step trains the gates of all heads")
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether to compile on a device: as asked for, by default on a GPU alone."""
+        return self.step.compile or (device.type == "cuda" if self.compile is None else self.compile)

@@ -28,7 +28,7 @@ from duo_id.data.samples import UNSCORED, shared_weights, split_batch, with_scor
 from duo_id.errors import UserError
 from duo_id.models import LanguageModel
 from duo_id.objectives import OBJECTIVES
-from duo_id.plan import MemoryPlan, Shape, capacity, fitted
+from duo_id.plan import shared_step
 from duo_id.steps import SHAPES, prepared
 
 SCORED = 512  # tokens that the loss looks at, at the end of a sample
@@ -60,8 +60,7 @@ class StepBench:
         self.window = Window(settings.sink_size, settings.recent_size)
         self.subject = ""
         self.watch = Stopwatch(lambda phase: announce(f"{self.subject}: {phase}"))
-        compiles = self.device.type == "cuda" if settings.compile is None else settings.compile
-        ours = replace(settings.step, compile=settings.step.compile or compiles)
+        ours = replace(settings.step, compile=settings.compiles(self.device))
         paper = replace(settings.step, shape="paper", memory="least", compile=False)
         beside = settings.beside and self.ranks.world == 1
         self.steps = {"paper": paper} if ours.shape == "paper" else {"ours": ours}
@@ -126,7 +125,9 @@ class StepBench:
         settings, model, ranks = self.settings, self.model, self.ranks
         told = dict[str, Any]()
         if ranks.world > 1:
-            step, plan = self._shared(step, blend, context)
+            step, plan = shared_step(
+                model.model, step, ranks, self.device, context, settings.batch_size, BLENDS[blend].needs_teacher
+            )
             told["plan"] = str(plan)
         distillation = SHAPES[step.shape](
             model, layers, self.window, step.backends, OBJECTIVES["hidden_l2"], blend=BLENDS[blend]
@@ -199,22 +200,6 @@ class StepBench:
         seconds = (linear + streaming) / self.ceilings.flops
         seconds += len(layers) * (forwards * attention[0] + backwards * attention[1])
         return seconds, linear + streaming + each * pairs * (forwards + BACKWARD * backwards)
-
-    def _shared(self, step: StepSettings, blend: str, context: int) -> tuple[StepSettings, MemoryPlan]:
-        """A step as several devices can share it, and what it needs of each.
-
-        Raises:
-            UserError: they have not that much, by calculation, or it is for one device alone.
-        """
-        ranks, model = self.ranks, self.model.model
-        teacher = BLENDS[blend].needs_teacher
-        shape = Shape(
-            context, self.settings.batch_size, ranks.data, ranks.sequence, ranks.sharded, teacher_outputs=teacher
-        )
-        room = ranks.agreed(capacity(step.memory, self.device))
-        step, plan = fitted(model, step, shape, room)
-        plan.check(room)
-        return step, plan
 
     def _batch(self, context: int) -> dict[str, Any]:
         """This process's part of random samples whose last tokens are scored."""

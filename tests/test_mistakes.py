@@ -1,0 +1,73 @@
+"""What the libraries' errors become: one line that names the override."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from duo_id.errors import UserError
+from duo_id.mistakes import built, explained
+from tests.commands import QUICK, run_command
+
+STEPS = ["task=train_step", "model=tiny", "context=60", "sink_size=4", "recent_size=8"]
+DIVISION = {"_target_": "operator.truediv"}
+
+
+def raised(call: Callable[[], Any]) -> BaseException:
+    try:
+        call()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was wrong")
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "message"),
+    [
+        ("train", ["trainer.devices=abc"], "trainer.devices=abc: `devices`"),
+        ("train", ["trainer.accelerator=nosuch"], "trainer.accelerator=nosuch: You selected an invalid accelerator"),
+        ("train", ["+trainer.nosuch=1"], "trainer.nosuch=1: Trainer.__init__() got an unexpected keyword argument"),
+        ("train", ["+method.optimizer.nosuch=1"], "method.optimizer.nosuch=1: AdamW.__init__() got an unexpected"),
+        ("train", ["+logger.csv.nosuch=1"], "logger.csv.nosuch=1: CSVLogger.__init__() got an unexpected"),
+        ("train", ["model=hub"], "model.id: its value is missing, give model.id=VALUE"),
+        ("train", ["data=mixture", "data.mixture=[passkey]"], "=[passkey]: data.mixture is a mapping, such as {key:"),
+        ("train", ["sparsity={a:1}"], "sparsity={a:1}: sparsity is a list, such as [value]"),
+        ("benchmark", ["trainer.devices=abc"], "trainer.devices=abc: `devices`"),
+        ("benchmark", ["blend={teacher:1}"], "blend={teacher:1}: blend is a list, such as [value]"),
+        ("benchmark", ["blend=pupil"], "blend=pupil: choose from student, detached, teacher"),
+    ],
+)
+def test_a_librarys_error_names_the_override(command: str, overrides: list[str], message: str, tmp_path: Path) -> None:
+    given = {"train": QUICK, "benchmark": STEPS}[command]
+    assert message in run_command(command, *given, *overrides, folder=tmp_path).error
+
+
+def test_what_a_settings_group_describes_is_built() -> None:
+    assert built("group", DIVISION, 1, 4) == 0.25
+    assert built("group", {"_target_": "builtins.dict", "size": 3}, more=5) == {"size": 3, "more": 5}
+
+
+def test_an_error_that_names_no_setting_is_put_down_to_one() -> None:
+    with pytest.raises(UserError, match=r"^group\._target_=operator\.truediv: division by zero$") as error:
+        built("group", DIVISION, 1, 0)
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+    with pytest.raises(UserError, match=r"^group\.devices=None: division by zero$"):
+        built("group", DIVISION, 1, 0, about="devices")
+    with pytest.raises(UserError, match=r"^group\._target_=nosuch\.name: Error loading 'nosuch\.name'"):
+        built("group", {"_target_": "nosuch.name"})
+
+
+def test_our_own_error_is_found_inside_an_interpolation() -> None:
+    def refuse() -> None:
+        raise UserError("resume=nowhere:\n there is nothing")
+
+    OmegaConf.register_new_resolver("refuse", refuse, replace=True)
+    error = raised(lambda: OmegaConf.create({"value": "${refuse:}"}).value)
+    assert explained(error) == "resume=nowhere: there is nothing"
+
+
+def test_an_error_without_words_is_its_name() -> None:
+    assert explained(OSError()) == "OSError"
+    assert explained(OSError("two\n\n lines")) == "two lines"
