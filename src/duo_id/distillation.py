@@ -122,7 +122,7 @@ class Distillation:
         """
         scored, tokens = batch["scored"], batch["input_ids"].shape[1]
         logits = self.objective.logits if logits is None else logits
-        with nullcontext() if candidates else self._last_at_scored(batch), self._caught() as (hidden, layers):
+        with nullcontext() if candidates else self._last_at_scored(batch, logits), self._caught() as (hidden, layers):
             found = None
             if not logits:
                 self.model.hidden_states(dict(batch))
@@ -147,10 +147,11 @@ class Distillation:
         return gain / self.model.ranks.mean(gain.sum()).clamp(min=1e-12)
 
     @contextmanager
-    def _last_at_scored(self, batch: Batch) -> Iterator[None]:
-        """Let the last layer compute the scored tokens and those that predict them alone, where these are few."""
-        samples, tokens = batch["input_ids"].shape
-        rows = torch.cat([batch["scored"], (batch["scored"] - 1) % tokens])
+    def _last_at_scored(self, batch: Batch, logits: bool) -> Iterator[None]:
+        """Let the last layer compute the scored tokens, and those that predict them, alone, where these are few."""
+        (samples, tokens), rows = batch["input_ids"].shape, batch["scored"]
+        if logits or self.objective.logits or self.far:  # teacher and student alike, for blends with the teacher's
+            rows = torch.cat([rows, (rows - 1) % tokens])
         whole = samples == 1 and batch.get("attention_mask") is None and self.model.ranks.group is None
         if self.last is None or not whole or not few(rows, tokens):
             yield
