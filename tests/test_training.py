@@ -222,3 +222,14 @@ def test_the_planted_head_is_ranked_first(
     assert scores.argmax() == layer * 2 + kv_head
     others = scores.flatten()[torch.arange(6) != layer * 2 + kv_head]
     assert scores.max() - others.max() > 0.3, scores
+
+
+def test_a_run_that_has_ended_holds_no_graphs(gate_training: MakeTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would keep their memory from the next seed of `repeats=`; on the CPU something stands in for one."""
+    with gate_training(method(), StepSettings(cuda_graphs=True)) as training:
+        held: list[int] = []
+        training.distill._captured["shapes"] = "a graph"
+        monkeypatch.setattr(training, "on_train_end", lambda: held.append(len(training.distill._captured)))
+        fit(training, [batch_of(random_sample(40, 1))], 1)
+        assert held == [1]
+        assert not training.distill._captured

@@ -32,6 +32,10 @@ class GraphedLoss:
             self._captured[shapes] = _Capture(self.loss, alpha, batch, pool)
         return _Replay.apply(alpha, self._captured[shapes], batch)
 
+    def release(self) -> None:
+        """Give the memory of all graphs back; what is called afterwards is captured anew."""
+        self._captured.clear()
+
 
 class _Capture:
     """One graph with the tensors it reads and writes. Graphs replay in turn, so all share one memory pool."""

@@ -155,6 +155,11 @@ class GateTraining(lightning.LightningModule):
         """Look once more before the gates are exported."""
         self._stop_unless_finite()
 
+    def teardown(self, stage: str) -> None:
+        """Let the next run of the same process have the memory, for modules and trainers go round in circles."""
+        if isinstance(self.distill, GraphedLoss):
+            self.distill.release()
+
     def on_validation_start(self) -> None:
         """Keep validation out of the tokens per second."""
         self._validation_began = time.perf_counter()

@@ -131,6 +131,19 @@ def test_a_perfect_model_scores_everything_and_one_that_cannot_look_back_nothing
             assert row["loss"] > 1
 
 
+def test_the_first_samples_of_all_tasks_and_lengths_come_first(model: Any, tmp_path: Path) -> None:
+    haystack = load_haystack(HaystackSettings(source="library"), "test")
+    builder = Builder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
+    items = make_items(["passkeys", "ruler-single"], builder, [2600, 2700], 2, 0, None, 3)
+    compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
+    journal = Journal(tmp_path, {})
+    run(model, items, compared, journal, False, 1, 700, Console(quiet=True))
+    order = [row["index"] for row in journal.rows]
+    assert order == sorted(order)
+    first = {(row["task"], row["length"]) for row in journal.rows if row["index"] == 0}
+    assert len(first) == 4
+
+
 def test_a_batch_that_does_not_fit_names_the_override(
     model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -29,7 +29,9 @@ def run(
     chunk_size: int,
     console: Console,
 ) -> None:
-    """Answer what the journal does not hold yet.
+    """Answer what the journal does not hold yet, the first samples of all tasks and lengths first.
+
+    So a run that is cut off has something of each.
 
     Args:
         model: the language model, under no mask.
@@ -65,9 +67,10 @@ def run(
             ) from error
 
     pending = [item for item in items if any(missing(contender, [item]) for contender in contenders)]
+    pending.sort(key=lambda item: item.index)
     todo = [
         (batch, {contender: asked for contender in contenders[1:] if (asked := missing(contender, batch))})
-        for batch in batches(pending, batch_tokens)
+        for batch in sorted(batches(pending, batch_tokens), key=lambda batch: batch[0].index)
     ]
     with _progress(console) as progress:
         work = sum(_work(batch) + sum(map(_work, others.values())) for batch, others in todo)
