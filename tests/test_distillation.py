@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duo_id.attention.blends import BLENDS
-from duo_id.attention.gated import BOUND, Backends, attached, bound_functions
+from duo_id.attention.gated import Backends, attached, bound_functions
 from duo_id.attention.masks import Window
+from duo_id.attention.probe import BOUND
 from duo_id.data.samples import Sample, collate, with_scored
 from duo_id.distillation import Distillation
 from duo_id.models import LanguageModel, byte_tokenizer

@@ -10,7 +10,6 @@ from transformers.masking_utils import eager_mask
 
 from duo_id.attention.blends import BLENDS
 from duo_id.attention.gated import (
-    BOUND,
     Backends,
     attached,
     bound,
@@ -19,7 +18,7 @@ from duo_id.attention.gated import (
     recording_heads,
 )
 from duo_id.attention.masks import Window
-from duo_id.attention.probe import AttentionLayer
+from duo_id.attention.probe import BOUND, AttentionLayer
 from duo_id.errors import UserError
 from duo_id.patterns import HeadMask
 from tests.tiny import FAMILIES

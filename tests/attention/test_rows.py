@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duo_id.attention.full import full_attention
-from duo_id.attention.gated import BOUND
 from duo_id.attention.masks import Window
+from duo_id.attention.probe import BOUND
 from duo_id.attention.rows import AtRows, last_layer, spread
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
@@ -110,6 +110,19 @@ def test_whatever_the_blend_and_the_way(blend: str, tokens: str, how: str, make_
             elif how != "kept":
                 stack.enter_context(recomputed(model, layers, Keep.INPUT if "input" in how else Keep.ATTENTION))
             found = loss_and_gradient(distillation, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected[1].abs().max()))
+
+
+def test_an_mlp_that_tells_its_routing_too(make_model: MakeModel) -> None:
+    """Experts behind sinks: the MLP returns a pair."""
+    model = make_model("gpt_oss", layer_types=["full_attention"] * 3, num_local_experts=4, num_experts_per_tok=2)
+    batch = batch_of(random_sample(130, 1, SCORED))
+    with distilling(model) as distillation:
+        with seen_by_the_last(distillation) as seen:
+            found = loss_and_gradient(distillation, batch)
+        assert seen["queries"] == {SCORED}
+        distillation.last = None
+        expected = loss_and_gradient(distillation, batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected[1].abs().max()))
 
 

@@ -64,6 +64,7 @@ CASES = {
     "MHA": Case("qwen3", dict.fromkeys(HEADS, 4)),
     "3 KV heads": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 3), strict=True))),
     "1 KV head, padding left": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 1), strict=True)), side="left"),
+    "few scored, a sample each": Case(lengths=(170, 121), scored=2),  # the last layer computes these alone
     "teacher blend": Case(method={"blend": "teacher"}),
     "logits": Case(method={"objective": "kl"}, scored=35),
     "each layer, far tokens": Case(
@@ -109,8 +110,8 @@ def loaded(case: Case, ranks: Ranks, device: str) -> Iterator[tuple[LanguageMode
 def step(case: Case, ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
     """Loss and gradient of the whole step, of which this process computes its part."""
     with loaded(case, ranks, device) as (_, training):
-        count = len(case.lengths) // ranks.data
-        mine = range(ranks.data_rank * count, (ranks.data_rank + 1) * count)
+        count = max(len(case.lengths) // ranks.data, 1)  # two samples come twice on four processes
+        mine = [index % len(case.lengths) for index in range(ranks.data_rank * count, (ranks.data_rank + 1) * count)]
         samples = [random_sample(case.lengths[index], index, case.scored + index) for index in mine]
         batch = training.on_before_batch_transfer(collate(samples, 0, case.side), 0)
         batch = training.on_after_batch_transfer(training.transfer_batch_to_device(batch, torch.device(device), 0), 0)

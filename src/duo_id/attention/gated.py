@@ -21,7 +21,7 @@ from duo_id.attention.exchange import Exchange
 from duo_id.attention.full import dense_attention, full_attention
 from duo_id.attention.masks import Window
 from duo_id.attention.padding import padding_mask, rolled
-from duo_id.attention.probe import AttentionLayer, find_layers, gated_layers
+from duo_id.attention.probe import BOUND, AttentionLayer, find_layers, gated_layers
 from duo_id.attention.rows import last_mlp_at_rows
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
@@ -29,8 +29,7 @@ from duo_id.errors import UserError
 
 IMPLEMENTATION = "duo_id"  # the name under which transformers knows the attention function
 PROBE = "duo_id_probe"  # and the one that finds the layers, which other models may not notice
-BOUND = "duo_id_attend"  # the attribute of an attention module that holds what it does
-EXCHANGE = "duo_id_exchange"  # and, where processes share a sample's tokens, how they get together in attention
+EXCHANGE = "duo_id_exchange"  # of attention modules: how processes that share a sample's tokens get together there
 
 AttendFunction = Callable[..., Tensor]  # of query, key, value and softmax; those of a step also of `rows`, see `AtRows`
 
@@ -205,7 +204,7 @@ def attached(
     with routed(model, backends or Backends()) as layers:
         gated = gated_layers(model, layers)
         if group is None:
-            with last_mlp_at_rows(model, gated, BOUND):
+            with last_mlp_at_rows(model, gated):
                 yield gated
         else:
             with _exchanging(model, layers, group):

@@ -13,6 +13,8 @@ from duo_id.attention.padding import padding_mask
 from duo_id.attention.softmax import Softmax
 from duo_id.errors import UserError
 
+BOUND = "duo_id_attend"  # the attribute of an attention module that holds what it does, see `duo_id.attention.gated`
+
 
 @dataclass(frozen=True)
 class AttentionLayer:

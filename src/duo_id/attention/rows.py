@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from duo_id.attention.probe import AttentionLayer, beside, blocks, layer_list
+from duo_id.attention.probe import BOUND, AttentionLayer, beside, blocks, layer_list
 from duo_id.attention.softmax import Softmax
 
 SHARE = 16  # up to 1/16 of the tokens are taken apart: their kernel looks at a mask, so that of many all come sooner
@@ -56,7 +56,7 @@ def last_layer(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Atte
 
 
 @contextmanager
-def last_mlp_at_rows(model: PreTrainedModel, layers: Sequence[AttentionLayer], bound: str) -> Iterator[None]:
+def last_mlp_at_rows(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Iterator[None]:
     """While the last layer's bound function is `AtRows`, let its MLP compute these rows alone too.
 
     MLPs are known by the names of their classes; what is named otherwise, as a mixer of tokens might be, sees all.
@@ -64,27 +64,30 @@ def last_mlp_at_rows(model: PreTrainedModel, layers: Sequence[AttentionLayer], b
     Args:
         model: the language model.
         layers: its gated layers.
-        bound: the attribute of an attention module that holds what it does.
     """
     layer = last_layer(model, layers)
-    parts = beside(blocks(model, layers[-1:])[0], layer) if layer else []
-    mlps = [part for part in parts if type(part).__name__.endswith("MLP")]
-    tokens: list[int] = []  # of the call at work, empty where all are computed
+    if layer is None:
+        yield
+        return
+    attention, tokens = layer.module, list[int]()  # of the call at work, empty where all are computed
 
-    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        assert layer is not None
-        function = getattr(layer.module, bound)
-        tokens[:] = [args[0].shape[1]] if isinstance(function, AtRows) else []
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        function = getattr(attention, BOUND)
+        apart = isinstance(function, AtRows) and bool(args) and args[0].dim() == 3
+        tokens[:] = [args[0].shape[1]] if apart else []
+        return tuple(x.index_select(1, function.rows) if torch.is_tensor(x) else x for x in args) if apart else None
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not tokens:
-            return None
-        return tuple(x.index_select(1, function.rows) if torch.is_tensor(x) else x for x in args), kwargs
+            return output
+        found, *others = output if isinstance(output, tuple) else (output,)  # what a router says comes beside
+        whole = spread(found, getattr(attention, BOUND).rows, tokens[0], 1)
+        return (whole, *others) if isinstance(output, tuple) else whole
 
-    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        assert layer is not None
-        return spread(output, getattr(layer.module, bound).rows, tokens[0], 1) if tokens else None
-
-    hooks = [mlp.register_forward_pre_hook(before, with_kwargs=True) for mlp in mlps]
-    hooks += [mlp.register_forward_hook(after, with_kwargs=True) for mlp in mlps]
+    hooks = []
+    for part in beside(blocks(model, [layer])[0], layer):
+        if type(part).__name__.endswith("MLP"):
+            hooks += [part.register_forward_pre_hook(before), part.register_forward_hook(after)]
     try:
         yield
     finally:
