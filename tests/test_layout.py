@@ -17,8 +17,8 @@ LONGEST = 320  # lines of a module
 # Each line imports from the lines above it alone, or from its own from left to right.
 ORDER = """
 errors files style
-attention.masks attention.blends attention.exchange attention.softmax attention.full attention.kernels
-attention.streaming_kernels attention.streaming_operator attention.streaming attention.decode
+attention.masks attention.blends attention.exchange attention.softmax attention.memo attention.full
+attention.kernels attention.streaming_kernels attention.streaming_operator attention.streaming attention.decode
 attention.padding attention.probe attention.rows attention.gated
 gates penalties objectives
 budget mistakes config methods
@@ -120,12 +120,12 @@ def test_nobody_imports_the_entry_points() -> None:
         ("patterns", "errors"),
         ("formats", "patterns tables hub files errors"),
         ("plots", "patterns files errors style"),
-        ("attention.probe", "attention.masks attention.softmax attention.full attention.padding errors"),
+        ("attention.probe", "attention.masks attention.softmax attention.memo attention.full attention.padding errors"),
         (
             "attention.gated",
-            "attention.masks attention.blends attention.exchange attention.softmax attention.full attention.kernels "
-            "attention.streaming_kernels attention.streaming_operator attention.streaming attention.padding "
-            "attention.probe attention.rows errors",
+            "attention.masks attention.blends attention.exchange attention.softmax attention.memo attention.full "
+            "attention.kernels attention.streaming_kernels attention.streaming_operator attention.streaming "
+            "attention.padding attention.probe attention.rows errors",
         ),
     ],
 )

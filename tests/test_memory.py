@@ -11,11 +11,14 @@ from duo_id.budget import memory_bytes
 from duo_id.errors import UserError
 from duo_id.memory import MeasuredCosts, MemoryPlanner, measure_costs
 from duo_id.recompute import Keep, recomputed
+from tests.attention.test_memo import counted
 from tests.planted import random_sample
 from tests.test_distillation import batch_of, distilling, gates_of
 
-KEPT = [dict(zip(Keep, (10.0, 6.0, 1.0), strict=True))] * 4
-COSTS = MeasuredCosts(weights=1000, kept=KEPT, other=2, again=lambda tokens: [(0, 3 * tokens, 10 * tokens)] * 4)
+KEPT = [dict(zip(Keep, (10.0, 6.0, 2.0, 1.0), strict=True))] * 4
+COSTS = MeasuredCosts(
+    weights=1000, kept=KEPT, other=2, again=lambda tokens: [(0, 3 * tokens, 7 * tokens, 10 * tokens)] * 4
+)
 
 
 def test_budgets_are_read() -> None:
@@ -35,7 +38,7 @@ def test_without_a_limit_everything_is_kept() -> None:
 
 @pytest.mark.parametrize("budget", range(3600, 7300, 100))
 def test_the_fewest_operations_that_fit(budget: int) -> None:
-    """Against all 81 ways to choose the levels of four layers."""
+    """Against all 256 ways to choose the levels of four layers."""
     tokens = 100
 
     def spent(levels: tuple[Keep, ...]) -> float:
@@ -86,7 +89,7 @@ def test_every_plan_gives_the_same_gradients(
         loss = distillation.loss(alpha, batch)
         expected = (loss, *torch.autograd.grad(loss, alpha))
         with recomputed(model, distillation.layers, Keep.ALL) as recomputation:
-            for levels in [(level,) * 3 for level in Keep] + [tuple(Keep), tuple(Keep)[::-1]]:
+            for levels in [(level,) * 3 for level in Keep] + [tuple(Keep)[:3], tuple(Keep)[:0:-1]]:
                 recomputation.levels[:] = levels
                 loss = distillation.loss(alpha, batch)
                 found = (loss, *torch.autograd.grad(loss, alpha))
@@ -107,6 +110,22 @@ def test_mlps_run_once_more_where_they_are_not_kept(make_model: Callable[..., Pr
         calls[:] = 0, 0
         distillation.loss(gates_of(3, 2).requires_grad_(), batch, teacher).backward()
     assert calls == [3 + 2, 3 + 1]
+
+
+def test_attention_is_not_computed_again_where_its_output_is_kept(make_model: Callable[..., PreTrainedModel]) -> None:
+    model, batch = make_model("llama"), batch_of(random_sample(61, 1))
+    with (
+        distilling(model, "hidden_l2") as distillation,
+        recomputed(model, distillation.layers, Keep.ALL) as recomputation,
+    ):
+        teacher, found = distillation.teacher(batch), []
+        for level in Keep:
+            recomputation.levels[:] = [level] * 3
+            with counted() as calls:
+                distillation.loss(gates_of(3, 2).requires_grad_(), batch, teacher).backward()
+            found.append(calls.number)
+    # Three layers: full attention, that of the first tokens of streaming heads, and that of the blocks after these.
+    assert found == [9, 9, 9 + 3, 9 + 9], "blocks alone come again, then all"
 
 
 @pytest.mark.parametrize("blend", ["student", "teacher"])
@@ -140,8 +159,11 @@ def test_counted_bytes_foretell_those_of_longer_steps(blend: str, make_model: Ca
         plan = costs.plan(1080, None)
         del outputs
     assert total <= plan.activations <= 1.2 * total
-    for everything, attention, only_input in (row.values() for row in costs.kept):
-        assert everything > attention > only_input
+    # Float32, 4 heads of 16 and their log-sums, of all tokens and of those 10 at which a streaming head sees all.
+    output = (4 * 4 * 16 + 4 * 4) * (266 + 10) / 266 if blend == "student" else 4 * (4 * 16 + 4) * 10 / 266
+    for row in costs.kept:
+        assert row[Keep.ALL] > row[Keep.ATTENTION] > row[Keep.OUTPUT] >= row[Keep.INPUT]
+        assert row[Keep.OUTPUT] - row[Keep.INPUT] == pytest.approx(output)
     assert costs.kept[1][Keep.INPUT] == 4 * 32, "one hidden state a token"
     assert (costs.other > 3 * 4 * 64) == (blend == "teacher"), "the teacher's outputs of three layers"
 
@@ -152,11 +174,12 @@ def test_the_planner_sets_the_levels_of_each_step(make_model: Callable[..., PreT
         distilling(model, "hidden_l2") as distillation,
         recomputed(model, distillation.layers, Keep.ALL) as recomputation,
     ):
-        kept = [dict(zip(Keep, (10.0, 5.0, 1.0), strict=True))] * 3
-        planner = MemoryPlanner(recomputation, MeasuredCosts(0, kept, 0, again=COSTS.again), 4500)
+        kept = [dict(zip(Keep, (10.0, 5.0, 2.0, 1.0), strict=True))] * 3
+        costs = MeasuredCosts(0, kept, 0, again=lambda tokens: COSTS.again(tokens)[:3])
+        planner = MemoryPlanner(recomputation, costs, 4500)
         planner.arrange(100)
         assert recomputation.levels == [Keep.ATTENTION, Keep.ALL, Keep.ALL]
-        assert "3 keep everything, 0 their attention, 0 their input" in str(planner.arrange(80))
+        assert "of 3 layers keep 3 everything, 0 their attention, 0 their input and" in str(planner.arrange(80))
         assert recomputation.levels == [Keep.ALL] * 3
         with pytest.raises(UserError, match="a step of 1,000 tokens needs at least"):
             planner.arrange(1000)

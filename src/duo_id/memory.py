@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
-from math import inf
+from itertools import pairwise
+from math import inf, nan
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from duo_id.attention.probe import AttentionLayer
 from duo_id.budget import memory_bytes
@@ -25,6 +27,12 @@ PROBED_BEYOND = 256  # tokens of the short pass beyond the windows
 LIBRARIES = 2**30  # bytes that a GPU's libraries and the gaps between tensors take
 SPARED = 0.06  # of a GPU's budget: by so much steps have come out above what was counted (docs/performance.md)
 GIB = 2**30
+KEPT = {
+    Keep.ALL: "everything",
+    Keep.ATTENTION: "their attention",
+    Keep.OUTPUT: "their input and full attention's output",
+    Keep.INPUT: "their input",
+}
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,10 @@ class Plan:
 
     def __str__(self) -> str:
         limit = "" if self.budget is None else f" of {self.budget / GIB:.3g}"
-        counts = [self.levels.count(level) for level in Keep]
+        counts = ", ".join(f"{self.levels.count(level)} {kept}" for level, kept in KEPT.items())
         return (
             f"memory of a device with {self.tokens:,} tokens: {self._parts()} = {self.total / GIB:.3g}{limit} GiB; "
-            f"of {len(self.levels)} layers {counts[0]} keep everything, {counts[1]} their attention, {counts[2]} their "
-            "input"
+            f"of {len(self.levels)} layers keep {counts}"
         )
 
     def _parts(self) -> str:
@@ -130,25 +137,38 @@ class MeasuredCosts(Costs):
         layers = len(self.kept)
         smallest = self.keeping([Keep.INPUT] * layers, tokens, budget)
         smallest.check()
-        kept, again = (
-            [list(accumulate((row[level] for row in table), initial=0.0)) for level in Keep]
-            for table in (self.kept, self.again(tokens))
-        )
         room = inf if budget is None else (1 - smallest.spared) * budget - smallest.total
-        best, levels = inf, smallest.levels
-        for least in range(layers + 1):
-            for middle in range(least, layers + 1):
-                spent, work = (
-                    sums[Keep.INPUT][least]
-                    + sums[Keep.ATTENTION][middle] - sums[Keep.ATTENTION][least]
-                    + sums[Keep.ALL][-1] - sums[Keep.ALL][middle]
-                    for sums in (kept, again)
-                )  # fmt: skip
-                if tokens * (spent - kept[Keep.INPUT][-1]) <= room and work < best:
-                    best = work
-                    runs = zip(reversed(Keep), (least, middle - least, layers - middle), strict=True)
-                    levels = tuple(level for level, count in runs for _ in range(count))
+        beyond = [[row[level] - row[Keep.INPUT] for level in Keep] for row in self.kept]
+        more = tokens * _of_runs(torch.tensor(beyond, dtype=torch.float64))
+        work = _of_runs(torch.tensor(self.again(tokens), dtype=torch.float64))
+        work[(more > room) | work.isnan()] = inf
+        more[work > work.min()] = inf
+        best = (more == more.min()).nonzero()[-1].tolist()  # of equals the one in which most layers keep their input
+        starts = [0, *best, layers]
+        runs = zip(reversed(Keep), pairwise(starts), strict=True)
+        levels = [level for level, (start, end) in runs for _ in range(start, end)]
         return self.keeping(levels, tokens, budget)
+
+
+def _of_runs(table: Tensor) -> Tensor:
+    """What layers come to if the first ones do as the last column says, the next ones as the one before it, and so on.
+
+    Args:
+        table: (layers, n) float64, a layer's value at each of n levels.
+
+    Returns:
+        (layers + 1, ...), n - 1 dimensions: the sum, by the layers at which runs of one level end; nan where a run
+        would end before it starts.
+    """
+    layers, levels = table.shape
+    sums = F.pad(table.cumsum(0), (0, 0, 1, 0))
+    found = sums[layers, 0]
+    ends = torch.meshgrid(*[torch.arange(layers + 1)] * (levels - 1), indexing="ij")
+    for level, end in zip(range(levels - 1, 0, -1), ends, strict=True):
+        found = found + sums[end, level] - sums[end, level - 1]
+    for first, second in pairwise(ends):
+        found = found.masked_fill(first > second, nan)
+    return found
 
 
 class MemoryPlanner:
@@ -233,11 +253,11 @@ def _count(
     def enter(number: int) -> Any:
         return lambda module, given: place.__setitem__(0, number)
 
-    def given_to(number: int, level: Keep) -> Any:
+    def given_to(number: int, levels: Sequence[Keep]) -> Any:
         """Checkpoints keep what they are given beside autograd's books."""
 
         def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
-            for value in given if recomputation.levels[number] == level else ():
+            for value in given if recomputation.levels[number] in levels else ():
                 if torch.is_tensor(value):
                     count(value)
 
@@ -250,8 +270,10 @@ def _count(
         for number, block in enumerate(recomputation.blocks):
             stack.callback(block.register_forward_pre_hook(enter(number)).remove)
             stack.callback(block.register_forward_hook(lambda *_: place.__setitem__(0, None)).remove)
-        for module, number, level in recomputation.regions():
-            stack.callback(module.register_forward_pre_hook(given_to(number, level)).remove)
+        for module, number, levels in recomputation.regions():
+            stack.callback(module.register_forward_pre_hook(given_to(number, levels)).remove)
+        stack.callback(setattr, recomputation, "noted", recomputation.noted)
+        recomputation.noted = lambda number, memo: tree_map_only(Tensor, count, memo.results)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             outputs = distillation.student(alpha, batch, teacher)
         del outputs
@@ -268,7 +290,10 @@ def _operations(
 
     rows = []
     for place, (block, inside) in enumerate(zip(recomputation.blocks, recomputation.attention, strict=True)):
-        parts = [part for part, number, level in recomputation.regions() if number == place and level == Keep.ATTENTION]
+        regions = recomputation.regions()
+        parts = [part for part, number, levels in regions if number == place and Keep.ATTENTION in levels]
         pairs = sum(2 * layer.heads * layer.head_dim for layer in inside) if full else 0
         rows.append((2 * size(parts), 2 * size([block]), pairs))
-    return lambda tokens: [[0.0, beside * tokens, all_ * tokens + pairs * tokens**2] for beside, all_, pairs in rows]
+    return lambda tokens: [
+        [0.0, beside * tokens, whole * tokens, whole * tokens + pairs * tokens**2] for beside, whole, pairs in rows
+    ]

@@ -4,7 +4,7 @@ transformers' own checkpointing acts only in train mode, which would switch on d
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import IntEnum
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from duo_id.attention.gated import bound, bound_functions
+from duo_id.attention.memo import Memo
 from duo_id.attention.probe import AttentionLayer, beside, layer_list
 
 
@@ -21,7 +22,8 @@ class Keep(IntEnum):
 
     ALL = 0
     ATTENTION = 1  # norms and MLP keep only their inputs
-    INPUT = 2  # the layer keeps only its input
+    OUTPUT = 2  # the layer keeps its input and what full attention gave: much work for few bytes
+    INPUT = 3  # the layer keeps only its input
 
 
 class Recomputation:
@@ -30,6 +32,7 @@ class Recomputation:
     Attributes:
         blocks: the transformer layers, in order.
         levels: what each keeps.
+        noted: called with a layer's place and its memo once it has computed what that keeps.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer], keep: Keep) -> None:
@@ -37,16 +40,17 @@ class Recomputation:
         numbered = dict(model.get_submodule(stack).named_children())
         self.blocks = list(numbered.values())
         self.levels = [keep] * len(self.blocks)
+        self.noted: Callable[[int, Memo], None] = lambda place, memo: None
         self.attention = [
             [layer for layer in layers if layer.name.startswith(f"{stack}.{number}.")] for number in numbered
         ]
 
-    def regions(self) -> Iterator[tuple[nn.Module, int, Keep]]:
-        """Each module that can be computed again, its layer's place, and the level at which it is."""
+    def regions(self) -> Iterator[tuple[nn.Module, int, tuple[Keep, ...]]]:
+        """Each module that can be computed again, its layer's place, and the levels at which it is."""
         for place, (block, inside) in enumerate(zip(self.blocks, self.attention, strict=True)):
-            yield block, place, Keep.INPUT
+            yield block, place, (Keep.OUTPUT, Keep.INPUT)
             for part in beside(block, inside[0]) if inside else []:
-                yield part, place, Keep.ATTENTION
+                yield part, place, (Keep.ATTENTION,)
 
 
 @contextmanager
@@ -62,8 +66,8 @@ def recomputed(model: nn.Module, layers: Sequence[AttentionLayer], keep: Keep = 
     regions = list(chosen.regions())
     own = {module: module.__dict__.get("forward") for module, _, _ in regions}  # such as a hook of accelerate
     try:
-        for module, place, level in regions:
-            module.forward = _checkpointed(module.forward, chosen, place, level)
+        for module, place, levels in regions:
+            module.forward = _checkpointed(module.forward, chosen, place, levels)
         yield chosen
     finally:
         for module, forward in own.items():
@@ -72,19 +76,28 @@ def recomputed(model: nn.Module, layers: Sequence[AttentionLayer], keep: Keep = 
                 module.forward = forward
 
 
-def _checkpointed(forward: Callable[..., Any], chosen: Recomputation, place: int, level: Keep) -> Callable[..., Any]:
+def _checkpointed(
+    forward: Callable[..., Any], chosen: Recomputation, place: int, levels: Sequence[Keep]
+) -> Callable[..., Any]:
     layers = chosen.attention[place]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or chosen.levels[place] != level:
+        level = chosen.levels[place]
+        if not torch.is_grad_enabled() or level not in levels:
             return forward(*args, **kwargs)
         functions = bound_functions(layers)
+        memo = Memo() if level == Keep.OUTPUT else None
+        known = False
 
-        def again(*args: Any, **kwargs: Any) -> Any:
+        def compute(*args: Any, **kwargs: Any) -> Any:
             # By the time of the backward pass other functions, or none, may be bound.
-            with bound(layers, functions):
+            with bound(layers, functions), nullcontext() if memo is None else memo.noting(again=known):
                 return forward(*args, **kwargs)
 
-        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        found = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        known = True
+        if memo is not None:
+            chosen.noted(place, memo)
+        return found
 
     return run

@@ -64,7 +64,7 @@ def test_a_budget_shows_its_plan(tmp_path: Path) -> None:
     ours, paper = saved(tmp_path)["rows"]
     assert ours["plan"].startswith("memory of a device with 60 tokens: weights")
     assert paper["plan"] is None
-    assert "3 keep everything" in " ".join(finished.output.split())
+    assert "keep 3 everything" in " ".join(finished.output.split())
 
 
 def test_the_published_shape_can_be_measured_alone(tmp_path: Path) -> None:

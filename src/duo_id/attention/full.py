@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from duo_id.attention.memo import memo
 from duo_id.attention.softmax import Softmax, attend_at, attend_by_rows
 from duo_id.errors import UserError
 
@@ -54,7 +55,7 @@ def full_attention(
     past = key.shape[2] - query.shape[2]
     if past and query.shape[2] > 1:
         return _joined(query, key, value, past, scale, chosen)
-    with sdpa_kernel(ORDERS[chosen], set_priority=True) if chosen in ORDERS else nullcontext():
+    with memo(), sdpa_kernel(ORDERS[chosen], set_priority=True) if chosen in ORDERS else nullcontext():
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=not past, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
