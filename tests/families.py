@@ -18,7 +18,12 @@ from duo_id.attention.blends import BLENDS
 from duo_id.attention.gated import Backends, attached, bound, gated_heads, masked_layers
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
+from duo_id.byte_tokens import byte_tokenizer
+from duo_id.data.samples import with_scored
+from duo_id.distillation import Distillation
 from duo_id.errors import UserError
+from duo_id.models import LanguageModel
+from duo_id.objectives import OBJECTIVES
 from tests.deploy.reference import brute_force
 from tests.tiny import draw_weights
 
@@ -144,6 +149,7 @@ def try_family(family: str) -> Outcome:
     with attached(model) as layers:
         mask = mask_of(model, layers)
         check_gates(model, layers, ids, expected)
+        check_step(model, layers, ids)
         with torch.no_grad(), bound(layers, masked_layers(layers, mask, Backends())):
             masked = model(ids, use_cache=False).logits
     total = model.config.get_text_config().num_hidden_layers
@@ -182,6 +188,17 @@ def check_gates(model: PreTrainedModel, layers: list[AttentionLayer], ids: Tenso
     (gradient,) = torch.autograd.grad(logits(alpha).square().mean(), alpha)
     assert gradient.isfinite().all(), "a gradient is not finite"
     assert (gradient.abs().amax(-1) > 0).all(), "a layer's gates get no gradient"
+
+
+def check_step(model: PreTrainedModel, layers: list[AttentionLayer], ids: Tensor) -> None:
+    """With all gates at 1 a training step finds no distance from the model itself, in logits or in hidden states."""
+    wrapped = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
+    batch = with_scored({"input_ids": ids, "labels": ids, "attention_mask": None})
+    for objective in ("kl", "hidden_l2"):
+        distillation = Distillation(wrapped, layers, WINDOW, Backends(), OBJECTIVES[objective])
+        for value, low, high in ((1.0, -1e-5, 1e-4), (0.5, 1e-9, torch.inf)):
+            loss = distillation.loss(torch.full((len(layers), layers[0].kv_heads), value), batch).item()
+            assert low <= loss <= high, f"{objective} of gates at {value}: {loss}"
 
 
 def check_deployed(model: PreTrainedModel, mask: HeadMask, ids: Tensor) -> None:

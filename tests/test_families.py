@@ -9,7 +9,7 @@ from tests.families import END, FAMILIES, START, TABLE, row, try_family
 
 NAMED = (
     "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi3 olmo2 granite cohere stablelm "
-    "starcoder2 gpt_neox smollm3 gpt_oss qwen3_next bert deepseek_v3 falcon mamba"
+    "starcoder2 gpt_neox opt smollm3 gpt_oss qwen3_next bert deepseek_v3 falcon mamba"
 ).split()
 LINES = TABLE.read_text().partition(START)[2].partition(END)[0].splitlines()[3:]
 

@@ -18,5 +18,5 @@ def memory_bytes(memory: str) -> int | None:
     found = re.fullmatch(rf"([0-9.]+) ?({'|'.join(UNITS)})", memory)
     try:
         return int(float(found[1]) * UNITS[found[2]])  # type: ignore[index]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"step.memory={memory}: choose auto, least, or a budget such as 60GiB") from None

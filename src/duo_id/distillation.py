@@ -21,6 +21,7 @@ from duo_id.attention.gated import (
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer, blocks
 from duo_id.attention.rows import AtRows, few, last_layer
+from duo_id.errors import UserError
 from duo_id.models import LanguageModel
 from duo_id.objectives import OBJECTIVES, Objective, Outputs
 
@@ -165,8 +166,8 @@ class Distillation:
         """The last hidden states, and those behind each gated layer, of the forward in the block."""
         hidden: list[Tensor] = []
         layers: list[Tensor] = []
-        base = self.model.model.base_model
-        hooks = [base.register_forward_hook(lambda module, given, out: hidden.append(out.last_hidden_state))]
+        trunk = self.model.trunk
+        hooks = [trunk.register_forward_hook(lambda module, given, out: hidden.append(out.last_hidden_state))]
         if self.objective.layers:
             hooks += [block.register_forward_hook(_append(layers)) for block in blocks(self.model.model, self.layers)]
         try:
@@ -178,6 +179,12 @@ class Distillation:
 
 def _append(found: list[Tensor]) -> Any:
     def hook(module: nn.Module, given: Any, out: Any) -> None:
-        found.append(out if isinstance(out, Tensor) else out[0])
+        states = out if isinstance(out, Tensor) else out[0]
+        if states.dim() != 3:
+            raise UserError(
+                f"method.objective=layer_l2: layers of this model return hidden states of shape {tuple(states.shape)}, "
+                "not one for each token; choose another objective"
+            )
+        found.append(states)
 
     return hook

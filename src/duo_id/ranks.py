@@ -158,7 +158,8 @@ def launch(
         f"trainer.strategy={trainer.get('strategy')}: auto alone works; step.shard and step.sequence_parallel say how "
         "devices share the work",
     )
-    plan = built("trainer", trainer, about="devices", logger=False, enable_checkpointing=False)
+    about = "devices" if trainer.get("accelerator", "auto") == "auto" else "accelerator"
+    plan = built("trainer", trainer, about=about, logger=False, enable_checkpointing=False)
     world = plan.world_size
     check_ranks(world, sequence, batch_size, samples)
     if world == 1:

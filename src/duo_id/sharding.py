@@ -35,7 +35,8 @@ def materialise(model: PreTrainedModel, device: torch.device) -> None:
         shares = {name: share for name, share in module._parameters.items() if share is not None}
         whole = {name: nn.Parameter(torch.empty(x.shape, dtype=x.dtype, device=device)) for name, x in shares.items()}
         module._parameters.update(whole)
-        model._init_weights(module)
+        if module._parameters or module._buffers:  # of others some families know nothing to do
+            model._init_weights(module)
         module._parameters.update(shares)
         for name, share in shares.items():
             full = whole[name].detach()

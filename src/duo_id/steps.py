@@ -89,9 +89,9 @@ def prepared(distillation: Distillation, step: StepSettings) -> Iterator[Arrange
     budget = available(step.memory, model.device) if planned else None
     with (
         compiled_parts(model, layers, attention=True) if step.compile else nullcontext(),
-        recomputed(model, layers, keep) if budget or keep else nullcontext() as recomputation,
+        recomputed(model, layers, keep) if budget is not None or keep else nullcontext() as recomputation,
     ):
-        if not budget:
+        if budget is None:
             yield lambda tokens: None
             return
         assert recomputation is not None

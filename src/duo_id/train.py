@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from duo_id import app
 from duo_id.attention.blends import BLENDS
 from duo_id.attention.gated import attached
-from duo_id.config import TrainSettings, plain
+from duo_id.config import TrainSettings, plain, require
 from duo_id.evaluation.agreement import agreement_table
 from duo_id.evaluation.comparison import check_window, compare, found_loss, results_table
 from duo_id.files import write_text
@@ -62,6 +62,7 @@ def train(
     )
     app.console.quiet = not ranks.first
     folder = Path(ranks.agreed(str(folder)))
+    _check_resumed(settings, folder)
     with ranks.watched():
         if ranks.world > 1:
             settings = _shared(settings, device, ranks, folder)
@@ -105,6 +106,16 @@ def train(
         if ranks.first:
             write_text(folder / "summary.json", json.dumps(summary, indent=1))
         return summary
+
+
+def _check_resumed(settings: TrainSettings, folder: Path) -> None:
+    """Refuse to go on with a run of another method, whose heads would be written over."""
+    if settings.resume and (folder / "heads" / HEADS).is_file():
+        before = load_pattern(folder).provenance.get("settings", {}).get("method", {}).get("name")
+        require(
+            before in (None, settings.method.name),
+            f"method={settings.method.name}: resume={settings.resume} is a run of method={before}; leave out resume",
+        )
 
 
 def _shared(settings: TrainSettings, device: torch.device, ranks: Ranks, folder: Path) -> TrainSettings:

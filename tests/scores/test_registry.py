@@ -176,10 +176,13 @@ def test_a_start_settles_the_heads_outside_and_hybrid_models_take_their_gated_ro
     assert settled.flatten().argsort().tolist() == [0, 3, 2, 1]
 
 
-def test_a_budget_too_small_for_a_head_exchanges_nothing(make_model: MakeModel, tmp_path: Path) -> None:
-    with subject_of(make_model("llama")) as subject:
-        _, told = searched(subject, tmp_path, swap_at=0.05, max_swaps=3)
-    assert told["swaps"] == 0
+@pytest.mark.parametrize("sparsity", [0.05, 0.95])
+def test_a_budget_of_no_head_or_all_is_refused(sparsity: float, make_model: MakeModel, tmp_path: Path) -> None:
+    with (
+        subject_of(make_model("llama")) as subject,
+        pytest.raises(UserError, match=r"swap_at=.* of 6 heads leaves none"),
+    ):
+        searched(subject, tmp_path, swap_at=sparsity, max_swaps=3)
 
 
 @pytest.mark.parametrize(

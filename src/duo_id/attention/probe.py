@@ -79,6 +79,8 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
                 obstacle=_obstacle(module, query, key, value, attention_mask, options),
             )
         )
+        if query.shape[1] % key.shape[1]:  # an obstacle that nothing can be computed past
+            return torch.zeros_like(query).transpose(1, 2), None
         softmax = Softmax(options.get("scaling"), options.get("softcap"), options.get("s_aux"))
         out = full_attention(query, key, value, softmax, "sdpa")
         return out.transpose(1, 2).contiguous(), None

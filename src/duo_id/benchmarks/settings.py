@@ -54,6 +54,7 @@ class BenchmarkSettings:
             require((devices, nodes) == (1, 1), f"trainer.devices={devices}: task={self.task} works on 1 device")
             require(self.compare is None, f"compare={self.compare}: it is for task=train_step")
         require(bool(self.blend), "blend=[] must name at least one value")
+        self.blend = list(dict.fromkeys(self.blend))
         for name in self.blend:
             require(name in BLENDS, f"blend={name}: choose from {', '.join(BLENDS)}")
         for key in ("context", "chunk_size", "sparsity"):

@@ -189,16 +189,19 @@ class StepBench:
 
         Teacher, student and the gradients of the frozen layers' inputs are 6 operations a weight and token. Full
         attention counts as it was measured, forward and backward, everything else at the rate of the matrix product.
+        The last of several layers does not count: few of its tokens are scored, and nothing looks at the others.
         """
         batch, window = self.settings.batch_size, min(context, self.window.sink_size + self.window.recent_size)
-        linear = 6 * workload(self.model.model, layers).linear * batch * context / self.ranks.world
+        counted = layers[:-1] or layers
+        weights = workload(self.model.model, layers).linear * len(counted) / len(layers)
+        linear = 6 * weights * batch * context / self.ranks.world
         forwards, backwards = {"student": (2, 1), "detached": (2, 0), "teacher": (1, 0)}[blend]
         pairs = context * (context + 1) // 2
         near = window * (window + 1) // 2 + (context - window) * window
-        each = sum(4 * batch * layer.head_dim * layer.heads for layer in layers) / self.ranks.world
+        each = sum(4 * batch * layer.head_dim * layer.heads for layer in counted) / self.ranks.world
         streaming = each * near * (1 + BACKWARD)
         seconds = (linear + streaming) / self.ceilings.flops
-        seconds += len(layers) * (forwards * attention[0] + backwards * attention[1])
+        seconds += len(counted) * (forwards * attention[0] + backwards * attention[1])
         return seconds, linear + streaming + each * pairs * (forwards + BACKWARD * backwards)
 
     def _batch(self, context: int) -> dict[str, Any]:

@@ -106,6 +106,11 @@ def search_scores(
         progress.update(bar, completed=order.swaps or heads - len(order.open))
 
     heads, told = len(order.hints), dict[str, Any](samples=len(samples))
+    streaming = round((settings.swap_at or 0.0) * heads)
+    require(
+        settings.swap_at is None or 0 < streaming < heads,
+        f"method.swap_at={settings.swap_at} of {heads} heads leaves none to exchange",
+    )
     distillation = subject.distillation(make_objective(settings.objective), settings.tokens)
     with _progress(console) as progress:
         bar = progress.add_task(settings.strategy, total=heads, completed=heads - len(order.open))
@@ -116,7 +121,6 @@ def search_scores(
         STRATEGIES[settings.strategy](order, losses, settings.heads_per_round, decided)
         if settings.swap_at is not None:
             progress.update(bar, description="exchanging heads", total=settings.max_swaps, completed=0)
-            streaming = round(settings.swap_at * heads)
             swap(order, losses, streaming, settings.max_swaps, settings.swap_width, decided)
             told |= {"swaps": order.swaps, "budget": settings.swap_at}
     return order.scores(), told | {"forwards": round(losses.forwards, 1)}
