@@ -24,9 +24,9 @@ COSTS = MeasuredCosts(
 def test_budgets_are_read() -> None:
     assert memory_bytes("60GiB") == 60 * 2**30
     assert memory_bytes("1.5 GB") == 1_500_000_000
-    assert memory_bytes("auto") is memory_bytes("least") is None
+    assert memory_bytes("auto") is memory_bytes("outputs") is memory_bytes("least") is None
     for wrong in ("60", "GiB", "1.2.3GiB", "-1GiB", "much"):
-        with pytest.raises(UserError, match=r"step.memory=.*: choose auto, least, or a budget such as 60GiB"):
+        with pytest.raises(UserError, match=r"step.memory=.*: choose auto, outputs, least, or a budget such as 60GiB"):
             memory_bytes(wrong)
 
 

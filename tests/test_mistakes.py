@@ -40,7 +40,7 @@ def raised(call: Callable[[], Any]) -> BaseException:
         ("train", ["method=search", "method.start=nowhere"], "method.start=nowhere: no head pattern"),
         ("train", ["method=search", "method.swap_at=0.5", "method.max_swaps=1", "repeats=2"], "repeats=2: heads are"),
         ("train", ["step.memory=0GiB"], "step.memory: a step of"),
-        ("train", [f"step.memory={'9' * 320}GiB"], "choose auto, least, or a budget such as 60GiB"),
+        ("train", [f"step.memory={'9' * 320}GiB"], "choose auto, outputs, least, or a budget such as 60GiB"),
         ("train", ["trainer.accelerator=nosuch"], "trainer.accelerator=nosuch: You selected an invalid accelerator"),
         ("train", ["+trainer.nosuch=1"], "trainer.nosuch=1: Trainer.__init__() got an unexpected keyword argument"),
         ("train", ["+method.optimizer.nosuch=1"], "method.optimizer.nosuch=1: AdamW.__init__() got an unexpected"),

@@ -58,10 +58,24 @@ def test_layers_keep_everything_where_it_fits() -> None:
     costs, step = calculated_costs(tiny_model("llama"), Ranks(2), META), StepSettings(compile=True)
     everything = costs.keeping([Keep.ALL] * 3, 64, None)
     assert fitted(step, costs, 64, everything.total) == (step, replace(everything, budget=everything.total))
-    less, plan = fitted(step, costs, 64, everything.total - 1)
-    assert less == StepSettings(compile=True, memory="least")
-    assert set(plan.levels) == {Keep.INPUT}
-    assert fitted(LEAST, costs, 64, None)[1].levels == plan.levels
+    outputs = costs.keeping([Keep.OUTPUT] * 3, 64, None)
+    for budget, memory, level in (
+        (everything.total - 1, "outputs", Keep.OUTPUT),
+        (outputs.total, "outputs", Keep.OUTPUT),
+        (outputs.total - 1, "least", Keep.INPUT),
+    ):
+        less, plan = fitted(step, costs, 64, budget)
+        assert less == StepSettings(compile=True, memory=memory)
+        assert set(plan.levels) == {level}
+        assert fitted(less, costs, 64, None) == (less, replace(plan, budget=None)), "what is asked for is kept"
+    with pytest.raises(UserError, match="needs at least"):
+        fitted(StepSettings(memory="outputs"), costs, 64, outputs.total - 1)
+
+
+def test_without_full_attention_there_is_no_output_to_keep() -> None:
+    costs = calculated_costs(tiny_model("llama"), Ranks(2), META, teacher_outputs=True)
+    budget = costs.keeping([Keep.ALL] * 3, 64, None).total - 1
+    assert fitted(StepSettings(), costs, 64, budget)[0].memory == "least"
 
 
 def test_gpus_have_libraries_and_a_part_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,7 @@ class StepSettings:
     """How a training step is computed: see conf/step/."""
 
     shape: str = "fast"  # fast | paper: teacher and student in one batch, as DuoAttention's code has it
-    memory: str = "auto"  # auto: what the GPU has; a budget such as 60GiB; least: layers keep their inputs alone
+    memory: str = "auto"  # auto: what the GPU has; a budget such as 60GiB; outputs or least: see duo_id.recompute
     compile: bool = False  # norms, MLP, projections and blends of all layers
     full_backend: str = "auto"
     streaming_backend: str = "auto"

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from duo_id.config import StepSettings, require
 from duo_id.memory import Costs, Plan, available, libraries, weight_bytes
 from duo_id.ranks import Ranks
-from duo_id.recompute import Keep
+from duo_id.recompute import FIXED, Keep
 
 
 def shared_step(
@@ -33,7 +33,7 @@ def shared_step(
         teacher_outputs: whether the teacher's attention outputs are kept.
 
     Returns:
-        the step's settings, and its plan on each device.
+        the step's settings, step.memory perhaps another, and its plan on each device.
 
     Raises:
         UserError: a device has not that much memory, or the step is for one device alone.
@@ -48,9 +48,9 @@ def shared_step(
 
 
 def fitted(step: StepSettings, costs: Costs, tokens: int, budget: int | None) -> tuple[StepSettings, Plan]:
-    """A step with step.memory=least if layers cannot keep everything.
+    """A step with step.memory=outputs if layers cannot keep everything, and least if they cannot keep that.
 
-    There is nothing in between, since all devices must do the same.
+    All layers keep the same, since all devices must do the same.
 
     Args:
         step: what is asked for.
@@ -61,11 +61,14 @@ def fitted(step: StepSettings, costs: Costs, tokens: int, budget: int | None) ->
     Raises:
         UserError: that is not enough.
     """
-    everything, least = (costs.keeping([keep] * len(costs.kept), tokens, budget) for keep in (Keep.ALL, Keep.INPUT))
-    if step.memory != "least" and everything.fits:
-        return step, everything
-    least.check()
-    return replace(step, memory="least"), least
+    levels = {step.memory: FIXED.get(step.memory, Keep.ALL)} | ({} if step.memory in FIXED else FIXED)
+    plans = {memory: costs.keeping([level] * len(costs.kept), tokens, budget) for memory, level in levels.items()}
+    least = plans.popitem()
+    for memory, plan in plans.items():
+        if plan.fits and plan.activations > least[1].activations:
+            return replace(step, memory=memory), plan
+    least[1].check()
+    return replace(step, memory=least[0]), least[1]
 
 
 def calculated_costs(
@@ -94,9 +97,17 @@ def calculated_costs(
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention = (heads + 2 * (getattr(config, "num_key_value_heads", None) or heads)) * width
     inner = 4 * config.hidden_size + 2 * attention + 3 * heads * width + 3 * config.intermediate_size
+    output = 0 if teacher_outputs else (size * width + 4) * heads  # with its log-sums
     return Costs(
         weights,
-        [{Keep.ALL: size * inner, Keep.INPUT: size * config.hidden_size}] * len(layers),
+        [
+            {
+                Keep.ALL: size * inner,
+                Keep.OUTPUT: size * config.hidden_size + output,
+                Keep.INPUT: size * config.hidden_size,
+            }
+        ]
+        * len(layers),
         other=size * heads * width * len(layers) * teacher_outputs,
         exchanged=size * 2 * (attention + heads * width) * (ranks.sequence > 1),
         reserve=libraries(device),

@@ -26,6 +26,10 @@ class Keep(IntEnum):
     INPUT = 3  # the layer keeps only its input
 
 
+# What step.memory may say, of all layers, instead of how much there is.
+FIXED = {"outputs": Keep.OUTPUT, "least": Keep.INPUT}
+
+
 class Recomputation:
     """What each transformer layer keeps, which may change from step to step.
 

@@ -16,7 +16,7 @@ from duo_id.config import StepSettings
 from duo_id.distillation import Batch, Distillation, Teacher
 from duo_id.memory import MemoryPlanner, Plan, available, measure_costs
 from duo_id.objectives import Outputs
-from duo_id.recompute import Keep, recomputed
+from duo_id.recompute import FIXED, Keep, recomputed
 
 Arrange = Callable[[int], Plan | None]
 
@@ -83,9 +83,9 @@ def prepared(distillation: Distillation, step: StepSettings) -> Iterator[Arrange
         UserError: the memory's budget cannot be read; by what is yielded: it is not enough.
     """
     model, layers = distillation.model.model, distillation.layers
-    keep = Keep.INPUT if step.memory == "least" else Keep.ALL
+    keep = FIXED.get(step.memory, Keep.ALL)
     # Several ranks must do the same, and what each has of the weights comes and goes: see `duo_id.plan`.
-    planned = step.memory != "least" and distillation.model.ranks.world == 1
+    planned = step.memory not in FIXED and distillation.model.ranks.world == 1
     budget = available(step.memory, model.device) if planned else None
     with (
         compiled_parts(model, layers, attention=True) if step.compile else nullcontext(),

@@ -122,7 +122,7 @@ def _shared(settings: TrainSettings, device: torch.device, ranks: Ranks, folder:
     """Show what the first step will need of each device, and how a run that is cut off goes on.
 
     Returns:
-        the settings, with step.memory=least where memory does not let layers keep everything.
+        the settings, with step.memory=outputs or least where memory does not let layers keep everything.
 
     Raises:
         UserError: a device has not that much, or the settings are for one device alone.

@@ -96,7 +96,7 @@ def test_the_loss_looks_at_the_end_of_every_sample() -> None:
     [
         (["blend=[pupil]"], "blend=pupil: choose from student, detached, teacher"),
         (["blend=[]"], "blend=[] must name at least one value"),
-        (["step.memory=lots"], "step.memory=lots: choose auto, least, or a budget such as 60GiB"),
+        (["step.memory=lots"], "step.memory=lots: choose auto, outputs, least, or a budget such as 60GiB"),
         (["step.memory=0.01MiB", "context=60"], "step.memory: a step of 60 tokens needs at least"),
         (["context=1000000"], "context=1000000: tiny is made for"),
         (["data.length=0"], "context=0 must be at least 1 token"),

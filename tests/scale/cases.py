@@ -26,7 +26,7 @@ from duo_id.methods import GateSettings
 from duo_id.models import LanguageModel, load_model
 from duo_id.patterns import HeadPattern
 from duo_id.ranks import Ranks
-from duo_id.recompute import recomputed
+from duo_id.recompute import Keep, recomputed
 from duo_id.training import GateTraining
 from tests.planted import random_sample
 from tests.tiny import FAMILIES, SHARED
@@ -45,7 +45,7 @@ class Case:
     lengths: tuple[int, ...] = LENGTHS
     scored: int = 5
     side: str = "right"
-    recompute: bool = False
+    recompute: Keep | None = None
     compile: bool = False
 
     def settings(self) -> ModelSettings:
@@ -59,7 +59,8 @@ BACKENDS = Backends(streaming="blocked")  # on any device, where others would be
 HEADS = ("num_attention_heads", "num_key_value_heads")
 CASES = {
     "GQA": Case(),
-    "GQA, recomputed": Case(recompute=True),
+    "GQA, recomputed": Case(recompute=Keep.INPUT),
+    "GQA, recomputed but for full attention": Case(recompute=Keep.OUTPUT),
     "GQA, compiled": Case(compile=True),
     "MHA": Case("qwen3", dict.fromkeys(HEADS, 4)),
     "3 KV heads": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 3), strict=True))),
@@ -98,7 +99,7 @@ def loaded(case: Case, ranks: Ranks, device: str) -> Iterator[tuple[LanguageMode
     with (
         attached(model.model, BACKENDS, ranks.group) as layers,
         compiled(model.model, layers, ranks, device) if case.compile else nullcontext(),
-        recomputed(model.model, layers) if case.recompute else nullcontext(),
+        recomputed(model.model, layers, case.recompute) if case.recompute else nullcontext(),
     ):
         settings = StepSettings(streaming_backend=BACKENDS.streaming)
         training = GateTraining(model, layers, GateSettings(name="duo", **method), settings, 10, [0.5]).to(device)
