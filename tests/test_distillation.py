@@ -15,6 +15,7 @@ from duo_id.attention.masks import Window
 from duo_id.attention.probe import BOUND
 from duo_id.data.samples import Sample, collate, with_scored
 from duo_id.distillation import Distillation
+from duo_id.errors import UserError
 from duo_id.models import LanguageModel, byte_tokenizer
 from duo_id.objectives import OBJECTIVES, Objective, Outputs
 from duo_id.recompute import recomputed
@@ -80,6 +81,19 @@ def test_loss_and_gradient_equal_a_slow_computation(
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, slow_gradient, rtol=1e-3, atol=1e-5)
     assert gradient.abs().max() > 1e-4
+
+
+def test_layers_with_several_states_a_token_have_no_layer_l2(make_model: MakeModel) -> None:
+    changes = {
+        "vocab_size_per_layer_input": 260, "hidden_size_per_layer_input": 8, "layer_types": ["full_attention"] * 3,
+        "num_kv_shared_layers": 0, "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 3,
+    }  # fmt: skip
+    batch = batch_of(random_sample(40, 1))
+    with (
+        distilling(make_model("gemma3n_text", **changes), "layer_l2") as distillation,
+        pytest.raises(UserError, match=r"^method\.objective=layer_l2: layers .* shape \(2, 1, 40, 32\)"),
+    ):
+        distillation.loss(gates_of(3, 2), batch)
 
 
 def test_models_that_cannot_leave_logits_out_give_the_same(make_model: MakeModel, monkeypatch: Any) -> None:

@@ -156,6 +156,19 @@ def test_random_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_random_weights_are_as_the_inner_model_makes_them() -> None:
+    """Gemma 3n's function for initial weights works as a method of its trunk alone."""
+    numbers = {
+        "model_type": "gemma3n_text", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 258,
+        "vocab_size_per_layer_input": 258, "hidden_size_per_layer_input": 8, "layer_types": ["full_attention"] * 2,
+        "num_kv_shared_layers": 0, "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 2,
+    }  # fmt: skip
+    model = load_model(ModelSettings(name="any", id="any", init="random", architecture=numbers)).model
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert model.get_input_embeddings().weight.std() > 0
+
+
 def test_an_impossible_architecture_is_one_line() -> None:
     uneven = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 9}
     for numbers in ({"model_type": "nosuch"}, {"num_hidden_layers": 2}, uneven):

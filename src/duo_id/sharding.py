@@ -31,12 +31,11 @@ def materialise(model: PreTrainedModel, device: torch.device) -> None:
     One module at a time is made whole, initialised as transformers does, and cut. Tied weights are tied at the end.
     """
     model.to_empty(device=device)
-    for module in _inner_first(model):
+    for module, owner in _inner_first(model, model):
         shares = {name: share for name, share in module._parameters.items() if share is not None}
         whole = {name: nn.Parameter(torch.empty(x.shape, dtype=x.dtype, device=device)) for name, x in shares.items()}
         module._parameters.update(whole)
-        if module._parameters or module._buffers:  # of others some families know nothing to do
-            model._init_weights(module)
+        owner._init_weights(module)
         module._parameters.update(shares)
         for name, share in shares.items():
             full = whole[name].detach()
@@ -50,7 +49,9 @@ def materialise(model: PreTrainedModel, device: torch.device) -> None:
     model.tie_weights()
 
 
-def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
+def _inner_first(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
+    """Each module after its children, and the innermost model that it is part of, which knows how it begins."""
+    owner = module if isinstance(module, PreTrainedModel) else owner
     for child in module.children():
-        yield from _inner_first(child)
-    yield module
+        yield from _inner_first(child, owner)
+    yield module, owner
