@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from duo_id import HeadMask, duo_attention
 from duo_id.attention.blends import BLENDS
-from duo_id.attention.gated import Backends, attached, bound, gated_heads, masked_layers
+from duo_id.attention.gated import attached, bound
+from duo_id.attention.heads import Backends, gated_heads, masked_layers
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.byte_tokens import byte_tokenizer

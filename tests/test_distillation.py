@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duo_id.attention.blends import BLENDS
-from duo_id.attention.gated import Backends, attached, bound_functions
+from duo_id.attention.gated import attached, bound_functions
+from duo_id.attention.heads import Backends
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import BOUND
 from duo_id.data.samples import Sample, collate, with_scored

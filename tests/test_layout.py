@@ -19,7 +19,7 @@ ORDER = """
 errors files style
 attention.masks attention.blends attention.exchange attention.softmax attention.memo attention.full
 attention.kernels attention.streaming_kernels attention.streaming_operator attention.streaming attention.decode
-attention.padding attention.probe attention.rows attention.gated
+attention.padding attention.probe attention.heads attention.rows attention.gated
 gates penalties objectives
 budget mistakes config methods
 byte_tokens ranks sharding wheels
@@ -125,7 +125,7 @@ def test_nobody_imports_the_entry_points() -> None:
             "attention.gated",
             "attention.masks attention.blends attention.exchange attention.softmax attention.memo attention.full "
             "attention.kernels attention.streaming_kernels attention.streaming_operator attention.streaming "
-            "attention.padding attention.probe attention.rows errors",
+            "attention.padding attention.probe attention.heads attention.rows errors",
         ),
     ],
 )

@@ -77,7 +77,7 @@ def test_loss_is_the_published_objective(gate_training: MakeTraining) -> None:
 
 
 def student_hidden(training: GateTraining, batch: dict[str, Any]) -> Tensor:
-    from duo_id.attention.gated import gated_heads
+    from duo_id.attention.heads import gated_heads
 
     gated = {
         layer.index: gated_heads(row, Window(2, 8), training.distillation.blend, training.distillation.backends)

@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from duo_id import app
-from duo_id.attention.gated import Backends, routed
+from duo_id.attention.gated import routed
+from duo_id.attention.heads import Backends
 from duo_id.attention.probe import AttentionLayer, gated_layers
 from duo_id.benchmarks.ceilings import measure_ceilings
 from duo_id.benchmarks.contenders import Contender, DualAttention, StaticAttention

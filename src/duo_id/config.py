@@ -9,7 +9,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from duo_id.attention.full import FULL_BACKENDS
-from duo_id.attention.gated import Backends
+from duo_id.attention.heads import Backends
 from duo_id.attention.masks import Window
 from duo_id.attention.streaming import STREAMING_BACKENDS
 from duo_id.budget import memory_bytes

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from duo_id.attention.blends import BLENDS, Blend
-from duo_id.attention.gated import (
-    AttendFunction,
-    Backends,
-    bound,
-    bound_functions,
-    gated_heads,
-    recording_heads,
-    streaming_heads,
-)
+from duo_id.attention.gated import bound, bound_functions
+from duo_id.attention.heads import AttendFunction, Backends, gated_heads, recording_heads, streaming_heads
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer, blocks
 from duo_id.attention.rows import AtRows, few, last_layer

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from duo_id.attention.full import full_attention
-from duo_id.attention.gated import AttendFunction, bound, gated_heads
+from duo_id.attention.gated import bound
+from duo_id.attention.heads import AttendFunction, gated_heads
 from duo_id.attention.softmax import Softmax
 from duo_id.compiled import compiled_parts
 from duo_id.config import StepSettings

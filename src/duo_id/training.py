@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from duo_id.attention.blends import BLENDS
-from duo_id.attention.gated import bound, masked_layers
+from duo_id.attention.gated import bound
+from duo_id.attention.heads import masked_layers
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.checkpoints import CHECKPOINT

@@ -94,7 +94,8 @@ def test_any_layout(expanded: bool) -> None:
 def test_padding_on_either_side(make_model) -> None:
     """Within a model, whose samples have real tokens of different numbers."""
     from duo_id.attention.blends import BLENDS
-    from duo_id.attention.gated import Backends, attached, bound, gated_heads
+    from duo_id.attention.gated import attached, bound
+    from duo_id.attention.heads import Backends, gated_heads
 
     model = make_model("llama").to(DEVICE)
     ids = torch.randint(3, 96, (2, 60), generator=torch.Generator().manual_seed(1)).to(DEVICE)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
-from duo_id.attention.gated import Backends, routed
+from duo_id.attention.gated import routed
+from duo_id.attention.heads import Backends
 from duo_id.attention.probe import AttentionLayer
 from duo_id.benchmarks.ceilings import Ceilings
 from duo_id.benchmarks.floors import workload

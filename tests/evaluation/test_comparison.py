@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from duo_id.attention.gated import AttendFunction, Backends, attached, bound, masked_layers
+from duo_id.attention.gated import attached, bound
+from duo_id.attention.heads import AttendFunction, Backends, masked_layers
 from duo_id.attention.probe import AttentionLayer
 from duo_id.errors import UserError
 from duo_id.evaluation import comparison

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from duo_id.attention.gated import Backends, attached
+from duo_id.attention.gated import attached
+from duo_id.attention.heads import Backends
 from duo_id.attention.probe import AttentionLayer
 from duo_id.benchmarks.ceilings import Ceilings
 from duo_id.benchmarks.settings import BenchmarkSettings

@@ -10,7 +10,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from duo_id.attention.gated import Backends, attached
+from duo_id.attention.gated import attached
+from duo_id.attention.heads import Backends
 from duo_id.attention.masks import Window
 from duo_id.data.samples import UNSCORED, Sample
 from duo_id.methods import AttentionSettings

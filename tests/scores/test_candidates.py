@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from duo_id.attention.gated import Backends, bound, bound_functions, masked_layers
+from duo_id.attention.gated import bound, bound_functions
+from duo_id.attention.heads import Backends, masked_layers
 from duo_id.errors import UserError
 from duo_id.objectives import OBJECTIVES, Objective, make_objective
 from duo_id.patterns import HeadMask

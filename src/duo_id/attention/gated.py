@@ -1,13 +1,12 @@
 """The one attention function of all model families: registered with transformers, steered layer by layer.
 
 Every attention module of an attached model holds one function `(query, key, value, softmax) -> output`, bound to it
-as a plain attribute. Which function that is decides what the layer does: full attention, a gated blend, a hard mask.
+as a plain attribute. Which function of `duo_id.attention.heads` that is decides what the layer does.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,163 +15,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from duo_id.attention.blends import Blend
 from duo_id.attention.exchange import Exchange
-from duo_id.attention.full import dense_attention, full_attention
-from duo_id.attention.masks import Window
+from duo_id.attention.full import dense_attention
+from duo_id.attention.heads import AttendFunction, Backends, own_attention
 from duo_id.attention.padding import padding_mask, rolled
 from duo_id.attention.probe import BOUND, AttentionLayer, find_layers, gated_layers
 from duo_id.attention.rows import last_mlp_at_rows
 from duo_id.attention.softmax import Softmax
-from duo_id.attention.streaming import streaming_attention
 from duo_id.errors import UserError
 
 IMPLEMENTATION = "duo_id"  # the name under which transformers knows the attention function
 PROBE = "duo_id_probe"  # and the one that finds the layers, which other models may not notice
 EXCHANGE = "duo_id_exchange"  # of attention modules: how processes that share a sample's tokens get together there
 
-AttendFunction = Callable[..., Tensor]  # of query, key, value and softmax; those of a step also of `rows`, see `AtRows`
-
-
-@dataclass(frozen=True)
-class Backends:
-    """Which implementations compute attention; see `full_attention` and `streaming_attention`."""
-
-    full: str = "auto"
-    streaming: str = "auto"
-    compiled: bool = False  # whether blends are compiled, which makes them one pass over memory
-
-
-class Mask(Protocol):
-    """What a hard mask tells: `retrieval`, bool (layers, KV heads), and the window of the other heads, in tokens."""
-
-    @property
-    def retrieval(self) -> Tensor: ...  # noqa: D102
-    @property
-    def sink_size(self) -> int: ...  # noqa: D102
-    @property
-    def recent_size(self) -> int: ...  # noqa: D102
-
 
 class CachedKeys(Protocol):
     """What a cache that keeps heads apart returns in place of keys: it holds the past and attends by itself."""
 
     def attend(self, module: nn.Module, query: Tensor, softmax: Softmax) -> Tensor: ...  # noqa: D102
-
-
-def gated_heads(
-    alpha: Tensor, window: Window, blend: Blend, backends: Backends, teacher: Tensor | None = None
-) -> AttendFunction:
-    """A layer whose heads blend full and streaming attention: alpha * full + (1 - alpha) * streaming.
-
-    Source: DuoAttention, section 2.2, equation 1.
-
-    Args:
-        alpha: (KV heads,) float32 gates of this layer.
-        window: what streaming attention sees.
-        blend: which full attention enters, the student's own or the teacher's.
-        backends: implementations.
-        teacher: (batch, heads, queries, head_dim), the teacher's full attention output, for blends that need it.
-    """
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, rows: Tensor | None = None) -> Tensor:
-        gate = alpha.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
-        full = blend.full(lambda: full_attention(query, key, value, softmax, backends.full, rows), teacher)
-        streaming = streaming_attention(query, key, value, softmax, window, backends.streaming, rows)
-        return (_compiled_blend() if backends.compiled else _blend)(gate, full, streaming)
-
-    return attend
-
-
-def _blend(gate: Tensor, full: Tensor, streaming: Tensor) -> Tensor:
-    """Both (batch, heads, tokens, head_dim), weighted by float32 gates (heads, 1, 1) and 1 less these, in float32."""
-    assert gate.dtype in (torch.float32, torch.float64), "gates are never rounded to the model's dtype"
-    return (gate * full + (1 - gate) * streaming).to(streaming.dtype)
-
-
-@functools.cache
-def _compiled_blend() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return torch.compile(_blend, dynamic=True)
-
-
-def masked_heads(retrieval: Tensor, window: Window, backends: Backends) -> AttendFunction:
-    """A layer with a hard mask: retrieval heads see the whole context, streaming heads the window alone.
-
-    Args:
-        retrieval: (KV heads,) bool, True for retrieval heads.
-        window: what streaming heads see.
-        backends: implementations.
-    """
-    full, streaming = retrieval.nonzero()[:, 0].tolist(), (~retrieval).nonzero()[:, 0].tolist()
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        if not streaming:
-            return full_attention(query, key, value, softmax, backends.full)
-        if not full:
-            return streaming_attention(query, key, value, softmax, window, backends.streaming)
-        grouped = query.unflatten(1, (key.shape[1], -1))
-        out = torch.empty_like(grouped)
-        for heads, function in (
-            (full, partial(full_attention, backend=backends.full)),
-            (streaming, partial(streaming_attention, window=window, backend=backends.streaming)),
-        ):
-            own = softmax.of(heads, key.shape[1])
-            part = function(grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], own)
-            out[:, heads] = part.unflatten(1, (len(heads), -1))
-        return out.flatten(1, 2)
-
-    return attend
-
-
-def masked_rows(retrieval: Tensor, window: Window, backends: Backends) -> AttendFunction:
-    """A layer with a hard mask of its own for each row of the batch.
-
-    Args:
-        retrieval: (rows, KV heads) bool CPU tensor, True for retrieval heads.
-        window: what streaming heads see.
-        backends: implementations.
-    """
-    flat = retrieval.flatten()
-    full, streaming = flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        rows, kv_heads = key.shape[:2]
-        grouped = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)  # (rows * KV heads, group, tokens, head_dim)
-        key, value = (x.flatten(0, 1)[:, None] for x in (key, value))
-        sinks = None if softmax.sinks is None else softmax.sinks.view(kv_heads, -1).repeat(rows, 1)
-        out = torch.empty_like(grouped)
-        for chosen, function in (
-            (full, partial(full_attention, backend=backends.full)),
-            (streaming, partial(streaming_attention, window=window, backend=backends.streaming)),
-        ):
-            if len(chosen):
-                heads = chosen.to(query.device)
-                own = softmax if sinks is None else softmax._replace(sinks=sinks[heads])
-                out[heads] = function(grouped[heads], key[heads], value[heads], own)
-        return out.unflatten(0, (rows, kv_heads)).flatten(1, 2)
-
-    return attend
-
-
-def masked_layers(layers: Sequence[AttentionLayer], mask: Mask, backends: Backends) -> dict[int, AttendFunction]:
-    """What each gated layer does under a hard mask (a `duo_id.HeadMask`), to be bound."""
-    window = Window(mask.sink_size, mask.recent_size)
-    return {layer.index: masked_heads(mask.retrieval[layer.index][layer.own], window, backends) for layer in layers}
-
-
-def streaming_heads(window: Window, backends: Backends) -> AttendFunction:
-    """A layer all of whose heads stream."""
-    return partial(streaming_attention, window=window, backend=backends.streaming)
-
-
-def recording_heads(outputs: dict[int, Tensor], index: int, backends: Backends) -> AttendFunction:
-    """A full-attention layer that leaves its output in `outputs[index]`, for blends with the teacher."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, rows: Tensor | None = None) -> Tensor:
-        outputs[index] = full_attention(query, key, value, softmax, backends.full, rows)
-        return outputs[index]
-
-    return attend
 
 
 def register() -> None:
@@ -222,7 +82,7 @@ def routed(model: PreTrainedModel, backends: Backends) -> Iterator[list[Attentio
         layers = find_layers(model, PROBE)
         model.set_attn_implementation(IMPLEMENTATION)
         for layer in layers:
-            setattr(layer.module, BOUND, partial(_own_attention, window=layer.window, backends=backends))
+            setattr(layer.module, BOUND, partial(own_attention, window=layer.window, backends=backends))
         yield layers
     finally:
         for layer in layers:
@@ -291,7 +151,7 @@ def attention_forward(
     elif attention_mask is None:
         out = attend(query, key, value, softmax)
     elif attention_mask.dim() == 4:
-        if getattr(attend, "func", None) is not _own_attention:
+        if getattr(attend, "func", None) is not own_attention:
             raise UserError("heads cannot be gated or masked over packed sequences or a matrix as attention_mask")
         out = dense_attention(query, key, value, softmax, attention_mask)
     else:
@@ -299,18 +159,3 @@ def attention_forward(
         start = attention_mask.to(torch.int32).argmax(-1)
         out = rolled(attend(*(rolled(x, start) for x in (query, key, value)), softmax), -start)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _own_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    softmax: Softmax,
-    window: int | None,
-    backends: Backends,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """A layer as its model has it: full attention, or a sliding window, which is a streaming head without a sink."""
-    if window is None:
-        return full_attention(query, key, value, softmax, backends.full, rows)
-    return streaming_attention(query, key, value, softmax, Window(0, window), backends.streaming, rows)

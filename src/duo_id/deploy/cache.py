@@ -9,7 +9,7 @@ from torch import LongTensor, Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from duo_id.attention.gated import Backends
+from duo_id.attention.heads import Backends
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.deploy.layer import DualLayer

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 
-from duo_id.attention.gated import Backends, bound, masked_layers, routed
+from duo_id.attention.gated import bound, routed
+from duo_id.attention.heads import Backends, masked_layers
 from duo_id.attention.probe import AttentionLayer, gated_layers
 from duo_id.deploy.cache import DualCache
 from duo_id.errors import UserError

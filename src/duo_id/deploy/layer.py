@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from duo_id.attention.decode import decode_attention
-from duo_id.attention.gated import Backends
+from duo_id.attention.heads import Backends
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.attention.softmax import Softmax

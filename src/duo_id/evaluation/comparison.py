@@ -8,7 +8,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from duo_id.attention.gated import Backends, attached, bound, masked_layers
+from duo_id.attention.gated import attached, bound
+from duo_id.attention.heads import Backends, masked_layers
 from duo_id.errors import UserError
 from duo_id.evaluation.contenders import random_like
 from duo_id.models import LanguageModel

@@ -12,7 +12,8 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from duo_id.attention.full import full_attention
-from duo_id.attention.gated import AttendFunction, bound
+from duo_id.attention.gated import bound
+from duo_id.attention.heads import AttendFunction
 from duo_id.attention.masks import Window
 from duo_id.attention.softmax import Softmax
 from duo_id.data.samples import Sample

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from duo_id.attention.full import full_attention
-from duo_id.attention.gated import AttendFunction, bound
+from duo_id.attention.gated import bound
+from duo_id.attention.heads import AttendFunction
 from duo_id.attention.softmax import Softmax
 from duo_id.scores.subject import Subject
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duo_id.attention.gated import bound, masked_rows
+from duo_id.attention.gated import bound
+from duo_id.attention.heads import masked_rows
 from duo_id.attention.probe import blocks
 from duo_id.distillation import Distillation, Teacher
 from duo_id.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duo_id.attention.gated import Backends
+from duo_id.attention.heads import Backends
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.data.samples import Sample, collate, with_scored
