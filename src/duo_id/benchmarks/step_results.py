@@ -24,7 +24,7 @@ def step_tables(results: Mapping[str, Any]) -> list[Table]:
     compared = any("efficiency" in row for row in results["rows"])
     headings += ["effi-\nciency"] if compared else []
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", overflow="fold")
     for row in results["rows"]:
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.4g}"
         measured = ["OOM", "", f"{row['floor_ms'] / 1e3:.3g}", "", ""]
@@ -45,7 +45,7 @@ def step_tables(results: Mapping[str, Any]) -> list[Table]:
     groups = list(dict.fromkeys(group for row in profiles for group in row["profile"]))
     spent = Table(title="where the time goes (ms)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("step", "blend", "tokens", *(group.replace(" ", "\n") for group in groups)):
-        spent.add_column(heading, justify="left" if heading in ("step", "blend") else "right", no_wrap=True)
+        spent.add_column(heading, justify="left" if heading in ("step", "blend") else "right", overflow="fold")
     for row in profiles:
         times = [f"{row['profile'].get(group, 0):.4g}" for group in groups]
         spent.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *times)
@@ -70,7 +70,7 @@ def _exchange_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     kinds = [name for name in rows[0]["communication"] if name != "step"]
     table = Table(title="communication (% of the step)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("step", "blend", "tokens", *kinds):
-        table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", overflow="fold")
     for row in rows:
         found = row["communication"]
         shares = [f"{100 * found[kind] / found['step']:.3g}" for kind in kinds]
