@@ -95,18 +95,18 @@ def test_the_least_needs_no_plan_whatever_there_is(
 
 
 def test_compiled_blends_are_the_same(make_model: Callable[..., PreTrainedModel]) -> None:
-    from duo_id.attention import gated
+    from duo_id.attention.heads import _blend
 
     full, streaming = torch.randn(2, 1, 4, 30, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     gate = torch.tensor([0.1, 0.5, 0.9, 1.0])[:, None, None].requires_grad_()
-    out = torch.compile(gated._blend, dynamic=True, backend="aot_eager")(gate, full, streaming)
-    expected = gated._blend(gate, full, streaming)
+    out = torch.compile(_blend, dynamic=True, backend="aot_eager")(gate, full, streaming)
+    expected = _blend(gate, full, streaming)
     torch.testing.assert_close(out, expected)
     assert out.dtype == torch.bfloat16
     found, wanted = (torch.autograd.grad(x.float().square().sum(), gate) for x in (out, expected))
     torch.testing.assert_close(found, wanted)
     with pytest.raises(AssertionError, match="never rounded"):
-        gated._blend(gate.bfloat16(), full, streaming)
+        _blend(gate.bfloat16(), full, streaming)
 
 
 def test_gates_train_in_the_published_shape(gate_training: Callable[..., Any]) -> None:
