@@ -61,14 +61,13 @@ def fitted(step: StepSettings, costs: Costs, tokens: int, budget: int | None) ->
     Raises:
         UserError: that is not enough.
     """
-    levels = {step.memory: FIXED.get(step.memory, Keep.ALL)} | ({} if step.memory in FIXED else FIXED)
+    levels = {step.memory: FIXED[step.memory]} if step.memory in FIXED else {step.memory: Keep.ALL} | FIXED
     plans = {memory: costs.keeping([level] * len(costs.kept), tokens, budget) for memory, level in levels.items()}
-    least = plans.popitem()
-    for memory, plan in plans.items():
-        if plan.fits and plan.activations > least[1].activations:
-            return replace(step, memory=memory), plan
-    least[1].check()
-    return replace(step, memory=least[0]), least[1]
+    *_, least = plans.values()
+    least.check()
+    fitting = [memory for memory, plan in plans.items() if plan.fits]
+    most = max(reversed(fitting), key=lambda memory: plans[memory].activations)  # of equals the one with the least
+    return replace(step, memory=most), plans[most]
 
 
 def calculated_costs(
