@@ -175,8 +175,8 @@ def _append(found: list[Tensor]) -> Any:
         states = out if isinstance(out, Tensor) else out[0]
         if states.dim() != 3:
             raise UserError(
-                f"method.objective: layers of this model return hidden states of shape {tuple(states.shape)}, not one a "
-                "token, so choose an objective that does not compare them"
+                f"method.objective: layers of this model return hidden states of shape {tuple(states.shape)}, not one "
+                "a token, so choose an objective that does not compare them"
             )
         found.append(states)
 
