@@ -113,6 +113,8 @@ def _at(name: str, student: Outputs, teacher: Outputs, token: int) -> Tensor:
     if name == "layer_l2":
         pairs = zip(student.layers, teacher.layers, strict=True)
         return torch.stack([_relative(own[token], theirs[token]) for own, theirs in pairs]).mean()
+    if name == "kl_next_token":
+        return _at("kl", student, teacher, token) + 0.3 * _at("next_token", student, teacher, token)
     assert student.logits is not None
     if name == "next_token":
         assert student.targets is not None

@@ -10,17 +10,19 @@ from duo_id.gates import (
     BETA,
     GAMMA,
     GATES,
-    TIE_BREAK,
     ZETA,
     ClampedGates,
     DrawnGates,
+    Gates,
     HardConcreteGates,
+    NestedGates,
     SigmoidGates,
     StraightThroughGates,
 )
 
-DRAWN = {"hard_concrete", "straight_through"}
-KEPT_OFF = {"sigmoid", "hard_concrete"}  # from 0 and 1, where they would hardly move
+CHANCES = {"hard_concrete", "straight_through"}  # each gate is open or not by a chance of its own
+DRAWN = CHANCES | {"nested"}
+KEPT_OFF = {"sigmoid", "hard_concrete", "nested"}  # from 0 and 1, where they would hardly move
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -58,7 +60,12 @@ def test_gradients_reach_every_weight(name: str, what: str) -> None:
     gates = GATES[name](3, 2, 0.5)
     total = torch.zeros(3, 2)
     for _ in range(40):  # draws at the clamp have none
-        (gradient,) = torch.autograd.grad(getattr(gates, what)().sum(), gates.weight)
+        value = getattr(gates, what)()
+        if name == "nested" and what == "alpha":  # their sum is the budget, whatever the weights
+            value = value[0, 0] - value
+        (gradient,) = torch.autograd.grad(value.sum(), gates.weight)
+        if name == "nested" and what == "alpha":
+            gradient = gradient.abs()
         assert (gradient >= 0).all()
         total += gradient
     assert (total > 0).all()
@@ -116,7 +123,7 @@ def test_hard_concrete_is_the_published_formula(log_alpha: float) -> None:
     assert gates.alpha().item() == pytest.approx(min(1, max(0, sigmoid(log_alpha) * 1.2 - 0.1)), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(DRAWN))
+@pytest.mark.parametrize("name", sorted(CHANCES))
 def test_openness_is_how_often_a_drawn_gate_is_not_0(name: str) -> None:
     gates = GATES[name](2, 20_000)
     gates.weight.data = torch.tensor([[0.3], [0.85]]).expand(2, 20_000).clone()
@@ -148,6 +155,72 @@ def test_straight_through_gates_that_are_sure_are_never_drawn_otherwise() -> Non
     assert gates.alpha().min() == 1
     gates.weight.data.fill_(0.499)
     assert gates.alpha().max() == 0
+
+
+def nested(weights: list[float], **attributes: object) -> NestedGates:
+    gates = NestedGates(1, len(weights), 0.5)
+    gates.weight.data = torch.tensor([weights])
+    for key, value in attributes.items():
+        setattr(gates, key, value)
+    return gates
+
+
+def test_nested_masks_open_the_heads_of_the_largest_weights_as_many_as_the_budget_has() -> None:
+    weights = torch.randn(10, generator=torch.Generator().manual_seed(2)).tolist()
+    gates, order, opened = nested(weights, budgets=(0.2, 0.9)), sorted(weights, reverse=True), set()
+    for _ in range(60):
+        alpha = gates.alpha()
+        assert set(alpha.flatten().tolist()) <= {0.0, 1.0}, "not nearly, but exactly"
+        kept = int(alpha.sum())
+        assert sorted(gates.weight[alpha == 1].tolist(), reverse=True) == pytest.approx(order[:kept])
+        opened.add(kept)
+    assert opened == {1, 2, 3, 4, 5, 6, 7, 8}
+    gates.eval()
+    assert gates.alpha().sum() == 4, "outside training the middle budget: 55% of 10 stream"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345])
+def test_budgets_are_drawn_evenly(seed: int) -> None:
+    gates = nested([0.0] * 100, budgets=(0.0, 1.0), seed=seed)
+    kept = sorted(int(gates.alpha().sum()) for _ in range(50))
+    gaps = [after - before for before, after in itertools.pairwise(kept)]
+    assert kept[0] <= 5
+    assert kept[-1] >= 95
+    assert max(gaps) <= 5
+
+
+def test_equal_nested_gates_are_opened_by_lot() -> None:
+    gates = nested([0.0] * 8, budgets=(0.5, 0.5))
+    first = [gates.alpha() for _ in range(10)]
+    assert all(alpha.sum() == 4 for alpha in first)
+    assert len({tuple(alpha.flatten().tolist()) for alpha in first}) > 3
+
+
+def test_nested_gates_have_the_gradient_of_a_relaxed_mask_whose_threshold_keeps_the_budget() -> None:
+    """Against finite differences of sigmoids whose threshold is solved for."""
+    weights, temperature = [0.9, 0.1, -0.2, -1.0], 0.5
+    gates = nested(weights, budgets=(0.5, 0.5), temperature=temperature)
+    gates.eval()
+    value = torch.tensor([3.0, -1.0, 2.0, 0.5], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((gates.alpha().double() * value).sum(), gates.weight)
+
+    def relaxed(moved: torch.Tensor) -> torch.Tensor:
+        low, high = -10.0, 10.0
+        for _ in range(80):
+            middle = (low + high) / 2
+            more = torch.sigmoid((moved - middle) / temperature).sum() > kept
+            low, high = (middle, high) if more else (low, middle)
+        return torch.sigmoid((moved - low) / temperature)
+
+    own = torch.tensor(weights, dtype=torch.float64)
+    kept = float(torch.sigmoid((own + 0.05) / temperature).sum())
+    step = 1e-5
+    expected = [
+        float((value * (relaxed(own + step * unit) - relaxed(own - step * unit))).sum()) / (2 * step)
+        for unit in torch.eye(4, dtype=torch.float64)
+    ]
+    torch.testing.assert_close(gradient[0].tolist(), expected, atol=1e-5, rtol=1e-4)
+    assert gradient.sum().abs() < 1e-6, "heads compete: what one wins others lose"
 
 
 def drawn(name: str, seed: int = 0) -> DrawnGates:
@@ -197,7 +270,7 @@ def test_nothing_is_drawn_outside_training(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_scores_are_openness_and_a_little_of_its_mean_over_the_steps(name: str) -> None:
+def test_scores_are_openness_and_some_of_its_mean_over_the_steps(name: str) -> None:
     gates, courses = GATES[name](2, 2, 0.5), []
     before = gates.scores()
     torch.testing.assert_close(before, gates.openness())
@@ -205,7 +278,10 @@ def test_scores_are_openness_and_a_little_of_its_mean_over_the_steps(name: str) 
         gates.weight.data += step * torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
         gates.project_()
         courses.append(gates.openness().detach().clone())
-    expected = 0.99 * courses[-1] + 0.01 * torch.stack(courses).mean(0)
+    if name == "nested":  # late steps alone: s(s+1)(s+2) of Shamir and Zhang 2013, which is about s to the third
+        expected = (6 * courses[0] + 24 * courses[1] + 60 * courses[2]) / 90
+    else:
+        expected = 0.99 * courses[-1] + 0.01 * torch.stack(courses).mean(0)
     torch.testing.assert_close(gates.scores(), expected)
     assert not gates.scores().requires_grad
     assert gates.steps == 3
@@ -228,7 +304,7 @@ def test_clamped_ties_are_ordered_by_their_course() -> None:
 def test_the_course_never_inverts_gates_that_differ_by_more_than_its_weight() -> None:
     """Not even the worst course: open all along and closing at the end, beside the reverse."""
     gates = ClampedGates(1, 2)
-    for difference in (1.02 * TIE_BREAK, 2 * TIE_BREAK, 0.5):
+    for difference in (1.02 * Gates.COURSE, 2 * Gates.COURSE, 0.5):
         gates.mean.copy_(torch.tensor([[1.0, 0.0]]))
         gates.weight.data = torch.tensor([[0.4, 0.4 + difference]])
         low, high = gates.scores().flatten().tolist()

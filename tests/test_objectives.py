@@ -77,8 +77,9 @@ def test_distributions_against_torch() -> None:
     own, theirs = student.logits.log_softmax(-1), teacher.logits.log_softmax(-1)
     expected = F.kl_div(own, theirs, reduction="none", log_target=True).sum(-1)
     torch.testing.assert_close(OBJECTIVES["kl"](student, teacher), expected)
-    expected = F.cross_entropy(student.logits, student.targets, reduction="none")
-    torch.testing.assert_close(OBJECTIVES["next_token"](student, teacher), expected)
+    likelihood = F.cross_entropy(student.logits, student.targets, reduction="none")
+    torch.testing.assert_close(OBJECTIVES["next_token"](student, teacher), likelihood)
+    torch.testing.assert_close(OBJECTIVES["kl_next_token"](student, teacher), expected + 0.3 * likelihood)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -87,7 +88,7 @@ def test_objectives_are_zero_for_equal_outputs_alone_and_work_in_float32(name: s
     same, different = OBJECTIVES[name](teacher, teacher), OBJECTIVES[name](other, teacher)
     assert same.shape == different.shape == (N,)
     assert same.dtype == different.dtype == torch.float32
-    assert not same.any() or name == "next_token"
+    assert not same.any() or "next_token" in name
     assert (different > 0).all()
 
     def up(found: Outputs) -> Outputs:
@@ -132,6 +133,7 @@ def test_objectives_say_what_they_need(name: str) -> None:
         "layer_l2": (True, False, True),
         "kl": (False, True, True),
         "next_token": (False, True, False),
+        "kl_next_token": (False, True, True),
     }.get(name, (False, False, True))
 
 

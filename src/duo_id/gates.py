@@ -6,15 +6,23 @@ import random
 import torch
 from torch import Tensor, nn
 
-TIE_BREAK = 1e-2  # weight of a gate's course over training in its score
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # of the hard concrete distribution, as its authors chose them
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, less their whole part, cover [0, 1) evenly from the first one on
+JITTER = 1e-3  # of the weights of nested gates, which are all equal at first
 
 
 class Gates(nn.Module):
     """What all parametrisations have: a float32 weight a gate, and the mean over training of how open it was.
 
     Float32 whatever the model computes in: bfloat16 has a grid of 1/256 above 0.5, on which late updates vanish.
+
+    Attributes:
+        COURSE: the weight in a gate's score of how open it was over training, beside how open it is.
+        LATE: how much more late steps count in that: step t about as t to this power.
     """
+
+    COURSE = 1e-2
+    LATE = 0
 
     def __init__(self, layers: int, kv_heads: int, initial: float = 1.0, temperature: float = 1.0) -> None:
         """Make (layers, KV heads) gates that are all open by `initial`, in [0, 1]."""
@@ -43,7 +51,7 @@ class Gates(nn.Module):
         """Called after each optimizer step: bring the weight back to where it means a gate, and note how open it is."""
         self.bound_()
         self.steps += 1
-        self.mean += (self.openness() - self.mean) / self.steps
+        self.mean += (self.openness() - self.mean) * ((self.LATE + 1) / (self.LATE + self.steps))
 
     def bound_(self) -> None:
         """Bring the weight back to where it means a gate."""
@@ -54,7 +62,7 @@ class Gates(nn.Module):
 
         Gates that are clamped, or saturate, tie at 0 and 1; a mask's budget must not be settled by chance there.
         """
-        return (1 - TIE_BREAK) * self.openness() + TIE_BREAK * self.mean
+        return (1 - self.COURSE) * self.openness() + self.COURSE * self.mean
 
 
 class ClampedGates(Gates):
@@ -148,6 +156,51 @@ class StraightThroughGates(DrawnGates):
         return (self.weight >= threshold).float() + (self.weight - self.weight.detach())  # exactly 0 or 1
 
 
+class NestedGates(DrawnGates):
+    """Hard masks of one order, each of a budget drawn anew: what is trained is which head comes next at any sparsity.
+
+    Alpha is 1 for the heads with the largest weights, as many as the budget has, and 0 for the others. Its gradient is
+    that of a sigmoid of the weight's distance from the mask's threshold, over the temperature, where the threshold
+    moves with the weights such that the budget stays: heads compete for places, and no penalty is needed.
+    Outside training the budget is the middle one. Heads between which no budget decides clearly change places until
+    the end, so scores are means over the last third or so of the training, which costs nothing and settles them
+    (polynomial-decay averaging: Shamir and Zhang 2013, arXiv 1212.1824).
+
+    Source: the gradient is straight-through (Bengio et al. 2013, arXiv 1308.3432) of a relaxed choice of k
+    (Xie and Ermon 2019, arXiv 1901.10517); budgets drawn in training are those of slimmable networks (Yu et al. 2019,
+    arXiv 1812.08928).
+    """
+
+    COURSE = 1.0
+    LATE = 3
+    budgets = (0.4, 0.97)  # sparsities between which they are drawn; may be set afterwards
+
+    def weight_of(self, openness: float) -> float:
+        """As of sigmoid gates at temperature 1."""
+        return _logit(openness)
+
+    def openness(self) -> Tensor:
+        """The sigmoid of the weight: the order of the heads in (0, 1), and not how many of them are open."""
+        return torch.sigmoid(self.weight)
+
+    def alpha(self) -> Tensor:
+        """0 or 1."""
+        place, order = 0.5, self.weight.detach()
+        if self.training:
+            place = (self.seed * GOLDEN**2 + self.draws * GOLDEN) % 1
+            order = order + JITTER * self.uniform()
+        sparsity = self.budgets[0] + place * (self.budgets[1] - self.budgets[0])
+        heads = order.numel()
+        kept = min(max(round((1 - sparsity) * heads), 1), heads)
+        ranked = order.flatten().sort(descending=True)
+        mask = torch.zeros_like(ranked.values).scatter_(0, ranked.indices[:kept], 1.0).view_as(order)
+        threshold = ranked.values[kept - 1 : kept + 1].mean()
+        near = torch.sigmoid((order - threshold) / self.temperature)
+        slope = near * (1 - near) / self.temperature
+        moved = self.weight - self.weight.detach()  # 0, with a gradient
+        return mask + slope * (moved - (slope * moved).sum() / slope.sum())
+
+
 def _logit(openness: float) -> float:
     inside = min(max(openness, 0.01), 0.99)
     return math.log(inside / (1 - inside))
@@ -158,4 +211,5 @@ GATES: dict[str, type[Gates]] = {
     "sigmoid": SigmoidGates,
     "hard_concrete": HardConcreteGates,
     "straight_through": StraightThroughGates,
+    "nested": NestedGates,
 }

@@ -129,7 +129,8 @@ class GateSettings(MethodSettings):
     objective: Any = "hidden_l2"  # a name, or weights of several
     tokens: str = "labelled"
     initial: float = 1.0  # of every gate
-    temperature: float = 1.0  # of sigmoid gates
+    temperature: float = 1.0  # of sigmoid and nested gates
+    budgets: list[float] = field(default_factory=lambda: [0.4, 0.97])  # of nested gates: the sparsities that are drawn
     reg_weight: float = 0.05  # of the penalty
     target_sparsity: float | None = None  # of penalty=target
     target_rise: float = 0.5  # fraction of the steps over which the target rises from 0
@@ -168,6 +169,16 @@ class GateSettings(MethodSettings):
             self.blend != "teacher" or objective.teacher,
             f"method.blend=teacher needs a teacher pass, which method.objective={self.objective} does without: "
             "choose method.blend=student",
+        )
+        budgets = list(self.budgets)
+        require(
+            len(budgets) == 2 and 0 <= budgets[0] <= budgets[1] <= 1,
+            f"method.budgets={budgets} must be two fractions, in this order",
+        )
+        require(
+            self.gate != "nested" or self.reg_weight == 0,
+            f"method.gate=nested needs method.reg_weight=0, not {self.reg_weight}: its budgets say how many heads are "
+            "open, so a penalty would change nothing",
         )
         if "target" in self.penalties:
             require(

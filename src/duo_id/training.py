@@ -21,7 +21,7 @@ from duo_id.checkpoints import CHECKPOINT
 from duo_id.config import StepSettings
 from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, with_scored
 from duo_id.errors import UserError
-from duo_id.gates import GATES, DrawnGates
+from duo_id.gates import GATES, DrawnGates, NestedGates
 from duo_id.graphs import GraphedLoss
 from duo_id.methods import GateSettings
 from duo_id.mistakes import built
@@ -79,6 +79,8 @@ class GateTraining(lightning.LightningModule):
         self.gates = GATES[method.gate](len(layers), layers[0].kv_heads, method.initial, method.temperature)
         if isinstance(self.gates, DrawnGates):
             self.gates.seed = seed
+        if isinstance(self.gates, NestedGates):
+            self.gates.budgets = (method.budgets[0], method.budgets[1])
         self.penalties = torch.nn.ModuleDict({name: self._penalty(name) for name in method.penalties})
         self.distill = GraphedLoss(self.distillation.loss) if step.cuda_graphs else self.distillation.loss
         self.arrange: Arrange = lambda tokens: None  # lets layers keep what a step's memory allows

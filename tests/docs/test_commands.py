@@ -216,7 +216,7 @@ def test_what_a_page_says_works(page: Path, stage: Path) -> None:
     [
         ("python -m duo_id.train method.lr=fast  # on a GPU", r"page.md:4: .*method\.lr"),
         ("python -m duo_id.train nosuch=1", r"page.md:4: .*nosuch"),
-        ("python -m duo_id.train --multirun seed=0,1 method.reg_weight=0.1,-1  # on a GPU", "reg_weight=-1"),
+        ("python -m duo_id.train --multirun seed=0,1 method.lr=0.1,-1  # on a GPU", "lr=-1"),
         ("python -m duo_id.train data/haystack=file data.haystack.path=nowhere.txt", "nowhere.txt"),
         ("python -m duo_id.nosuch", "there is no nosuch"),
         ("python data_gen/nosuch.py", "there is no data_gen/nosuch.py"),
