@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -56,6 +57,15 @@ def test_gates_show_every_head_in_a_sensible_direction(layers: int, kv_heads: in
     assert figure.get_suptitle() == "a model"
     assert "50% of the heads stream" in bottom.get_title(loc="left")
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"retrieval", "streaming"}
+
+
+def test_scores_that_are_no_gates_have_a_scale_of_their_own() -> None:
+    nested = replace(make(30, 3), provenance={"settings": {"method": {"name": "duo", "gate": "nested"}}})
+    for pattern in (nested, replace(make(30, 3), scores=5 * make(30, 3).scores)):
+        figure = plot_gates(pattern)
+        assert figure.axes[1].get_xlabel() == "score (higher = retrieval)"
+        ends = next(item for item in figure.axes[0].collections if isinstance(item, QuadMesh)).get_clim()
+        assert ends == tuple(value.item() for value in pattern.scores.aminmax())
 
 
 def test_one_panel_without_a_mask() -> None:

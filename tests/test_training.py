@@ -199,6 +199,21 @@ def test_a_checkpoint_of_another_model_is_refused(gate_training: MakeTraining, t
         other.on_load_checkpoint(torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True))
 
 
+def test_a_checkpoint_of_other_budgets_is_refused(gate_training: MakeTraining) -> None:
+    checkpoint: dict[str, Any] = {}
+    with gate_training(method(gate="nested", reg_weight=0.0, budgets=[0.4, 0.9])) as training:
+        training.on_save_checkpoint(checkpoint)
+        training.on_load_checkpoint(checkpoint)
+    with (
+        gate_training(method(gate="nested", reg_weight=0.0, budgets=[0.4, 0.97])) as other,
+        pytest.raises(UserError, match=r"made with budgets=\[0.4, 0.9\], this run has budgets=\[0.4, 0.97\]"),
+    ):
+        other.on_load_checkpoint(checkpoint)
+    del checkpoint["duo_id"]["budgets"]  # as one of an earlier version
+    with gate_training(method(gate="nested", reg_weight=0.0)) as later:
+        later.on_load_checkpoint(checkpoint)
+
+
 def test_gates_in_a_bfloat16_model_stay_float32(gate_training: MakeTraining) -> None:
     with gate_training(method(lr=1e-3, optimizer=ADAMW | {"lr": 1e-3})) as training:
         training.language_model.model.to(torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,27 @@ class Gates(nn.Module):
     COURSE = 1e-2
     LATE = 0
 
-    def __init__(self, layers: int, kv_heads: int, initial: float = 1.0, temperature: float = 1.0) -> None:
-        """Make (layers, KV heads) gates that are all open by `initial`, in [0, 1]."""
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        initial: float = 1.0,
+        temperature: float = 1.0,
+        seed: int = 0,
+        budgets: Sequence[float] = (0.4, 0.97),
+    ) -> None:
+        """Make the gates.
+
+        Args:
+            layers: how many have gates.
+            kv_heads: of a layer.
+            initial: how open all gates are at first, in [0, 1].
+            temperature: of the gates that have one.
+            seed: of the gates that are drawn.
+            budgets: of nested gates: the sparsities between which masks are drawn.
+        """
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.seed, self.budgets = temperature, seed, budgets
         self.weight = nn.Parameter(torch.full((layers, kv_heads), self.weight_of(initial), dtype=torch.float32))
         self.mean: Tensor
         self.steps: Tensor
@@ -92,10 +110,7 @@ class DrawnGates(Gates):
     what an undisturbed one would.
     """
 
-    def __init__(self, layers: int, kv_heads: int, initial: float = 1.0, temperature: float = 1.0) -> None:
-        """As `Gates`; `seed` may be set afterwards."""
-        super().__init__(layers, kv_heads, initial, temperature)
-        self.seed, self.draws = 0, 0
+    draws = 0
 
     def uniform(self) -> Tensor:
         """(layers, KV heads) uniform noise in (0, 1), other at every call."""
@@ -173,7 +188,6 @@ class NestedGates(DrawnGates):
 
     COURSE = 1.0
     LATE = 3
-    budgets = (0.4, 0.97)  # sparsities between which they are drawn; may be set afterwards
 
     def weight_of(self, openness: float) -> float:
         """As of sigmoid gates at temperature 1."""

@@ -100,6 +100,13 @@ class HeadPattern:
         """How many KV heads the gated layers have: what a sparsity is a fraction of."""
         return len(self.gated_layers) * self.scores.shape[1]
 
+    @property
+    def holds_gates(self) -> bool:
+        """Whether scores are gates in [0, 1] that attention was blended by, not an order on a scale of its own."""
+        low, high = self.scores[list(self.gated_layers)].aminmax()
+        method = (self.provenance.get("settings") or {}).get("method") or {}
+        return bool(low >= -0.01 and high <= 1.01) and method.get("gate") != "nested"
+
     def binarize(self, sparsity: float | None = None, threshold: float | None = None) -> HeadMask:
         """Decide which heads stream, by budget or by score.
 

@@ -225,9 +225,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 def _scale(pattern: HeadPattern) -> tuple[str, float, float]:
     """What the scores are, with the ends of their colour scale: gates, or scores of another kind."""
-    low, high = (value.item() for value in pattern.scores[list(pattern.gated_layers)].aminmax())
-    if low >= -0.01 and high <= 1.01:
+    if pattern.holds_gates:
         return "gate α (1 = retrieval)", 0.0, 1.0
+    low, high = (value.item() for value in pattern.scores[list(pattern.gated_layers)].aminmax())
     return "score (higher = retrieval)", low, high
 
 

@@ -21,7 +21,7 @@ from duo_id.checkpoints import CHECKPOINT
 from duo_id.config import StepSettings
 from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, with_scored
 from duo_id.errors import UserError
-from duo_id.gates import GATES, DrawnGates, NestedGates
+from duo_id.gates import GATES
 from duo_id.graphs import GraphedLoss
 from duo_id.methods import GateSettings
 from duo_id.mistakes import built
@@ -76,11 +76,9 @@ class GateTraining(lightning.LightningModule):
             method.tokens,
             BLENDS[method.blend],
         )
-        self.gates = GATES[method.gate](len(layers), layers[0].kv_heads, method.initial, method.temperature)
-        if isinstance(self.gates, DrawnGates):
-            self.gates.seed = seed
-        if isinstance(self.gates, NestedGates):
-            self.gates.budgets = (method.budgets[0], method.budgets[1])
+        self.gates = GATES[method.gate](
+            len(layers), layers[0].kv_heads, method.initial, method.temperature, seed, method.budgets
+        )
         self.penalties = torch.nn.ModuleDict({name: self._penalty(name) for name in method.penalties})
         self.distill = GraphedLoss(self.distillation.loss) if step.cuda_graphs else self.distillation.loss
         self.arrange: Arrange = lambda tokens: None  # lets layers keep what a step's memory allows
@@ -207,7 +205,7 @@ class GateTraining(lightning.LightningModule):
         found, expected = checkpoint.get("duo_id"), self._identity()
         if not isinstance(found, dict):
             raise UserError("resume: the checkpoint is not one of duo_id")
-        differing = [key for key, value in expected.items() if found.get(key) != value]
+        differing = [key for key, value in expected.items() if found.get(key, value) != value]
         if differing:
             theirs, ours = ({key: values.get(key) for key in differing} for values in (found, expected))
             raise UserError(f"resume: the checkpoint was made with {_listed(theirs)}, this run has {_listed(ours)}")
@@ -236,7 +234,8 @@ class GateTraining(lightning.LightningModule):
     def _identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
         rows, columns = self.gates.weight.shape
-        kept = ("gate", "blend", "objective", "tokens", "penalty", "reg_weight", "sink_size", "recent_size")
+        gates, loss = ("gate", "temperature", "budgets"), ("blend", "objective", "tokens", "penalty", "reg_weight")
+        kept = (*gates, *loss, "sink_size", "recent_size")
         model = {"model": self.language_model.id, "layers": rows, "kv_heads": columns}
         return model | {key: getattr(self.method, key) for key in kept}
 
