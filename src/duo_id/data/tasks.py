@@ -10,7 +10,6 @@ from duo_id.data.aggregation import AggregationTask
 from duo_id.data.copying import CopyingTask
 from duo_id.data.disk import DiskTask
 from duo_id.data.drafting import DraftedTask
-from duo_id.data.induction import InductionTask
 from duo_id.data.key_value import KeyValueTask
 from duo_id.data.many_shot import ManyShotTask
 from duo_id.data.mixture import MixtureTask
@@ -24,7 +23,6 @@ DRAFTED: dict[str, type[DraftedTask]] = {
     "passkey": PasskeyTask,
     "key_value": KeyValueTask,
     "copying": CopyingTask,
-    "induction": InductionTask,
     "multi_query": MultiQueryTask,
     "text": TextTask,
     "tracing": TracingTask,
