@@ -24,7 +24,7 @@ gates penalties objectives
 budget mistakes config methods
 byte_tokens ranks sharding wheels
 models
-data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query data.tracing data.aggregation data.many_shot
+data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module
 patterns tables hub formats
 interop.options interop.quantile interop.query_heads interop.tensors interop.registry

@@ -13,8 +13,8 @@ from duo_id.models import byte_tokenizer
 
 CORPUS = [f"The {animal} of number {n} sleeps near the old mill." for animal in ("fox", "owl") for n in range(99)]
 QUICK = {
-    "length_min": 1400,
-    "length_max": 1800,
+    "length_min": 700,
+    "length_max": 900,
     "num_lengths": 3,
     "num_passkeys": 3,
     "passkey_words": 2,

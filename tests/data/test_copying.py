@@ -70,7 +70,7 @@ def test_text_without_spaces_is_quoted_too(quick, any_tokenizer, make_haystack):
 
 
 def test_passages_are_spread_over_the_hay_and_do_not_overlap(quick, tokenizer):
-    task = CopyingTask(quick(length_min=1800, depth_min=0.1, depth_max=0.7), tokenizer, "train")
+    task = CopyingTask(quick(length_min=900, depth_min=0.1, depth_max=0.7), tokenizer, "train")
     depths, orders = [], set()
     for index in range(60):
         hay, asked = parts(task, task.sample(index, seed=0))

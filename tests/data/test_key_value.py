@@ -82,7 +82,7 @@ def test_questions_are_spread_over_the_index_in_random_order(quick, tokenizer):
         assert 0.1 + 0.2 * (part + 1) - 0.06 < max(of_part) < 0.1 + 0.2 * (part + 1) + 0.05
 
 
-@pytest.mark.parametrize(("longest", "words"), [(1800, 2), (6399, 2), (6401, 3), (100_000, 3)])
+@pytest.mark.parametrize(("longest", "words"), [(900, 2), (6399, 2), (6401, 3), (100_000, 3)])
 def test_keys_have_words_enough_for_the_longest_context(quick, tokenizer, longest, words):
     task = KeyValueTask(quick(length_max=longest), tokenizer, "train")
     assert task.key_words == words

@@ -45,7 +45,7 @@ def test_each_thing_is_told_of_two_people_and_asked_of_one(quick, tokenizer):
 
 
 def test_facts_and_questions_are_in_random_order(quick, tokenizer):
-    task = MultiQueryTask(quick(length_min=1800), tokenizer, "train")
+    task = MultiQueryTask(quick(length_min=900), tokenizer, "train")
     orders, first_is_asked = Counter(), 0
     for index in range(80):
         _, facts, asked, _ = parts(task.sample(index, seed=0), tokenizer)

@@ -78,7 +78,7 @@ def test_needles_stand_at_their_depth(quick, tokenizer, depth):
 
 
 def test_depths_fill_their_range(quick, tokenizer):
-    task = PasskeyTask(quick(length_min=1800, depth_min=0.2, depth_max=0.6), tokenizer, "train")
+    task = PasskeyTask(quick(length_min=900, depth_min=0.2, depth_max=0.6), tokenizer, "train")
     depths = []
     for index in range(60):
         text = parts(task.sample(index, seed=0), tokenizer)[0].partition("\n\n")[2]
@@ -110,7 +110,7 @@ def test_more_passkeys_than_ordinals_are_refused(quick, tokenizer, count):
 def test_samples_are_those_of_earlier_versions(quick, tokenizer, make_haystack):
     """Patterns that were found on them can be found again; the hash was taken before other tasks were added."""
     haystack = make_haystack([f"The fox of number {n} sleeps near the old mill." for n in range(99)])
-    task = PasskeyTask(quick(length_min=700, length_max=900, score="all"), tokenizer, "train", haystack=haystack)
+    task = PasskeyTask(quick(score="all"), tokenizer, "train", haystack=haystack)
     samples = [task.sample(index, seed) for index in range(9) for seed in (0, 5)]
     columns = b"".join(column.numpy().tobytes() for sample in samples for column in sample.values())
     assert hashlib.sha256(columns).hexdigest()[:16] == "cdd90c5d209da9bd"

@@ -97,22 +97,6 @@ class DraftedTask(ABC):
         """The tokens of words, with a space before each."""
         return self.tokens("".join(f" {word}" for word in words))
 
-    def phrases(self, rng: random.Random, count: int) -> list[list[int]]:
-        """The tokens of `count` phrases of data.answer_words words, no two alike.
-
-        Raises:
-            UserError: there are not so many.
-        """
-        words, known = self.settings.answer_words, dict[tuple[str, ...], None]()
-        require(
-            count <= len(self.words) ** words,
-            f"data.answer_words={words} makes {len(self.words) ** words} different phrases, {count} are needed: raise "
-            "it, or lower data.num_questions",
-        )
-        while len(known) < count:
-            known[tuple(rng.choices(self.words, k=words))] = None
-        return [self.spell(phrase) for phrase in known]
-
     def hay(self, rng: random.Random, num_tokens: int) -> list[int]:
         """So many tokens from anywhere in the split's haystack."""
         return self.haystack.window(rng, num_tokens, self.tokenizer)

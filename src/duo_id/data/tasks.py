@@ -6,18 +6,15 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.config import DataSettings, require
-from duo_id.data.aggregation import AggregationTask
 from duo_id.data.copying import CopyingTask
 from duo_id.data.disk import DiskTask
 from duo_id.data.drafting import DraftedTask
 from duo_id.data.key_value import KeyValueTask
-from duo_id.data.many_shot import ManyShotTask
 from duo_id.data.mixture import MixtureTask
 from duo_id.data.multi_query import MultiQueryTask
 from duo_id.data.passkey import PasskeyTask
 from duo_id.data.samples import Task
 from duo_id.data.text import TextTask
-from duo_id.data.tracing import TracingTask
 
 DRAFTED: dict[str, type[DraftedTask]] = {
     "passkey": PasskeyTask,
@@ -25,9 +22,6 @@ DRAFTED: dict[str, type[DraftedTask]] = {
     "copying": CopyingTask,
     "multi_query": MultiQueryTask,
     "text": TextTask,
-    "tracing": TracingTask,
-    "aggregation": AggregationTask,
-    "many_shot": ManyShotTask,
 }
 TASKS: dict[str, Callable[..., Task]] = {**DRAFTED, "mixture": partial(MixtureTask, DRAFTED), "disk": DiskTask}
 

@@ -18,9 +18,6 @@ FAMILIES = {  # of each task to identify heads on: the held-out tasks that are l
     "key_value": ("json-lookup", *ASKED),
     "copying": ("copying", "list-reorder"),
     "text": ("language", "rare-ngrams"),
-    "tracing": ("ruler-variables",),
-    "aggregation": ("ruler-common-words", "ruler-frequent-words"),
-    "many_shot": ("classification",),
 }
 
 
