@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from duo_id import app, report
-from tests.evaluation.saved import line_up, save, saved_results
+from tests.evaluation.saved import a_pattern, line_up, save, saved_results
 
 
 def run_report(*arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
@@ -42,6 +42,19 @@ def test_out_says_where(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (status, output.split()) == (0, ["report:", "pages/a=b.html"])
     assert (run.parent / "pages" / "a=b.html").is_file()
     assert not (run / "report.html").exists()
+
+
+def test_the_reference_of_comparisons_can_be_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patterns = {name: a_pattern() for name in ("first", "second")}
+    save(run.parent / "two", saved_results(2, patterns=patterns))
+    for arguments, name in (["two"], "first"), (["two", "reference=second"], "second"):
+        status, _ = run_report(*arguments, folder=run.parent, monkeypatch=monkeypatch)
+        assert status == 0
+        assert f"Rise in answer loss less that of {name} " in (run.parent / "two" / "report.html").read_text()
+    status, output = run_report("two", "reference=third", folder=run.parent, monkeypatch=monkeypatch)
+    assert (status, output.splitlines()) == (
+        2, ["error: reference=third: there are no such heads here, choose among first, second"]
+    )  # fmt: skip
 
 
 def test_folders_may_have_an_equals_sign(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from duo_id.evaluation.items import Item, Row
 from duo_id.evaluation.journal import RESULTS, SCORES, Journal, write_results
 from duo_id.evaluation.judging import rows_of_peers
 from duo_id.evaluation.leaderboard import leaderboards
+from duo_id.evaluation.paired import paired_grids
 from duo_id.evaluation.peers import SAMPLES, read_answers, write_samples
 from duo_id.evaluation.published.registry import is_published, published_items
 from duo_id.evaluation.reading import end_tokens
@@ -91,7 +92,7 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
     }
     write_results(folder, results)
     app.console.print(results_table(results, f"{model.name} under {settings.heads}"))
-    for title, grid in leaderboards(results).items():
+    for title, grid in (leaderboards(results) | paired_grids(results)).items():
         app.console.print(terminal_table(grid, title))
     for name, figure in figures(results).items():
         save_figure(figure, folder / "figures" / f"{name}.png")

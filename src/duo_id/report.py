@@ -1,4 +1,4 @@
-"""`python -m duo_id.report FOLDER ... [out=report.html]`: one HTML page about evaluations, training runs and sweeps."""
+"""`python -m duo_id.report FOLDER ...`: one HTML page about evaluations, training runs and sweeps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from duo_id.evaluation.sweeps import Sweep, is_sweep, read_sweep, tables
 from duo_id.files import write_text
 
 PAGE = "report.html"
-USAGE = f"python -m duo_id.report FOLDER ... [out={PAGE}]"
+USAGE = f"python -m duo_id.report FOLDER ... [out={PAGE}] [reference=NAME]"
 
 
 def main(arguments: Sequence[str]) -> Path:
@@ -19,7 +19,8 @@ def main(arguments: Sequence[str]) -> Path:
 
     Args:
         arguments: folders of runs and sweeps, or the `results.json` of a run, and perhaps `out=FILE`; without it the
-            page goes to the first of the folders. The tables of sweeps are shown in the terminal too.
+            page goes to the first of the folders, and `reference=NAME`, the heads that others are compared with. The
+            tables of sweeps are shown in the terminal too.
 
     Returns:
         the page's path.
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str]) -> Path:
     """
     given = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
     settings = dict(argument.split("=", 1) for argument in arguments if argument not in given)
-    unknown = sorted(settings.keys() - {"out"})
+    unknown = sorted(settings.keys() - {"out", "reference"})
     if unknown:
         raise UserError(f"{unknown[0]}={settings[unknown[0]]}: there is no such setting and no such folder; {USAGE}")
     if not given:
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str]) -> Path:
         raise UserError(f"out={out} is a folder: give a file, such as out={out / PAGE}")
     with app.console.status("reading") as status:
         sweeps = [_read_sweep(path) for path in given if is_sweep(path)]
-        page = report([read_run(path) for path in given if not is_sweep(path)], status.update, sweeps)
+        runs = [read_run(path) for path in given if not is_sweep(path)]
+        page = report(runs, status.update, sweeps, settings.get("reference"))
     write_text(out, page)
     for table in [table for sweep in sweeps for table in tables(sweep).values()]:
         app.console.print(table)

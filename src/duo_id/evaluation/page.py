@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from duo_id.evaluation.agreement import plot_agreement, plot_patterns
 from duo_id.evaluation.figures import figures, sparsities_of
 from duo_id.evaluation.leaderboard import averaged, leaderboards
+from duo_id.evaluation.paired import paired_grids
 from duo_id.evaluation.runs import Run, free_name, merge
 from duo_id.evaluation.summary import METRICS, QUESTION, SAMPLE, frame, name_of
 from duo_id.evaluation.sweep_figures import sweep_figures
@@ -42,16 +43,23 @@ CAPTIONS = {  # what a figure shows, by the beginning of its name
 Picture = dict[str, Any]
 
 
-def report(runs: Sequence[Run], shown: Callable[[str], None] = lambda text: None, sweeps: Sequence[Sweep] = ()) -> str:
+def report(
+    runs: Sequence[Run],
+    shown: Callable[[str], None] = lambda text: None,
+    sweeps: Sequence[Sweep] = (),
+    reference: str | None = None,
+) -> str:
     """The page: a section for each sweep, then for each model, with its evaluations, head patterns and training runs.
 
     Args:
         runs: to show; at least one, or a sweep.
         shown: told what is being worked on.
         sweeps: to show, each with a job that has come to its end.
+        reference: the heads that others are compared with; None: those that each evaluation names first.
 
     Raises:
-        UserError: a run holds a broken head pattern, or something else than numbers where numbers belong.
+        UserError: a run holds a broken head pattern, or something else than numbers where numbers belong, or an
+            evaluation lacks the reference.
     """
     models: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
@@ -64,7 +72,7 @@ def report(runs: Sequence[Run], shown: Callable[[str], None] = lambda text: None
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = [_section(name, of_model, pictures) for (name, *_), of_model in models.items()]
+    sections = [_section(name, of_model, pictures, reference) for (name, *_), of_model in models.items()]
     compared = [_sweep(sweep, pictures) for sweep in sweeps]
     page = environment.get_template("page.html.j2").render(sections=sections, sweeps=compared)
     return re.sub(r"[\x00-\x08\x0b-\x1f]", "\N{REPLACEMENT CHARACTER}", page)  # answers may hold anything
@@ -118,7 +126,7 @@ def _sweep(sweep: Sweep, picture: Pictures) -> dict[str, Any]:
     }
 
 
-def _section(title: str, runs: Sequence[Run], picture: Pictures) -> dict[str, Any]:
+def _section(title: str, runs: Sequence[Run], picture: Pictures, reference: str | None) -> dict[str, Any]:
     model = runs[0].model
     patterns: dict[str, Any] = {}
     for run in runs:
@@ -133,14 +141,14 @@ def _section(title: str, runs: Sequence[Run], picture: Pictures) -> dict[str, An
             "shape": gated + f"{model.get('kv_heads')} KV heads each, {model.get('heads')} query heads",
         },
         "evaluations": [
-            _evaluation(results, picture) for results in merge([run.results for run in runs if run.results])
+            _evaluation(results, picture, reference) for results in merge([run.results for run in runs if run.results])
         ],
         "patterns": _patterns(patterns, picture),
         "trainings": [_training(run, picture) for run in runs if run.results is None],
     }
 
 
-def _evaluation(results: Mapping[str, Any], picture: Pictures) -> dict[str, Any]:
+def _evaluation(results: Mapping[str, Any], picture: Pictures, reference: str | None) -> dict[str, Any]:
     rows = frame(results)
     picture.shown("resampling")
     grid, half = contender_grid(rows), middle(rows)
@@ -160,7 +168,7 @@ def _evaluation(results: Mapping[str, Any], picture: Pictures) -> dict[str, Any]
             picture(figure, next(text for start, text in CAPTIONS.items() if name.startswith(start)))
             for name, figure in figures(dict(results) | {"patterns": {}}).items()
         ],
-        "leaderboards": leaderboards(results),
+        "leaderboards": leaderboards(results) | paired_grids(results, reference),
         "tables": [
             (
                 f"{METRICS[metric].label}, {100 * sparsity:.4g}% of the KV heads stream",

@@ -129,6 +129,25 @@ def _with_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(seed=rows["seed"].fillna(seeds), heads=named.where(seeds.notna(), rows["heads"]))
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """The statistics of one group of rows, and of its resamples.
+
+    Attributes:
+        key: what the rows have in common.
+        samples: how many there are.
+        seeds: how many of patterns or masks.
+        values: (1 + resamples, `METRICS`), NaN where nothing was measured; the first are of the rows themselves.
+        certain: whether there is but one sample a task and one seed, so that resamples tell nothing.
+    """
+
+    key: dict[str, Any]
+    samples: int
+    seeds: int
+    values: np.ndarray
+    certain: bool
+
+
 def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) -> pd.DataFrame:
     """Statistics of each group of rows, with 95% intervals.
 
@@ -150,6 +169,15 @@ def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) 
         one row a group, ascending, with the columns `by`, `samples`, `seeds` and, for each of `METRICS`, its value
         and the ends of its interval: `loss`, `loss_low`, `loss_high`, ...; NaN where nothing was measured.
     """
+    found = []
+    for group in draw(rows, by, seed):
+        row = group.key | {"samples": group.samples, "seeds": group.seeds}
+        found.append(row | with_intervals(dict(zip(METRICS, group.values.T, strict=True)), group.certain))
+    return pd.DataFrame(found)
+
+
+def draw(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> list[Drawn]:
+    """What `summarise` tells of: groups with the same samples, or the same seeds, take the same resamples of them."""
     fractions = _fractions(rows)
     keys = pd.DataFrame({column: rows[column].to_numpy() for column in by})
     keys["the task"] = rows["task"].to_numpy()
@@ -175,13 +203,20 @@ def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) 
                 means[f"relative_{name}"] = np.where(means.pop(f"full_{name}") > 0, ratio, np.nan)
         counts = [len(np.unique(samples[cell])) for cell in cells]
         masks = len(np.unique(seeds[of_group]))
-        row = dict(zip(by, names[of_group[0]], strict=True)) | {"samples": sum(counts), "seeds": masks}
-        drawn = np.stack([means[name] for name in METRICS], axis=1)  # (1 + resamples, metrics)
-        ends = _intervals(drawn[1:]) if max(counts) > 1 or masks > 1 else np.full((2, len(METRICS)), np.nan)
-        for name, value, low, high in zip(METRICS, drawn[0], *ends, strict=True):
-            row |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        found.append(row)
-    return pd.DataFrame(found)
+        key = dict(zip(by, names[of_group[0]], strict=True))
+        drawn = np.stack([means[name] for name in METRICS], axis=1)
+        found.append(Drawn(key, sum(counts), masks, drawn, max(counts) == 1 and masks == 1))
+    return found
+
+
+def with_intervals(drawn: Mapping[str, np.ndarray], certain: bool) -> dict[str, float]:
+    """Each statistic (1 + resamples) as its value NAME and the ends NAME_low and NAME_high of its 95% interval."""
+    values = np.stack(list(drawn.values()), axis=1)
+    ends = np.full((2, len(drawn)), np.nan) if certain else _intervals(values[1:])
+    row: dict[str, float] = {}
+    for name, value, low, high in zip(drawn, values[0], *ends, strict=True):
+        row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return row
 
 
 def contenders(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from duo_id.evaluation.summary import METRICS, contenders, frame, name_of
+from duo_id.evaluation.summary import METRICS, Metric, contenders, frame, name_of
 
 SHOWN = ("kept", "loss", "rise", "kl", "accuracy", "exact", "relative_score")  # of each contender
 HEADINGS = {  # two short lines, so that the table fits a terminal
@@ -125,11 +125,15 @@ def task_grid(rows: pd.DataFrame, metric: str, sparsity: float) -> Grid:
 
 def metric_cell(row: Mapping[str, Any], metric: str) -> Cell:
     """The cell of one metric of a row of `summarise`; a dash where nothing was measured."""
-    form = METRICS[metric]
-    value, low, high = (float(row.get(f"{metric}{end}", np.nan)) for end in ("", "_low", "_high"))
+    return interval_cell(row, metric, METRICS[metric])
+
+
+def interval_cell(row: Mapping[str, Any], name: str, form: Metric) -> Cell:
+    """The cell of a value `name` of a row, with the ends `name_low` and `name_high` of its interval if it has one."""
+    value, low, high = (float(row.get(f"{name}{end}", np.nan)) for end in ("", "_low", "_high"))
     if not np.isfinite(value):
         return Cell("-", -np.inf)
-    if not np.isfinite(low) or metric == "kept" or low == high == value:  # bytes are known, not estimated
+    if not np.isfinite(low) or name == "kept" or low == high == value:  # bytes are known, not estimated
         return Cell(form.text(value), value)
     return Cell(form.text(value), value, (form.text(low), form.text(high)), form.text((high - low) / 2))
 
