@@ -109,12 +109,18 @@ def test_a_ratio_to_nothing_is_no_ratio(results: dict[str, Any]) -> None:
     exact = full.loc[list(rows[rows["heads"] == "found"][QUESTION].itertuples(index=False))].to_numpy()
     assert paired(with_twin(rows, loss=exact), "twin")["ratio"].isna().all()
     assert paired(with_twin(rows, loss=exact), "found").set_index("heads").loc["twin", "ratio"].eq(0).all()
+    index = rows.loc[rows["heads"] == "found", "index"].to_numpy()
+    noise = np.where(index == 0, 1.0, -0.2)  # a little more than nothing, but not surely
+    unsure = paired(with_twin(rows, loss=exact + noise), "twin")
+    assert (unsure["rise"] > 0).any()
+    assert unsure["ratio"].isna().all()
 
 
 def test_tasks_are_counted(results: dict[str, Any]) -> None:
     rows = frame(results)
-    more = np.where(rows.loc[rows["heads"] == "found", "task"].isin(TASKS[:3]), 0.1, -0.1)
     own = rows[rows["heads"] == "found"]
+    more = own["task"].map(dict(zip(TASKS, (0.1, 0.1, 0.0, -0.1), strict=True)))
+    more += np.where(own["task"] == TASKS[2], np.where(own["index"] == 0, 1.0, -0.05), 0)  # one sample decides
     twin = own.assign(heads="twin", loss=own["loss"] + more * own["tokens"]).to_dict("records")
     changed = results | {"rows": results["rows"] + twin, "patterns": results["patterns"] | {"twin": {}}}
     grids = paired_grids(changed, "found")
@@ -127,7 +133,7 @@ def test_tasks_are_counted(results: dict[str, Any]) -> None:
     first, *_, tasks = grids.values()
     assert first.headings == ["heads", "25%\nstream", "50%\nstream", "75%\nstream"]
     (line,) = [line for line in tasks.sections[""] if line[0].text == "twin"]
-    assert [cell.text for cell in line[1:]] == ["3 (3) of 4"] * 3
+    assert [cell.text for cell in line[1:]] == ["3 (2) of 4"] * 3
     assert {"twin", "other (3 seeds)"} <= {line[0].text for line in first.sections[""]}
     means = [sum(cell.value for cell in line[1:]) for line in first.sections[""]]
     assert means == sorted(means), "the least harm first"
