@@ -75,6 +75,18 @@ def test_the_paper_experiment_is_the_published_recipe(tmp_path: Path) -> None:
     assert (method.initial, method.warmup, data.batch_size, settings.trainer["max_steps"]) == (1.0, 0.2, 1, 2000)
 
 
+@pytest.mark.parametrize("chosen", ["experiment=best", "method=nested"])
+def test_the_default_is_the_measured_method(chosen: str, tmp_path: Path) -> None:
+    """What docs/identification.md was measured with."""
+    method = settings_of("train", TrainSettings, chosen, folder=tmp_path).method
+    assert (method.blend, method.gate, method.objective) == ("student", "nested", "kl_next_token")
+    assert method.tokens == "labelled"
+    assert (method.initial, method.temperature, list(method.budgets)) == (0.5, 0.3, [0.4, 0.97])
+    assert (method.penalty, method.reg_weight) == ("l1", 0)
+    if chosen == "experiment=best":
+        assert (method.sink_size, method.recent_size, method.lr, method.warmup) == (64, 256, 0.02, 0.2)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The plain values of each command's config."""

@@ -20,6 +20,7 @@ from duo_id.gates import (
     SigmoidGates,
     StraightThroughGates,
 )
+from duo_id.patterns import HeadPattern
 
 CHANCES = {"hard_concrete", "straight_through"}  # each gate is open or not by a chance of its own
 DRAWN = CHANCES | {"nested"}
@@ -182,6 +183,36 @@ def test_budgets_are_drawn_evenly(seed: int) -> None:
     assert kept[0] <= 5
     assert kept[-1] >= 95
     assert max(gaps) <= 5
+
+
+def test_seeds_draw_other_budgets_and_not_the_same_ones_later() -> None:
+    series = []
+    for seed in range(4):
+        gates = nested([0.0] * 1000, budgets=(0.0, 1.0), seed=seed)
+        series.append([int(gates.alpha().sum()) for _ in range(60)])
+    for one, other in itertools.combinations(series, 2):
+        for shift in range(-20, 21):
+            pairs = list(zip(one[20:40], other[20 + shift : 40 + shift], strict=True))
+            assert max(abs(first - second) for first, second in pairs) > 1
+
+
+@pytest.mark.parametrize(("heads", "sparsity"), [(45, 0.5), (90, 0.35), (90, 0.65), (10, 0.25), (6, 0.9), (90, 1.0)])
+def test_as_many_heads_are_open_as_in_the_mask_of_a_pattern(heads: int, sparsity: float) -> None:
+    gates = nested(torch.linspace(-1, 1, heads).tolist(), budgets=(sparsity, sparsity))
+    mask = HeadPattern(gates.scores(), 1, 1).binarize(sparsity=sparsity).retrieval
+    alpha = gates.alpha()
+    assert alpha.sum() == max(mask.sum(), 1), "and one at least"
+    if mask.any():
+        assert torch.equal(alpha.bool(), mask)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.3, 1e3])
+@pytest.mark.parametrize("gap", [1e-3, 1.0, 200.0])
+def test_gradients_of_nested_gates_are_numbers(temperature: float, gap: float) -> None:
+    gates = nested([gap, 0.0, -gap], budgets=(0.5, 0.5), temperature=temperature)
+    (gradient,) = torch.autograd.grad((gates.alpha() * torch.tensor([1.0, -2.0, 3.0])).sum(), gates.weight)
+    assert gradient.isfinite().all()
+    assert gradient.sum().abs() < 1e-3
 
 
 def test_equal_nested_gates_are_opened_by_lot() -> None:

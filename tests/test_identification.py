@@ -1,15 +1,18 @@
 """Any method through the command: several seeds, searches that stop, resume and refine."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from duo_id import load_pattern
+from duo_id import identification, load_pattern
 from duo_id.formats import save_pattern
 from duo_id.patterns import HeadPattern
 from duo_id.scores.candidates import MaskLosses
+from duo_id.training import GateTraining
 from tests.commands import QUICK, run_command
 
 SMALL = ["comparison.samples=1", "comparison.random_masks=0", "comparison.validation_samples=0"]
@@ -17,9 +20,18 @@ SEARCH = [*(override for override in QUICK if "method" not in override), *SMALL,
 SEARCH += ["method.sink_size=4", "method.recent_size=60"]
 
 
-def test_several_seeds_are_one_run_whose_scores_are_averaged(tmp_path: Path) -> None:
+def test_several_seeds_are_one_run_whose_scores_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def noted(*arguments: Any) -> GateTraining:
+        training = GateTraining(*arguments)
+        seeds.append(training.gates.seed)
+        return training
+
+    monkeypatch.setattr(identification, "GateTraining", noted)
     finished = run_command("train", *QUICK, *SMALL, "repeats=2", "seed=3", folder=tmp_path)
     assert finished.status == 0, finished.output
+    assert seeds == [3, 4]
     assert "rank correlation" in finished.output
     folders = [tmp_path / "run" / name for name in ("seed-3", "seed-4")]
     one, other = (load_pattern(folder) for folder in folders)
@@ -35,6 +47,28 @@ def test_several_seeds_are_one_run_whose_scores_are_averaged(tmp_path: Path) -> 
     assert resumed.status == 0, resumed.output
     assert (folders[0] / "heads" / "heads.json").stat().st_mtime_ns == before
     assert torch.equal(load_pattern(tmp_path / "run").scores, both.scores)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["method.budgets=[0.1,0.2]"],
+            "with method.budgets=[0.4, 0.97], this run has method.budgets=[0.1, 0.2],",
+        ),
+        (["method=duo"], "seed-0 was found with method.gate=nested, method.initial=0.5,"),
+    ],
+)
+def test_seeds_that_were_found_otherwise_are_not_averaged(changes: list[str], message: str, tmp_path: Path) -> None:
+    few = ["repeats=2", "trainer.max_steps=1", "method=nested"]
+    assert run_command("train", *QUICK, *SMALL, *few, folder=tmp_path).status == 0
+    shutil.rmtree(tmp_path / "run" / "heads")
+    shutil.rmtree(tmp_path / "run" / "seed-1")  # as if killed before its first checkpoint
+    resumed = run_command("train", f"resume={tmp_path / 'run'}", *changes, folder=tmp_path)
+    assert resumed.status == 2, resumed.output
+    (line,) = [line for line in resumed.output.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "run" / "heads").exists()
 
 
 def test_an_interrupted_search_keeps_its_order_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

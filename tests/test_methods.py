@@ -19,6 +19,7 @@ from duo_id.methods import (
 )
 
 WINDOW = {"sink_size": 3, "recent_size": 8}
+NESTED = {"gate": "nested", "reg_weight": 0}
 
 
 def settings(name: Any, **changes: Any) -> Any:
@@ -72,12 +73,21 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "duo",
         {"gate": "nested", "reg_weight": 0.1},
-        "method.gate=nested needs method.reg_weight=0, not 0.1: its budgets",
+        "method.penalty=l1 with method.reg_weight=0.1: method.gate=nested has no penalty",
     ),
-    ("duo", {"budgets": [0.5]}, "method.budgets=[0.5] must be two fractions, in this order"),
-    ("duo", {"budgets": [0.9, 0.4]}, "method.budgets=[0.9, 0.4] must be two fractions"),
-    ("duo", {"budgets": [-0.1, 0.4]}, "method.budgets=[-0.1, 0.4] must be two fractions"),
-    ("duo", {"budgets": [0.4, 1.1]}, "method.budgets=[0.4, 1.1] must be two fractions"),
+    (
+        "duo",
+        NESTED | {"penalty": "target", "target_sparsity": 0.5},
+        "method.penalty=target with method.reg_weight=0",
+    ),
+    ("duo", NESTED | {"penalty": "binary"}, "method.penalty=binary with method.reg_weight=0"),
+    ("duo", NESTED | {"budgets": [0.5]}, "method.budgets=[0.5] must be two sparsities between 0 and 1, in this order"),
+    ("duo", NESTED | {"budgets": [0.9, 0.4]}, "method.budgets=[0.9, 0.4] must be two sparsities"),
+    ("duo", NESTED | {"budgets": [-0.1, 0.4]}, "method.budgets=[-0.1, 0.4] must be two sparsities"),
+    ("duo", NESTED | {"budgets": [0.4, 1.1]}, "method.budgets=[0.4, 1.1] must be two sparsities"),
+    ("duo", NESTED | {"budgets": [[0.1], 0.5]}, "method.budgets=[[0.1], 0.5] must be two sparsities"),
+    ("duo", NESTED | {"budgets": [0, 0]}, "method.budgets=[0.0, 0.0] never decides between heads"),
+    ("duo", NESTED | {"budgets": [1, 1]}, "method.budgets=[1.0, 1.0] never decides between heads"),
     ("duo", {"penalty": "l2"}, "method.penalty=l2: choose one of l1, binary, target"),
     ("duo", {"penalty": {"l1": 1, "l2": 1}}, "method.penalty=l2: choose one of l1, binary, target"),
     ("duo", {"penalty": ["l1"]}, "method.penalty=['l1'] must be a name, or weights"),
@@ -96,7 +106,9 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("duo", {"reg_weight": -1}, "method.reg_weight=-1.0 must not be negative"),
     ("duo", {"lr": 0}, "method.lr=0.0 must be positive"),
     ("duo", {"lr": "nan"}, "method.lr=nan must be positive"),
-    ("duo", {"temperature": 0}, "method.temperature=0.0 must be positive"),
+    ("duo", {"temperature": 0}, "method.temperature=0.0 must be a number from 0.001 on"),
+    ("duo", {"temperature": "inf"}, "method.temperature=inf must be a number from 0.001 on"),
+    ("duo", {"temperature": "nan"}, "method.temperature=nan must be a number from 0.001 on"),
     ("duo", {"multiplier_lr": 0}, "method.multiplier_lr=0.0 must be positive"),
     ("duo", {"warmup": 0.6}, "method.warmup=0.6 must lie in [0, 0.5]"),
     ("duo", {"warmup": -0.1}, "method.warmup=-0.1 must lie in [0, 0.5]"),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -59,13 +60,22 @@ def test_gates_show_every_head_in_a_sensible_direction(layers: int, kv_heads: in
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"retrieval", "streaming"}
 
 
-def test_scores_that_are_no_gates_have_a_scale_of_their_own() -> None:
-    nested = replace(make(30, 3), provenance={"settings": {"method": {"name": "duo", "gate": "nested"}}})
-    for pattern in (nested, replace(make(30, 3), scores=5 * make(30, 3).scores)):
+@pytest.mark.parametrize(
+    "method", [{"name": "duo", "gate": "nested"}, {"name": "search"}, {"name": "attention_profile"}]
+)
+def test_scores_that_are_no_gates_have_a_scale_of_their_own(method: dict[str, str]) -> None:
+    told = replace(make(30, 3), provenance={"settings": {"method": method}})
+    for pattern in (told, replace(make(30, 3), scores=5 * make(30, 3).scores)):
         figure = plot_gates(pattern)
         assert figure.axes[1].get_xlabel() == "score (higher = retrieval)"
         ends = next(item for item in figure.axes[0].collections if isinstance(item, QuadMesh)).get_clim()
         assert ends == tuple(value.item() for value in pattern.scores.aminmax())
+
+
+@pytest.mark.parametrize("settings", [None, "none", {"method": None}, {"method": "duo"}, {"method": {"gate": "clamp"}}])
+def test_patterns_of_any_provenance_are_drawn(settings: Any) -> None:
+    figure = plot_gates(replace(make(30, 3), provenance={"settings": settings}))
+    assert figure.axes[1].get_xlabel() == "gate α (1 = retrieval)"
 
 
 def test_one_panel_without_a_mask() -> None:

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 SIZES = [override for override in QUICK if override.startswith("data.")]
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 VALIDATED = ("distill", "answer_loss_0", "answer_loss_25", "answer_loss_50", "token_accuracy_0", "token_accuracy_50")
-TRAINED = ("loss", "distill", "penalty", "mean_gate", "lr", "length", "tokens_per_s")
+TRAINED = ("loss", "distill", "lr", "length", "tokens_per_s")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,7 +111,7 @@ def test_gates_have_moved(run: Run) -> None:
     scores = load_pattern(run.folder).scores
     assert scores.min() < 0.5 < scores.max(), "some heads have won places, others lost them"
     assert scores.max() - scores.min() < 0.2, "in two steps not far"
-    assert run.summary["mean_gate"] == pytest.approx(scores.mean().item())
+    assert "mean_gate" not in run.summary, "nested masks rank heads"
 
 
 def test_nothing_of_the_language_model_has_changed(run: Run) -> None:
@@ -164,7 +164,7 @@ def test_metrics_hold_training_and_validation(run: Run) -> None:
         values = table[column].dropna()
         assert len(values) == 2, column  # two steps, a validation after each
         assert all(map(math.isfinite, values)), column
-    assert table["train/mean_gate"].dropna().tolist()[0] == 0.5
+    assert not {"train/penalty", "train/mean_gate"} & set(table), "nested masks have neither"
     assert set(table["train/length"].dropna()) <= {700, 800}
 
 

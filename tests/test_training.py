@@ -206,12 +206,45 @@ def test_a_checkpoint_of_other_budgets_is_refused(gate_training: MakeTraining) -
         training.on_load_checkpoint(checkpoint)
     with (
         gate_training(method(gate="nested", reg_weight=0.0, budgets=[0.4, 0.97])) as other,
-        pytest.raises(UserError, match=r"made with budgets=\[0.4, 0.9\], this run has budgets=\[0.4, 0.97\]"),
+        pytest.raises(UserError, match=r"with method.budgets=\[0.4, 0.9\], .* method.budgets=\[0.4, 0.97\]; "),
+    ):
+        other.on_load_checkpoint(checkpoint)
+    with (
+        gate_training(method(gate="nested", reg_weight=0.0, budgets=[0.4, 0.9], temperature=0.5)) as other,
+        pytest.raises(UserError, match=r"with method.temperature=1.0, this run has method.temperature=0.5; "),
     ):
         other.on_load_checkpoint(checkpoint)
     del checkpoint["duo_id"]["budgets"]  # as one of an earlier version
     with gate_training(method(gate="nested", reg_weight=0.0)) as later:
         later.on_load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, {"penalty", "mean_gate"}),
+        ({"reg_weight": 0.0}, {"mean_gate"}),
+        ({"gate": "nested", "reg_weight": 0.0}, set()),
+    ],
+)
+def test_penalty_and_mean_gate_are_logged_where_they_mean_something(
+    changes: dict[str, Any], shown: set[str], gate_training: MakeTraining
+) -> None:
+    with gate_training(method(**changes)) as training:
+        trainer = fit(training, [batch_of(random_sample(40, 1))], 1)
+        logged = {name.removeprefix("train/") for name in trainer.logged_metrics}
+        assert logged & {"penalty", "mean_gate"} == shown
+        assert {"loss", "distill", "length"} <= logged
+
+
+def test_gates_are_made_as_the_method_says(gate_training: MakeTraining) -> None:
+    settings = method(gate="nested", reg_weight=0.0, initial=0.3, temperature=0.7, budgets=[0.2, 0.6])
+    with gate_training(settings) as training:
+        gates = training.gates
+        assert (gates.temperature, list(gates.budgets)) == (0.7, [0.2, 0.6])
+        torch.testing.assert_close(gates.openness(), torch.full((3, 2), 0.3))
+        opened = {int(gates.alpha().sum()) for _ in range(40)}
+        assert opened == {2, 3, 4, 5}, "20 to 60% of six heads stream"
 
 
 def test_gates_in_a_bfloat16_model_stay_float32(gate_training: MakeTraining) -> None:

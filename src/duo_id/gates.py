@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # of the hard concrete distribution, as its authors chose them
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, less their whole part, cover [0, 1) evenly from the first one on
+APART = math.sqrt(2)  # how far apart seeds begin: no sum of a whole number and a multiple of GOLDEN
 JITTER = 1e-3  # of the weights of nested gates, which are all equal at first
+TINY = 1e-30  # below what the slopes of any gates that still move add up to
 
 
 class Gates(nn.Module):
@@ -20,10 +22,12 @@ class Gates(nn.Module):
     Attributes:
         COURSE: the weight in a gate's score of how open it was over training, beside how open it is.
         LATE: how much more late steps count in that: step t about as t to this power.
+        BLENDS: whether how open a gate is says how much full attention its head is given.
     """
 
     COURSE = 1e-2
     LATE = 0
+    BLENDS = True
 
     def __init__(
         self,
@@ -174,9 +178,10 @@ class StraightThroughGates(DrawnGates):
 class NestedGates(DrawnGates):
     """Hard masks of one order, each of a budget drawn anew: what is trained is which head comes next at any sparsity.
 
-    Alpha is 1 for the heads with the largest weights, as many as the budget has, and 0 for the others. Its gradient is
-    that of a sigmoid of the weight's distance from the mask's threshold, over the temperature, where the threshold
-    moves with the weights such that the budget stays: heads compete for places, and no penalty is needed.
+    Alpha is 1 for the heads with the largest weights, as many as the budget has, but one at least, and 0 for the
+    others. Its gradient is that of a sigmoid of the weight's distance from the mask's threshold, over the temperature,
+    where the threshold moves with the weights such that the budget stays: heads compete for places, and no penalty is
+    needed.
     Outside training the budget is the middle one. Heads between which no budget decides clearly change places until
     the end, so scores are means over the last third or so of the training, which costs nothing and settles them
     (polynomial-decay averaging: Shamir and Zhang 2013, arXiv 1212.1824).
@@ -188,6 +193,7 @@ class NestedGates(DrawnGates):
 
     COURSE = 1.0
     LATE = 3
+    BLENDS = False
 
     def weight_of(self, openness: float) -> float:
         """As of sigmoid gates at temperature 1."""
@@ -201,18 +207,18 @@ class NestedGates(DrawnGates):
         """0 or 1."""
         place, order = 0.5, self.weight.detach()
         if self.training:
-            place = (self.seed * GOLDEN**2 + self.draws * GOLDEN) % 1
+            place = (self.seed * APART + self.draws * GOLDEN) % 1
             order = order + JITTER * self.uniform()
         sparsity = self.budgets[0] + place * (self.budgets[1] - self.budgets[0])
         heads = order.numel()
-        kept = min(max(round((1 - sparsity) * heads), 1), heads)
+        kept = max(heads - round(sparsity * heads), 1)
         ranked = order.flatten().sort(descending=True)
         mask = torch.zeros_like(ranked.values).scatter_(0, ranked.indices[:kept], 1.0).view_as(order)
         threshold = ranked.values[kept - 1 : kept + 1].mean()
         near = torch.sigmoid((order - threshold) / self.temperature)
         slope = near * (1 - near) / self.temperature
         moved = self.weight - self.weight.detach()  # 0, with a gradient
-        return mask + slope * (moved - (slope * moved).sum() / slope.sum())
+        return mask + slope * (moved - (slope * moved).sum() / slope.sum().clamp(min=TINY))
 
 
 def _logit(openness: float) -> float:

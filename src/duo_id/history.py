@@ -71,7 +71,7 @@ def read_history(run: str | Path) -> pd.DataFrame:
     path = path / HISTORY if path.suffix != ".csv" else path
     if not path.is_file():
         raise UserError(
-            f"{path} is missing: gates over training are noted by method=duo alone, and not by older versions; "
+            f"{path} is missing: only method=nested and method=duo train gates, and older versions noted none; "
             "python -m duo_id.train makes a run that has them"
         )
     table = _read(path)

@@ -86,8 +86,8 @@ def identify(method: MethodSettings, run: Run) -> HeadPattern:
         return _trained(method, run)
     require(
         run.model.ranks.world == 1,
-        f"trainer.devices={run.settings.trainer.get('devices')}: method={method.name} works on 1 device, method=duo on "
-        "several",
+        f"trainer.devices={run.settings.trainer.get('devices')}: method={method.name} works on 1 device, method=nested "
+        "and method=duo on several",
     )
     data = run.data()
     data.task("train")  # what cannot work is refused before anything is computed

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +16,7 @@ from duo_id.penalties import PENALTIES
 
 TOKENS = ("labelled", "far")  # which tokens an objective looks at, see `duo_id.distillation`
 REDUCTIONS = ("max", "mean")  # of the query heads that share a KV head
+COLDEST = 1e-3  # the least temperature of gates
 STRATEGIES = ("elimination", "selection")
 KINDS = ("gradient", "fisher")
 
@@ -161,8 +163,12 @@ class GateSettings(MethodSettings):
         require(0 <= self.initial <= 1, f"method.initial={self.initial} must lie in [0, 1]")
         require(0 <= self.target_rise <= 1, f"method.target_rise={self.target_rise} must lie in [0, 1]")
         require(self.reg_weight >= 0, f"method.reg_weight={self.reg_weight} must not be negative")
-        for key in ("lr", "temperature", "multiplier_lr"):
+        for key in ("lr", "multiplier_lr"):
             require(getattr(self, key) > 0, f"method.{key}={getattr(self, key)} must be positive")
+        require(
+            COLDEST <= self.temperature < inf,
+            f"method.temperature={self.temperature} must be a number from {COLDEST} on: below, no gate would move",
+        )
         require(0 <= self.warmup <= 0.5, f"method.warmup={self.warmup} must lie in [0, 0.5]")
         require(0 <= self.floor <= 1, f"method.floor={self.floor} must lie in [0, 1]")
         require(
@@ -170,16 +176,8 @@ class GateSettings(MethodSettings):
             f"method.blend=teacher needs a teacher pass, which method.objective={self.objective} does without: "
             "choose method.blend=student",
         )
-        budgets = list(self.budgets)
-        require(
-            len(budgets) == 2 and 0 <= budgets[0] <= budgets[1] <= 1,
-            f"method.budgets={budgets} must be two fractions, in this order",
-        )
-        require(
-            self.gate != "nested" or self.reg_weight == 0,
-            f"method.gate=nested needs method.reg_weight=0, not {self.reg_weight}: its budgets say how many heads are "
-            "open, so a penalty would change nothing",
-        )
+        if self.gate == "nested":
+            self._check_nested()
         if "target" in self.penalties:
             require(
                 self.target_sparsity is not None and 0 <= self.target_sparsity <= 1,
@@ -192,6 +190,23 @@ class GateSettings(MethodSettings):
                 f"method.target_sparsity={self.target_sparsity} needs method.penalty=target: {self.penalty} cannot "
                 "reach a target",
             )
+
+    def _check_nested(self) -> None:
+        budgets = list(self.budgets)
+        numbers = len(budgets) == 2 and all(isinstance(budget, int | float) for budget in budgets)
+        require(
+            numbers and 0 <= budgets[0] <= budgets[1] <= 1,
+            f"method.budgets={budgets} must be two sparsities between 0 and 1, in this order",
+        )
+        require(
+            budgets[0] < 1 and budgets[1] > 0,
+            f"method.budgets={budgets} never decides between heads: give sparsities such as method.budgets=[0.4,0.97]",
+        )
+        require(
+            self.penalty == "l1" and self.reg_weight == 0,
+            f"method.penalty={self.penalty} with method.reg_weight={self.reg_weight}: method.gate=nested has no penalty, its "
+            "method.budgets say how many heads are open; choose method=nested without these, or another method.gate",
+        )
 
     @property
     def penalties(self) -> dict[str, float]:

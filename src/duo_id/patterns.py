@@ -102,10 +102,13 @@ class HeadPattern:
 
     @property
     def holds_gates(self) -> bool:
-        """Whether scores are gates in [0, 1] that attention was blended by, not an order on a scale of its own."""
+        """Whether scores are gates, 1 for full attention, or may be: in [0, 1], and not told to be of another kind."""
         low, high = self.scores[list(self.gated_layers)].aminmax()
-        method = (self.provenance.get("settings") or {}).get("method") or {}
-        return bool(low >= -0.01 and high <= 1.01) and method.get("gate") != "nested"
+        settings = self.provenance.get("settings")
+        method = settings.get("method") if isinstance(settings, dict) else None
+        told = method if isinstance(method, dict) else {}
+        blends = told.get("name", "duo") == "duo" and told.get("gate") != "nested"
+        return bool(low >= -0.01 and high <= 1.01) and blends
 
     def binarize(self, sparsity: float | None = None, threshold: float | None = None) -> HeadMask:
         """Decide which heads stream, by budget or by score.

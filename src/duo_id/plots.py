@@ -142,7 +142,7 @@ def plot_history(history: pd.DataFrame, sparsity: float = 0.5, title: str | None
             axes.plot(history.index, chosen, color=color, **faint)
             label = f"{len(heads)} {name} heads, median"
             axes.plot(history.index, chosen.median(axis=1), color=color, linestyle=dash, linewidth=2.2, label=label)
-    axes.set(xlabel="step", ylabel="gate α (1 = retrieval)", ylim=(-0.03, 1.03))
+    axes.set(xlabel="step", ylabel="score (1 = retrieval)", ylim=(-0.03, 1.03))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=2)

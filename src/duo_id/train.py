@@ -97,11 +97,12 @@ def train(
             chosen_by = {"validation_loss": loss}
         done = time.perf_counter()
         app.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
-        told = {
-            "mean_gate": float(pattern.scores[list(pattern.gated_layers)].mean()),
+        told: dict[str, Any] = {
             "seconds": {"load": loaded - began, "identify": identified - loaded, "compare": done - identified},
             "results": [result.summary() for result in results],
         }
+        if pattern.holds_gates:
+            told["mean_gate"] = float(pattern.scores[list(pattern.gated_layers)].mean())
         summary = pattern.provenance | told | chosen_by
         if ranks.first:
             write_text(folder / "summary.json", json.dumps(summary, indent=1))
@@ -147,7 +148,7 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
     for seed in range(settings.seed, settings.seed + settings.repeats):
         folder = run.folder if settings.repeats == 1 else run.folder / f"seed-{seed}"
         if settings.repeats > 1 and (folder / "heads" / HEADS).is_file():
-            patterns[f"seed {seed}"] = load_pattern(folder)
+            patterns[f"seed {seed}"] = _found_before(folder, settings)
             continue
         with tracked(settings.logger if run.model.ranks.first else {}, folder) as loggers:
             known = found | {"seed": seed}
@@ -169,6 +170,20 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
             save_figure(curve, folder / "figures" / "training.png")
         patterns[f"seed {seed}"] = pattern
     return patterns
+
+
+def _found_before(folder: Path, settings: TrainSettings) -> HeadPattern:
+    """The pattern of a seed that an earlier part of the run has found, in the way in which others are being found."""
+    pattern = load_pattern(folder)
+    before, now = pattern.provenance.get("settings", {}).get("method", {}), plain(settings.method)
+    differing = sorted(key for key in before.keys() & now.keys() if before[key] != now[key])
+    theirs, ours = (", ".join(f"method.{key}={one[key]}" for key in differing) for one in (before, now))
+    require(
+        not differing,
+        f"resume={settings.resume}: {folder.name} was found with {theirs}, this run has {ours}, and a mean of both "
+        "would mean nothing; leave out what changed that, or give the former again",
+    )
+    return pattern
 
 
 def _accepted(run: Run, loggers: Sequence[Logger], known: dict[str, Any]) -> None:

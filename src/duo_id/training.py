@@ -33,6 +33,18 @@ from duo_id.scoring import Score, score
 from duo_id.steps import SHAPES, Arrange
 
 StepBatch = dict[str, Any]  # with what `with_scored` adds
+KEPT = (  # settings of the method that a resumed run must have again
+    "gate",
+    "temperature",
+    "budgets",
+    "blend",
+    "objective",
+    "tokens",
+    "penalty",
+    "reg_weight",
+    "sink_size",
+    "recent_size",
+)
 LEAST_SCORED = 512  # CUDA graphs have a fixed number of scored tokens: this, or twice, four times, ... as many
 
 
@@ -132,11 +144,13 @@ class GateTraining(lightning.LightningModule):
         shown = {
             "loss": shared[0],
             "distill": shared[1],
-            "penalty": penalty.detach(),
-            "mean_gate": openness.detach().mean(),
             "length": float(batch["length"]),
             "tokens_per_s": batch["length"] * len(batch["input_ids"]) * ranks.data / (now - self._clock),
         }
+        if self.method.reg_weight:
+            shown["penalty"] = penalty.detach()
+        if self.gates.BLENDS:
+            shown["mean_gate"] = openness.detach().mean()
         self._clock = now
         self.log_dict({f"train/{key}": value for key, value in shown.items()}, prog_bar=True)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -208,7 +222,10 @@ class GateTraining(lightning.LightningModule):
         differing = [key for key, value in expected.items() if found.get(key, value) != value]
         if differing:
             theirs, ours = ({key: values.get(key) for key in differing} for values in (found, expected))
-            raise UserError(f"resume: the checkpoint was made with {_listed(theirs)}, this run has {_listed(ours)}")
+            raise UserError(
+                f"resume: the checkpoint was made with {_listed(theirs)}, this run has {_listed(ours)}; leave out what "
+                "changed that, or give the former again"
+            )
 
     def penalty(self, openness: Tensor) -> Tensor:
         """The weighted penalties on how open the gates are."""
@@ -234,10 +251,8 @@ class GateTraining(lightning.LightningModule):
     def _identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
         rows, columns = self.gates.weight.shape
-        gates, loss = ("gate", "temperature", "budgets"), ("blend", "objective", "tokens", "penalty", "reg_weight")
-        kept = (*gates, *loss, "sink_size", "recent_size")
         model = {"model": self.language_model.id, "layers": rows, "kv_heads": columns}
-        return model | {key: getattr(self.method, key) for key in kept}
+        return model | {key: getattr(self.method, key) for key in KEPT}
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float = 0.2, floor: float = 0.1) -> float:
@@ -260,4 +275,4 @@ def _shown(name: str, result: Score) -> dict[str, float]:
 
 
 def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())
+    return ", ".join(f"{'method.' if key in KEPT else ''}{key}={value}" for key, value in values.items())
