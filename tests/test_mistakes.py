@@ -47,6 +47,7 @@ def raised(call: Callable[[], Any]) -> BaseException:
         ("train", ["+logger.csv.nosuch=1"], "logger.csv.nosuch=1: CSVLogger.__init__() got an unexpected"),
         ("train", ["model=hub"], "model.id: its value is missing, give model.id=VALUE"),
         ("train", ["data=mixture", "data.mixture=[passkey]"], "=[passkey]: data.mixture is a mapping, such as {key:"),
+        ("train", ["method.budgets=0.5"], "method.budgets is a list, such as [value]"),
         ("train", ["sparsity={a:1}"], "sparsity={a:1}: sparsity is a list, such as [value]"),
         ("benchmark", ["trainer.devices=abc"], "trainer.devices=abc: `devices`"),
         ("benchmark", ["blend={teacher:1}"], "blend={teacher:1}: blend is a list, such as [value]"),

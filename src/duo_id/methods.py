@@ -204,8 +204,9 @@ class GateSettings(MethodSettings):
         )
         require(
             self.penalty == "l1" and self.reg_weight == 0,
-            f"method.penalty={self.penalty} with method.reg_weight={self.reg_weight}: method.gate=nested has no penalty, its "
-            "method.budgets say how many heads are open; choose method=nested without these, or another method.gate",
+            f"method.penalty={self.penalty} with method.reg_weight={self.reg_weight}: method.gate=nested has no "
+            "penalty, since method.budgets say how many heads are open; choose method=nested without these, or another "
+            "method.gate",
         )
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf.errors import ConfigTypeError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigTypeError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from duo_id.errors import UserError
 
@@ -26,6 +26,8 @@ def explained(error: BaseException) -> str:
             return f"{link.full_key}: its value is missing, give {link.full_key}=VALUE"
         if isinstance(link, ConfigTypeError) and link.object_type in KINDS:
             return f"{_joined(error)}: {link.full_key} is {KINDS[link.object_type]}"
+        if isinstance(link, ValidationError) and "is not a ListConfig" in str(link):
+            return f"{link.full_key} is {KINDS[list]}"
     if isinstance(error, OmegaConfBaseException):
         reason = str(error).splitlines()[0]
         return f"{error.full_key}: {reason}" if error.full_key else reason
