@@ -41,8 +41,8 @@ evaluation.tasks.language evaluation.tasks.registry
 evaluation.published.building evaluation.published.sources evaluation.published.ruler evaluation.published.longbench
 evaluation.published.registry
 evaluation.settings evaluation.reading evaluation.judging evaluation.journal evaluation.running evaluation.peers
-evaluation.summary evaluation.table evaluation.paired evaluation.leaderboard evaluation.agreement evaluation.figures
-evaluation.runs evaluation.sweeps evaluation.sweep_figures evaluation.page evaluation.harness
+evaluation.bootstrap evaluation.summary evaluation.table evaluation.paired evaluation.leaderboard evaluation.agreement
+evaluation.figures evaluation.runs evaluation.sweeps evaluation.sweep_figures evaluation.page evaluation.harness
 benchmarks.settings benchmarks.timing benchmarks.ceilings benchmarks.floors benchmarks.baseline benchmarks.contenders
 benchmarks.measure benchmarks.results benchmarks.figures benchmarks.profiling benchmarks.train_step
 benchmarks.step_results benchmarks.efficiency

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from duo_id.errors import UserError
+from duo_id.evaluation.items import QUESTION
 from duo_id.evaluation.paired import paired, paired_grids
-from duo_id.evaluation.summary import CONTENDER, QUESTION, frame, summarise
+from duo_id.evaluation.summary import CONTENDER, frame, summarise
 from tests.evaluation.saved import SPARSITIES, TASKS, a_pattern, line_up, saved_results
 
 NAMES = ("found", "other#0", "other#1", "other#2")

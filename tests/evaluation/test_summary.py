@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from duo_id.errors import UserError
-from duo_id.evaluation.summary import COLUMNS, METRICS, _Resamples, contenders, frame, load_results, name_of, summarise
+from duo_id.evaluation.summary import COLUMNS, METRICS, contenders, frame, load_results, name_of, summarise
 from tests.evaluation.saved import line_up, save, saved_results
 
 FULL, MASK = ("full", "full", 0.0), ("pattern", "found", 0.5)
@@ -122,13 +122,6 @@ def test_random_masks_are_resampled_too() -> None:
     single = summarise(rows_of(*rows), ["kind", "seed"])
     assert single["loss"].tolist() == [0, 10, 20]
     assert (single["loss_low"] == single["loss_high"]).all()
-
-
-def test_masks_and_samples_are_drawn_apart() -> None:
-    resamples = _Resamples(0)
-    samples, seeds = (resamples.weights(kind, np.arange(3)) for kind in ("samples", "seeds"))
-    assert (samples != seeds).any()
-    assert resamples.weights("seeds", np.arange(3)) is seeds
 
 
 def test_intervals_cover_the_truth() -> None:

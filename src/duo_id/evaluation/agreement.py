@@ -60,8 +60,8 @@ def plot_patterns(patterns: Mapping[str, HeadPattern], ranks: bool = False) -> F
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     shown = {name: _ranked(pattern) if ranks else pattern.scores.numpy() for name, pattern in patterns.items()}
     scores = np.concatenate([shown[name][list(pattern.gated_layers)].flatten() for name, pattern in patterns.items()])
-    gates = ranks or all(pattern.holds_gates for pattern in patterns.values())
-    scale = Normalize(0, 1) if gates else Normalize(scores.min(), scores.max())
+    gates = all(pattern.holds_gates for pattern in patterns.values())
+    scale = Normalize(0, 1) if gates or ranks else Normalize(scores.min(), scores.max())
     for axes, (name, pattern) in zip(grid.flat, patterns.items(), strict=False):
         mesh = draw_cells(axes, shown[name], scale)
         hatch_ungated(axes, layers, kv_heads, pattern.gated_layers)

@@ -11,6 +11,8 @@ from duo_id.errors import UserError
 
 SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
 Row = dict[str, Any]  # what is known of one answer of one contender, see `duo_id.evaluation.judging`
+SAMPLE = ["task", "length", "index"]  # columns of a row that name a context, which its questions share
+QUESTION = [*SAMPLE, "question"]
 SPLITS = ("development", "test")  # of every task: choose and tune on the first, report the second
 
 

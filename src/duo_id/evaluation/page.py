@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 
 from duo_id.evaluation.agreement import plot_agreement, plot_patterns
 from duo_id.evaluation.figures import figures, sparsities_of
+from duo_id.evaluation.items import QUESTION, SAMPLE
 from duo_id.evaluation.leaderboard import averaged, leaderboards
 from duo_id.evaluation.paired import paired_grids
 from duo_id.evaluation.runs import Run, free_name, merge
-from duo_id.evaluation.summary import METRICS, QUESTION, SAMPLE, frame, name_of
+from duo_id.evaluation.summary import METRICS, frame, name_of
 from duo_id.evaluation.sweep_figures import sweep_figures
 from duo_id.evaluation.sweeps import CAPTION, Sweep, grids
 from duo_id.evaluation.table import Cell, Grid, contender_grid, headline, middle, task_grid

@@ -7,21 +7,11 @@ import numpy as np
 import pandas as pd
 
 from duo_id.errors import UserError
-from duo_id.evaluation.summary import (
-    CONTENDER,
-    METRICS,
-    QUESTION,
-    Drawn,
-    Metric,
-    contender_of,
-    draw,
-    frame,
-    name_of,
-    with_intervals,
-)
+from duo_id.evaluation.bootstrap import Drawn, draw, with_intervals
+from duo_id.evaluation.items import QUESTION
+from duo_id.evaluation.summary import CONTENDER, METRICS, Metric, contender_of, frame, name_of
 from duo_id.evaluation.table import Cell, Grid, interval_cell
 
-PLACES = {name: place for place, name in enumerate(METRICS)}
 FORMS = {"rise": METRICS["rise"], "kl": METRICS["kl"], "ratio": Metric("ratio", 2)}
 TITLES = {
     "rise": "Rise in answer loss less that of {} (nats a token)",
@@ -122,12 +112,12 @@ def _compared(drawn: Sequence[Drawn], reference: str, by: Sequence[str]) -> list
         if one.key["kind"] == "full" or is_reference(one):
             continue
         beside = references[place(one)]
-        rise, theirs = (group.values[:, PLACES["rise"]] for group in (one, beside))
+        rise, theirs = one.values["rise"], beside.values["rise"]
         certain = one.certain and beside.certain
         above = np.nanpercentile(theirs[1:], 2.5) > 0 if not certain else theirs[0] > 0
         statistics = {
             "rise": rise - theirs,
-            "kl": one.values[:, PLACES["kl"]] - beside.values[:, PLACES["kl"]],
+            "kl": one.values["kl"] - beside.values["kl"],
             "ratio": np.where(theirs > 0, rise, np.nan) / theirs if above else np.full(len(rise), np.nan),
         }
         found.append(one.key | {"samples": one.samples} | with_intervals(statistics, certain))

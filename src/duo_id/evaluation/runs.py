@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from duo_id.errors import UserError
-from duo_id.evaluation.summary import CONTENDER, QUESTION, SAMPLE, load_results
+from duo_id.evaluation.items import QUESTION, SAMPLE
+from duo_id.evaluation.summary import CONTENDER, load_results
 from duo_id.formats import contents_of, load_pattern, pattern_name
 from duo_id.plots import read_metrics
 
