@@ -57,6 +57,20 @@ def test_the_reference_of_comparisons_can_be_named(run: Path, monkeypatch: pytes
     )  # fmt: skip
 
 
+def test_evaluations_without_the_reference_are_compared_with_their_first(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split, names in ("test", ("first", "second")), ("development", ("third", "fourth")):
+        saved = saved_results(2, patterns={name: a_pattern() for name in names})
+        save(run.parent / split, saved | {"split": split})
+    status, _ = run_report("test", "development", "reference=second", folder=run.parent, monkeypatch=monkeypatch)
+    page = (run.parent / "test" / "report.html").read_text()
+    assert status == 0
+    assert "less that of second " in page
+    assert "less that of third " in page
+    assert "less that of first " not in page
+
+
 def test_folders_may_have_an_equals_sign(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run.rename(run.parent / "seed=1")
     status, _ = run_report("seed=1", folder=run.parent, monkeypatch=monkeypatch)

@@ -15,13 +15,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from duo_id.errors import UserError
 from duo_id.evaluation.agreement import plot_agreement, plot_patterns
 from duo_id.evaluation.figures import figures, sparsities_of
 from duo_id.evaluation.items import QUESTION, SAMPLE
 from duo_id.evaluation.leaderboard import averaged, leaderboards
 from duo_id.evaluation.paired import paired_grids
 from duo_id.evaluation.runs import Run, free_name, merge
-from duo_id.evaluation.summary import METRICS, frame, name_of
+from duo_id.evaluation.summary import METRICS, contender_of, frame, name_of
 from duo_id.evaluation.sweep_figures import sweep_figures
 from duo_id.evaluation.sweeps import CAPTION, Sweep, grids
 from duo_id.evaluation.table import Cell, Grid, contender_grid, headline, middle, task_grid
@@ -56,15 +57,22 @@ def report(
         runs: to show; at least one, or a sweep.
         shown: told what is being worked on.
         sweeps: to show, each with a job that has come to its end.
-        reference: the heads that others are compared with; None: those that each evaluation names first.
+        reference: the heads that others are compared with; None, and in evaluations that lack it: those that an
+            evaluation names first.
 
     Raises:
-        UserError: a run holds a broken head pattern, or something else than numbers where numbers belong, or an
-            evaluation lacks the reference.
+        UserError: a run holds a broken head pattern, or something else than numbers where numbers belong, or no
+            evaluation has the reference.
     """
     models: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         models.setdefault(tuple(str(run.model.get(key)) for key in ("name", "id", "revision")), []).append(run)
+    merged = {model: merge([run.results for run in of_model if run.results]) for model, of_model in models.items()}
+    known = list(
+        dict.fromkeys(name for of_model in merged.values() for results in of_model for name in _heads(results))
+    )
+    if reference not in (None, *known):
+        raise UserError(f"reference={reference}: there are no such heads here, choose among {', '.join(known)}")
     pictures = Pictures(shown)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -73,7 +81,7 @@ def report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = [_section(name, of_model, pictures, reference) for (name, *_), of_model in models.items()]
+    sections = [_section(model[0], of_model, merged[model], pictures, reference) for model, of_model in models.items()]
     compared = [_sweep(sweep, pictures) for sweep in sweeps]
     page = environment.get_template("page.html.j2").render(sections=sections, sweeps=compared)
     return re.sub(r"[\x00-\x08\x0b-\x1f]", "\N{REPLACEMENT CHARACTER}", page)  # answers may hold anything
@@ -127,7 +135,13 @@ def _sweep(sweep: Sweep, picture: Pictures) -> dict[str, Any]:
     }
 
 
-def _section(title: str, runs: Sequence[Run], picture: Pictures, reference: str | None) -> dict[str, Any]:
+def _section(
+    title: str,
+    runs: Sequence[Run],
+    evaluations: Sequence[Mapping[str, Any]],
+    picture: Pictures,
+    reference: str | None,
+) -> dict[str, Any]:
     model = runs[0].model
     patterns: dict[str, Any] = {}
     for run in runs:
@@ -142,11 +156,16 @@ def _section(title: str, runs: Sequence[Run], picture: Pictures, reference: str 
             "shape": gated + f"{model.get('kv_heads')} KV heads each, {model.get('heads')} query heads",
         },
         "evaluations": [
-            _evaluation(results, picture, reference) for results in merge([run.results for run in runs if run.results])
+            _evaluation(results, picture, reference if reference in _heads(results) else None)
+            for results in evaluations
         ],
         "patterns": _patterns(patterns, picture),
         "trainings": [_training(run, picture) for run in runs if run.results is None],
     }
+
+
+def _heads(results: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(map(contender_of, results["patterns"])))
 
 
 def _evaluation(results: Mapping[str, Any], picture: Pictures, reference: str | None) -> dict[str, Any]:
