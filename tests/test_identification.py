@@ -106,6 +106,38 @@ def test_a_search_refines_what_another_method_found(start: str, tmp_path: Path) 
         assert (order[:2], sorted(order[2:4]), order[4:]) == ([0, 1], [2, 3], [4, 5])
 
 
+@pytest.mark.parametrize("gate", ["duo", "nested"])
+def test_gates_begin_in_the_order_of_their_start(gate: str, tmp_path: Path) -> None:
+    order = torch.tensor([[4.0, 1.0], [0.0, 5.0], [3.0, 2.0]])
+    save_pattern(HeadPattern(order, 4, 60), tmp_path / "saved", [0.5])
+    still = [*QUICK, *SMALL, f"method={gate}", "method.initial=0.5", "method.lr=1e-6", "trainer.max_steps=2"]
+    started = [*still, f"method.start={tmp_path / 'saved'}"]
+    finished = run_command("train", *started, "method.spread=0.5", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    found = load_pattern(tmp_path / "run").scores
+    torch.testing.assert_close(found, 0.25 + 0.5 * order / 5, atol=1e-4, rtol=0)
+    shutil.rmtree(tmp_path / "saved")  # where gates stand is told by the checkpoint
+    shutil.rmtree(tmp_path / "run" / "heads")
+    resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
+    assert resumed.status == 0, resumed.output
+    assert torch.equal(load_pattern(tmp_path / "run").scores, found)
+
+
+def test_gates_may_begin_in_the_order_of_a_method_of_the_same_run(tmp_path: Path) -> None:
+    windows = ["method.sink_size=4", "method.recent_size=60"]
+    alone = run_command("train", *SEARCH, "method=reconstruction", "method.samples=2", *windows, folder=tmp_path)
+    assert alone.status == 0, alone.output
+    order = load_pattern(tmp_path / "run").scores.flatten().argsort(stable=True)
+    start = ["method=nested", "+method@method.start=reconstruction", "method.start.samples=2", "method.lr=1e-6"]
+    finished = run_command(
+        "train", *QUICK, *SMALL, *start, *windows, f"hydra.run.dir={tmp_path / 'gates'}", folder=tmp_path
+    )
+    assert finished.status == 0, finished.output
+    found = load_pattern(tmp_path / "gates")
+    assert torch.equal(found.scores.flatten().argsort(stable=True), order)
+    assert found.provenance["settings"]["method"]["start"]["name"] == "reconstruction"
+
+
 def test_a_pattern_with_swaps_is_for_its_budget_and_others_warn(tmp_path: Path) -> None:
     swaps = ["method.swap_at=0.5", "method.max_swaps=2"]
     finished = run_command("train", *SEARCH, *swaps, folder=tmp_path)

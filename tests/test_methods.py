@@ -180,7 +180,13 @@ def test_a_start_is_a_method_over_the_same_window() -> None:
     assert isinstance(found, SearchSettings)
     assert isinstance(found.start, GateSettings)
     assert (found.start.sink_size, found.start.recent_size, found.start.lr) == (3, 8, 0.5)
-    assert settings("search").start is None
+    given = {"name": "reconstruction", "sink_size": 99, "recent_size": 98, "samples": 2}
+    gates = settings("duo", start=given, initial=0.5)
+    assert isinstance(gates, GateSettings)
+    assert isinstance(gates.start, AttentionSettings)
+    assert (gates.start.sink_size, gates.start.recent_size, gates.start.samples) == (3, 8, 2)
+    assert settings("duo", start="outputs/run", initial=0.5).start == "outputs/run"
+    assert settings("search").start is settings("duo").start is None
     assert settings("search", start="outputs/run").start == "outputs/run"
 
 
@@ -209,6 +215,27 @@ def test_starts_may_be_nested() -> None:
     ids=str,
 )
 def test_mistakes_of_a_start_name_its_override(start: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"^{re.escape(message)}") as error:
-        settings("search", start=start)
-    assert "\n" not in str(error.value)
+    for name in "search", "duo":
+        with pytest.raises(UserError, match=f"^{re.escape(message)}") as error:
+            settings(name, start=start, **({"initial": 0.5} if name == "duo" else {}))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": {"name": "duo"}}, "method.start=duo: gates begin in the order of scores or of a search"),
+        (
+            {"start": "DIR", "initial": 1.0},
+            "method.spread=0.2 with method.start: gates between method.initial=1.0 - 0.1",
+        ),
+        ({"start": "DIR", "initial": 0.05}, "method.spread=0.2 with method.start: gates between method.initial=0.05"),
+        ({"start": "DIR", "spread": 1.01}, "method.spread=1.01 with method.start"),
+        ({"start": "DIR", "spread": 0}, "method.spread=0.0 with method.start"),
+    ],
+    ids=str,
+)
+def test_gates_begin_where_gates_can_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        settings("duo", **{"initial": 0.5} | changes)
+    assert settings("duo", start="DIR", initial=0.5, spread=1.0).spread == 1  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ from duo_id.models import LanguageModel
 from duo_id.patterns import HeadPattern
 from duo_id.progress import TrainingBar
 from duo_id.scores.registry import mean_scores, random_scores, search_scores
+from duo_id.scores.search import from_scores
 from duo_id.scores.subject import Subject
 from duo_id.steps import prepared
 from duo_id.tracking import GateTracking
@@ -103,8 +104,8 @@ def identify(method: MethodSettings, run: Run) -> HeadPattern:
     return run.pattern(method, mean_scores(subject, samples, method, run.console))
 
 
-def _start(method: SearchSettings, run: Run) -> HeadPattern | None:
-    """The pattern that a search refines, which another method may have to find first."""
+def _start(method: SearchSettings | GateSettings, run: Run) -> HeadPattern | None:
+    """The pattern whose order a method begins with, which another method may have to find first."""
     if method.start is None:
         return None
     if isinstance(method.start, MethodSettings):
@@ -117,12 +118,26 @@ def _start(method: SearchSettings, run: Run) -> HeadPattern | None:
     return pattern
 
 
+def _opened(method: GateSettings, run: Run) -> Tensor | None:
+    """How open each gate begins, by its place in the order of `method.start`; None where there is no such order."""
+    devices = run.settings.trainer.get("devices")
+    require(
+        run.model.ranks.world == 1 or not isinstance(method.start, MethodSettings),
+        f"trainer.devices={devices}: what method.start names works on 1 device; find its heads first and give their "
+        "folder, method.start=DIR, or method.start=null",
+    )
+    start = _start(method, run)
+    if start is None:
+        return None
+    scores = start.scores[[layer.index for layer in run.layers]]
+    return method.initial + method.spread * (from_scores(scores, (0, 1)).scores() - 0.5)
+
+
 def _trained(method: GateSettings, run: Run) -> HeadPattern:
     """Gates, trained by Lightning."""
     settings, data = run.settings, run.data()
     data.task("train")
-    steps = settings.trainer["max_steps"]
-    gates = GateTraining(run.model, run.layers, method, settings.step, steps, settings.sparsity, run.seed)
+    steps, checkpoint = settings.trainer["max_steps"], run.folder / CHECKPOINT
     trainer = built(
         "trainer",
         # The stream of samples has no end, and ranks are told apart where samples are made.
@@ -138,8 +153,9 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run.folder),
     )
-    checkpoint = run.folder / CHECKPOINT
     before = str(checkpoint) if settings.resume and checkpoint.is_file() else None
+    initial = None if before else _opened(method, run)  # a checkpoint says where gates stand
+    gates = GateTraining(run.model, run.layers, method, settings.step, steps, settings.sparsity, initial, run.seed)
     longest = settings.data.length_max or run.model.max_length
     with prepared(gates.distillation, settings.step) as gates.arrange:
         if longest is not None and settings.data.task != "disk":  # else each step says when it does not fit

@@ -113,12 +113,7 @@ class SearchSettings(ScoreSettings):
         if self.swap_at is not None:
             require(0 < self.swap_at < 1, f"method.swap_at={self.swap_at} must lie between 0 and 1")
             require(self.max_swaps > 0, f"method.swap_at={self.swap_at} needs method.max_swaps=NUMBER, of exchanges")
-        if isinstance(self.start, Mapping):
-            shared = {"sink_size": self.sink_size, "recent_size": self.recent_size}
-            try:
-                self.start = method_settings(OmegaConf.create({**self.start, **shared}))
-            except UserError as error:
-                raise UserError(_of_start(str(error))) from error
+        self.start = _typed_start(self)
 
 
 @dataclass
@@ -131,6 +126,8 @@ class GateSettings(MethodSettings):
     objective: Any = "hidden_l2"  # a name, or weights of several
     tokens: str = "labelled"
     initial: float = 1.0  # of every gate
+    start: Any = None  # settings of a method without training, or a saved pattern: gates begin in its order
+    spread: float = 0.2  # how much further open the first of that order begins than the last
     temperature: float = 1.0  # of sigmoid and nested gates
     budgets: list[float] = field(default_factory=lambda: [0.4, 0.97])  # of nested gates: the sparsities that are drawn
     reg_weight: float = 0.05  # of the penalty
@@ -161,6 +158,11 @@ class GateSettings(MethodSettings):
             positive = isinstance(weight, int | float) and weight > 0
             require(positive, f"method.penalty.{name}={weight} must be a positive weight")
         require(0 <= self.initial <= 1, f"method.initial={self.initial} must lie in [0, 1]")
+        require(
+            self.start is None or 0 < self.spread <= 2 * min(self.initial, 1 - self.initial),
+            f"method.spread={self.spread} with method.start: gates between method.initial={self.initial} - "
+            f"{self.spread / 2:g} and + {self.spread / 2:g} must lie in [0, 1], and not be all alike",
+        )
         require(0 <= self.target_rise <= 1, f"method.target_rise={self.target_rise} must lie in [0, 1]")
         require(self.reg_weight >= 0, f"method.reg_weight={self.reg_weight} must not be negative")
         for key in ("lr", "multiplier_lr"):
@@ -178,6 +180,12 @@ class GateSettings(MethodSettings):
         )
         if self.gate == "nested":
             self._check_nested()
+        self.start = _typed_start(self)
+        require(
+            not isinstance(self.start, GateSettings),
+            "method.start=duo: gates begin in the order of scores or of a search; for that of other gates give the "
+            "folder of their run, method.start=DIR",
+        )
         if "target" in self.penalties:
             require(
                 self.target_sparsity is not None and 0 <= self.target_sparsity <= 1,
@@ -262,6 +270,17 @@ def _choose(key: str, chosen: str, choices: tuple[str, ...]) -> None:
     require(chosen in choices, f"method.{key}={chosen}: choose one of {', '.join(choices)}")
 
 
+def _typed_start(method: SearchSettings | GateSettings) -> Any:
+    """`method.start`, where it is another method's settings typed and with the same windows."""
+    if not isinstance(method.start, Mapping):
+        return method.start
+    shared = {"sink_size": method.sink_size, "recent_size": method.recent_size}
+    try:
+        return method_settings(OmegaConf.create({**method.start, **shared}))
+    except UserError as error:
+        raise UserError(_of_start(str(error))) from error
+
+
 def _of_start(message: str) -> str:
-    """What is wrong with the settings of a search's start, with the overrides that lead there."""
+    """What is wrong with the settings of a start, with the overrides that lead there."""
     return message.replace("method.", "method.start.") if "method." in message else f"method.start.{message}"

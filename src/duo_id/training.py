@@ -62,6 +62,7 @@ class GateTraining(lightning.LightningModule):
         step: StepSettings,
         steps: int,
         sparsities: Sequence[float],
+        initial: Tensor | None = None,
         seed: int = 0,
     ) -> None:
         """Make the gates.
@@ -73,6 +74,7 @@ class GateTraining(lightning.LightningModule):
             step: how a step is computed.
             steps: how many optimizer steps the learning rate is planned for.
             sparsities: at which fractions of streaming heads validation binarises the gates.
+            initial: how open each gate begins, (gated layers, KV heads); None: as the method says, all alike.
             seed: of gates that are drawn.
         """
         super().__init__()
@@ -88,8 +90,9 @@ class GateTraining(lightning.LightningModule):
             method.tokens,
             BLENDS[method.blend],
         )
+        opened = method.initial if initial is None else initial
         self.gates = GATES[method.gate](
-            len(layers), layers[0].kv_heads, method.initial, method.temperature, seed, method.budgets
+            len(layers), layers[0].kv_heads, opened, method.temperature, seed, method.budgets
         )
         self.penalties = torch.nn.ModuleDict({name: self._penalty(name) for name in method.penalties})
         self.distill = GraphedLoss(self.distillation.loss) if step.cuda_graphs else self.distillation.loss
