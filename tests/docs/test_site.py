@@ -169,9 +169,9 @@ def test_a_browser_finds_its_way(served: tuple[str, Queue[dict[str, Any]]], tmp_
     assert not [target for target in loaded if not target.startswith((address, "data:", f"blob:{address}"))]
 
 
-def drawing() -> ModuleType:
-    """docs/figures/two_heads.py."""
-    spec = util.spec_from_file_location("two_heads", DOCS / "figures" / "two_heads.py")
+def drawing(name: str) -> ModuleType:
+    """A script of docs/figures/."""
+    spec = util.spec_from_file_location(name, DOCS / "figures" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = util.module_from_spec(spec)
@@ -180,7 +180,7 @@ def drawing() -> ModuleType:
 
 
 def test_the_picture_is_what_the_code_draws(tmp_path: Path) -> None:
-    script = drawing()
+    script = drawing("two_heads")
     save_figure(script.draw(), tmp_path / PICTURE)
     drawn, kept = imread(tmp_path / PICTURE), imread(DOCS / "figures" / PICTURE)
     assert drawn.shape == kept.shape

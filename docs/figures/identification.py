@@ -1,0 +1,65 @@
+"""Draws the figures of identification.md: `python docs/figures/identification.py RUN ...`, folders of evaluations.
+
+The evaluations are of the heads in docs/heads, named as the folders there, on the tasks, lengths and sparsities that
+identification.md says. Several runs may share the work, by tasks or by heads.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from duo_id.evaluation.agreement import plot_agreement, plot_patterns
+from duo_id.evaluation.figures import plot_budget, plot_cost, plot_tasks
+from duo_id.evaluation.leaderboard import averaged
+from duo_id.evaluation.runs import merge
+from duo_id.evaluation.summary import contender_of, frame, load_results
+from duo_id.plots import save_figure
+
+FIGURES = Path(__file__).parent
+BESIDE = ("published", "kvpress", "best")  # bar by bar for each task
+GOOD = ("best", "search", "fisher-mixture", "kvpress", "reconstruction", "query", "published")  # the better first
+SPARSITIES = (0.5, 0.75)
+
+
+def draw(results: Mapping[str, Any]) -> dict[str, Figure]:
+    """The figures, by the ends of their names.
+
+    Args:
+        results: as in results.json, of all the heads in `GOOD` at the sparsities in `SPARSITIES` and others.
+    """
+    rows = frame(results)
+    full = rows["kind"] == "full"
+    measured = rows[full | rows["heads"].isin(GOOD)]
+    patterns = averaged(results["patterns"])
+    ranked = {name: patterns[name] for name in GOOD}
+    return {
+        "tasks": plot_tasks(rows[full | rows["heads"].isin(BESIDE) & rows["sparsity"].isin(SPARSITIES)], "rise"),
+        "budget": plot_budget(measured, "rise"),
+        "cost": plot_cost(rows[full | rows["sparsity"].isin(SPARSITIES)], least_seconds(results["patterns"])),
+        "agreement": plot_agreement(ranked, SPARSITIES),
+        "heads": plot_patterns(ranked, ranks=True),
+    }
+
+
+def least_seconds(patterns: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The time of each contender's fastest seed, since others may have shared the GPU or compiled."""
+    found: dict[str, float] = {}
+    for name, pattern in patterns.items():
+        seconds, heads = pattern["provenance"].get("seconds"), contender_of(name)
+        if seconds:
+            found[heads] = min(seconds, found.get(heads, seconds))
+    return found
+
+
+def main(runs: Sequence[str]) -> None:
+    """Draw them from saved evaluations, which together must be one."""
+    (results,) = merge([load_results(run) for run in runs])
+    for name, figure in draw(results).items():
+        save_figure(figure, FIGURES / f"identification-{name}.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

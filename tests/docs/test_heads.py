@@ -1,0 +1,55 @@
+"""The heads of docs/heads/ are those that identification.md speaks of, and its figures are drawn from evaluations."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from duo_id import load_pattern
+from tests.docs.test_site import DOCS, drawing
+from tests.evaluation.saved import a_pattern, line_up, save, saved_results
+
+HEADS = DOCS / "heads"
+SEEDS = sorted(path.parent.relative_to(HEADS) for path in HEADS.glob("*/seed-*/heads.json"))
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=str)
+def test_found_heads_say_how_they_were_found(seed: Path) -> None:
+    pattern = load_pattern(HEADS / seed)
+    pattern.check_fits(30, 3, "SmolLM2-135M-Instruct")
+    assert (pattern.sink_size, pattern.recent_size) == (64, 256)
+    assert pattern.provenance["seed"] == int(seed.name.removeprefix("seed-"))
+    assert pattern.provenance["seconds"] > 0
+    settings = pattern.provenance["settings"]
+    mixture = settings["data"]["mixture"]
+    without = {"needles": {"passkey", "multi_query", "key_value"}, "copying": {"copying"}, "text": {"text"}}
+    left_out = without.get(seed.parent.name.removeprefix("best-without-"), set())
+    assert {task for task, weight in mixture.items() if not weight} == left_out
+    steps = seed.parent.name.removeprefix("best-").removesuffix("-steps")
+    if seed.parent.name.startswith("best"):
+        assert settings["trainer"]["max_steps"] == (int(steps) if steps.isdigit() else 400)
+
+
+def test_kvpress_heads_are_of_the_same_windows() -> None:
+    pattern = load_pattern(HEADS / "kvpress")
+    pattern.check_fits(30, 3, "SmolLM2-135M-Instruct")
+    assert (pattern.sink_size, pattern.recent_size) == (64, 256)
+
+
+def test_the_figures_are_drawn_from_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = drawing("identification")
+    timed = replace(a_pattern(), provenance={"seconds": 3.0})
+    patterns = dict.fromkeys((*script.GOOD, "best-60-steps"), timed)
+    compared = line_up(tuple(patterns), peers=False)
+    save(tmp_path / "run", saved_results(2, contenders=compared, patterns=patterns))
+    monkeypatch.setattr(script, "FIGURES", tmp_path)
+    script.main([str(tmp_path / "run")])
+    drawn = {path.stem.removeprefix("identification-") for path in tmp_path.glob("identification-*.png")}
+    assert drawn == {"tasks", "budget", "cost", "agreement", "heads"}
+    assert all((DOCS / "figures" / f"identification-{name}.png").is_file() for name in drawn)
+
+
+def test_the_fastest_seed_tells_the_time() -> None:
+    timed = {name: {"provenance": {"seconds": seconds}} for name, seconds in {"a#0": 3.0, "a#1": 2.0, "b": 5.0}.items()}
+    found = drawing("identification").least_seconds(timed | {"c": {"provenance": {}}})
+    assert found == {"a": 2.0, "b": 5.0}
