@@ -61,8 +61,8 @@ def report(
             evaluation names first.
 
     Raises:
-        UserError: a run holds a broken head pattern, or something else than numbers where numbers belong, or no
-            evaluation has the reference.
+        UserError: a run holds a broken head pattern, or something else than numbers where numbers belong, or none of
+            the evaluations has the reference.
     """
     models: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
@@ -71,7 +71,7 @@ def report(
     known = list(
         dict.fromkeys(name for of_model in merged.values() for results in of_model for name in _heads(results))
     )
-    if reference not in (None, *known):
+    if known and reference not in (None, *known):
         raise UserError(f"reference={reference}: there are no such heads here, choose among {', '.join(known)}")
     pictures = Pictures(shown)
     environment = Environment(
