@@ -138,6 +138,50 @@ def test_gates_may_begin_in_the_order_of_a_method_of_the_same_run(tmp_path: Path
     assert found.provenance["settings"]["method"]["start"]["name"] == "reconstruction"
 
 
+def test_equal_scores_of_a_start_begin_alike(tmp_path: Path) -> None:
+    save_pattern(HeadPattern(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), 4, 60), tmp_path / "saved", [0.5])
+    start = [f"method.start={tmp_path / 'saved'}", "method.initial=0.5", "method.spread=1.0", "method.lr=1e-6"]
+    finished = run_command("train", *QUICK, *SMALL, "method=duo", *start, "trainer.max_steps=1", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    expected = torch.tensor([[0.9, 0.3], [0.3, 0.9], [0.3, 0.3]])
+    torch.testing.assert_close(load_pattern(tmp_path / "run").scores, expected, atol=1e-4, rtol=0)
+
+
+def test_a_run_with_another_start_is_not_gone_on_with(tmp_path: Path) -> None:
+    started = [*QUICK, *SMALL, "method=nested", "trainer.max_steps=1", "+method@method.start=random"]
+    assert run_command("train", *started, folder=tmp_path).status == 0
+    shutil.rmtree(tmp_path / "run" / "heads")
+    resumed = run_command("train", f"resume={tmp_path / 'run'}", "method.start=elsewhere", folder=tmp_path)
+    assert resumed.status == 2, resumed.output
+    assert "resume: the checkpoint was made with method.start=" in resumed.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data=text", "+method@method.start=query_score"], "method@method.start=query_score needs samples"),
+        (["method.start=reconstruction"], "; the method of that name is +method@method.start=reconstruction"),
+    ],
+)
+def test_what_is_wrong_with_a_start_names_its_overrides(changes: list[str], message: str, tmp_path: Path) -> None:
+    finished = run_command("train", *QUICK, *SMALL, "method=nested", *changes, folder=tmp_path)
+    assert finished.status == 2, finished.output
+    (line,) = [line for line in finished.output.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "run" / "overrides.json").exists()
+
+
+def test_a_search_of_another_run_in_the_folder_is_forgotten(tmp_path: Path) -> None:
+    assert run_command("train", *SEARCH, folder=tmp_path).status == 0
+    once = load_pattern(tmp_path / "run").scores
+    other = [*SEARCH, "method.strategy=selection", "seed=1"]
+    assert run_command("train", *other, f"hydra.run.dir={tmp_path / 'other'}", folder=tmp_path).status == 0
+    assert run_command("train", *other, folder=tmp_path).status == 0
+    again = load_pattern(tmp_path / "run").scores
+    assert torch.equal(again, load_pattern(tmp_path / "other").scores)
+    assert not torch.equal(again, once)
+
+
 def test_a_pattern_with_swaps_is_for_its_budget_and_others_warn(tmp_path: Path) -> None:
     swaps = ["method.swap_at=0.5", "method.max_swaps=2"]
     finished = run_command("train", *SEARCH, *swaps, folder=tmp_path)

@@ -16,6 +16,7 @@ from duo_id.methods import (
     ScoreSettings,
     SearchSettings,
     method_settings,
+    of_start,
 )
 
 WINDOW = {"sink_size": 3, "recent_size": 8}
@@ -225,17 +226,36 @@ def test_mistakes_of_a_start_name_its_override(start: dict[str, Any], message: s
     ("changes", "message"),
     [
         ({"start": {"name": "duo"}}, "method.start=duo: gates begin in the order of scores or of a search"),
-        (
-            {"start": "DIR", "initial": 1.0},
-            "method.spread=0.2 with method.start: gates between method.initial=1.0 - 0.1",
-        ),
-        ({"start": "DIR", "initial": 0.05}, "method.spread=0.2 with method.start: gates between method.initial=0.05"),
-        ({"start": "DIR", "spread": 1.01}, "method.spread=1.01 with method.start"),
-        ({"start": "DIR", "spread": 0}, "method.spread=0.0 with method.start"),
+        ({"start": "DIR", "initial": 1.0}, "method.initial=1.0 leaves no room for method.spread=0.2"),
+        ({"start": "DIR", "initial": 0.05}, "method.initial=0.05 leaves no room for method.spread=0.2"),
+        ({"start": "DIR", "spread": 1.01}, "method.spread=1.01 must lie in [0.001, 1]"),
+        ({"spread": 0}, "method.spread=0.0 must lie in [0.001, 1]"),
+        ({"start": ""}, "method.start='': give the folder of a run, or another method"),
+        ({"start": 5}, "method.start=5: give the folder of a run, or another method"),
     ],
     ids=str,
 )
 def test_gates_begin_where_gates_can_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         settings("duo", **{"initial": 0.5} | changes)
-    assert settings("duo", start="DIR", initial=0.5, spread=1.0).spread == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("initial", [number / 20 for number in range(1, 20)])
+def test_gates_with_a_start_may_reach_0_and_1(initial: float) -> None:
+    spread = round(2 * min(initial, 1 - initial), 2)
+    found = settings("duo", start="DIR", initial=initial, spread=spread)
+    assert isinstance(found, GateSettings)
+    assert found.spread == spread
+
+
+def test_the_message_says_where_there_is_room() -> None:
+    with pytest.raises(UserError, match=re.escape("give method.initial=0.9, or a smaller spread")):
+        settings("duo", start="DIR", initial=1.0)
+
+
+def test_a_mistake_at_work_on_a_start_names_its_overrides_but_for_the_windows() -> None:
+    message = "method=saliency: raise data.length_min, or lower method.recent_size, or method.samples=8"
+    named = (
+        "method@method.start=saliency: raise data.length_min, or lower method.recent_size, or method.start.samples=8"
+    )
+    assert of_start(message) == named

@@ -124,7 +124,8 @@ def test_the_card_of_the_shipped_pattern(tmp_path: Path) -> None:
     random = [row["answer_loss"] for row in summary["results"] if (row["heads"], row["sparsity"]) == ("random", 0.5)]
     assert f"| random | 50% | {sum(random) / len(random):.3f} |" in text
     assert "\n| method.blend | student |\n" in text
-    assert "\n| data.task | mixture |\n" in text
+    assert "\n| method.optimizer._target_ | torch.optim.AdamW |\n" in text
+    assert "\n| data.task | mixture |\n| data.mixture.passkey | 1.0 |\n" in text
     assert all("\n\n## " in f"\n\n{part}" for part in text.split("\n\n") if part.startswith("## "))
     assert load_pattern(tmp_path) == load_pattern(NAME)
 

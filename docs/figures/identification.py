@@ -56,7 +56,12 @@ def least_seconds(patterns: Mapping[str, Mapping[str, Any]]) -> dict[str, float]
 
 def main(runs: Sequence[str]) -> None:
     """Draw them from saved evaluations, which together must be one."""
-    (results,) = merge([load_results(run) for run in runs])
+    found = merge([load_results(run) for run in runs])
+    known = {contender_of(name) for results in found for name in results["patterns"]}
+    missing = sorted({*GOOD, *BESIDE} - known)
+    if missing or len(found) != 1:
+        sys.exit(f"give evaluations of the same samples; these lack {', '.join(missing) or 'nothing, but differ'}")
+    (results,) = found
     for name, figure in draw(results).items():
         save_figure(figure, FIGURES / f"identification-{name}.png")
 

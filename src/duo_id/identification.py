@@ -19,13 +19,12 @@ from duo_id.data.module import SampleModule
 from duo_id.errors import UserError
 from duo_id.formats import load_pattern
 from duo_id.history import GateHistory
-from duo_id.methods import GateSettings, ScoreSettings, SearchSettings
+from duo_id.methods import METHODS, GateSettings, ScoreSettings, SearchSettings, of_start
 from duo_id.mistakes import built
 from duo_id.models import LanguageModel
 from duo_id.patterns import HeadPattern
 from duo_id.progress import TrainingBar
-from duo_id.scores.registry import mean_scores, random_scores, search_scores
-from duo_id.scores.search import from_scores
+from duo_id.scores.registry import ORDER, mean_scores, random_scores, search_scores
 from duo_id.scores.subject import Subject
 from duo_id.steps import prepared
 from duo_id.tracking import GateTracking
@@ -98,6 +97,8 @@ def identify(method: MethodSettings, run: Run) -> HeadPattern:
         return run.pattern(method, random_scores(subject.shape, run.seed))
     samples = data.samples("train", method.samples)
     if isinstance(method, SearchSettings):
+        if not run.settings.resume:
+            (run.folder / ORDER).unlink(missing_ok=True)  # of another run in this folder
         start = _start(method, run)
         scores, told = search_scores(subject, samples, method, start, run.folder, run.console)
         return run.pattern(method, scores, **told)
@@ -109,17 +110,23 @@ def _start(method: SearchSettings | GateSettings, run: Run) -> HeadPattern | Non
     if method.start is None:
         return None
     if isinstance(method.start, MethodSettings):
-        return identify(method.start, replace(run, folder=run.folder / "start"))
+        lasting = isinstance(method.start, SearchSettings)  # what it has found is kept, for a run that is resumed
+        accepted = run.accepted if lasting else lambda: None
+        try:
+            return identify(method.start, replace(run, folder=run.folder / "start", accepted=accepted))
+        except UserError as error:
+            raise UserError(of_start(str(error))) from error
     try:
         pattern = load_pattern(str(method.start))
         pattern.check_fits(run.model.num_layers, run.layers[0].kv_heads, run.model.name)
     except UserError as error:
-        raise UserError(f"method.start={method.start}: {error}") from error
+        known = f"; the method of that name is +method@method.start={method.start}" if method.start in METHODS else ""
+        raise UserError(f"method.start={method.start}: {error}{known}") from error
     return pattern
 
 
 def _opened(method: GateSettings, run: Run) -> Tensor | None:
-    """How open each gate begins, by its place in the order of `method.start`; None where there is no such order."""
+    """How open each gate begins, by the rank of its score in `method.start`; None where there is no start."""
     devices = run.settings.trainer.get("devices")
     require(
         run.model.ranks.world == 1 or not isinstance(method.start, MethodSettings),
@@ -130,7 +137,9 @@ def _opened(method: GateSettings, run: Run) -> Tensor | None:
     if start is None:
         return None
     scores = start.scores[[layer.index for layer in run.layers]]
-    return method.initial + method.spread * (from_scores(scores, (0, 1)).scores() - 0.5)
+    _, which, counts = scores.unique(return_inverse=True, return_counts=True)
+    places = (counts.cumsum(0) - (counts + 1) / 2) / max(scores.numel() - 1, 1)  # equal scores share one
+    return (method.initial + method.spread * (places[which] - 0.5)).clamp(0, 1)
 
 
 def _trained(method: GateSettings, run: Run) -> HeadPattern:
@@ -155,7 +164,7 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
     )
     before = str(checkpoint) if settings.resume and checkpoint.is_file() else None
     initial = None if before else _opened(method, run)  # a checkpoint says where gates stand
-    gates = GateTraining(run.model, run.layers, method, settings.step, steps, settings.sparsity, initial, run.seed)
+    gates = GateTraining(run.model, run.layers, method, settings.step, steps, settings.sparsity, run.seed, initial)
     longest = settings.data.length_max or run.model.max_length
     with prepared(gates.distillation, settings.step) as gates.arrange:
         if longest is not None and settings.data.task != "disk":  # else each step says when it does not fit

@@ -1,8 +1,9 @@
 """The settings of every way to identify heads: see conf/method/. `method=NAME` chooses one."""
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -125,9 +126,9 @@ class GateSettings(MethodSettings):
     penalty: Any = "l1"  # a name, or weights of several
     objective: Any = "hidden_l2"  # a name, or weights of several
     tokens: str = "labelled"
-    initial: float = 1.0  # of every gate
-    start: Any = None  # settings of a method without training, or a saved pattern: gates begin in its order
-    spread: float = 0.2  # how much further open the first of that order begins than the last
+    initial: float = 1.0  # how open gates begin, with a start in the mean
+    start: Any = None  # another method's settings, or a saved pattern: gates begin in the order of its scores
+    spread: float = 0.2  # how much further open the head with the highest of them begins than the one with the lowest
     temperature: float = 1.0  # of sigmoid and nested gates
     budgets: list[float] = field(default_factory=lambda: [0.4, 0.97])  # of nested gates: the sparsities that are drawn
     reg_weight: float = 0.05  # of the penalty
@@ -158,17 +159,19 @@ class GateSettings(MethodSettings):
             positive = isinstance(weight, int | float) and weight > 0
             require(positive, f"method.penalty.{name}={weight} must be a positive weight")
         require(0 <= self.initial <= 1, f"method.initial={self.initial} must lie in [0, 1]")
+        require(0.001 <= self.spread <= 1, f"method.spread={self.spread} must lie in [0.001, 1]")
+        nearest = min(max(self.initial, self.spread / 2), 1 - self.spread / 2)
         require(
-            self.start is None or 0 < self.spread <= 2 * min(self.initial, 1 - self.initial),
-            f"method.spread={self.spread} with method.start: gates between method.initial={self.initial} - "
-            f"{self.spread / 2:g} and + {self.spread / 2:g} must lie in [0, 1], and not be all alike",
+            self.start is None or math.isclose(self.initial, nearest),
+            f"method.initial={self.initial} leaves no room for method.spread={self.spread} of gates with a start: give "
+            f"method.initial={nearest:g}, or a smaller spread",
         )
         require(0 <= self.target_rise <= 1, f"method.target_rise={self.target_rise} must lie in [0, 1]")
         require(self.reg_weight >= 0, f"method.reg_weight={self.reg_weight} must not be negative")
         for key in ("lr", "multiplier_lr"):
             require(getattr(self, key) > 0, f"method.{key}={getattr(self, key)} must be positive")
         require(
-            COLDEST <= self.temperature < inf,
+            COLDEST <= self.temperature < math.inf,
             f"method.temperature={self.temperature} must be a number from {COLDEST} on: below, no gate would move",
         )
         require(0 <= self.warmup <= 0.5, f"method.warmup={self.warmup} must lie in [0, 0.5]")
@@ -270,17 +273,24 @@ def _choose(key: str, chosen: str, choices: tuple[str, ...]) -> None:
     require(chosen in choices, f"method.{key}={chosen}: choose one of {', '.join(choices)}")
 
 
+def of_start(message: str) -> str:
+    """What is wrong with a start, with the overrides that lead there; its windows are those of the method."""
+    named = re.sub(r"method\.(?!sink_size|recent_size)", "method.start.", message)
+    return named.replace("method=", "method@method.start=")
+
+
 def _typed_start(method: SearchSettings | GateSettings) -> Any:
     """`method.start`, where it is another method's settings typed and with the same windows."""
     if not isinstance(method.start, Mapping):
+        saved = method.start is None or (isinstance(method.start, str) and bool(method.start.strip()))
+        require(
+            saved,
+            f"method.start={method.start!r}: give the folder of a run, or another method, +method@method.start=NAME",
+        )
         return method.start
     shared = {"sink_size": method.sink_size, "recent_size": method.recent_size}
     try:
         return method_settings(OmegaConf.create({**method.start, **shared}))
     except UserError as error:
-        raise UserError(_of_start(str(error))) from error
-
-
-def _of_start(message: str) -> str:
-    """What is wrong with the settings of a start, with the overrides that lead there."""
-    return message.replace("method.", "method.start.") if "method." in message else f"method.start.{message}"
+        named = of_start(str(error))
+        raise UserError(named if named != str(error) else f"method.start.{error}") from error

@@ -172,14 +172,21 @@ def _found(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What the table of the card says: the settings of method and data, and what they ran on."""
     settings = provenance.get("settings") or {}
     for group in ("method", "data"):
-        for key, value in (settings.get(group) or {}).items():
-            if value is not None and not isinstance(value, dict):
-                yield f"{group}.{key}", _plain(value)
+        yield from _overrides(group, settings.get(group))
     for key, value in provenance.items():
         if key not in ("settings", "model") and isinstance(value, (str, int, float)):
             yield key, _plain(value)
     if versions := provenance.get("versions"):
         yield "versions", _plain(", ".join(f"{name} {version}" for name, version in versions.items()), 4 * TOLD)
+
+
+def _overrides(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """A setting, or the settings of a group, as one would type them."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _overrides(f"{key}.{name}", inner)
+    elif value is not None:
+        yield key, _plain(value)
 
 
 def _plain(value: Any, longest: int = TOLD) -> str:

@@ -18,7 +18,7 @@ from duo_id.attention.heads import masked_layers
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.checkpoints import CHECKPOINT
-from duo_id.config import StepSettings
+from duo_id.config import StepSettings, plain
 from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, with_scored
 from duo_id.errors import UserError
 from duo_id.gates import GATES
@@ -35,6 +35,9 @@ from duo_id.steps import SHAPES, Arrange
 StepBatch = dict[str, Any]  # with what `with_scored` adds
 KEPT = (  # settings of the method that a resumed run must have again
     "gate",
+    "initial",
+    "start",
+    "spread",
     "temperature",
     "budgets",
     "blend",
@@ -62,8 +65,8 @@ class GateTraining(lightning.LightningModule):
         step: StepSettings,
         steps: int,
         sparsities: Sequence[float],
-        initial: Tensor | None = None,
         seed: int = 0,
+        initial: Tensor | None = None,
     ) -> None:
         """Make the gates.
 
@@ -74,8 +77,8 @@ class GateTraining(lightning.LightningModule):
             step: how a step is computed.
             steps: how many optimizer steps the learning rate is planned for.
             sparsities: at which fractions of streaming heads validation binarises the gates.
-            initial: how open each gate begins, (gated layers, KV heads); None: as the method says, all alike.
             seed: of gates that are drawn.
+            initial: how open each gate begins, (gated layers, KV heads); None: as the method says, all alike.
         """
         super().__init__()
         self.language_model, self.layers = model, layers
@@ -255,7 +258,8 @@ class GateTraining(lightning.LightningModule):
         """What must not change when a run is resumed."""
         rows, columns = self.gates.weight.shape
         model = {"model": self.language_model.id, "layers": rows, "kv_heads": columns}
-        return model | {key: getattr(self.method, key) for key in KEPT}
+        method = plain(self.method)
+        return model | {key: method[key] for key in KEPT}
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float = 0.2, floor: float = 0.1) -> float:

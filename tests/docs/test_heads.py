@@ -53,3 +53,11 @@ def test_the_fastest_seed_tells_the_time() -> None:
     timed = {name: {"provenance": {"seconds": seconds}} for name, seconds in {"a#0": 3.0, "a#1": 2.0, "b": 5.0}.items()}
     found = drawing("identification").least_seconds(timed | {"c": {"provenance": {}}})
     assert found == {"a": 2.0, "b": 5.0}
+
+
+def test_evaluations_of_other_heads_draw_nothing(tmp_path: Path) -> None:
+    save(tmp_path / "run", saved_results(2, patterns={"best": a_pattern()}))
+    script = drawing("identification")
+    for runs in [], [str(tmp_path / "run")]:
+        with pytest.raises(SystemExit, match=r"these lack .*fisher-mixture, kvpress, published"):
+            script.main(runs)
