@@ -19,7 +19,7 @@ from duo_id.data.module import SampleModule
 from duo_id.errors import UserError
 from duo_id.formats import load_pattern
 from duo_id.history import GateHistory
-from duo_id.methods import METHODS, GateSettings, ScoreSettings, SearchSettings, of_start
+from duo_id.methods import METHODS, AttentionSettings, GateSettings, ScoreSettings, SearchSettings, of_start
 from duo_id.mistakes import built
 from duo_id.models import LanguageModel
 from duo_id.patterns import HeadPattern
@@ -84,10 +84,12 @@ def identify(method: MethodSettings, run: Run) -> HeadPattern:
     """
     if isinstance(method, GateSettings):
         return _trained(method, run)
+    ranks, devices = run.model.ranks, run.settings.trainer.get("devices")
+    alike = isinstance(method, AttentionSettings) and ranks.group is None  # each process finds the same
     require(
-        run.model.ranks.world == 1,
-        f"trainer.devices={run.settings.trainer.get('devices')}: method={method.name} works on 1 device, method=nested "
-        "and method=duo on several",
+        ranks.world == 1 or alike,
+        f"trainer.devices={devices}: method={method.name} works on 1 device; on several do trained gates, and without "
+        "step.sequence_parallel the scores of attention weights",
     )
     data = run.data()
     data.task("train")  # what cannot work is refused before anything is computed
@@ -127,12 +129,6 @@ def _start(method: SearchSettings | GateSettings, run: Run) -> HeadPattern | Non
 
 def _opened(method: GateSettings, run: Run) -> Tensor | None:
     """How open each gate begins, by the rank of its score in `method.start`; None where there is no start."""
-    devices = run.settings.trainer.get("devices")
-    require(
-        run.model.ranks.world == 1 or not isinstance(method.start, MethodSettings),
-        f"trainer.devices={devices}: what method.start names works on 1 device; find its heads first and give their "
-        "folder, method.start=DIR, or method.start=null",
-    )
     start = _start(method, run)
     if start is None:
         return None

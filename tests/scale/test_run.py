@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from duo_id.formats import load_pattern
 from duo_id.patterns import HeadPattern
@@ -129,3 +130,47 @@ def test_one_process_goes_on_with_it(lost: tuple[Path, Finished, float], alone: 
     close = 1e-5 if device == "cpu" else 1e-3
     assert (alone.scores - found.scores).abs().max() < close * alone.scores.abs().max()
     assert alone.scores.unique().numel() > 3, "gates that never moved prove nothing"
+
+
+def test_processes_that_share_a_model_find_the_scores_that_gates_begin_with(device: str, tmp_path: Path) -> None:
+    begun = [*OVERRIDES, f"trainer.accelerator={device}", "method=nested", "+method@method.start=reconstruction"]
+    begun += ["method.start.samples=2", "method.lr=1e-6", "trainer.max_steps=1"]
+    (tmp_path / "command.py").write_text("from duo_id import app, train\napp.run('train', train.main)\n")
+    shared = start(
+        run_file,
+        "command.py",
+        *begun,
+        "trainer.devices=2",
+        "hydra.run.dir=shared",
+        cwd=tmp_path,
+        file=tmp_path / "output.txt",
+        **environment(device),
+    )
+    finished = Finished(*shared.finish())
+    assert finished.status == 0, finished.output
+    assert run_command("train", *begun, folder=tmp_path).status == 0
+    found, expected = (load_pattern(tmp_path / name).scores for name in ("shared", "run"))
+    assert found.unique().numel() == found.numel()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "given", [["method=saliency"], ["method=reconstruction", "step.sequence_parallel=2"], ["method=search"]], ids=str
+)
+def test_scores_that_processes_cannot_share_are_refused(given: list[str], tmp_path: Path) -> None:
+    (tmp_path / "command.py").write_text("from duo_id import app, train\napp.run('train', train.main)\n")
+    plain = [override for override in OVERRIDES if not override.startswith("method")]
+    options = [*plain, *given, "method.sink_size=4", "method.recent_size=60", "trainer.accelerator=cpu"]
+    begun = start(
+        run_file,
+        "command.py",
+        *options,
+        "trainer.devices=2",
+        cwd=tmp_path,
+        file=tmp_path / "output.txt",
+        **environment("cpu"),
+    )
+    finished = Finished(*begun.finish())
+    assert finished.status == 2, finished.output
+    assert f"trainer.devices=2: {given[0]} works on 1 device; on several do trained gates" in finished.output
+    assert "Traceback" not in finished.output
