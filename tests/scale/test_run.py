@@ -33,6 +33,7 @@ OVERRIDES = [
     "checkpoint_seconds=0",
     "sparsity=[0.5]",
 ]
+COMMAND = "from duo_id import app, train\napp.run('train', train.main)\n"
 LOST = """
 import os, signal, time
 from duo_id import app, train
@@ -59,6 +60,14 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def run_two(device: str, folder: Path, overrides: list[str], command: str = COMMAND, **variables: str) -> Finished:
+    """The command over two processes, in `folder`/run, with more environment variables."""
+    (folder / "command.py").write_text(command)
+    options = [*overrides, f"trainer.accelerator={device}", "trainer.devices=2", "hydra.run.dir=run"]
+    given = environment(device) | variables
+    return Finished(*start(run_file, "command.py", *options, cwd=folder, file=folder / "output.txt", **given).finish())
+
+
 @pytest.fixture(scope="module")
 def lost(device: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished, float]:
     """A run whose second process is killed in its fourth step: its folder, its end, and the seconds till then."""
@@ -67,21 +76,8 @@ def lost(device: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, F
 
 def lose(device: str, folder: Path, wait: int = 0) -> tuple[Path, Finished, float]:
     """The first process waits `wait` seconds before it communicates with the one that is lost."""
-    (folder / "command.py").write_text(LOST)
-    started = start(
-        run_file,
-        "command.py",
-        *OVERRIDES,
-        f"trainer.accelerator={device}",
-        "trainer.devices=2",
-        "step.sequence_parallel=2",
-        "hydra.run.dir=run",
-        cwd=folder,
-        file=folder / "output.txt",
-        WAIT=str(wait),
-        **environment(device),
-    )
-    finished = Finished(*started.finish())
+    overrides = [*OVERRIDES, "step.sequence_parallel=2"]
+    finished = run_two(device, folder, overrides, LOST, WAIT=str(wait))
     return folder, finished, time.time() - float((folder / "lost").read_text())
 
 
@@ -133,44 +129,23 @@ def test_one_process_goes_on_with_it(lost: tuple[Path, Finished, float], alone: 
 
 
 def test_processes_that_share_a_model_find_the_scores_that_gates_begin_with(device: str, tmp_path: Path) -> None:
-    begun = [*OVERRIDES, f"trainer.accelerator={device}", "method=nested", "+method@method.start=reconstruction"]
+    begun = [*OVERRIDES, "method=nested", "+method@method.start=reconstruction"]
     begun += ["method.start.samples=2", "method.lr=1e-6", "trainer.max_steps=1"]
-    (tmp_path / "command.py").write_text("from duo_id import app, train\napp.run('train', train.main)\n")
-    shared = start(
-        run_file,
-        "command.py",
-        *begun,
-        "trainer.devices=2",
-        "hydra.run.dir=shared",
-        cwd=tmp_path,
-        file=tmp_path / "output.txt",
-        **environment(device),
-    )
-    finished = Finished(*shared.finish())
+    finished = run_two(device, tmp_path, begun)
     assert finished.status == 0, finished.output
-    assert run_command("train", *begun, folder=tmp_path).status == 0
-    found, expected = (load_pattern(tmp_path / name).scores for name in ("shared", "run"))
+    found = load_pattern(tmp_path / "run").scores
+    alone = run_command("train", *begun, f"trainer.accelerator={device}", "hydra.run.dir=alone", folder=tmp_path)
+    assert alone.status == 0, alone.output
     assert found.unique().numel() == found.numel()
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, load_pattern(tmp_path / "alone").scores, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
     "given", [["method=saliency"], ["method=reconstruction", "step.sequence_parallel=2"], ["method=search"]], ids=str
 )
 def test_scores_that_processes_cannot_share_are_refused(given: list[str], tmp_path: Path) -> None:
-    (tmp_path / "command.py").write_text("from duo_id import app, train\napp.run('train', train.main)\n")
     plain = [override for override in OVERRIDES if not override.startswith("method")]
-    options = [*plain, *given, "method.sink_size=4", "method.recent_size=60", "trainer.accelerator=cpu"]
-    begun = start(
-        run_file,
-        "command.py",
-        *options,
-        "trainer.devices=2",
-        cwd=tmp_path,
-        file=tmp_path / "output.txt",
-        **environment("cpu"),
-    )
-    finished = Finished(*begun.finish())
+    finished = run_two("cpu", tmp_path, [*plain, *given, "method.sink_size=4", "method.recent_size=60"])
     assert finished.status == 2, finished.output
     assert f"trainer.devices=2: {given[0]} works on 1 device; on several do trained gates" in finished.output
     assert "Traceback" not in finished.output
