@@ -43,16 +43,6 @@ def test_gates_start_where_they_are_told_in_float32(name: str, initial: float, t
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_each_gate_may_start_where_it_is_told(name: str) -> None:
-    told = torch.linspace(0.02, 0.98, 6).view(3, 2)
-    gates = GATES[name](3, 2, told)
-    torch.testing.assert_close(gates.openness(), told, atol=1e-6, rtol=0)
-    assert torch.equal(gates.mean, told)
-    gates.weight.data += 1
-    assert told[0, 0] == torch.tensor(0.02)  # a copy
-
-
-@pytest.mark.parametrize("name", GATES)
 def test_what_is_between_0_and_1_is_alpha_too(name: str) -> None:
     gates = GATES[name](2, 3, 0.3)
     gates.weight.data += torch.linspace(-0.25, 0.6, 6).view(2, 3)

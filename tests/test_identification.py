@@ -10,7 +10,7 @@ import torch
 
 from duo_id import identification, load_pattern
 from duo_id.formats import save_pattern
-from duo_id.patterns import HeadPattern
+from duo_id.patterns import HeadPattern, places
 from duo_id.scores.candidates import MaskLosses
 from duo_id.training import GateTraining
 from tests.commands import QUICK, run_command
@@ -106,64 +106,68 @@ def test_a_search_refines_what_another_method_found(start: str, tmp_path: Path) 
         assert (order[:2], sorted(order[2:4]), order[4:]) == ([0, 1], [2, 3], [4, 5])
 
 
+PRIOR = torch.tensor([[4.0, 1.0], [0.0, 5.0], [3.0, 1.0]])
+PLACES = torch.tensor([[0.8, 0.3], [0.0, 1.0], [0.6, 0.3]])  # of equal scores the middle
+
+
 @pytest.mark.parametrize("gate", ["duo", "nested"])
-def test_gates_begin_in_the_order_of_their_start(gate: str, tmp_path: Path) -> None:
-    order = torch.tensor([[4.0, 1.0], [0.0, 5.0], [3.0, 2.0]])
-    save_pattern(HeadPattern(order, 4, 60), tmp_path / "saved", [0.5])
-    still = [*QUICK, *SMALL, f"method={gate}", "method.initial=0.5", "method.lr=1e-6", "trainer.max_steps=2"]
-    started = [*still, f"method.start={tmp_path / 'saved'}"]
-    finished = run_command("train", *started, "method.spread=0.5", folder=tmp_path)
-    assert finished.status == 0, finished.output
-    found = load_pattern(tmp_path / "run").scores
-    torch.testing.assert_close(found, 0.25 + 0.5 * order / 5, atol=1e-4, rtol=0)
-    shutil.rmtree(tmp_path / "saved")  # where gates stand is told by the checkpoint
-    shutil.rmtree(tmp_path / "run" / "heads")
-    resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
-    assert resumed.status == 0, resumed.output
-    assert torch.equal(load_pattern(tmp_path / "run").scores, found)
+def test_a_prior_has_its_part_in_the_scores(gate: str, tmp_path: Path) -> None:
+    save_pattern(HeadPattern(PRIOR, 4, 60), tmp_path / "saved", [0.5])
+    few = [*QUICK, *SMALL, f"method={gate}", "method.lr=0.2", "trainer.max_steps=3", "method.prior_weight=0.5"]
+    found = {}
+    for name, prior in ("without", "null"), ("with", str(tmp_path / "saved")):
+        folder = tmp_path / name
+        finished = run_command("train", *few, f"method.prior={prior}", f"hydra.run.dir={folder}", folder=tmp_path)
+        assert finished.status == 0, finished.output
+        found[name] = load_pattern(folder)
+    assert found["without"].scores.unique().numel() > 3
+    torch.testing.assert_close(found["with"].scores, (found["without"].scores + 0.5 * PLACES) / 1.5)
+    assert (found["with"].holds_gates, found["without"].holds_gates) == (False, gate == "duo")
 
 
-def test_gates_may_begin_in_the_order_of_a_method_of_the_same_run(tmp_path: Path) -> None:
-    windows = ["method.sink_size=4", "method.recent_size=60"]
-    alone = run_command("train", *SEARCH, "method=reconstruction", "method.samples=2", *windows, folder=tmp_path)
+def test_a_prior_may_be_a_method_of_the_same_run_and_of_its_samples(tmp_path: Path) -> None:
+    alike = [*SMALL, "method.sink_size=4", "method.recent_size=60", "seed=5"]
+    few = [override for override in QUICK if "method" not in override]
+    alone = run_command("train", *few, *alike, "method=reconstruction", "method.samples=2", folder=tmp_path)
     assert alone.status == 0, alone.output
-    order = load_pattern(tmp_path / "run").scores.flatten().argsort(stable=True)
-    start = ["method=nested", "+method@method.start=reconstruction", "method.start.samples=2", "method.lr=1e-6"]
-    finished = run_command(
-        "train", *QUICK, *SMALL, *start, *windows, f"hydra.run.dir={tmp_path / 'gates'}", folder=tmp_path
-    )
+    expected = places(load_pattern(tmp_path / "run").scores)
+    gates = [
+        "method@method.prior=reconstruction",
+        "method.prior.samples=2",
+        "method.prior_weight=1e6",
+        f"hydra.run.dir={tmp_path / 'gates'}",
+    ]
+    finished = run_command("train", *few, *alike, *gates, folder=tmp_path)
     assert finished.status == 0, finished.output
     found = load_pattern(tmp_path / "gates")
-    assert torch.equal(found.scores.flatten().argsort(stable=True), order)
-    assert found.provenance["settings"]["method"]["start"]["name"] == "reconstruction"
+    torch.testing.assert_close(found.scores, expected, atol=1e-4, rtol=0)
+    assert found.provenance["settings"]["method"]["prior"]["name"] == "reconstruction"
 
 
-def test_equal_scores_of_a_start_begin_alike(tmp_path: Path) -> None:
-    save_pattern(HeadPattern(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), 4, 60), tmp_path / "saved", [0.5])
-    start = [f"method.start={tmp_path / 'saved'}", "method.initial=0.5", "method.spread=1.0", "method.lr=1e-6"]
-    finished = run_command("train", *QUICK, *SMALL, "method=duo", *start, "trainer.max_steps=1", folder=tmp_path)
-    assert finished.status == 0, finished.output
-    expected = torch.tensor([[0.9, 0.3], [0.3, 0.9], [0.3, 0.3]])
-    torch.testing.assert_close(load_pattern(tmp_path / "run").scores, expected, atol=1e-4, rtol=0)
-
-
-def test_a_run_with_another_start_is_not_gone_on_with(tmp_path: Path) -> None:
-    started = [*QUICK, *SMALL, "method=nested", "trainer.max_steps=1", "+method@method.start=random"]
-    assert run_command("train", *started, folder=tmp_path).status == 0
-    shutil.rmtree(tmp_path / "run" / "heads")
-    resumed = run_command("train", f"resume={tmp_path / 'run'}", "method.start=elsewhere", folder=tmp_path)
-    assert resumed.status == 2, resumed.output
-    assert "resume: the checkpoint was made with method.start=" in resumed.output
+def test_a_resumed_run_has_its_prior_again_or_another(tmp_path: Path) -> None:
+    save_pattern(HeadPattern(PRIOR, 4, 60), tmp_path / "saved", [0.5])
+    few = [*QUICK, *SMALL, "method=nested", "trainer.max_steps=1"]
+    assert run_command("train", *few, "method@method.prior=random", folder=tmp_path).status == 0
+    found = load_pattern(tmp_path / "run").scores
+    for changes, expected in ([], found), ([f"method.prior={tmp_path / 'saved'}", "method.prior_weight=1e6"], PLACES):
+        shutil.rmtree(tmp_path / "run" / "heads")
+        resumed = run_command("train", f"resume={tmp_path / 'run'}", *changes, folder=tmp_path)
+        assert resumed.status == 0, resumed.output
+        torch.testing.assert_close(load_pattern(tmp_path / "run").scores, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["data=text", "+method@method.start=query_score"], "method@method.start=query_score needs samples"),
-        (["method.start=reconstruction"], "; the method of that name is +method@method.start=reconstruction"),
+        (["data=text", "method@method.prior=query_score"], "method@method.prior=query_score needs samples"),
+        (
+            ["method.prior=saliency"],
+            "; the method of that name is method@method.prior=saliency; method.prior=null does",
+        ),
+        (["method@method.prior=saliency", "method.prior.samples=0"], "method.prior.samples=0 must be at least 1"),
     ],
 )
-def test_what_is_wrong_with_a_start_names_its_overrides(changes: list[str], message: str, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_prior_names_its_overrides(changes: list[str], message: str, tmp_path: Path) -> None:
     finished = run_command("train", *QUICK, *SMALL, "method=nested", *changes, folder=tmp_path)
     assert finished.status == 2, finished.output
     (line,) = [line for line in finished.output.splitlines() if line.startswith("error: ")]

@@ -1,5 +1,6 @@
 """Settings of the methods: every mistake is one line that names the override."""
 
+import math
 import re
 from typing import Any
 
@@ -16,7 +17,7 @@ from duo_id.methods import (
     ScoreSettings,
     SearchSettings,
     method_settings,
-    of_start,
+    of_order,
 )
 
 WINDOW = {"sink_size": 3, "recent_size": 8}
@@ -182,12 +183,12 @@ def test_a_start_is_a_method_over_the_same_window() -> None:
     assert isinstance(found.start, GateSettings)
     assert (found.start.sink_size, found.start.recent_size, found.start.lr) == (3, 8, 0.5)
     given = {"name": "reconstruction", "sink_size": 99, "recent_size": 98, "samples": 2}
-    gates = settings("duo", start=given, initial=0.5)
+    gates = settings("duo", prior=given)
     assert isinstance(gates, GateSettings)
-    assert isinstance(gates.start, AttentionSettings)
-    assert (gates.start.sink_size, gates.start.recent_size, gates.start.samples) == (3, 8, 2)
-    assert settings("duo", start="outputs/run", initial=0.5).start == "outputs/run"
-    assert settings("search").start is settings("duo").start is None
+    assert isinstance(gates.prior, AttentionSettings)
+    assert (gates.prior.sink_size, gates.prior.recent_size, gates.prior.samples) == (3, 8, 2)
+    assert settings("duo", prior="outputs/run").prior == "outputs/run"
+    assert settings("search").start is settings("duo").prior is None
     assert settings("search", start="outputs/run").start == "outputs/run"
 
 
@@ -216,41 +217,31 @@ def test_starts_may_be_nested() -> None:
     ids=str,
 )
 def test_mistakes_of_a_start_name_its_override(start: dict[str, Any], message: str) -> None:
-    for name in "search", "duo":
-        with pytest.raises(UserError, match=f"^{re.escape(message)}") as error:
-            settings(name, start=start, **({"initial": 0.5} if name == "duo" else {}))
+    for name, key in ("search", "start"), ("duo", "prior"):
+        named = re.escape(message.replace("method.start", f"method.{key}"))
+        with pytest.raises(UserError, match=f"^{named}") as error:
+            settings(name, **{key: start})
         assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"start": {"name": "duo"}}, "method.start=duo: gates begin in the order of scores or of a search"),
-        ({"start": "DIR", "initial": 1.0}, "method.initial=1.0 leaves no room for method.spread=0.2"),
-        ({"start": "DIR", "initial": 0.05}, "method.initial=0.05 leaves no room for method.spread=0.2"),
-        ({"start": "DIR", "spread": 1.01}, "method.spread=1.01 must lie in [0.001, 1]"),
-        ({"spread": 0}, "method.spread=0.0 must lie in [0.001, 1]"),
-        ({"start": ""}, "method.start='': give the folder of a run, or another method"),
-        ({"start": 5}, "method.start=5: give the folder of a run, or another method"),
+        (
+            {"prior": {"name": "duo"}},
+            "method@method.prior=duo: what has a part in the scores of gates",
+        ),
+        ({"prior": "DIR", "prior_weight": 0}, "method.prior_weight=0.0 must be a positive number; method.prior=null"),
+        ({"prior_weight": math.inf}, "method.prior_weight=inf must be a positive number"),
+        ({"prior_weight": math.nan}, "method.prior_weight=nan must be a positive number"),
+        ({"prior": ""}, "method.prior='': give the folder of a run, or another method, method@method.prior=NAME"),
+        ({"prior": 5}, "method.prior=5: give the folder of a run, or another method, method@method.prior=NAME"),
     ],
     ids=str,
 )
-def test_gates_begin_where_gates_can_be(changes: dict[str, Any], message: str) -> None:
+def test_mistakes_of_a_prior_name_what_to_change(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        settings("duo", **{"initial": 0.5} | changes)
-
-
-@pytest.mark.parametrize("initial", [number / 20 for number in range(1, 20)])
-def test_gates_with_a_start_may_reach_0_and_1(initial: float) -> None:
-    spread = round(2 * min(initial, 1 - initial), 2)
-    found = settings("duo", start="DIR", initial=initial, spread=spread)
-    assert isinstance(found, GateSettings)
-    assert found.spread == spread
-
-
-def test_the_message_says_where_there_is_room() -> None:
-    with pytest.raises(UserError, match=re.escape("give method.initial=0.9, or a smaller spread")):
-        settings("duo", start="DIR", initial=1.0)
+        settings("duo", **changes)
 
 
 def test_a_mistake_at_work_on_a_start_names_its_overrides_but_for_the_windows() -> None:
@@ -258,4 +249,5 @@ def test_a_mistake_at_work_on_a_start_names_its_overrides_but_for_the_windows() 
     named = (
         "method@method.start=saliency: raise data.length_min, or lower method.recent_size, or method.start.samples=8"
     )
-    assert of_start(message) == named
+    assert of_order("start", message) == named
+    assert of_order("prior", message) == named.replace("start", "prior")

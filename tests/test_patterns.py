@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from duo_id.errors import UserError
-from duo_id.patterns import HeadMask, HeadPattern, random_mask
+from duo_id.patterns import HeadMask, HeadPattern, places, random_mask, weigh_in
 
 
 def brute_force(pattern: HeadPattern, sparsity: float) -> list[list[bool]]:
@@ -201,3 +201,23 @@ def test_random_masks_leave_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
     random_mask(4, 4, 0.5, seed=0, sink_size=4, recent_size=8)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_places_count_the_scores_below_and_half_of_the_others_that_are_equal(seed: int) -> None:
+    scores = random_pattern(random.Random(seed)).scores
+    values = scores.flatten().tolist()
+    rest = max(len(values) - 1, 1)
+    expected = [(sum(v < value for v in values) + (values.count(value) - 1) / 2) / rest for value in values]
+    torch.testing.assert_close(places(scores), torch.tensor(expected).view_as(scores))
+
+
+def test_a_prior_is_weighed_in_over_the_gated_layers() -> None:
+    pattern = HeadPattern(torch.tensor([[0.2, 0.6], [7.0, 7.0], [0.4, 0.4]]), 4, 8, (0, 2), {"seed": 3})
+    prior = HeadPattern(torch.tensor([[5.0, -1.0], [99.0, -99.0], [0.0, 8.0]]), 64, 256)
+    found = weigh_in(pattern, prior, 0.5)
+    ones, places_of = [1.0, 1.0], torch.tensor([[2 / 3, 0.0], [1 / 3, 1.0]])
+    expected = (torch.tensor([[0.2, 0.6], [0.4, 0.4]]) + 0.5 * places_of) / 1.5
+    torch.testing.assert_close(found.scores, torch.stack([expected[0], torch.tensor(ones), expected[1]]))
+    assert (found.sink_size, found.recent_size, found.gated_layers, found.provenance) == (4, 8, (0, 2), {"seed": 3})
+    assert pattern.scores[0, 0] == pytest.approx(0.2)

@@ -33,7 +33,7 @@ class Gates(nn.Module):
         self,
         layers: int,
         kv_heads: int,
-        initial: float | Tensor = 1.0,
+        initial: float = 1.0,
         temperature: float = 1.0,
         seed: int = 0,
         budgets: Sequence[float] = (0.4, 0.97),
@@ -43,22 +43,21 @@ class Gates(nn.Module):
         Args:
             layers: how many have gates.
             kv_heads: of a layer.
-            initial: how open gates are at first, in [0, 1]: all, or each, (layers, KV heads).
+            initial: how open all gates are at first, in [0, 1].
             temperature: of the gates that have one.
             seed: of the gates that are drawn.
             budgets: of nested gates: the sparsities between which masks are drawn.
         """
         super().__init__()
         self.temperature, self.seed, self.budgets = temperature, seed, budgets
-        opened = torch.as_tensor(initial, dtype=torch.float32).expand(layers, kv_heads)
-        self.weight = nn.Parameter(self.weight_of(opened).clone())
+        self.weight = nn.Parameter(torch.full((layers, kv_heads), self.weight_of(initial), dtype=torch.float32))
         self.mean: Tensor
         self.steps: Tensor
-        self.register_buffer("mean", opened.clone())
+        self.register_buffer("mean", torch.full((layers, kv_heads), initial, dtype=torch.float32))
         self.register_buffer("steps", torch.zeros(()))
 
-    def weight_of(self, openness: Tensor) -> Tensor:
-        """The weights at which gates are this open."""
+    def weight_of(self, openness: float) -> float:
+        """The weight at which a gate is this open."""
         return openness
 
     def openness(self) -> Tensor:
@@ -99,7 +98,7 @@ class ClampedGates(Gates):
 class SigmoidGates(Gates):
     """Alpha is the sigmoid of the weight over a temperature: the lower it is, the sooner gates are 0 or 1."""
 
-    def weight_of(self, openness: Tensor) -> Tensor:
+    def weight_of(self, openness: float) -> float:
         """The inverse; gates do not begin nearer to 0 or 1 than 0.01, where they would hardly move."""
         return self.temperature * _logit(openness)
 
@@ -140,7 +139,7 @@ class HardConcreteGates(DrawnGates):
     Source: PruLong is Bhaskar et al. 2025, arXiv 2506.17121.
     """
 
-    def weight_of(self, openness: Tensor) -> Tensor:
+    def weight_of(self, openness: float) -> float:
         """Where the probability of being open is this."""
         return _logit(openness) + BETA * math.log(-GAMMA / ZETA)
 
@@ -196,7 +195,7 @@ class NestedGates(DrawnGates):
     LATE = 3
     BLENDS = False
 
-    def weight_of(self, openness: Tensor) -> Tensor:
+    def weight_of(self, openness: float) -> float:
         """As of sigmoid gates at temperature 1."""
         return _logit(openness)
 
@@ -222,8 +221,9 @@ class NestedGates(DrawnGates):
         return mask + slope * (moved - (slope * moved).sum() / slope.sum().clamp(min=TINY))
 
 
-def _logit(openness: Tensor) -> Tensor:
-    return openness.clamp(0.01, 0.99).logit()
+def _logit(openness: float) -> float:
+    inside = min(max(openness, 0.01), 0.99)
+    return math.log(inside / (1 - inside))
 
 
 GATES: dict[str, type[Gates]] = {

@@ -19,10 +19,10 @@ from duo_id.data.module import SampleModule
 from duo_id.errors import UserError
 from duo_id.formats import load_pattern
 from duo_id.history import GateHistory
-from duo_id.methods import METHODS, AttentionSettings, GateSettings, ScoreSettings, SearchSettings, of_start
+from duo_id.methods import METHODS, AttentionSettings, GateSettings, ScoreSettings, SearchSettings, by_name, of_order
 from duo_id.mistakes import built
 from duo_id.models import LanguageModel
-from duo_id.patterns import HeadPattern
+from duo_id.patterns import HeadPattern, weigh_in
 from duo_id.progress import TrainingBar
 from duo_id.scores.registry import ORDER, mean_scores, random_scores, search_scores
 from duo_id.scores.subject import Subject
@@ -101,41 +101,38 @@ def identify(method: MethodSettings, run: Run) -> HeadPattern:
     if isinstance(method, SearchSettings):
         if not run.settings.resume:
             (run.folder / ORDER).unlink(missing_ok=True)  # of another run in this folder
-        start = _start(method, run)
+        start = _order("start", method.start, run)
         scores, told = search_scores(subject, samples, method, start, run.folder, run.console)
         return run.pattern(method, scores, **told)
     return run.pattern(method, mean_scores(subject, samples, method, run.console))
 
 
-def _start(method: SearchSettings | GateSettings, run: Run) -> HeadPattern | None:
-    """The pattern whose order a method begins with, which another method may have to find first."""
-    if method.start is None:
+def _order(key: str, given: Any, run: Run) -> HeadPattern | None:
+    """The pattern that `method.KEY` gives to another method, which a method of its own may have to find first."""
+    if given is None:
         return None
-    if isinstance(method.start, MethodSettings):
-        lasting = isinstance(method.start, SearchSettings)  # what it has found is kept, for a run that is resumed
+    if isinstance(given, MethodSettings):
+        lasting = isinstance(given, SearchSettings)  # what it has found is kept, for a run that is resumed
         accepted = run.accepted if lasting else lambda: None
         try:
-            return identify(method.start, replace(run, folder=run.folder / "start", accepted=accepted))
+            return identify(given, replace(run, folder=run.folder / key, accepted=accepted))
         except UserError as error:
-            raise UserError(of_start(str(error))) from error
+            raise UserError(of_order(key, str(error))) from error
     try:
-        pattern = load_pattern(str(method.start))
+        pattern = load_pattern(str(given))
         pattern.check_fits(run.model.num_layers, run.layers[0].kv_heads, run.model.name)
     except UserError as error:
-        known = f"; the method of that name is +method@method.start={method.start}" if method.start in METHODS else ""
-        raise UserError(f"method.start={method.start}: {error}{known}") from error
+        known = f"; the method of that name is {by_name(key)}={given}" if given in METHODS else ""
+        raise UserError(f"method.{key}={given}: {error}{known}") from error
     return pattern
 
 
-def _opened(method: GateSettings, run: Run) -> Tensor | None:
-    """How open each gate begins, by the rank of its score in `method.start`; None where there is no start."""
-    start = _start(method, run)
-    if start is None:
-        return None
-    scores = start.scores[[layer.index for layer in run.layers]]
-    _, which, counts = scores.unique(return_inverse=True, return_counts=True)
-    places = (counts.cumsum(0) - (counts + 1) / 2) / max(scores.numel() - 1, 1)  # equal scores share one
-    return (method.initial + method.spread * (places[which] - 0.5)).clamp(0, 1)
+def _prior(method: GateSettings, run: Run) -> HeadPattern | None:
+    """The pattern whose order has a part in the scores of gates; what is wrong with it says how to do without."""
+    try:
+        return _order("prior", method.prior, run)
+    except UserError as error:
+        raise UserError(f"{error}; method.prior=null does without") from error
 
 
 def _trained(method: GateSettings, run: Run) -> HeadPattern:
@@ -158,9 +155,9 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run.folder),
     )
+    prior = _prior(method, run)
     before = str(checkpoint) if settings.resume and checkpoint.is_file() else None
-    initial = None if before else _opened(method, run)  # a checkpoint says where gates stand
-    gates = GateTraining(run.model, run.layers, method, settings.step, steps, settings.sparsity, run.seed, initial)
+    gates = GateTraining(run.model, run.layers, method, settings.step, steps, settings.sparsity, run.seed)
     longest = settings.data.length_max or run.model.max_length
     with prepared(gates.distillation, settings.step) as gates.arrange:
         if longest is not None and settings.data.task != "disk":  # else each step says when it does not fit
@@ -170,4 +167,5 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
         trainer.fit(gates, datamodule=data, ckpt_path=before, weights_only=True)
     if gates.interrupted:
         raise KeyboardInterrupt
-    return gates.pattern(steps=trainer.global_step)
+    pattern = gates.pattern(steps=trainer.global_step)
+    return pattern if prior is None else weigh_in(pattern, prior, method.prior_weight)

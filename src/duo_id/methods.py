@@ -114,7 +114,7 @@ class SearchSettings(ScoreSettings):
         if self.swap_at is not None:
             require(0 < self.swap_at < 1, f"method.swap_at={self.swap_at} must lie between 0 and 1")
             require(self.max_swaps > 0, f"method.swap_at={self.swap_at} needs method.max_swaps=NUMBER, of exchanges")
-        self.start = _typed_start(self)
+        self.start = _typed_order("start", self.start, self)
 
 
 @dataclass
@@ -126,9 +126,9 @@ class GateSettings(MethodSettings):
     penalty: Any = "l1"  # a name, or weights of several
     objective: Any = "hidden_l2"  # a name, or weights of several
     tokens: str = "labelled"
-    initial: float = 1.0  # how open gates begin, with a start in the mean
-    start: Any = None  # another method's settings, or a saved pattern: gates begin in the order of its scores
-    spread: float = 0.2  # how much further open the head with the highest of them begins than the one with the lowest
+    initial: float = 1.0  # how open gates begin
+    prior: Any = None  # another method's settings, or a saved pattern: its order has a part in the scores
+    prior_weight: float = 0.05  # of a head's place in that order, from 0 to 1, beside its own score
     temperature: float = 1.0  # of sigmoid and nested gates
     budgets: list[float] = field(default_factory=lambda: [0.4, 0.97])  # of nested gates: the sparsities that are drawn
     reg_weight: float = 0.05  # of the penalty
@@ -159,12 +159,9 @@ class GateSettings(MethodSettings):
             positive = isinstance(weight, int | float) and weight > 0
             require(positive, f"method.penalty.{name}={weight} must be a positive weight")
         require(0 <= self.initial <= 1, f"method.initial={self.initial} must lie in [0, 1]")
-        require(0.001 <= self.spread <= 1, f"method.spread={self.spread} must lie in [0.001, 1]")
-        nearest = min(max(self.initial, self.spread / 2), 1 - self.spread / 2)
         require(
-            self.start is None or math.isclose(self.initial, nearest),
-            f"method.initial={self.initial} leaves no room for method.spread={self.spread} of gates with a start: give "
-            f"method.initial={nearest:g}, or a smaller spread",
+            0 < self.prior_weight < math.inf,
+            f"method.prior_weight={self.prior_weight} must be a positive number; method.prior=null does without",
         )
         require(0 <= self.target_rise <= 1, f"method.target_rise={self.target_rise} must lie in [0, 1]")
         require(self.reg_weight >= 0, f"method.reg_weight={self.reg_weight} must not be negative")
@@ -183,11 +180,11 @@ class GateSettings(MethodSettings):
         )
         if self.gate == "nested":
             self._check_nested()
-        self.start = _typed_start(self)
+        self.prior = _typed_order("prior", self.prior, self)
         require(
-            not isinstance(self.start, GateSettings),
-            "method.start=duo: gates begin in the order of scores or of a search; for that of other gates give the "
-            "folder of their run, method.start=DIR",
+            not isinstance(self.prior, GateSettings),
+            "method@method.prior=duo: what has a part in the scores of gates is found without gates; for the order of "
+            "others give the folder of their run, method.prior=DIR",
         )
         if "target" in self.penalties:
             require(
@@ -273,24 +270,31 @@ def _choose(key: str, chosen: str, choices: tuple[str, ...]) -> None:
     require(chosen in choices, f"method.{key}={chosen}: choose one of {', '.join(choices)}")
 
 
-def of_start(message: str) -> str:
-    """What is wrong with a start, with the overrides that lead there; its windows are those of the method."""
-    named = re.sub(r"method\.(?!sink_size|recent_size)", "method.start.", message)
-    return named.replace("method=", "method@method.start=")
+def by_name(key: str) -> str:
+    """The override that puts another method at `method.KEY`; gates always have a place for their prior."""
+    return f"{'' if key == 'prior' else '+'}method@method.{key}"
 
 
-def _typed_start(method: SearchSettings | GateSettings) -> Any:
-    """`method.start`, where it is another method's settings typed and with the same windows."""
-    if not isinstance(method.start, Mapping):
-        saved = method.start is None or (isinstance(method.start, str) and bool(method.start.strip()))
+def of_order(key: str, message: str) -> str:
+    """What is wrong with the order in `method.KEY`, with the overrides that lead there.
+
+    Its windows are those of the method.
+    """
+    named = re.sub(r"method\.(?!sink_size|recent_size)", f"method.{key}.", message)
+    return named.replace("method=", f"method@method.{key}=")
+
+
+def _typed_order(key: str, given: Any, method: MethodSettings) -> Any:
+    """An order that a method is given, typed and with the same windows where it is another method's settings."""
+    if not isinstance(given, Mapping):
         require(
-            saved,
-            f"method.start={method.start!r}: give the folder of a run, or another method, +method@method.start=NAME",
+            given is None or (isinstance(given, str) and bool(given.strip())),
+            f"method.{key}={given!r}: give the folder of a run, or another method, {by_name(key)}=NAME",
         )
-        return method.start
+        return given
     shared = {"sink_size": method.sink_size, "recent_size": method.recent_size}
     try:
-        return method_settings(OmegaConf.create({**method.start, **shared}))
+        return method_settings(OmegaConf.create({**given, **shared}))
     except UserError as error:
-        named = of_start(str(error))
-        raise UserError(named if named != str(error) else f"method.start.{error}") from error
+        named = of_order(key, str(error))
+        raise UserError(named if named != str(error) else f"method.{key}.{error}") from error

@@ -107,7 +107,7 @@ class HeadPattern:
         settings = self.provenance.get("settings")
         method = settings.get("method") if isinstance(settings, dict) else None
         told = method if isinstance(method, dict) else {}
-        blends = told.get("name", "duo") == "duo" and told.get("gate") != "nested"
+        blends = told.get("name", "duo") == "duo" and told.get("gate") != "nested" and told.get("prior") is None
         return bool(low >= -0.01 and high <= 1.01) and blends
 
     def binarize(self, sparsity: float | None = None, threshold: float | None = None) -> HeadMask:
@@ -175,6 +175,32 @@ def average(patterns: Sequence[HeadPattern]) -> HeadPattern:
     scores = torch.stack([pattern.scores for pattern in patterns]).mean(0)
     seeds = [pattern.provenance.get("seed") for pattern in patterns]
     return replace(patterns[0], scores=scores, provenance=patterns[0].provenance | {"seeds": seeds})
+
+
+def places(scores: Tensor) -> Tensor:
+    """Where each score stands in their order, from 0, the lowest, to 1; equal scores share a place. Of any shape."""
+    _, which, counts = scores.unique(return_inverse=True, return_counts=True)
+    middle = counts.cumsum(0) - (counts + 1) / 2
+    return (middle / max(scores.numel() - 1, 1))[which]
+
+
+def weigh_in(pattern: HeadPattern, prior: HeadPattern, weight: float) -> HeadPattern:
+    """Let an order that is known already have a part in what was found.
+
+    Where a method hardly tells heads apart, its own samples decide by chance; another order, found otherwise, decides
+    there, and hardly where scores lie apart.
+
+    Args:
+        pattern: with scores in about [0, 1], such as those of gates.
+        prior: whose order counts, over the gated layers of `pattern`.
+        weight: positive, of a head's place in that order (`places`) beside its own score, which has weight 1.
+
+    Returns:
+        The pattern with the weighted means of both.
+    """
+    gated, scores = list(pattern.gated_layers), pattern.scores.clone()
+    scores[gated] = (scores[gated] + weight * places(prior.scores[gated])) / (1 + weight)
+    return replace(pattern, scores=scores)
 
 
 def random_mask(

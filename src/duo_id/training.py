@@ -36,8 +36,6 @@ StepBatch = dict[str, Any]  # with what `with_scored` adds
 KEPT = (  # settings of the method that a resumed run must have again
     "gate",
     "initial",
-    "start",
-    "spread",
     "temperature",
     "budgets",
     "blend",
@@ -66,7 +64,6 @@ class GateTraining(lightning.LightningModule):
         steps: int,
         sparsities: Sequence[float],
         seed: int = 0,
-        initial: Tensor | None = None,
     ) -> None:
         """Make the gates.
 
@@ -78,7 +75,6 @@ class GateTraining(lightning.LightningModule):
             steps: how many optimizer steps the learning rate is planned for.
             sparsities: at which fractions of streaming heads validation binarises the gates.
             seed: of gates that are drawn.
-            initial: how open each gate begins, (gated layers, KV heads); None: as the method says, all alike.
         """
         super().__init__()
         self.language_model, self.layers = model, layers
@@ -93,9 +89,8 @@ class GateTraining(lightning.LightningModule):
             method.tokens,
             BLENDS[method.blend],
         )
-        opened = method.initial if initial is None else initial
         self.gates = GATES[method.gate](
-            len(layers), layers[0].kv_heads, opened, method.temperature, seed, method.budgets
+            len(layers), layers[0].kv_heads, method.initial, method.temperature, seed, method.budgets
         )
         self.penalties = torch.nn.ModuleDict({name: self._penalty(name) for name in method.penalties})
         self.distill = GraphedLoss(self.distillation.loss) if step.cuda_graphs else self.distillation.loss

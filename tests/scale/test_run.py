@@ -128,13 +128,12 @@ def test_one_process_goes_on_with_it(lost: tuple[Path, Finished, float], alone: 
     assert alone.scores.unique().numel() > 3, "gates that never moved prove nothing"
 
 
-def test_processes_that_share_a_model_find_the_scores_that_gates_begin_with(device: str, tmp_path: Path) -> None:
-    begun = [*OVERRIDES, "method=nested", "+method@method.start=reconstruction"]
-    begun += ["method.start.samples=2", "method.lr=1e-6", "trainer.max_steps=1"]
-    finished = run_two(device, tmp_path, begun)
+def test_processes_that_share_a_model_find_the_prior_of_gates(device: str, tmp_path: Path) -> None:
+    few = [*OVERRIDES, "method@method.prior=reconstruction", "method.prior_weight=100", "trainer.max_steps=1"]
+    finished = run_two(device, tmp_path, few)
     assert finished.status == 0, finished.output
     found = load_pattern(tmp_path / "run").scores
-    alone = run_command("train", *begun, f"trainer.accelerator={device}", "hydra.run.dir=alone", folder=tmp_path)
+    alone = run_command("train", *few, f"trainer.accelerator={device}", "hydra.run.dir=alone", folder=tmp_path)
     assert alone.status == 0, alone.output
     assert found.unique().numel() == found.numel()
     torch.testing.assert_close(found, load_pattern(tmp_path / "alone").scores, atol=1e-4, rtol=0)
@@ -148,4 +147,12 @@ def test_scores_that_processes_cannot_share_are_refused(given: list[str], tmp_pa
     finished = run_two("cpu", tmp_path, [*plain, *given, "method.sink_size=4", "method.recent_size=60"])
     assert finished.status == 2, finished.output
     assert f"trainer.devices=2: {given[0]} works on 1 device; on several do trained gates" in finished.output
+    assert "Traceback" not in finished.output
+
+
+def test_a_prior_that_processes_cannot_share_is_refused(tmp_path: Path) -> None:
+    finished = run_two("cpu", tmp_path, [*OVERRIDES, "method@method.prior=reconstruction", "step.sequence_parallel=2"])
+    assert finished.status == 2, finished.output
+    assert "trainer.devices=2: method@method.prior=reconstruction works on 1 device" in finished.output
+    assert "method.prior=null does without" in finished.output
     assert "Traceback" not in finished.output

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from rich.table import Table
 
-from duo_id.patterns import HeadPattern
+from duo_id.patterns import HeadPattern, places
 from duo_id.style import UNGATED, draw_cells, hatch_ungated, number_heads, plain, style
 
 
@@ -102,8 +102,7 @@ def plot_agreement(patterns: Mapping[str, HeadPattern], sparsities: Sequence[flo
 def _ranked(pattern: HeadPattern) -> np.ndarray:
     """The places in the pattern's order as (layers, KV heads) in [0, 1]; layers without gates are 1."""
     gated, ranks = list(pattern.gated_layers), np.ones(pattern.scores.shape)
-    order = pattern.scores[gated].flatten().argsort(stable=True).argsort().numpy()
-    ranks[gated] = (order / max(len(order) - 1, 1)).reshape(len(gated), -1)
+    ranks[gated] = places(pattern.scores[gated]).numpy()
     return ranks
 
 
