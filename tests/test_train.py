@@ -232,6 +232,10 @@ def test_trains_on_samples_from_disk(tmp_path: Path) -> None:
     disk = ["data=disk", f"data.path={tmp_path / 'samples'}"]
     finished = run_command("train", *overrides, *disk, folder=tmp_path)
     assert finished.status == 0, finished.output
+    asked = [*overrides, *disk, "method@method.prior=reconstruction", f"hydra.run.dir={tmp_path / 'other'}"]
+    refused = run_command("train", *asked, folder=tmp_path)
+    assert refused.status == 2, refused.output
+    assert "has 3: lower method.prior.samples; method.prior=null does without" in refused.output
 
 
 @pytest.fixture(scope="module")

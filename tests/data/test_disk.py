@@ -164,5 +164,6 @@ def test_more_held_out_samples_than_there_are_is_refused(written, tokenizer):
     module = SampleModule(DataSettings(task="disk", path=str(written)), tokenizer, seed=0)
     rows = len(module.task("validation"))
     assert len(module.samples("validation", rows)) == rows
-    with pytest.raises(UserError, match=f"{rows + 1} validation samples are asked for, but data.path=.* has {rows}"):
+    asked = f"{rows + 1} validation samples are asked for, but data.path=.* has {rows}: lower comparison.validation_sam"
+    with pytest.raises(UserError, match=asked):
         module.samples("validation", rows + 1)

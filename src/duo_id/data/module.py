@@ -16,6 +16,12 @@ from duo_id.data.tasks import make_task
 from duo_id.errors import UserError
 from duo_id.ranks import Ranks
 
+ASKED_BY = {  # the settings that say how many samples of a split are looked at as a whole
+    "train": "method.samples",
+    "validation": "comparison.validation_samples, or in a sweep comparison.samples",
+    "test": "comparison.samples",
+}
+
 
 class SampleModule(LightningDataModule):
     """Training batches without end, and the first samples of the held-out splits.
@@ -68,7 +74,8 @@ class SampleModule(LightningDataModule):
         task = self.task(split)
         if isinstance(task, Sized) and count > len(task):  # one on disk
             raise UserError(
-                f"{count} {split} samples are asked for, but data.path={self.settings.path} has {len(task)}"
+                f"{count} {split} samples are asked for, but data.path={self.settings.path} has {len(task)}: lower "
+                f"{ASKED_BY[split]}"
             )
         return [task.sample(index, self.seed) for index in range(count)]
 
