@@ -81,7 +81,7 @@ def test_the_default_is_the_measured_method(chosen: str, tmp_path: Path) -> None
     method = settings_of("train", TrainSettings, chosen, folder=tmp_path).method
     assert (method.blend, method.gate, method.objective) == ("student", "nested", "kl_next_token")
     assert method.tokens == "labelled"
-    assert method.prior is None
+    assert (method.prior, method.prior_weight) == (None, 0.05)
     assert (method.initial, method.temperature, list(method.budgets)) == (0.5, 0.3, [0.4, 0.97])
     assert (method.penalty, method.reg_weight) == ("l1", 0)
     if chosen == "experiment=best":

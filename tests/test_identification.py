@@ -11,7 +11,9 @@ import torch
 from duo_id import identification, load_pattern
 from duo_id.formats import save_pattern
 from duo_id.patterns import HeadPattern, places
+from duo_id.plots import read_metrics
 from duo_id.scores.candidates import MaskLosses
+from duo_id.scores.registry import random_scores
 from duo_id.training import GateTraining
 from tests.commands import QUICK, run_command
 
@@ -146,14 +148,61 @@ def test_a_prior_may_be_a_method_of_the_same_run_and_of_its_samples(tmp_path: Pa
 
 def test_a_resumed_run_has_its_prior_again_or_another(tmp_path: Path) -> None:
     save_pattern(HeadPattern(PRIOR, 4, 60), tmp_path / "saved", [0.5])
-    few = [*QUICK, *SMALL, "method=nested", "trainer.max_steps=1"]
-    assert run_command("train", *few, "method@method.prior=random", folder=tmp_path).status == 0
+    few = [*QUICK, *SMALL, "method=nested", "trainer.max_steps=1", "method.prior_weight=1e6"]
+    by_name = ["method@method.prior=saliency", "method.prior.samples=1"]
+    assert run_command("train", *few, *by_name, folder=tmp_path).status == 0
     found = load_pattern(tmp_path / "run").scores
-    for changes, expected in ([], found), ([f"method.prior={tmp_path / 'saved'}", "method.prior_weight=1e6"], PLACES):
+    saved, other = f"method.prior={tmp_path / 'saved'}", "method@method.prior=random"
+    drawn = places(random_scores((3, 2), 0))
+    for changes, expected in ([], found), ([saved], PLACES), ([other], drawn):
         shutil.rmtree(tmp_path / "run" / "heads")
         resumed = run_command("train", f"resume={tmp_path / 'run'}", *changes, folder=tmp_path)
         assert resumed.status == 0, resumed.output
         torch.testing.assert_close(load_pattern(tmp_path / "run").scores, expected, atol=1e-4, rtol=0)
+
+
+def test_each_seed_has_a_prior_of_its_own(tmp_path: Path) -> None:
+    few = [*QUICK, *SMALL, "method@method.prior=random", "method.prior_weight=1e6", "repeats=2", "seed=3"]
+    finished = run_command("train", *few, folder=tmp_path)
+    assert finished.status == 0, finished.output
+    for seed in 3, 4:
+        found = load_pattern(tmp_path / "run" / f"seed-{seed}").scores
+        torch.testing.assert_close(found, places(random_scores((3, 2), seed)), atol=1e-4, rtol=0)
+
+
+def test_an_interrupted_search_for_a_prior_goes_on_and_logs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [*QUICK, *SMALL, "method@method.prior=search", "method.prior.samples=1", "+method@method.prior.start=duo"]
+    plain_call, calls = MaskLosses.__call__, [0]
+
+    def interrupted(self: MaskLosses, masks: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+        return plain_call(self, masks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskLosses, "__call__", interrupted)
+        finished = run_command("train", *few, folder=tmp_path)
+    assert finished.status == 130, finished.output
+    kept = tmp_path / "run" / "prior" / "search.json"
+    before = json.loads(kept.read_text())["first"]
+    assert len(before) == 3
+    resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
+    assert resumed.status == 0, resumed.output
+    assert json.loads(kept.read_text())["first"][:3] == before
+    logged = read_metrics(tmp_path / "run").columns
+    assert "train/loss" in logged
+    assert "train/penalty" not in logged, "nested gates have none, those that the search began with do"
+
+
+def test_a_prior_of_other_layers_is_refused_before_training(tmp_path: Path) -> None:
+    save_pattern(HeadPattern(PRIOR, 4, 60, (0, 1)), tmp_path / "saved", [0.5])
+    finished = run_command("train", *QUICK, *SMALL, f"method.prior={tmp_path / 'saved'}", folder=tmp_path)
+    assert finished.status == 2, finished.output
+    assert "has scores of layers [0, 1], not of [2]" in finished.output
+    assert "step 1/2" not in finished.output
 
 
 @pytest.mark.parametrize(

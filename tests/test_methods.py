@@ -176,7 +176,7 @@ def test_penalties_are_weights() -> None:
     assert settings("duo", penalty={"l1": 1, "binary": 0.5}).penalties == {"l1": 1, "binary": 0.5}
 
 
-def test_a_start_is_a_method_over_the_same_window() -> None:
+def test_a_start_or_prior_is_a_method_over_the_same_window() -> None:
     given = {"name": "duo", "sink_size": 99, "recent_size": 98, "lr": 0.5}
     found = settings("search", start=given, between=[0.2, 0.5])
     assert isinstance(found, SearchSettings)
@@ -216,7 +216,7 @@ def test_starts_may_be_nested() -> None:
     ],
     ids=str,
 )
-def test_mistakes_of_a_start_name_its_override(start: dict[str, Any], message: str) -> None:
+def test_mistakes_of_a_start_or_prior_name_its_override(start: dict[str, Any], message: str) -> None:
     for name, key in ("search", "start"), ("duo", "prior"):
         named = re.escape(message.replace("method.start", f"method.{key}"))
         with pytest.raises(UserError, match=f"^{named}") as error:
@@ -227,10 +227,7 @@ def test_mistakes_of_a_start_name_its_override(start: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"prior": {"name": "duo"}},
-            "method@method.prior=duo: what has a part in the scores of gates",
-        ),
+        ({"prior": {"name": "duo"}}, "method@method.prior=NAME: nested and duo cannot be named"),
         ({"prior": "DIR", "prior_weight": 0}, "method.prior_weight=0.0 must be a positive number; method.prior=null"),
         ({"prior_weight": math.inf}, "method.prior_weight=inf must be a positive number"),
         ({"prior_weight": math.nan}, "method.prior_weight=nan must be a positive number"),
@@ -244,7 +241,7 @@ def test_mistakes_of_a_prior_name_what_to_change(changes: dict[str, Any], messag
         settings("duo", **changes)
 
 
-def test_a_mistake_at_work_on_a_start_names_its_overrides_but_for_the_windows() -> None:
+def test_a_mistake_at_work_on_an_order_names_its_overrides_but_for_the_windows() -> None:
     message = "method=saliency: raise data.length_min, or lower method.recent_size, or method.samples=8"
     named = (
         "method@method.start=saliency: raise data.length_min, or lower method.recent_size, or method.start.samples=8"

@@ -221,3 +221,23 @@ def test_a_prior_is_weighed_in_over_the_gated_layers() -> None:
     torch.testing.assert_close(found.scores, torch.stack([expected[0], torch.tensor(ones), expected[1]]))
     assert (found.sink_size, found.recent_size, found.gated_layers, found.provenance) == (4, 8, (0, 2), {"seed": 3})
     assert pattern.scores[0, 0] == pytest.approx(0.2)
+
+
+def test_any_weight_of_a_prior_gives_scores_between_both() -> None:
+    pattern = HeadPattern(torch.tensor([[0.2, 0.6]]), 4, 8)
+    prior = HeadPattern(torch.tensor([[5.0, -1.0]]), 4, 8)
+    torch.testing.assert_close(weigh_in(pattern, prior, 1e300).scores, torch.tensor([[1.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [
+        (HeadPattern(torch.ones(2, 2), 4, 8), "2 layers x 2 KV heads, but the pattern has 3"),
+        (HeadPattern(torch.ones(4, 2), 4, 8), "4 layers x 2 KV heads, but the pattern has 3"),
+        (HeadPattern(torch.ones(3, 4), 4, 8), "3 layers x 4 KV heads, but the pattern has 3"),
+        (HeadPattern(torch.ones(3, 2), 4, 8, (0, 1)), r"scores of layers \[0, 1\], not of \[2\], whose heads"),
+    ],
+)
+def test_a_prior_that_orders_other_heads_is_refused(prior: HeadPattern, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        weigh_in(HeadPattern(torch.ones(3, 2), 4, 8, (0, 2)), prior, 0.1)

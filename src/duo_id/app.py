@@ -98,12 +98,22 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
     given = {override.split("=")[0]: override for override in HydraConfig.get().overrides.task}
     if config.get("resume"):
         try:
-            given = json.loads((Path(config.resume) / OVERRIDES).read_text()) | given
+            given = _under(given, json.loads((Path(config.resume) / OVERRIDES).read_text())) | given
         except (OSError, ValueError) as error:
             raise UserError(f"resume={config.resume}: {OVERRIDES} cannot be read ({error})") from error
         config = hydra.compose(HydraConfig.get().job.config_name, overrides=list(given.values()))
     given.pop("resume", None)
     return config, folder, given
+
+
+def _under(given: dict[str, str], saved: dict[str, str]) -> dict[str, str]:
+    """The saved overrides but those of what a group that is given anew (GROUP@PACKAGE) fills."""
+    packages = [key.partition("@")[2] for key in given if "@" in key]
+    return {
+        key: override
+        for key, override in saved.items()
+        if not any(f"{key}.".startswith(f"{package}.") for package in packages)
+    }
 
 
 def keep_overrides(folder: Path, given: dict[str, str]) -> None:

@@ -121,6 +121,7 @@ def _order(key: str, given: Any, run: Run) -> HeadPattern | None:
     try:
         pattern = load_pattern(str(given))
         pattern.check_fits(run.model.num_layers, run.layers[0].kv_heads, run.model.name)
+        pattern.check_scores(layer.index for layer in run.layers)
     except UserError as error:
         known = f"; the method of that name is {by_name(key)}={given}" if given in METHODS else ""
         raise UserError(f"method.{key}={given}: {error}{known}") from error
@@ -130,7 +131,7 @@ def _order(key: str, given: Any, run: Run) -> HeadPattern | None:
 def _prior(method: GateSettings, run: Run) -> HeadPattern | None:
     """The pattern whose order has a part in the scores of gates; what is wrong with it says how to do without."""
     try:
-        return _order("prior", method.prior, run)
+        return _order("prior", method.prior, replace(run, loggers=()))  # they show the gates' own training
     except UserError as error:
         raise UserError(f"{error}; method.prior=null does without") from error
 

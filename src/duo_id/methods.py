@@ -183,8 +183,8 @@ class GateSettings(MethodSettings):
         self.prior = _typed_order("prior", self.prior, self)
         require(
             not isinstance(self.prior, GateSettings),
-            "method@method.prior=duo: what has a part in the scores of gates is found without gates; for the order of "
-            "others give the folder of their run, method.prior=DIR",
+            "method@method.prior=NAME: nested and duo cannot be named, what has a part in the scores of gates is found "
+            "without gates; for the order of others give the folder of their run, method.prior=DIR",
         )
         if "target" in self.penalties:
             require(

@@ -146,6 +146,15 @@ class HeadPattern:
         kind = f"pattern (of {found_on})" if found_on else "pattern"
         _check_fits(kind, self.scores, layers, kv_heads, model_name)
 
+    def check_scores(self, gated_layers: Iterable[int]) -> None:
+        """Raise a `UserError` unless the heads of all these layers were scored, so that they have an order."""
+        unscored = sorted(set(gated_layers) - set(self.gated_layers))
+        if unscored:
+            raise UserError(
+                f"this head pattern has scores of layers {list(self.gated_layers)}, not of {unscored}, whose heads are "
+                "to be ordered"
+            )
+
     def push_to_hub(self, repo: str, **options: Any) -> str:
         """Share the pattern on the model hub: `duo_id.sharing.push_to_hub`, whose arguments these are.
 
@@ -197,9 +206,15 @@ def weigh_in(pattern: HeadPattern, prior: HeadPattern, weight: float) -> HeadPat
 
     Returns:
         The pattern with the weighted means of both.
+
+    Raises:
+        UserError: the prior is of another shape, or lacks scores of a gated layer.
     """
+    layers, kv_heads = pattern.scores.shape
+    prior.check_fits(layers, kv_heads, "the pattern")
+    prior.check_scores(pattern.gated_layers)
     gated, scores = list(pattern.gated_layers), pattern.scores.clone()
-    scores[gated] = (scores[gated] + weight * places(prior.scores[gated])) / (1 + weight)
+    scores[gated] = scores[gated].lerp(places(prior.scores[gated]), weight / (1 + weight))
     return replace(pattern, scores=scores)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from duo_id.formats import load_pattern
-from duo_id.patterns import HeadPattern
+from duo_id.patterns import HeadPattern, places
 from tests.commands import Finished, run_command
 from tests.processes import run_file, start
 from tests.scale.devices import environment
@@ -129,7 +129,7 @@ def test_one_process_goes_on_with_it(lost: tuple[Path, Finished, float], alone: 
 
 
 def test_processes_that_share_a_model_find_the_prior_of_gates(device: str, tmp_path: Path) -> None:
-    few = [*OVERRIDES, "method@method.prior=reconstruction", "method.prior_weight=100", "trainer.max_steps=1"]
+    few = [*OVERRIDES, "method@method.prior=reconstruction", "method.prior_weight=1e6", "trainer.max_steps=1"]
     finished = run_two(device, tmp_path, few)
     assert finished.status == 0, finished.output
     found = load_pattern(tmp_path / "run").scores
@@ -137,6 +137,7 @@ def test_processes_that_share_a_model_find_the_prior_of_gates(device: str, tmp_p
     assert alone.status == 0, alone.output
     assert found.unique().numel() == found.numel()
     torch.testing.assert_close(found, load_pattern(tmp_path / "alone").scores, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, places(found), atol=1e-4, rtol=0)  # the prior's, not those of gates after a step
 
 
 @pytest.mark.parametrize(
