@@ -4,14 +4,17 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from duo_id import identification, load_pattern
+from duo_id import identification, load_pattern, recompute
 from duo_id.formats import save_pattern
+from duo_id.memory import MemoryPlanner, Plan
 from duo_id.patterns import HeadPattern, places
 from duo_id.plots import read_metrics
+from duo_id.recompute import Keep
 from duo_id.scores.candidates import MaskLosses
 from duo_id.scores.registry import random_scores
 from duo_id.training import GateTraining
@@ -222,6 +225,47 @@ def test_what_is_wrong_with_a_prior_names_its_overrides(changes: list[str], mess
     (line,) = [line for line in finished.output.splitlines() if line.startswith("error: ")]
     assert message in line
     assert not (tmp_path / "run" / "overrides.json").exists()
+
+
+SALIENCY = [*(override for override in SEARCH if "method=" not in override), "method=saliency"]
+
+
+@pytest.mark.parametrize("kind", ["gradient", "fisher"])
+def test_scores_by_backward_passes_keep_what_the_memory_holds(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels: list[set[Keep]] = []
+    again = Mock(side_effect=recompute.checkpoint)
+
+    def noted(self: MemoryPlanner, tokens: int) -> Plan:
+        plan = arrange(self, tokens)
+        levels.append(set(self.recomputation.levels))
+        return plan
+
+    arrange = MemoryPlanner.arrange
+    monkeypatch.setattr(MemoryPlanner, "arrange", noted)
+    monkeypatch.setattr(recompute, "checkpoint", again)
+    found, computed_again = [], []
+    for memory in "auto", "least", "1GiB":
+        folder = tmp_path / memory
+        few = [*SALIENCY, f"method.kind={kind}", f"step.memory={memory}", f"hydra.run.dir={folder}"]
+        finished = run_command("train", *few, folder=tmp_path)
+        assert finished.status == 0, finished.output
+        found.append(load_pattern(folder).scores)
+        computed_again.append(again.called)
+        again.reset_mock()
+    assert levels == [{Keep.ALL}]
+    assert computed_again[:2] == [False, True]
+    assert found[0].unique().numel() == found[0].numel()
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_a_score_that_does_not_fit_the_memory_is_refused(tmp_path: Path) -> None:
+    finished = run_command("train", *SALIENCY, "step.memory=1MiB", folder=tmp_path)
+    assert finished.status == 2, finished.output
+    assert "step.memory: a step of " in finished.output
+    assert "Traceback" not in finished.output
 
 
 def test_a_search_of_another_run_in_the_folder_is_forgotten(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Any method on any model: from settings to a head pattern, perhaps from several seeds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,24 @@ from torch import Tensor
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.checkpoints import CHECKPOINT, AtomicCheckpointIO, LastCheckpoint
-from duo_id.config import MethodSettings, TrainSettings, require
+from duo_id.config import MethodSettings, StepSettings, TrainSettings, require
 from duo_id.data.module import SampleModule
+from duo_id.data.samples import Sample
 from duo_id.errors import UserError
 from duo_id.formats import load_pattern
 from duo_id.history import GateHistory
-from duo_id.methods import METHODS, AttentionSettings, GateSettings, ScoreSettings, SearchSettings, by_name, of_order
+from duo_id.methods import (
+    METHODS,
+    GateSettings,
+    SaliencySettings,
+    ScoreSettings,
+    SearchSettings,
+    by_name,
+    of_order,
+)
 from duo_id.mistakes import built
 from duo_id.models import LanguageModel
+from duo_id.objectives import make_objective
 from duo_id.patterns import HeadPattern, weigh_in
 from duo_id.progress import TrainingBar
 from duo_id.scores.registry import ORDER, mean_scores, random_scores, search_scores
@@ -85,11 +96,11 @@ def identify(method: MethodSettings, run: Run) -> HeadPattern:
     if isinstance(method, GateSettings):
         return _trained(method, run)
     ranks, devices = run.model.ranks, run.settings.trainer.get("devices")
-    alike = isinstance(method, AttentionSettings) and ranks.group is None  # each process finds the same
+    alike = ranks.group is None and not isinstance(method, SearchSettings)  # each process finds the same
     require(
         ranks.world == 1 or alike,
         f"trainer.devices={devices}: method={method.name} works on 1 device; on several do trained gates, and without "
-        "step.sequence_parallel the scores of attention weights",
+        "step.sequence_parallel all but searches",
     )
     data = run.data()
     data.task("train")  # what cannot work is refused before anything is computed
@@ -104,7 +115,22 @@ def identify(method: MethodSettings, run: Run) -> HeadPattern:
         start = _order("start", method.start, run)
         scores, told = search_scores(subject, samples, method, start, run.folder, run.console)
         return run.pattern(method, scores, **told)
-    return run.pattern(method, mean_scores(subject, samples, method, run.console))
+    with _within_memory(subject, samples, method, run.settings.step):
+        return run.pattern(method, mean_scores(subject, samples, method, run.console))
+
+
+@contextmanager
+def _within_memory(
+    subject: Subject, samples: Sequence[Sample], method: ScoreSettings, step: StepSettings
+) -> Iterator[None]:
+    """Let layers keep what the memory holds of the longest sample, where a score takes a backward pass."""
+    if not isinstance(method, SaliencySettings):
+        yield
+        return
+    distillation = subject.distillation(make_objective(method.objective), method.tokens)
+    with prepared(distillation, replace(step, compile=False)) as arrange:  # a few passes do not pay for compiling
+        arrange(max(len(sample["input_ids"]) for sample in samples))
+        yield
 
 
 def _order(key: str, given: Any, run: Run) -> HeadPattern | None:

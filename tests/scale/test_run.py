@@ -128,8 +128,16 @@ def test_one_process_goes_on_with_it(lost: tuple[Path, Finished, float], alone: 
     assert alone.scores.unique().numel() > 3, "gates that never moved prove nothing"
 
 
-def test_processes_that_share_a_model_find_the_prior_of_gates(device: str, tmp_path: Path) -> None:
-    few = [*OVERRIDES, "method@method.prior=reconstruction", "method.prior_weight=1e6", "trainer.max_steps=1"]
+@pytest.mark.parametrize(
+    "prior",
+    [
+        ["method@method.prior=reconstruction"],
+        ["method@method.prior=saliency", "method.prior.kind=fisher", "method.prior.samples=2", "step.memory=least"],
+    ],
+    ids=str,
+)
+def test_processes_that_share_a_model_find_the_prior_of_gates(prior: list[str], device: str, tmp_path: Path) -> None:
+    few = [*OVERRIDES, *prior, "method.prior_weight=1e6", "trainer.max_steps=1"]
     finished = run_two(device, tmp_path, few)
     assert finished.status == 0, finished.output
     found = load_pattern(tmp_path / "run").scores
@@ -141,7 +149,13 @@ def test_processes_that_share_a_model_find_the_prior_of_gates(device: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    "given", [["method=saliency"], ["method=reconstruction", "step.sequence_parallel=2"], ["method=search"]], ids=str
+    "given",
+    [
+        ["method=saliency", "step.sequence_parallel=2"],
+        ["method=reconstruction", "step.sequence_parallel=2"],
+        ["method=search"],
+    ],
+    ids=str,
 )
 def test_scores_that_processes_cannot_share_are_refused(given: list[str], tmp_path: Path) -> None:
     plain = [override for override in OVERRIDES if not override.startswith("method")]
