@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from duo_id import identification, load_pattern, recompute
+from duo_id.checkpoints import CHECKPOINT
 from duo_id.formats import save_pattern
 from duo_id.memory import MemoryPlanner, Plan
 from duo_id.patterns import HeadPattern, places
@@ -91,10 +92,31 @@ def test_an_interrupted_search_keeps_its_order_and_goes_on(tmp_path: Path, monke
         finished = run_command("train", *SEARCH, folder=tmp_path)
     assert finished.status == 130
     assert f"resume={tmp_path / 'run'}" in finished.output
-    assert len(json.loads((tmp_path / "run" / "search.json").read_text())["first"]) == 3
+    state = json.loads((tmp_path / "run" / "search.json").read_text())
+    assert len(state["first"]) == 3
+    assert 0 < state["seconds"] < 100
+    (tmp_path / "run" / "search.json").write_text(json.dumps(state | {"seconds": 1000}))  # as if it took that long
     resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
     assert resumed.status == 0, resumed.output
-    assert torch.equal(load_pattern(tmp_path / "run").scores, load_pattern(tmp_path / "whole").scores)
+    found, whole = load_pattern(tmp_path / "run"), load_pattern(tmp_path / "whole")
+    assert torch.equal(found.scores, whole.scores)
+    assert 1000 < found.provenance["seconds"] < 1100
+    assert 0 < whole.provenance["seconds"] < 100
+    assert found.provenance.keys() == whole.provenance.keys()
+
+
+def test_the_seconds_of_resumed_gates_are_those_of_all_parts(tmp_path: Path) -> None:
+    few = [*QUICK, *SMALL, "trainer.max_steps=1"]
+    assert run_command("train", *few, folder=tmp_path).status == 0
+    checkpoint = torch.load(tmp_path / "run" / CHECKPOINT)
+    elapsed = checkpoint["callbacks"]["Timer"]["time_elapsed"]
+    assert 0 < elapsed["train"] < load_pattern(tmp_path / "run").provenance["seconds"]
+    elapsed["train"] = 1000.0  # as if it took that long
+    torch.save(checkpoint, tmp_path / "run" / CHECKPOINT)
+    for steps in 2, 2:  # the second time nothing is left to do
+        resumed = run_command("train", f"resume={tmp_path / 'run'}", f"trainer.max_steps={steps}", folder=tmp_path)
+        assert resumed.status == 0, resumed.output
+        assert 1000 < load_pattern(tmp_path / "run").provenance["seconds"] < 1100
 
 
 @pytest.mark.parametrize("start", ["+method@method.start=saliency", "+method@method.start=duo", "method.start=SAVED"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import LambdaCallback, Timer
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from torch import Tensor
@@ -166,7 +166,7 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
     """Gates, trained by Lightning."""
     settings, data = run.settings, run.data()
     data.task("train")
-    steps, checkpoint = settings.trainer["max_steps"], run.folder / CHECKPOINT
+    steps, checkpoint, timer = settings.trainer["max_steps"], run.folder / CHECKPOINT, Timer()
     trainer = built(
         "trainer",
         # The stream of samples has no end, and ranks are told apart where samples are made.
@@ -177,6 +177,7 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
             TrainingBar(),
             *([GateHistory(run.folder)] if run.model.ranks.first else []),
             GateTracking(settings.sparsity),
+            timer,
             LambdaCallback(on_train_start=lambda *_: run.accepted()),
         ],
         plugins=[AtomicCheckpointIO()],
@@ -194,5 +195,11 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
         trainer.fit(gates, datamodule=data, ckpt_path=before, weights_only=True)
     if gates.interrupted:
         raise KeyboardInterrupt
-    pattern = gates.pattern(steps=trainer.global_step)
+    pattern = gates.pattern(steps=trainer.global_step, seconds_before=_before(timer))
     return pattern if prior is None else weigh_in(pattern, prior, method.prior_weight)
+
+
+def _before(timer: Timer) -> float:
+    """Seconds of training in earlier parts of a resumed run, as its checkpoint told."""
+    start, end = timer.start_time(), timer.end_time()
+    return timer.time_elapsed() - (0.0 if start is None or end is None else end - start)

@@ -157,8 +157,9 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
             pattern = identify(
                 settings.method, replace(run, folder=folder, seed=seed, accepted=accepted, loggers=loggers)
             )
-            took = {"seconds": time.perf_counter() - began}
-            pattern = replace(pattern, provenance=known | took | pattern.provenance)
+            told = dict(pattern.provenance)
+            took = {"seconds": time.perf_counter() - began + told.pop("seconds_before", 0.0)}
+            pattern = replace(pattern, provenance=known | took | told)
             sparsities = _sparsities(settings, pattern)
             if run.model.ranks.first:
                 save_pattern(pattern, folder / "heads", sparsities)

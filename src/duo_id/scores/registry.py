@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -96,13 +97,14 @@ def search_scores(
     order = Order(subject.shape)
     if start is not None:
         order = from_scores(start.scores[[layer.index for layer in subject.layers]], settings.between)
-    path = folder / ORDER
+    path, before, began = folder / ORDER, 0.0, time.perf_counter()
     if path.is_file():
-        order = _read(path, order)
+        order, before = _read(path, order)
 
     def decided(order: Order) -> None:
         state = {"shape": order.shape, "first": order.first, "last": order.last, "hints": order.hints.tolist()}
-        write_text(path, json.dumps(state | {"swaps": order.swaps}))
+        seconds = before + time.perf_counter() - began
+        write_text(path, json.dumps(state | {"swaps": order.swaps, "seconds": seconds}))
         progress.update(bar, completed=order.swaps or heads - len(order.open))
 
     heads, told = len(order.hints), dict[str, Any](samples=len(samples))
@@ -123,7 +125,7 @@ def search_scores(
             progress.update(bar, description="exchanging heads", total=settings.max_swaps, completed=0)
             swap(order, losses, streaming, settings.max_swaps, settings.swap_width, decided)
             told |= {"swaps": order.swaps, "budget": settings.swap_at}
-    return order.scores(), told | {"forwards": round(losses.forwards, 1)}
+    return order.scores(), told | {"forwards": round(losses.forwards, 1), "seconds_before": before}
 
 
 def batch_tokens_for(subject: Subject, logits: float) -> int:
@@ -142,11 +144,13 @@ def batch_tokens_for(subject: Subject, logits: float) -> int:
     return max(1, int(free / 3 / width / subject.model.model.dtype.itemsize))
 
 
-def _read(path: Path, expected: Order) -> Order:
+def _read(path: Path, expected: Order) -> tuple[Order, float]:
+    """An order so far, and the seconds that it took."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         hints = torch.tensor([float(hint) for hint in state["hints"]])
         order = Order(tuple(state["shape"]), list(state["first"]), list(state["last"]), hints, state.get("swaps", 0))
+        seconds = float(state.get("seconds", 0.0))
         whole = len(hints) == math.prod(order.shape) and sorted(order.all) == list(range(len(hints)))
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"resume: {path} cannot be read ({error!r}): delete it to start anew") from error
@@ -154,7 +158,7 @@ def _read(path: Path, expected: Order) -> Order:
         raise UserError(f"resume: {path} orders {order.shape} heads, this model has {expected.shape}")
     if not whole:
         raise UserError(f"resume: {path} does not name each head once: delete it to start anew")
-    return order
+    return order, seconds
 
 
 @contextmanager
