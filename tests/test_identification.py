@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Timer
 
 from duo_id import identification, load_pattern, recompute
 from duo_id.checkpoints import CHECKPOINT
@@ -102,7 +104,19 @@ def test_an_interrupted_search_keeps_its_order_and_goes_on(tmp_path: Path, monke
     assert torch.equal(found.scores, whole.scores)
     assert 1000 < found.provenance["seconds"] < 1100
     assert 0 < whole.provenance["seconds"] < 100
-    assert found.provenance.keys() == whole.provenance.keys()
+    assert "seconds_before" not in found.provenance
+    assert json.loads((tmp_path / "run" / "search.json").read_text())["seconds"] > 1000, "for a third part"
+
+
+def test_seconds_before_are_those_of_the_checkpoint_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([5.0, 12.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    timer = Timer()
+    timer.load_state_dict({"time_elapsed": {"train": 1000.0}})
+    timer.on_train_start(Mock(), Mock())
+    timer.on_train_end(Mock(), Mock())
+    assert timer.time_elapsed() == 1007
+    assert identification._before(timer) == 1000
 
 
 def test_the_seconds_of_resumed_gates_are_those_of_all_parts(tmp_path: Path) -> None:
