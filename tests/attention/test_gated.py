@@ -34,12 +34,25 @@ def test_padding_changes_nothing_for_real_tokens(family: str, side: str, make_mo
     torch.testing.assert_close(batch[1, real], alone[1], atol=2e-5, rtol=1e-4)
 
 
-def test_a_mask_with_holes_is_refused(make_model: MakeModel, ids: Tensor) -> None:
+def test_tokens_hidden_in_the_middle_are_as_if_they_were_not_there(make_model: MakeModel, ids: Tensor) -> None:
     model = make_model("llama")
     mask = torch.ones_like(ids)
-    mask[0, 5] = mask[0, 0] = 0
-    mask[0, 1] = 1
-    with attached(model), pytest.raises(UserError, match="holes"):
+    mask[0, [0, 5, 6, 30]] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    real = mask[0].bool()
+    with attached(model) as layers, bound(layers, gates(layers, torch.full((len(layers), layers[0].kv_heads), 0.3))):
+        found = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        for row, alone in ((found[0, real], ids[:1, real]), (found[1], ids[1:])):
+            expected = model(alone, use_cache=False).logits[0]
+            torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_tokens_hidden_in_the_middle_are_refused_where_a_window_slides(make_model: MakeModel, ids: Tensor) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = make_model("gemma3_text", head_dim=16, sliding_window=9, layer_types=kinds, num_hidden_layers=4)
+    mask = torch.ones_like(ids)
+    mask[0, 5] = 0
+    with attached(model), pytest.raises(UserError, match="hides tokens in the middle"):
         model(ids, attention_mask=mask, use_cache=False)
 
 

@@ -65,11 +65,21 @@ def brute_force(model: PreTrainedModel, retrieval: Tensor, sink: int, recent: in
             out[:, head] = shares / total @ value[:, kv_head].double()
         return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, padding)
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    name = (
+        before if before == "duo_id" else NAME
+    )  # under a mask no other name may be set, so the function takes its place
+    kinds = (AttentionInterface, AttentionMaskInterface)
+    kept = [kind()._global_mapping.get(name) for kind in kinds]
+    for kind, function in zip(kinds, (attend, padding), strict=True):
+        kind.register(name, function)
+    if before != name:
+        model.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        if before != name:
+            model.set_attn_implementation(before)
+        for kind, function in zip(kinds, kept, strict=True):
+            if function is not None:
+                kind.register(name, function)

@@ -1,5 +1,7 @@
 """What the dual cache holds, and what it does when it is grown, filled up, cropped, reordered and emptied."""
 
+import random
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -357,8 +359,8 @@ def test_crop_in_a_padded_batch_goes_by_the_real_tokens(max_length: int | None) 
     with duo_attention(given.model, given.mask):
         cache = dual_cache(given.model, max_length)
         step(given, cache, ids[2:], real[2:])
-        with pytest.raises(UserError, match=r"crop\(-6\): a sample has 5 tokens"):
-            cache.crop(-6)
+        with pytest.raises(UserError, match=r"crop\(-21\): a sample has 20 tokens"):
+            cache.crop(-21)
         cache.crop(-3)
         check_goes_on(given, cache, ids[2:, :-3], real[2:, :-3])
         cache = dual_cache(given.model, max_length)
@@ -402,19 +404,87 @@ def test_crops_that_mean_nothing(max_length: int | None) -> None:
         check_unchanged(cache, before)
 
 
-def test_assisted_generation_crops() -> None:
-    """Candidates are looked up in the prompt and mostly thrown away again."""
-    given, ids = case("llama", "all"), random_ids(1, 4).repeat(1, 5)
-    options = {"max_new_tokens": 20, "do_sample": False, "prompt_lookup_num_tokens": 4}
-    wanted = given.model.generate(ids, max_new_tokens=20, do_sample=False)
+@kinds
+def test_crop_takes_columns_whatever_lies_in_them(max_length: int | None) -> None:
+    """Padding after tokens, and in the middle, is taken back with the tokens beside it."""
+    given, ids = case("llama", "all"), random_ids(2, 20)
+    real = torch.ones_like(ids)
+    real[0, 15:] = 0
+    real[1, 12:17] = 0
     with duo_attention(given.model, given.mask):
-        assert torch.equal(given.model.generate(ids, **options), wanted)
+        for count in (3, 7, 10):
+            cache = dual_cache(given.model, max_length)
+            step(given, cache, ids[:, :10], real[:, :10])
+            step(given, cache, ids[:, 10:], real)
+            cache.crop(-count)
+            assert cache.tokens.held == real[:, :-count].sum(-1).tolist()
+            check_goes_on(given, cache, ids[:, :-count], real[:, :-count])
+
+
+# Assisted generation
+
+
+@pytest.mark.parametrize("kind", ["all", "mixed", "none"])
+@pytest.mark.parametrize("family", SOME)
+def test_prompt_lookup_writes_what_decoding_writes(family: str, kind: str) -> None:
+    """Candidates are looked up in the prompt and mostly thrown away again, far beyond every window."""
+    given, ids = case(family, kind), random_ids(1, 4).repeat(1, 9)
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
+    with duo_attention(given.model, given.mask):
+        wanted = given.model.generate(ids, **options)
+        assert torch.equal(given.model.generate(ids, prompt_lookup_num_tokens=4, **options), wanted)
+
+
+@pytest.mark.parametrize("masked", ["both", "draft", "main"])
+def test_a_draft_model_changes_nothing(masked: str) -> None:
+    given, draft, ids = case("llama"), tiny_model("llama", num_hidden_layers=2), random_ids(1, 30)
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
+    with ExitStack() as stack:
+        if masked != "draft":
+            stack.enter_context(duo_attention(given.model, given.mask))
+        if masked != "main":
+            stack.enter_context(duo_attention(draft, mask_for(draft)))
+        wanted = given.model.generate(ids, **options)
+        assert torch.equal(given.model.generate(ids, assistant_model=draft, **options), wanted)
+
+
+def test_an_early_exit_drafts_too() -> None:
+    given, ids = case("llama"), random_ids(1, 30)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    with duo_attention(given.model, given.mask):
+        wanted = given.model.generate(ids, **options)
+        assert torch.equal(given.model.generate(ids, assistant_early_exit=2, **options), wanted)
+    assert given.model.config.num_hidden_layers == 4
+
+
+@families
+@pytest.mark.parametrize("chunk", [1, 3, 30])
+def test_recorded_tokens_come_back_into_the_window(family: str, chunk: int) -> None:
+    """Again and again, in chunks below and above the window; beyond what is recorded it is refused."""
+    given, cache_ids, draw = case(family), random_ids(2, 20), random.Random(chunk)
+    with duo_attention(given.model, given.mask):
+        cache, ids = filled(given, None, 20)
+        cache.activate_past_recording(6)
+        assert cache.is_croppable
+        ids = cache_ids
+        for turn in range(12):
+            extra = random_ids(2, chunk, seed=turn)
+            step(given, cache, extra)
+            ids = torch.cat([ids, extra], 1)
+            count = min(draw.randrange(8), chunk)
+            cache.crop(-count)
+            ids = ids[:, : ids.shape[1] - count]
+        twin = cache.fork(torch.tensor([1, 0]))
+        check_goes_on(given, cache, ids)
+        check_goes_on(given, twin, ids.flip(0))
+        with pytest.raises(UserError, match="activate_past_recording"):
+            cache.crop(-8)
+
+
+def test_a_static_cache_records_nothing() -> None:
     given = case("llama")
-    with (
-        duo_attention(given.model, given.mask),
-        pytest.raises(UserError, match="assisted generation"),
-    ):
-        given.model.generate(ids, **options)
+    with duo_attention(given.model, given.mask), pytest.raises(UserError, match="static"):
+        dual_cache(given.model, 50).activate_past_recording()
 
 
 # Samples of the batch

@@ -14,7 +14,18 @@ from duo_id import DualCache, HeadMask, dual_cache, duo_attention, install, pref
 from duo_id.errors import UserError
 from duo_id.models import byte_tokenizer
 from duo_id.patterns import random_mask
-from tests.deploy.cases import HYBRID, TOKENS, build, case, check_equal, mask_for, random_ids, reference, run
+from tests.deploy.cases import (
+    HYBRID,
+    TOKENS,
+    build,
+    case,
+    check_equal,
+    mask_for,
+    padded_ids,
+    random_ids,
+    reference,
+    run,
+)
 from tests.tiny import tiny_model
 
 SHARED_KV: dict[str, dict[str, Any]] = {
@@ -283,7 +294,7 @@ def test_a_mask_about_layers_without_gates_is_refused() -> None:
                 "num_hidden_layers": 4, "layer_types": ["chunked_attention", "full_attention"] * 2,
                 "no_rope_layers": [1, 0] * 2,
             },
-            "pattern of its own",
+            r"layers \[0, 2\], which have no gates",
         ),
     ],
 )  # fmt: skip
@@ -299,24 +310,33 @@ def test_models_that_cannot_be_deployed_are_named(family: str, changes: dict[str
 
 @pytest.mark.parametrize("family", SHARED_KV)
 @pytest.mark.parametrize("max_length", [None, 100])
-def test_layers_that_share_keys_are_refused_with_a_cache_alone(family: str, max_length: int | None) -> None:
+def test_layers_that_share_keys_share_a_row_of_the_mask(family: str, max_length: int | None) -> None:
+    """Layers 2 and 3 read the keys of 0 and 1: they are masked with these, and have no place in the cache."""
     model = tiny_model(
         family, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=HYBRID, sliding_window=9, head_dim=16,
         vocab_size_per_layer_input=96, hidden_size_per_layer_input=8, **SHARED_KV[family],
     )  # fmt: skip
-    ids = random_ids(2, 40)
-    mask = HeadMask(torch.tensor([[True, False]] * 4), 3, 8, [1, 3])
-    with reference(model, mask):
+    ids = random_ids(2, TOKENS)
+    mask = HeadMask(torch.tensor([[True, True], [True, False], [True, True], [True, True]]), 3, 8, [1])
+    with reference(model, HeadMask(torch.tensor([[True, True], [True, False]] * 2), 3, 8, [1, 3])):
         expected = model(ids, use_cache=False).logits
-    with duo_attention(model, mask):
+    with duo_attention(model, mask), torch.no_grad():
         check_equal(model(ids, use_cache=False).logits, expected)
-        for call in (
-            lambda: model(ids),
-            lambda: model(ids, past_key_values=dual_cache(model, max_length)),
-            lambda: model.generate(ids, max_new_tokens=2),
-        ):
-            with pytest.raises(UserError, match=r"share keys and values.*use_cache=False"):
-                call()
+        for chunk in (1, 7, 40):
+            cache = dual_cache(model, max_length)
+            check_equal(run(model, ids, cache, chunk), expected)
+            assert len(cache.dual_layers) == 2
+        found = model.generate(ids[:1, :30], max_new_tokens=9, do_sample=False)
+        assert torch.equal(model.generate(ids[:1, :30], max_new_tokens=9, do_sample=False, use_cache=False), found)
+        lookup = model.generate(ids[:1, :30], max_new_tokens=9, do_sample=False, prompt_lookup_num_tokens=3)
+        assert torch.equal(lookup, found)
+        padded, real, _ = padded_ids()
+        batch = model.generate(padded, attention_mask=real, max_new_tokens=5, do_sample=False)
+        alone = model.generate(padded[1:2, -43:], max_new_tokens=5, do_sample=False)
+        assert torch.equal(batch[1, -5:], alone[0, -5:])
+    other = HeadMask(mask.retrieval, 3, 8, [1, 3])
+    with pytest.raises(UserError, match=r"layers \[3\], which have no gates"), duo_attention(model, other):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["quantized", "offloaded", "offloaded_static"])
@@ -346,14 +366,6 @@ def test_attention_masks_of_four_dimensions_are_refused(
         }[way]()
         with pytest.raises(UserError, match="attention_mask"):
             model(ids, attention_mask=seen, **options)
-
-
-@pytest.mark.parametrize("use_cache", [False, True])
-def test_attention_masks_with_holes_are_refused(model: PreTrainedModel, ids: Tensor, use_cache: bool) -> None:
-    holes = torch.ones_like(ids)
-    holes[0, 5] = 0
-    with duo_attention(model, mask_for(model)), pytest.raises(UserError, match="holes"):
-        model(ids, attention_mask=holes, use_cache=use_cache)
 
 
 def test_prefill_refuses_what_means_nothing(model: PreTrainedModel, ids: Tensor) -> None:
@@ -437,15 +449,6 @@ def test_a_copy_of_a_cache_goes_on_by_itself(model: PreTrainedModel, ids: Tensor
         prefill(model, ids[:, :20], cache)
         for _ in range(2):
             torch.testing.assert_close(prefill(model, ids[:, 20:], copy.deepcopy(cache)), expected, atol=1e-5, rtol=0)
-
-
-def test_crop_after_trailing_padding_is_refused(model: PreTrainedModel, ids: Tensor) -> None:
-    real = torch.ones_like(ids)
-    real[1, -2:] = 0
-    with duo_attention(model, mask_for(model)):
-        cache = model(ids, attention_mask=real).past_key_values
-        with pytest.raises(UserError, match="padding came after"):
-            cache.crop(-1)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Every attention module of an attached model holds one function `(query, key, val
 as a plain attribute. Which function of `duo_id.attention.heads` that is decides what the layer does.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,10 +19,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from duo_id.attention.exchange import Exchange
 from duo_id.attention.full import dense_attention
 from duo_id.attention.heads import AttendFunction, Backends, own_attention
-from duo_id.attention.padding import padding_mask, rolled
-from duo_id.attention.probe import BOUND, AttentionLayer, find_layers, gated_layers
+from duo_id.attention.padding import ordered, padding_mask, real_first
+from duo_id.attention.parity import check_parity
+from duo_id.attention.probe import BOUND, AttentionLayer, find_layers, gated_layers, unknown_option
 from duo_id.attention.rows import last_mlp_at_rows
 from duo_id.attention.softmax import Softmax
+from duo_id.compat import attention_configs, implementations_kept, set_implementations
 from duo_id.errors import UserError
 
 IMPLEMENTATION = "duo_id"  # the name under which transformers knows the attention function
@@ -33,6 +36,7 @@ class CachedKeys(Protocol):
     """What a cache that keeps heads apart returns in place of keys: it holds the past and attends by itself."""
 
     def attend(self, module: nn.Module, query: Tensor, softmax: Softmax) -> Tensor: ...  # noqa: D102
+    def put(self, query: Tensor) -> tuple[Tensor, Tensor] | None: ...  # noqa: D102
 
 
 def register() -> None:
@@ -74,20 +78,58 @@ def attached(
 @contextmanager
 def routed(model: PreTrainedModel, backends: Backends) -> Iterator[list[AttentionLayer]]:
     """As `attached`, but all attention layers are yielded, also those that cannot be gated."""
-    before = model.config._attn_implementation
     register()
-    layers: list[AttentionLayer] = []
-    try:
+    with implementations_kept(model):
         model.set_attn_implementation(PROBE)
         layers = find_layers(model, PROBE)
-        model.set_attn_implementation(IMPLEMENTATION)
-        for layer in layers:
-            setattr(layer.module, BOUND, partial(own_attention, window=layer.window, backends=backends))
+    gated_layers(model, layers)  # names what cannot work at all
+    check_parity(model, layers, partial(_under, model, layers, backends))
+    with _under(model, layers, backends):
         yield layers
-    finally:
-        for layer in layers:
-            layer.module.__dict__.pop(BOUND, None)
-        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _under(model: PreTrainedModel, layers: Sequence[AttentionLayer], backends: Backends) -> Iterator[None]:
+    """Let the attention of these layers be computed here; other parts of the model keep their own."""
+    configs = {id(config): config for layer in layers for config in _configs(model, layer.module)}
+    with implementations_kept(model):
+        set_implementations([(config, IMPLEMENTATION) for config in configs.values()])
+        hooks = _whole_texts(model) if any(layer.sharers for layer in layers) else []
+        try:
+            for layer in layers:
+                _bind(layer, partial(own_attention, window=layer.window, backends=backends))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in (module for layer in layers for module in layer.modules):
+                module.__dict__.pop(BOUND, None)
+
+
+def _whole_texts(model: PreTrainedModel) -> list[Any]:
+    """Let layers that share keys get all tokens: asked for the logits of the last n, some models hand them those alone.
+
+    They do so for a number, not for the positions of these tokens, which name the same logits.
+    """
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        wanted = kwargs.get("logits_to_keep", 0)
+        text = next(x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+        if isinstance(wanted, int):
+            kwargs = kwargs | {"logits_to_keep": torch.arange(text.shape[1], device=text.device)[-wanted:]}
+        return args, kwargs
+
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    keeping = [part for part in parts if "logits_to_keep" in inspect.signature(part.forward).parameters]
+    return [part.register_forward_pre_hook(before, with_kwargs=True) for part in keeping]
+
+
+def _configs(model: PreTrainedModel, module: nn.Module) -> list[Any]:
+    """The configs that name the attention implementation of an attention module and of the masks that it gets."""
+    own = getattr(module, "config", None)
+    known = attention_configs(model)
+    inside = [config for config in known if config is own]
+    return [*inside, model.config.get_text_config()] if inside else known
 
 
 @contextmanager
@@ -114,11 +156,16 @@ def bound(layers: Sequence[AttentionLayer], functions: Mapping[int, AttendFuncti
     before = bound_functions(layers)
     try:
         for layer in layers:
-            setattr(layer.module, BOUND, functions.get(layer.index, before[layer.index]))
+            _bind(layer, functions.get(layer.index, before[layer.index]))
         yield
     finally:
         for layer in layers:
-            setattr(layer.module, BOUND, before[layer.index])
+            _bind(layer, before[layer.index])
+
+
+def _bind(layer: AttentionLayer, function: AttendFunction) -> None:
+    for module in layer.modules:
+        setattr(module, BOUND, function)
 
 
 def bound_functions(layers: Sequence[AttentionLayer]) -> dict[int, AttendFunction]:
@@ -135,15 +182,36 @@ def attention_forward(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **unused: Any,
+    dropout: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: (batch, heads, tokens, dim) in, (batch, tokens, heads, dim) out."""
+    attend = getattr(module, BOUND, None)
+    if attend is None:  # not one of the layers that the probe found, as cross attention to an image
+        options |= {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux}
+        return unbound_attention(module, query, key, value, attention_mask, options)
+    if obstacle := unknown_option(options):
+        raise UserError(f"{type(module).__name__} cannot be gated or masked: {obstacle}")
+    if dropout:
+        raise UserError(
+            "attention dropout is not computed under gates or a head mask: call model.eval(), or set the model's "
+            "attention dropout to 0"
+        )
     softmax = Softmax(scaling, softcap, s_aux)
+    matrix = attention_mask is not None and attention_mask.dim() == 4
+    if matrix and (getattr(attend, "func", None) is not own_attention or not isinstance(key, Tensor)):
+        raise UserError(
+            "heads cannot be gated or masked over packed sequences, images that look ahead, or a matrix as "
+            "attention_mask, nor does a dual cache take them"
+        )
     if not isinstance(key, Tensor):
-        return key.attend(module, query, softmax).transpose(1, 2).contiguous(), None
+        (query,) = as_autocast(query)
+        if (stored := key.put(query)) is None:
+            return key.attend(module, query, softmax).transpose(1, 2).contiguous(), None
+        (key, value), attention_mask = stored, None if attention_mask is None else attention_mask[:, : query.shape[2]]
     if key.shape[2] != query.shape[2]:
         raise UserError("this cache is not for gated or masked heads: call the model with use_cache=False")
-    attend = getattr(module, BOUND)
+    query, key, value = as_autocast(query, key, value)
     if (exchange := getattr(module, EXCHANGE, None)) is not None:
         assert attention_mask is None, "`split_batch` leaves no padding that causality does not hide"
         own = softmax if s_aux is None else softmax._replace(sinks=s_aux[exchange.own.heads])
@@ -151,11 +219,34 @@ def attention_forward(
     elif attention_mask is None:
         out = attend(query, key, value, softmax)
     elif attention_mask.dim() == 4:
-        if getattr(attend, "func", None) is not own_attention:
-            raise UserError("heads cannot be gated or masked over packed sequences or a matrix as attention_mask")
         out = dense_attention(query, key, value, softmax, attention_mask)
     else:
-        # Real tokens come first, so that causality alone hides the padding, whichever side it was on.
-        start = attention_mask.to(torch.int32).argmax(-1)
-        out = rolled(attend(*(rolled(x, start) for x in (query, key, value)), softmax), -start)
+        # Real tokens come first, so that causality alone hides the padding, wherever it was.
+        order = real_first(attention_mask)
+        out = attend(*(ordered(x, order) for x in (query, key, value)), softmax)
+        out = ordered(out, order.argsort(dim=-1))
     return out.transpose(1, 2).contiguous(), None
+
+
+def unbound_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | CachedKeys,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    options: dict[str, Any],
+) -> Any:
+    """Attention of a module that the probe did not find, as that to an image: SDPA, as transformers has it."""
+    special = [name for name in ("softcap", "s_aux") if options.pop(name) is not None]
+    if special or not isinstance(key, Tensor) or (attention_mask is not None and attention_mask.dim() == 2):
+        raise UserError(f"{type(module).__name__} attends for these inputs alone, and cannot be gated or masked")
+    return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What `torch.autocast` makes of the inputs of attention, which it knows by SDPA alone."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

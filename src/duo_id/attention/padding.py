@@ -4,11 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from duo_id.errors import UserError
+
+HOLES = (
+    "attention_mask hides tokens in the middle of a text, and this model has layers with a sliding window, where it is "
+    "not clear whether these count: take them out of the text"
+)
 
 
 def no_padding(ids: Tensor) -> Tensor:
@@ -47,18 +51,15 @@ def padding_mask(
     if attention_mask is None or not any(attention_mask.stride()):  # `no_padding`
         return None
     if q_length == 1 and kv_length > 1:
-        return None  # a decode step: the cache counts the padding, and does so without a look
-    if not bool(_contiguous(attention_mask).all()):
-        raise UserError("the attention mask has holes: each sample's real tokens must be in one piece")
-    cached = kv_length != q_length  # a static cache must know of padding on the right too
-    harmless = attention_mask if cached else attention_mask[:, 0]
-    return None if bool(harmless.all()) else attention_mask.bool()
-
-
-def _contiguous(mask: Tensor) -> Tensor:
-    """(batch,) bool: whether the real tokens of each row of (batch, tokens) form one piece at most."""
-    padded = F.pad(mask.to(torch.int8), (1, 0))
-    return (padded.diff(dim=-1) > 0).sum(-1) <= 1
+        return None  # a decode step: the cache counts the padding
+    if kv_length != q_length:  # there is a cache, which must know of all padding
+        return None if bool(attention_mask.all()) else attention_mask.bool()
+    begins = attention_mask.to(torch.int8).diff(dim=-1) > 0  # real tokens after padding
+    if bool(attention_mask[:, 0].all()) and not bool(begins.any()):
+        return None
+    if local_size is not None and bool((begins.sum(-1) + attention_mask[:, 0].bool() > 1).any()):
+        raise UserError(HOLES)
+    return attention_mask.bool()
 
 
 def _is_sliding(mask_function: Callable[..., Any], size: int | None) -> bool:
@@ -69,8 +70,11 @@ def _is_sliding(mask_function: Callable[..., Any], size: int | None) -> bool:
     return bool(mask_function(zero, zero, query, query - 1)) and not bool(mask_function(zero, zero, query, zero))
 
 
-def rolled(x: Tensor, start: Tensor) -> Tensor:
-    """Rotate the tokens of each sample of (batch, heads, tokens, dim) so that token `start[sample]` comes first."""
-    tokens = x.shape[2]
-    index = (torch.arange(tokens, device=x.device) + start[:, None]) % tokens
-    return x.gather(2, index[:, None, :, None].expand_as(x))
+def real_first(mask: Tensor) -> Tensor:
+    """The order (batch, tokens) that puts each sample's real tokens before its padding, for `ordered`."""
+    return (~mask).to(torch.int8).argsort(dim=-1, stable=True)
+
+
+def ordered(x: Tensor, order: Tensor) -> Tensor:
+    """The tokens of each sample of (batch, heads, tokens, dim) in an order (batch, tokens)."""
+    return x.gather(2, order[:, None, :, None].expand_as(x))

@@ -1,17 +1,23 @@
 """Find a model's attention layers by running a few tokens through it, and say which can be gated."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from duo_id.attention.padding import padding_mask
+from duo_id.attention.padding import no_padding, padding_mask
 from duo_id.errors import UserError
 
 BOUND = "duo_id_attend"  # the attribute of an attention module that holds what it does, see `duo_id.attention.gated`
+
+KNOWN_OPTIONS = {  # tensors that an attention function may get: it computes the first, and the others are not for it
+    "s_aux", "position_ids", "cache_position", "token_type_ids", "num_items_in_batch", "labels",
+}  # fmt: skip
+GATED_KINDS = ("full_attention", "attention", "hybrid")  # of config.layer_types; the last has other state beside it
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class AttentionLayer:
         head_dim: width of a head.
         window: sliding-window size in tokens; None for a layer that sees the whole context.
         obstacle: why the layer cannot be gated, if so.
+        sharers: attention modules of later layers that have no keys and values of their own and read those of this
+            layer: they do what it does, and have neither gates nor a place in the cache.
         own: the KV heads that this process computes: all, but where a sample's tokens are shared.
     """
 
@@ -38,11 +46,21 @@ class AttentionLayer:
     head_dim: int
     window: int | None = None
     obstacle: str | None = None
+    sharers: tuple[nn.Module, ...] = field(default=(), repr=False)
     own: slice = field(default_factory=lambda: slice(None), compare=False)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The attention module and those that read its keys: all that a function is bound to."""
+        return (self.module, *self.sharers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionLayer":
         """Itself: a copy of what refers to a layer refers to the same one."""
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is saved with a cache: all but the model."""
+        return vars(self) | {"module": None, "sharers": ()}
 
 
 def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLayer]:
@@ -60,23 +78,33 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
         raise UserError(f"{title} has latent attention: there are no keys and values per head to stream")
     names = {module: name for name, module in model.named_modules()}
     layers: list[AttentionLayer] = []
+    keys: list[Tensor] = []  # of each layer, kept so that none takes another's place in memory
 
     def note(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
-        index = getattr(module, "layer_idx", None)
-        layers.append(
-            AttentionLayer(
-                index=len(layers) if index is None else index,
-                name=names[module],
-                module=module,
-                heads=query.shape[1],
-                kv_heads=key.shape[1],
-                head_dim=query.shape[-1],
-                window=options.get("sliding_window"),
-                obstacle=_obstacle(module, query, key, value, attention_mask, options),
+        index, window = getattr(module, "layer_idx", None), options.get("sliding_window")
+        if (option := unknown_option(options)) is not None:
+            raise UserError(f"{title}: {names[module]} cannot be gated or masked: {option}")
+        place = next((i for i, earlier in enumerate(keys) if earlier is key), None)
+        if place is None:
+            keys.append(key)
+            layers.append(
+                AttentionLayer(
+                    index=len(layers) if index is None else index,
+                    name=names[module],
+                    module=module,
+                    heads=query.shape[1],
+                    kv_heads=key.shape[1],
+                    head_dim=query.shape[-1],
+                    window=window,
+                    obstacle=_obstacle(module, query, key, value, attention_mask, options),
+                )
             )
-        )
+        elif window != layers[place].window or query.shape[1] != layers[place].heads:
+            raise UserError(f"{title}: {names[module]} reads the keys of {layers[place].name} in another way")
+        else:
+            layers[place] = replace(layers[place], sharers=(*layers[place].sharers, module))
         return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None  # nobody looks at it
 
     windows: list[int | None] = []
@@ -88,8 +116,8 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
     AttentionInterface.register(implementation, note)
     AttentionMaskInterface.register(implementation, note_mask)
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
+    with as_evaluated(model):
+        model(input_ids=ids, attention_mask=no_padding(ids), use_cache=False)
     if windows and None not in windows and all(layer.window is None for layer in layers):
         raise UserError(
             f"{title}: its mask has a sliding window of {windows[0]} tokens, which its layers do not tell of; "
@@ -114,9 +142,30 @@ def _obstacle(
         return f"{query.shape[1]} query heads do not divide among {key.shape[1]} KV heads"
     if attention_mask is not None and attention_mask.dim() == 4:
         return "its attention has a pattern of its own"
-    if options.get("position_bias") is not None:
-        return "its attention has a bias, which is not supported yet"
     return None
+
+
+def unknown_option(options: dict[str, Any]) -> str | None:
+    """Why what a model hands its attention function beside keys and values is not computed here; None if it is."""
+    if options.get("is_causal") is False:
+        return "its attention looks ahead"
+    tensors = [name for name, value in options.items() if isinstance(value, Tensor) and name not in KNOWN_OPTIONS]
+    return f"its attention takes {' and '.join(tensors)}, which is not computed here" if tensors else None
+
+
+@contextmanager
+def as_evaluated(model: nn.Module) -> Iterator[None]:
+    """In eval mode, without gradients, autocast or compiled code; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device.type
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def gated_layers(model: PreTrainedModel, layers: list[AttentionLayer]) -> list[AttentionLayer]:
@@ -128,12 +177,15 @@ def gated_layers(model: PreTrainedModel, layers: list[AttentionLayer]) -> list[A
     config = model.config.get_text_config()
     title = config.name_or_path or type(model).__name__
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    expected = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    shared = {getattr(module, "layer_idx", None) for layer in layers for module in layer.sharers}
+    expected = [index for index, kind in enumerate(kinds) if kind == "full_attention" and index not in shared]
     if not layers:
         raise UserError(
             f"{title} has no attention that can be gated: none of its layers calls transformers' attention interface"
         )
-    gated = [layer for layer in layers if layer.window is None]
+    gated = [layer for layer in layers if layer.window is None and kinds[layer.index] in GATED_KINDS]
+    if not gated and layers[0].window is None:
+        raise UserError(f"{title}: its layers are {', '.join(sorted(set(kinds)))}, none of which can be gated")
     if not gated:
         window = layers[0].window
         lift = "; +model.config.sliding_window=null treats them as full attention"

@@ -17,6 +17,8 @@ from duo_id.deploy.tokens import Tokens
 from duo_id.errors import UserError
 from duo_id.patterns import HeadMask
 
+DRAFTED = 128  # tokens that can be taken back in assisted generation
+
 
 class DualCache(Cache):
     """Keys and values under a head mask: retrieval heads' in full, streaming heads' in sink and window.
@@ -51,7 +53,9 @@ class DualCache(Cache):
         cache = DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
         everywhere = cache.layers
         first = min(layer.index for layer in layers)
-        for layer in layers:
+        for layer in (
+            layer for layer in layers if layer.index < len(everywhere)
+        ):  # others are left out by an early exit
             if layer.obstacle or isinstance(everywhere[layer.index], LinearAttentionCacheLayerMixin):
                 raise UserError(f"{layer.name} cannot use a dual cache: {layer.obstacle or 'it has other state too'}")
             streams = layer.window is not None
@@ -82,6 +86,38 @@ class DualCache(Cache):
         held = max(self.tokens.held, default=0) if self.tokens.lengths is not None else 0
         return sum(layer.retained_bytes(held) for layer in self.dual_layers)
 
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens that there is room for; -1 for no limit. What transformers called `get_max_length` before."""
+        return self.get_max_length()
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where keys and values lie; None before the first token."""
+        return self.dual_layers[0].device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of keys and values; None before the first token."""
+        return self.dual_layers[0].dtype
+
+    def offload(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
+        """Take a layer's keys and values, or those of all layers, to the CPU until `prefetch`."""
+        for layer in self.layers if layer_idx is None else [self.layers[layer_idx]]:
+            layer.offload()
+
+    def prefetch(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
+        """Take back to the device what `offload` has taken away, which must come before the next forward."""
+        for layer in self.layers if layer_idx is None else [self.layers[layer_idx]]:
+            layer.prefetch()
+
+    def bind(self, layers: Sequence[AttentionLayer]) -> None:
+        """Make a cache that was loaded from a file one of a model: `layers` are those of its attention."""
+        found = {layer.index: layer for layer in layers}
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, DualLayer):
+                layer.layer = found[index]
+
     def fork(self, samples: Tensor) -> "DualCache":
         """A growing cache of its own whose sample i is this one's `samples[i]` (n,) int64; this one stays as it is.
 
@@ -107,40 +143,50 @@ class DualCache(Cache):
             layer.reset()
         self.tokens.reset()
 
+    def activate_past_recording(self, tokens: int = DRAFTED) -> None:
+        """From now on keep `tokens` tokens beyond the window of streaming heads too, so that `crop` can go back so far.
+
+        `generate` asks for it in assisted generation and prompt lookup. Decode steps then take the way of chunks.
+        """
+        if self.tokens.recorded:
+            return
+        if self.max_length is not None:
+            raise UserError("a static cache keeps nothing beyond its windows: make it without max_length")
+        self.tokens.recorded, self.tokens.since = tokens, self.tokens.highest if self.tokens.lengths is not None else []
+        for layer in self.dual_layers:
+            layer.record()
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the latest `-tokens_to_remove` tokens of each sample away.
+        """Take the latest `-tokens_to_remove` tokens of each sample away, columns of padding among them.
 
         Raises:
             UserError: a streaming head would see tokens again that it has forgotten; nothing has been changed.
         """
-        tokens = self.tokens
-        count = -tokens_to_remove
-        if count < 0:
+        tokens, columns = self.tokens, -tokens_to_remove
+        if columns < 0:
             raise UserError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
-        if tokens.lengths is None or count == 0:
+        if tokens.lengths is None or columns == 0:
             return
-        counted, held = tokens.counted, tokens.held
-        if tokens.trailing or (not tokens.static and counted != held):
-            raise UserError(f"crop({tokens_to_remove}): padding came after tokens, and nothing tells which to remove")
-        peaks = [max(pair) for pair in zip(held, tokens.peaks, strict=True)]
-        for layer in self.layers:
-            window = getattr(layer, "window", None)
-            if not isinstance(layer, DualLayer):
-                raise UserError("crop: layers without attention cannot go back")
-            if window is None or bool(layer.retrieval.all()):
-                continue
-            for length, peak in zip(held, peaks, strict=True):
-                if peak > window.sink_size + window.recent_size and length - count < peak - 1:
+        if columns > int(tokens.seen):
+            raise UserError(f"crop({tokens_to_remove}): a sample has {int(tokens.seen)} tokens alone")
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers):
+            raise UserError("crop: layers without attention cannot go back")
+        held, gone = tokens.held, tokens.removed(columns)
+        floors, peaks = tokens.floors, tokens.highest
+        streaming = [layer for layer in self.dual_layers if layer.recent.heads]
+        for layer in streaming:
+            window = layer.window
+            for length, count, floor, peak in zip(held, gone, floors, peaks, strict=True):
+                if count and peak > window.sink_size + window.recent_size and length - count < floor:
                     raise UserError(
                         f"crop({tokens_to_remove}): streaming heads keep the latest {window.recent_size} of {peak} "
-                        "tokens, and those before are gone: crop one token, or start again with a new cache"
+                        "tokens, and those before are gone: crop one token, or start again with a new cache, or call "
+                        "cache.activate_past_recording() before the tokens that may go"
                     )
-        if count > min(held):
-            raise UserError(f"crop({tokens_to_remove}): a sample has {min(held)} tokens alone")
-        tokens.past, tokens.spans, tokens.peaks = [length - count for length in held], [(0, 0)] * len(held), peaks
-        tokens.exact = True
-        tokens.lengths.sub_(count)
-        tokens.seen -= count
+        for layer in streaming:
+            for sample, (length, count, floor) in enumerate(zip(held, gone, floors, strict=True)):
+                layer.recent.take_back(length, count, floor + 1 - layer.window.recent_size, sample)
+        tokens.remove(columns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sample `beam_idx[i]` (batch,) int64 the new sample i, as beam search does."""

@@ -1,5 +1,6 @@
 """Put a model under a head mask, and take it off again."""
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,14 +10,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 
-from duo_id.attention.gated import bound, routed
+from duo_id.attention.gated import IMPLEMENTATION, bound, routed
 from duo_id.attention.heads import Backends, masked_layers
 from duo_id.attention.probe import AttentionLayer, gated_layers
+from duo_id.compat import GENERATE_CACHE, cache_argument, given_cache
 from duo_id.deploy.cache import DualCache
 from duo_id.errors import UserError
 from duo_id.patterns import HeadMask
 
 INSTALLED = "duo_id_deployment"  # the attribute of a model that holds its deployment
+UNBOUND = {"module": None, "sharers": (), "own": None}  # of a layer of a cache that was loaded from a file
+REFUSED = {  # methods of a model, and why
+    "set_attn_implementation": "it would take the mask off; leave duo_attention first",
+    "generate_batch": "continuous batching has a cache of its own; use generate",
+    "init_continuous_batching": "continuous batching has a cache of its own; use generate",
+    "continuous_batching_context_manager": "continuous batching has a cache of its own; use generate",
+}
 STATIC, GROWING = ("static",), (None, "dynamic")  # cache_implementation of generate
 
 
@@ -25,7 +34,25 @@ class Deployment:
 
     def __init__(self, layers: list[AttentionLayer], mask: HeadMask, config: Any, backends: Backends) -> None:
         self.layers, self.mask, self.config, self.backends = layers, mask, config, backends
-        self.undo = ExitStack()
+        self.undo, self.longest = ExitStack(), 0
+
+    def copying(self, model: PreTrainedModel) -> Any:
+        """What `copy.deepcopy` of the model calls: the copy is under the same mask, and can be taken off by itself."""
+
+        def deepcopy(memo: dict[int, Any]) -> PreTrainedModel:
+            remove(model)
+            try:
+                twin = copy.deepcopy(model, memo)
+            finally:
+                install(model, self.mask, self.backends)
+            install(twin, self.mask, self.backends)
+            return twin
+
+        return deepcopy
+
+    def __reduce__(self) -> Any:
+        """Refuse: what is bound to a model cannot be saved with it."""
+        raise UserError("a model under a head mask cannot be pickled: leave duo_attention first, or save its weights")
 
     def new_cache(self, max_length: int | None = None) -> DualCache:
         """A cache for the model's mask; see `DualCache`."""
@@ -35,33 +62,52 @@ class Deployment:
         """Raise a `UserError` unless `cache` is a dual cache for the model's mask."""
         if not isinstance(cache, DualCache):
             raise UserError(
-                f"a {type(cache).__name__} cannot hold what a head mask keeps: leave past_key_values out, or give "
+                f"a {type(cache).__name__} cannot hold what a head mask keeps: leave {GENERATE_CACHE} out, or give "
                 "duo_id.dual_cache(model)"
             )
         if cache.tokens.running:
             raise UserError("the last forward with this cache was interrupted half way: cache.reset() first")
         if cache.mask is not self.mask and cache.mask != self.mask:
             raise UserError("this cache was made for another head mask: use duo_id.dual_cache(model)")
-        if cache.dual_layers[0].layer.module is not self.layers[0].module:
+        kept, own = [layer.layer for layer in cache.dual_layers], self.layers[: len(cache.dual_layers)]
+        if kept[0].module is None and [vars(x) | UNBOUND for x in kept] == [vars(x) | UNBOUND for x in own]:
+            cache.bind(self.layers)  # it was loaded from a file
+        elif kept[0].module is not own[0].module:
             raise UserError("this cache was made for another model: use duo_id.dual_cache(model)")
+        if any(layer.home is not None for layer in cache.dual_layers):
+            raise UserError("this cache is offloaded: cache.prefetch() first")
 
     def watch(self, module: nn.Module, undo: ExitStack) -> None:
         """Stand at the door of a module's forward."""
-        names = list(inspect.signature(module.forward).parameters)
+        names, name = list(inspect.signature(module.forward).parameters), cache_argument(module)
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args[:1], self.before_forward(kwargs | dict(zip(names[1:], args[1:], strict=False)))
+            return args[:1], self.before_forward(kwargs | dict(zip(names[1:], args[1:], strict=False)), name)
 
         def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if (cache := kwargs.get("past_key_values")) is not None:
+            if (cache := given_cache(kwargs)) is not None:
                 cache.tokens.running = False
 
         undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
 
-    def before_forward(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a forward: a cache that is given is checked, and one that would be made is made here."""
-        cache, wanted, mask = kwargs.get("past_key_values"), kwargs.get("use_cache"), kwargs.get("attention_mask")
+    def before_forward(self, kwargs: dict[str, Any], name: str) -> dict[str, Any]:
+        """The arguments of a forward: a cache that is given is checked, and one that would be made is made here.
+
+        Args:
+            kwargs: all arguments but the first.
+            name: under which this forward takes a cache.
+        """
+        if self.config._attn_implementation != IMPLEMENTATION:
+            raise UserError(
+                f"the attention implementation was set to {self.config._attn_implementation} under a head mask, which "
+                "takes it off: leave duo_attention first"
+            )
+        if kwargs.get("output_attentions"):
+            raise UserError(
+                "attention weights are never computed as a whole under a head mask: output_attentions=False"
+            )
+        cache, wanted, mask = given_cache(kwargs), kwargs.get("use_cache"), kwargs.get("attention_mask")
         given = mask.values() if isinstance(mask, dict) else (mask,)  # generate makes one for each kind of layer
         masks = [x for x in given if isinstance(x, Tensor)]
         if any(x.dim() > 2 for x in masks):
@@ -69,7 +115,7 @@ class Deployment:
         if cache is not None:
             self.check(cache)
         elif self.config.use_cache if wanted is None else wanted:
-            cache = kwargs["past_key_values"] = self.new_cache()
+            cache = kwargs[name] = self.new_cache()
         if cache is not None:
             cache.tokens.mask = masks[0] if masks else None
         return kwargs
@@ -79,38 +125,45 @@ class Deployment:
         original = model._prepare_cache_for_generation
 
         def prepare(generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int) -> None:
-            kind = generation_config.cache_implementation
-            if mode == GenerationMode.ASSISTED_GENERATION and not bool(self.mask.retrieval.all()):
-                raise UserError(
-                    "assisted generation and prompt lookup take tokens back, which streaming heads have forgotten: "
-                    "generate without them under a head mask"
-                )
-            if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            check_prefix(getattr(model.prepare_inputs_for_generation, "__self__", None))
+            kind, mask = generation_config.cache_implementation, model_kwargs.get("attention_mask")
+            if (cache := given_cache(model_kwargs)) is not None:
+                self.check(cache)
+                if isinstance(mask, Tensor) and mask.dim() == 2:
+                    cache.tokens.check_past(mask)
+                original(generation_config, model_kwargs, mode, batch, length)
+            elif generation_config.use_cache is False:
                 original(generation_config, model_kwargs, mode, batch, length)
             elif kind in STATIC:
-                length = max(length, getattr(generation_config, "max_cache_len", None) or 0)
-                model_kwargs["past_key_values"] = self.new_cache(length)
+                # The largest so far, as transformers has it, so that a compiled step fits the next call too.
+                wanted = max(length, getattr(generation_config, "max_cache_len", None) or 0)
+                self.longest = max(self.longest, wanted)
+                cache = self.new_cache(self.longest)
             elif kind in GROWING:
-                model_kwargs["past_key_values"] = self.new_cache()
+                cache = self.new_cache()
             else:
                 raise UserError(f"cache_implementation={kind}: under a head mask choose static, dynamic or none")
+            if cache is not None:
+                model_kwargs[GENERATE_CACHE] = cache
+                if mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant:
+                    cache.activate_past_recording()
 
         return prepare
 
 
-def install(model: PreTrainedModel, mask: HeadMask, backends: Backends | None = None) -> None:
+def install(model: Any, mask: HeadMask, backends: Backends | None = None) -> None:
     """Put `model` under `mask` until `remove(model)`: every forward is hard-masked, and caches are dual caches.
 
     Args:
-        model: any causal language model of transformers.
+        model: any causal language model of transformers, also inside `torch.compile` or one of PEFT's adapters.
         mask: which heads stream, and over which windows.
         backends: attention implementations; all automatic by default.
 
     Raises:
         UserError: the mask is for another shape, the model is under a mask already, or its attention is not supported.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise UserError(f"a {type(model).__name__} is no model of transformers: give the model itself, not a wrapper")
+    check_prefix(model)
+    model = unwrapped(model)
     if not isinstance(mask, HeadMask):
         raise UserError(f"a {type(mask).__name__} is no HeadMask: pattern.binarize(sparsity=0.5) makes one")
     if hasattr(model, INSTALLED):
@@ -131,14 +184,45 @@ def install(model: PreTrainedModel, mask: HeadMask, backends: Backends | None = 
         for module in {id(x): x for x in (model, model.base_model, inner) if isinstance(x, PreTrainedModel)}.values():
             deployment.watch(module, undo)
         # The forward that transformers has compiled and kept knows another attention.
-        compiled = model.__dict__.pop("_compiled_call", None)
-        undo.callback(_restore, model, "_compiled_call", compiled)
+        replaced: dict[str, Any] = {"_compiled_call": None, "__deepcopy__": deployment.copying(model)}
+        replaced |= {method: refusing(method) for method in REFUSED if hasattr(model, method)}
         if hasattr(model, "_prepare_cache_for_generation"):
-            undo.callback(_restore, model, "_prepare_cache_for_generation", None)
-            model.__dict__["_prepare_cache_for_generation"] = deployment.prepare_cache(model)
-        model.__dict__[INSTALLED] = deployment
-        undo.callback(_restore, model, INSTALLED, None)
+            replaced["_prepare_cache_for_generation"] = deployment.prepare_cache(model)
+        for attribute, value in (replaced | {INSTALLED: deployment}).items():
+            undo.callback(_restore, model, attribute, model.__dict__.get(attribute))
+            _restore(model, attribute, value)
         deployment.undo = undo.pop_all()
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The model of transformers in what `torch.compile` or PEFT have made of it."""
+    seen = model
+    while not isinstance(model, PreTrainedModel):
+        inner = getattr(model, "_orig_mod", None)  # of torch.compile
+        if inner is None and callable(getattr(model, "get_base_model", None)):
+            inner = model.get_base_model()
+        if not isinstance(inner, nn.Module) or inner is model:
+            raise UserError(f"a {type(seen).__name__} is no model of transformers: give the model itself")
+        model = inner
+    return model
+
+
+def check_prefix(model: Any) -> None:
+    """Raise a `UserError` for PEFT's prefix tuning, whose learned prefix comes in an ordinary cache."""
+    config = getattr(model, "active_peft_config", None)
+    if str(getattr(config, "peft_type", "")).endswith("PREFIX_TUNING"):
+        raise UserError(
+            "prefix tuning puts its prefix into an ordinary cache, which a head mask cannot split: use LoRA"
+        )
+
+
+def refusing(method: str) -> Any:
+    """What stands in for a method of a model that would take the mask off, or go round it."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise UserError(f"{method} is not possible under a head mask: {REFUSED[method]}")
+
+    return refuse
 
 
 def remove(model: PreTrainedModel) -> None:
@@ -157,7 +241,7 @@ def duo_attention(model: PreTrainedModel, mask: HeadMask, backends: Backends | N
     try:
         yield
     finally:
-        if hasattr(model, INSTALLED):
+        if hasattr(unwrapped(model), INSTALLED):
             remove(model)
 
 
@@ -178,6 +262,7 @@ def dual_cache(model: PreTrainedModel, max_length: int | None = None) -> DualCac
 
 def deployment_of(model: PreTrainedModel) -> Deployment:
     """What `install` put on a model; a `UserError` if nothing."""
+    model = unwrapped(model)
     if not hasattr(model, INSTALLED):
         raise UserError("the model is not under duo_attention: install a head mask first")
     deployment = getattr(model, INSTALLED)

@@ -8,12 +8,15 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from duo_id.attention.decode import decode_attention
+from duo_id.attention.gated import as_autocast
 from duo_id.attention.heads import Backends
 from duo_id.attention.masks import Window
+from duo_id.attention.padding import HOLES
 from duo_id.attention.probe import AttentionLayer
 from duo_id.attention.softmax import Softmax
+from duo_id.deploy.arriving import ArrivingKeys
 from duo_id.deploy.stores import FullStore, Store, StreamingStore
-from duo_id.deploy.tokens import Tokens
+from duo_id.deploy.tokens import Place, Tokens
 from duo_id.errors import UserError
 
 
@@ -31,7 +34,6 @@ class DualLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    is_croppable = False  # not beyond the window, in general
 
     def __init__(
         self,
@@ -43,10 +45,12 @@ class DualLayer(CacheLayerMixin):
         capacity: int | None,
         backends: Backends,
     ) -> None:
-        super().__init__()
+        self.is_initialized = False
         self.layer, self.retrieval, self.window, self.tokens = layer, retrieval, window, tokens
         self.leads, self.capacity, self.backends = leads, capacity, backends
         self.is_compileable = capacity is not None
+        self.home: torch.device | None = None  # the device of an offloaded layer
+        self.before: dict[str, Tensor] = {}  # the window before the running chunk, where layers share their keys
         self.full: FullStore
         self.recent: StreamingStore
 
@@ -67,61 +71,170 @@ class DualLayer(CacheLayerMixin):
                 torch._dynamo.mark_static_address(store.value)
             torch._dynamo.mark_static_address(self.arrived)
         self.is_initialized = True
+        if self.tokens.recorded:
+            self.record()
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple["ArrivingKeys", Tensor]:
+    ) -> tuple[ArrivingKeys, Tensor]:
         """Take new keys and values (batch, KV heads, tokens, head_dim), to be stored when their queries attend."""
+        key_states, value_states = as_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if len(key_states) != len(self.full.key):
+        stored = self.full.key
+        if len(key_states) != len(stored):
             raise UserError(
-                f"the cache holds {len(self.full.key)} samples, but {len(key_states)} came: use a new cache for them"
+                f"the cache holds {len(stored)} samples, but {len(key_states)} came: use a new cache for them"
+            )
+        if key_states.dtype != stored.dtype:
+            raise UserError(
+                f"the cache holds {stored.dtype} keys, but {key_states.dtype} came: use one torch.autocast, or none, "
+                "for all forwards with a cache"
             )
         return ArrivingKeys(self, key_states, value_states), value_states
 
     @torch.no_grad()
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        """Store new tokens and attend from them; see `ArrivingKeys.attend`."""
-        tokens, new = self.tokens, key.shape[2]
-        if self.leads:
-            tokens.advance(new, self.capacity)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, again: bool = False) -> Tensor:
+        """Store new tokens and attend from them; see `ArrivingKeys.attend`.
+
+        Args:
+            query: (batch, heads, tokens, head_dim).
+            key: (batch, KV heads, tokens, head_dim).
+            value: the same shape.
+            softmax: of the layer.
+            again: whether they have been stored before, as by the layer that shares its keys with this one.
+        """
+        new, tokens = key.shape[2], self.tokens
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        if self.capacity is None:
-            self.full.reserve(tokens.most)
-        if new == 1:
-            assert tokens.reach is not None
-            window, lengths = self.window, tokens.reach.to(query.device)
-            places = (self.full.key, self.full.value, self.recent.key, self.recent.value, self.heads, lengths)
-            return decode_attention(
-                query,
-                key,
-                value,
-                *places,
-                self.arrived,
-                window.sink_size,
-                window.recent_size,
-                softmax.factor(query.shape[-1]),
-                softmax.softcap,
-                softmax.sinks,
-            )
+        if not again:
+            self._make_room(new)
+        if self.layer.sharers and (new > 1 or tokens.recorded):
+            self._rewind(again)
+        if new == 1 and not tokens.recorded:
+            return self._decode(query, key, value, softmax)
         # Tokens before heads in memory, which is how the model goes on; nothing else writes where there is padding.
-        whole = tokens.uniform and tokens.spans[0] == (0, new)
+        whole = tokens.uniform and tokens.places[0] == slice(0, new)
         make = torch.empty if whole else torch.zeros
         batch, heads, _, dim = query.shape
         out = make(batch, new, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
-        samples = [slice(None)] if tokens.uniform else [slice(i, i + 1) for i in range(batch)]
-        for sample, past, (start, end) in zip(samples, tokens.past, tokens.spans, strict=False):
-            part = (sample, slice(None), slice(start, end))
+        for sample, past, place in self._parts(batch):
+            part = (sample, slice(None), place)
+            found = out[part]
             for store in self.stores:
-                if store.heads and end > start:
-                    store.attend(query[part], key[part], value[part], out[part], past, sample, softmax)
+                if store.heads and found.shape[2]:
+                    store.attend(query[part], key[part], value[part], found, past, sample, softmax)
+            if isinstance(place, Tensor):
+                out[part] = found
         return out
+
+    @property
+    def empty(self) -> bool:
+        """Whether no token was in the cache before the forward that begins or runs."""
+        tokens = self.tokens
+        return not any(tokens.held if self.leads and not tokens.running else tokens.past)
+
+    @torch.no_grad()
+    def put(self, key: Tensor, value: Tensor) -> None:
+        """Store new tokens, which attend without the cache."""
+        self._make_room(key.shape[2])
+        for sample, past, place in self._parts(len(key)):
+            for store in self.stores:
+                if store.heads:
+                    store.put(key[sample, :, place], value[sample, :, place], past, sample)
+
+    def _make_room(self, new: int) -> None:
+        """Count new tokens, in the first layer, and see to it that they can be stored."""
+        if self.leads:
+            self.tokens.advance(new, self.capacity)
+        if self.capacity is None:
+            self.full.reserve(self.tokens.most)
+
+    def _rewind(self, again: bool) -> None:
+        """Let the window be as it was before a chunk that layers share, for what it forgets is seen by each of them."""
+        if again:
+            for name, tensor in self.before.items():
+                getattr(self.recent, name).copy_(tensor)
+        else:
+            self.before = {name: tensor.clone() for name, tensor in self.recent.tensors.items()}
+
+    def _parts(self, batch: int) -> list[tuple[slice, int, Place]]:
+        """Which samples, after how many tokens, have which of the new tokens; all at once where they are alike."""
+        tokens = self.tokens
+        if self.layer.window is not None and any(isinstance(place, Tensor) for place in tokens.places):
+            raise UserError(HOLES)
+        samples = [slice(None)] if tokens.uniform else [slice(i, i + 1) for i in range(batch)]
+        return list(zip(samples, tokens.past, tokens.places, strict=False))
+
+    def _decode(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+        assert self.tokens.reach is not None
+        window, lengths = self.window, self.tokens.reach.to(query.device)
+        places = (self.full.key, self.full.value, self.recent.key, self.recent.value, self.heads, lengths)
+        return decode_attention(
+            query,
+            key,
+            value,
+            *places,
+            self.arrived,
+            window.sink_size,
+            window.recent_size,
+            softmax.factor(query.shape[-1]),
+            softmax.softcap,
+            softmax.sinks,
+        )
 
     @property
     def stores(self) -> tuple[Store, Store]:
         """Both stores."""
         return self.full, self.recent
+
+    def record(self) -> None:
+        """Keep tokens beyond the window, as many as `tokens.recorded`; see `DualCache.activate_past_recording`."""
+        if self.is_initialized:
+            self.recent.record(self.tokens.recorded)
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether the latest tokens can be taken back at any length."""
+        return self.tokens.recorded > 0 or (self.layer.window is None and bool(self.retrieval.all()))
+
+    @property
+    def keys(self) -> None:  # type: ignore[override]
+        """None before the first token; a `UserError` afterwards, for no tensor holds the keys of all heads."""
+        if self.is_initialized:
+            raise UserError(
+                "no tensor of a dual cache has the keys or values of all heads: those of retrieval heads are in "
+                "layer.full.key and .value, those of streaming heads in layer.recent.key and .value"
+            )
+
+    values = keys
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where keys and values lie; None before the first token."""
+        return self.full.key.device if self.is_initialized else None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of keys and values; None before the first token."""
+        return self.full.key.dtype if self.is_initialized else None
+
+    def offload(self) -> None:
+        """Take keys and values to the CPU; `prefetch` takes them back, which must come before the next forward."""
+        if self.is_initialized and self.capacity is None:
+            self.home = self.home or self.full.key.device
+            for store in self.stores:
+                store.move("cpu")
+        elif self.capacity is not None:
+            raise UserError(
+                "a static cache cannot be offloaded: a compiled step knows where it lies; leave max_length out"
+            )
+
+    def prefetch(self) -> None:
+        """Take keys and values back to where they came from."""
+        if self.home is not None:
+            for store in self.stores:
+                store.move(self.home)
+            self.home = None
 
     @property
     def batch_size(self) -> int:
@@ -147,8 +260,10 @@ class DualLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that a mask for the next `query_length` tokens covers, and where it begins."""
-        if self.capacity is not None:
-            return self.capacity, 0
+        if (
+            self.capacity is not None
+        ):  # never the number of queries, by which `padding_mask` knows that a cache is there
+            return self.capacity + (self.capacity == query_length), 0
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
@@ -178,36 +293,3 @@ class DualLayer(CacheLayerMixin):
             count = len(samples) * self.layer.kv_heads
             if len(self.arrived) != count:
                 self.arrived = self.arrived.new_zeros(count)
-
-
-class ArrivingKeys:
-    """What the cache hands the model in place of keys: the new tokens' keys, with the layer that will store them."""
-
-    def __init__(self, layer: DualLayer, key: Tensor, value: Tensor) -> None:
-        self.layer, self.key, self.value = layer, key, value
-
-    def __getattr__(self, name: str) -> Any:
-        """Nothing else: a model that works on its keys after the cache has taken them cannot use this one."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise UserError("this model changes its keys behind the cache, which the dual cache does not: use_cache=False")
-
-    def attend(self, module: torch.nn.Module, query: Tensor, softmax: Softmax) -> Tensor:
-        """Store the tokens and attend from them to all that the layer's heads see.
-
-        Args:
-            module: the attention module that asks.
-            query: (batch, heads, tokens, head_dim).
-            softmax: of the layer.
-
-        Returns:
-            (batch, heads, tokens, head_dim); zeros for padding.
-
-        Raises:
-            UserError: another layer asks, in a model whose layers share keys.
-        """
-        if module is not self.layer.layer.module:
-            raise UserError(
-                "layers of this model share keys and values, which the dual cache does not: use_cache=False"
-            )
-        return self.layer.attend(query, self.key, self.value, softmax)

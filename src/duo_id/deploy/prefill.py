@@ -8,6 +8,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from duo_id.compat import cache_argument
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.install import deployment_of
 from duo_id.errors import UserError
@@ -33,7 +34,8 @@ def prefill(
         progress: show a bar.
 
     Returns:
-        the next-token logits after the prompt, (batch, vocabulary); no others are computed.
+        the logits of the token after each sample's last real one, (batch, vocabulary), wherever its padding is; few
+        others are computed. NaN for a sample that got no token at all.
 
     Raises:
         UserError: the model is under no mask, the cache is not its own, or sizes do not fit.
@@ -60,17 +62,30 @@ def read_in_chunks(
         raise UserError(f"attention_mask has {attention_mask.shape[1]} columns for {input_ids.shape[1]} tokens")
     tokens = input_ids.shape[1]
     past = 0 if attention_mask is None else attention_mask.shape[1] - tokens
-    options: dict[str, Any] = (
-        {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    )
-    logits = None
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, past:].to(input_ids.device)
+    last = (real * torch.arange(1, tokens + 1, device=real.device)).argmax(-1) if tokens else real.sum(-1)
+    if not bool(real.any()):
+        raise UserError("prefill needs a prompt of at least one token")
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    name, options, logits = cache_argument(model), dict[str, Any](), None
     for start in track(range(0, tokens, chunk_size), "prefill", disable=not progress, transient=True):
         end = min(tokens, start + chunk_size)
         if attention_mask is not None:
             seen = attention_mask[:, : past + end]
             positions = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, past + start :]
             options |= {"attention_mask": seen, "position_ids": positions}
-        logits = model(input_ids[:, start:end], past_key_values=cache, use_cache=True, **options).logits[:, -1]
-    if logits is None:
-        raise UserError("prefill needs a prompt of at least one token")
+        here = (last >= start) & (last < end) & real.any(-1).bool()  # the samples whose last token lies in this chunk
+        columns = (last[here] - start).unique()
+        if not len(columns):
+            columns = columns.new_zeros(1)
+        if keeps:
+            options["logits_to_keep"] = 1 if columns.tolist() == [end - start - 1] else columns
+        found = model(input_ids[:, start:end], **{name: cache}, use_cache=True, **options).logits
+        if not keeps:
+            found = found[:, columns.to(found.device)]
+        logits = torch.full_like(found[:, 0], torch.nan) if logits is None else logits
+        place = torch.searchsorted(columns, last[here] - start).to(found.device)
+        rows = here.nonzero()[:, 0].to(found.device)
+        logits[rows] = found[rows, place]
+    assert logits is not None
     return logits

@@ -44,7 +44,7 @@ class Store(ABC):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, past: int, sample: slice, softmax: Softmax
     ) -> None:
-        """Store a chunk of tokens and attend from it.
+        """Attend from a chunk of tokens, and `put` them.
 
         Args:
             query: (samples, query heads, tokens, head_dim), of all heads of the layer.
@@ -55,6 +55,10 @@ class Store(ABC):
             sample: which samples of the batch.
             softmax: of the layer.
         """
+
+    @abstractmethod
+    def put(self, key: Tensor, value: Tensor, past: int, sample: slice) -> None:
+        """Store a chunk of tokens; arguments as of `attend`."""
 
     @abstractmethod
     def reserve(self, tokens: int) -> None:
@@ -80,16 +84,26 @@ class Store(ABC):
         for here, there in self.runs:
             places[:, there] = found[:, here]
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept, by attribute, the batch first."""
+        return {"key": self.key, "value": self.value}
+
+    def move(self, device: torch.device | str) -> None:
+        """Take all that is kept to a device."""
+        for name, tensor in self.tensors.items():
+            setattr(self, name, tensor.to(device, non_blocking=True))
+
     def fork(self, samples: Tensor) -> Self:
         """A store of its own with the samples `samples[i]` (n,) int64."""
         twin = copy.copy(self)
-        twin.key, twin.value = (x.index_select(0, samples.to(x.device)) for x in (self.key, self.value))
+        for name, tensor in self.tensors.items():
+            setattr(twin, name, tensor.index_select(0, samples.to(tensor.device)))
         return twin
 
     def select(self, samples: Tensor) -> None:
         """Make sample `samples[i]` (n,) int64 the new sample i."""
-        for name in ("key", "value"):
-            old = getattr(self, name)
+        for name, old in self.tensors.items():
             new = old.index_select(0, samples.to(old.device))
             if new.shape == old.shape:
                 old.copy_(new)  # at the old address, which a compiled or captured step may know
@@ -99,7 +113,7 @@ class Store(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.key.nbytes + self.value.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class FullStore(Store):
@@ -137,14 +151,19 @@ class FullStore(Store):
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, past: int, sample: slice, softmax: Softmax
     ) -> None:
         """See `Store.attend`."""
+        self.put(key, value, past, sample)
         end = past + key.shape[2]
-        for here, there in self.runs:
-            self.key[sample, here, past:end] = key[:, there]
-            self.value[sample, here, past:end] = value[:, there]
         keys, values = self.key[sample, :, :end], self.value[sample, :, :end]
         self.attention(
             query, out, key.shape[1], softmax, lambda q, own: full_attention(q, keys, values, own, self.backend)
         )
+
+    def put(self, key: Tensor, value: Tensor, past: int, sample: slice) -> None:
+        """See `Store.put`."""
+        end = past + key.shape[2]
+        for here, there in self.runs:
+            self.key[sample, here, past:end] = key[:, there]
+            self.value[sample, here, past:end] = value[:, there]
 
 
 class StreamingStore(Store):
@@ -160,6 +179,7 @@ class StreamingStore(Store):
     def __init__(self, like: Tensor, heads: Sequence[int], window: Window, backend: str) -> None:
         super().__init__(like, heads, window.sink_size + window.recent_size)
         self.window, self.backend = window, backend
+        self.recorded: Tensor | None = None  # (batch, 2, heads, tokens, head_dim): keys and values beyond the window
         self.listed = torch.tensor(self.heads, dtype=torch.int32, device=like.device)
 
     def reserve(self, tokens: int) -> None:
@@ -187,10 +207,56 @@ class StreamingStore(Store):
                 softmax,
                 lambda q, own: streaming_attention(q, keys, values, own, self.window, self.backend),
             )
+        self.put(key, value, past, sample)
+
+    def put(self, key: Tensor, value: Tensor, past: int, sample: slice) -> None:
+        """See `Store.put`."""
+        if self.recorded is not None:
+            self._record(key, value, past, sample)
         kept = self._kept(past, key.shape[2], key.device)
         slots = self._slot(kept)
-        for store, new in zip(stored, (key, value), strict=True):
-            store[:, :, slots] = self.taken(new[:, :, kept - past])
+        for store, new in ((self.key, key), (self.value, value)):
+            store[sample, :, slots] = self.taken(new[:, :, kept - past])
+
+    def record(self, tokens: int) -> None:
+        """From now on keep so many tokens beyond the window too, for `take_back`: token t in place t % tokens."""
+        batch, heads, _, dim = self.key.shape
+        self.recorded = self.key.new_zeros(batch, 2, heads, tokens, dim)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Store.tensors`."""
+        return super().tensors | ({} if self.recorded is None else {"recorded": self.recorded})
+
+    def _record(self, key: Tensor, value: Tensor, past: int, sample: slice) -> None:
+        """Keep what leaves the window as new tokens come, before their slots are written."""
+        assert self.recorded is not None
+        sink, recent, places = self.window.sink_size, self.window.recent_size, self.recorded.shape[3]
+        end = max(sink, past + key.shape[2] - recent)  # from here on all is in the window
+        start = max(sink, end - places)
+        stored = torch.arange(max(start, past - recent), max(start, min(end, past)), device=key.device)
+        fresh = torch.arange(max(start, past), max(start, past, end), device=key.device)
+        for i, (store, new) in enumerate(((self.key, key), (self.value, value))):
+            kept = self.recorded[sample, i]
+            kept[:, :, stored % places] = store[sample][:, :, self._slot(stored)]
+            kept[:, :, fresh % places] = self.taken(new[:, :, fresh - past])
+
+    def take_back(self, length: int, tokens: int, floor: int, sample: int) -> None:
+        """Put into the window what it sees again once the latest tokens are gone.
+
+        Args:
+            length: tokens of the sample.
+            tokens: how many of them go.
+            floor: the first token that is kept at all.
+            sample: which one.
+        """
+        if self.recorded is None:
+            return
+        sink, recent, places = self.window.sink_size, self.window.recent_size, self.recorded.shape[3]
+        start = max(sink, length - tokens - recent, floor)
+        again = torch.arange(start, max(start, length - recent), device=self.key.device)
+        for i, store in enumerate((self.key, self.value)):
+            store[sample][:, self._slot(again)] = self.recorded[sample, i][:, again % places]
 
     def _slot(self, token: Tensor) -> Tensor:
         """The slots of tokens."""
