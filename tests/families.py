@@ -31,14 +31,14 @@ from tests.tiny import draw_weights
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- families: python -m tests.families -->", "<!-- end of families -->"
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-WINDOW, TOKENS, NEW = Window(1, 3), 12, 3
+WINDOW, TOKENS, NEW = Window(1, 3), 128, 3
 LARGEST = 9_000_000  # parameters of a tiny model
 
 # Under every name that a family may give them; what a family does not know it does not read.
 LAYERS = {"num_hidden_layers": 4}
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 95,
+    "max_position_embeddings": 192, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 95,
     "num_experts": 2, "num_local_experts": 2, "n_routed_experts": 2, "moe_num_experts": 2, "num_experts_per_tok": 1,
     "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1,
     "sliding_window": 5,
@@ -48,7 +48,7 @@ SIZES: dict[str, Any] = {
 HYBRID = ["sliding_attention", "full_attention"] * 2
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 PER_LAYER = {
-    "layer_types": HYBRID, "head_dim": 8, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 96,
+    "layer_types": HYBRID, "head_dim": 8, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 96,
     "hidden_size_per_layer_input": 8,
 }  # fmt: skip
 WINDOWED = ("mistral", "ministral3", "mixtral", "phi3", "phimoe", "starcoder2", "olmoe", "minimax")
@@ -94,13 +94,20 @@ class Unbuilt(Exception):
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """Of four layers, one of them with full attention at least where the family has such layers."""
+    """Of four layers or more, of every kind that the family has, and with full attention where it may be."""
     numbers = LAYERS | SIZES | OF.get(family, {})
     config = AutoConfig.for_model(family, **numbers)
     kinds = getattr(config, "layer_types", None)
-    if kinds and "full_attention" not in kinds and "sliding_attention" in kinds:
-        config = AutoConfig.for_model(family, **numbers, layer_types=[*kinds[:-1], "full_attention"])
-    return config
+    if not kinds or "layer_types" in numbers:
+        return config
+    usual = getattr(AutoConfig.for_model(family), "layer_types", None) or kinds
+    wanted = list(dict.fromkeys([*usual, *kinds]))
+    if "full_attention" not in wanted and "sliding_attention" in wanted:
+        wanted.append("full_attention")
+    if set(wanted) == set(kinds):
+        return config
+    several = (wanted * 4)[: max(4, len(wanted))]
+    return AutoConfig.for_model(family, **numbers | {"num_hidden_layers": len(several), "layer_types": several})
 
 
 def tiny_model(family: str) -> PreTrainedModel:
@@ -154,7 +161,11 @@ def try_family(family: str) -> Outcome:
         with torch.no_grad(), bound(layers, masked_layers(layers, mask, Backends())):
             masked = model(ids, use_cache=False).logits
     total = model.config.get_text_config().num_hidden_layers
-    with torch.no_grad(), brute_force(model, mask.retrieval, mask.sink_size, mask.recent_size):
+    rows = mask.retrieval.clone()
+    for layer in layers:
+        for module in layer.sharers:
+            rows[module.layer_idx] = rows[layer.index]
+    with torch.no_grad(), brute_force(model, rows, mask.sink_size, mask.recent_size):
         close(masked, model(ids, use_cache=False).logits, "hard mask")
     assert (masked - expected).abs().max() > 1e-4, "the mask changes nothing"
     gated = f"{len(layers)} of {total}"

@@ -1,16 +1,26 @@
 """A model goes under a head mask and comes back as it was; what cannot work is refused and named."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache, pipeline
+from transformers import (
+    DynamicCache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    StaticCache,
+    pipeline,
+)
 
 from duo_id import DualCache, HeadMask, dual_cache, duo_attention, install, prefill, remove
+from duo_id.compat import GENERATE_CACHE, attention_configs, cache_of
 from duo_id.errors import UserError
 from duo_id.models import byte_tokenizer
 from duo_id.patterns import random_mask
@@ -478,3 +488,325 @@ def test_prefill_of_models_that_cannot_leave_logits_out(
         expected = prefill(model, ids, dual_cache(model), 16)
         monkeypatch.setattr(model, "forward", forward)
         check_equal(prefill(model, ids, dual_cache(model), 16), expected)
+
+
+# Ways in that models have
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+def test_autocast_is_as_autocast_without_a_mask(family: str, use_cache: bool) -> None:
+    """A mask that hides nothing writes what the model writes; the next forward without it is in float32 again."""
+    model, ids = build(family), random_ids(2, 40)
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "use_cache": use_cache}
+    full = mask_for(model, kind="all")
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        expected = model.generate(ids, return_dict_in_generate=True, **options)
+        with duo_attention(model, full):
+            found = model.generate(ids, return_dict_in_generate=True, **options)
+    for one, other in zip(found.logits, expected.logits, strict=True):
+        assert (one - other).abs().max() < 0.05 * other.abs().max()
+    with duo_attention(model, full), torch.no_grad():
+        check_equal(model(ids).logits, model(ids, use_cache=False).logits)
+
+
+def test_a_cache_does_not_go_on_in_another_type(model: PreTrainedModel, ids: Tensor) -> None:
+    with duo_attention(model, mask_for(model)), torch.no_grad():
+        cache = dual_cache(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(ids, past_key_values=cache)
+        with pytest.raises(UserError, match=r"bfloat16 keys, but torch.float32 came"):
+            model(ids[:, :1], past_key_values=cache)
+
+
+def vision_model() -> PreTrainedModel:
+    text = build("llama").config
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "image_size": 28, "patch_size": 14, "projection_dim": 32}  # fmt: skip
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=90, vision_feature_layer=-1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("implementations", ["sdpa", "eager", {"text_config": "eager", "vision_config": "sdpa"}])
+def test_a_vision_language_model_sees_its_images(implementations: Any) -> None:
+    model, ids = vision_model(), random_ids(2, 40).clamp(max=80)
+    ids[:, 3:7] = 90
+    model.set_attn_implementation(implementations)
+    before = [part._attn_implementation for part in attention_configs(model)]
+    image = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))}
+    expected = model(**image).logits
+    written = model.generate(**image, max_new_tokens=8, do_sample=False)
+    full = HeadMask(torch.ones(4, 2, dtype=torch.bool), 3, 8)
+    with duo_attention(model, full):
+        check_equal(model(**image).logits, expected)
+        assert torch.equal(model.generate(**image, max_new_tokens=8, do_sample=False), written)
+        assert model.config.vision_config._attn_implementation != "duo_id"
+    with duo_attention(model, HeadMask(torch.zeros(4, 2, dtype=torch.bool), 3, 8)):
+        assert not torch.equal(model(**image).logits, expected)
+    assert [part._attn_implementation for part in attention_configs(model)] == before
+
+
+@pytest.mark.parametrize("way", ["method", "forward", "wrapper"])
+def test_a_model_that_was_compiled_before(way: str, ids: Tensor) -> None:
+    model = build("llama")
+    mask, expected = mask_for(model), model(ids).logits
+    given: Any = model
+    if way == "method":
+        model.compile(backend="eager")
+    elif way == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        given = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        check_equal(given(ids).logits, expected)
+        plain = build("llama")
+        with reference(plain, mask):
+            wanted = plain(ids, use_cache=False).logits
+        with duo_attention(given, mask):
+            check_equal(given(ids).logits, wanted)
+            check_equal(given(ids, use_cache=False).logits, wanted)
+            cache = dual_cache(given)
+            for start, end in ((0, 30), (30, 31), (31, 40)):
+                check_equal(given(ids[:, start:end], past_key_values=cache).logits, wanted[:, start:end])
+        check_equal(given(ids).logits, expected)
+
+
+def test_adapters_are_unwrapped(ids: Tensor) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+    base = model.get_base_model()
+    with reference(base, mask_for(base)), torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    before = traces(base)
+    with duo_attention(model, mask_for(base)), torch.no_grad():
+        check_equal(model(ids).logits, expected)
+        check_equal(prefill(model, ids, dual_cache(model), 16), expected[:, -1])
+        check_equal(model.generate(input_ids=ids, max_new_tokens=1, do_sample=False, output_logits=True,
+                                   return_dict_in_generate=True).logits[0], expected[:, -1])  # fmt: skip
+    assert traces(base) == before
+
+
+@pytest.mark.parametrize("given", ["adapter", "base"])
+def test_prefix_tuning_is_refused(given: str, ids: Tensor) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    mask = mask_for(build("llama"))
+    with (
+        pytest.raises(UserError, match="prefix tuning"),
+        duo_attention(model if given == "adapter" else model.get_base_model(), mask),
+    ):
+        model.eval().generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+
+
+@pytest.mark.parametrize("wrapped", [object(), torch.nn.Linear(2, 2)])
+def test_what_is_no_model_is_named(wrapped: Any) -> None:
+    with pytest.raises(UserError, match=rf"a {type(wrapped).__name__} is no model of transformers"):
+        install(wrapped, HeadMask(torch.ones(1, 1, dtype=torch.bool), 1, 1))
+
+
+# Copies
+
+
+@pytest.mark.parametrize("copied", ["saved", "deepcopy"])
+def test_a_cache_goes_on_after_it_was_saved(tmp_path: Path, model: PreTrainedModel, ids: Tensor, copied: str) -> None:
+    mask = mask_for(model)
+    with duo_attention(model, mask), torch.no_grad():
+        expected = model(ids).logits[:, 30:]
+        cache = dual_cache(model)
+        model(ids[:, :30], past_key_values=cache)
+        torch.save(cache, tmp_path / "cache.pt")
+        assert (tmp_path / "cache.pt").stat().st_size < 2 * cache.nbytes + 20_000, "no model is in the file"
+    with duo_attention(model, mask), torch.no_grad():
+        again = torch.load(tmp_path / "cache.pt", weights_only=False) if copied == "saved" else copy.deepcopy(cache)
+        check_equal(model(ids[:, 30:], past_key_values=again).logits, expected)
+    other = build("llama", num_key_value_heads=4)
+    with duo_attention(other, mask_for(other)), pytest.raises(UserError, match="another head mask"):
+        other(ids, past_key_values=torch.load(tmp_path / "cache.pt", weights_only=False))
+    wider = build("llama", head_dim=24)
+    with duo_attention(wider, mask), pytest.raises(UserError, match="another model"):
+        wider(ids, past_key_values=torch.load(tmp_path / "cache.pt", weights_only=False))
+
+
+def test_a_copy_of_a_masked_model_is_masked_by_itself(model: PreTrainedModel, ids: Tensor) -> None:
+    before, plain = traces(model), model(ids).logits
+    with duo_attention(model, mask_for(model)):
+        expected = model(ids).logits
+        twin = copy.deepcopy(model)
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(twin(ids).logits, expected)
+        remove(twin)
+        assert torch.equal(twin(ids).logits, plain)
+        assert torch.equal(model(ids).logits, expected)
+        with pytest.raises(UserError, match="cannot be pickled"):
+            pickle.dumps(model)
+    assert traces(model) == traces(twin) == before
+
+
+# What would take the mask off
+
+
+@pytest.mark.parametrize("method", ["set_attn_implementation", "generate_batch", "init_continuous_batching"])
+def test_methods_that_would_take_the_mask_off_are_refused(model: PreTrainedModel, method: str) -> None:
+    with duo_attention(model, mask_for(model)), pytest.raises(UserError, match=f"{method} is not possible"):
+        getattr(model, method)("sdpa")
+    assert not [name for name in vars(model) if name in (method, "__deepcopy__")]
+    model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("through", ["config", "part"])
+def test_another_attention_set_in_another_way_is_found(model: PreTrainedModel, ids: Tensor, through: str) -> None:
+    with duo_attention(model, mask_for(model)):
+        expected = model(ids).logits
+        if through == "config":
+            model.config._attn_implementation = "sdpa"
+        else:
+            model.model.set_attn_implementation("sdpa")
+        with pytest.raises(UserError, match="set to sdpa under a head mask"):
+            model(ids)
+        model.config._attn_implementation = "duo_id"
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_cache_of_continuous_batching_is_refused(model: PreTrainedModel, ids: Tensor) -> None:
+    class PagedAttentionCache:
+        pass
+
+    for name in ("cache", "past_key_values"):
+        with duo_attention(model, mask_for(model)), pytest.raises(UserError, match="a PagedAttentionCache cannot hold"):
+            model(ids, **{name: PagedAttentionCache()})
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_ordinary_caches_are_refused_under_either_name(model: PreTrainedModel, ids: Tensor, name: str) -> None:
+    with duo_attention(model, mask_for(model)), pytest.raises(UserError, match="DynamicCache cannot hold"):
+        model(ids, use_cache=True, **{name: DynamicCache(config=model.config)})
+
+
+# As the caches of transformers
+
+
+def test_the_largest_static_cache_is_kept(model: PreTrainedModel, ids: Tensor) -> None:
+    """As transformers does, so that a step that was compiled fits the next, shorter call."""
+    options = {"cache_implementation": "static", "do_sample": False, "return_dict_in_generate": True}
+    with duo_attention(model, mask_for(model)):
+        lengths = [
+            cache_of(model.generate(ids, max_new_tokens=new, **options)).max_length for new in (8, 20, 3, 20, 25)
+        ]
+    assert lengths == [47, 59, 59, 59, 64]
+
+
+def test_a_cache_says_what_it_has(model: PreTrainedModel, ids: Tensor) -> None:
+    with duo_attention(model, mask_for(model)):
+        for max_length in (None, 60):
+            cache = dual_cache(model, max_length)
+            assert (cache.layers[0].keys, cache.layers[0].values, cache.device, cache.dtype) == (None,) * 4
+            model(ids, past_key_values=cache)
+            assert (cache.device, cache.dtype) == (torch.device("cpu"), torch.float32)
+            assert (cache.layers[0].device, cache.layers[0].dtype) == (torch.device("cpu"), torch.float32)
+            assert cache.max_cache_len == (max_length or -1)
+            for name in ("keys", "values"):
+                with pytest.raises(UserError, match=r"layer\.full\.key"):
+                    getattr(cache.layers[0], name)
+        with pytest.raises(UserError, match="static cache cannot be offloaded"):
+            cache.offload()
+
+
+def test_an_offloaded_cache_comes_back(model: PreTrainedModel, ids: Tensor) -> None:
+    with duo_attention(model, mask_for(model)), torch.no_grad():
+        expected = model(ids).logits[:, 30:]
+        cache = dual_cache(model)
+        model(ids[:, :30], past_key_values=cache)
+        cache.offload()
+        with pytest.raises(UserError, match=r"cache.prefetch\(\) first"):
+            model(ids[:, 30:], past_key_values=cache)
+        cache.prefetch()
+        check_equal(model(ids[:, 30:], past_key_values=cache).logits, expected)
+
+
+# Tokens that are hidden
+
+
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+def test_the_pad_token_in_a_prompt_is_hidden_as_generate_hides_it(cache_implementation: str | None) -> None:
+    """With no mask given, generate takes each pad token for padding, also in the middle."""
+    model = build("llama", pad_token_id=7)
+    ids = random_ids(1, 30).clamp(min=8)
+    ids[0, [10, 20]] = 7
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache_implementation}
+    expected = model.generate(ids, **options)[:, 30:]
+    with duo_attention(model, mask_for(model, kind="all")):
+        assert torch.equal(model.generate(ids, **options)[:, 30:], expected)
+    with duo_attention(model, mask_for(model)):
+        shorter = ids[:, ids[0] != 7]
+        assert torch.equal(model.generate(ids, **options)[:, 30:], model.generate(shorter, **options)[:, 28:])
+
+
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+def test_generate_pads_on_the_right_too(cache_implementation: str | None) -> None:
+    model, ids = build("llama"), random_ids(2, 15)
+    real = torch.ones_like(ids)
+    real[0, 8:] = 0
+    with duo_attention(model, mask_for(model)):
+        made = model.generate(
+            ids, attention_mask=real, max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
+            cache_implementation=cache_implementation,
+        )  # fmt: skip
+        assert cache_of(made).tokens.lengths.tolist() == [8 + 3, 15 + 3]
+        alone = model.generate(ids[1:], max_new_tokens=4, do_sample=False)
+    assert torch.equal(made.sequences[1], alone[0])
+
+
+@pytest.mark.parametrize("max_length", [None, 90])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
+def test_turns_of_a_batched_chat(family: str, max_length: int | None) -> None:
+    """Three turns whose rows have other lengths, through generate: each row writes what it writes alone."""
+    model = build(family)
+    turns, draw = [], torch.Generator().manual_seed(3)
+    for lengths in ((12, 8), (3, 6), (1, 5)):
+        ids = torch.randint(3, 90, (2, max(lengths)), generator=draw)
+        real = torch.ones_like(ids)
+        for row, length in enumerate(lengths):
+            real[row, : max(lengths) - length] = 0
+        turns.append((ids, real))
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with duo_attention(model, mask_for(model)), torch.no_grad():
+        cache = dual_cache(model, max_length)
+        ids, real = (torch.zeros(2, 0, dtype=torch.long) for _ in range(2))
+        texts = [torch.zeros(0, dtype=torch.long)] * 2
+        for new, mask in turns:
+            ids, real = torch.cat([ids, new], 1), torch.cat([real, mask], 1)
+            ids = model.generate(ids, attention_mask=real, **{GENERATE_CACHE: cache}, **options)
+            real = torch.cat([real, torch.ones(2, 4, dtype=torch.long)], 1)
+            for row in range(2):
+                text = torch.cat([texts[row], new[row][mask[row].bool()]])[None]
+                texts[row] = model.generate(text, attention_mask=torch.ones_like(text), **options)[0]
+                assert torch.equal(ids[row, -4:], texts[row][-4:])
+
+
+@pytest.mark.parametrize("max_length", [None, 90])
+def test_a_mask_that_hides_the_past_is_refused_by_generate_too(
+    model: PreTrainedModel, ids: Tensor, max_length: int | None
+) -> None:
+    with duo_attention(model, mask_for(model)), torch.no_grad():
+        cache = dual_cache(model, max_length)
+        model(ids, past_key_values=cache)
+        more = torch.cat([ids, ids[:, :1]], 1)
+        hidden = torch.ones_like(more)
+        hidden[0, 30:33] = 0
+        with pytest.raises(UserError, match="hides tokens that are in the cache"):
+            model.generate(more, attention_mask=hidden, max_new_tokens=3, **{GENERATE_CACHE: cache})
+        hidden[0, 30:33] = 1
+        model.generate(more, attention_mask=hidden, max_new_tokens=3, **{GENERATE_CACHE: cache})
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_prefill_returns_each_samples_last_token(model: PreTrainedModel, chunk: int) -> None:
+    ids = random_ids(3, 30)
+    real = torch.ones_like(ids)
+    real[0, 21:], real[1, :5], real[2, 3:] = 0, 0, 0
+    with duo_attention(model, mask_for(model)):
+        found = prefill(model, ids, dual_cache(model), chunk, real)
+        for row, mask in enumerate(real):
+            check_equal(found[row], prefill(model, ids[row : row + 1, mask.bool()], dual_cache(model))[0])

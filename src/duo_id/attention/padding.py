@@ -7,13 +7,6 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from duo_id.errors import UserError
-
-HOLES = (
-    "attention_mask hides tokens in the middle of a text, and this model has layers with a sliding window, where it is "
-    "not clear whether these count: take them out of the text"
-)
-
 
 def no_padding(ids: Tensor) -> Tensor:
     """An attention mask for `ids` (batch, tokens) that says, without a look at the device, that all tokens are real.
@@ -57,8 +50,6 @@ def padding_mask(
     begins = attention_mask.to(torch.int8).diff(dim=-1) > 0  # real tokens after padding
     if bool(attention_mask[:, 0].all()) and not bool(begins.any()):
         return None
-    if local_size is not None and bool((begins.sum(-1) + attention_mask[:, 0].bool() > 1).any()):
-        raise UserError(HOLES)
     return attention_mask.bool()
 
 

@@ -86,7 +86,7 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
         index, window = getattr(module, "layer_idx", None), options.get("sliding_window")
         if (option := unknown_option(options)) is not None:
             raise UserError(f"{title}: {names[module]} cannot be gated or masked: {option}")
-        place = next((i for i, earlier in enumerate(keys) if earlier is key), None)
+        place = next((i for i, earlier in enumerate(keys) if earlier is key and layers[i].module is not module), None)
         if place is None:
             keys.append(key)
             layers.append(

@@ -12,6 +12,7 @@ from transformers.generation import GenerationMode
 
 from duo_id.attention.gated import IMPLEMENTATION, bound, routed
 from duo_id.attention.heads import Backends, masked_layers
+from duo_id.attention.padding import no_padding
 from duo_id.attention.probe import AttentionLayer, gated_layers
 from duo_id.compat import GENERATE_CACHE, cache_argument, given_cache
 from duo_id.deploy.cache import DualCache
@@ -21,6 +22,7 @@ from duo_id.patterns import HeadMask
 INSTALLED = "duo_id_deployment"  # the attribute of a model that holds its deployment
 UNBOUND = {"module": None, "sharers": (), "own": None}  # of a layer of a cache that was loaded from a file
 REFUSED = {  # methods of a model, and why
+    "__reduce_ex__": "what is bound to a model cannot be pickled; leave duo_attention first, or save the weights",
     "set_attn_implementation": "it would take the mask off; leave duo_attention first",
     "generate_batch": "continuous batching has a cache of its own; use generate",
     "init_continuous_batching": "continuous batching has a cache of its own; use generate",
@@ -50,10 +52,6 @@ class Deployment:
 
         return deepcopy
 
-    def __reduce__(self) -> Any:
-        """Refuse: what is bound to a model cannot be saved with it."""
-        raise UserError("a model under a head mask cannot be pickled: leave duo_attention first, or save its weights")
-
     def new_cache(self, max_length: int | None = None) -> DualCache:
         """A cache for the model's mask; see `DualCache`."""
         return DualCache(self.layers, self.mask, self.config, max_length, self.backends)
@@ -82,7 +80,7 @@ class Deployment:
         names, name = list(inspect.signature(module.forward).parameters), cache_argument(module)
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args[:1], self.before_forward(kwargs | dict(zip(names[1:], args[1:], strict=False)), name)
+            return (), self.before_forward(kwargs | dict(zip(names, args, strict=False)), name)
 
         def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if (cache := given_cache(kwargs)) is not None:
@@ -95,7 +93,7 @@ class Deployment:
         """The arguments of a forward: a cache that is given is checked, and one that would be made is made here.
 
         Args:
-            kwargs: all arguments but the first.
+            kwargs: all arguments, by name.
             name: under which this forward takes a cache.
         """
         if self.config._attn_implementation != IMPLEMENTATION:
@@ -118,6 +116,9 @@ class Deployment:
             cache = kwargs[name] = self.new_cache()
         if cache is not None:
             cache.tokens.mask = masks[0] if masks else None
+        elif mask is None and kwargs.get("position_ids") is None:  # compiled code would take it for packed sequences
+            text = next((kwargs[x] for x in ("input_ids", "inputs_embeds") if kwargs.get(x) is not None), None)
+            kwargs["attention_mask"] = None if text is None else no_padding(text[..., 0] if text.dim() == 3 else text)
         return kwargs
 
     def prepare_cache(self, model: Any) -> Any:

@@ -11,7 +11,6 @@ from duo_id.attention.decode import decode_attention
 from duo_id.attention.gated import as_autocast
 from duo_id.attention.heads import Backends
 from duo_id.attention.masks import Window
-from duo_id.attention.padding import HOLES
 from duo_id.attention.probe import AttentionLayer
 from duo_id.attention.softmax import Softmax
 from duo_id.deploy.arriving import ArrivingKeys
@@ -160,8 +159,6 @@ class DualLayer(CacheLayerMixin):
     def _parts(self, batch: int) -> list[tuple[slice, int, Place]]:
         """Which samples, after how many tokens, have which of the new tokens; all at once where they are alike."""
         tokens = self.tokens
-        if self.layer.window is not None and any(isinstance(place, Tensor) for place in tokens.places):
-            raise UserError(HOLES)
         samples = [slice(None)] if tokens.uniform else [slice(i, i + 1) for i in range(batch)]
         return list(zip(samples, tokens.past, tokens.places, strict=False))
 

@@ -1,0 +1,205 @@
+"""Random lives of dual caches, each step held against dense attention over all that the cache should hold."""
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from duo_id import DualCache, dual_cache, duo_attention, prefill
+from duo_id.errors import UserError
+from tests.deploy.cases import Case, case, check_equal, random_ids, reference
+
+SEED = int(os.environ.get("DUO_ID_FUZZ_SEED", "0"))
+RECORDED, CAPACITY, LONGEST = 6, 150, 110
+
+
+class Life:
+    """A cache beside the columns that it was given."""
+
+    def __init__(self, given: Case, seed: int) -> None:
+        self.given, self.draw = given, random.Random(seed)
+        self.static = self.draw.random() < 0.3
+        batch = self.draw.choice([1, 2, 3])
+        self.ids, self.real = random_ids(batch, 0), torch.ones(batch, 0, dtype=torch.long)
+        self.cache = self.new_cache()
+        self.done: list[str] = []
+
+    def new_cache(self) -> DualCache:
+        cache = dual_cache(self.given.model, CAPACITY if self.static else None)
+        self.recording = not self.static and self.draw.random() < 0.5
+        if self.recording:
+            cache.activate_past_recording(RECORDED)
+        return cache
+
+    def columns(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """New ids, and which of them are real: all, padded on a side, or with holes."""
+        ids = torch.randint(
+            3, 96, (len(self.ids), tokens), generator=torch.Generator().manual_seed(self.draw.randrange(2**31))
+        )
+        real = torch.ones_like(ids)
+        kind = self.draw.choice(["whole", "whole", "left", "right", "both", "holes"])
+        for row in real if kind != "whole" else ():
+            left, right = self.draw.randrange(tokens + 1), self.draw.randrange(tokens + 1)
+            if kind in ("left", "both"):
+                row[:left] = 0
+            if kind in ("right", "both"):
+                row[right:] = 0
+            if kind == "holes":
+                row[torch.tensor([self.draw.random() < 0.3 for _ in row])] = 0
+        return ids, real
+
+    def options(self, real: Tensor, tokens: int) -> dict[str, Any]:
+        """A mask of all columns or of the new ones alone, or none where all are real."""
+        positions = (real.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        if real.all() and self.draw.random() < 0.5:
+            return {"position_ids": positions}
+        mask = real if self.draw.random() < 0.5 else real[:, -tokens:]
+        if self.draw.random() < 0.2:
+            mask = mask.bool()
+        return {"attention_mask": mask, "position_ids": positions}
+
+    def expected(self, ids: Tensor, real: Tensor) -> Tensor:
+        positions = (real.cumsum(-1) - 1).clamp(min=0)
+        with reference(self.given.model, self.given.mask):
+            return self.given.model(ids, attention_mask=real, position_ids=positions, use_cache=False).logits
+
+    def forward(self) -> None:
+        """A chunk, a single token, or the next turn of a batched chat."""
+        tokens = self.draw.choice([1, 1, 1, 2, 5, 9, 17])
+        ids, real = self.columns(tokens)
+        ids, real = torch.cat([self.ids, ids], 1), torch.cat([self.real, real], 1)
+        found = self.given.model(ids[:, -tokens:], past_key_values=self.cache, **self.options(real, tokens)).logits
+        seen = real[:, -tokens:].bool()
+        check_seen(found, self.expected(ids, real)[:, -tokens:], seen)
+        self.ids, self.real = ids, real
+
+    def prefill(self) -> None:
+        tokens = self.draw.choice([2, 7, 20])
+        ids, real = self.columns(tokens)
+        if not real.any():
+            return
+        ids, real = torch.cat([self.ids, ids], 1), torch.cat([self.real, real], 1)
+        found = prefill(self.given.model, ids[:, -tokens:], self.cache, self.draw.choice([1, 3, 50]), real)
+        wanted = self.expected(ids, real)
+        for row, mask in enumerate(real[:, -tokens:]):
+            places = mask.nonzero()[:, 0]
+            if len(places):
+                check_equal(found[row], wanted[row, -tokens:][places[-1]])
+            else:
+                assert found[row].isnan().all()
+        self.ids, self.real = ids, real
+
+    def crop(self) -> None:
+        count = self.draw.choice([0, 1, 1, 2, 4, RECORDED, RECORDED + 1])
+        before = self.cache.tokens.held
+        try:
+            self.cache.crop(-count)
+        except UserError:
+            assert self.cache.tokens.held == before
+            if not self.static and not self.recording:
+                assert count > 0
+            return
+        keep = max(0, self.ids.shape[1] - count)
+        self.ids, self.real = self.ids[:, :keep], self.real[:, :keep]
+
+    def hidden_past(self) -> None:
+        """A mask that hides a token of the past, or shows padding, is refused and changes nothing."""
+        if not self.ids.shape[1]:
+            return
+        mask = torch.cat([self.real, torch.ones(len(self.ids), 1, dtype=torch.long)], 1)
+        row, column = self.draw.randrange(len(mask)), self.draw.randrange(self.ids.shape[1])
+        mask[row, column] = 1 - mask[row, column]
+        before = self.cache.tokens.held
+        with pytest.raises(UserError, match="hides tokens"):
+            self.given.model(self.ids[:, :1], past_key_values=self.cache, attention_mask=mask)
+        assert self.cache.tokens.held == before
+
+    def reorder(self) -> None:
+        order = torch.tensor([self.draw.randrange(len(self.ids)) for _ in self.ids])
+        self.cache.reorder_cache(order)
+        self.ids, self.real = self.ids[order], self.real[order]
+
+    def fork(self) -> None:
+        if not self.static:
+            order = torch.tensor([self.draw.randrange(len(self.ids)) for _ in range(self.draw.choice([1, 2, 3]))])
+            if self.cache.tokens.lengths is not None:
+                self.cache = self.cache.fork(order)
+                self.ids, self.real = self.ids[order], self.real[order]
+
+    def gradient(self) -> None:
+        """A forward under gradients is right; a backward pass is right without a past and refused with one."""
+        embed = self.given.model.get_input_embeddings()
+        ids, real = self.columns(4)
+        ids, real = torch.cat([self.ids, ids], 1), torch.cat([self.real, real], 1)
+        with torch.enable_grad():
+            new = embed(ids[:, -4:]).detach().requires_grad_()
+            found = self.given.model(inputs_embeds=new, past_key_values=self.cache, **self.options(real, 4)).logits
+            seen = real[:, -4:].bool()
+            check_seen(found.detach(), self.expected(ids, real)[:, -4:], seen)
+            if self.real.any():
+                with pytest.raises(UserError, match="no gradient"):
+                    found[seen].sum().backward() if seen.any() else found.sum().backward()
+            elif seen.any():
+                (gradient,) = torch.autograd.grad(found[seen].sum(), new)
+                again = new.detach().requires_grad_()
+                positions = (real[:, -4:].cumsum(-1) - 1).clamp(min=0)
+                with reference(self.given.model, self.given.mask):
+                    plain = self.given.model(
+                        inputs_embeds=again, attention_mask=real[:, -4:], position_ids=positions, use_cache=False
+                    ).logits
+                (wanted,) = torch.autograd.grad(plain[seen].sum(), again)
+                check_equal(gradient, wanted)
+        self.ids, self.real = ids, real
+
+    def reset(self) -> None:
+        if self.draw.random() < 0.2:
+            self.cache.reset()
+            self.ids, self.real = self.ids[:, :0], self.real[:, :0]
+
+    def live(self, steps: int) -> None:
+        kinds: list[Callable[[], None]] = [
+            self.forward, self.forward, self.forward, self.forward, self.prefill, self.crop, self.crop,
+            self.hidden_past, self.reorder, self.fork, self.gradient, self.reset,
+        ]  # fmt: skip
+        for _ in range(steps):
+            if self.ids.shape[1] > LONGEST:
+                self.cache = self.new_cache()
+                self.ids, self.real = self.ids[:, :0], self.real[:, :0]
+            step = self.draw.choice(kinds)
+            self.done.append(step.__name__)
+            step()
+
+
+def check_seen(found: Tensor, expected: Tensor, seen: Tensor) -> None:
+    """Check the tokens that are real, if any."""
+    if seen.any():
+        check_equal(found[seen], expected[seen])
+
+
+def lives(family: str, kind: str, first: int, count: int, steps: int) -> None:
+    given = case(family, kind)
+    with duo_attention(given.model, given.mask), torch.no_grad():
+        for seed in range(first, first + count):
+            life = Life(given, seed)
+            try:
+                life.live(steps)
+            except BaseException as error:
+                error.add_note(f"{family}, {kind}, seed {seed}, static {life.static}: {' '.join(life.done)}")
+                raise
+
+
+@pytest.mark.parametrize("kind", ["mixed", "all"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text", "gpt_oss"])
+def test_short_lives(family: str, kind: str) -> None:
+    lives(family, kind, SEED, 6, 14)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mixed", "all", "none"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "gemma3_text", "gpt_oss"])
+def test_long_lives(family: str, kind: str) -> None:
+    lives(family, kind, 1000 + SEED, 120, 30)
