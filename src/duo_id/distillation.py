@@ -61,6 +61,11 @@ class Distillation:
                 more than the windows, for then plain text without a template tells which heads must look far.
             blend: which full attention enters gated heads.
         """
+        if blend.needs_teacher and any(layer.sharers for layer in layers):
+            raise UserError(
+                "method.blend=teacher: layers of this model share keys, so that a gate has several outputs of the "
+                "teacher; use method.blend=student"
+            )
         self.model, self.layers, self.window, self.backends = model, layers, window, backends
         self.objective, self.far, self.blend = objective, tokens == "far", blend
         self.last = last_layer(model.model, layers)

@@ -10,14 +10,20 @@ from transformers import PreTrainedModel
 
 from duo_id.attention.gated import bound_functions
 from duo_id.attention.softmax import Softmax
+from duo_id.scores.anatomy import answer_attention
 from duo_id.scores.attention import ROWS, score_attention, weights
 from tests.dense import dense_attention
-from tests.scores.conftest import grouped, subject_of
+from tests.scores.conftest import grouped, haystack, subject_of
 from tests.test_distillation import HYBRID
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, tiny_model
 
 MakeModel = Callable[..., PreTrainedModel]
 Rows = Iterator[tuple[Tensor, Tensor]]
+SHARED: dict[str, Any] = {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 9, "head_dim": 16, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4,
+}  # fmt: skip
 MODELS: list[tuple[str, dict[str, Any]]] = [*((family, {}) for family in FAMILIES), ("gemma3_text", HYBRID)]
 
 
@@ -49,6 +55,26 @@ def test_weights_are_those_of_the_full_matrix(
     assert len(found) == len(layers)
     for index, own in zip(layers, found, strict=True):
         torch.testing.assert_close(own, seen.weights[index][:, queries], rtol=1e-4, atol=2e-6)
+
+
+def test_layers_that_share_keys_are_query_heads_of_these(reduction: str) -> None:
+    """Layers 2 and 3 read the keys of layers 0 and 1, of which the second has gates."""
+    model = tiny_model("gemma3n_text", **SHARED)
+    ids = torch.randint(3, 96, (30,), generator=torch.Generator().manual_seed(1))
+    with dense_attention(model) as seen:
+        model(ids[None], use_cache=False)
+
+    def last(rows: Rows) -> Tensor:
+        return torch.cat([part for _, part in rows], 1)[:, -1, 3]
+
+    with subject_of(model) as subject:
+        assert [layer.index for layer in subject.layers] == [1]
+        scores = score_attention(subject, ids, torch.tensor([5, 20]), last, reduction)
+        attention = answer_attention(subject, haystack(30, (5, 20, 2)), [(1, 0)])[(1, 0)]
+    heads = torch.cat([seen.weights[layer][:, 20, 3].unflatten(0, (2, -1)) for layer in (1, 3)], 1)
+    torch.testing.assert_close(scores[0], heads.amax(1) if reduction == "max" else heads.mean(1), rtol=1e-4, atol=1e-6)
+    assert attention.shape == (2, 30)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])

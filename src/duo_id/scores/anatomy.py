@@ -50,18 +50,19 @@ def answer_attention(subject: Subject, sample: Sample, heads: Collection[Head] |
         raise UserError(f"layer {layer} has no KV head {head} with a gate: they are {known[0]} to {known[-1]}")
     ids = sample["input_ids"].to(subject.device)
     queries = torch.cat([answer for answer, _ in needles(sample)]).to(subject.device) - 1
-    found: dict[Head, Tensor] = {}
+    found: dict[Head, list[Tensor]] = {head: [] for head in chosen}
 
     def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, layer: int) -> Tensor:
         rows = torch.cat([part for _, part in weights(query, key, queries, softmax)], 1)  # (heads, queries, tokens)
         of_head = rows.unflatten(0, (key.shape[1], -1)).mean(1).cpu()
-        found.update({head: of_head[head[1]] for head in chosen if head[0] == layer})
+        for head in (head for head in chosen if head[0] == layer):
+            found[head].append(of_head[head[1]])  # once more for each layer that shares the keys
         return full_attention(query, key, value, softmax, subject.backends.full)
 
     watching: dict[int, AttendFunction] = {layer: partial(attend, layer=layer) for layer, _ in chosen}
     with torch.no_grad(), bound(subject.layers, watching):
         subject.model.hidden_states({"input_ids": ids[None]})
-    return {head: found[head] for head in chosen}
+    return {head: torch.stack(parts).mean(0) for head, parts in found.items()}
 
 
 def attention_shares(maps: Mapping[Head, Tensor], sample: Sample, window: Window) -> pd.DataFrame:

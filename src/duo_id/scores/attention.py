@@ -26,20 +26,23 @@ def score_attention(subject: Subject, ids: Tensor, queries: Tensor, reduce: Redu
             one value a query head, (heads,).
         reduction: how the query heads of a KV head become one: max | mean.
     """
-    found: dict[int, Tensor] = {}
+    found: dict[int, list[Tensor]] = {layer.index: [] for layer in subject.layers}
     queries = queries.to(subject.device)
 
     def watching(index: int) -> AttendFunction:
         def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-            values = reduce(weights(query, key, queries, softmax)).unflatten(0, (key.shape[1], -1))
-            found[index] = values.amax(-1) if reduction == "max" else values.mean(-1)
+            values = reduce(weights(query, key, queries, softmax))
+            found[index].append(
+                values.unflatten(0, (key.shape[1], -1))
+            )  # once more for each layer that shares the keys
             return full_attention(query, key, value, softmax, subject.backends.full)
 
         return attend
 
     with torch.no_grad(), bound(subject.layers, {layer.index: watching(layer.index) for layer in subject.layers}):
         subject.model.hidden_states({"input_ids": ids.to(subject.device)[None]})
-    return torch.stack([found[layer.index] for layer in subject.layers]).float().cpu()
+    heads = [torch.cat(found[layer.index], -1) for layer in subject.layers]
+    return torch.stack([x.amax(-1) if reduction == "max" else x.mean(-1) for x in heads]).float().cpu()
 
 
 def weights(query: Tensor, key: Tensor, queries: Tensor, softmax: Softmax) -> Iterator[tuple[Tensor, Tensor]]:
