@@ -34,7 +34,7 @@ def score_attention(subject: Subject, ids: Tensor, queries: Tensor, reduce: Redu
             values = reduce(weights(query, key, queries, softmax))
             found[index].append(
                 values.unflatten(0, (key.shape[1], -1))
-            )  # once more for each layer that shares the keys
+            )  # once more for each layer that shares keys
             return full_attention(query, key, value, softmax, subject.backends.full)
 
         return attend
