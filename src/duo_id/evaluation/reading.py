@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from duo_id.compat import cache_argument
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.install import dual_cache
 from duo_id.evaluation.items import Item, Question
@@ -163,7 +164,8 @@ class Reader:
     def _forward(self, ids: Tensor, cache: DualCache, keep: Tensor | None) -> Tensor:
         """Logits at the positions `keep` (n,) of `ids` (batch, tokens), all if None: (batch, n, vocabulary)."""
         options = {} if keep is None or not self.model.keeps_logits else {"logits_to_keep": keep}
-        logits = self.model.model(ids, past_key_values=cache, use_cache=True, **options).logits
+        given = {cache_argument(self.model.model): cache}
+        logits = self.model.model(ids, use_cache=True, **given, **options).logits
         return logits if options or keep is None else logits[:, keep]
 
     def _token_kinds(self, stops: Sequence[str | None]) -> tuple[Tensor, Tensor]:
