@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -110,15 +110,40 @@ class LanguageModel:
             batch: as of `hidden_states`; where processes share tokens, those of this one.
             scored: (n,), flat indices of the tokens into (batch, tokens).
         """
-        tokens = batch["input_ids"].shape[1]
-        row, before = scored // tokens, (scored - 1) % tokens
-        column = torch.arange(len(scored), device=scored.device)
+        samples, tokens = batch["input_ids"].shape
+        row = scored // tokens
+        before = row * tokens + (scored - 1) % tokens
         if self.ranks.group is None:
-            return self.logits(batch, before)[row, column]
+            return self._logits_of(batch, before)
         # What predicts the first token of a part is at the end of the part before it.
-        found = self.logits(batch, torch.cat([before, before.new_tensor([tokens - 1])]))
-        earlier = from_previous(found[:, -1], self.ranks.group)
-        return torch.where((scored % tokens == 0)[:, None], earlier[row], found[row, column])
+        ends = torch.arange(1, samples + 1, device=scored.device) * tokens - 1
+        found, last = self._logits_of(batch, torch.cat([before, ends])).split([len(scored), samples])
+        earlier = from_previous(last, self.ranks.group)
+        return torch.where((scored % tokens == 0)[:, None], earlier[row], found)
+
+    def _logits_of(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:
+        """Logits at `tokens` (n,), flat indices into (batch, tokens), (n, vocabulary).
+
+        The head is handed these tokens alone, as one sample, so that what the model does to its logits afterwards, such
+        as a soft cap, is done as ever. A model that has its head elsewhere computes all.
+        """
+        picked = False
+
+        def pick(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            nonlocal picked
+            if not args or args[0].shape[:-1] != batch["input_ids"].shape:
+                return None
+            picked = True
+            return (args[0].flatten(0, 1)[tokens][None], *args[1:])
+
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(pick) if head is not None else None
+        try:
+            logits = self.model(**self._inputs(batch)).logits
+        finally:
+            if hook is not None:
+                hook.remove()
+        return logits[0] if picked else logits.flatten(0, 1)[tokens]
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
