@@ -169,6 +169,29 @@ def test_without_streaming_heads_it_is_plain_hflm(folder: Path, saved: tuple[Pre
     assert texts(found) == texts(wanted)
 
 
+def test_mixed_precision_is_the_masked_model_in_bfloat16(
+    folder: Path, saved: tuple[PreTrainedModel, Path], pattern: HeadPattern
+) -> None:
+    """lm-eval's `mixed_precision_dtype` runs every forward of a float32 model under torch.autocast."""
+    model, place = saved
+    given = {"heads": str(folder), "sparsity": 0.5, "pretrained": str(place), "dtype": "float32"}
+    given |= {"device": "cpu", "batch_size": 3, "mixed_precision_dtype": "bfloat16"}
+    mixed, types = DuoLM(**given), []
+    assert mixed.model.dtype == torch.float32
+    mixed.model.lm_head.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    found = likelihoods(samples(mixed, folder, "choices"))
+    mask = pattern.binarize(sparsity=0.5)
+    pairs = [(document["text"], choice) for document in DOCUMENTS for choice in document["choices"]]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert found == pytest.approx([by_hand(model, mask, *pair) for pair in pairs], rel=0.02)
+    assert found == pytest.approx([by_hand(model, mask, *pair) for pair in pairs], rel=0.05)
+    written = texts(samples(mixed, folder, "writing"))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = [written_by_hand(model, mask, document["text"]) for document in DOCUMENTS]
+    assert [text[:2] for text in written] == [text[:2] for text in wanted], "later tokens may be chosen by rounding"
+    assert set(types) == {torch.bfloat16}
+
+
 def test_models_are_loaded_as_the_other_commands_do(folder: Path) -> None:
     register()
     assert get_model("duo_id") is DuoLM
