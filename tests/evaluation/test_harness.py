@@ -223,13 +223,27 @@ def test_the_default_model_is_the_patterns_own(tmp_path: Path, pattern: HeadPatt
         ({"heads": "", "model": "tiny", "sparsity": 2}, r"must lie in \[0, 1\]"),
         ({"heads": "", "model": "tiny", "sparsity": "abc"}, "sparsity=abc is not a number"),
         ({"heads": "SmolLM2-135M-Instruct", "model": "tiny"}, "is for 30 layers"),
+        ({"heads": "", "model": "tiny", "peft": "adapter"}, "^--model_args peft=adapter .* give it pretrained=MODEL$"),
+        ({"heads": "", "model": "tiny", "load_in_4bit": True}, "^--model_args load_in_4bit=True .* pretrained=MODEL$"),
+        ({"heads": "", "pretrained": "./nowhere"}, r"^--model_args pretrained=\./nowhere: lm-eval cannot load it: .+$"),
+        (
+            {"heads": "", "model": "tiny", "mixed_precision_dtype": "bf16"},
+            "^--model_args mixed_precision_dtype=bf16",
+        ),
+        ({"heads": "", "pretrained": "x", "mixed_precision_dtype": "auto"}, "=auto is no type of torch"),
     ],
 )
 def test_mistakes_are_named(folder: Path, arguments: dict[str, Any], error: str) -> None:
     if arguments.get("heads") == "":
         arguments = arguments | {"heads": str(folder)}
-    with pytest.raises(UserError, match=error):
+    with pytest.raises(UserError, match=error) as raised:
         DuoLM(**arguments, device="cpu")
+    assert "\n" not in str(raised.value)
+
+
+def test_options_that_change_nothing_pass(folder: Path) -> None:
+    given = {"peft": None, "parallelize": False, "trust_remote_code": True, "max_length": 64, "batch_size": 2}
+    assert DuoLM(heads=str(folder), model="tiny", device="cpu", **given).max_length == 64
 
 
 def test_the_command_registers_the_model_and_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
