@@ -1,7 +1,8 @@
 """Load, freeze and describe any causal language model of transformers."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,28 +123,40 @@ class LanguageModel:
         return torch.where((scored % tokens == 0)[:, None], earlier[row], found)
 
     def _logits_of(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:
-        """Logits at `tokens` (n,), flat indices into (batch, tokens), (n, vocabulary).
+        """Logits at `tokens` (n,), flat indices into (batch, tokens), (n, vocabulary)."""
+        with self.head_at(batch["input_ids"], tokens) as pick:
+            return pick(self.model(**self._inputs(batch)).logits)
 
-        The head is handed these tokens alone, as one sample, so that what the model does to its logits afterwards, such
-        as a soft cap, is done as ever. A model that has its head elsewhere computes all.
+    @contextmanager
+    def head_at(self, ids: Tensor, tokens: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Let the head compute some tokens alone, each sample's own, in one forward in the block.
+
+        It is handed them as one sample, so that what the model does to its logits afterwards, such as a soft cap, is
+        done as ever. A model that has its head elsewhere computes all.
+
+        Args:
+            ids: (batch, tokens), what the forward reads.
+            tokens: (n,), flat indices into them.
+
+        Yields:
+            a function from the forward's logits to those of the tokens, (n, vocabulary).
         """
         picked = False
 
-        def pick(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def hand(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             nonlocal picked
-            if not args or args[0].shape[:-1] != batch["input_ids"].shape:
+            if not args or args[0].shape[:-1] != ids.shape:
                 return None
             picked = True
             return (args[0].flatten(0, 1)[tokens][None], *args[1:])
 
         head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(pick) if head is not None else None
+        hook = head.register_forward_pre_hook(hand) if head is not None else None
         try:
-            logits = self.model(**self._inputs(batch)).logits
+            yield lambda logits: logits[0] if picked else logits.flatten(0, 1)[tokens]
         finally:
             if hook is not None:
                 hook.remove()
-        return logits[0] if picked else logits.flatten(0, 1)[tokens]
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         ids, mask = batch["input_ids"], batch.get("attention_mask")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from duo_id.deploy.chunks import continuation
 from duo_id.deploy.install import duo_attention
 from duo_id.evaluation.items import Item, Question
 from duo_id.evaluation.reading import Answers, Reader, batches, end_tokens
@@ -88,6 +89,22 @@ def test_bytes_are_those_of_the_context(model: LanguageModel) -> None:
     for sparsity, entries in ((0, 6 * 100), (0.5, 3 * 100 + 3 * 20), (1, 6 * 20)):
         with duo_attention(model.model, PATTERN.binarize(sparsity=sparsity)):
             assert {answers.bytes for answers in read(model, make_items(), 10**6)} == {entries * entry}
+
+
+def test_inside_a_context_the_head_computes_the_answers_alone(model: LanguageModel) -> None:
+    """They stand elsewhere in each context, and no context is asked for the places of another."""
+    items = [
+        Item("t", 128, index, tokens(index, 100), (Question((), (1,) * 6, place=10 + 20 * index),))
+        for index in range(4)
+    ]
+    computed: list[torch.Size] = []
+    hook = model.model.lm_head.register_forward_hook(lambda module, given, output: computed.append(output.shape))
+    with duo_attention(model.model, PATTERN.binarize(sparsity=0.5)):
+        continuation(model.model, torch.tensor([items[0].context]))  # tried already
+        computed.clear()
+        Reader(model, 10**6, 100).read(items, False)
+    hook.remove()
+    assert [tuple(shape[:2]) for shape in computed] == [(1, 4 * 6)]
 
 
 def test_answers_end_at_the_stop_and_decoding_ends_with_the_last_of_them(

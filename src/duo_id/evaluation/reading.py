@@ -106,21 +106,23 @@ class Reader:
             for number, question in enumerate(item.questions)
             if question.place is not None
         }
-        wanted = sorted({place for question in inside.values() for place in _places(question)})
+        wanted = sorted({(place, row) for (row, _), question in inside.items() for place in _places(question)})
         found = []
         chunk_size = context.shape[1] if self._how.stepwise else self.chunk_size
         for start in range(0, context.shape[1], chunk_size):
             end = min(start + chunk_size, context.shape[1])
-            here = [place - start for place in wanted if start <= place < end]
-            keep = torch.tensor(here or [end - start - 1], device=context.device)
-            logits = self._forward(context[:, start:end], cache, keep, start)
-            if here:
-                found.append(logits)
+            part = context[:, start:end]
+            here = [row * (end - start) + place - start for place, row in wanted if start <= place < end]
+            if not here:
+                self._forward(part, cache, torch.tensor([end - start - 1], device=context.device), start)
+                continue
+            with self.model.head_at(part, torch.tensor(here, device=context.device)) as pick:
+                found.append(pick(self._forward(part, cache, None, start)))
         if not wanted:
             return {}
-        logits, order = torch.cat(found, 1), {place: i for i, place in enumerate(wanted)}
+        logits, order = torch.cat(found), {pair: i for i, pair in enumerate(wanted)}
         return {
-            (row, number): logits[row, [order[place] for place in _places(question)]]
+            (row, number): logits[[order[place, row] for place in _places(question)]]
             for (row, number), question in inside.items()
         }
 
