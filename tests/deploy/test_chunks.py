@@ -66,7 +66,8 @@ def test_what_is_found_is_right_for_other_texts_and_pieces(family: str, dtype: t
 def test_it_is_tried_once_a_model_in_five_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     with masked("llama") as model:
         seen: list[tuple[int, ...]] = []
-        model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+        embeddings = model.get_input_embeddings()
+        embeddings.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
         for _ in range(2):
             assert continuation(model, text(7).expand(3, -1)) == Continuation()
         assert seen == [(1, PAST + CHUNKS * CHUNK), (1, PAST)] + [(1, CHUNK)] * CHUNKS
