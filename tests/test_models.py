@@ -224,6 +224,20 @@ def test_padding_changes_no_real_token(side: str, family: str, make_model: Calla
     torch.testing.assert_close(logits, alone.logits[:, -3:], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["roberta", "camembert", "data2vec-text", "opt", "biogpt"])
+def test_padding_changes_no_real_token_where_positions_do_not_begin_at_0(side: str, family: str) -> None:
+    model, ids = wrapped(families.tiny_model(family)), tokens(1, 11).clamp(max=89)
+    alone = model.hidden_states({"input_ids": ids, "attention_mask": None})
+    placed = {"input_ids": ids, "attention_mask": None, "position_ids": torch.arange(11)[None]}
+    torch.testing.assert_close(model.hidden_states(placed), alone)
+    real = slice(6, 17) if side == "left" else slice(0, 11)
+    padded, mask = torch.zeros(1, 17, dtype=torch.long), torch.zeros(1, 17, dtype=torch.bool)
+    padded[0, real], mask[0, real] = ids[0], True
+    states = model.hidden_states({"input_ids": padded, "attention_mask": mask})[:, real]
+    torch.testing.assert_close(states, alone, atol=1e-5, rtol=1e-5)
+
+
 def test_only_the_wanted_logits_are_computed(make_model: Callable[..., PreTrainedModel]) -> None:
     model, seen = make_model("llama"), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))

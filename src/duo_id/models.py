@@ -160,11 +160,18 @@ class LanguageModel:
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
+        first = first_position(self.model)
         if mask is None:
-            places = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
+            places = {"position_ids": batch["position_ids"] + first} if "position_ids" in batch else {}
             return {"input_ids": ids, "attention_mask": no_padding(ids), "use_cache": False} | places
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # count real tokens, wherever the padding is
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0) + first  # count real tokens, wherever the padding is
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The position of a text's first token: 0, but in a model whose table of positions has an entry for padding."""
+    tables = (part for name, part in model.named_modules() if name.endswith("position_embeddings"))
+    return next((x.padding_idx + 1 for x in tables if getattr(x, "padding_idx", None) is not None), 0)
 
 
 def load_model(
