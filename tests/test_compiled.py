@@ -51,10 +51,11 @@ def test_graphs_grow_neither_with_layers_nor_with_lengths(
     assert 8 <= counts[0] <= 18, counts
 
 
-def test_compiled_layers_give_the_same_gradients(make_model: Callable[..., PreTrainedModel]) -> None:
+@pytest.mark.parametrize("objective", ["hidden_l2", "kl"])
+def test_compiled_layers_give_the_same_gradients(objective: str, make_model: Callable[..., PreTrainedModel]) -> None:
     """Of every blend; what is compiled for the first serves the others, and none may fall back to plain code."""
     model = make_model("llama")
-    with distilling(model, "hidden_l2") as distillation:
+    with distilling(model, objective) as distillation:
         expected, found = {}, {}
         for blend in BLENDS:
             distillation.blend = BLENDS[blend]

@@ -33,9 +33,11 @@ def test_on_the_cpu_the_function_is_called_as_it_is() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("blend", ["student", "teacher"])
-def test_replay_equals_the_plain_step(blend: str, gate_training: Callable[..., Any]) -> None:
-    method = GateSettings(**METHOD, blend=blend)
+@pytest.mark.parametrize(
+    ("blend", "objective"), [("student", "hidden_l2"), ("teacher", "hidden_l2"), ("student", "kl")]
+)
+def test_replay_equals_the_plain_step(blend: str, objective: str, gate_training: Callable[..., Any]) -> None:
+    method = GateSettings(**METHOD, blend=blend, objective=objective)
     with gate_training(method, StepSettings(streaming_backend="blocked"), "cuda") as training:
         assert isinstance(training, GateTraining)
         graphed = GraphedLoss(training.distillation.loss)

@@ -28,7 +28,8 @@ data.words data.samples data.haystack data.disk data.drafting data.passkey data.
 data.text data.mixture data.tasks data.module
 patterns tables hub formats
 interop.options interop.quantile interop.query_heads interop.tensors interop.registry
-deploy.tokens deploy.stores deploy.arriving deploy.layer deploy.cache deploy.install deploy.prefill deploy.memory
+deploy.tokens deploy.stores deploy.arriving deploy.layer deploy.cache deploy.install deploy.chunks deploy.prefill
+deploy.memory
 scoring recompute graphs distillation compiled memory plan steps
 history plots sharing progress checkpoints tracking
 training
@@ -125,7 +126,7 @@ def test_nobody_imports_the_entry_points() -> None:
             "attention.gated",
             "attention.masks attention.blends attention.exchange attention.softmax attention.memo attention.full "
             "attention.kernels attention.streaming_kernels attention.streaming_operator attention.streaming "
-            "attention.padding attention.probe attention.parity attention.heads attention.rows errors",
+            "attention.padding attention.probe attention.parity attention.heads attention.rows compat errors",
         ),
     ],
 )

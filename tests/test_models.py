@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from duo_id.config import ModelSettings, TrainSettings, conf_dir
 from duo_id.errors import UserError
 from duo_id.models import LanguageModel, byte_tokenizer, load_model, load_tokenizer
+from tests import families
 from tests.commands import settings_of
 
 # How many parameters each shape has, so that a changed number in a YAML is noticed.
@@ -223,11 +224,57 @@ def test_padding_changes_no_real_token(side: str, family: str, make_model: Calla
     torch.testing.assert_close(logits, alone.logits[:, -3:], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["roberta", "camembert", "data2vec-text", "opt", "biogpt"])
+def test_padding_changes_no_real_token_where_positions_do_not_begin_at_0(side: str, family: str) -> None:
+    model, ids = wrapped(families.tiny_model(family)), tokens(1, 11).clamp(max=89)
+    alone = model.hidden_states({"input_ids": ids, "attention_mask": None})
+    placed = {"input_ids": ids, "attention_mask": None, "position_ids": torch.arange(11)[None]}
+    torch.testing.assert_close(model.hidden_states(placed), alone)
+    real = slice(6, 17) if side == "left" else slice(0, 11)
+    padded, mask = torch.zeros(1, 17, dtype=torch.long), torch.zeros(1, 17, dtype=torch.bool)
+    padded[0, real], mask[0, real] = ids[0], True
+    states = model.hidden_states({"input_ids": padded, "attention_mask": mask})[:, real]
+    torch.testing.assert_close(states, alone, atol=1e-5, rtol=1e-5)
+
+
 def test_only_the_wanted_logits_are_computed(make_model: Callable[..., PreTrainedModel]) -> None:
     model, seen = make_model("llama"), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     wrapped(model).logits({"input_ids": tokens(1, 20)}, torch.tensor([3, 4]))
     assert seen == [2]
+
+
+SCORED = torch.tensor([3, 3, 9, 13, 20, 27, 30, 41, 2])  # of 3 samples of 14 tokens; one comes twice
+
+
+@pytest.mark.parametrize(
+    "family",
+    "llama gpt2 gpt_neox opt bert bart cohere granite gemma2 gemma3n_text minicpm3 moshi mamba rembert falcon".split(),
+)
+def test_predictions_are_the_models_own_with_their_gradient(family: str) -> None:
+    """Also of models that cap or scale their logits, or change the states in front of the head."""
+    model, ids = families.tiny_model(family), tokens(3, 14)
+    batch = {"input_ids": ids, "attention_mask": None}
+    weight, computed = model.get_input_embeddings().weight.requires_grad_(), []
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: computed.append(output.shape))
+    found = wrapped(model).predictions(batch, SCORED)
+    assert [tuple(shape[:2]) for shape in computed] == [(1, len(SCORED))]
+    assert not model.get_output_embeddings()._forward_pre_hooks
+    expected = model(ids, use_cache=False).logits.flatten(0, 1)[SCORED - 1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(x.square().mean(), weight)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_predictions_without_a_head_that_can_be_found(make_model: Callable[..., PreTrainedModel]) -> None:
+    model, ids = make_model("llama"), tokens(3, 14)
+    batch, expected = {"input_ids": ids, "attention_mask": None}, model(ids).logits.flatten(0, 1)[SCORED - 1]
+    head = model.get_output_embeddings()
+    for other in (None, torch.nn.Linear(1, 1)):  # there is none, or another module computes the logits
+        model.get_output_embeddings = lambda other=other: other
+        torch.testing.assert_close(wrapped(model).predictions(batch, SCORED), expected)
+    assert not head._forward_pre_hooks
 
 
 def test_models_that_cannot_leave_logits_out_do_as_well(

@@ -1,14 +1,15 @@
 """Load, freeze and describe any causal language model of transformers."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.initialization import no_init_weights, no_tie_weights
 
 from duo_id.attention.exchange import from_previous
-from duo_id.attention.padding import no_padding
+from duo_id.attention.padding import first_position, no_padding
 from duo_id.attention.probe import AttentionLayer
 from duo_id.byte_tokens import byte_tokenizer
 from duo_id.config import ModelSettings, require
@@ -110,22 +111,60 @@ class LanguageModel:
             batch: as of `hidden_states`; where processes share tokens, those of this one.
             scored: (n,), flat indices of the tokens into (batch, tokens).
         """
-        tokens = batch["input_ids"].shape[1]
-        row, before = scored // tokens, (scored - 1) % tokens
-        column = torch.arange(len(scored), device=scored.device)
+        samples, tokens = batch["input_ids"].shape
+        row = scored // tokens
+        before = row * tokens + (scored - 1) % tokens
         if self.ranks.group is None:
-            return self.logits(batch, before)[row, column]
+            return self._logits_of(batch, before)
         # What predicts the first token of a part is at the end of the part before it.
-        found = self.logits(batch, torch.cat([before, before.new_tensor([tokens - 1])]))
-        earlier = from_previous(found[:, -1], self.ranks.group)
-        return torch.where((scored % tokens == 0)[:, None], earlier[row], found[row, column])
+        ends = torch.arange(1, samples + 1, device=scored.device) * tokens - 1
+        found, last = self._logits_of(batch, torch.cat([before, ends])).split([len(scored), samples])
+        earlier = from_previous(last, self.ranks.group)
+        return torch.where((scored % tokens == 0)[:, None], earlier[row], found)
+
+    def _logits_of(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:
+        """Logits at `tokens` (n,), flat indices into (batch, tokens), (n, vocabulary)."""
+        with self.head_at(batch["input_ids"], tokens) as pick:
+            return pick(self.model(**self._inputs(batch)).logits)
+
+    @contextmanager
+    def head_at(self, ids: Tensor, tokens: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Let the head compute some tokens alone, each sample's own, in one forward in the block.
+
+        It is handed them as one sample, so that what the model does to its logits afterwards, such as a soft cap, is
+        done as ever. A model that has its head elsewhere computes all.
+
+        Args:
+            ids: (batch, tokens), what the forward reads.
+            tokens: (n,), flat indices into them.
+
+        Yields:
+            a function from the forward's logits to those of the tokens, (n, vocabulary).
+        """
+        picked = False
+
+        def hand(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            nonlocal picked
+            if not args or args[0].shape[:-1] != ids.shape:
+                return None
+            picked = True
+            return (args[0].flatten(0, 1)[tokens][None], *args[1:])
+
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(hand) if head is not None else None
+        try:
+            yield lambda logits: logits[0] if picked else logits.flatten(0, 1)[tokens]
+        finally:
+            if hook is not None:
+                hook.remove()
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
+        first = first_position(self.model)
         if mask is None:
-            places = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
+            places = {"position_ids": batch["position_ids"] + first} if "position_ids" in batch else {}
             return {"input_ids": ids, "attention_mask": no_padding(ids), "use_cache": False} | places
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # count real tokens, wherever the padding is
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0) + first  # count real tokens, wherever the padding is
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
 
 

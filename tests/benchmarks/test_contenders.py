@@ -9,6 +9,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from duo_id.benchmarks import baseline
 from duo_id.benchmarks.contenders import Contender, DualAttention, StaticAttention
 from duo_id.benchmarks.measure import decode_step
+from duo_id.compat import cache_argument
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.prefill import read_in_chunks
 from tests.benchmarks.cases import MIXED, layers_of, mask, named
@@ -60,7 +61,7 @@ def test_a_decode_step_equals_the_plain_model(model: PreTrainedModel, kind: str,
         assert key.std() > 0.5, "the cache holds random numbers"
         plain.update(key, value, index)
     positions = torch.full_like(ids, CONTEXT)
-    expected = model(input_ids=ids, position_ids=positions, past_key_values=plain, use_cache=True).logits
+    expected = model(input_ids=ids, position_ids=positions, use_cache=True, **{cache_argument(model): plain}).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -86,7 +87,8 @@ def test_steps_go_on_where_the_host_counts_them() -> None:
     with chosen.installed():
         cache = chosen.new_cache(CONTEXT)
         chosen.clear(cache)
-        parts = [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(CONTEXT)]
+        given = {cache_argument(model): cache}
+        parts = [model(ids[:, i : i + 1], use_cache=True, **given).logits for i in range(CONTEXT)]
     torch.testing.assert_close(torch.cat(parts, 1), model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -128,7 +130,7 @@ def test_no_mask_is_made_for_the_baseline() -> None:
         AttentionInterface.register(baseline.IMPLEMENTATION, note)
         cache = chosen.new_cache(CONTEXT)
         chosen.clear(cache)
-        model(random_ids(4), past_key_values=cache, use_cache=True)
+        model(random_ids(4), use_cache=True, **{cache_argument(model): cache})
     assert seen == [None] * 3
 
 

@@ -169,6 +169,29 @@ def test_without_streaming_heads_it_is_plain_hflm(folder: Path, saved: tuple[Pre
     assert texts(found) == texts(wanted)
 
 
+def test_mixed_precision_is_the_masked_model_in_bfloat16(
+    folder: Path, saved: tuple[PreTrainedModel, Path], pattern: HeadPattern
+) -> None:
+    """lm-eval's `mixed_precision_dtype` runs every forward of a float32 model under torch.autocast."""
+    model, place = saved
+    given = {"heads": str(folder), "sparsity": 0.5, "pretrained": str(place), "dtype": "float32"}
+    given |= {"device": "cpu", "batch_size": 3, "mixed_precision_dtype": "bfloat16"}
+    mixed, types = DuoLM(**given), []
+    assert mixed.model.dtype == torch.float32
+    mixed.model.lm_head.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    found = likelihoods(samples(mixed, folder, "choices"))
+    mask = pattern.binarize(sparsity=0.5)
+    pairs = [(document["text"], choice) for document in DOCUMENTS for choice in document["choices"]]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert found == pytest.approx([by_hand(model, mask, *pair) for pair in pairs], rel=0.02)
+    assert found == pytest.approx([by_hand(model, mask, *pair) for pair in pairs], rel=0.05)
+    written = texts(samples(mixed, folder, "writing"))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = [written_by_hand(model, mask, document["text"]) for document in DOCUMENTS]
+    assert [text[:2] for text in written] == [text[:2] for text in wanted], "later tokens may be chosen by rounding"
+    assert set(types) == {torch.bfloat16}
+
+
 def test_models_are_loaded_as_the_other_commands_do(folder: Path) -> None:
     register()
     assert get_model("duo_id") is DuoLM
@@ -200,13 +223,27 @@ def test_the_default_model_is_the_patterns_own(tmp_path: Path, pattern: HeadPatt
         ({"heads": "", "model": "tiny", "sparsity": 2}, r"must lie in \[0, 1\]"),
         ({"heads": "", "model": "tiny", "sparsity": "abc"}, "sparsity=abc is not a number"),
         ({"heads": "SmolLM2-135M-Instruct", "model": "tiny"}, "is for 30 layers"),
+        ({"heads": "", "model": "tiny", "peft": "adapter"}, "^--model_args peft=adapter .* give it pretrained=MODEL$"),
+        ({"heads": "", "model": "tiny", "load_in_4bit": True}, "^--model_args load_in_4bit=True .* pretrained=MODEL$"),
+        ({"heads": "", "pretrained": "./nowhere"}, r"^--model_args pretrained=\./nowhere: lm-eval cannot load it: .+$"),
+        (
+            {"heads": "", "model": "tiny", "mixed_precision_dtype": "bf16"},
+            "^--model_args mixed_precision_dtype=bf16",
+        ),
+        ({"heads": "", "pretrained": "x", "mixed_precision_dtype": "auto"}, "=auto is no type of torch"),
     ],
 )
 def test_mistakes_are_named(folder: Path, arguments: dict[str, Any], error: str) -> None:
     if arguments.get("heads") == "":
         arguments = arguments | {"heads": str(folder)}
-    with pytest.raises(UserError, match=error):
+    with pytest.raises(UserError, match=error) as raised:
         DuoLM(**arguments, device="cpu")
+    assert "\n" not in str(raised.value)
+
+
+def test_options_that_change_nothing_pass(folder: Path) -> None:
+    given = {"peft": None, "parallelize": False, "trust_remote_code": True, "max_length": 64, "batch_size": 2}
+    assert DuoLM(heads=str(folder), model="tiny", device="cpu", **given).max_length == 64
 
 
 def test_the_command_registers_the_model_and_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from duo_id.deploy.chunks import continuation
 from duo_id.deploy.install import duo_attention
 from duo_id.evaluation.items import Item, Question
 from duo_id.evaluation.reading import Answers, Reader, batches, end_tokens
 from duo_id.models import LanguageModel, byte_tokenizer
-from duo_id.patterns import HeadPattern
+from duo_id.patterns import HeadMask, HeadPattern
+from tests.families import LAYERS, OF, SIZES
 from tests.tiny import tiny_model
 
 PATTERN = HeadPattern(torch.tensor([[0.1, 0.9], [0.3, 0.2], [0.8, 0.4]]), sink_size=4, recent_size=16)
@@ -42,13 +44,10 @@ def read(model: LanguageModel, items: list[Item], batch_tokens: int, chunk_size:
     return [answers for batch in batches(items, batch_tokens) for answers in reader.read(batch, True)]
 
 
-@pytest.mark.parametrize(("batch_tokens", "chunk_size"), [(10**6, 10**6), (10**6, 7), (1, 10**6), (256, 33)])
-@pytest.mark.parametrize("sparsity", [0, 0.5, 1])
-def test_answers_are_those_of_plain_forwards(
-    sparsity: float, batch_tokens: int, chunk_size: int, model: LanguageModel
-) -> None:
+def check_answers(model: LanguageModel, mask: HeadMask, batch_tokens: int, chunk_size: int) -> None:
+    """What the reader makes of items is what whole texts without a cache, and `generate`, make of them."""
     items = make_items()
-    with duo_attention(model.model, PATTERN.binarize(sparsity=sparsity)):
+    with duo_attention(model.model, mask), torch.no_grad():
         found = read(model, items, batch_tokens, chunk_size)
         for item, answers in zip(items, found, strict=True):
             for number, question in enumerate(item.questions):
@@ -66,11 +65,46 @@ def test_answers_are_those_of_plain_forwards(
                 assert answers.generated[number] == wanted.tolist()
 
 
+@pytest.mark.parametrize(("batch_tokens", "chunk_size"), [(10**6, 10**6), (10**6, 7), (1, 10**6), (256, 33)])
+@pytest.mark.parametrize("sparsity", [0, 0.5, 1])
+def test_answers_are_those_of_plain_forwards(
+    sparsity: float, batch_tokens: int, chunk_size: int, model: LanguageModel
+) -> None:
+    check_answers(model, PATTERN.binarize(sparsity=sparsity), batch_tokens, chunk_size)
+
+
+@pytest.mark.parametrize("family", ["jamba", "bamba"])
+@pytest.mark.parametrize(("batch_tokens", "chunk_size"), [(10**6, 33), (1, 10**6)])
+def test_models_that_lose_their_state_or_place_between_chunks_answer_as_without_a_cache(
+    family: str, batch_tokens: int, chunk_size: int
+) -> None:
+    numbers = LAYERS | SIZES | OF[family] | {"vocab_size": 258, "max_position_embeddings": 512}
+    odd = LanguageModel(tiny_model(family, **numbers), byte_tokenizer(), "tiny", "tiny", None, "random")
+    retrieval = torch.tensor([[1, 1], [0, 1], [1, 1], [1, 0]], dtype=torch.bool)
+    check_answers(odd, HeadMask(retrieval, 4, 16, [1, 3]), batch_tokens, chunk_size)
+
+
 def test_bytes_are_those_of_the_context(model: LanguageModel) -> None:
     entry = 2 * 16 * 4  # key and value, head_dim, float32
     for sparsity, entries in ((0, 6 * 100), (0.5, 3 * 100 + 3 * 20), (1, 6 * 20)):
         with duo_attention(model.model, PATTERN.binarize(sparsity=sparsity)):
             assert {answers.bytes for answers in read(model, make_items(), 10**6)} == {entries * entry}
+
+
+def test_inside_a_context_the_head_computes_the_answers_alone(model: LanguageModel) -> None:
+    """They stand elsewhere in each context, and no context is asked for the places of another."""
+    items = [
+        Item("t", 128, index, tokens(index, 100), (Question((), (1,) * 6, place=10 + 20 * index),))
+        for index in range(4)
+    ]
+    computed: list[torch.Size] = []
+    hook = model.model.lm_head.register_forward_hook(lambda module, given, output: computed.append(output.shape))
+    with duo_attention(model.model, PATTERN.binarize(sparsity=0.5)):
+        continuation(model.model, torch.tensor([items[0].context]))  # tried already
+        computed.clear()
+        Reader(model, 10**6, 100).read(items, False)
+    hook.remove()
+    assert [tuple(shape[:2]) for shape in computed] == [(1, 4 * 6)]
 
 
 def test_answers_end_at_the_stop_and_decoding_ends_with_the_last_of_them(
@@ -81,8 +115,8 @@ def test_answers_end_at_the_stop_and_decoding_ends_with_the_last_of_them(
     plain = Reader._forward
     script = {0: newline, 1: blank, 2: letter, 3: letter, 4: newline}  # a blank line in front ends nothing
 
-    def forward(reader: Reader, ids: torch.Tensor, cache: object, keep: torch.Tensor | None) -> torch.Tensor:
-        logits = plain(reader, ids, cache, keep)
+    def forward(reader: Reader, ids: torch.Tensor, cache: object, keep: torch.Tensor | None, past: int) -> torch.Tensor:
+        logits = plain(reader, ids, cache, keep, past)
         if keep is None or (len(keep) == 1 and ids.shape[1] < 50):
             logits[:, -1] = 0
             logits[:, -1, script.get(len(forwards), letter)] = 1

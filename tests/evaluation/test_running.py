@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from duo_id.config import HaystackSettings
 from duo_id.data.haystack import load_haystack
+from duo_id.deploy.chunks import Continuation
 from duo_id.errors import UserError
 from duo_id.evaluation import chat, reading, running
 from duo_id.evaluation.contenders import contenders
@@ -96,6 +98,8 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(running, "duo_attention", under)
     monkeypatch.setattr(reading, "dual_cache", empty)
+    for module in (reading, running):  # it has no numbers that could be compared
+        monkeypatch.setattr(module, "continuation", lambda model, ids: Continuation())
     return SimpleNamespace(model=perfect, tokenizer=byte_tokenizer(), keeps_logits=True)
 
 
@@ -157,6 +161,24 @@ def test_a_batch_that_does_not_fit_names_the_override(
     compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
     with pytest.raises(UserError, match="lower batch_tokens=5200"):
         run(model, items, compared, Journal(tmp_path, {}), True, 5200, 700, Console(quiet=True))
+
+
+def test_contexts_that_are_not_read_in_chunks_are_said_to_be_so_once(
+    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module in (reading, running):
+        monkeypatch.setattr(module, "continuation", lambda model, ids: Continuation(stepwise=True))
+    model.name = "odd"
+    haystack = load_haystack(HaystackSettings(source="library"), "test")
+    builder = Builder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
+    items = make_items(["passkeys"], builder, [2600, 2700], 1, 0, None, 3)
+    compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
+    written = StringIO()
+    journal = Journal(tmp_path, {})
+    run(model, items, compared, journal, True, 1, 700, Console(file=written))
+    assert written.getvalue().count("odd loses its state") == 1
+    assert "chunk_size=700" in written.getvalue()
+    assert {row["score"] for row in journal.rows if row["kind"] == "full"} == {1}
 
 
 def test_the_cpu_reads_little_at_a_time(model: Any) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 
@@ -15,6 +15,12 @@ def no_padding(ids: Tensor) -> Tensor:
     transformers looks for packed sequences, which waits for the device.
     """
     return torch.ones((), dtype=torch.bool, device=ids.device).expand(ids.shape)
+
+
+def first_position(model: nn.Module) -> int:
+    """The position of a text's first token: 0, but in a model whose table of positions has an entry for padding."""
+    tables = (part for name, part in model.named_modules() if name.endswith("position_embeddings"))
+    return next((x.padding_idx + 1 for x in tables if getattr(x, "padding_idx", None) is not None), 0)
 
 
 def padding_mask(

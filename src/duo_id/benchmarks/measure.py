@@ -15,6 +15,7 @@ from duo_id.benchmarks.contenders import Contender
 from duo_id.benchmarks.floors import Floor, Workload
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.benchmarks.timing import Stopwatch, Timing, captured, release, timed, unless_out_of_memory, with_peak
+from duo_id.compat import cache_argument
 from duo_id.compiled import compiled_parts
 from duo_id.deploy.prefill import read_in_chunks
 
@@ -213,10 +214,10 @@ def decode_step(
     Returns:
         a function that returns the logits, (batch, 1, vocabulary).
     """
-    positions = torch.full_like(ids, context)
+    positions, given = torch.full_like(ids, context), {cache_argument(contender.model): cache}
 
     def step() -> Tensor:
         contender.hold(context)
-        return forward(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        return forward(input_ids=ids, position_ids=positions, use_cache=True, **given).logits
 
     return step

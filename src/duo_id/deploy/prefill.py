@@ -8,8 +8,10 @@ from rich.progress import track
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from duo_id.attention.padding import first_position
 from duo_id.compat import cache_argument
 from duo_id.deploy.cache import DualCache
+from duo_id.deploy.chunks import Continuation, check_chunks
 from duo_id.deploy.install import deployment_of
 from duo_id.errors import UserError
 
@@ -38,10 +40,14 @@ def prefill(
         others are computed. NaN for a sample that got no token at all.
 
     Raises:
-        UserError: the model is under no mask, the cache is not its own, or sizes do not fit.
+        UserError: the model is under no mask, the cache is not its own, sizes do not fit, or chunks change what the
+            model computes.
     """
     deployment_of(model).check(cache)
-    return read_in_chunks(model, input_ids, cache, chunk_size, attention_mask, progress)
+    how = Continuation()
+    if input_ids.dim() == 2 and input_ids.shape[1] and chunk_size > 0:
+        how = check_chunks(model, input_ids, chunk_size, int(cache.get_seq_length()))
+    return read_in_chunks(model, input_ids, cache, chunk_size, attention_mask, progress, how)
 
 
 @torch.no_grad()
@@ -52,8 +58,9 @@ def read_in_chunks(
     chunk_size: int,
     attention_mask: Tensor | None = None,
     progress: bool = False,
+    how: Continuation = Continuation(),  # noqa: B008  # frozen
 ) -> Tensor:
-    """What `prefill` does, for any model and any cache of it."""
+    """What `prefill` does, for any model and any cache of it; `how` says what forwards after a past are given."""
     if chunk_size < 1:
         raise UserError(f"chunk_size={chunk_size} must be at least 1 token")
     if input_ids.dim() != 2:
@@ -62,6 +69,7 @@ def read_in_chunks(
         raise UserError(f"attention_mask has {attention_mask.shape[1]} columns for {input_ids.shape[1]} tokens")
     tokens = input_ids.shape[1]
     past = 0 if attention_mask is None else attention_mask.shape[1] - tokens
+    before = int(cache.get_seq_length()) if how.positions else 0
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, past:].to(input_ids.device)
     last = (real * torch.arange(1, tokens + 1, device=real.device)).argmax(-1) if tokens else real.sum(-1)
     if not bool(real.any()):
@@ -72,8 +80,10 @@ def read_in_chunks(
         end = min(tokens, start + chunk_size)
         if attention_mask is not None:
             seen = attention_mask[:, : past + end]
-            positions = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, past + start :]
+            positions = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, past + start :] + first_position(model)
             options |= {"attention_mask": seen, "position_ids": positions}
+        else:
+            options |= how.options(input_ids[:, start:end], before + start)
         here = (last >= start) & (last < end) & real.any(-1).bool()  # the samples whose last token lies in this chunk
         columns = (last[here] - start).unique()
         if not len(columns):

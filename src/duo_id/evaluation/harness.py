@@ -1,5 +1,7 @@
 """lm-eval's Hugging Face model under a head mask, so that any of its tasks can be scored with one."""
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,12 +60,17 @@ class DuoLM(HFLM):
         except ValueError as error:
             raise UserError(f"--model_args sparsity={sparsity} is not a number") from error
         mask = pattern.binarize(sparsity=fraction)
+        _check(options, pretrained)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if pretrained is None:
             loaded = load_model(_settings(model, pattern, dtype), device)
             super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **options)
         else:
-            super().__init__(pretrained=pretrained, dtype=dtype, device=device, **options)
+            try:
+                super().__init__(pretrained=pretrained, dtype=dtype, device=device, **options)
+            except (OSError, ValueError, TypeError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise UserError(f"--model_args pretrained={pretrained}: lm-eval cannot load it: {reason}") from error
         install(self.model, mask)
         sizes = {"sink_size": mask.sink_size, "recent_size": mask.recent_size}
         self.mask_info: dict[str, Any] = {"heads": heads, "sparsity": mask.sparsity, **sizes}
@@ -76,6 +83,21 @@ class DuoLM(HFLM):
 def register() -> None:
     """Make lm-eval know `DuoLM` under its name; any number of times."""
     model_registry.register(NAME, target=DuoLM)
+
+
+def _check(options: Mapping[str, Any], pretrained: str | None) -> None:
+    """Refuse what HFLM would stumble over, or not look at because the model is there already."""
+    precision = options.get("mixed_precision_dtype")
+    if isinstance(precision, str) and not isinstance(getattr(torch, precision, None), torch.dtype):
+        raise UserError(f"--model_args mixed_precision_dtype={precision} is no type of torch: bfloat16 or float16")
+    if pretrained is not None:
+        return
+    known, loading = (inspect.signature(call).parameters for call in (HFLM.__init__, HFLM._create_model))
+    for name, value in options.items():
+        # lm-eval's own --trust_remote_code, which is for data sets too, comes along with every model.
+        unread = name != "trust_remote_code" and (name in loading or name not in known)
+        if unread and value != getattr(known.get(name), "default", None):
+            raise UserError(f"--model_args {name}={value} says how HFLM loads a model: give it pretrained=MODEL")
 
 
 def _settings(model: str | None, pattern: HeadPattern, dtype: str) -> ModelSettings:

@@ -1,6 +1,7 @@
 """Reads contexts under a mask and answers their questions, all through the dual cache, as a deployed model would.
 
 A context is read once, in chunks, under the mask from its first token on; its questions go on from copies of the cache.
+A model that loses its state between chunks reads the context in one forward, and what follows it token by token.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from duo_id.compat import cache_argument
 from duo_id.deploy.cache import DualCache
+from duo_id.deploy.chunks import Continuation, continuation
 from duo_id.deploy.install import dual_cache
 from duo_id.evaluation.items import Item, Question
 from duo_id.models import LanguageModel
@@ -39,13 +42,14 @@ class Reader:
     Args:
         model: the language model.
         batch_tokens: tokens of all contexts, or copies of contexts, that are held at the same time.
-        chunk_size: tokens of a forward.
+        chunk_size: tokens of a forward, where the model can go on after a chunk.
     """
 
     model: LanguageModel
     batch_tokens: int
     chunk_size: int
     _endings: dict[str | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _how: Continuation = field(default_factory=Continuation)
 
     @torch.no_grad()
     def read(self, items: Sequence[Item], generate: bool) -> list[Answers]:
@@ -54,12 +58,16 @@ class Reader:
         Args:
             items: a batch, see `batches`.
             generate: also let the model answer by itself, greedily.
+
+        Raises:
+            UserError: no way to go on after a context gives the model's own logits.
         """
         device = self.model.model.device
         context = torch.tensor([item.context for item in items], device=device)
+        self._how = continuation(self.model.model, context)
         cache = dual_cache(self.model.model)
         inside = self._read_context(context, cache, items)
-        size = cache.retained_bytes
+        size, past = cache.retained_bytes, context.shape[1]
         answers = [
             Answers([torch.empty(0)] * len(item.questions), [None] * len(item.questions), size) for item in items
         ]
@@ -74,12 +82,12 @@ class Reader:
         for part in self._parts(asked, items):
             copies = torch.tensor([row for row, _ in part])
             questions = [items[row].questions[number] for row, number in part]
-            for (row, number), logits in zip(part, self._force(cache.fork(copies), questions), strict=True):
+            for (row, number), logits in zip(part, self._force(cache.fork(copies), questions, past), strict=True):
                 answers[row].logits[number] = logits
         writing = [pair for pair in asked if generate and items[pair[0]].max_new_tokens]
         for part in self._parts(writing, items):
             copies = torch.tensor([row for row, _ in part])
-            written = self._decode(cache.fork(copies), [(items[row], number) for row, number in part])
+            written = self._decode(cache.fork(copies), [(items[row], number) for row, number in part], past)
             for (row, number), tokens in zip(part, written, strict=True):
                 answers[row].generated[number] = tokens
         return answers
@@ -98,39 +106,42 @@ class Reader:
             for number, question in enumerate(item.questions)
             if question.place is not None
         }
-        wanted = sorted({place for question in inside.values() for place in _places(question)})
+        wanted = sorted({(place, row) for (row, _), question in inside.items() for place in _places(question)})
         found = []
-        for start in range(0, context.shape[1], self.chunk_size):
-            end = min(start + self.chunk_size, context.shape[1])
-            here = [place - start for place in wanted if start <= place < end]
-            keep = torch.tensor(here or [end - start - 1], device=context.device)
-            logits = self._forward(context[:, start:end], cache, keep)
-            if here:
-                found.append(logits)
+        chunk_size = context.shape[1] if self._how.stepwise else self.chunk_size
+        for start in range(0, context.shape[1], chunk_size):
+            end = min(start + chunk_size, context.shape[1])
+            part = context[:, start:end]
+            here = [row * (end - start) + place - start for place, row in wanted if start <= place < end]
+            if not here:
+                self._forward(part, cache, torch.tensor([end - start - 1], device=context.device), start)
+                continue
+            with self.model.head_at(part, torch.tensor(here, device=context.device)) as pick:
+                found.append(pick(self._forward(part, cache, None, start)))
         if not wanted:
             return {}
-        logits, order = torch.cat(found, 1), {place: i for i, place in enumerate(wanted)}
+        logits, order = torch.cat(found), {pair: i for i, pair in enumerate(wanted)}
         return {
-            (row, number): logits[row, [order[place] for place in _places(question)]]
+            (row, number): logits[[order[place, row] for place in _places(question)]]
             for (row, number), question in inside.items()
         }
 
-    def _force(self, cache: DualCache, questions: Sequence[Question]) -> list[Tensor]:
-        """Logits of the right answers, read in one forward; what is padded comes after them and changes nothing."""
+    def _force(self, cache: DualCache, questions: Sequence[Question], past: int) -> list[Tensor]:
+        """Logits of the right answers, read at once after `past` tokens; padding comes after and changes nothing."""
         rows = [[*question.prompt, *question.answer[:-1]] for question in questions]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.model.model.device)
         first = min(len(question.prompt) for question in questions) - 1
         keep = torch.arange(first, longest, device=ids.device)
-        logits = self._forward(ids, cache, keep)
+        logits = self._follow(ids, cache, keep, past)
         begins = [len(question.prompt) - 1 - first for question in questions]
         return [
             logits[row, begin : begin + len(question.answer)]
             for row, (begin, question) in enumerate(zip(begins, questions, strict=True))
         ]
 
-    def _decode(self, cache: DualCache, asked: Sequence[tuple[Item, int]]) -> list[list[int]]:
-        """Greedy answers: the beginning of all prompts in one forward, as long as the shortest, then token by token.
+    def _decode(self, cache: DualCache, asked: Sequence[tuple[Item, int]], past: int) -> list[list[int]]:
+        """Greedy answers: the beginning of all prompts at once, as long as the shortest, then token by token.
 
         A question that is still being read takes its own next token in place of the one that the model would choose, so
         questions of different lengths need no padding.
@@ -147,7 +158,7 @@ class Reader:
         written: list[Tensor] = []
         begun = torch.zeros(len(asked), dtype=torch.bool, device=device)
         ended = torch.zeros_like(begun)
-        logits = self._forward(given[:, :shortest], cache, torch.tensor([shortest - 1], device=device))[:, -1]
+        logits = self._follow(given[:, :shortest], cache, torch.tensor([shortest - 1], device=device), past)[:, -1]
         for step in range(int(ends.max())):
             reading = starts > step
             token = torch.where(reading, given[:, min(shortest + step, longest - 1)], logits.argmax(-1))
@@ -156,14 +167,29 @@ class Reader:
             ended |= (~reading & begun & stops[rows, token]) | (ends == step + 1)
             if step % CHECK_EVERY == CHECK_EVERY - 1 and bool(ended.all()):
                 break
-            logits = self._forward(token[:, None], cache, None)[:, -1]
+            logits = self._forward(token[:, None], cache, None, past + shortest + step)[:, -1]
         tokens = torch.stack(written, 1).tolist()
         return [row[start:end] for row, start, end in zip(tokens, starts.tolist(), ends.tolist(), strict=True)]
 
-    def _forward(self, ids: Tensor, cache: DualCache, keep: Tensor | None) -> Tensor:
-        """Logits at the positions `keep` (n,) of `ids` (batch, tokens), all if None: (batch, n, vocabulary)."""
+    def _follow(self, ids: Tensor, cache: DualCache, keep: Tensor, past: int) -> Tensor:
+        """As `_forward`, of what follows a context, token by token where the model needs that."""
+        if not self._how.stepwise:
+            return self._forward(ids, cache, keep, past)
+        wanted, found = set(keep.tolist()), []
+        for place, token in enumerate(ids.split(1, 1)):
+            logits = self._forward(token, cache, None, past + place)
+            if place in wanted:
+                found.append(logits)
+        return torch.cat(found, 1)
+
+    def _forward(self, ids: Tensor, cache: DualCache, keep: Tensor | None, past: int) -> Tensor:
+        """Logits at the positions `keep` (n,) of `ids` (batch, tokens), all if None: (batch, n, vocabulary).
+
+        `past` tokens are in the cache.
+        """
         options = {} if keep is None or not self.model.keeps_logits else {"logits_to_keep": keep}
-        logits = self.model.model(ids, past_key_values=cache, use_cache=True, **options).logits
+        given = {cache_argument(self.model.model): cache} | self._how.options(ids, past)
+        logits = self.model.model(ids, use_cache=True, **given, **options).logits
         return logits if options or keep is None else logits[:, keep]
 
     def _token_kinds(self, stops: Sequence[str | None]) -> tuple[Tensor, Tensor]:

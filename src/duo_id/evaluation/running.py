@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from duo_id.deploy.chunks import continuation
 from duo_id.deploy.install import duo_attention
 from duo_id.errors import UserError
 from duo_id.evaluation.contenders import Contender
@@ -41,10 +42,10 @@ def run(
         generate: also generate answers.
         batch_tokens: see `Reader`; None: what fits the device, see `batch_tokens_for`.
         chunk_size: tokens of a forward.
-        console: shows the progress.
+        console: shows the progress, and says if contexts are not read in chunks.
 
     Raises:
-        UserError: a batch does not fit the memory.
+        UserError: a batch does not fit the memory, or the model computes something else with a cache than without.
     """
     full = contenders[0]
     assert full.kind == "full"
@@ -72,6 +73,8 @@ def run(
         (batch, {contender: asked for contender in contenders[1:] if (asked := missing(contender, batch))})
         for batch in sorted(batches(pending, batch_tokens), key=lambda batch: batch[0].index)
     ]
+    if todo:
+        _tell_how(model, todo[0][0][0], full, chunk_size, console)
     with _progress(console) as progress:
         work = sum(_work(batch) + sum(map(_work, others.values())) for batch, others in todo)
         bar = progress.add_task("evaluating", total=work)
@@ -85,6 +88,19 @@ def run(
                 found = zip(asked, answer(asked, contender, generate), strict=True)
                 journal.add(row for item, given in found for row in rows(contender, item, given, reference[item]))
                 progress.advance(bar, _work(asked))
+
+
+def _tell_how(model: LanguageModel, item: Item, full: Contender, chunk_size: int, console: Console) -> None:
+    """Try how the model goes on after a context, and say so if not in chunks."""
+    assert full.mask is not None
+    with duo_attention(model.model, full.mask(len(item.context))):
+        how = continuation(model.model, torch.tensor([item.context], device=model.model.device))
+    if how.stepwise:
+        console.print(
+            f"{model.name} loses its state where several tokens follow a past: each context is read in one forward, "
+            f"whatever chunk_size={chunk_size}, and what follows it token by token",
+            soft_wrap=True,
+        )
 
 
 def batch_tokens_for(model: LanguageModel) -> int:

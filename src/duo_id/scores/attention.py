@@ -32,9 +32,7 @@ def score_attention(subject: Subject, ids: Tensor, queries: Tensor, reduce: Redu
     def watching(index: int) -> AttendFunction:
         def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
             values = reduce(weights(query, key, queries, softmax))
-            found[index].append(
-                values.unflatten(0, (key.shape[1], -1))
-            )  # once more for each layer that shares keys
+            found[index].append(values.unflatten(0, (key.shape[1], -1)))  # once more for each layer that shares keys
             return full_attention(query, key, value, softmax, subject.backends.full)
 
         return attend
