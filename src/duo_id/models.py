@@ -86,7 +86,7 @@ class LanguageModel:
             batch: `input_ids` (batch, tokens) and `attention_mask`, the same shape or None.
         """
         if not self.ranks.sharded:
-            return self.model.base_model(**self._inputs(batch)).last_hidden_state
+            return self.trunk(**self._inputs(batch)).last_hidden_state
         found: list[Tensor] = []  # FSDP wants to be entered by the whole model, so one logit is computed beside
         hook = self.trunk.register_forward_hook(lambda *given: found.append(given[2].last_hidden_state))
         try:

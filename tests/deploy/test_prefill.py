@@ -1,0 +1,52 @@
+"""Long prompts in chunks, in models where chunks are not exact and where positions do not begin at 0."""
+
+import pytest
+import torch
+
+from duo_id import dual_cache, duo_attention, prefill
+from duo_id.attention.gated import attached
+from duo_id.compat import cache_argument
+from duo_id.errors import UserError
+from tests import families
+from tests.deploy.cases import build, check_equal, random_ids
+
+
+def test_a_model_that_loses_its_state_between_chunks_is_refused() -> None:
+    """Whole, or token by token after a past, it is right."""
+    model, ids = families.tiny_model("jamba"), random_ids(1, 40)
+    with attached(model) as layers:
+        mask = families.mask_of(model, layers)
+    with duo_attention(model, mask), torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        with pytest.raises(UserError, match=r"chunk_size=20: .*lose their state"):
+            prefill(model, ids, dual_cache(model), 20)
+        cache = dual_cache(model)
+        check_equal(prefill(model, ids[:, :30], cache, 30), expected[:, 29])
+        check_equal(prefill(model, ids[:, 30:], cache, 1), expected[:, -1])
+
+
+@pytest.mark.parametrize("family", ["bamba", "roberta"])
+def test_positions_are_those_that_the_model_counts(family: str) -> None:
+    """Read off no cache by some, and from behind an entry for padding by others; padded batches too."""
+    model, ids = families.tiny_model(family), random_ids(2, 40)
+    with attached(model) as layers:
+        mask = families.mask_of(model, layers)
+    real = torch.ones_like(ids)
+    real[1, :9] = 0
+    with duo_attention(model, mask), torch.no_grad():
+        expected = [model(ids[row : row + 1, start:], use_cache=False).logits[:, -1] for row, start in ((0, 0), (1, 9))]
+        check_equal(prefill(model, ids[:1], dual_cache(model), 7), expected[0])
+        if family == "roberta":
+            check_equal(prefill(model, ids, dual_cache(model), 7, real), torch.cat(expected))
+
+
+def test_the_check_is_for_prefill_alone_and_leaves_the_cache_as_it_is() -> None:
+    model, ids = build("llama"), random_ids(1, 40)
+    with attached(model) as layers:
+        mask = families.mask_of(model, layers)
+    with duo_attention(model, mask), torch.no_grad():
+        cache = dual_cache(model)
+        model(ids[:, :10], **{cache_argument(model): cache})
+        found = prefill(model, ids[:, 10:], cache, 7)
+        assert cache.get_seq_length() == 40
+        check_equal(found, model(ids, use_cache=False).logits[:, -1])
