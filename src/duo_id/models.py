@@ -77,7 +77,9 @@ class LanguageModel:
     @property
     def trunk(self) -> PreTrainedModel:
         """What returns the last hidden states, whichever way a model is entered: some go past their base model."""
-        return self.model.base_model.get_decoder()  # type: ignore[operator]  # untyped
+        found = self.model.base_model.get_decoder()  # type: ignore[operator]  # untyped
+        parts = (part for part in found.children() if isinstance(part, PreTrainedModel))
+        return next(parts, found) if found is self.model else found  # some do not say which part that is
 
     def hidden_states(self, batch: dict[str, Any]) -> Tensor:
         """Last hidden states after the final norm, (batch, tokens, hidden size).
