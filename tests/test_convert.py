@@ -12,6 +12,8 @@ from duo_id.interop.registry import FORMATS, lost
 from duo_id.patterns import HeadPattern
 from tests.interop.cases import CASES, all_masks
 
+pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")  # their order is what is tested
+
 SUFFIXES = {"prulong": ".tsv", "retrieval-head": ".json", "headkv": ".json", "qrhead": ".yaml", "kvzip": ".pt"}
 BACK = ["layers=6", "kv_heads=3", "sink_size=16", "recent_size=64"]
 

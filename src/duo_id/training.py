@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from duo_id.methods import GateSettings
 from duo_id.mistakes import built
 from duo_id.models import LanguageModel
 from duo_id.objectives import make_objective
-from duo_id.patterns import HeadPattern
+from duo_id.patterns import HeadPattern, TieWarning
 from duo_id.penalties import PENALTIES, TargetSparsity
 from duo_id.scoring import Score, score
 from duo_id.steps import SHAPES, Arrange
@@ -196,7 +197,8 @@ class GateTraining(lightning.LightningModule):
         shown |= _shown("0", self._full_scores[batch_idx])
         pattern = self.pattern()
         for sparsity in self.sparsities:
-            mask = pattern.binarize(sparsity=sparsity)
+            with warnings.catch_warnings(action="ignore", category=TieWarning):  # of gates on their way
+                mask = pattern.binarize(sparsity=sparsity)
             with bound(self.layers, masked_layers(self.layers, mask, self.step.backends)):
                 shown |= _shown(f"{100 * sparsity:g}", score(self.language_model, sample))
         self.log_dict({f"val/{key}": value for key, value in shown.items()}, batch_size=1)

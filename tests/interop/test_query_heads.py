@@ -14,6 +14,8 @@ from duo_id.interop.query_heads import read_chosen, read_scores, write_headkv, w
 from duo_id.patterns import HeadPattern
 from tests.interop.cases import CASES, HEADS, KV_HEADS, LAYERS, pattern
 
+pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")  # their order is what is tested
+
 OPTIONS = Options(layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS, sink_size=16, recent_size=64)
 TWO = Options(layers=2, heads=4, kv_heads=2, sink_size=1, recent_size=2)
 
