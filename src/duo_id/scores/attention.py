@@ -16,14 +16,14 @@ Reduce = Callable[[Iterator[tuple[Tensor, Tensor]]], Tensor]
 
 
 def score_attention(subject: Subject, ids: Tensor, queries: Tensor, reduce: Reduce, reduction: str) -> Tensor:
-    """Scores from the attention weights of full attention: (gated layers, KV heads) float32 CPU.
+    """Scores from the attention weights of full attention: (..., gated layers, KV heads) float32 CPU.
 
     Args:
         subject: the model.
         ids: (tokens,), one text.
         queries: (n,) positions whose queries are looked at.
         reduce: from the queries and their weights, some at a time, (queries,) and (heads, queries, tokens) float32, to
-            one value a query head, (heads,).
+            one value or several a query head, (..., heads).
         reduction: how the query heads of a KV head become one: max | mean.
     """
     found: dict[int, Tensor] = {}
@@ -31,7 +31,7 @@ def score_attention(subject: Subject, ids: Tensor, queries: Tensor, reduce: Redu
 
     def watching(index: int) -> AttendFunction:
         def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-            values = reduce(weights(query, key, queries, softmax)).unflatten(0, (key.shape[1], -1))
+            values = reduce(weights(query, key, queries, softmax)).unflatten(-1, (key.shape[1], -1))
             found[index] = values.amax(-1) if reduction == "max" else values.mean(-1)
             return full_attention(query, key, value, softmax, subject.backends.full)
 
@@ -39,7 +39,7 @@ def score_attention(subject: Subject, ids: Tensor, queries: Tensor, reduce: Redu
 
     with torch.no_grad(), bound(subject.layers, {layer.index: watching(layer.index) for layer in subject.layers}):
         subject.model.hidden_states({"input_ids": ids.to(subject.device)[None]})
-    return torch.stack([found[layer.index] for layer in subject.layers]).float().cpu()
+    return torch.stack([found[layer.index] for layer in subject.layers], -2).float().cpu()
 
 
 def weights(query: Tensor, key: Tensor, queries: Tensor, softmax: Softmax) -> Iterator[tuple[Tensor, Tensor]]:
