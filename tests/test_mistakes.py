@@ -50,6 +50,7 @@ def raised(call: Callable[[], Any]) -> BaseException:
         ("train", ["method.budgets=0.5"], "method.budgets is a list, such as [value]"),
         ("train", ["sparsity={a:1}"], "sparsity={a:1}: sparsity is a list, such as [value]"),
         ("benchmark", ["trainer.devices=abc"], "trainer.devices=abc: `devices`"),
+        ("benchmark", ["+trainer.max_steps=3"], "trainer.max_steps: benchmarks have no trainer"),
         ("benchmark", ["blend={teacher:1}"], "blend={teacher:1}: blend is a list, such as [value]"),
         ("benchmark", ["blend=pupil"], "blend=pupil: choose from student, detached, teacher"),
     ],

@@ -243,6 +243,10 @@ def train_settings(config: DictConfig) -> TrainSettings:
     """
     settings = parse(TrainSettings, config, method=method_schema(config.method))
     require(
+        isinstance(settings.method, GateSettings) or not settings.trainer.get("callbacks"),
+        f"trainer.callbacks: method={settings.method.name} trains nothing that they could be called at",
+    )
+    require(
         settings.repeats == 1 or getattr(settings.method, "swap_at", None) is None,
         f"repeats={settings.repeats}: heads are exchanged (method.swap_at) in the mask of one run; the mean of several "
         "has another",
