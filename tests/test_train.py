@@ -277,6 +277,10 @@ REFUSED_BY_TRAIN = {
     "unknown-experiment": (["experiment=nosuch"], "experiment/nosuch"),
     "no-trainer": (["trainer=null"], "override"),
     "unknown-blend": (["method.blend=nosuch"], "method.blend=nosuch"),
+    "order-of-one-head": (
+        ["method=nested", "model.architecture.num_hidden_layers=1", "model.architecture.num_key_value_heads=1"],
+        "method.gate=nested: a single head has a gate",
+    ),
     "unknown-optimizer": (["method.optimizer._target_=nosuch.Optimizer"], "nosuch.Optimizer"),
     "unknown-trainer-argument": (["+trainer.nosuch=1"], "nosuch"),
     "logger-of-the-trainer": (["+trainer.logger=false"], "trainer.logger=False: choose logger=csv"),

@@ -19,7 +19,7 @@ from duo_id.attention.heads import masked_layers
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.checkpoints import CHECKPOINT
-from duo_id.config import StepSettings, plain
+from duo_id.config import StepSettings, plain, require
 from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, with_scored
 from duo_id.errors import UserError
 from duo_id.gates import GATES
@@ -78,6 +78,10 @@ class GateTraining(lightning.LightningModule):
             seed: of gates that are drawn.
         """
         super().__init__()
+        require(
+            method.gate != "nested" or len(layers) * layers[0].kv_heads > 1,
+            "method.gate=nested: a single head has a gate, and an order of one teaches nothing; method=duo trains the gate",
+        )
         self.language_model, self.layers = model, layers
         self.method, self.step, self.steps, self.sparsities = method, step, steps, sparsities
         self.window = Window(method.sink_size, method.recent_size)
