@@ -8,7 +8,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,17 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     except KeyboardInterrupt:
         console.print("interrupted")
         leave(130)
+
+
+def sorted_out(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The paths and the settings, key=value, of a command line that is not Hydra's.
+
+    A path may have a `=` too, where it is there, or has a `/` before it: `./a=b`.
+    """
+    paths = [argument for argument in arguments if "/" in argument.partition("=")[0] or Path(argument).exists()]
+    paths += [argument for argument in arguments if "=" not in argument and argument not in paths]
+    settings = dict(argument.split("=", 1) for argument in arguments if argument not in paths)
+    return [argument for argument in arguments if argument in paths], settings
 
 
 def run_plain(command: Callable[[list[str]], object]) -> None:

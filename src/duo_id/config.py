@@ -17,12 +17,6 @@ from duo_id.errors import UserError
 from duo_id.mistakes import explained
 
 Settings = TypeVar("Settings")
-OURS = {  # arguments of Lightning's Trainer that a run gives itself, and what to give instead
-    "logger": "choose logger=csv, tensorboard or wandb, or ~logger for none",
-    "default_root_dir": "a run writes to hydra.run.dir",
-    "plugins": "the run has its own, which write checkpoints whole; how devices share the work is step.shard's",
-    "use_distributed_sampler": "leave it out, for samples are shared out where they are made",
-}
 
 
 def conf_dir() -> Path:
@@ -248,8 +242,6 @@ class TrainSettings:
         )
         for key in ("max_time", "max_epochs", "min_steps", "min_epochs"):
             require(key not in self.trainer, f"trainer.{key}: trainer.max_steps alone ends a run")
-        for key, instead in OURS.items():
-            require(key not in self.trainer, f"trainer.{key}={self.trainer.get(key)}: {instead}")
         if isinstance(self.trainer.get("callbacks"), dict | str):
             self.trainer["callbacks"] = [self.trainer["callbacks"]]
         if self.trainer.get("fast_dev_run"):

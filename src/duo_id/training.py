@@ -80,7 +80,7 @@ class GateTraining(lightning.LightningModule):
         super().__init__()
         require(
             method.gate != "nested" or len(layers) * layers[0].kv_heads > 1,
-            "method.gate=nested: a single head has a gate, and an order of one teaches nothing; method=duo trains the gate",
+            "method.gate=nested: a single head has a gate, and there is nothing to order; method=duo trains its gate",
         )
         self.language_model, self.layers = model, layers
         self.method, self.step, self.steps, self.sparsities = method, step, steps, sparsities
