@@ -12,6 +12,8 @@ from duo_id.interop.registry import FORMATS, lost
 from duo_id.patterns import HeadPattern
 from tests.interop.cases import CASES, all_masks
 
+pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")  # their order is what is tested
+
 SUFFIXES = {"prulong": ".tsv", "retrieval-head": ".json", "headkv": ".json", "qrhead": ".yaml", "kvzip": ".pt"}
 BACK = ["layers=6", "kv_heads=3", "sink_size=16", "recent_size=64"]
 
@@ -120,3 +122,13 @@ def test_mistakes_are_named(source: Path, tmp_path: Path) -> None:
 def test_a_pattern_that_does_not_fit_a_model_names_both_shapes() -> None:
     with pytest.raises(UserError, match="for 6 layers x 3 KV heads, but b has 32 layers x 8 KV heads"):
         CASES["random"].check_fits(32, 8, "b")
+
+
+def test_paths_may_hold_an_equals_sign(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all folders that DuoAttention publishes do: known by being there, or by a slash before it."""
+    monkeypatch.chdir(source.parent)
+    (source / "heads").rename("lr=0.02-reg=0.05")
+    assert convert.main(["lr=0.02-reg=0.05", "./ctx=1000_32000", "sparsity=0.5"]) == Path("ctx=1000_32000")
+    assert convert.main(["./ctx=1000_32000", "deep/er=1", "format=rlkv"]) == Path("deep/er=1")
+    refused("ctx=2: there is no such setting .*; a path is ./ctx=2;", "lr=0.02-reg=0.05", "ctx=2")
+    refused("nosuch/lr=0.1", "nosuch/lr=0.1", "there")

@@ -14,6 +14,8 @@ from duo_id.errors import UserError
 from duo_id.formats import contents_of, list_patterns, load_pattern, pattern_from_json, save_pattern
 from duo_id.patterns import HeadPattern
 
+pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")  # their order is what is tested
+
 PUBLISHED = Path(os.environ.get("DUO_ID_SHARED", Path(__file__).parents[2] / "shared")) / "attn_patterns"
 NAMES = sorted(folder.name for folder in PUBLISHED.glob("*") if folder.is_dir())
 

@@ -57,6 +57,50 @@ def test_several_seeds_are_one_run_whose_scores_are_averaged(tmp_path: Path, mon
     assert torch.equal(load_pattern(tmp_path / "run").scores, both.scores)
 
 
+LIGHTNING = "lightning.pytorch.callbacks"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        f"[{{_target_: {LIGHTNING}.LearningRateMonitor}}, {{_target_: {LIGHTNING}.ModelCheckpoint, dirpath: theirs, "
+        "every_n_train_steps: 1}]",
+        f"{{_target_: {LIGHTNING}.LearningRateMonitor}}",
+    ],
+)
+def test_callbacks_of_the_user_are_called_beside_ours(given: str, tmp_path: Path) -> None:
+    finished = run_command("train", *QUICK, *SMALL, f"+trainer.callbacks={given}", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert "lr-AdamW" in read_metrics(tmp_path / "run")
+    assert (tmp_path / "run" / CHECKPOINT).is_file()
+    assert (tmp_path / "run" / "gates.csv").is_file()
+    assert list((tmp_path / "theirs").glob("*.ckpt")) or given.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("+trainer.enable_progress_bar=false", False),
+        (f"+trainer.callbacks=[{{_target_: {LIGHTNING}.TQDMProgressBar}}]", False),
+        ("+trainer.callbacks=[]", True),
+    ],
+)
+def test_the_bar_can_be_turned_off_or_be_another(given: str, shown: bool, tmp_path: Path) -> None:
+    finished = run_command("train", *QUICK, *SMALL, given, folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert ("step 2/2" in finished.output) == shown
+
+
+@pytest.mark.parametrize("steps", ["true", "2"])
+def test_a_fast_dev_run_goes_through_everything_but_logs_and_checkpoints(steps: str, tmp_path: Path) -> None:
+    finished = run_command("train", *QUICK, f"+trainer.fast_dev_run={steps}", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert load_pattern(tmp_path / "run").provenance["steps"] == {"true": 1, "2": 2}[steps]
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"heads", "gates.csv", "summary.json"} <= left
+    assert left.isdisjoint({"metrics", "checkpoints"})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,11 +1,12 @@
 """What the libraries' errors become: one line that names the override."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from duo_id.errors import UserError
 from duo_id.mistakes import built, explained
@@ -50,6 +51,7 @@ def raised(call: Callable[[], Any]) -> BaseException:
         ("train", ["method.budgets=0.5"], "method.budgets is a list, such as [value]"),
         ("train", ["sparsity={a:1}"], "sparsity={a:1}: sparsity is a list, such as [value]"),
         ("benchmark", ["trainer.devices=abc"], "trainer.devices=abc: `devices`"),
+        ("benchmark", ["+trainer.max_steps=3"], "trainer.max_steps: benchmarks have no trainer"),
         ("benchmark", ["blend={teacher:1}"], "blend={teacher:1}: blend is a list, such as [value]"),
         ("benchmark", ["blend=pupil"], "blend=pupil: choose from student, detached, teacher"),
     ],
@@ -86,3 +88,55 @@ def test_our_own_error_is_found_inside_an_interpolation() -> None:
 def test_an_error_without_words_is_its_name() -> None:
     assert explained(OSError()) == "OSError"
     assert explained(OSError("two\n\n lines")) == "two lines"
+
+
+PUBLISHED = "attn_patterns/Llama-3-8B-Instruct-Gradient-1048k/lr=0.02-reg=0.05-ctx=1000_32000-multi_passkey10"
+ODD = ["a b(c", 'it\'s "b"=c', "ends=in\\", 'back\\"quote=', "back\\slash=", "ü=ß"]
+
+
+@pytest.mark.parametrize("path", [PUBLISHED, f"./{PUBLISHED}/", *ODD])
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        ("train", "resume"),
+        ("train", "+method.start"),
+        ("evaluate", "heads"),
+        ("evaluate", "+patterns.other"),
+        ("benchmark", "heads"),
+    ],
+)
+def test_the_quotes_that_are_shown_are_those_that_hydra_needs(
+    command: str, key: str, path: str, tmp_path: Path
+) -> None:
+    """What the shell makes of the line that is shown goes through Hydra, and comes out as what was typed."""
+    method = ["method=search"] if key == "+method.start" else []
+    typed = run_command(command, *method, f"{key}={path}", folder=tmp_path)
+    line, _, shown = typed.error.partition(" needs quotes that Hydra sees: ")
+    assert line == f"error: {key}={path}: the value of {key}"
+    (override,) = shlex.split(shown)
+    found: list[Any] = []
+
+    def read(config: DictConfig) -> None:
+        found.append(OmegaConf.select(config, key.lstrip("+")))
+
+    finished = run_command(
+        command, *method, override, f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path, command=read
+    )
+    assert finished.status == 0, finished.output
+    assert found == [path]
+
+
+def test_published_heads_are_read_by_the_line_that_is_shown(tmp_path: Path) -> None:
+    folder = tmp_path / PUBLISHED
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"sink_size": 4, "recent_size": 60}')
+    (folder / "full_attention_heads.tsv").write_text("0.1\t0.2\n" * 5)
+    given = ["model=tiny", "context=[128]", "task=decode", f"hydra.run.dir={tmp_path / 'run'}"]
+    typed = run_command("benchmark", *given, f"heads={PUBLISHED}", folder=tmp_path)
+    quoted = run_command("benchmark", *given, *shlex.split(typed.error.rpartition(": ")[2]), folder=tmp_path)
+    assert "5 layers x 2 KV heads" in quoted.error, "which the tiny model does not have"
+
+
+@pytest.mark.parametrize("override", ["method.lr=[", "method.optimizer={a", "nothing"])
+def test_what_no_quotes_mend_shows_none(override: str, tmp_path: Path) -> None:
+    assert f"{override}: Hydra cannot read it (" in run_command("train", override, folder=tmp_path).error

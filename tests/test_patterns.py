@@ -2,12 +2,13 @@
 
 import dataclasses
 import random
+import warnings
 
 import pytest
 import torch
 
 from duo_id.errors import UserError
-from duo_id.patterns import HeadMask, HeadPattern, places, random_mask, weigh_in
+from duo_id.patterns import HeadMask, HeadPattern, TieWarning, places, random_mask, weigh_in
 
 
 def brute_force(pattern: HeadPattern, sparsity: float) -> list[list[bool]]:
@@ -34,9 +35,13 @@ def test_budget_matches_brute_force_and_masks_nest(seed: int) -> None:
     before = pattern.scores.clone()
     smaller = torch.ones_like(before, dtype=torch.bool)
     for sparsity in sorted([0.0, 0.25, 0.5, 0.75, 1.0, rng.random(), rng.random()]):
-        mask = pattern.binarize(sparsity=sparsity)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mask = pattern.binarize(sparsity=sparsity)
         assert mask.retrieval.tolist() == brute_force(pattern, sparsity)
-        budget = round(sparsity * pattern.gated_heads)
+        gated, budget = list(pattern.gated_layers), round(sparsity * pattern.gated_heads)
+        kept, streaming = (set(before[gated][part[gated]].tolist()) for part in (mask.retrieval, ~mask.retrieval))
+        assert [warning.category for warning in caught] == [TieWarning] * bool(kept & streaming)
         assert (~mask.retrieval).sum() == budget
         assert mask.sparsity == pytest.approx(budget / pattern.gated_heads)
         assert not (mask.retrieval & ~smaller).any()
@@ -44,11 +49,26 @@ def test_budget_matches_brute_force_and_masks_nest(seed: int) -> None:
     assert torch.equal(pattern.scores, before)
 
 
+@pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")
 def test_of_equal_heads_the_earlier_layer_then_the_lower_head_streams_first() -> None:
     pattern = HeadPattern(torch.ones(3, 2), 4, 8)
     assert pattern.binarize(sparsity=0.5).retrieval.tolist() == [[False, False], [False, True], [True, True]]
 
 
+def test_a_mask_that_parts_equal_heads_says_how_many() -> None:
+    scores = torch.tensor([[1.0, 0.0], [0.25, 0.25], [0.25, 0.25], [0.25, 0.5]])
+    pattern = HeadPattern(scores, 4, 8, (0, 1, 2))
+    told = "sparsity=0.5 parts heads of the same score: 4 of 6 have 0.25, of which 2 stream by their place alone"
+    with pytest.warns(TieWarning, match=told) as caught:
+        pattern.binarize(sparsity=0.5)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings(action="error"):
+        for sparsity in (0, 1 / 6, 5 / 6, 1):  # beside the tie
+            pattern.binarize(sparsity=sparsity)
+        pattern.binarize(threshold=0.25)
+
+
+@pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")
 def test_large_ties_keep_their_order() -> None:
     """An unstable sort is stable by luck on small inputs; a published pattern has 1024 heads, many of them at 1."""
     mask = HeadPattern(torch.ones(64, 64), 4, 8).binarize(sparsity=0.5)

@@ -118,6 +118,7 @@ def test_histogram_counts_gated_heads_and_draws_the_thresholds() -> None:
     assert [line.get_xdata()[0] for line in axes.lines] == pytest.approx([ordered[5], ordered[10], ordered[15]])
 
 
+@pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")
 def test_histogram_of_equal_scores() -> None:
     lines = plot_histogram(HeadPattern(torch.ones(1, 2), 4, 8), sparsities=(0.5, 1.0)).axes[0].lines
     assert [line.get_xdata()[0] for line in lines] == [1]  # at 100% no head is kept, so there is no threshold

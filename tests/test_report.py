@@ -107,3 +107,12 @@ def test_ctrl_c_leaves_nothing_behind(run: Path, monkeypatch: pytest.MonkeyPatch
     status, output = run_report("run", folder=run.parent, monkeypatch=monkeypatch)
     assert (status, output) == (130, "interrupted\n")
     assert [path.name for path in run.iterdir()] == ["results.json"]
+
+
+def test_folders_may_hold_an_equals_sign(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.rename(run.parent / "lr=0.02")
+    for given in ("lr=0.02", "./lr=0.02"):
+        status, output = run_report(given, folder=run.parent, monkeypatch=monkeypatch)
+        assert (status, output.split()) == (0, ["report:", "lr=0.02/report.html"])
+    status, output = run_report("nosuch/lr=0.02", folder=run.parent, monkeypatch=monkeypatch)
+    assert (status, output.partition(" is missing")[0]) == (2, "error: nosuch/lr=0.02")

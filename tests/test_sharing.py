@@ -18,6 +18,8 @@ from duo_id.sharing import model_card, push_to_hub, write_folder
 from tests.hub_server import Hub, running_hub
 from tests.interop.cases import CASES
 
+pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")  # patterns of a few equal scores
+
 NAME = "SmolLM2-135M-Instruct"
 FILES = ["README.md", "config.json", "full_attention_heads.tsv", "gates.png", "heads.json"]
 

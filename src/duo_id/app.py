@@ -8,9 +8,10 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -73,8 +74,20 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
         leave(130)
 
 
+def sorted_out(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The paths and the settings, key=value, of a command line that is not Hydra's.
+
+    A path may have a `=` too, where it is there, or has a `/` before it: `./a=b`.
+    """
+    paths = [argument for argument in arguments if "/" in argument.partition("=")[0] or Path(argument).exists()]
+    paths += [argument for argument in arguments if "=" not in argument and argument not in paths]
+    settings = dict(argument.split("=", 1) for argument in arguments if argument not in paths)
+    return [argument for argument in arguments if argument in paths], settings
+
+
 def run_plain(command: Callable[[list[str]], object]) -> None:
     """Call `command` on the arguments of a command line that is not Hydra's; errors and Ctrl-C end it as in `run`."""
+    _show_warnings()
     try:
         command(sys.argv[1:])
     except (UserError, OSError) as error:
@@ -93,7 +106,7 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    warnings.showwarning = lambda message, *rest: console.print("[yellow]warning:[/]", escape(str(message)))
+    _show_warnings()
     folder = Path(HydraConfig.get().runtime.output_dir)
     given = {override.split("=")[0]: override for override in HydraConfig.get().overrides.task}
     if config.get("resume"):
@@ -139,6 +152,18 @@ def _run_folder(resume: str | None, progress: str, fresh: str) -> str:
     if not (Path(resume) / progress).is_file():
         raise UserError(f"resume={resume}: there is no {progress} to go on from; leave out resume to start anew")
     return resume
+
+
+def _show_warnings() -> None:
+    """Show each warning as one line, and once, from wherever in the run it comes."""
+    shown = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            console.print("[yellow]warning:[/]", escape(str(message)), highlight=False, soft_wrap=True)
+
+    warnings.showwarning = show
 
 
 def _complain(error: BaseException) -> int:

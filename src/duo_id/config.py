@@ -242,6 +242,10 @@ class TrainSettings:
         )
         for key in ("max_time", "max_epochs", "min_steps", "min_epochs"):
             require(key not in self.trainer, f"trainer.{key}: trainer.max_steps alone ends a run")
+        if isinstance(self.trainer.get("callbacks"), dict | str):
+            self.trainer["callbacks"] = [self.trainer["callbacks"]]
+        if self.trainer.get("fast_dev_run"):
+            self.logger = {}  # Lightning logs nothing then
         require(
             not self.step.cuda_graphs or self.data.batch_size == 1,
             f"step.cuda_graphs=true needs data.batch_size=1, not {self.data.batch_size}: padding would be looked at",

@@ -27,11 +27,11 @@ def main(arguments: Sequence[str]) -> Path:
     Raises:
         UserError: an argument is wrong, SRC cannot be read, or DST cannot hold it.
     """
-    paths = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
-    settings = dict(argument.split("=", 1) for argument in arguments if argument not in paths)
+    paths, settings = app.sorted_out(arguments)
     unknown = sorted(settings.keys() - set(KEYS))
     if unknown:
-        raise UserError(f"{unknown[0]}={settings[unknown[0]]}: there is no such setting ({', '.join(KEYS)}); {USAGE}")
+        given = f"{unknown[0]}={settings[unknown[0]]}"
+        raise UserError(f"{given}: there is no such setting ({', '.join(KEYS)}); a path is ./{given}; {USAGE}")
     if len(paths) != 2:
         raise UserError(f"give SRC and DST, not {len(paths)} paths: {USAGE}")
     source, target = paths[0], Path(paths[1]).expanduser()

@@ -1,13 +1,13 @@
 """Any method on any model: from settings to a head pattern, perhaps from several seeds."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import LambdaCallback, Timer
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ProgressBar, Timer
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from torch import Tensor
@@ -167,18 +167,26 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
     settings, data = run.settings, run.data()
     data.task("train")
     steps, checkpoint, timer = settings.trainer["max_steps"], run.folder / CHECKPOINT, Timer()
+    given = _callbacks(settings) if method is settings.method else []  # not of one that comes before it
+    bar = settings.trainer.get("enable_progress_bar", True) and not any(isinstance(one, ProgressBar) for one in given)
     trainer = built(
         "trainer",
         # The stream of samples has no end, and ranks are told apart where samples are made.
         {"limit_train_batches": steps} | settings.trainer | {"use_distributed_sampler": False},
+        about="callbacks" if given else "_target_",
         logger=list(run.loggers),
         callbacks=[
-            LastCheckpoint(run.folder, settings.checkpoint_seconds),
-            TrainingBar(),
+            *(
+                []
+                if settings.trainer.get("fast_dev_run")
+                else [LastCheckpoint(run.folder, settings.checkpoint_seconds)]
+            ),
+            *([TrainingBar()] if bar else []),
             *([GateHistory(run.folder)] if run.model.ranks.first else []),
             GateTracking(settings.sparsity),
             timer,
             LambdaCallback(on_train_start=lambda *_: run.accepted()),
+            *given,
         ],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run.folder),
@@ -197,6 +205,21 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
         raise KeyboardInterrupt
     pattern = gates.pattern(steps=trainer.global_step, seconds_before=_before(timer))
     return pattern if prior is None else weigh_in(pattern, prior, method.prior_weight)
+
+
+def _callbacks(settings: TrainSettings) -> list[Callback]:
+    """The user's own, of `trainer.callbacks`."""
+    found = []
+    for place, one in enumerate(settings.trainer.get("callbacks") or []):
+        known = isinstance(one, Mapping) and "_target_" in one
+        callback = built(f"trainer.callbacks.{place}", one) if known else None
+        if not isinstance(callback, Callback):
+            raise UserError(
+                f"trainer.callbacks: {one} is no callback; give [{{_target_: MODULE.CLASS}}], a class of Lightning's "
+                "Callback"
+            )
+        found.append(callback)
+    return found
 
 
 def _before(timer: Timer) -> float:

@@ -235,6 +235,14 @@ METHODS: dict[str, type[MethodSettings]] = {
 }
 
 
+OURS = {  # arguments of Lightning's Trainer that a run gives itself, and what to give instead
+    "logger": "choose logger=csv, tensorboard or wandb, or ~logger for none",
+    "default_root_dir": "a run writes to hydra.run.dir",
+    "plugins": "the run has its own, which write checkpoints whole; how devices share the work is step.shard's",
+    "use_distributed_sampler": "leave it out, for samples are shared out where they are made",
+}
+
+
 def train_settings(config: DictConfig) -> TrainSettings:
     """The typed settings of a training run, its method's among them.
 
@@ -242,6 +250,12 @@ def train_settings(config: DictConfig) -> TrainSettings:
         UserError: as `parse`.
     """
     settings = parse(TrainSettings, config, method=method_schema(config.method))
+    for key, instead in OURS.items():
+        require(key not in settings.trainer, f"trainer.{key}={settings.trainer.get(key)}: {instead}")
+    require(
+        isinstance(settings.method, GateSettings) or not settings.trainer.get("callbacks"),
+        f"trainer.callbacks: method={settings.method.name} trains nothing that they could be called at",
+    )
     require(
         settings.repeats == 1 or getattr(settings.method, "swap_at", None) is None,
         f"repeats={settings.repeats}: heads are exchanged (method.swap_at) in the mask of one run; the mean of several "

@@ -1,10 +1,12 @@
 """What Hydra and OmegaConf say of a user's mistake, in one line that names the override."""
 
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from hydra.errors import InstantiationException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf.errors import ConfigTypeError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
@@ -22,6 +24,8 @@ def explained(error: BaseException) -> str:
         if isinstance(link, UserError):
             return _joined(link)
     for link in chain:
+        if isinstance(link, OverrideParseException):
+            return _unread(link)
         if isinstance(link, MissingMandatoryValue):
             return f"{link.full_key}: its value is missing, give {link.full_key}=VALUE"
         if isinstance(link, ConfigTypeError) and link.object_type in KINDS:
@@ -54,6 +58,28 @@ def built(group: str, settings: Mapping[str, Any], *args: Any, about: str = "_ta
         named = [key for key in settings if re.search(rf"\b{re.escape(key)}\b", str(reason))] or [about]
         overrides = ", ".join(f"{group}.{key}={settings.get(key)}" for key in named)
         raise UserError(f"{overrides}: {_joined(reason)}") from reason
+
+
+def quoted(override: str) -> str | None:
+    """KEY=VALUE as the shell takes it where the value is plain text for Hydra; None: no quotes make it so."""
+    key, equals, value = override.partition("=")
+    inner = re.sub(r'(\\*)(")', r"\1\1\\\2", value)  # Hydra halves the backslashes before a quote,
+    inner = re.sub(r"(\\+)$", r"\1\1", inner)  # so also before its own
+    made = f'{key}="{inner}"'
+    try:
+        read = OverridesParser.create().parse_override(made).value()
+    except HydraException:
+        return None
+    return shlex.quote(made) if equals and isinstance(read, str) and read == value else None
+
+
+def _unread(error: OverrideParseException) -> str:
+    """An override that Hydra cannot read, with the quotes that its value needs, such as a path with `=` in it."""
+    key, _, value = error.override.partition("=")
+    reason = str(error).splitlines()[0]
+    if value[:1] not in "[{\"'" and (mended := quoted(error.override)):
+        return f"{error.override}: the value of {key} needs quotes that Hydra sees: {mended}"
+    return f"{error.override}: Hydra cannot read it ({reason})"
 
 
 def _joined(error: BaseException) -> str:

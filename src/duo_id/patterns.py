@@ -15,6 +15,10 @@ from torch import Tensor
 from duo_id.errors import UserError
 
 
+class TieWarning(UserWarning):
+    """A mask parts heads that have the same score."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadMask:
     """The decision: which heads keep a full KV cache (retrieval) and which a constant one (streaming).
@@ -117,6 +121,9 @@ class HeadPattern:
             sparsity: in [0, 1]; exactly `round(sparsity * gated_heads)` heads stream, the first in the order above.
             threshold: heads with a score of at least this (compared in float32) are retrieval heads.
 
+        Warns:
+            TieWarning: `sparsity` falls between heads of the same score, so that the order above decides.
+
         Raises:
             UserError: unless exactly one of the two is given and in range.
         """
@@ -130,9 +137,12 @@ class HeadPattern:
         if sparsity is not None:
             if not 0 <= sparsity <= 1:
                 raise UserError(f"sparsity={sparsity} must lie in [0, 1]: the fraction of KV heads that stream")
-            order = self.scores[gated].flatten().argsort(stable=True)
+            ranked = self.scores[gated].flatten().sort(stable=True)
+            streaming = round(sparsity * self.gated_heads)
             kept = torch.ones(self.gated_heads, dtype=torch.bool)
-            kept[order[: round(sparsity * self.gated_heads)]] = False
+            kept[ranked.indices[:streaming]] = False
+            if tie := _tie(ranked.values, streaming):
+                warnings.warn(f"sparsity={sparsity:g} {tie}", TieWarning, stacklevel=2)
             retrieval[gated] = kept.view(len(gated), -1)
         elif threshold is not None:
             if math.isnan(threshold):
@@ -235,6 +245,17 @@ def random_mask(
     ranks = torch.randperm(layers * kv_heads, generator=torch.Generator().manual_seed(seed)).view(layers, kv_heads)
     gated = tuple(range(layers) if gated_layers is None else gated_layers)
     return HeadPattern(ranks, sink_size, recent_size, gated).binarize(sparsity=sparsity)
+
+
+def _tie(ranked: Tensor, streaming: int) -> str:
+    """What is wrong with letting the first `streaming` of ascending scores stream, in words; empty: nothing."""
+    if not 0 < streaming < len(ranked) or ranked[streaming - 1] != ranked[streaming]:
+        return ""
+    equal = ranked == ranked[streaming]
+    return (
+        f"parts heads of the same score: {int(equal.sum())} of {len(ranked)} have {ranked[streaming]:.4g}, of which "
+        f"{int(equal[:streaming].sum())} stream by their place alone, early layers first"
+    )
 
 
 def _complete(owner: HeadPattern | HeadMask, name: str, heads: Tensor) -> None:

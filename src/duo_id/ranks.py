@@ -159,7 +159,8 @@ def launch(
         "devices share the work",
     )
     about = "devices" if trainer.get("accelerator", "auto") == "auto" else "accelerator"
-    plan = built("trainer", trainer, about=about, logger=False, enable_checkpointing=False)
+    kept = {key: value for key, value in trainer.items() if key != "callbacks"}  # they belong to the run's own
+    plan = built("trainer", kept, about=about, logger=False, enable_checkpointing=False)
     world = plan.world_size
     check_ranks(world, sequence, batch_size, samples)
     if world == 1:

@@ -28,8 +28,7 @@ def main(arguments: Sequence[str]) -> Path:
     Raises:
         UserError: an argument is neither, a run cannot be read, or no job of a sweep has come to its end.
     """
-    given = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
-    settings = dict(argument.split("=", 1) for argument in arguments if argument not in given)
+    given, settings = app.sorted_out(arguments)
     unknown = sorted(settings.keys() - {"out", "reference"})
     if unknown:
         raise UserError(f"{unknown[0]}={settings[unknown[0]]}: there is no such setting and no such folder; {USAGE}")

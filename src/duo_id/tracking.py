@@ -5,6 +5,7 @@
 
 import sys
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from duo_id.errors import UserError
 from duo_id.files import write_text
 from duo_id.mistakes import built
-from duo_id.patterns import HeadPattern
+from duo_id.patterns import HeadPattern, TieWarning
 from duo_id.plots import plot_gates
 
 RUN_ID = "run_id.txt"  # in a run folder: a resumed run goes on in the same run of the tracking service
@@ -81,7 +82,8 @@ def log_heads(loggers: Sequence[Logger], heads: Path) -> None:
 def layer_values(pattern: HeadPattern, sparsities: Sequence[float]) -> dict[str, float]:
     """The mean score of each gated layer, and the part of its KV heads that streams at each sparsity, by column."""
     values = {}
-    masks = {sparsity: pattern.binarize(sparsity=sparsity).retrieval for sparsity in sparsities}
+    with warnings.catch_warnings(action="ignore", category=TieWarning):  # the export tells them
+        masks = {sparsity: pattern.binarize(sparsity=sparsity).retrieval for sparsity in sparsities}
     for layer in pattern.gated_layers:
         values[f"layers/score_{layer:02}"] = pattern.scores[layer].mean().item()
         for sparsity, mask in masks.items():

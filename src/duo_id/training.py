@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from duo_id.attention.heads import masked_layers
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.checkpoints import CHECKPOINT
-from duo_id.config import StepSettings, plain
+from duo_id.config import StepSettings, plain, require
 from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, with_scored
 from duo_id.errors import UserError
 from duo_id.gates import GATES
@@ -27,7 +28,7 @@ from duo_id.methods import GateSettings
 from duo_id.mistakes import built
 from duo_id.models import LanguageModel
 from duo_id.objectives import make_objective
-from duo_id.patterns import HeadPattern
+from duo_id.patterns import HeadPattern, TieWarning
 from duo_id.penalties import PENALTIES, TargetSparsity
 from duo_id.scoring import Score, score
 from duo_id.steps import SHAPES, Arrange
@@ -77,6 +78,10 @@ class GateTraining(lightning.LightningModule):
             seed: of gates that are drawn.
         """
         super().__init__()
+        require(
+            method.gate != "nested" or len(layers) * layers[0].kv_heads > 1,
+            "method.gate=nested: a single head has a gate, and there is nothing to order; method=duo trains its gate",
+        )
         self.language_model, self.layers = model, layers
         self.method, self.step, self.steps, self.sparsities = method, step, steps, sparsities
         self.window = Window(method.sink_size, method.recent_size)
@@ -196,7 +201,8 @@ class GateTraining(lightning.LightningModule):
         shown |= _shown("0", self._full_scores[batch_idx])
         pattern = self.pattern()
         for sparsity in self.sparsities:
-            mask = pattern.binarize(sparsity=sparsity)
+            with warnings.catch_warnings(action="ignore", category=TieWarning):  # of gates on their way
+                mask = pattern.binarize(sparsity=sparsity)
             with bound(self.layers, masked_layers(self.layers, mask, self.step.backends)):
                 shown |= _shown(f"{100 * sparsity:g}", score(self.language_model, sample))
         self.log_dict({f"val/{key}": value for key, value in shown.items()}, batch_size=1)

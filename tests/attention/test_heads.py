@@ -5,9 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+from duo_id.attention import heads
 from duo_id.attention.blends import BLENDS
 from duo_id.attention.gated import attached, bound
 from duo_id.attention.heads import Backends, gated_heads, masked_layers, recording_heads
@@ -150,3 +152,57 @@ def test_hard_masks_on_cuda_equal_a_dense_mask(streaming: str, make_model: MakeM
         with bound(layers, masked_layers(layers, mask, backends)):
             found = model(ids.cuda(), use_cache=False).logits.cpu()
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, True), (True, False, False), (False, True, True)])
+@pytest.mark.parametrize(("dtype", "gate_dtype"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize("at_a_time", [1, 400, 2**22])
+def test_blends_in_parts_are_blends(
+    at_a_time: int,
+    dtype: torch.dtype,
+    gate_dtype: torch.dtype,
+    wanted: tuple[bool, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One head at a time, some, the last of them fewer, or all; what is not summed is the same to the bit."""
+    monkeypatch.setattr(heads, "AT_A_TIME", at_a_time)
+    random = torch.Generator().manual_seed(0)
+    shapes = [torch.Size(shape) for shape in ((5, 1, 1), (2, 5, 19, 8), (2, 5, 19, 8))]
+    values = [torch.rand(shape, generator=random, dtype=torch.float64) - 0.2 for shape in shapes]
+    above = torch.rand(shapes[1], generator=random).to(dtype)
+    results = []
+    for function in (heads._BlendInParts.apply, heads._blend):
+        given = [
+            value.to(kind).requires_grad_(wants)
+            for value, kind, wants in zip(values, (gate_dtype, dtype, dtype), wanted, strict=True)
+        ]
+        out = function(*given)
+        out.backward(above)
+        results.append([out, *(one.grad for one in given)])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.dtype == theirs.dtype
+            summed = 1e-7 * shapes[1].numel() if ours.dim() == 3 else 0  # in another order
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=summed)
+    with torch.no_grad():
+        assert heads._BlendInParts.apply(*given).equal(results[1][0])
+
+
+def test_blends_hold_no_float32_copy_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "AT_A_TIME", 4 * 64 * 8)
+    largest = 0
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dtype == torch.float32:
+                largest = max(largest, out.numel())
+            return out
+
+    gate = torch.rand(32, 1, 1, requires_grad=True)
+    full, streaming = (torch.rand(1, 32, 64, 8).bfloat16().requires_grad_() for _ in range(2))
+    with Watching():
+        heads._BlendInParts.apply(gate, full, streaming).sum().backward()
+    assert largest == 4 * 64 * 8

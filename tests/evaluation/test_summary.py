@@ -66,14 +66,13 @@ def test_values_by_hand() -> None:
 
 
 def test_intervals_by_hand() -> None:
-    """Two samples give three resamples, of which the outer ones are the ends: each has a chance of a quarter."""
+    """Two samples, 1 degree of freedom: 12.7 standard errors; nothing falls below what can be."""
     found = only(by_hand()[lambda rows: rows["task"] == "a"])
-    assert (found["loss_low"], found["loss_high"]) == pytest.approx((4 / 3, 2.0))
-    assert (found["rise_low"], found["rise_high"]) == pytest.approx((1 / 3, 1.0))
-    assert (found["relative_score_low"], found["relative_score_high"]) == (
-        0,
-        0.75,
-    )  # of 1: the same samples on both sides
+    off = np.array([2.0 - 1.5 * 1, 4.0 - 1.5 * 3]) / 4
+    error = math.sqrt(2 * (off**2).sum())
+    assert found["loss_high"] == pytest.approx(1.5 + 12.706 * error, rel=0.15)
+    assert found["loss_low"] == 0
+    assert (found["relative_score_low"], found["score_low"], found["score_high"]) == (0, 0, 1)
 
 
 def test_groups_of_one_sample_have_no_interval() -> None:

@@ -24,6 +24,8 @@ from duo_id.interop.quantile import (
 from duo_id.patterns import HeadPattern
 from tests.interop.cases import CASES, pattern, random, trained
 
+pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")  # their order is what is tested
+
 NOISE = 1e-6  # the most that is added to a score
 SHAPES = [(30, 3), (32, 8), (32, 32)]
 WINDOWS = Options(sink_size=16, recent_size=64)

@@ -14,6 +14,8 @@ from duo_id.interop.query_heads import read_chosen, read_scores, write_headkv, w
 from duo_id.patterns import HeadPattern
 from tests.interop.cases import CASES, HEADS, KV_HEADS, LAYERS, pattern
 
+pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")  # their order is what is tested
+
 OPTIONS = Options(layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS, sink_size=16, recent_size=64)
 TWO = Options(layers=2, heads=4, kv_heads=2, sink_size=1, recent_size=2)
 
@@ -50,6 +52,19 @@ def test_scores_come_back_bit_for_bit(given: HeadPattern, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("given", CASES.values(), ids=CASES)
+def test_the_heads_that_retrieval_head_ranks_first_are_those_of_our_masks(given: HeadPattern, tmp_path: Path) -> None:
+    """Whatever is equal: its reader sorts by the means and leaves equal heads as they stand in the file."""
+    whole = HeadPattern(given.scores, 1, 1, provenance=given.provenance)  # it knows of no layers without gates
+    write_retrieval_head(whole, tmp_path / "scores.json", Options())
+    contents = json.loads((tmp_path / "scores.json").open().readline())
+    ranked = sorted(contents, key=lambda name: np.mean(contents[name]), reverse=True)
+    for streaming in range(whole.gated_heads):
+        mask = whole.binarize(sparsity=streaming / whole.gated_heads).retrieval
+        kept = set(ranked[: 2 * int(mask.sum())])
+        assert kept == {f"{layer}-{2 * head + one}" for layer, head in mask.nonzero().tolist() for one in (0, 1)}
+
+
+@pytest.mark.parametrize("given", CASES.values(), ids=CASES)
 def test_headkv_shares_its_budget_by_the_scores(given: HeadPattern, tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     if not given.scores.any():
@@ -80,6 +95,8 @@ def test_qrhead_names_the_query_heads_of_retrieval_heads(given: HeadPattern, spa
     assert len(places) == 2 * retrieval.sum()
     scores = [given.scores[layer, head // 2].item() for layer, head in places]
     assert scores == sorted(scores, reverse=True)
+    order = [(given.scores[layer, head // 2].item(), layer, head) for layer, head in places]
+    assert order == sorted(order, reverse=True), "so that reading gives the order of the pattern, equal heads or not"
     found = read_chosen(path, OPTIONS)
     assert (found.scores > 0).equal(retrieval)
     assert found.provenance["model"]["id"] == "someone/a-model"

@@ -1,6 +1,7 @@
 """Many masks in one forward, against each mask alone."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from duo_id.objectives import OBJECTIVES, Objective, make_objective
 from duo_id.patterns import HeadMask
 from duo_id.scores.candidates import MaskLosses, grow
 from duo_id.scores.subject import Subject
+from tests import families
 from tests.dense import dense_attention, plain_outputs, slow_objective
 from tests.planted import random_sample
 from tests.scores.conftest import WINDOW, subject_of
@@ -231,3 +233,50 @@ def test_nothing_stays_hooked_or_bound_and_memory_is_a_users_error(
         assert hooks_of(subject.model.model) == hooks
         losses(drawn(3 + 4, subject.shape))
         assert bound_functions(subject.layers) == before
+
+
+SHARED = ["llama", "qwen3_next"]
+UNSPLIT = ["gemma3n_text", "gpt_bigcode", "zaya"]  # several streams, a view of the input, what routed the layer before
+
+
+def family_model(family: str) -> PreTrainedModel:
+    """The tiny model of a family; skips where there is none that runs."""
+    try:
+        model = families.tiny_model(family)
+        with torch.no_grad():
+            model(SAMPLES[0]["input_ids"][None], use_cache=False)
+    except Exception as error:
+        pytest.skip(str(error).partition("\n")[0])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "family",
+    [name if name in SHARED + UNSPLIT else pytest.param(name, marks=pytest.mark.slow) for name in families.FAMILIES],
+)
+def test_losses_of_any_family_equal_each_mask_alone(family: str) -> None:
+    model = family_model(family)
+    with ExitStack() as stack:
+        try:
+            subject = stack.enter_context(subject_of(model))
+        except UserError as error:
+            pytest.skip(str(error))
+        masks = drawn(7, subject.shape)
+        batches = [subject.batch(sample) for sample in SAMPLES]
+        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), batches, 1000)
+        expected = one_by_one(subject, masks, OBJECTIVES["kl"])
+        torch.testing.assert_close(losses(masks), expected, rtol=1e-3, atol=1e-6)
+    assert losses.splits == (family not in UNSPLIT)
+    assert losses.splits or losses.forwards == len(SAMPLES) * len(masks.unique(dim=0))
+
+
+def test_a_model_whose_rows_cannot_split_is_told_once(recwarn: pytest.WarningsRecorder) -> None:
+    with subject_of(family_model("gpt_bigcode")) as subject:
+        batches = [subject.batch(sample) for sample in SAMPLES]
+        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), batches, 1000)
+        recwarn.clear()
+        for _ in range(3):
+            losses(drawn(5, subject.shape))
+    (warning,) = [one for one in recwarn if "one by one" in str(one.message)]
+    assert "\n" not in str(warning.message)

@@ -19,10 +19,10 @@ from duo_id.methods import METHODS, AttentionSettings, GateSettings, SaliencySet
 from duo_id.patterns import HeadPattern
 from duo_id.scores import registry
 from duo_id.scores.candidates import MaskLosses
-from duo_id.scores.registry import ORDER, SCORES, mean_scores, random_scores, search_scores
+from duo_id.scores.registry import ORDER, SCORES, SETTLING, mean_scores, random_scores, search_scores, settled
 from duo_id.scores.subject import Subject
 from tests.planted import planted_model, planted_sample, random_sample
-from tests.scores.conftest import subject_of
+from tests.scores.conftest import haystack, subject_of
 from tests.test_distillation import HYBRID
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -105,6 +105,41 @@ def test_the_mean_over_samples(make_model: MakeModel) -> None:
         samples = [random_sample(40, seed) for seed in range(3)]
         alone = [SCORES["attention_profile"](subject, sample, settings) for sample in samples]
         torch.testing.assert_close(mean_scores(subject, samples, settings, CONSOLE), torch.stack(alone).mean(0))
+
+
+def test_heads_that_copy_equally_often_are_ordered_by_their_attention_to_the_needle(make_model: MakeModel) -> None:
+    settings = AttentionSettings("retrieval_score", **WINDOW)
+    with subject_of(make_model("llama")) as subject:
+        samples = [haystack(60, (5, 40, 3), seed=seed) for seed in range(4)]
+        alone = torch.stack([SCORES["retrieval_score"](subject, sample, settings) for sample in samples])
+        copied, attention = alone.mean(0).flatten(1)
+        scores = mean_scores(subject, samples, settings, CONSOLE).flatten()
+    assert len(copied.unique()) < len(copied), "without equals there is nothing to see"
+    assert len(scores.unique()) == len(scores)
+    pairs = list(zip(copied.round(decimals=6).tolist(), attention.tolist(), strict=True))
+    assert scores.argsort().tolist() == sorted(range(len(pairs)), key=lambda head: pairs[head])
+    assert ((scores >= copied - 1e-6) & (scores <= copied + SETTLING + 1e-6)).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_decides_among_equals_decides_nothing_else(seed: int) -> None:
+    """Against Python's sort of pairs: scores of few values, some of them neighbours in float32, negative or large."""
+    random = torch.Generator().manual_seed(seed)
+    near = torch.tensor([0.3, 0.5, -2.0, 1e4])
+    values = torch.cat([torch.rand(4, generator=random), torch.zeros(1), near, near.nextafter(torch.tensor(torch.inf))])
+    scores = values[torch.randint(len(values), (30, 3), generator=random)]
+    deciding = torch.rand(30, 3, generator=random, dtype=torch.float64)
+    deciding.view(-1)[:2] = torch.tensor([0.0, 1.0])
+    found = settled(scores.double(), deciding)
+    assert (found.shape, found.dtype) == (scores.shape, torch.float32)
+    assert ((found >= scores) & (found.double() <= scores.double() + 1.001 * SETTLING)).all()
+    before, after, rank = scores.flatten(), found.flatten(), deciding.flatten()
+    lower = before[:, None] < before
+    assert (after[:, None] < after)[lower].all(), "no order of different scores changes"
+    equal = (before[:, None] == before) & (rank[:, None] < rank)
+    assert (after[:, None] <= after)[equal].all()
+    zero = torch.isin(before, torch.zeros(1))
+    assert after[zero].argsort().tolist() == rank[zero].argsort().tolist(), "where there is room, none stay equal"
 
 
 def test_random_orders_are_a_function_of_their_seed() -> None:

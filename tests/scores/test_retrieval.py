@@ -35,18 +35,20 @@ def test_score_is_how_often_the_copied_token_is_attended_to_most(
             model(ids[None], use_cache=False)
         with subject_of(model) as subject:
             found = retrieval_score(subject, sample, settings(reduction))
-        total = [0, 0]
+        total, mass = [0, 0], torch.zeros(3, 4)
         for layer in range(3):
             hits = torch.zeros(4)
             for turn, (place, asked, length) in enumerate(needles):
                 for step in range(length):
                     most = seen.weights[layer][:, asked + step - 1].argmax(-1)
+                    mass[layer] += seen.weights[layer][:, asked + step - 1, place : place + length].sum(-1) / 70
                     for head in range(4):
                         at = int(most[head])
                         hit = place <= at < place + length and bool(ids[at] == ids[asked + step])
                         hits[head] += hit
                         total[turn] += hit
-            torch.testing.assert_close(found[layer], grouped(hits / 70, 2, reduction))
+            torch.testing.assert_close(found[0, layer], grouped(hits / 70, 2, reduction))
+            torch.testing.assert_close(found[1, layer], grouped(mass[layer], 2, reduction))
     assert min(total) > 0, "a reference without hits tells nothing"
 
 
@@ -54,8 +56,8 @@ def test_score_is_how_often_the_copied_token_is_attended_to_most(
 def test_the_planted_head_copies_always(layer: int, kv_head: int, make_model: MakeModel) -> None:
     model = planted_model(make_model, layer, kv_head)
     with subject_of(model) as subject:
-        scores = [retrieval_score(subject, planted_sample(seed, True), settings()) for seed in range(4)]
-        halves = [retrieval_score(subject, planted_sample(seed, True), settings("mean")) for seed in range(4)]
+        scores = [retrieval_score(subject, planted_sample(seed, True), settings())[0] for seed in range(4)]
+        halves = [retrieval_score(subject, planted_sample(seed, True), settings("mean"))[0] for seed in range(4)]
     assert torch.stack(scores)[:, layer, kv_head].tolist() == [1, 1, 1, 1]
     mean = torch.stack(halves).mean(0)
     assert 0.5 <= mean[layer, kv_head] <= 1, "one of its two query heads copies"

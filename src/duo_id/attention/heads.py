@@ -4,10 +4,10 @@ Gated blends, hard masks, streaming alone, recording, what the model itself does
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from duo_id.attention.probe import AttentionLayer
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
 
+AT_A_TIME = 2**22  # numbers that are blended at a time: 16 MiB in float32, within caches and far above a launch
 AttendFunction = Callable[..., Tensor]  # of query, key, value and softmax; those of a step also of `rows`, see `AtRows`
 
 
@@ -61,7 +62,7 @@ def gated_heads(
         gate = alpha.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
         full = blend.full(lambda: full_attention(query, key, value, softmax, backends.full, rows), teacher)
         streaming = streaming_attention(query, key, value, softmax, window, backends.streaming, rows)
-        return (_compiled_blend() if backends.compiled else _blend)(gate, full, streaming)
+        return (_compiled_blend() if backends.compiled else _BlendInParts.apply)(gate, full, streaming)
 
     return attend
 
@@ -70,6 +71,44 @@ def _blend(gate: Tensor, full: Tensor, streaming: Tensor) -> Tensor:
     """Both (batch, heads, tokens, head_dim), weighted by float32 gates (heads, 1, 1) and 1 less these, in float32."""
     assert gate.dtype in (torch.float32, torch.float64), "gates are never rounded to the model's dtype"
     return (gate * full + (1 - gate) * streaming).to(streaming.dtype)
+
+
+class _BlendInParts(torch.autograd.Function):
+    """`_blend`, some heads at a time, forward and backward: what is float32 between is never as large as the layer.
+
+    A head's gradient is a sum over that head alone, so parts change nothing but the memory, and on a CPU the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, full: Tensor, streaming: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, full, streaming)
+        out = torch.empty_like(streaming)
+        for heads in _parts(streaming):
+            out[:, heads] = _blend(gate[heads], full[:, heads], streaming[:, heads])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+        wanted, saved = ctx.needs_input_grad, ctx.saved_tensors
+        gate, full, streaming = saved
+        found = [torch.empty_like(one) if wants else None for one, wants in zip(saved, wanted, strict=True)]
+        of_gate, of_full, of_streaming = found
+        for heads in _parts(streaming):
+            part = given[:, heads].to(gate.dtype)
+            if of_gate is not None:
+                of_both = ((part * one[:, heads]).sum((0, 2, 3))[:, None, None] for one in (full, streaming))
+                of_gate[heads] = next(of_both) - next(of_both)
+            if of_full is not None:
+                of_full[:, heads] = (gate[heads] * part).to(full.dtype)
+            if of_streaming is not None:
+                of_streaming[:, heads] = ((1 - gate[heads]) * part).to(streaming.dtype)
+        return tuple(found)
+
+
+def _parts(outputs: Tensor) -> Iterator[slice]:
+    """Heads of (batch, heads, tokens, head_dim) at a time."""
+    count = max(1, AT_A_TIME * outputs.shape[1] // max(outputs.numel(), 1))
+    return (slice(first, first + count) for first in range(0, outputs.shape[1], count))
 
 
 @functools.cache

@@ -49,6 +49,11 @@ class BenchmarkSettings:
         require(self.task in TASKS, f"task={self.task}: choose one of {', '.join(TASKS)}")
         if self.data.length is not None:
             self.context = [self.data.length]
+        known = ("_target_", "accelerator", "devices", "num_nodes", "strategy")
+        for key in self.trainer:
+            require(
+                key in known, f"trainer.{key}: benchmarks have no trainer; of its arguments, {', '.join(known[1:])}"
+            )
         if self.task != "train_step":
             devices, nodes = self.trainer.get("devices", 1), self.trainer.get("num_nodes", 1)
             require((devices, nodes) == (1, 1), f"trainer.devices={devices}: task={self.task} works on 1 device")

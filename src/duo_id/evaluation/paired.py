@@ -23,14 +23,14 @@ TITLES = {
 def paired(rows: pd.DataFrame, reference: str, by: Sequence[str] = (), seed: int = 0) -> pd.DataFrame:
     """What each contender loses more than `reference` does at the same sparsity, on the questions that both answered.
 
-    Both take the same resamples of samples and of seeds, so what makes a sample hard for both is no uncertainty. Tasks
-    have one vote each.
+    Both take the same draws of samples and of seeds (`duo_id.evaluation.bootstrap`), so what makes a sample hard for
+    both is no uncertainty. Tasks have one vote each.
 
     Args:
         rows: as `duo_id.evaluation.summary.frame` gives them.
         reference: the contender, a head pattern, that others are compared with.
         by: more columns that samples have, such as `task`; one group for each combination of their values.
-        seed: of the resamples.
+        seed: of the draws.
 
     Returns:
         one row a contender, sparsity and combination: `CONTENDER`, `by`, `samples`, the differences `rise` and `kl`,
@@ -56,7 +56,7 @@ def paired(rows: pd.DataFrame, reference: str, by: Sequence[str] = (), seed: int
         for shared, others in alike.items():
             among = rows.loc[[*rows.index[full], *beside, *others]]
             among = among[asked[among.index].isin(shared)]
-            found += _compared(draw(among, [*CONTENDER, *by], seed), reference, by) if shared else []
+            found += _compared(list(draw(among, [*CONTENDER, *by], seed)), reference, by) if shared else []
     columns = [*CONTENDER, *by, "samples"]
     columns += [f"{name}{end}" for name in FORMS for end in ("", "_low", "_high")]
     return pd.DataFrame(found, columns=columns).sort_values([*CONTENDER, *by]).reset_index(drop=True)

@@ -49,6 +49,11 @@ METRICS = {
     "relative_score": Metric("score / full's (%)", 1, True),
 }
 
+SHARE, POSITIVE = (0.0, 1.0), (0.0, np.inf)
+LIMITS = dict.fromkeys(("accuracy", "exact", "score"), SHARE) | dict.fromkeys(
+    ("kept", "loss", "kl", "relative_accuracy", "relative_score"), POSITIVE
+)  # what no metric can be beyond
+
 
 def load_results(path: str | Path) -> dict[str, Any]:
     """What an evaluation has saved.
@@ -135,14 +140,14 @@ def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) 
     `rise` is a difference, `relative_accuracy` and `relative_score` are ratios of the averages over tasks, and `kept`
     is the fraction of the full cache's bytes.
 
-    Intervals are percentiles of a bootstrap over the samples of each task, all questions of a sample together; where
-    a group has several seeds, these are resampled as well (Owen 2007, "The pigeonhole bootstrap").
-    A relative value takes the same resample on both sides. There is no interval where each task has one sample.
+    Intervals are those of Student's t over the samples of each task, all questions of a sample together, and where a
+    group has several seeds over these as well, put together by a bootstrap (`duo_id.evaluation.bootstrap`).
+    A relative value takes the same draw on both sides. There is no interval where each task has one sample.
 
     Args:
         rows: as `frame` gives them; those of full attention must be among them for what is relative to it.
         by: columns, at least one; one group for each combination of their values.
-        seed: of the resamples.
+        seed: of the draws.
 
     Returns:
         one row a group, ascending, with the columns `by`, `samples`, `seeds` and, for each of `METRICS`, its value
@@ -151,7 +156,7 @@ def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) 
     found = []
     for group in draw(rows, by, seed):
         row = group.key | {"samples": group.samples, "seeds": group.seeds}
-        found.append(row | with_intervals({name: group.values[name] for name in METRICS}, group.certain))
+        found.append(row | with_intervals({name: group.values[name] for name in METRICS}, group.certain, LIMITS))
     return pd.DataFrame(found)
 
 

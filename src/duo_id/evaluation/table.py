@@ -24,7 +24,7 @@ HEADINGS = {  # two short lines, so that the table fits a terminal
 }
 OF_FULL = {"relative_score": "score", "relative_accuracy": "accuracy", "rise": "loss"}  # what each is relative to
 CAPTION = (
-    "±: half of the 95% interval, by bootstrap over samples (and random masks). Tasks have one vote each. "
+    "±: half of the 95% interval over samples (and seeds or random masks). Tasks have one vote each. "
     "Loss and KL in nats a token."
 )
 
@@ -84,7 +84,7 @@ def task_table(
     metric = metric or headline(rows)
     chosen = middle(rows) if sparsity is None else sparsity
     title += f": {100 * chosen:.4g}% of the KV heads stream" if chosen else ""
-    caption = f"{METRICS[metric].label}; ±: half of the 95% interval, by bootstrap over samples"
+    caption = f"{METRICS[metric].label}; ±: half of the 95% interval over samples"
     return terminal_table(task_grid(rows, metric, chosen), title, caption)
 
 

@@ -1,8 +1,9 @@
 """Scores of query heads: the JSON of Retrieval_Head and HeadKV, and QRHead's, its YAML of the chosen heads.
 
 `pool` makes them scores of KV heads, `spread` gives them back. Sources: github.com/nightdessert/Retrieval_Head (a score
-is the mean of a list), github.com/FYYFU/HeadKV (the same, normalised by their sum, in the order of the file),
-github.com/princeton-pli/QRHead (`attn_head_set`: heads from the best down, or full_heads; detection writes pairs).
+is the mean of a list; its top heads are those of a stable sort, so of equal heads those that stand first in the file),
+github.com/FYYFU/HeadKV (the same, normalised by their sum, in the order of the file), github.com/princeton-pli/QRHead
+(`attn_head_set`: heads from the best down, or full_heads; detection writes pairs).
 """
 
 import json
@@ -85,8 +86,8 @@ def read_chosen(path: Path, options: Options) -> HeadPattern:
 
 
 def write_retrieval_head(pattern: HeadPattern, path: Path, options: Options) -> str:
-    """Write Retrieval_Head's JSON; returns what to do with it."""
-    _write_scores(pattern.scores, pattern, path, options)
+    """Write Retrieval_Head's JSON, best first, so that its top heads are ours; returns what to do with it."""
+    _write_scores(pattern.scores, pattern, path, options, best_first=True)
     return f"{path}: copy it to head_score/MODEL.json"
 
 
@@ -117,7 +118,7 @@ def write_qrhead(pattern: HeadPattern, path: Path, options: Options) -> str:
         raise UserError(f"sparsity={options.sparsity} leaves no retrieval head, and QRHead cannot read an empty list")
     best = spread(pattern.scores.masked_fill(~retrieval, -torch.inf), heads).flatten()
     kept = int(spread(retrieval, heads).sum())
-    order = best.argsort(descending=True, stable=True)[:kept].tolist()
+    order = _best_first(best)[:kept]
     model = (pattern.provenance.get("model") or {}).get("id")
     names = (
         {"model_base_class": model.rsplit("/", 1)[-1], "model_name_or_path": model} if isinstance(model, str) else {}
@@ -127,11 +128,18 @@ def write_qrhead(pattern: HeadPattern, path: Path, options: Options) -> str:
     return f"{path}: QRRetriever(config_or_config_path={str(path)!r}); {kept} of {best.numel()} query heads"
 
 
-def _write_scores(scores: Tensor, pattern: HeadPattern, path: Path, options: Options) -> None:
-    """One line, layer by layer: the readers take the first line, and HeadKV the order."""
-    rows = exact_rows(spread(scores, query_heads(pattern, options)))
-    cells = {f"{layer}-{head}": [score] for layer, row in enumerate(rows) for head, score in enumerate(row)}
-    write_text(path, json.dumps(cells) + "\n")
+def _write_scores(scores: Tensor, pattern: HeadPattern, path: Path, options: Options, best_first: bool = False) -> None:
+    """One line, for the readers take the first; layer by layer, which HeadKV relies on, or best first."""
+    table = spread(scores, query_heads(pattern, options))
+    rows, heads = exact_rows(table), table.shape[1]
+    order = _best_first(table) if best_first else range(table.numel())
+    places = (divmod(place, heads) for place in order)
+    write_text(path, json.dumps({f"{layer}-{head}": [rows[layer][head]] for layer, head in places}) + "\n")
+
+
+def _best_first(scores: Tensor) -> list[int]:
+    """The places of scores (layers, heads) from the end of the order of patterns: of equal ones the last first."""
+    return [int(place) for place in scores.flatten().argsort(stable=True).flip(0)]
 
 
 def _pooled(table: Tensor, name: str, path: Path, options: Options, model: dict[str, Any]) -> HeadPattern:

@@ -16,14 +16,14 @@ Reduce = Callable[[Iterator[tuple[Tensor, Tensor]]], Tensor]
 
 
 def score_attention(subject: Subject, ids: Tensor, queries: Tensor, reduce: Reduce, reduction: str) -> Tensor:
-    """Scores from the attention weights of full attention: (gated layers, KV heads) float32 CPU.
+    """Scores from the attention weights of full attention: (..., gated layers, KV heads) float32 CPU.
 
     Args:
         subject: the model.
         ids: (tokens,), one text.
         queries: (n,) positions whose queries are looked at.
         reduce: from the queries and their weights, some at a time, (queries,) and (heads, queries, tokens) float32, to
-            one value a query head, (heads,).
+            one value or several a query head, (..., heads).
         reduction: how the query heads of a KV head become one: max | mean.
     """
     found: dict[int, list[Tensor]] = {layer.index: [] for layer in subject.layers}
@@ -32,7 +32,7 @@ def score_attention(subject: Subject, ids: Tensor, queries: Tensor, reduce: Redu
     def watching(index: int) -> AttendFunction:
         def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
             values = reduce(weights(query, key, queries, softmax))
-            found[index].append(values.unflatten(0, (key.shape[1], -1)))  # once more for each layer that shares keys
+            found[index].append(values.unflatten(-1, (key.shape[1], -1)))  # once more for each layer that shares keys
             return full_attention(query, key, value, softmax, subject.backends.full)
 
         return attend
@@ -40,7 +40,7 @@ def score_attention(subject: Subject, ids: Tensor, queries: Tensor, reduce: Redu
     with torch.no_grad(), bound(subject.layers, {layer.index: watching(layer.index) for layer in subject.layers}):
         subject.model.hidden_states({"input_ids": ids.to(subject.device)[None]})
     heads = [torch.cat(found[layer.index], -1) for layer in subject.layers]
-    return torch.stack([x.amax(-1) if reduction == "max" else x.mean(-1) for x in heads]).float().cpu()
+    return torch.stack([x.amax(-1) if reduction == "max" else x.mean(-1) for x in heads], -2).float().cpu()
 
 
 def weights(query: Tensor, key: Tensor, queries: Tensor, softmax: Softmax) -> Iterator[tuple[Tensor, Tensor]]:

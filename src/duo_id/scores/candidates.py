@@ -1,5 +1,6 @@
 """What many masks cost, in few forwards: masks that agree on the first layers share their way through these."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,10 +53,22 @@ def grow(masks: Tensor) -> Tree:
     return tree
 
 
+def apart(masks: Tensor) -> Tree:
+    """The same where no mask shares anything: each is a row of its own from the first layer on."""
+    rows = torch.arange(len(masks))
+    return Tree(list(masks.unbind(1)), [rows] * masks.shape[1], [rows] * masks.shape[1])
+
+
+class UnsplitError(Exception):
+    """Between the layers of a model lies something else than one row of states a sample."""
+
+
 class MaskLosses:
     """The objective under masks, mean over some samples, as `losses(masks)`.
 
     `forwards` counts what was computed, in forwards of one sample through all gated layers, for comparing searches.
+    Some models keep more than a row of states a sample between their layers, such as several streams of them or what
+    routed the tokens before. Their rows cannot split there, so their masks share nothing, after a warning.
     """
 
     def __init__(self, distillation: Distillation, batches: Sequence[dict[str, Any]], batch_tokens: int) -> None:
@@ -68,7 +81,7 @@ class MaskLosses:
         """
         self.distillation, self.batch_tokens = distillation, batch_tokens
         self.samples = [(batch, distillation.teacher(batch)) for batch in batches]
-        self.forwards = 0.0
+        self.forwards, self.splits = 0.0, True
 
     @torch.no_grad()
     def __call__(self, masks: Tensor) -> Tensor:
@@ -82,33 +95,69 @@ class MaskLosses:
         return total[back] / len(self.samples)
 
     def _of_sample(self, masks: Tensor, batch: dict[str, Any], teacher: Teacher) -> Tensor:
-        tree, objective = grow(masks), self.distillation.objective
-        self.forwards += tree.size / masks.shape[1]
+        objective = self.distillation.objective
         try:
-            with branching(self.distillation, tree):
-                outputs = self.distillation.outputs(batch, candidates=True)
+            tree, outputs = self._outputs(masks, batch)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{len(masks)} candidates of {batch['input_ids'].shape[1]} tokens do not fit the device's memory: "
                 f"lower method.batch_tokens={self.batch_tokens}"
             ) from error
+        self.forwards += tree.size / masks.shape[1]
         losses = []
         for row in range(len(masks)):  # one by one: the logits of all in float32 would take more than the forward
             student = _of_row(outputs, row, tree)
             losses.append((objective(student, teacher.outputs or student) * teacher.weights).sum())
         return torch.stack(losses).float().cpu()
 
+    def _outputs(self, masks: Tensor, batch: dict[str, Any]) -> tuple[Tree, Outputs]:
+        """What the masks leave of a sample, and how they came there."""
+        if self.splits:
+            tree = grow(masks)
+            try:
+                with branching(self.distillation, tree):
+                    return tree, self.distillation.outputs(batch, candidates=True)
+            except (torch.OutOfMemoryError, UserError):
+                raise
+            except (UnsplitError, LookupError, RuntimeError, ValueError) as error:
+                reason = error
+        tree = apart(masks)
+        repeated = {
+            key: value.expand(len(masks), -1)
+            for key, value in batch.items()
+            if key in ("input_ids", "attention_mask") and value is not None
+        }
+        with branching(self.distillation, tree, split=False):
+            outputs = self.distillation.outputs(batch | repeated, candidates=True)
+        if self.splits:
+            self.splits = False
+            told = (str(reason).splitlines() or [type(reason).__name__])[0]
+            warnings.warn(
+                f"candidates go through this model's layers one by one, which takes longer: {told}", stacklevel=2
+            )
+        return tree, outputs
+
 
 @contextmanager
-def branching(distillation: Distillation, tree: Tree) -> Iterator[None]:
-    """Let a forward of one sample split into the rows of a tree on its way through the gated layers."""
+def branching(distillation: Distillation, tree: Tree, split: bool = True) -> Iterator[None]:
+    """Let a forward of one sample split into the rows of a tree on its way through the gated layers.
+
+    Args:
+        distillation: the model.
+        tree: the rows.
+        split: whether the forward begins with one row, and not with all.
+    """
     layers = distillation.layers
     functions = {
         layer.index: masked_rows(mask, distillation.window, distillation.backends)
         for layer, mask in zip(layers, tree.masks, strict=True)
     }
-    around = zip(blocks(distillation.model.model, layers), tree.parents, strict=True)
-    hooks = [block.register_forward_pre_hook(_splitting(parents), with_kwargs=True) for block, parents in around]
+    around = zip(blocks(distillation.model.model, layers), tree.parents, [1, *map(len, tree.parents)], strict=False)
+    hooks = [
+        block.register_forward_pre_hook(_splitting(parents, before), with_kwargs=True)
+        for block, parents, before in around
+        if split
+    ]
     try:
         with bound(layers, functions):
             yield
@@ -117,12 +166,16 @@ def branching(distillation: Distillation, tree: Tree) -> Iterator[None]:
             hook.remove()
 
 
-def _splitting(parents: Tensor) -> Any:
+def _splitting(parents: Tensor, before: int) -> Any:
+    def grown(states: Tensor) -> Tensor:
+        if states.dim() != 3 or len(states) != before:
+            raise UnsplitError(f"states of shape {tuple(states.shape)} lie between them")
+        return states[parents.to(states.device)]
+
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (args[0][parents.to(args[0].device)], *args[1:]), kwargs
-        states = kwargs["hidden_states"]
-        return args, kwargs | {"hidden_states": states[parents.to(states.device)]}
+            return (grown(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": grown(kwargs["hidden_states"])}
 
     return hook
 

@@ -37,6 +37,7 @@ SCORES: dict[str, Callable[[Subject, Sample, Any], Tensor]] = {
     "reconstruction": reconstruction,
     "saliency": saliency,
 }
+SETTLING = 1e-4  # below what one answer token is of all, so that two digits less are those of the score
 ORDER = "search.json"  # in a run folder: how far a search has come
 CPU_BATCH_TOKENS = 16384
 
@@ -50,6 +51,8 @@ def random_scores(shape: tuple[int, int], seed: int) -> Tensor:
 def mean_scores(subject: Subject, samples: Sequence[Sample], settings: ScoreSettings, console: Console) -> Tensor:
     """The mean over samples of the score that `settings.name` names: (gated layers, KV heads) float32 CPU.
 
+    Of a score of two parts, (2, gated layers, KV heads), the second decides among heads whose means of the first are
+    equal.
     Samples without what the score looks for, such as plain text in a mixture, do not count.
 
     Raises:
@@ -67,7 +70,29 @@ def mean_scores(subject: Subject, samples: Sequence[Sample], settings: ScoreSett
         f"method={settings.name} needs samples whose answers stand in their contexts, and none of the method.samples="
         f"{settings.samples} is one: choose data=passkey",
     )
-    return torch.stack(found).mean(0)
+    scores = torch.stack(found)
+    return settled(*scores.double().mean(0)) if scores.dim() == 4 else scores.mean(0)
+
+
+def settled(scores: Tensor, deciding: Tensor) -> Tensor:
+    """Scores with an order among equal ones: by `scores`, and where these are equal in float32, by `deciding`.
+
+    Each score rises by `deciding` times a little that is the same for its equals: `SETTLING`, or less where half the
+    way to the next score is less. So no two different scores change places, and a score of 0.25 is still read as that.
+    Where seeds are averaged, heads that are equal in all of them keep the order of their mean `deciding`.
+
+    Args:
+        scores: of any shape, float64.
+        deciding: of the same shape, in [0, 1].
+
+    Returns:
+        float32.
+    """
+    values, which = scores.float().unique(return_inverse=True)  # ascending
+    above = torch.cat([values[1:], torch.full((1,), torch.inf)])
+    room = ((above.double() - values) / 2).clamp(max=SETTLING)
+    risen = (values.double()[which] + room[which] * deciding).float()
+    return risen.minimum(torch.nextafter(above, values)[which])  # rounding might reach the next
 
 
 def search_scores(
