@@ -9,7 +9,7 @@ bin := .venv/bin
 installed := .venv/installed  # written last, so an interrupted set-up is redone
 peers_installed := .venv-peers/installed
 
-.PHONY: help train test lint format docs notebooks peers clean
+.PHONY: help train test oldest newest lint format docs notebooks peers clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -19,6 +19,12 @@ train: $(installed)  ## Identify retrieval heads: make train ARGS="experiment=..
 
 test: $(installed)  ## Run the tests, a process a core: make test ARGS="-m gpu -n 0"
 	$(bin)/python -m pytest -n auto $(ARGS)
+
+oldest: $(installed)  ## Run the tests of attention and deployment on the oldest transformers that is supported
+	$(bin)/python .ci/releases.py oldest $(ARGS)
+
+newest: $(installed)  ## Run them, and training's, on today's transformers, lightning and datasets
+	$(bin)/python .ci/releases.py newest $(ARGS)
 
 lint: $(installed)  ## Check style and types
 	$(bin)/ruff check
