@@ -8,6 +8,7 @@ both projects have a package `tests`.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections import defaultdict
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from duo_id import DualCache, HeadMask, install
@@ -45,23 +46,25 @@ def head_mask(model: PreTrainedModel, name: str) -> HeadMask:
     return HeadMask(retrieval, sink, recent, [layer.index for layer in layers])
 
 
-class _StaticKind(type(StaticCache)):
-    def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, StaticCache) or (
-            isinstance(instance, DualCache) and instance.max_length is not None
-        )
+def either(kind: type[Cache], static: bool) -> type[Cache]:
+    """What tests name StaticCache or DynamicCache: dual caches of a length, or that grow, are one too."""
 
+    class Kind(type(kind)):
+        def __instancecheck__(cls, instance: object) -> bool:
+            dual = isinstance(instance, DualCache) and (instance.max_length is not None) == static
+            return dual or isinstance(instance, kind)
 
-class StaticLike(StaticCache, metaclass=_StaticKind):
-    """What tests name StaticCache: a dual cache with room for a given length is one too."""
+    return Kind(kind.__name__, (kind,), {})
 
 
 def check_cache(check: Callable[..., None]) -> Callable[..., None]:
     """The tests' check of a cache's layers and shapes, for dual caches another one."""
+    signature = inspect.signature(check)
 
-    def checked(test: Any, batch_size: int, cache: Any, seq_length: int | None, config: Any) -> None:
+    def checked(*given: Any, **named: Any) -> None:
+        _, batch_size, cache, seq_length, config = signature.bind(*given, **named).arguments.values()
         if not isinstance(cache, DualCache):
-            check(test, batch_size, cache, seq_length, config)
+            check(*given, **named)
             return
         text = config.get_text_config(decoder=True)
         assert len(cache) == text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
@@ -89,7 +92,9 @@ def under_a_mask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     name = "_check_past_key_values_for_generate"
     if request.cls is not None and hasattr(request.cls, name):
         monkeypatch.setattr(request.cls, name, check_cache(getattr(request.cls, name)))
-        monkeypatch.setattr(sys.modules["tests.generation.test_utils"], "StaticCache", StaticLike)
+        tests = sys.modules["tests.generation.test_utils"]
+        monkeypatch.setattr(tests, "StaticCache", either(StaticCache, static=True))
+        monkeypatch.setattr(tests, "DynamicCache", either(DynamicCache, static=False))
 
 
 def refusal(error: BaseException | None) -> str | None:
