@@ -4,21 +4,33 @@
 PYTHON ?= python3 python3.12 python3.11
 ARGS ?=
 RUN ?=
+TRANSFORMERS ?=
+FAMILIES ?= llama
 
 bin := .venv/bin
 installed := .venv/installed  # written last, so an interrupted set-up is redone
 peers_installed := .venv-peers/installed
 
-.PHONY: help train test lint format docs notebooks peers clean
+.PHONY: help train test oldest newest conformance lint format docs notebooks peers clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 train: $(installed)  ## Identify retrieval heads: make train ARGS="experiment=... key=value"
 	$(bin)/python -m duo_id.train $(ARGS)
 
 test: $(installed)  ## Run the tests, a process a core: make test ARGS="-m gpu -n 0"
 	$(bin)/python -m pytest -n auto $(ARGS)
+
+oldest: $(installed)  ## Run the tests of attention and deployment on the oldest transformers that is supported
+	$(bin)/python .ci/releases.py oldest $(ARGS)
+
+newest: $(installed)  ## Run them, and training's, on today's transformers, lightning and datasets
+	$(bin)/python .ci/releases.py newest $(ARGS)
+
+conformance: $(installed)  ## transformers' generation tests under masks: TRANSFORMERS=source/tree FAMILIES="llama qwen3"
+	@$(bin)/python -m pip install -qq -c constraints.txt parameterized
+	$(bin)/python tests/conformance $(TRANSFORMERS) $(FAMILIES) $(ARGS)
 
 lint: $(installed)  ## Check style and types
 	$(bin)/ruff check

@@ -10,6 +10,7 @@ import gc
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(places)))
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def releases() -> None:
+    """What .ci/releases.py says it tests is what is imported here, or every test fails."""
+    for release in os.environ.get("DUO_ID_RELEASES", "").split():
+        name, _, version = release.partition("==")
+        module = import_module(name.replace("-", "_"))
+        assert module.__version__ == version, (
+            f"{release} is to be tested, not {module.__version__} in {module.__file__}"
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

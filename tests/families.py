@@ -26,7 +26,7 @@ from duo_id.errors import UserError
 from duo_id.models import LanguageModel
 from duo_id.objectives import OBJECTIVES
 from tests.deploy.reference import brute_force
-from tests.tiny import draw_weights
+from tests.tiny import draw_weights, faithful
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- families: python -m tests.families -->", "<!-- end of families -->"
@@ -125,7 +125,7 @@ def tiny_model(family: str) -> PreTrainedModel:
             raise Unbuilt(f"{parameters // 10**6}M parameters where this test says how large a model is")
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=faithful(config))
             draw_weights(model)
     except Unbuilt:
         raise

@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -123,6 +122,7 @@ def test_json_holds_the_agreed_fields_one_row_a_line(pattern: HeadPattern, tmp_p
 
 
 def test_what_is_written_keeps_to_the_schema(pattern: HeadPattern, tmp_path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads((Path(formats.__file__).parent / "heads.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     check = jsonschema.Draft202012Validator(schema)

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import subprocess
 import sys
@@ -99,6 +100,47 @@ def test_constraints_pin_everything_that_is_installed_for_us():
     loose = {name for name, specifier in pins.items() if not specifier.startswith("==") or "*" in specifier}
     missing = closure("duo_id", {"dev"}) - {"duo-id"} - pins.keys()
     assert (loose, missing) == (set(), set())
+
+
+def releases():
+    """The module that runs tests on other releases, which lies outside of all packages."""
+    spec = importlib.util.spec_from_file_location("releases", ROOT / ".ci" / "releases.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_package(folder, name, version, *requires):
+    """A package of one line, as pip would lay it into an overlay."""
+    module, info = folder / name, folder / f"{name}-{version}.dist-info"
+    module.mkdir(parents=True)
+    info.mkdir()
+    (module / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {wanted}" for wanted in requires)]
+    (info / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", *lines, ""]))
+
+
+def test_all_all_checks_run_transformers_too():
+    assert "make oldest\n" in (ROOT / ".ci" / "run").read_text()
+    (wanted,) = map(Requirement, releases().oldest())
+    assert wanted.name == "transformers"
+    assert f'"{str(wanted).replace("==", ">=")},' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_an_overlay_gets_what_its_packages_require_and_the_environment_lacks(tmp_path):
+    torch = f"torch=={metadata.version('torch')}"
+    write_package(tmp_path, "transformers", "5.0", torch, "packaging>9999", "numpy; extra == 'all'", "nowhere>=2")
+    assert {str(wanted) for wanted in releases().lacking(tmp_path)} == {"packaging>9999", "nowhere>=2"}
+
+
+@pytest.mark.parametrize("tested", ["9.9", "9.8"])
+def test_a_run_on_another_release_than_the_one_asked_for_fails(tested, tmp_path):
+    write_package(tmp_path, "transformers", "9.9")
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "DUO_ID_RELEASES": f"transformers=={tested}"}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/evaluation/test_metrics.py", "-k", "rouge_l"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == (tested == "9.9"), done.stdout
+    assert ("transformers==9.8 is to be tested, not 9.9" in done.stdout) == (tested == "9.8")
 
 
 def closure(name, extras):

@@ -7,13 +7,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-import wandb
 
 from duo_id import load_pattern
 from duo_id.patterns import HeadPattern
 from duo_id.tracking import RUN_ID, layer_values
 from tests.commands import QUICK, run_command
 
+wandb = pytest.importorskip("wandb")
 QUICKER = ["comparison.samples=1", "comparison.random_masks=0"]
 BLOCK = 32768  # bytes
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from duo_id.attention.gated import attached
 from duo_id.config import StepSettings
@@ -44,9 +44,14 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(family, **{**SHARED, **FAMILIES.get(family, {}), **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=faithful(config))
         draw_weights(model)
     return model.eval().requires_grad_(False)
+
+
+def faithful(config: PreTrainedConfig) -> str | None:
+    """The attention of transformers' own that keeps a soft cap; early releases choose SDPA, which leaves it out."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
 def hooks_of(model: torch.nn.Module) -> list[int]:

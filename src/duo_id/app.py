@@ -23,12 +23,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from duo_id import __version__
-from duo_id.config import conf_dir
 from duo_id.errors import UserError
 from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text
 from duo_id.mistakes import explained
-from duo_id.ranks import leave, several
 
 console = Console()
 OVERRIDES = "overrides.json"  # in a run folder: the command line that made it, for going on with it
@@ -39,6 +37,9 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
 
     A mistake of the user ends the process with one line and status 2, Ctrl-C with status 130.
     """
+    from duo_id.config import conf_dir  # these need transformers and Lightning, which plain commands do not
+    from duo_id.ranks import leave, several
+
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, to be shown here
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     composed, status = False, 0

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, StaticCache
 
 CACHE_NAMES = ("cache", "past_key_values")  # of the argument of a forward that takes the cache, newest first
 
@@ -68,3 +69,17 @@ def implementations_kept(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         set_implementations(before)
+
+
+def cache_layers(config: PreTrainedConfig, max_length: int | None = None) -> list[Any]:
+    """What transformers' own cache, growing or of `max_length` tokens, keeps for each layer of a model.
+
+    Early releases keep nothing for layers that read the keys of others, which are the last ones.
+    """
+    return list((DynamicCache(config=config) if max_length is None else StaticCache(config, max_length)).layers)
+
+
+def dequantising() -> dict[str, Any]:
+    """Arguments for `from_pretrained` to give a GGUF file's weights as floats, which early releases do unasked."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}

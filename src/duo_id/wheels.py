@@ -11,7 +11,9 @@ import torch
 from filelock import FileLock
 from packaging.requirements import Requirement
 from platformdirs import user_cache_path
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from duo_id.compat import dequantising
 
 
 def gguf_in_wheel(distribution: str | None) -> tuple[list[Path], str] | None:
@@ -57,10 +59,7 @@ def dequantised(pieces: list[Path], name: str) -> Path:
                     for piece in pieces:
                         joined.write(piece.read_bytes())
             model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **dequantising()
             )
             model.save_pretrained(beside)
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(beside)

@@ -139,18 +139,20 @@ def test_the_blends_differ_once_lower_layers_stream(make_model: MakeModel, ids: 
     assert (student - teacher).abs().max() > 1e-2
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("streaming", ["blocked", "flex"])
-def test_hard_masks_on_cuda_equal_a_dense_mask(streaming: str, make_model: MakeModel, ids: Tensor) -> None:
+def test_hard_masks_on_a_device_equal_a_dense_mask(
+    streaming: str, device: str, make_model: MakeModel, ids: Tensor
+) -> None:
     model = make_model("llama")
     retrieval = torch.tensor([[True, False], [False, False], [True, True]])
     expected = dense_reference(model, ids, retrieval)
-    model.to("cuda")
+    model.to(device)
     backends = Backends(streaming=streaming)
     with attached(model, backends) as layers:
         mask = HeadMask(retrieval, WINDOW.sink_size, WINDOW.recent_size)
         with bound(layers, masked_layers(layers, mask, backends)):
-            found = model(ids.cuda(), use_cache=False).logits.cpu()
+            found = model(ids.to(device), use_cache=False).logits.cpu()
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-2)
 
 

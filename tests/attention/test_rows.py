@@ -143,16 +143,16 @@ def test_a_model_that_ends_in_another_layer_is_left_alone(make_model: MakeModel)
         assert not any(isinstance(function, AtRows) for function in functions)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("blend", ["student", "teacher"])
-def test_on_a_gpu(blend: str, dtype: torch.dtype, make_model: MakeModel) -> None:
+def test_on_a_device(blend: str, dtype: torch.dtype, device: str, make_model: MakeModel) -> None:
     """Within what rounding alone changes: in bfloat16 the fast kernels and the dense ones round otherwise."""
-    model = make_model("llama", head_dim=32, hidden_size=64, max_position_embeddings=4096).to("cuda", dtype)
-    batch = {key: value.cuda() if torch.is_tensor(value) else value for key, value in
+    model = make_model("llama", head_dim=32, hidden_size=64, max_position_embeddings=4096).to(device, dtype)
+    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in
              batch_of(random_sample(2000, 1, 30)).items()}  # fmt: skip
     with distilling(model, "hidden_l2", blend) as distillation:
-        alpha = gates_of(3, 2).cuda().requires_grad_()
+        alpha = gates_of(3, 2).to(device).requires_grad_()
         losses = []
         for last in (distillation.last, None):
             distillation.last = last

@@ -113,6 +113,7 @@ class Life:
         mask = torch.cat([self.real, torch.ones(len(self.ids), 1, dtype=torch.long)], 1)
         row, column = self.draw.randrange(len(mask)), self.draw.randrange(self.ids.shape[1])
         mask[row, column] = 1 - mask[row, column]
+        mask = mask[:, self.draw.randrange(column + 1) :]  # all of the past, or its latest part
         before = self.cache.tokens.held
         with pytest.raises(UserError, match="hides tokens"):
             self.given.model(self.ids[:, :1], past_key_values=self.cache, attention_mask=mask)

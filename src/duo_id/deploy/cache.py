@@ -6,12 +6,13 @@ from typing import cast
 
 import torch
 from torch import LongTensor, Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from duo_id.attention.heads import Backends
 from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
+from duo_id.compat import cache_layers
 from duo_id.deploy.layer import DualLayer
 from duo_id.deploy.tokens import Tokens
 from duo_id.errors import UserError
@@ -50,8 +51,7 @@ class DualCache(Cache):
         self.mask, self.max_length, self.tokens = mask, max_length, Tokens(max_length is not None)
         if max_length is not None and max_length < 1:
             raise UserError(f"max_length={max_length} must be at least 1 token")
-        cache = DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
-        everywhere = cache.layers
+        everywhere = cache_layers(config, max_length)
         first = min(layer.index for layer in layers)
         for layer in (
             layer for layer in layers if layer.index < len(everywhere)
