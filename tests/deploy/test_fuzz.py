@@ -113,7 +113,11 @@ class Life:
         mask = torch.cat([self.real, torch.ones(len(self.ids), 1, dtype=torch.long)], 1)
         row, column = self.draw.randrange(len(mask)), self.draw.randrange(self.ids.shape[1])
         mask[row, column] = 1 - mask[row, column]
-        mask = mask[:, self.draw.randrange(column + 1) :]  # all of the past, or its latest part
+        others = (mask[row, :-1] == mask[row, column]).nonzero()[:, 0]
+        others = others[others != column]
+        if len(others) and self.draw.random() < 0.5:  # hidden here and shown there: as many tokens as there are
+            mask[row, others[self.draw.randrange(len(others))]] ^= 1
+        mask = mask[:, self.draw.choice([0, self.draw.randrange(column + 1)]) :]  # all of the past, or its latest part
         before = self.cache.tokens.held
         with pytest.raises(UserError, match="hides tokens"):
             self.given.model(self.ids[:, :1], past_key_values=self.cache, attention_mask=mask)
