@@ -29,7 +29,7 @@ newest: $(installed)  ## Run them, and training's, on today's transformers, ligh
 	$(bin)/python .ci/releases.py newest $(ARGS)
 
 conformance: $(installed)  ## transformers' generation tests under masks: TRANSFORMERS=source/tree FAMILIES="llama qwen3"
-	@$(bin)/python -m pip install -qq -c constraints.txt parameterized
+	@$(bin)/python -m pip install -qq -c constraints.txt parameterized timeout-decorator
 	$(bin)/python tests/conformance $(TRANSFORMERS) $(FAMILIES) $(ARGS)
 
 lint: $(installed)  ## Check style and types
