@@ -9,12 +9,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
-from nbmake.nb_result import NotebookResult
-from nbmake.nb_run import NotebookRun
 
 from tests.processes import run_module, start
+
+nbformat = pytest.importorskip("nbformat")
+NotebookResult = pytest.importorskip("nbmake.nb_result").NotebookResult
+NotebookRun = pytest.importorskip("nbmake.nb_run").NotebookRun
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 FIGURES = {"inspect_gates": 5, "compare_methods": 5, "deploy": 1, "head_anatomy": 2}

@@ -13,13 +13,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
-from optuna import distributions, load_study
 
 from duo_id.config import conf_dir
 from duo_id.errors import UserError
-from hydra_plugins.duo_id_optuna import distribution
 from tests.commands import Finished, run_command
 from tests.sweep_jobs import leave, processes
+
+optuna = pytest.importorskip("optuna", exc_type=ImportError)  # and what it imports
+distributions, load_study = optuna.distributions, optuna.load_study
+distribution = pytest.importorskip("hydra_plugins.duo_id_optuna").distribution
 
 OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3"]
 SOURCES = os.pathsep.join([str(conf_dir().parent / "src"), str(conf_dir().parent)])

@@ -21,6 +21,7 @@ from transformers import (
 
 from duo_id import DualCache, HeadMask, dual_cache, duo_attention, install, prefill, remove
 from duo_id.compat import GENERATE_CACHE, attention_configs, cache_of
+from duo_id.deploy.chunks import continuation
 from duo_id.errors import UserError
 from duo_id.models import byte_tokenizer
 from duo_id.patterns import random_mask
@@ -389,6 +390,7 @@ def test_prefill_refuses_what_means_nothing(model: PreTrainedModel, ids: Tensor)
 def test_prefill_computes_the_last_logits_alone(model: PreTrainedModel, ids: Tensor) -> None:
     seen: list[int] = []
     with duo_attention(model, mask_for(model)):
+        continuation(model, ids)  # has been tried
         model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
         prefill(model, ids, dual_cache(model), 16)
     assert seen == [1, 1, 1]

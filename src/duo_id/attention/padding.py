@@ -73,5 +73,5 @@ def real_first(mask: Tensor) -> Tensor:
 
 
 def ordered(x: Tensor, order: Tensor) -> Tensor:
-    """The tokens of each sample of (batch, heads, tokens, dim) in an order (batch, tokens)."""
-    return x.gather(2, order[:, None, :, None].expand_as(x))
+    """The tokens of each sample of (batch, heads, tokens, dim) in an order (batch, n), whose numbers may come again."""
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

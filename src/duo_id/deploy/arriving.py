@@ -7,27 +7,33 @@ from torch import Tensor, nn
 
 from duo_id.attention.probe import AttentionLayer
 from duo_id.attention.softmax import Softmax
+from duo_id.deploy.tokens import Tokens
 from duo_id.errors import UserError
+
+TOGETHER = (
+    8192  # tokens up to which padded prompts attend as one batch: beyond, what padding costs is more than launches
+)
 
 
 class Layer(Protocol):
     """What is asked of `duo_id.deploy.layer.DualLayer`."""
 
     layer: AttentionLayer
+    tokens: Tokens
 
     def attend(  # noqa: D102
         self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, again: bool = False
     ) -> Tensor: ...
     def put(self, key: Tensor, value: Tensor) -> None: ...  # noqa: D102
-    @property
-    def empty(self) -> bool: ...  # noqa: D102
+    def begin(self, new: int) -> None: ...  # noqa: D102
 
 
 class ArrivingKeys:
     """The keys and values of new tokens, with the layer that will store them."""
 
     def __init__(self, layer: Layer, key: Tensor, value: Tensor) -> None:
-        self.layer, self.key, self.value, self.stored = layer, key, value, False
+        self.layer, self.key, self.value = layer, key, value
+        self.begun = self.stored = False
 
     def __getattr__(self, name: str) -> Any:
         """Nothing else: a model that works on its keys after the cache has taken them cannot use this one."""
@@ -52,21 +58,34 @@ class ArrivingKeys:
         layer = self.layer.layer
         if module is not layer.module and module not in layer.sharers:
             raise UserError("a layer of this model reads the cache of another: use_cache=False")
+        self._begin()
         out = self.layer.attend(query, self.key, self.value, softmax, again=module is not layer.module)
         return Ungraded.apply(out, query, self.key, self.value) if self._graded(query) else out
 
     def put(self, query: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Store the tokens without attending, where a gradient may go through their attention and nothing came before.
+        """Store the first tokens of a text without attending, where it is better done without the cache.
+
+        That is where a gradient may go through their attention, and where samples of unequal lengths would attend one
+        after the other.
 
         Returns:
             their keys and values, which are all that `query` sees; None if it must `attend`.
         """
-        if not self._graded(query) or not (self.stored or self.layer.empty):
+        self._begin()
+        tokens, new, graded = self.layer.tokens, self.key.shape[2], self._graded(query)
+        if not (new > 1 or graded) or not tokens.fresh:
+            return None
+        if not graded and (tokens.uniform or new > TOGETHER):
             return None
         if not self.stored:
             self.layer.put(self.key, self.value)
         self.stored = True
         return self.key, self.value
+
+    def _begin(self) -> None:
+        if not self.begun:
+            self.layer.begin(self.key.shape[2])
+        self.begun = True
 
     def _graded(self, query: Tensor) -> bool:
         return torch.is_grad_enabled() and any(x.requires_grad for x in (query, self.key, self.value))

@@ -11,6 +11,7 @@ from duo_id.attention.decode import decode_attention
 from duo_id.attention.gated import as_autocast
 from duo_id.attention.heads import Backends
 from duo_id.attention.masks import Window
+from duo_id.attention.padding import ordered
 from duo_id.attention.probe import AttentionLayer
 from duo_id.attention.softmax import Softmax
 from duo_id.deploy.arriving import ArrivingKeys
@@ -105,8 +106,6 @@ class DualLayer(CacheLayerMixin):
         """
         new, tokens = key.shape[2], self.tokens
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        if not again:
-            self._make_room(new)
         if self.layer.sharers and (new > 1 or tokens.recorded):
             self._rewind(again)
         if new == 1 and not tokens.recorded:
@@ -126,22 +125,23 @@ class DualLayer(CacheLayerMixin):
                 out[part] = found
         return out
 
-    @property
-    def empty(self) -> bool:
-        """Whether no token was in the cache before the forward that begins or runs."""
-        tokens = self.tokens
-        return not any(tokens.held if self.leads and not tokens.running else tokens.past)
-
     @torch.no_grad()
     def put(self, key: Tensor, value: Tensor) -> None:
-        """Store new tokens, which attend without the cache."""
-        self._make_room(key.shape[2])
-        for sample, past, place in self._parts(len(key)):
+        """Store the first tokens, which attend without the cache."""
+        tokens = self.tokens
+        if tokens.uniform:
+            place = tokens.places[0]
             for store in self.stores:
                 if store.heads:
-                    store.put(key[sample, :, place], value[sample, :, place], past, sample)
+                    store.put(key[:, :, place], value[:, :, place], 0, slice(None))
+        else:
+            order, lengths = tokens.order(key.device), torch.tensor(tokens.new, device=key.device)
+            key, value = ordered(key, order), ordered(value, order)
+            for store in self.stores:
+                if store.heads:
+                    store.put_first(key, value, lengths)
 
-    def _make_room(self, new: int) -> None:
+    def begin(self, new: int) -> None:
         """Count new tokens, in the first layer, and see to it that they can be stored."""
         if self.leads:
             self.tokens.advance(new, self.capacity)

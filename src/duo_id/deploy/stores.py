@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duo_id.attention.full import full_attention
 from duo_id.attention.masks import Window
+from duo_id.attention.padding import ordered
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
 
@@ -59,6 +60,16 @@ class Store(ABC):
     @abstractmethod
     def put(self, key: Tensor, value: Tensor, past: int, sample: slice) -> None:
         """Store a chunk of tokens; arguments as of `attend`."""
+
+    @abstractmethod
+    def put_first(self, key: Tensor, value: Tensor, lengths: Tensor) -> None:
+        """Store the first tokens of samples of unequal lengths.
+
+        Args:
+            key: (batch, KV heads, tokens, head_dim), each sample's real tokens first.
+            value: the same shape.
+            lengths: (batch,) int64, how many there are of each.
+        """
 
     @abstractmethod
     def reserve(self, tokens: int) -> None:
@@ -165,6 +176,11 @@ class FullStore(Store):
             self.key[sample, here, past:end] = key[:, there]
             self.value[sample, here, past:end] = value[:, there]
 
+    def put_first(self, key: Tensor, value: Tensor, lengths: Tensor) -> None:
+        """See `Store.put_first`; what lies behind a sample's tokens is not seen and will be written over."""
+        most = min(key.shape[2], self.key.shape[2])
+        self.put(key[:, :, :most], value[:, :, :most], 0, slice(None))
+
 
 class StreamingStore(Store):
     """The sink and the latest tokens of the streaming heads, the latter in a ring; see `decode_attention`.
@@ -217,6 +233,20 @@ class StreamingStore(Store):
         slots = self._slot(kept)
         for store, new in ((self.key, key), (self.value, value)):
             store[sample, :, slots] = self.taken(new[:, :, kept - past])
+
+    def put_first(self, key: Tensor, value: Tensor, lengths: Tensor) -> None:
+        """See `Store.put_first`."""
+        sink, recent, device = self.window.sink_size, self.window.recent_size, key.device
+        last = lengths[:, None] - 1
+        slot = torch.arange(sink + recent, device=device)
+        token = torch.where(slot < sink, slot, last - (last - slot) % recent)  # slots of no token are not looked at
+        for store, new in ((self.key, key), (self.value, value)):
+            store.copy_(ordered(self.taken(new), token.clamp(0, key.shape[2] - 1)))
+        if self.recorded is not None:
+            last, places = last - recent, self.recorded.shape[3]
+            token = last - (last - torch.arange(places, device=device)) % places
+            for i, new in enumerate((key, value)):
+                self.recorded[:, i] = ordered(self.taken(new), token.clamp(0, key.shape[2] - 1))
 
     def record(self, tokens: int) -> None:
         """From now on keep so many tokens beyond the window too, for `take_back`: token t in place t % tokens."""

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from duo_id.attention.padding import real_first
 from duo_id.errors import UserError
 
 Place = slice | Tensor  # where a sample's real tokens lie in a chunk: a run of them, or (n,) int64 on the CPU
@@ -29,6 +30,7 @@ class Tokens:
         peaks: the most real tokens that each sample has had.
         recorded: tokens that streaming heads keep beyond their window, for `DualCache.crop`; 0: none.
         since: the real tokens that each sample had when this began.
+        fresh: whether the running forward is known to be the first.
         running: whether a forward has begun and not ended.
         mask: (batch, at least the new tokens), 0 for padding, of the forward that begins; None if all are real.
     """
@@ -46,7 +48,8 @@ class Tokens:
         self.recorded = 0
         self.since: list[int] = []
         self.mask: Tensor | None = None
-        self.running = False
+        self.running = self.fresh = False
+        self._order: Tensor | None = None
 
     def start(self, batch: int, device: torch.device) -> None:
         """Begin empty."""
@@ -94,6 +97,12 @@ class Tokens:
         runs = {(place.start, place.stop) for place in self.places if isinstance(place, slice)}
         return len(set(self.past)) == 1 and len(runs) == 1
 
+    def order(self, device: torch.device) -> Tensor:
+        """The order (batch, tokens) that puts the real tokens of a padded chunk first."""
+        assert self._order is not None
+        self._order = self._order.to(device)
+        return self._order
+
     def advance(self, tokens: int, capacity: int | None) -> None:
         """Count the tokens of a forward that begins.
 
@@ -110,6 +119,7 @@ class Tokens:
         mask, blind = None, self.static and tokens == 1 and _blind(self.lengths)
         if self.mask is not None:
             mask = self.mask[:, -tokens:] if blind else self._new_columns(self.mask, tokens)
+        self.fresh = not blind and not any(self.held)
         if not blind:
             self._count(tokens, mask, capacity)
         self.running = True
@@ -174,6 +184,7 @@ class Tokens:
         if self.real is not None or new != [tokens] * len(held):
             self.real = torch.cat([self._columns(), torch.ones(len(held), tokens).bool() if mask is None else mask], 1)
         self.past, self.new, self.places = held, new, places
+        self._order = None if mask is None else real_first(mask)
 
     def _columns(self) -> Tensor:
         """`real`, as long as `seen`: columns of captured steps count as tokens, which is what such steps bring."""
