@@ -200,11 +200,11 @@ def lives(family: str, kind: str, first: int, count: int, steps: int) -> None:
 @pytest.mark.parametrize("kind", ["mixed", "all"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text", "gpt_oss"])
 def test_short_lives(family: str, kind: str) -> None:
-    lives(family, kind, SEED, 6, 14)
+    lives(family, kind, SEED, 4, 14)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixed", "all", "none"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "gemma3_text", "gpt_oss"])
 def test_long_lives(family: str, kind: str) -> None:
-    lives(family, kind, 1000 + SEED, 120, 30)
+    lives(family, kind, 1000 + SEED, 40, 30)
