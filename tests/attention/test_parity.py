@@ -73,6 +73,18 @@ def test_a_model_that_branches_on_names_is_refused(layer: int, dtype: torch.dtyp
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_token_is_enough(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", max_position_embeddings=512).to(dtype)
+
+    def change(states: Tensor) -> Tensor:
+        return torch.cat([states[:, :-1], -states[:, -1:]], 1) if states.shape[1] > 100 else states
+
+    branch(model, 1, change)
+    with pytest.raises(UserError, match=r"model.layers.1.self_attn differs"), attached(model):
+        pass
+
+
 def test_each_layer_is_compared_from_the_same_input() -> None:
     """A difference in one layer does not become one of the layers behind it."""
     model = tiny_model("llama", max_position_embeddings=512)
