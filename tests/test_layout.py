@@ -28,8 +28,8 @@ data.words data.samples data.haystack data.disk data.drafting data.passkey data.
 data.text data.mixture data.tasks data.module
 patterns tables hub formats
 interop.options interop.quantile interop.query_heads interop.tensors interop.registry
-deploy.tokens deploy.stores deploy.arriving deploy.layer deploy.cache deploy.install deploy.chunks deploy.prefill
-deploy.memory
+deploy.tokens deploy.stores deploy.arriving deploy.layer deploy.cache deploy.wrappers deploy.install deploy.chunks
+deploy.prefill deploy.memory
 scoring recompute graphs distillation compiled memory plan steps
 history plots sharing progress checkpoints tracking
 training

@@ -1,0 +1,47 @@
+"""What models come wrapped in, and which of their methods a head mask refuses."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from duo_id.errors import UserError
+
+REFUSED = {  # methods of a model, and why
+    "__reduce_ex__": "what is bound to a model cannot be pickled; leave duo_attention first, or save the weights",
+    "set_attn_implementation": "it would take the mask off; leave duo_attention first",
+    "generate_batch": "continuous batching has a cache of its own; use generate",
+    "init_continuous_batching": "continuous batching has a cache of its own; use generate",
+    "continuous_batching_context_manager": "continuous batching has a cache of its own; use generate",
+}
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The model of transformers in what `torch.compile` or PEFT have made of it."""
+    seen = model
+    while not isinstance(model, PreTrainedModel):
+        inner = getattr(model, "_orig_mod", None)  # of torch.compile
+        if inner is None and callable(getattr(model, "get_base_model", None)):
+            inner = model.get_base_model()
+        if not isinstance(inner, nn.Module) or inner is model:
+            raise UserError(f"a {type(seen).__name__} is no model of transformers: give the model itself")
+        model = inner
+    return model
+
+
+def check_prefix(model: Any) -> None:
+    """Raise a `UserError` for PEFT's prefix tuning, whose learned prefix comes in an ordinary cache."""
+    config = getattr(model, "active_peft_config", None)
+    if str(getattr(config, "peft_type", "")).endswith("PREFIX_TUNING"):
+        raise UserError(
+            "prefix tuning puts its prefix into an ordinary cache, which a head mask cannot split: use LoRA"
+        )
+
+
+def refusing(method: str) -> Any:
+    """What stands in for a method of a model that would take the mask off, or go round it."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise UserError(f"{method} is not possible under a head mask: {REFUSED[method]}")
+
+    return refuse
