@@ -22,8 +22,7 @@ class Life:
 
     def __init__(self, given: Case, seed: int) -> None:
         self.given, self.draw = given, random.Random(seed)
-        self.static = self.draw.random() < 0.3
-        self.autocast = self.draw.random() < 0.2  # all forwards in bfloat16, the reference's too
+        self.static, self.autocast = seed % 3 == 1, seed % 4 == 3  # autocast: all in bfloat16, the reference too
         batch = self.draw.choice([1, 2, 3])
         self.ids, self.real = random_ids(batch, 0), torch.ones(batch, 0, dtype=torch.long)
         self.cache = self.new_cache()
@@ -197,16 +196,14 @@ def lives(family: str, kind: str, first: int, count: int, steps: int) -> None:
             try:
                 life.live(steps)
             except BaseException as error:
-                error.add_note(
-                    f"{family}, {kind}, seed {seed}, static {life.static}, autocast {life.autocast}: {' '.join(life.done)}"
-                )
+                error.add_note(f"{family}, {kind}, seed {seed}: {' '.join(life.done)}")
                 raise
 
 
 @pytest.mark.parametrize("kind", ["mixed", "all"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text", "gpt_oss"])
 def test_short_lives(family: str, kind: str) -> None:
-    lives(family, kind, SEED, 4, 14)
+    lives(family, kind, SEED, 5, 14)
 
 
 @pytest.mark.slow
