@@ -745,18 +745,19 @@ def test_the_pad_token_in_a_prompt_is_hidden_as_generate_hides_it(cache_implemen
         assert torch.equal(model.generate(ids, **options)[:, 30:], model.generate(shorter, **options)[:, 28:])
 
 
+@pytest.mark.parametrize("new", [1, 4])  # with one, a static cache is as long as the prompt
 @pytest.mark.parametrize("cache_implementation", [None, "static"])
-def test_generate_pads_on_the_right_too(cache_implementation: str | None) -> None:
+def test_generate_pads_on_the_right_too(cache_implementation: str | None, new: int) -> None:
     model, ids = build("llama"), random_ids(2, 15)
     real = torch.ones_like(ids)
     real[0, 8:] = 0
     with duo_attention(model, mask_for(model)):
         made = model.generate(
-            ids, attention_mask=real, max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
+            ids, attention_mask=real, max_new_tokens=new, do_sample=False, return_dict_in_generate=True,
             cache_implementation=cache_implementation,
         )  # fmt: skip
-        assert cache_of(made).tokens.lengths.tolist() == [8 + 3, 15 + 3]
-        alone = model.generate(ids[1:], max_new_tokens=4, do_sample=False)
+        assert cache_of(made).tokens.lengths.tolist() == [8 + new - 1, 15 + new - 1]
+        alone = model.generate(ids[1:], max_new_tokens=new, do_sample=False)
     assert torch.equal(made.sequences[1], alone[0])
 
 
