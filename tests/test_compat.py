@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration
+from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 
 from duo_id.compat import (
     GENERATE_CACHE,
@@ -48,6 +48,14 @@ def test_a_cache_is_found_under_either_name() -> None:
 
 def test_an_output_without_a_cache_has_none() -> None:
     assert cache_of(tiny_model("llama")(IDS, use_cache=False)) is None
+
+
+def test_a_part_without_a_module_of_its_own_is_found() -> None:
+    model = tiny_model("llama")
+    other, inner = PreTrainedConfig(), PreTrainedConfig()
+    model.config.sub_configs, model.config.other = {"other": PreTrainedConfig, "none": PreTrainedConfig}, other
+    other.sub_configs, other.inner = {"inner": PreTrainedConfig}, inner
+    assert {id(part) for part in attention_configs(model)} == {id(part) for part in (model.config, other, inner)}
 
 
 def test_every_part_keeps_the_attention_that_it_had() -> None:

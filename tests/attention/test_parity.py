@@ -93,6 +93,16 @@ def test_each_layer_is_compared_from_the_same_input() -> None:
         pass
 
 
+def test_what_lies_beside_attention_is_not_blamed_on_it() -> None:
+    """All layers behind get other states, and yet each is compared from those of the model's own forward."""
+    model = tiny_model("llama", max_position_embeddings=512)
+    mlp = model.model.layers[0].mlp
+    plain = mlp.forward
+    mlp.forward = lambda states: plain(states) * (3 if model.config._attn_implementation == "sdpa" else 1)
+    with attached(model):
+        pass
+
+
 def test_it_is_done_once_for_a_model_and_again_for_another_type() -> None:
     model = tiny_model("llama", max_position_embeddings=512)
     with forwards(model) as found:

@@ -341,6 +341,13 @@ def test_layers_that_share_keys_share_a_row_of_the_mask(family: str, max_length:
         assert torch.equal(model.generate(ids[:1, :30], max_new_tokens=9, do_sample=False, use_cache=False), found)
         lookup = model.generate(ids[:1, :30], max_new_tokens=9, do_sample=False, prompt_lookup_num_tokens=3)
         assert torch.equal(lookup, found)
+        if max_length is None:
+            cache = dual_cache(model)
+            cache.activate_past_recording(6)
+            run(model, ids, cache, 7)  # the last ten tokens come one by one
+            cache.crop(-6)
+            found = model(ids[:, -6:], past_key_values=cache).logits
+            check_equal(found, expected[:, -6:])
         padded, real, _ = padded_ids()
         batch = model.generate(padded, attention_mask=real, max_new_tokens=5, do_sample=False)
         alone = model.generate(padded[1:2, -43:], max_new_tokens=5, do_sample=False)
@@ -510,6 +517,13 @@ def test_autocast_is_as_autocast_without_a_mask(family: str, use_cache: bool) ->
         assert (one - other).abs().max() < 0.05 * other.abs().max()
     with duo_attention(model, full), torch.no_grad():
         check_equal(model(ids).logits, model(ids, use_cache=False).logits)
+    mask = mask_for(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        with reference(model, mask):
+            expected = model(ids, use_cache=False).logits.float()
+        with duo_attention(model, mask):
+            found = model(ids, use_cache=use_cache).logits.float()
+    assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 def test_a_cache_does_not_go_on_in_another_type(model: PreTrainedModel, ids: Tensor) -> None:
