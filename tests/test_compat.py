@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration
 
 from duo_id.compat import (
     GENERATE_CACHE,
@@ -52,10 +52,9 @@ def test_an_output_without_a_cache_has_none() -> None:
 
 def test_a_part_without_a_module_of_its_own_is_found() -> None:
     model = tiny_model("llama")
-    other, inner = PreTrainedConfig(), PreTrainedConfig()
-    model.config.sub_configs, model.config.other = {"other": PreTrainedConfig, "none": PreTrainedConfig}, other
-    other.sub_configs, other.inner = {"inner": PreTrainedConfig}, inner
-    assert {id(part) for part in attention_configs(model)} == {id(part) for part in (model.config, other, inner)}
+    model.config = LlavaConfig(text_config=model.model.config)
+    found = {id(part) for part in attention_configs(model)}
+    assert {id(part) for part in (model.config, model.config.vision_config, model.model.config)} <= found
 
 
 def test_every_part_keeps_the_attention_that_it_had() -> None:
