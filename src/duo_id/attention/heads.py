@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from duo_id.attention.blends import Blend
 from duo_id.attention.full import full_attention
@@ -88,13 +89,14 @@ class _BlendInParts(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         wanted, saved = ctx.needs_input_grad, ctx.saved_tensors
         gate, full, streaming = saved
         found = [torch.empty_like(one) if wants else None for one, wants in zip(saved, wanted, strict=True)]
         of_gate, of_full, of_streaming = found
         for heads in _parts(streaming):
-            part = given[:, heads].to(gate.dtype)
+            part = given[:, heads].to(torch.promote_types(given.dtype, gate.dtype))
             if of_gate is not None:
                 of_both = ((part * one[:, heads]).sum((0, 2, 3))[:, None, None] for one in (full, streaming))
                 of_gate[heads] = next(of_both) - next(of_both)

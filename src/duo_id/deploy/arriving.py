@@ -41,6 +41,12 @@ class ArrivingKeys:
             raise AttributeError(name)
         raise UserError("this model changes its keys behind the cache, which the dual cache does not: use_cache=False")
 
+    def to(self, device: torch.device | str) -> "ArrivingKeys":
+        """Itself, for layers that share keys on one device."""
+        if torch.device(device) != self.key.device:
+            raise UserError("layers of this model share keys over several devices: use_cache=False")
+        return self
+
     def attend(self, module: nn.Module, query: Tensor, softmax: Softmax) -> Tensor:
         """Store the tokens and attend from them to all that the layer's heads see.
 

@@ -111,6 +111,11 @@ class DualCache(Cache):
         for layer in self.layers if layer_idx is None else [self.layers[layer_idx]]:
             layer.prefetch()
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the latest tokens can be taken back at any length."""
+        return all(getattr(layer, "is_croppable", False) for layer in self.layers)
+
     def bind(self, layers: Sequence[AttentionLayer]) -> None:
         """Make a cache that was loaded from a file one of a model: `layers` are those of its attention."""
         found = {layer.index: layer for layer in layers}
