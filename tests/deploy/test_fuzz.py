@@ -210,4 +210,4 @@ def test_short_lives(family: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["mixed", "all", "none"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "gemma3_text", "gpt_oss"])
 def test_long_lives(family: str, kind: str) -> None:
-    lives(family, kind, 1000 + SEED, 40, 30)
+    lives(family, kind, 1000 + SEED, 24, 30)
