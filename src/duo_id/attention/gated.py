@@ -5,6 +5,7 @@ as a plain attribute. Which function of `duo_id.attention.heads` that is decides
 """
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,11 +30,14 @@ from duo_id.errors import UserError
 
 IMPLEMENTATION = "duo_id"  # the name under which transformers knows the attention function
 PROBE = "duo_id_probe"  # and the one that finds the layers, which other models may not notice
+PROBING = threading.Lock()  # what is registered under that name belongs to one probe at a time
 EXCHANGE = "duo_id_exchange"  # of attention modules: how processes that share a sample's tokens get together there
 
 
 class CachedKeys(Protocol):
     """What a cache that keeps heads apart returns in place of keys: it holds the past and attends by itself."""
+
+    value: Tensor
 
     def attend(self, module: nn.Module, query: Tensor, softmax: Softmax) -> Tensor: ...  # noqa: D102
     def put(self, query: Tensor) -> tuple[Tensor, Tensor] | None: ...  # noqa: D102
@@ -78,9 +82,12 @@ def attached(
 @contextmanager
 def routed(model: PreTrainedModel, backends: Backends) -> Iterator[list[AttentionLayer]]:
     """As `attached`, but all attention layers are yielded, also those that cannot be gated."""
-    register()
-    with implementations_kept(model):
-        model.set_attn_implementation(PROBE)
+    with PROBING, implementations_kept(model):
+        register()
+        try:
+            model.set_attn_implementation(PROBE)
+        except (ValueError, ImportError, KeyError) as error:  # of an implementation that is named and not there
+            raise UserError(f"{type(model).__name__} cannot be attached: {error}".partition("\n")[0]) from error
         layers = find_layers(model, PROBE)
     gated_layers(model, layers)  # names what cannot work at all
     check_parity(model, layers, partial(_under, model, layers, backends))
@@ -205,10 +212,12 @@ def attention_forward(
             "attention_mask, nor does a dual cache take them"
         )
     if not isinstance(key, Tensor):
+        if value is not key.value and not torch.compiler.is_compiling():
+            raise UserError("this model changes its values behind the cache: use_cache=False")
         (query,) = as_autocast(query)
         if (stored := key.put(query)) is None:
             return key.attend(module, query, softmax).transpose(1, 2).contiguous(), None
-        (key, value), attention_mask = stored, None if attention_mask is None else attention_mask[:, : query.shape[2]]
+        key, value = stored
     if key.shape[2] != query.shape[2]:
         raise UserError("this cache is not for gated or masked heads: call the model with use_cache=False")
     query, key, value = as_autocast(query, key, value)
@@ -221,6 +230,13 @@ def attention_forward(
     elif attention_mask.dim() == 4:
         out = dense_attention(query, key, value, softmax, attention_mask)
     else:
+        batch, tokens = len(query), query.shape[2]
+        if len(attention_mask) != batch or attention_mask.shape[1] < tokens:
+            raise UserError(
+                f"attention_mask is {tuple(attention_mask.shape)} for {batch} samples of {tokens} tokens: give "
+                "(batch, tokens)"
+            )
+        attention_mask = attention_mask[:, :tokens]  # it may go on beyond the text
         # Real tokens come first, so that causality alone hides the padding, wherever it was.
         order = real_first(attention_mask)
         out = attend(*(ordered(x, order) for x in (query, key, value)), softmax)
@@ -238,8 +254,14 @@ def unbound_attention(
 ) -> Any:
     """Attention of a module that the probe did not find, as that to an image: SDPA, as transformers has it."""
     special = [name for name in ("softcap", "s_aux") if options.pop(name) is not None]
-    if special or not isinstance(key, Tensor) or (attention_mask is not None and attention_mask.dim() == 2):
-        raise UserError(f"{type(module).__name__} attends for these inputs alone, and cannot be gated or masked")
+    causal = options.get("is_causal", getattr(module, "is_causal", True)) is not False
+    whole = attention_mask is not None and attention_mask.dim() == 4  # without one, where causality begins is not told
+    if special or not isinstance(key, Tensor) or (attention_mask is not None and not whole) or (causal and not whole):
+        raise UserError(
+            f"{type(module).__name__} is under no gate or mask but has the attention of a model that is: a model that "
+            "shares its config with that one must get a copy of its own and set_attn_implementation('sdpa'); a layer "
+            "that attends for these inputs alone works with use_cache=False or not at all"
+        )
     return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
 
 

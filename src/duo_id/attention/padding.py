@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from duo_id.errors import UserError
+
 
 def no_padding(ids: Tensor) -> Tensor:
     """An attention mask for `ids` (batch, tokens) that says, without a look at the device, that all tokens are real.
@@ -49,6 +51,8 @@ def padding_mask(
         )
     if attention_mask is None or not any(attention_mask.stride()):  # `no_padding`
         return None
+    if attention_mask.shape[1] == 0:
+        raise UserError("attention_mask has no columns: leave it out, or give (batch, tokens)")
     if q_length == 1 and kv_length > 1:
         return None  # a decode step: the cache counts the padding
     if kv_length != q_length:  # there is a cache, which must know of all padding

@@ -115,12 +115,14 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
 
     AttentionInterface.register(implementation, note)
     AttentionMaskInterface.register(implementation, note_mask)
-    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    with as_evaluated(model):
-        model(input_ids=ids, attention_mask=no_padding(ids), use_cache=False)
-    if windows and None not in windows and all(layer.window is None for layer in layers):
+    run_text(model, torch.arange(4))
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    sliding = [layer for layer in layers if layer.index < len(kinds) and kinds[layer.index] == "sliding_attention"]
+    known = [window for window in windows if window is not None]
+    hidden = any(layer.window is None for layer in sliding) or None not in windows
+    if known and hidden and all(layer.window is None for layer in sliding or layers):
         raise UserError(
-            f"{title}: its mask has a sliding window of {windows[0]} tokens, which its layers do not tell of; "
+            f"{title}: its mask has a sliding window of {known[0]} tokens, which its layers do not tell of; "
             "+model.config.sliding_window=null treats them as full attention"
         )
     return layers
@@ -153,11 +155,39 @@ def unknown_option(options: dict[str, Any]) -> str | None:
     return f"its attention takes {' and '.join(tensors)}, which is not computed here" if tensors else None
 
 
+def run_text(model: PreTrainedModel, ids: Tensor) -> None:
+    """Run a text (tokens,) of any numbers through a model, as it is when nothing is asked of it.
+
+    Raises:
+        UserError: it does not run on text alone.
+    """
+    try:
+        text = ids.to(_where(model))[None] % model.config.get_text_config().vocab_size
+        with as_evaluated(model):
+            model(input_ids=text, attention_mask=no_padding(text), use_cache=False)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{type(model).__name__} does not run on {len(ids)} tokens of text alone, by which its attention is found: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
+def _where(model: PreTrainedModel) -> Any:
+    """The device on which a model computes: accelerate may keep the weights elsewhere."""
+    hooks = (getattr(part, "_hf_hook", None) for part in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), model.device)
+
+
 @contextmanager
 def as_evaluated(model: nn.Module) -> Iterator[None]:
     """In eval mode, without gradients, autocast or compiled code; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device.type
+    device = "cpu" if device == "meta" else device
     for module in training:
         module.training = False
     try:

@@ -15,6 +15,9 @@ TOGETHER = (
 )
 
 
+CHANGED = "this model changes its keys behind the cache, which the dual cache does not: use_cache=False"
+
+
 class Layer(Protocol):
     """What is asked of `duo_id.deploy.layer.DualLayer`."""
 
@@ -39,7 +42,17 @@ class ArrivingKeys:
         """Nothing else: a model that works on its keys after the cache has taken them cannot use this one."""
         if name.startswith("__"):
             raise AttributeError(name)
-        raise UserError("this model changes its keys behind the cache, which the dual cache does not: use_cache=False")
+        raise UserError(CHANGED)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Nor by one of torch's functions."""
+        raise UserError(CHANGED)
+
+    def _changed(self, *others: Any) -> Any:
+        raise UserError(CHANGED)
+
+    __getitem__ = __len__ = __add__ = __radd__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __neg__ = _changed
 
     def to(self, device: torch.device | str) -> "ArrivingKeys":
         """Itself, for layers that share keys on one device."""

@@ -91,16 +91,6 @@ class DualCache(Cache):
         """Tokens that there is room for; -1 for no limit. What transformers called `get_max_length` before."""
         return self.get_max_length()
 
-    @property
-    def device(self) -> torch.device | None:
-        """Where keys and values lie; None before the first token."""
-        return self.dual_layers[0].device
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Of keys and values; None before the first token."""
-        return self.dual_layers[0].dtype
-
     def offload(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
         """Take a layer's keys and values, or those of all layers, to the CPU until `prefetch`."""
         for layer in self.layers if layer_idx is None else [self.layers[layer_idx]]:
@@ -153,7 +143,9 @@ class DualCache(Cache):
 
         `generate` asks for it in assisted generation and prompt lookup. Decode steps then take the way of chunks.
         """
-        if self.tokens.recorded:
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+            raise UserError(f"activate_past_recording({tokens!r}): give a whole number of tokens, 1 at least")
+        if self.tokens.recorded >= tokens:
             return
         if self.max_length is not None:
             raise UserError("a static cache keeps nothing beyond its windows: make it without max_length")
@@ -167,6 +159,8 @@ class DualCache(Cache):
         Raises:
             UserError: a streaming head would see tokens again that it has forgotten; nothing has been changed.
         """
+        if not isinstance(tokens_to_remove, int):
+            raise UserError(f"crop({tokens_to_remove!r}): give the number of tokens to remove as a negative number")
         tokens, columns = self.tokens, -tokens_to_remove
         if columns < 0:
             raise UserError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")

@@ -16,7 +16,7 @@ from duo_id.attention.padding import no_padding
 from duo_id.attention.probe import AttentionLayer, gated_layers
 from duo_id.compat import GENERATE_CACHE, cache_argument, given_cache
 from duo_id.deploy.cache import DualCache
-from duo_id.deploy.wrappers import REFUSED, check_prefix, refusing, unwrapped
+from duo_id.deploy.wrappers import REFUSED, check_prefix, refusing, restarts, unwrapped
 from duo_id.errors import UserError
 from duo_id.patterns import HeadMask
 
@@ -78,10 +78,26 @@ class Deployment:
 
         def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if (cache := given_cache(kwargs)) is not None:
-                cache.tokens.running = False
+                cache.tokens.running = cache.tokens.announced = False
+            self.watch_backward(module, output)
 
         undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+
+    def watch_backward(self, module: nn.Module, output: Any) -> None:
+        """Refuse a backward pass after the block where checkpoints would compute the forward anew without the mask."""
+        logits = getattr(output, "logits", None)
+        if logits is None or not logits.requires_grad or not getattr(module, "is_gradient_checkpointing", False):
+            return
+
+        def check(gradient: Tensor) -> None:
+            if module.__dict__.get(INSTALLED) is not self:
+                raise UserError(
+                    "gradient checkpointing computes the forward anew, and the head mask is gone: call backward inside "
+                    "the block of duo_attention"
+                )
+
+        logits.register_hook(check)
 
     def before_forward(self, kwargs: dict[str, Any], name: str) -> dict[str, Any]:
         """The arguments of a forward: a cache that is given is checked, and one that would be made is made here.
@@ -95,21 +111,26 @@ class Deployment:
                 f"the attention implementation was set to {self.config._attn_implementation} under a head mask, which "
                 "takes it off: leave duo_attention first"
             )
-        if kwargs.get("output_attentions"):
+        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise UserError(
                 "attention weights are never computed as a whole under a head mask: output_attentions=False"
             )
         cache, wanted, mask = given_cache(kwargs), kwargs.get("use_cache"), kwargs.get("attention_mask")
+        if mask is None and restarts(kwargs.get("position_ids")):
+            raise UserError("packed sequences cannot go under a head mask: give each a row of the batch")
         given = mask.values() if isinstance(mask, dict) else (mask,)  # generate makes one for each kind of layer
         masks = [x for x in given if isinstance(x, Tensor)]
         if any(x.dim() > 2 for x in masks):
-            raise UserError("under a head mask attention_mask must be (batch, tokens), 0 for padding, not a matrix")
+            raise UserError(
+                "under a head mask attention_mask must be (batch, tokens), 0 for padding, not a matrix, nor may tokens "
+                "see an image that comes after them"
+            )
         if cache is not None:
             self.check(cache)
         elif self.config.use_cache if wanted is None else wanted:
             cache = kwargs[name] = self.new_cache()
         if cache is not None:
-            cache.tokens.mask = masks[0] if masks else None
+            cache.tokens.mask, cache.tokens.announced = masks[0] if masks else None, True
         elif mask is None and kwargs.get("position_ids") is None:  # compiled code would take it for packed sequences
             text = next((kwargs[x] for x in ("input_ids", "inputs_embeds") if kwargs.get(x) is not None), None)
             kwargs["attention_mask"] = None if text is None else no_padding(text[..., 0] if text.dim() == 3 else text)

@@ -144,6 +144,8 @@ class DualLayer(CacheLayerMixin):
     def begin(self, new: int) -> None:
         """Count new tokens, in the first layer, and see to it that they can be stored."""
         if self.leads:
+            if not self.tokens.announced:
+                raise UserError("a part of a model was called by itself with a dual cache: call the model as a whole")
             self.tokens.advance(new, self.capacity)
         if self.capacity is None:
             self.full.reserve(self.tokens.most)

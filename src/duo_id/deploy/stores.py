@@ -100,11 +100,13 @@ class Store(ABC):
         """What is kept, by attribute, the batch first."""
         return {"key": self.key, "value": self.value}
 
+    @torch.inference_mode(False)
     def move(self, device: torch.device | str) -> None:
         """Take all that is kept to a device."""
         for name, tensor in self.tensors.items():
             setattr(self, name, tensor.to(device, non_blocking=True))
 
+    @torch.inference_mode(False)
     def fork(self, samples: Tensor) -> Self:
         """A store of its own with the samples `samples[i]` (n,) int64."""
         twin = copy.copy(self)
@@ -112,6 +114,7 @@ class Store(ABC):
             setattr(twin, name, tensor.index_select(0, samples.to(tensor.device)))
         return twin
 
+    @torch.inference_mode(False)
     def select(self, samples: Tensor) -> None:
         """Make sample `samples[i]` (n,) int64 the new sample i."""
         for name, old in self.tensors.items():
@@ -248,6 +251,7 @@ class StreamingStore(Store):
             for i, new in enumerate((key, value)):
                 self.recorded[:, i] = ordered(self.taken(new), token.clamp(0, key.shape[2] - 1))
 
+    @torch.inference_mode(False)
     def record(self, tokens: int) -> None:
         """From now on keep so many tokens beyond the window too, for `take_back`: token t in place t % tokens."""
         batch, heads, _, dim = self.key.shape
@@ -284,7 +288,8 @@ class StreamingStore(Store):
             return
         sink, recent, places = self.window.sink_size, self.window.recent_size, self.recorded.shape[3]
         start = max(sink, length - tokens - recent, floor)
-        again = torch.arange(start, max(start, length - recent), device=self.key.device)
+        end = min(length - recent, length - tokens)  # what is behind has never left the window, or goes
+        again = torch.arange(start, max(start, end), device=self.key.device)
         for i, store in enumerate((self.key, self.value)):
             store[sample][:, self._slot(again)] = self.recorded[sample, i][:, again % places]
 

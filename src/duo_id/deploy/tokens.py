@@ -31,6 +31,7 @@ class Tokens:
         recorded: tokens that streaming heads keep beyond their window, for `DualCache.crop`; 0: none.
         since: the real tokens that each sample had when this began.
         fresh: whether the running forward is known to be the first.
+        announced: whether a forward of the model has said that it begins, and with which mask.
         running: whether a forward has begun and not ended.
         mask: (batch, at least the new tokens), 0 for padding, of the forward that begins; None if all are real.
     """
@@ -48,7 +49,7 @@ class Tokens:
         self.recorded = 0
         self.since: list[int] = []
         self.mask: Tensor | None = None
-        self.running = self.fresh = False
+        self.running = self.fresh = self.announced = False
         self._order: Tensor | None = None
 
     def start(self, batch: int, device: torch.device) -> None:
@@ -119,7 +120,7 @@ class Tokens:
         mask, blind = None, self.static and tokens == 1 and _blind(self.lengths)
         if self.mask is not None:
             mask = self.mask[:, -tokens:] if blind else self._new_columns(self.mask, tokens)
-        self.fresh = not blind and not any(self.held)
+        self.fresh = not blind and int(self.seen) == 0
         if not blind:
             self._count(tokens, mask, capacity)
         self.running = True
@@ -224,6 +225,7 @@ class Tokens:
         since = self.since if self.recorded else self.highest
         return [max(peak - self.recorded, start) - 1 for peak, start in zip(self.highest, since, strict=True)]
 
+    @torch.inference_mode(False)
     def fork(self, samples: Tensor) -> "Tokens":
         """The counts of the samples `samples[i]`; these stay as they are."""
         twin = copy.copy(self)
@@ -232,6 +234,7 @@ class Tokens:
             twin.select(samples)
         return twin
 
+    @torch.inference_mode(False)
     def select(self, samples: Tensor) -> None:
         """Make sample `samples[i]` the new sample i."""
         if self.lengths is None:

@@ -1,8 +1,9 @@
-"""What models come wrapped in, and which of their methods a head mask refuses."""
+"""What models come wrapped in, and which of their methods and arguments a head mask refuses."""
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from duo_id.errors import UserError
@@ -45,3 +46,10 @@ def refusing(method: str) -> Any:
         raise UserError(f"{method} is not possible under a head mask: {REFUSED[method]}")
 
     return refuse
+
+
+def restarts(positions: Any) -> bool:
+    """Whether the positions (batch, tokens) of a forward go back, as those of packed sequences do."""
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] == 1:
+        return False
+    return not torch.compiler.is_compiling() and bool((positions.diff(dim=-1) < 0).any())
