@@ -116,7 +116,7 @@ def test_nobody_imports_the_entry_points() -> None:
     ("name", "allowed"),
     [
         ("errors", ""),
-        ("files", ""),
+        ("files", "errors"),
         ("style", ""),
         ("patterns", "errors"),
         ("formats", "patterns tables hub files errors"),
