@@ -27,15 +27,18 @@ from duo_id.errors import UserError
 from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text
 from duo_id.mistakes import explained
+from duo_id.stopping import status_of, stoppable, told
 
 console = Console()
 OVERRIDES = "overrides.json"  # in a run folder: the command line that made it, for going on with it
 
 
+@stoppable()
 def run(name: str, command: Callable[[DictConfig], object]) -> None:
     """Compose conf/`name`.yaml with the command line's overrides and call `command` on it.
 
-    A mistake of the user ends the process with one line and status 2, Ctrl-C with status 130.
+    A mistake of the user ends the process with one line and status 2, Ctrl-C with status 130, and another signal that
+    asks for the end with 128 and its number.
     """
     from duo_id.config import conf_dir  # these need transformers and Lightning, which plain commands do not
     from duo_id.ranks import leave, several
@@ -70,9 +73,9 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
         if composed:
             raise
         sys.exit(_complain(error))
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        leave(130)
+    except KeyboardInterrupt as error:
+        console.print(told(error))
+        leave(status_of(error))
 
 
 def sorted_out(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -86,6 +89,7 @@ def sorted_out(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return [argument for argument in arguments if argument in paths], settings
 
 
+@stoppable()
 def run_plain(command: Callable[[list[str]], object]) -> None:
     """Call `command` on the arguments of a command line that is not Hydra's; errors and Ctrl-C end it as in `run`."""
     _show_warnings()
@@ -93,9 +97,9 @@ def run_plain(command: Callable[[list[str]], object]) -> None:
         command(sys.argv[1:])
     except (UserError, OSError) as error:
         sys.exit(_complain(error))
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        console.print(told(error))
+        sys.exit(status_of(error))
 
 
 def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:

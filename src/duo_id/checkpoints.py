@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there, and a Ctrl-C that leaves one."""
+"""Checkpoints that are whole or not there, and a Ctrl-C, or another signal to end, that leaves one."""
 
 import signal
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning
@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from duo_id.errors import UserError
 from duo_id.files import atomic_path
+from duo_id.stopping import listen
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"  # in a run folder
 
@@ -40,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class LastCheckpoint(ModelCheckpoint):
     """Keeps one checkpoint, the latest, written every `seconds`, at the last step and after Ctrl-C.
 
-    The first Ctrl-C lets the step in progress end, a second one stops at once.
+    SIGTERM, SIGHUP and SIGUSR1 are as Ctrl-C. The first lets the step in progress end, a second one stops at once.
     """
 
     def __init__(self, run: str | Path, seconds: float) -> None:
@@ -57,17 +58,12 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Count the seconds from here and listen for Ctrl-C."""
         super().on_train_start(trainer, pl_module)
-
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            pl_module.interrupted = True
-            signal.signal(signal.SIGINT, before)
-
-        before = signal.signal(signal.SIGINT, interrupt)
-        self._restore = lambda: signal.signal(signal.SIGINT, before)
+        self._restore = listen(partial(setattr, pl_module, "interrupted"))
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *args: Any) -> None:
         """Save when it is time, at the end, and when interrupted, on whichever rank."""
-        pl_module.interrupted = trainer.strategy.reduce_boolean_decision(pl_module.interrupted, all=False)
+        if trainer.strategy.reduce_boolean_decision(bool(pl_module.interrupted), all=False):
+            pl_module.interrupted = pl_module.interrupted or signal.SIGINT
         if pl_module.interrupted or trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True
             self._save_checkpoint(trainer, str(self.path))
