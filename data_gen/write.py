@@ -19,7 +19,7 @@ def generate(config: DictConfig) -> None:
     tokenizer = load_tokenizer(settings.model)
     counts = {"train": settings.n, "validation": settings.n_validation, "test": settings.n_test}
     tasks = {split: make_task(settings.data, tokenizer, split) for split, count in counts.items() if count > 0}
-    app.console.print(write_dataset(settings, tokenizer, tasks), soft_wrap=True)
+    app.say(write_dataset(settings, tokenizer, tasks))
 
 
 if __name__ == "__main__":

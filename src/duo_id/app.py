@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from duo_id.files import write_text
 from duo_id.mistakes import explained
 from duo_id.stopping import status_of, stoppable, told
 
-console = Console()
+console = Console(emoji=False)
 OVERRIDES = "overrides.json"  # in a run folder: the command line that made it, for going on with it
 
 
@@ -43,6 +44,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     from duo_id.config import conf_dir  # these need transformers and Lightning, which plain commands do not
     from duo_id.ranks import leave, several
 
+    _print_anything()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, to be shown here
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     composed, status = False, 0
@@ -92,6 +94,7 @@ def sorted_out(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 @stoppable()
 def run_plain(command: Callable[[list[str]], object]) -> None:
     """Call `command` on the arguments of a command line that is not Hydra's; errors and Ctrl-C end it as in `run`."""
+    _print_anything()
     _show_warnings()
     try:
         command(sys.argv[1:])
@@ -100,6 +103,11 @@ def run_plain(command: Callable[[list[str]], object]) -> None:
     except KeyboardInterrupt as error:
         console.print(told(error))
         sys.exit(status_of(error))
+
+
+def say(line: object) -> None:
+    """Print a line as it is: what looks like markup in a name is none."""
+    console.print(str(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
@@ -111,6 +119,7 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    _print_anything()  # a job of a sweep may have a process of its own
     _show_warnings()
     folder = Path(HydraConfig.get().runtime.output_dir)
     given = {override.split("=")[0]: override for override in HydraConfig.get().overrides.task}
@@ -157,6 +166,13 @@ def _run_folder(resume: str | None, progress: str, fresh: str) -> str:
     if not (Path(resume) / progress).is_file():
         raise UserError(f"resume={resume}: there is no {progress} to go on from; leave out resume to start anew")
     return resume
+
+
+def _print_anything() -> None:
+    """Let a letter that the terminal's encoding has not, ASCII's for one, be shown by its code instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _show_warnings() -> None:

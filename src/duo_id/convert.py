@@ -52,8 +52,8 @@ def main(arguments: Sequence[str]) -> Path:
         raise UserError(f"format={name} cannot hold {', '.join(gone)}: give lossy=true to go without")
     note = FORMATS[name].write(pattern, target, options)
     if gone:
-        app.console.print(f"lost: {', '.join(gone)}", soft_wrap=True, highlight=False, markup=False)
-    app.console.print(note, soft_wrap=True, highlight=False, markup=False)
+        app.say(f"lost: {', '.join(gone)}")
+    app.say(note)
     return target
 
 

@@ -200,7 +200,7 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
         if longest is not None and settings.data.task != "disk":  # else each step says when it does not fit
             plan = gates.arrange(longest * settings.data.batch_size)
             if plan is not None:
-                run.console.print(str(plan), soft_wrap=True, highlight=False)
+                run.console.print(str(plan), soft_wrap=True, highlight=False, markup=False)
         try:
             trainer.fit(gates, datamodule=data, ckpt_path=before, weights_only=True)
         except SystemExit as end:

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> Path:
     write_text(out, page)
     for table in [table for sweep in sweeps for table in tables(sweep).values()]:
         app.console.print(table)
-    app.console.print(f"report: {out}", soft_wrap=True, highlight=False, markup=False)
+    app.say(f"report: {out}")
     return out
 
 
