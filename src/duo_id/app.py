@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 import traceback
+import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
@@ -27,10 +30,12 @@ from duo_id import __version__
 from duo_id.errors import UserError
 from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text
+from duo_id.folders import first_process, fresh, held
 from duo_id.mistakes import explained
-from duo_id.stopping import status_of, stoppable, told
+from duo_id.stopping import preemption, status_of, stoppable, told
 
 console = Console(emoji=False)
+SWEEP = "DUO_ID_SWEEP"  # environment: tells the jobs of one sweep from those of another in the same folder
 OVERRIDES = "overrides.json"  # in a run folder: the command line that made it, for going on with it
 
 
@@ -46,6 +51,9 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
 
     _print_anything()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, to be shown here
+    os.environ.setdefault(SWEEP, uuid.uuid4().hex)  # which jobs in other processes get too
+    _new_folder.cache_clear()
+    OmegaConf.register_new_resolver("fresh_folder", _new_folder, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     composed, status = False, 0
 
@@ -53,7 +61,8 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
         nonlocal composed, status
         composed = True
         try:
-            return command(config)
+            with _holding(config):
+                return command(config)
         except Exception as error:
             expected = isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
@@ -123,7 +132,7 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
     _show_warnings()
     folder = Path(HydraConfig.get().runtime.output_dir)
     given = {override.split("=")[0]: override for override in HydraConfig.get().overrides.task}
-    if config.get("resume"):
+    if config.get("resume") and (Path(config.resume) != folder or HydraConfig.get().mode != RunMode.MULTIRUN):
         try:
             given = _under(given, json.loads((Path(config.resume) / OVERRIDES).read_text())) | given
         except (OSError, ValueError) as error:
@@ -159,10 +168,43 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _run_folder(resume: str | None, progress: str, fresh: str) -> str:
+@contextmanager
+def _holding(config: DictConfig) -> Iterator[None]:
+    """Hold the run's folder; a job of a sweep that was begun there and queued again goes on.
+
+    Raises:
+        UserError: another process works there, or another job of this sweep did.
+    """
+    known, sweep = HydraConfig.get(), dict[str, Any]()
+    if known.output_subdir is None or not first_process():  # data_gen has no run folder
+        yield
+        return
+    folder = Path(known.runtime.output_dir)
+    if known.mode == RunMode.MULTIRUN:
+        sweep = {"sweep": os.environ.get(SWEEP), "job": known.job.num}
+    override = "hydra.sweep.subdir" if sweep else "hydra.run.dir"
+    with held(folder, f"wait until it ends, or give another {override}", **sweep) as before:
+        if sweep and before.get("sweep") == sweep["sweep"]:
+            if before["job"] != sweep["job"]:
+                raise UserError(
+                    f"{folder}: job {before['job']} of this sweep has this folder, and job {sweep['job']} would write "
+                    "over it: let hydra.sweep.subdir differ, as ${hydra.job.num} does"
+                )
+            if "resume" in config and preemption() is not None and (folder / OVERRIDES).is_file():
+                config.resume = str(folder)
+        yield
+
+
+@cache
+def _new_folder(folder: str) -> str:
+    """A folder that was not there before this process asked first."""
+    return str(fresh(folder)) if first_process() else folder
+
+
+def _run_folder(resume: str | None, progress: str, folder: str) -> str:
     """Where a run writes: a new folder, or that of the run it goes on with, whose `progress` is a file there."""
     if resume is None:
-        return fresh
+        return _new_folder(folder)
     if not (Path(resume) / progress).is_file():
         raise UserError(f"resume={resume}: there is no {progress} to go on from; leave out resume to start anew")
     return resume
