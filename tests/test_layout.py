@@ -22,7 +22,7 @@ attention.kernels attention.streaming_kernels attention.streaming_operator atten
 attention.padding attention.probe attention.parity attention.heads attention.rows attention.gated
 gates penalties objectives
 budget mistakes config methods
-byte_tokens ranks sharding wheels
+byte_tokens ranks sharding weights wheels
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, and a Ctrl-C, or another signal to end, that leaves one."""
 
+import shutil
 import signal
 from datetime import timedelta
 from functools import partial
@@ -22,9 +23,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside, syncs and renames, for Lightning's own writing can leave half a file; reads weights only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint` to `path`, whole or not at all."""
-        with atomic_path(path) as beside:
-            torch.save(checkpoint, beside)
+        """Write `checkpoint` to `path`, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written, as on a full disk.
+        """
+        try:
+            with atomic_path(path) as beside:
+                torch.save(checkpoint, beside)
+        except (OSError, RuntimeError) as error:  # torch's own writer makes a RuntimeError of a full disk
+            raise UserError(f"{path} cannot be written ({_reason(error, path)}): {_advice(path)}") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Read a checkpoint, tensors and plain values only.
@@ -34,8 +42,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as error:
-            raise UserError(f"resume: {path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # files may be damaged in any way
+            raise UserError(
+                f"resume: {path} is not a checkpoint ({_reason(error, path)}): remove it to train from the start"
+            ) from error
+
+
+def _reason(error: Exception, path: str | Path) -> str:
+    """What is wrong, in a line: of what torch's writer says, whether the disk has room is the part that helps."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, RuntimeError) and "file write failed" in str(error):
+        free = shutil.disk_usage(Path(path).parent).free
+        return f"the file system has {free / 2**20:.0f} MiB free, or a limit on files is reached"
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        return "it is empty"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _advice(path: str | Path) -> str:
+    run = Path(path).parents[1]
+    before = f"resume={run} then goes on from the checkpoint before" if Path(path).is_file() else "then start again"
+    return f"make room there; {before}"
 
 
 class LastCheckpoint(ModelCheckpoint):

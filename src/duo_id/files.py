@@ -42,6 +42,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         beside.chmod(0o666 & ~_umask())
         os.replace(beside, _through(path))
+    except OSError as error:
+        if error.filename is None:  # a full disk has none
+            error.filename = str(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
         os.close(handle)
