@@ -1,5 +1,10 @@
 """Write samples to disk: `python data_gen/write.py out=DIR n=1000 [data=key_value model=... data.length_max=...]`."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 from omegaconf import DictConfig
 
 from duo_id import app

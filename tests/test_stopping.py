@@ -1,11 +1,13 @@
 """Signals that ask for the end: what they do to the commands, and who else listens to them."""
 
+import builtins
 import os
 import signal
 import sys
 import termios
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig
@@ -14,6 +16,7 @@ from duo_id import app, stopping
 from duo_id.formats import load_pattern
 from duo_id.training import GateTraining
 from tests.commands import QUICK, run_command
+from tests.processes import run_file, run_module, start
 
 NAMES = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"]
 FEW = ["comparison.validation_samples=0", "comparison.random_masks=0", "comparison.samples=1"]
@@ -149,3 +152,29 @@ def test_after_a_hangup_nothing_is_written_to_a_terminal_that_is_gone(tmp_path: 
     assert forked(lambda: printing(hangup=True)) == 0
     assert forked(lambda: printing(hangup=False)) == 1
     os.close(ours)
+
+
+ENTRIES = [*(f"duo_id.{name}" for name in "train evaluate report convert benchmark lm_eval".split()), "write.py"]
+
+
+def importing(entry: str) -> None:
+    """A command that gets Ctrl-C at its first import after those that take no time."""
+    plain = builtins.__import__
+
+    def interrupted(name: str, values: dict[str, Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        ours = values is not None and values.get("__name__") == "__main__" and "__file__" in values
+        if ours and (name != "duo_id" or "stopping" not in args[1]):
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(name, values, *args, **kwargs)
+
+    sys.modules.pop(entry, None)  # which the first process has imported
+    builtins.__import__ = interrupted
+    if entry == "write.py":
+        run_file(str(Path(__file__).parents[1] / "data_gen" / entry))
+    else:
+        run_module(entry)
+
+
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tmp_path: Path) -> None:
+    started = {entry: start(importing, entry, cwd=tmp_path, file=tmp_path / f"{entry}.txt") for entry in ENTRIES}
+    assert {entry: process.finish() for entry, process in started.items()} == dict.fromkeys(ENTRIES, (-2, ""))

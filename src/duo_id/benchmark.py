@@ -1,5 +1,10 @@
 """`python -m duo_id.benchmark task=decode|prefill|memory|train_step`: masks and training steps on this machine."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 import importlib
 import importlib.util
 import json

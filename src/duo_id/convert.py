@@ -1,5 +1,10 @@
 """`python -m duo_id.convert SRC DST format=NAME`: a head pattern into another tool's files, or out of them."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields

@@ -1,5 +1,10 @@
 """`python -m duo_id.evaluate heads=DIR_OR_NAME`: head patterns on held-out long-context tasks."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from glob import glob

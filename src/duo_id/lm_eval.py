@@ -1,5 +1,10 @@
 """`python -m duo_id.lm_eval ...`: lm-eval's own command line, which then knows `--model duo_id`."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 import sys
 
 from duo_id import app

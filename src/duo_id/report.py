@@ -1,5 +1,10 @@
 """`python -m duo_id.report FOLDER ...`: one HTML page about evaluations, training runs and sweeps."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 from collections.abc import Sequence
 from pathlib import Path
 

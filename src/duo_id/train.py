@@ -1,5 +1,10 @@
 """`python -m duo_id.train`: identify a model's retrieval heads by training gates, and show how good they are."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 import json
 import time
 from collections.abc import Callable, Sequence
