@@ -121,6 +121,10 @@ def test_a_damaged_or_removed_lock_holds_nobody_up(tmp_path: Path, monkeypatch: 
     with held(tmp_path, "wait", keep=False) as before:
         assert before == {}
     assert not (tmp_path / LOCK).exists()
+    with held(tmp_path / "new", "wait", keep=False):
+        pass
+    assert not (tmp_path / "new").exists()
+    assert tmp_path.exists()
     lock, calls = folders.fcntl.lockf, []
 
     def removed_meanwhile(handle: int, how: int) -> None:

@@ -43,7 +43,7 @@ def held(folder: Path, advice: str, keep: bool = True, **notes: Any) -> Iterator
     Args:
         folder: to work in.
         advice: what another process can do instead.
-        keep: leave the file that tells who was here.
+        keep: leave the file that tells who was here; otherwise a folder that stays empty goes too.
         notes: told to whoever comes next.
 
     Yields:
@@ -52,6 +52,7 @@ def held(folder: Path, advice: str, keep: bool = True, **notes: Any) -> Iterator
     Raises:
         UserError: another process works there.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     handle = _locked(folder / LOCK, advice)
     try:
@@ -62,6 +63,9 @@ def held(folder: Path, advice: str, keep: bool = True, **notes: Any) -> Iterator
     finally:
         if not keep:
             (folder / LOCK).unlink(missing_ok=True)
+            if made:
+                with suppress(OSError):  # it holds what was written
+                    folder.rmdir()
         os.close(handle)
 
 
