@@ -1,5 +1,10 @@
 """Write samples to disk: `python data_gen/write.py out=DIR n=1000 [data=key_value model=... data.length_max=...]`."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 from omegaconf import DictConfig
 
 from duo_id import app
@@ -19,7 +24,7 @@ def generate(config: DictConfig) -> None:
     tokenizer = load_tokenizer(settings.model)
     counts = {"train": settings.n, "validation": settings.n_validation, "test": settings.n_test}
     tasks = {split: make_task(settings.data, tokenizer, split) for split, count in counts.items() if count > 0}
-    app.console.print(write_dataset(settings, tokenizer, tasks), soft_wrap=True)
+    app.say(write_dataset(settings, tokenizer, tasks))
 
 
 if __name__ == "__main__":

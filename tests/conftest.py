@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib import import_module
@@ -53,6 +55,13 @@ def releases() -> None:
         assert module.__version__ == version, (
             f"{release} is to be tested, not {module.__version__} in {module.__file__}"
         )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """Ctrl-C means something, also where the tests are a background job of a shell, which ignores it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,7 @@ one is forked from that one: it has the modules, but nothing that a test has don
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def run_file(path: str, *arguments: str) -> None:
 def _printing(
     function: Callable[..., object], arguments: tuple[Any, ...], cwd: Path, file: Path, environment: dict[str, str]
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
     os.chdir(cwd)
     os.environ |= environment
     with file.open("wb") as output:

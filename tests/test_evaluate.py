@@ -1,6 +1,7 @@
 """The command evaluate from end to end on tiny random weights: what a run leaves, how it goes on, what it refuses."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +82,21 @@ def test_the_run_is_reproducible(done: tuple[Path, Finished], tmp_path: Path) ->
     assert [row["loss"] for row in again] == [row["loss"] for row in results(done[0])["rows"]]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on(
-    done: tuple[Path, Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, done: tuple[Path, Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, calls = running.rows_of, []
 
     def interrupted(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         calls.append(args[0].heads)
         if len(calls) == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(running, "rows_of", interrupted)
     stopped = evaluate(tmp_path)
-    assert stopped.status == 130
+    assert stopped.status == 128 + number
     assert f"python -m duo_id.evaluate resume={tmp_path / 'run'}" in stopped.output
     lines = (tmp_path / "run" / SCORES).read_text().splitlines()
     assert len(lines) > 1, "what was scored stays"

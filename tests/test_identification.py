@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -123,20 +124,23 @@ def test_seeds_that_were_found_otherwise_are_not_averaged(changes: list[str], me
     assert not (tmp_path / "run" / "heads").exists()
 
 
-def test_an_interrupted_search_keeps_its_order_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_search_keeps_its_order_and_goes_on(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run_command("train", *SEARCH, f"hydra.run.dir={tmp_path / 'whole'}", folder=tmp_path).status == 0
     plain_call, calls = MaskLosses.__call__, [0]
 
     def interrupted(self: MaskLosses, masks: torch.Tensor) -> torch.Tensor:
         calls[0] += 1
         if calls[0] == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return plain_call(self, masks)
 
     with monkeypatch.context() as patch:
         patch.setattr(MaskLosses, "__call__", interrupted)
         finished = run_command("train", *SEARCH, folder=tmp_path)
-    assert finished.status == 130
+    assert finished.status == 128 + number
     assert f"resume={tmp_path / 'run'}" in finished.output
     state = json.loads((tmp_path / "run" / "search.json").read_text())
     assert len(state["first"]) == 3

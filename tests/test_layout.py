@@ -16,13 +16,13 @@ LONGEST = 320  # lines of a module
 
 # Each line imports from the lines above it alone, or from its own from left to right.
 ORDER = """
-errors files style compat
+errors files style compat stopping folders
 attention.masks attention.blends attention.exchange attention.softmax attention.memo attention.full
 attention.kernels attention.streaming_kernels attention.streaming_operator attention.streaming attention.decode
 attention.padding attention.probe attention.parity attention.heads attention.rows attention.gated
 gates penalties objectives
 budget mistakes config methods
-byte_tokens ranks sharding wheels
+byte_tokens ranks sharding weights wheels
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module
@@ -116,7 +116,7 @@ def test_nobody_imports_the_entry_points() -> None:
     ("name", "allowed"),
     [
         ("errors", ""),
-        ("files", ""),
+        ("files", "errors"),
         ("style", ""),
         ("patterns", "errors"),
         ("formats", "patterns tables hub files errors"),

@@ -40,7 +40,8 @@ def strike(owner, name, call, act):
     setattr(owner, name, wrapped)
 
 kill = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-interrupt = lambda *args: os.kill(os.getpid(), signal.SIGINT)
+send = lambda name: lambda *args: os.kill(os.getpid(), getattr(signal, name))
+interrupt = send("SIGINT")
 
 def half(checkpoint, path):
     torch.serialization.save(checkpoint, path)
@@ -54,8 +55,21 @@ EVENTS = {
     "killed-while-saving": "strike(checkpoints.torch, 'save', 7, half)",
     "interrupted-in-a-step": "strike(GateTraining, 'training_step', 4, interrupt)",
     "interrupted-while-validating": "strike(GateTraining, 'validation_step', 2, interrupt)",
+    "terminated-in-a-step": "strike(GateTraining, 'training_step', 4, send('SIGTERM'))",
+    "terminated-while-validating": "strike(GateTraining, 'validation_step', 2, send('SIGTERM'))",
+    "hung-up-in-a-step": "strike(GateTraining, 'training_step', 4, send('SIGHUP'))",
+    "told-to-end-in-a-step": "strike(GateTraining, 'training_step', 4, send('SIGUSR1'))",
+    "interrupted-twice": "strike(GateTraining, 'training_step', 4, lambda *args: (interrupt(), interrupt()))",
+    "interrupted-twice-while-saving": (
+        "strike(GateTraining, 'training_step', 4, interrupt)\nstrike(checkpoints.torch, 'save', 4, interrupt)"
+    ),
+    "terminated-and-hung-up": (
+        "strike(GateTraining, 'training_step', 4, send('SIGTERM'))\n"
+        "strike(checkpoints.torch, 'save', 4, send('SIGHUP'))"
+    ),
 }
-INTERRUPTED = [event for event in EVENTS if event.startswith("interrupted")]
+STATUS = {"killed": -9, "interrupted": 130, "terminated": 143, "hung": 129, "told": 138}
+INTERRUPTED = [event for event in EVENTS if event != "undisturbed" and not event.startswith("killed")]
 DISTURBED = [event for event in EVENTS if event != "undisturbed"]
 
 
@@ -95,7 +109,8 @@ def test_undisturbed_run_ends_well(runs: dict[str, dict]) -> None:
 @pytest.mark.parametrize("event", DISTURBED)
 def test_resumed_gates_are_the_same_bit_for_bit(event: str, runs: dict[str, dict]) -> None:
     run = runs[event]
-    assert run["status"] == (130 if event in INTERRUPTED else -9), run["output"]
+    expected = 129 if event == "terminated-and-hung-up" else STATUS[event.partition("-")[0]]
+    assert run["status"] == expected, run["output"]
     assert run["resumed_status"] == 0, run["resumed_output"]
     files = [folder / "heads" / "full_attention_heads.tsv" for folder in (run["folder"], runs["undisturbed"]["folder"])]
     assert files[0].read_text() == files[1].read_text()
@@ -114,12 +129,11 @@ def test_interrupted_run_says_how_to_go_on(event: str, runs: dict[str, dict]) ->
     run = runs[event]
     assert f"python -m duo_id.train resume={run['folder']}" in run["output"]
     assert "Traceback" not in run["output"]
+    assert len([line for line in run["output"].splitlines() if line.startswith("stopped; to go on")]) == 1
     assert not (run["folder"] / "heads" / "heads.json").is_file() or run["resumed_status"] == 0
 
 
 @pytest.mark.parametrize("event", DISTURBED)
 def test_nothing_half_written_stays(event: str, runs: dict[str, dict]) -> None:
     names = {path.name for path in (runs[event]["folder"] / "checkpoints").iterdir()}
-    assert "last.ckpt" in names
-    if event != "killed-while-saving":  # a killed process cannot remove the file beside, which has a name of its own
-        assert names == {"last.ckpt"}
+    assert names == {"last.ckpt"}  # the resumed run removes the half of a file that a killed one could not

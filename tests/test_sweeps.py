@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -16,8 +19,10 @@ from omegaconf import DictConfig
 
 from duo_id.config import conf_dir
 from duo_id.errors import UserError
-from tests.commands import Finished, run_command
-from tests.sweep_jobs import leave, processes
+from duo_id.training import GateTraining
+from tests.commands import QUICK, Finished, run_command
+from tests.processes import start
+from tests.sweep_jobs import ends_its_launcher, leave, processes
 
 optuna = pytest.importorskip("optuna", exc_type=ImportError)  # and what it imports
 distributions, load_study = optuna.distributions, optuna.load_study
@@ -154,11 +159,90 @@ def test_jobs_have_a_process_and_a_gpu_each_and_die_alone(tmp_path: Path, monkey
     finished = sweep(tmp_path, "hydra/launcher=local", "seed=0,1,2", command=processes)
     assert finished.status == 2, finished.output
     places = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("sweep/*/where.json"))]
-    assert len(places) == 2
+    assert len(places) == 2, finished.output
     assert {gpu for gpu, _ in places} <= {"GPU-a", "7"}
     assert len({process for _, process in places} | {os.getpid()}) == 3
     assert (tmp_path / "sweep" / "1" / "error.txt").read_text().startswith("died: ")
     assert "job 1 died" in finished.output
+
+
+def launch(folder: Path) -> None:
+    """A sweep whose first job ends it."""
+    os.environ["LAUNCHER"] = str(os.getpid())
+    finished = sweep(folder, "hydra/launcher=local", "hydra.launcher.n_jobs=1", "seed=0,1", command=ends_its_launcher)
+    print(finished.output)
+    sys.exit(finished.status)
+
+
+def test_jobs_do_not_outlive_their_launcher(tmp_path: Path) -> None:
+    started = {}
+    for number, status in (signal.SIGKILL, -9), (signal.SIGTERM, 143):
+        folder = tmp_path / number.name
+        folder.mkdir()
+        os.mkfifo(folder / "told")
+        environment = {"TOLD": str(folder / "told"), "NUMBER": str(int(number)), "CUDA_VISIBLE_DEVICES": ""}
+        environment["PYTHONPATH"] = os.pathsep.join([SOURCES, os.environ.get("PYTHONPATH", "")])
+        started[start(launch, folder, cwd=folder, file=folder / "output.txt", **environment)] = folder, status
+    for launcher, (folder, status) in started.items():
+        assert (folder / "told").read_text() == "interrupted"  # and it has ended, or this would wait
+        ended, output = launcher.finish()
+        assert ended == status, output
+        assert "Traceback" not in output
+        assert not list(folder.glob("sweep/.jobs/*_result.pkl")), "the second job ran"
+        assert "Traceback" not in "".join(path.read_text() for path in folder.glob("sweep/.jobs/*log.out"))
+
+
+def cut_off(folder: Path) -> None:
+    """A job that submitit cuts off at its second step and queues again; prints how each part ends."""
+    from submitit import LocalExecutor
+    from submitit.core.submission import process_job
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    from duo_id import train
+
+    calls, step, steps = [], GateTraining.training_step, []
+
+    def queued(self: Any, call: Any) -> None:
+        calls.append(call)
+        raise RuntimeError("queued")
+
+    def counted(self: GateTraining, *args: Any) -> Any:
+        steps.append(self)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGTERM)  # Slurm sends it too
+            signal.raise_signal(signal.SIGUSR2)
+        return step(self, *args)
+
+    os.environ["DUO_ID_SWEEP"] = "of this test"
+    few = [*QUICK, "trainer.max_steps=4", "checkpoint_seconds=1000", "comparison.validation_samples=0"]
+    whole = run_command("train", *few, "seed=3", f"hydra.run.dir={folder / 'whole'}", folder=folder)
+    with patch.object(LocalExecutor, "submit", queued):
+        sweep(folder, *few, "hydra/launcher=local", "seed=3", command=train.main)
+    delayed = DelayedSubmission(calls[0])
+    delayed.function.launcher = None
+    delayed.set_timeout(60 * 24, 3)
+    delayed.dump(JobPaths(folder, "7").submitted_pickle)
+    names = ("JOB_ID", "NTASKS", "JOB_NUM_NODES", "NODEID", "GLOBALID", "LOCALID")
+    os.environ |= {f"SUBMITIT_LOCAL_{name}": value for name, value in zip(names, "711000", strict=True)}
+    os.environ["SUBMITIT_EXECUTOR"] = "local"
+    GateTraining.training_step = counted  # type: ignore[method-assign]
+    ends: list[Any] = []
+    for _ in range(2):
+        try:
+            process_job(folder)
+            ends.append("done")
+        except SystemExit as end:
+            ends.append(end.code)
+    GateTraining.training_step = step  # type: ignore[method-assign]
+    print(json.dumps({"ends": ends, "steps": len(steps), "whole": whole.status}))
+
+
+def test_a_job_that_is_cut_off_and_queued_again_goes_on(tmp_path: Path) -> None:
+    status, output = start(cut_off, tmp_path, cwd=tmp_path, file=tmp_path / "output.txt").finish()
+    assert status == 0, output
+    assert json.loads(output.splitlines()[-1]) == {"ends": [144, "done"], "steps": 4, "whole": 0}, output
+    heads = [tmp_path / run / "heads" / "full_attention_heads.tsv" for run in ("sweep/0", "whole")]
+    assert heads[0].read_text() == heads[1].read_text()
 
 
 @pytest.mark.slow  # Ray's own processes take long to start

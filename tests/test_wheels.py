@@ -192,3 +192,10 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(
     assert {path.name for path in cache.iterdir()} <= {f".{WHEEL}-1.2.lock"}
     load_model(IN_WHEEL)
     assert len(conversions) == 2
+
+
+def test_a_killed_conversion_is_cleared_away_by_the_next(wheel: dict[str, np.ndarray], cache: Path) -> None:
+    (cache / f".{WHEEL}-1.2.k1ll3d__").mkdir(parents=True)
+    (cache / f".{WHEEL}-1.2.k1ll3d__" / "half").touch()
+    load_model(IN_WHEEL)
+    assert {path.name for path in cache.iterdir()} <= {f"{WHEEL}-1.2", f".{WHEEL}-1.2.lock"}

@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 import traceback
+import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +30,30 @@ from duo_id import __version__
 from duo_id.errors import UserError
 from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text
+from duo_id.folders import first_process, fresh, held
 from duo_id.mistakes import explained
+from duo_id.stopping import preemption, status_of, stoppable, told
 
-console = Console()
+console = Console(emoji=False)
+SWEEP = "DUO_ID_SWEEP"  # environment: tells the jobs of one sweep from those of another in the same folder
 OVERRIDES = "overrides.json"  # in a run folder: the command line that made it, for going on with it
 
 
+@stoppable()
 def run(name: str, command: Callable[[DictConfig], object]) -> None:
     """Compose conf/`name`.yaml with the command line's overrides and call `command` on it.
 
-    A mistake of the user ends the process with one line and status 2, Ctrl-C with status 130.
+    A mistake of the user ends the process with one line and status 2, Ctrl-C with status 130, and another signal that
+    asks for the end with 128 and its number.
     """
     from duo_id.config import conf_dir  # these need transformers and Lightning, which plain commands do not
     from duo_id.ranks import leave, several
 
+    _print_anything()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, to be shown here
+    os.environ.setdefault(SWEEP, uuid.uuid4().hex)  # which jobs in other processes get too
+    _new_folder.cache_clear()
+    OmegaConf.register_new_resolver("fresh_folder", _new_folder, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     composed, status = False, 0
 
@@ -48,7 +61,8 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
         nonlocal composed, status
         composed = True
         try:
-            return command(config)
+            with _holding(config):
+                return command(config)
         except Exception as error:
             expected = isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
@@ -70,9 +84,9 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
         if composed:
             raise
         sys.exit(_complain(error))
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        leave(130)
+    except KeyboardInterrupt as error:
+        console.print(told(error))
+        leave(status_of(error))
 
 
 def sorted_out(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -86,16 +100,23 @@ def sorted_out(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return [argument for argument in arguments if argument in paths], settings
 
 
+@stoppable()
 def run_plain(command: Callable[[list[str]], object]) -> None:
     """Call `command` on the arguments of a command line that is not Hydra's; errors and Ctrl-C end it as in `run`."""
+    _print_anything()
     _show_warnings()
     try:
         command(sys.argv[1:])
     except (UserError, OSError) as error:
         sys.exit(_complain(error))
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        console.print(told(error))
+        sys.exit(status_of(error))
+
+
+def say(line: object) -> None:
+    """Print a line as it is: what looks like markup in a name is none."""
+    console.print(str(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
@@ -107,10 +128,11 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    _print_anything()  # a job of a sweep may have a process of its own
     _show_warnings()
     folder = Path(HydraConfig.get().runtime.output_dir)
     given = {override.split("=")[0]: override for override in HydraConfig.get().overrides.task}
-    if config.get("resume"):
+    if config.get("resume") and (Path(config.resume) != folder or HydraConfig.get().mode != RunMode.MULTIRUN):
         try:
             given = _under(given, json.loads((Path(config.resume) / OVERRIDES).read_text())) | given
         except (OSError, ValueError) as error:
@@ -146,13 +168,53 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _run_folder(resume: str | None, progress: str, fresh: str) -> str:
+@contextmanager
+def _holding(config: DictConfig) -> Iterator[None]:
+    """Hold the run's folder; a job of a sweep that was begun there and queued again goes on.
+
+    Raises:
+        UserError: another process works there, or another job of this sweep did.
+    """
+    known, sweep = HydraConfig.get(), dict[str, Any]()
+    if known.output_subdir is None or not first_process():  # data_gen has no run folder
+        yield
+        return
+    folder = Path(known.runtime.output_dir)
+    if known.mode == RunMode.MULTIRUN:
+        sweep = {"sweep": os.environ.get(SWEEP), "job": known.job.num}
+    override = "hydra.sweep.subdir" if sweep else "hydra.run.dir"
+    with held(folder, f"wait until it ends, or give another {override}", **sweep) as before:
+        if sweep and before.get("sweep") == sweep["sweep"]:
+            if before["job"] != sweep["job"]:
+                raise UserError(
+                    f"{folder}: job {before['job']} of this sweep has this folder, and job {sweep['job']} would write "
+                    "over it: let hydra.sweep.subdir differ, as ${hydra.job.num} does"
+                )
+            if "resume" in config and preemption() is not None and (folder / OVERRIDES).is_file():
+                config.resume = str(folder)
+        yield
+
+
+@cache
+def _new_folder(folder: str) -> str:
+    """A folder that was not there before this process asked first."""
+    return str(fresh(folder)) if first_process() else folder
+
+
+def _run_folder(resume: str | None, progress: str, folder: str) -> str:
     """Where a run writes: a new folder, or that of the run it goes on with, whose `progress` is a file there."""
     if resume is None:
-        return fresh
+        return _new_folder(folder)
     if not (Path(resume) / progress).is_file():
         raise UserError(f"resume={resume}: there is no {progress} to go on from; leave out resume to start anew")
     return resume
+
+
+def _print_anything() -> None:
+    """Let a letter that the terminal's encoding has not, ASCII's for one, be shown by its code instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _show_warnings() -> None:

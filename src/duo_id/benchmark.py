@@ -1,5 +1,10 @@
 """`python -m duo_id.benchmark task=decode|prefill|memory|train_step`: masks and training steps on this machine."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 import importlib
 import importlib.util
 import json
@@ -77,7 +82,7 @@ def _measured(
     contenders = [] if steps else line_up(settings, language_model, layers)
     ceilings = measure_ceilings(device, language_model.model.dtype)
     rates = f"{ceilings.bandwidth / 1e12:.3g} TB/s, {ceilings.flops / 1e12:.4g} TFLOP/s"
-    app.console.print(f"{language_model.name}; the machine at its best: {rates}", highlight=False)
+    app.console.print(f"{language_model.name}; the machine at its best: {rates}", highlight=False, markup=False)
     results: dict[str, Any] = {
         "task": settings.task,
         "model": language_model.describe(layers),
@@ -117,7 +122,7 @@ def _measured(
                 if ranks.first:
                     write_text(folder / "results.json", json.dumps(results, indent=1))
                 line = _step_line(row) if steps else _line(row)
-                app.console.print(line, soft_wrap=True, highlight=False, markup=False)
+                app.say(line)
                 progress.advance(shown)
     finally:  # also after Ctrl-C: what was measured is shown
         if results["rows"] and ranks.first:
@@ -126,7 +131,7 @@ def _measured(
                 save_figure(plot_steps(results), folder / "train_step.png")
             for axis in [] if steps else plotted_axes(results):
                 save_figure(plot_benchmark(results, axis), folder / f"{settings.task}_over_{axis}.png")
-            app.console.print(f"results and figures: {folder}", soft_wrap=True)
+            app.say(f"results and figures: {folder}")
     return results
 
 

@@ -1,9 +1,10 @@
-"""Checkpoints that are whole or not there, and a Ctrl-C that leaves one."""
+"""Checkpoints that are whole or not there, and a Ctrl-C, or another signal to end, that leaves one."""
 
+import shutil
 import signal
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning
@@ -13,6 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from duo_id.errors import UserError
 from duo_id.files import atomic_path
+from duo_id.stopping import listen
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"  # in a run folder
 
@@ -21,9 +23,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside, syncs and renames, for Lightning's own writing can leave half a file; reads weights only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint` to `path`, whole or not at all."""
-        with atomic_path(path) as beside:
-            torch.save(checkpoint, beside)
+        """Write `checkpoint` to `path`, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written, as on a full disk.
+        """
+        try:
+            with atomic_path(path) as beside:
+                torch.save(checkpoint, beside)
+        except (OSError, RuntimeError) as error:  # torch's own writer makes a RuntimeError of a full disk
+            raise UserError(f"{path} cannot be written ({_reason(error, path)}): {_advice(path)}") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Read a checkpoint, tensors and plain values only.
@@ -33,14 +42,34 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as error:
-            raise UserError(f"resume: {path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # files may be damaged in any way
+            raise UserError(
+                f"resume: {path} is not a checkpoint ({_reason(error, path)}): remove it to train from the start"
+            ) from error
+
+
+def _reason(error: Exception, path: str | Path) -> str:
+    """What is wrong, in a line: of what torch's writer says, whether the disk has room is the part that helps."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, RuntimeError) and "file write failed" in str(error):
+        free = shutil.disk_usage(Path(path).parent).free
+        return f"the file system has {free / 2**20:.0f} MiB free, or a limit on files is reached"
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        return "it is empty"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _advice(path: str | Path) -> str:
+    run = Path(path).parents[1]
+    before = f"resume={run} then goes on from the checkpoint before" if Path(path).is_file() else "then start again"
+    return f"make room there; {before}"
 
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps one checkpoint, the latest, written every `seconds`, at the last step and after Ctrl-C.
 
-    The first Ctrl-C lets the step in progress end, a second one stops at once.
+    SIGTERM, SIGHUP and SIGUSR1 are as Ctrl-C. The first lets the step in progress end, a second one stops at once.
     """
 
     def __init__(self, run: str | Path, seconds: float) -> None:
@@ -57,17 +86,12 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Count the seconds from here and listen for Ctrl-C."""
         super().on_train_start(trainer, pl_module)
-
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            pl_module.interrupted = True
-            signal.signal(signal.SIGINT, before)
-
-        before = signal.signal(signal.SIGINT, interrupt)
-        self._restore = lambda: signal.signal(signal.SIGINT, before)
+        self._restore = listen(partial(setattr, pl_module, "interrupted"))
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *args: Any) -> None:
         """Save when it is time, at the end, and when interrupted, on whichever rank."""
-        pl_module.interrupted = trainer.strategy.reduce_boolean_decision(pl_module.interrupted, all=False)
+        if trainer.strategy.reduce_boolean_decision(bool(pl_module.interrupted), all=False):
+            pl_module.interrupted = pl_module.interrupted or signal.SIGINT
         if pl_module.interrupted or trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True
             self._save_checkpoint(trainer, str(self.path))

@@ -1,12 +1,19 @@
 """`python -m duo_id.convert SRC DST format=NAME`: a head pattern into another tool's files, or out of them."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from duo_id import app
 from duo_id.errors import UserError
+from duo_id.folders import held
 from duo_id.interop.options import Options
 from duo_id.interop.registry import FORMATS, lost, read_any
 
@@ -50,10 +57,12 @@ def main(arguments: Sequence[str]) -> Path:
     gone = lost(pattern, name, options)
     if gone and lossy == "false":
         raise UserError(f"format={name} cannot hold {', '.join(gone)}: give lossy=true to go without")
-    note = FORMATS[name].write(pattern, target, options)
+    advice = "wait until it ends, or give another DST"
+    with held(target, advice, keep=False) if FORMATS[name].folder else nullcontext():
+        note = FORMATS[name].write(pattern, target, options)
     if gone:
-        app.console.print(f"lost: {', '.join(gone)}", soft_wrap=True, highlight=False, markup=False)
-    app.console.print(note, soft_wrap=True, highlight=False, markup=False)
+        app.say(f"lost: {', '.join(gone)}")
+    app.say(note)
     return target
 
 

@@ -1,5 +1,10 @@
 """`python -m duo_id.evaluate heads=DIR_OR_NAME`: head patterns on held-out long-context tasks."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from glob import glob
@@ -189,9 +194,9 @@ def main(config: DictConfig) -> None:
         evaluate(parse(EvaluateSettings, config), folder, lambda: app.keep_overrides(folder, overrides))
     except (KeyboardInterrupt, OSError):
         if (folder / SCORES).is_file():
-            app.console.print(f"stopped; to go on: python -m duo_id.evaluate resume={folder}", soft_wrap=True)
+            app.say(f"stopped; to go on: python -m duo_id.evaluate resume={folder}")
         raise
-    app.console.print(f"results: {folder / RESULTS}   figures: {folder / 'figures'}", soft_wrap=True)
+    app.say(f"results: {folder / RESULTS}   figures: {folder / 'figures'}")
 
 
 if __name__ == "__main__":

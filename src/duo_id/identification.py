@@ -38,6 +38,7 @@ from duo_id.progress import TrainingBar
 from duo_id.scores.registry import ORDER, mean_scores, random_scores, search_scores
 from duo_id.scores.subject import Subject
 from duo_id.steps import prepared
+from duo_id.stopping import stop
 from duo_id.tracking import GateTracking
 from duo_id.training import GateTraining
 
@@ -199,10 +200,15 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
         if longest is not None and settings.data.task != "disk":  # else each step says when it does not fit
             plan = gates.arrange(longest * settings.data.batch_size)
             if plan is not None:
-                run.console.print(str(plan), soft_wrap=True, highlight=False)
-        trainer.fit(gates, datamodule=data, ckpt_path=before, weights_only=True)
+                run.console.print(str(plan), soft_wrap=True, highlight=False, markup=False)
+        try:
+            trainer.fit(gates, datamodule=data, ckpt_path=before, weights_only=True)
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning makes an exit of it, with status 1
+                raise end.__context__ from None
+            raise
     if gates.interrupted:
-        raise KeyboardInterrupt
+        stop(gates.interrupted)
     pattern = gates.pattern(steps=trainer.global_step, seconds_before=_before(timer))
     return pattern if prior is None else weigh_in(pattern, prior, method.prior_weight)
 

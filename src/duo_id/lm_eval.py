@@ -1,11 +1,18 @@
 """`python -m duo_id.lm_eval ...`: lm-eval's own command line, which then knows `--model duo_id`."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 import sys
 
 from duo_id import app
 from duo_id.errors import UserError
+from duo_id.stopping import status_of, stoppable, told
 
 
+@stoppable()
 def main() -> None:
     """Register the model class and hand over.
 
@@ -27,6 +34,9 @@ def main() -> None:
     except UserError as error:
         app.console.print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(2)
+    except KeyboardInterrupt as error:
+        app.console.print(told(error))
+        sys.exit(status_of(error))
 
 
 if __name__ == "__main__":

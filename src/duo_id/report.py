@@ -1,5 +1,10 @@
 """`python -m duo_id.report FOLDER ...`: one HTML page about evaluations, training runs and sweeps."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +50,7 @@ def main(arguments: Sequence[str]) -> Path:
     write_text(out, page)
     for table in [table for sweep in sweeps for table in tables(sweep).values()]:
         app.console.print(table)
-    app.console.print(f"report: {out}", soft_wrap=True, highlight=False, markup=False)
+    app.say(f"report: {out}")
     return out
 
 

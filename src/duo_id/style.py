@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -80,6 +81,13 @@ def number_heads(axes: Axes, flat: bool = False) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 10]))
     axes.label_outer()
+
+
+def set_title(figure: Figure, title: str | None) -> None:
+    """Give a figure its title, if there is one, letter by letter: names in it are no formulas."""
+    if title:
+        lines = ("".join(one if one.isprintable() else "?" for one in line) for line in title.split("\n"))
+        figure.suptitle("\n".join(lines), parse_math=False)
 
 
 def plain(name: str, most: float = 32) -> str:

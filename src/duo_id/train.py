@@ -1,5 +1,10 @@
 """`python -m duo_id.train`: identify a model's retrieval heads by training gates, and show how good they are."""
 
+from duo_id import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -81,13 +86,9 @@ def train(
             patterns = _identify_repeatedly(run, found)
             identified = time.perf_counter()
         pattern = average(list(patterns.values()))
-        if len(patterns) > 1:
-            app.console.print(agreement_table(patterns, settings.sparsity))
         sparsities = _sparsities(settings, pattern)
-        if ranks.first:
-            if len(patterns) > 1:
-                save_pattern(pattern, folder / "heads", sparsities)
-            save_figure(plot_gates(pattern, title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
+        if ranks.first and len(patterns) > 1:
+            save_pattern(pattern, folder / "heads", sparsities)
         results = compare(
             model, pattern, test, sparsities, settings.comparison.random_masks, settings.seed, settings.step.backends
         )
@@ -96,7 +97,6 @@ def train(
             loss = found_loss(model, pattern, validation, sparsities, settings.step.backends)
             chosen_by = {"validation_loss": loss}
         done = time.perf_counter()
-        app.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
         told: dict[str, Any] = {
             "seconds": {"load": loaded - began, "identify": identified - loaded, "compare": done - identified},
             "results": [result.summary() for result in results],
@@ -106,6 +106,10 @@ def train(
         summary = pattern.provenance | told | chosen_by
         if ranks.first:
             write_text(folder / "summary.json", json.dumps(summary, indent=1))
+            save_figure(plot_gates(pattern, title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
+        if len(patterns) > 1:
+            app.console.print(agreement_table(patterns, settings.sparsity))
+        app.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
         return summary
 
 
@@ -132,8 +136,8 @@ def _shared(settings: TrainSettings, device: torch.device, ranks: Ranks, folder:
     tokens = settings.data.length_max or model.config.get_text_config().max_position_embeddings
     teacher_outputs = isinstance(settings.method, GateSettings) and BLENDS[settings.method.blend].needs_teacher
     step, plan = shared_step(model, settings.step, ranks, device, tokens, settings.data.batch_size, teacher_outputs)
-    app.console.print(str(plan), soft_wrap=True, highlight=False)
-    app.console.print(f"if a process is lost: python -m duo_id.train resume={folder}", soft_wrap=True)
+    app.say(str(plan))
+    app.say(f"if a process is lost: python -m duo_id.train resume={folder}")
     return replace(settings, step=step)
 
 
@@ -207,9 +211,9 @@ def main(config: DictConfig) -> float | None:
         summary = train(train_settings(config), folder, lambda: app.keep_overrides(folder, overrides), in_sweep)
     except (KeyboardInterrupt, OSError):
         if (folder / app.OVERRIDES).is_file():
-            app.console.print(f"stopped; to go on: python -m duo_id.train resume={folder}", soft_wrap=True)
+            app.say(f"stopped; to go on: python -m duo_id.train resume={folder}")
         raise
-    app.console.print(f"heads: {folder / 'heads'}   figures: {folder / 'figures'}", soft_wrap=True)
+    app.say(f"heads: {folder / 'heads'}   figures: {folder / 'figures'}")
     return summary.get("validation_loss")
 
 

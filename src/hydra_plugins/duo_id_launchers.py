@@ -5,7 +5,11 @@ GPU and let the next job wait for a free one, and Hydra's plugin for Ray brings 
 Hydra imports this module whenever a command starts, so what is heavy is imported when jobs start.
 """
 
+import fcntl
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,9 +26,11 @@ from rich.console import Console
 
 from duo_id.errors import UserError
 from duo_id.files import write_text
+from duo_id.stopping import status_of, stoppable, told
 
 Job = Callable[[], JobReturn]
 LOOK: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}
+GRACE = 60  # seconds that a job has for saving, once its launcher is gone
 YEAR = 365 * 24 * 60  # minutes: jobs end by themselves
 
 
@@ -39,6 +45,11 @@ class _ProcessLauncher(Launcher):
         """Run the jobs, numbered from `initial_job_idx`, and wait for all of them."""
         from duo_id.evaluation.sweeps import ERROR
 
+        where = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
+        if len(job_overrides) > 1 and "${" not in str(where):
+            raise UserError(
+                f"hydra.sweep.subdir={where} is one folder for all jobs: let it differ, as ${{hydra.job.num}} does"
+            )
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
         state, console, shared = Singleton.get_state(), Console(), set(self.config.hydra.overrides.task)
         calls = [
@@ -84,11 +95,15 @@ class LocalLauncher(_ProcessLauncher):
         for place in range(count):
             free.put(gpus[place] if gpus else "")
         threads = f"export OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // count)}"
+        alive = _Alive(Path(self.folder) / "launcher.lock")
+        for call in calls:
+            call.launcher = alive.path.absolute()
 
         def run(call: _Call) -> JobReturn:
             gpu = free.get()
             executor = submitit.LocalExecutor(self.folder)
-            setup = [f"export CUDA_VISIBLE_DEVICES={gpu}", threads]
+            # Ctrl-C reaches jobs through the launcher alone: submitit would give them a second to end.
+            setup = [f"export CUDA_VISIBLE_DEVICES={gpu}", threads, "trap '' INT HUP"]
             executor.update_parameters(timeout_min=YEAR, stderr_to_stdout=True, setup=setup)
 
             def started() -> JobReturn:
@@ -101,8 +116,13 @@ class LocalLauncher(_ProcessLauncher):
             finally:
                 free.put(gpu)
 
-        with ThreadPoolExecutor(count) as pool:
-            return list(pool.map(run, calls))
+        with alive, ThreadPoolExecutor(count) as pool:
+            try:
+                return list(pool.map(run, calls))
+            except BaseException:
+                alive.release()
+                pool.shutdown(cancel_futures=True)  # jobs that run save and end
+                raise
 
 
 class RayLauncher(_ProcessLauncher):
@@ -130,8 +150,39 @@ class RayLauncher(_ProcessLauncher):
             ray.shutdown()
 
 
+class _Alive:
+    """A lock that a launcher holds while it lives: jobs that wait for it know when it is gone, however it ended."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> "_Alive":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("w")
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
+        return self
+
+    def release(self) -> None:
+        """Let the jobs end."""
+        self._file.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _end_with(launcher: Path) -> None:
+    """Interrupt this process once the launcher is gone; one that does not end by that within a minute is killed."""
+    with launcher.open() as file:
+        fcntl.lockf(file, fcntl.LOCK_SH)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(GRACE)
+        os._exit(128 + signal.SIGINT)
+
+
 class _Call:
     """One job, as it goes to another process."""
+
+    launcher: Path | None = None  # the lock of a launcher that the job must not outlive
 
     def __init__(
         self,
@@ -145,19 +196,33 @@ class _Call:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
         self.state, self.overrides, self.number = state, overrides, number
 
+    def checkpoint(self) -> Any:
+        """What submitit queues again when it cuts the job off: the same, which goes on from what it has saved."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
     def __call__(self) -> JobReturn:
+        if self.launcher is not None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            threading.Thread(target=_end_with, args=(self.launcher,), daemon=True).start()
         Singleton.set_state(self.state)
         setup_globals()
         config = self.hydra_context.config_loader.load_sweep_config(self.config, self.overrides)
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = self.number
-        return run_job(
-            hydra_context=self.hydra_context,
-            task_function=self.task_function,
-            config=config,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-        )
+        try:
+            with stoppable():
+                return run_job(
+                    hydra_context=self.hydra_context,
+                    task_function=self.task_function,
+                    config=config,
+                    job_dir_key="hydra.sweep.dir",
+                    job_subdir_key="hydra.sweep.subdir",
+                )
+        except KeyboardInterrupt as error:
+            print(told(error), flush=True)
+            os._exit(status_of(error))  # nothing is left to do, and what is printed at exit would be a traceback
 
 
 def _called(call: _Call) -> JobReturn:

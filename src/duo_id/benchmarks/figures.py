@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from duo_id.benchmarks.results import FULL, memory
 from duo_id.errors import UserError
-from duo_id.style import COLORS, MARKERS, style
+from duo_id.style import COLORS, MARKERS, set_title, style
 
 AXES = {
     "context": "context (thousand tokens)",
@@ -77,7 +77,7 @@ def plot_benchmark(results: Mapping[str, Any] | str | Path, axis: str) -> Figure
     if label:
         axes[0].plot([], [], color="#555555", linestyle="--", linewidth=1.0, label="floor")
     figure.legend(loc="outside lower center", ncols=3)
-    figure.suptitle("\n".join(filter(None, [f"{results['model']['name']}, {results['device']}", fixed])))
+    set_title(figure, "\n".join(filter(None, [f"{results['model']['name']}, {results['device']}", fixed])))
     return figure
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 FULL = ("full", "full-dual")  # the baselines: SDPA over a static cache, and the dual cache without a streaming head
@@ -93,7 +94,7 @@ def results_tables(results: Mapping[str, Any]) -> list[Table]:
 
 def _table(title: str, headings: Sequence[str], caption: str | None = None) -> Table:
     table = Table(
-        title=title,
+        title=escape(title),
         caption=caption,
         title_justify="left",
         caption_justify="left",

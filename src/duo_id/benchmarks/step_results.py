@@ -5,9 +5,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
-from duo_id.style import COLORS, style
+from duo_id.style import COLORS, set_title, style
 
 NAMES = {"ours": "ours", "paper": "published shape"}
 
@@ -19,7 +20,7 @@ def step_tables(results: Mapping[str, Any]) -> list[Table]:
     """
     title, rates = f"{results['model']['name']} on {machine(results)}", results["ceilings"]
     caption = f"floors at {rates['flops'] / 1e12:.4g} TFLOP/s and the measured full attention"
-    table = Table(title=f"train step: {title}", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escape(f"train step: {title}"), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     headings = ["step", "blend", "tokens", "s", "tokens\n/s", "floor\ns", "over\nfloor", "MFU", "peak\nGiB"]
     compared = any("efficiency" in row for row in results["rows"])
     headings += ["effi-\nciency"] if compared else []
@@ -108,5 +109,5 @@ def plot_steps(results: Mapping[str, Any]) -> Figure:
         panel.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=3)
     count = f"{results.get('devices', 1)} x " if results.get("devices", 1) > 1 else ""
-    figure.suptitle(f"{results['model']['name']}, {count}{results['device']}")
+    set_title(figure, f"{results['model']['name']}, {count}{results['device']}")
     return figure

@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import os
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from duo_id.config import DataGenSettings, DataSettings, require
 from duo_id.data.samples import Sample, Task
 from duo_id.errors import UserError
+from duo_id.files import whole_folder
 
 CARD = "card.json"
 COLUMNS = ("input_ids", "labels", "answers")
@@ -126,7 +124,7 @@ def write_dataset(settings: DataGenSettings, tokenizer: PreTrainedTokenizerBase,
             longest = max(longest, len(sample["input_ids"]))
             yield {column: sample[column].numpy() for column in COLUMNS}  # type: ignore[literal-required]
 
-    with _whole_folder(out) as beside:
+    with whole_folder(out) as beside:
         cache = beside / "cache"
         splits = {
             split: datasets.Dataset.from_generator(
@@ -159,21 +157,3 @@ def write_dataset(settings: DataGenSettings, tokenizer: PreTrainedTokenizerBase,
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the tokens and their ids: tokenizers with the same one read the same samples."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-@contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`; it becomes `path` once the block ends without an error, else it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    work = beside / path.name  # made with the usual permissions, which mkdtemp withholds
-    work.mkdir()
-    try:
-        yield work
-        for file in work.rglob("*"):
-            if file.is_file():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())
-        os.rename(work, path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

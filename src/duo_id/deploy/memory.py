@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from duo_id.deploy.install import dual_cache, duo_attention
 from duo_id.errors import UserError
 from duo_id.patterns import HeadMask
-from duo_id.style import COLORS, MARKERS, plain, style
+from duo_id.style import COLORS, MARKERS, plain, set_title, style
 
 
 def cache_bytes(model: PreTrainedModel, masks: Mapping[str, HeadMask], contexts: Sequence[int]) -> pd.DataFrame:
@@ -61,6 +61,5 @@ def plot_cache_bytes(table: pd.DataFrame, title: str | None = None) -> Figure:
     axes.set_ylim(bottom=0)
     axes.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=2)
-    if title:
-        figure.suptitle(title)
+    set_title(figure, title)
     return figure

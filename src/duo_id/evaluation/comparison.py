@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -118,7 +119,7 @@ def check_window(samples: Sequence[Mapping[str, Any]], sink_size: int, recent_si
 def results_table(results: Sequence[Result], title: str) -> Table:
     """The comparison for the terminal; random masks of one sparsity share a row, mean ± standard deviation."""
     table = Table(
-        title=title,
+        title=escape(title),
         title_justify="left",
         caption="means over the samples; answer loss in nats a token",
         caption_justify="left",

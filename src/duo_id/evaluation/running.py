@@ -100,6 +100,7 @@ def _tell_how(model: LanguageModel, item: Item, full: Contender, chunk_size: int
             f"{model.name} loses its state where several tokens follow a past: each context is read in one forward, "
             f"whatever chunk_size={chunk_size}, and what follows it token by token",
             soft_wrap=True,
+            markup=False,
         )
 
 

@@ -112,7 +112,8 @@ class SweepTable(Callback):
             sys.exit(2)
         for table in tables(sweep).values():
             console.print(table)
-        console.print(f"table and figures: python -m duo_id.report {folder}", soft_wrap=True, highlight=False)
+        advice = f"table and figures: python -m duo_id.report {folder}"
+        console.print(advice, soft_wrap=True, highlight=False, markup=False)
         if len(sweep.ended) < len(sweep.jobs):
             sys.exit(2)
 

@@ -172,7 +172,7 @@ def terminal_table(grid: Grid, title: str, caption: str | None = None) -> Table:
     for section, lines in grid.sections.items():
         if len(grid.sections) > 1:
             table.add_section()
-            table.add_row(f"[italic]{section}[/]")
+            table.add_row(f"[italic]{escape(section)}[/]")
         for cells in lines:
             table.add_row(*(escape(str(cell)) for cell in cells))
     return table

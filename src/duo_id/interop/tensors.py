@@ -35,8 +35,11 @@ def read_kvzip(path: Path, options: Options) -> HeadPattern:
 
 def write_kvzip(pattern: HeadPattern, path: Path, options: Options) -> str:
     """Write KVzip's scores; returns the ratio for its scripts, which keep what lies above a score, not at it."""
-    with atomic_path(path) as beside:
-        torch.save(pattern.scores.clone(), beside)
+    try:
+        with atomic_path(path) as beside:
+            torch.save(pattern.scores.clone(), beside)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise UserError(f"{path} cannot be written: make room there, or give another DST") from error
     advice = f"{path}: copy it to utils/head_score/MODEL-DATA-0.pt, then --level head"
     if options.sparsity is None:
         return advice
