@@ -31,11 +31,13 @@ from duo_id.evaluation.summary import SEED
 from duo_id.evaluation.table import results_table, terminal_table
 from duo_id.evaluation.tasks.building import Builder
 from duo_id.evaluation.tasks.registry import make_items
+from duo_id.foreign import model_of, told_model
 from duo_id.formats import contents_of, list_patterns, load_pattern, pattern_name
 from duo_id.models import LanguageModel, load_model, weights_source
 from duo_id.patterns import HeadPattern
 from duo_id.plots import save_figure
 
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False}  # how others' texts are shown
 UNTOLD = ("resume",)  # settings that say nothing about what was measured
 
 
@@ -139,14 +141,22 @@ def as_found(config: DictConfig, given: Sequence[str]) -> DictConfig:
         given: the command line's overrides.
     """
     require(isinstance(config.heads, str), f"heads={config.heads}: give a run folder or one of {list_patterns()}")
-    found = load_pattern(config.heads).provenance.get("settings", {}).get("model")
-    keys = [override.split("=")[0].lstrip("+").replace("/", ".") for override in given]
-    if found and "model" not in keys:
+    provenance, override = load_pattern(config.heads).provenance, f"heads={config.heads}"
+    keys = [one.split("=")[0].lstrip("+").replace("/", ".") for one in given]
+    found = None if "model" in keys else model_of(provenance, override)
+    if found:
+        typed = [key for key in keys if key.startswith("model.")]
+        require(
+            "model.id" in typed or not config.model.get("trust_remote_code"),
+            f"model.trust_remote_code=true: {override} says whose code that is, model.id={found['id']}; to run it, "
+            "give model.id too",
+        )
         settings = OmegaConf.create({"model": found})
-        for key in keys:
-            if key.startswith("model."):
-                OmegaConf.update(settings, key, OmegaConf.select(config, key), merge=False)
+        for key in typed:
+            OmegaConf.update(settings, key, OmegaConf.select(config, key), merge=False)
         config.model = settings.model
+        if "model.id" not in typed:
+            app.console.print(told_model(provenance, override, "model=NAME"), soft_wrap=True, **PLAIN)
     return config
 
 
