@@ -36,8 +36,10 @@ from duo_id.formats import contents_of, list_patterns, load_pattern, pattern_nam
 from duo_id.models import LanguageModel, load_model, weights_source
 from duo_id.patterns import HeadPattern
 from duo_id.plots import save_figure
+from duo_id.record import check_honoured, differences, keep_settings, read_settings, within
 
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False}  # how others' texts are shown
+MEASURED = ("model", "data")  # settings that all scores of a run depend on
 UNTOLD = ("resume",)  # settings that say nothing about what was measured
 
 
@@ -55,6 +57,7 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
     Raises:
         UserError: something in the settings cannot work; the message names the override.
     """
+    _check_resumed(settings, folder)
     name = pattern_name(settings.heads)
     require(name not in settings.patterns, f"patterns.{name}: heads={settings.heads} has this name, choose another")
     sources = {name: settings.heads} | seeds_of(settings.patterns)
@@ -77,6 +80,7 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
     header["versions"] = {"duo_id": __version__, "python": platform.python_version()}  # whose texts samples are made of
     journal = Journal(folder, header)
     accepted()
+    keep_settings(folder, _told(settings), {})
     if settings.peers:
         write_samples(folder / SAMPLES, _for_peers(settings, model, next(iter(patterns.values()))), items)
     read_answers(folder, items)  # what cannot be read is told before the long work
@@ -88,7 +92,7 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
         "contenders": _contenders_of([*(contender.describe() for contender in compared), *journal.rows, *eviction]),
         **asked,
         "samples": settings.samples,
-        "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
+        "settings": _told(settings),
         "versions": app.versions() | {"device": _device()},
         "rows": journal.rows + rows_of_peers(eviction, items, model.tokenizer, end_tokens(model)),
     }
@@ -158,6 +162,18 @@ def as_found(config: DictConfig, given: Sequence[str]) -> DictConfig:
         if "model.id" not in typed:
             app.console.print(told_model(provenance, override, "model=NAME"), soft_wrap=True, **PLAIN)
     return config
+
+
+def _check_resumed(settings: EvaluateSettings, folder: Path) -> None:
+    """Refuse to go on with scores of another model or text; what the journal's header holds is compared there."""
+    if settings.resume:
+        found = differences(read_settings(folder)[0], _told(settings))
+        other = {key: values for key, values in found.items() if within(key, MEASURED) and key != "model.name"}
+        check_honoured(other, f"resume={settings.resume}: it was made", "and its scores hold for that alone")
+
+
+def _told(settings: EvaluateSettings) -> dict[str, Any]:
+    return {key: value for key, value in plain(settings).items() if key not in UNTOLD}
 
 
 def _for_peers(settings: EvaluateSettings, model: LanguageModel, pattern: HeadPattern) -> dict[str, Any]:
