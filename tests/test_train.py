@@ -356,8 +356,9 @@ def test_a_refused_resume_does_not_spoil_the_run(tmp_path: Path) -> None:
     overrides = ["comparison.validation_samples=0", "comparison.random_masks=0", "comparison.samples=1"]
     assert run_command("train", *QUICK, *overrides, folder=tmp_path).status == 0
     run = f"resume={tmp_path / 'run'}"
-    assert "model=tiny, this run has model=other" in run_command("train", run, "model.id=other", folder=tmp_path).error
-    assert "seed=0, not seed=5" in run_command("train", run, "seed=5", folder=tmp_path).error
+    other = run_command("train", run, "model.id=other", folder=tmp_path)
+    assert "model.id=tiny, this run has model.id=other" in other.error
+    assert "seed=0, this run has seed=5" in run_command("train", run, "seed=5", folder=tmp_path).error
     assert "method=search: resume=" in run_command("train", run, "method=search", folder=tmp_path).error
     more = run_command("train", run, "trainer.max_steps=3", folder=tmp_path)
     assert more.status == 0, more.output

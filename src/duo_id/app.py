@@ -122,9 +122,13 @@ def say(line: object) -> None:
 def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
     """The config, the run's folder and the overrides: those of a resumed run under today's.
 
+    The run may be another person's: what its overrides may not decide is refused, see `duo_id.foreign`.
+
     Raises:
-        UserError: the earlier run's settings cannot be read.
+        UserError: the earlier run's settings cannot be read, or may not be followed.
     """
+    from duo_id.foreign import check_resumed, saved_overrides  # with all settings, which plain commands do not need
+
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
@@ -134,10 +138,13 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
     given = {override.split("=")[0]: override for override in HydraConfig.get().overrides.task}
     if config.get("resume") and (Path(config.resume) != folder or HydraConfig.get().mode != RunMode.MULTIRUN):
         try:
-            given = _under(given, json.loads((Path(config.resume) / OVERRIDES).read_text())) | given
+            contents = json.loads((Path(config.resume) / OVERRIDES).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"resume={config.resume}: {OVERRIDES} cannot be read ({error})") from error
+        saved = _under(given, saved_overrides(contents, given, config.resume))
+        given, typed = saved | given, config
         config = hydra.compose(HydraConfig.get().job.config_name, overrides=list(given.values()))
+        check_resumed(config, typed, saved, typed.resume)
     given.pop("resume", None)
     return config, folder, given
 

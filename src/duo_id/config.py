@@ -1,6 +1,6 @@
 """Typed settings: what Hydra composes is checked here once, and every error names the override to change."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
@@ -313,7 +313,5 @@ def parse(schema: type[Settings], config: DictConfig, **parts: type[Any]) -> Set
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """Settings as plain values, for JSON."""
-    container = OmegaConf.to_container(OmegaConf.structured(settings))
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    """Settings as plain values, for JSON; a text with `${...}` in it stays one."""
+    return asdict(settings)

@@ -36,11 +36,15 @@ from duo_id.evaluation.summary import SEED
 from duo_id.evaluation.table import results_table, terminal_table
 from duo_id.evaluation.tasks.building import Builder
 from duo_id.evaluation.tasks.registry import make_items
+from duo_id.foreign import model_of, told_model
 from duo_id.formats import contents_of, list_patterns, load_pattern, pattern_name
 from duo_id.models import LanguageModel, load_model, weights_source
 from duo_id.patterns import HeadPattern
 from duo_id.plots import save_figure
+from duo_id.record import check_honoured, differences, keep_settings, read_settings, within
 
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False}  # how others' texts are shown
+MEASURED = ("model", "data")  # settings that all scores of a run depend on
 UNTOLD = ("resume",)  # settings that say nothing about what was measured
 
 
@@ -58,6 +62,7 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
     Raises:
         UserError: something in the settings cannot work; the message names the override.
     """
+    _check_resumed(settings, folder)
     name = pattern_name(settings.heads)
     require(name not in settings.patterns, f"patterns.{name}: heads={settings.heads} has this name, choose another")
     sources = {name: settings.heads} | seeds_of(settings.patterns)
@@ -80,6 +85,7 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
     header["versions"] = {"duo_id": __version__, "python": platform.python_version()}  # whose texts samples are made of
     journal = Journal(folder, header)
     accepted()
+    keep_settings(folder, _told(settings), {})
     if settings.peers:
         write_samples(folder / SAMPLES, _for_peers(settings, model, next(iter(patterns.values()))), items)
     read_answers(folder, items)  # what cannot be read is told before the long work
@@ -91,7 +97,7 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
         "contenders": _contenders_of([*(contender.describe() for contender in compared), *journal.rows, *eviction]),
         **asked,
         "samples": settings.samples,
-        "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
+        "settings": _told(settings),
         "versions": app.versions() | {"device": _device()},
         "rows": journal.rows + rows_of_peers(eviction, items, model.tokenizer, end_tokens(model)),
     }
@@ -144,15 +150,35 @@ def as_found(config: DictConfig, given: Sequence[str]) -> DictConfig:
         given: the command line's overrides.
     """
     require(isinstance(config.heads, str), f"heads={config.heads}: give a run folder or one of {list_patterns()}")
-    found = load_pattern(config.heads).provenance.get("settings", {}).get("model")
-    keys = [override.split("=")[0].lstrip("+").replace("/", ".") for override in given]
-    if found and "model" not in keys:
+    provenance, override = load_pattern(config.heads).provenance, f"heads={config.heads}"
+    keys = [one.split("=")[0].lstrip("+").replace("/", ".") for one in given]
+    found = None if "model" in keys else model_of(provenance, override)
+    if found:
+        typed = [key for key in keys if key.startswith("model.")]
+        require(
+            "model.id" in typed or not config.model.get("trust_remote_code"),
+            f"model.trust_remote_code=true: {override} says whose code that is, model.id={found['id']}; to run it, "
+            "give model.id too",
+        )
         settings = OmegaConf.create({"model": found})
-        for key in keys:
-            if key.startswith("model."):
-                OmegaConf.update(settings, key, OmegaConf.select(config, key), merge=False)
+        for key in typed:
+            OmegaConf.update(settings, key, OmegaConf.select(config, key), merge=False)
         config.model = settings.model
+        if "model.id" not in typed:
+            app.console.print(told_model(provenance, override, "model=NAME"), soft_wrap=True, **PLAIN)
     return config
+
+
+def _check_resumed(settings: EvaluateSettings, folder: Path) -> None:
+    """Refuse to go on with scores of another model or text; what the journal's header holds is compared there."""
+    if settings.resume:
+        found = differences(read_settings(folder)[0], _told(settings))
+        other = {key: values for key, values in found.items() if within(key, MEASURED) and key != "model.name"}
+        check_honoured(other, f"resume={settings.resume}: it was made", "and its scores hold for that alone")
+
+
+def _told(settings: EvaluateSettings) -> dict[str, Any]:
+    return {key: value for key, value in plain(settings).items() if key not in UNTOLD}
 
 
 def _for_peers(settings: EvaluateSettings, model: LanguageModel, pattern: HeadPattern) -> dict[str, Any]:

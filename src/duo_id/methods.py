@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from duo_id.attention.blends import BLENDS
 from duo_id.config import MethodSettings, TrainSettings, parse, require
 from duo_id.errors import UserError
+from duo_id.foreign import literal
 from duo_id.gates import GATES
 from duo_id.objectives import make_objective
 from duo_id.penalties import PENALTIES
@@ -308,7 +309,7 @@ def _typed_order(key: str, given: Any, method: MethodSettings) -> Any:
         return given
     shared = {"sink_size": method.sink_size, "recent_size": method.recent_size}
     try:
-        return method_settings(OmegaConf.create({**given, **shared}))
+        return method_settings(OmegaConf.create(literal({**given, **shared})))
     except UserError as error:
         named = of_order(key, str(error))
         raise UserError(named if named != str(error) else f"method.{key}.{error}") from error

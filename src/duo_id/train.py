@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from duo_id import app
 from duo_id.attention.blends import BLENDS
 from duo_id.attention.gated import attached
+from duo_id.checkpoints import CHECKPOINT
 from duo_id.config import TrainSettings, plain, require
 from duo_id.evaluation.agreement import agreement_table
 from duo_id.evaluation.comparison import check_window, compare, found_loss, results_table
@@ -35,8 +36,20 @@ from duo_id.patterns import HeadPattern, average
 from duo_id.plan import shared_step
 from duo_id.plots import plot_gates, plot_training, read_metrics, save_figure
 from duo_id.ranks import Ranks, launch
+from duo_id.record import check_honoured, differences, keep_settings, read_settings, told_settings, within
+from duo_id.scores.registry import ORDER
 from duo_id.tracking import log_config, log_gates, log_heads, tracked
 
+Earlier = tuple[dict[str, Any], dict[str, Any]]  # settings, and what was there before them by override
+STEPS = ("trainer.max_steps",)
+CHANGEABLE = (
+    "comparison",
+    "sparsity",
+    "repeats",
+    "model.name",
+    "data.num_workers",
+)  # done anew, or without a trace in heads
+MEANTIME = ("step", "trainer")  # what a resumed run may change for the steps to come, which provenance tells
 UNTOLD = ("logger", "resume", "checkpoint_seconds")  # settings that say nothing about what was found, only about a disk
 
 
@@ -67,7 +80,7 @@ def train(
     )
     app.console.quiet = not ranks.first
     folder = Path(ranks.agreed(str(folder)))
-    _check_resumed(settings, folder)
+    earlier = _check_resumed(settings, folder)
     with ranks.watched():
         if ranks.world > 1:
             settings = _shared(settings, device, ranks, folder)
@@ -82,6 +95,8 @@ def train(
                 "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
                 "versions": app.versions(),
             }
+            if before := _before(earlier, found["settings"]):
+                found["before"] = before
             loaded = time.perf_counter()
             patterns = _identify_repeatedly(run, found)
             identified = time.perf_counter()
@@ -113,14 +128,58 @@ def train(
         return summary
 
 
-def _check_resumed(settings: TrainSettings, folder: Path) -> None:
-    """Refuse to go on with a run of another method, whose heads would be written over."""
-    if settings.resume and (folder / "heads" / HEADS).is_file():
-        before = load_pattern(folder).provenance.get("settings", {}).get("method", {}).get("name")
+def _check_resumed(settings: TrainSettings, folder: Path) -> Earlier:
+    """Refuse to go on with a run under settings that what it has found so far was not found with.
+
+    Returns:
+        the settings of the earlier part, and those that parts before it had instead; nothing of either if there is
+        nothing to go on from, for then everything is done under today's.
+    """
+    if not settings.resume:
+        return {}, {}
+    (earlier, before), now = read_settings(folder), plain(settings)
+    done = (folder / "heads" / HEADS).is_file()
+    if not earlier and done:  # by an earlier version
+        earlier = told_settings(load_pattern(folder).provenance)
+    begun = [place for place in (folder, *sorted(folder.glob("seed-*"))) if _begun(place)]
+    if done or begun:
+        method, repeats = earlier.get("method"), earlier.get("repeats", settings.repeats)
+        name = method.get("name") if isinstance(method, dict) else None
+        refused = f"resume={settings.resume} is a run of"
         require(
-            before in (None, settings.method.name),
-            f"method={settings.method.name}: resume={settings.resume} is a run of method={before}; leave out resume",
+            name in (None, settings.method.name),
+            f"method={settings.method.name}: {refused} method={name}; leave out resume",
         )
+        require(
+            (repeats == 1) == (settings.repeats == 1),
+            f"repeats={settings.repeats}: {refused} repeats={repeats}, whose heads would be replaced; leave out resume",
+        )
+    if settings.repeats > 1:
+        for seed in range(settings.seed, settings.seed + settings.repeats):
+            if ((place := folder / f"seed-{seed}") / "heads" / HEADS).is_file():
+                _found_before(place, settings)
+    if not begun:
+        return {}, {}
+    free = [*UNTOLD, *CHANGEABLE, *MEANTIME, "method.prior_weight", "method.batch_tokens"]
+    if not any((place / "prior" / ORDER).is_file() for place in begun) or not isinstance(now["method"]["prior"], dict):
+        free.append("method.prior")  # which is found, or read, once more
+    found = {key: values for key, values in differences(earlier, now).items() if not within(key, free)}
+    check_honoured(found, f"resume={settings.resume}: it was made", "and what it has found so far holds for that alone")
+    return earlier, before
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run folder, or that of a seed, holds something that a resumed run would not do again."""
+    orders = [folder / name / ORDER for name in (".", "prior", "start")]
+    seed = folder.name.startswith("seed-") and (folder / "heads" / HEADS).is_file()
+    return seed or any(path.is_file() for path in (folder / CHECKPOINT, *orders))
+
+
+def _before(earlier: Earlier, now: dict[str, Any]) -> dict[str, Any]:
+    """What the first part of a resumed run had instead of today's settings, by override."""
+    settings, before = earlier
+    found = {key: old for key, (old, _) in differences(settings, now).items() if within(key, MEANTIME)}
+    return found | before if settings else {}
 
 
 def _shared(settings: TrainSettings, device: torch.device, ranks: Ranks, folder: Path) -> TrainSettings:
@@ -180,20 +239,21 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
 def _found_before(folder: Path, settings: TrainSettings) -> HeadPattern:
     """The pattern of a seed that an earlier part of the run has found, in the way in which others are being found."""
     pattern = load_pattern(folder)
-    before, now = pattern.provenance.get("settings", {}).get("method", {}), plain(settings.method)
-    differing = sorted(key for key in before.keys() & now.keys() if before[key] != now[key])
-    theirs, ours = (", ".join(f"method.{key}={one[key]}" for key in differing) for one in (before, now))
-    require(
-        not differing,
-        f"resume={settings.resume}: {folder.name} was found with {theirs}, this run has {ours}, and a mean of both "
-        "would mean nothing; leave out what changed that, or give the former again",
-    )
+    found = differences(told_settings(pattern.provenance), plain(settings))
+    found = {
+        key: values
+        for key, values in found.items()
+        if key in STEPS or not within(key, [*UNTOLD, *CHANGEABLE, *MEANTIME])
+    }
+    told = f"resume={settings.resume}: {folder.name} was found"
+    check_honoured(found, told, "and a mean of both would mean nothing")
     return pattern
 
 
 def _accepted(run: Run, loggers: Sequence[Logger], known: dict[str, Any]) -> None:
     if run.model.ranks.first:
         run.accepted()
+        keep_settings(run.folder, known["settings"], known.get("before", {}))
     log_config(loggers, known)
 
 

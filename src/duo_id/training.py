@@ -222,7 +222,7 @@ class GateTraining(lightning.LightningModule):
         checkpoint["duo_id"] = self._identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model."""
+        """Refuse a checkpoint of another model, or of more steps."""
         found, expected = checkpoint.get("duo_id"), self._identity()
         if not isinstance(found, dict):
             raise UserError("resume: the checkpoint is not one of duo_id")
@@ -232,6 +232,12 @@ class GateTraining(lightning.LightningModule):
             raise UserError(
                 f"resume: the checkpoint was made with {_listed(theirs)}, this run has {_listed(ours)}; leave out what "
                 "changed that, or give the former again"
+            )
+        done = checkpoint.get("global_step", 0)
+        if done > self.steps:
+            raise UserError(
+                f"resume: the checkpoint was made in trainer.max_steps={done}, this run has trainer.max_steps="
+                f"{self.steps}: steps are not taken back"
             )
 
     def penalty(self, openness: Tensor) -> Tensor:

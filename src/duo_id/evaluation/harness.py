@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from duo_id.config import ModelSettings, conf_dir, parse
 from duo_id.deploy.install import install
 from duo_id.errors import UserError
+from duo_id.foreign import model_of, told_model
 from duo_id.formats import load_pattern
 from duo_id.models import load_model
 from duo_id.patterns import HeadPattern
@@ -104,9 +105,10 @@ def _settings(model: str | None, pattern: HeadPattern, dtype: str) -> ModelSetti
     """The settings of a model of conf/model/, or of the one that the pattern was found on."""
     folder = conf_dir() / "model"
     if model is None:
-        contents = pattern.provenance.get("settings", {}).get("model")
+        contents: Any = model_of(pattern.provenance, "--model_args heads")
         if contents is None:
             raise UserError("the pattern does not say how to load its model: add --model_args pretrained=MODEL")
+        print(told_model(pattern.provenance, "--model_args heads", "model=NAME"))
     elif (file := folder / f"{model}.yaml").is_file() and model != "hub":
         contents = OmegaConf.to_container(OmegaConf.load(file))
     else:

@@ -12,6 +12,7 @@ from duo_id.errors import UserError
 from duo_id.evaluation.contenders import Key
 from duo_id.evaluation.items import SCHEMA, VERSION, Item, Row, check_row
 from duo_id.files import atomic_path, write_text
+from duo_id.record import differences, shown
 
 SCORES = "scores.jsonl"  # in a run folder: a header line, then one row a line
 RESULTS = "results.json"
@@ -96,7 +97,10 @@ class Journal:
             )
         for key in self.header.keys() | header.keys():
             if header.get(key) != self.header.get(key):
-                raise UserError(f"resume: {self.path} was made with another {key}: leave out resume to start anew")
+                raise UserError(
+                    f"resume: {self.path} was made with another {key} ({_told(key, header, self.header)}): leave out "
+                    "resume to start anew"
+                )
         for row in rows:
             check_row(row, NUMBERS, OTHERS, f"resume: {self.path}")
             self._rows[_identity(row)] = row
@@ -114,6 +118,12 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     head = json.dumps({"schema": SCHEMA, "version": VERSION} | results | {"rows": []}, indent=1)
     rows = ",\n  ".join(json.dumps(row) for row in results["rows"])  # one a line
     write_text(folder / RESULTS, head.removesuffix("[]\n}") + f"[\n  {rows}\n ]\n}}\n")
+
+
+def _told(key: str, header: Row, now: Row) -> str:
+    """Where two headers differ under a key, and both values."""
+    found = differences({key: header.get(key)}, {key: now.get(key)})
+    return "; ".join(f"{name}={shown(old)}, not {shown(new)}" for name, (old, new) in list(found.items())[:2]) or key
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
