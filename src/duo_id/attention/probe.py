@@ -165,9 +165,9 @@ def run_text(model: PreTrainedModel, ids: Tensor) -> None:
         text = ids.to(_where(model))[None] % model.config.get_text_config().vocab_size
         with as_evaluated(model):
             model(input_ids=text, attention_mask=no_padding(text), use_cache=False)
-    except (UserError, torch.OutOfMemoryError):
+    except UserError:
         raise
-    except Exception as error:
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"{type(model).__name__} does not run on {len(ids)} tokens of text alone, by which its attention is found: "
