@@ -1,6 +1,7 @@
 """The dual KV cache: a transformers `Cache` whose layers keep retrieval and streaming heads apart."""
 
 import copy
+import operator
 from collections.abc import Sequence
 from typing import cast
 
@@ -159,8 +160,10 @@ class DualCache(Cache):
         Raises:
             UserError: a streaming head would see tokens again that it has forgotten; nothing has been changed.
         """
-        if not isinstance(tokens_to_remove, int):
-            raise UserError(f"crop({tokens_to_remove!r}): give the number of tokens to remove as a negative number")
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)  # some releases give a tensor
+        except TypeError:
+            raise UserError(f"crop({tokens_to_remove!r}): give the number of tokens as a negative number") from None
         tokens, columns = self.tokens, -tokens_to_remove
         if columns < 0:
             raise UserError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
