@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,6 @@ from tests.processes import run_file, run_module, start
 
 NAMES = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"]
 FEW = ["comparison.validation_samples=0", "comparison.random_masks=0", "comparison.samples=1"]
-
-
-@pytest.fixture(autouse=True)
-def as_a_process_begins() -> Iterator[None]:
-    """Nobody listens to a signal yet, whatever other tests of this process have left."""
-    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
-    for number in before:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def forked(block: Callable[[], object]) -> int:

@@ -22,7 +22,8 @@ class Life:
 
     def __init__(self, given: Case, seed: int) -> None:
         self.given, self.draw = given, random.Random(seed)
-        self.static, self.autocast = seed % 3 == 1, seed % 4 == 3  # autocast: all in bfloat16, the reference too
+        routed = hasattr(given.model.config, "num_local_experts")  # where a rounding error may choose another expert
+        self.static, self.autocast = seed % 3 == 1, seed % 4 == 3 and not routed  # all in bfloat16, the reference too
         batch = self.draw.choice([1, 2, 3])
         self.ids, self.real = random_ids(batch, 0), torch.ones(batch, 0, dtype=torch.long)
         self.cache = self.new_cache()
@@ -71,7 +72,9 @@ class Life:
         """Check some logits, if there are any."""
         if self.autocast and len(found):
             error = (found.float() - expected.float()).norm() / expected.float().norm()
-            assert error < 0.2, f"error {error:.1e}"  # a token of these models in bfloat16 is off by 0.04 to 0.5 itself
+            assert error < 0.2, (
+                f"error {error:.1e}"
+            )  # a token of these models in bfloat16 is off by 0.04 to 0.15 itself
         elif len(found):
             check_equal(found, expected)
 
