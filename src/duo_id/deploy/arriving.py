@@ -10,11 +10,7 @@ from duo_id.attention.softmax import Softmax
 from duo_id.deploy.tokens import Tokens
 from duo_id.errors import UserError
 
-TOGETHER = (
-    8192  # tokens up to which padded prompts attend as one batch: beyond, what padding costs is more than launches
-)
-
-
+TOGETHER = 8192  # tokens up to which padded prompts attend as one batch; beyond, padding costs more than launches
 CHANGED = "this model changes its keys behind the cache, which the dual cache does not: use_cache=False"
 
 

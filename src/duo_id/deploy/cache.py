@@ -54,9 +54,9 @@ class DualCache(Cache):
             raise UserError(f"max_length={max_length} must be at least 1 token")
         everywhere = cache_layers(config, max_length)
         first = min(layer.index for layer in layers)
-        for layer in (
-            layer for layer in layers if layer.index < len(everywhere)
-        ):  # others are left out by an early exit
+        for layer in layers:
+            if layer.index >= len(everywhere):
+                continue  # an early exit leaves it out
             if layer.obstacle or isinstance(everywhere[layer.index], LinearAttentionCacheLayerMixin):
                 raise UserError(f"{layer.name} cannot use a dual cache: {layer.obstacle or 'it has other state too'}")
             streams = layer.window is not None
