@@ -192,7 +192,7 @@ def test_a_wrong_value_is_one_line_that_names_the_override(key: str, base: dict[
     [
         ({"sparsity": [0.5, 1.5]}, "sparsity=1.5"),
         ({"sparsity": [float("nan")]}, "sparsity=nan"),
-        ({"sparsity": ["half"]}, "sparsity[0]"),
+        ({"sparsity": ["half"]}, "sparsity=half must be a number"),
         ({"model.init": "random", "model.architecture": {}}, "model.architecture"),
         ({"data.haystack.source": "file"}, "data.haystack.path=FILE"),
         ({"data.haystack.source": "hub"}, "data.haystack.id=DATASET"),

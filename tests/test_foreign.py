@@ -15,8 +15,9 @@ from transformers import LlamaConfig
 from duo_id import evaluate as evaluating
 from duo_id.config import ModelSettings, TrainSettings, conf_dir, parse, plain
 from duo_id.errors import UserError
-from duo_id.foreign import class_of, literal, model_of
+from duo_id.foreign import class_of, model_of
 from duo_id.formats import load_pattern, save_pattern
+from duo_id.mistakes import literal
 from duo_id.models import LanguageModel
 from duo_id.patterns import HeadPattern
 from duo_id.report import main as report

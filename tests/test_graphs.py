@@ -39,7 +39,7 @@ def test_on_the_cpu_the_function_is_called_as_it_is() -> None:
 def test_replay_equals_the_plain_step(
     blend: str, objective: str, device: str, gate_training: Callable[..., Any]
 ) -> None:
-    method = GateSettings(**METHOD, blend=blend, objective=objective)
+    method = GateSettings(name="duo", **METHOD, blend=blend, objective=objective)
     with gate_training(method, StepSettings(streaming_backend="blocked"), device) as training:
         assert isinstance(training, GateTraining)
         graphed = GraphedLoss(training.distillation.loss)

@@ -74,7 +74,7 @@ def test_a_toy_problem_reaches_the_sparsity_it_is_asked_for(
     """Heads are worth between nearly nothing and much; the optimizers are the ones that training makes."""
     settings: dict[str, Any] = {"sink_size": 2, "recent_size": 8, "gate": gate, "penalty": "target"}
     settings |= {"target_sparsity": target, "reg_weight": 1.0, "lr": 0.05, "optimizer": ADAMW}
-    with gate_training(GateSettings(**settings, initial=0.9)) as training:
+    with gate_training(GateSettings(name="duo", **settings, initial=0.9)) as training:
         steps = 600
         training.steps = steps
         monkeypatch.setattr(GateTraining, "global_step", property(lambda self: self.done))
@@ -99,7 +99,7 @@ def test_a_toy_problem_reaches_the_sparsity_it_is_asked_for(
 def test_weights_of_several_penalties_add_up(gate_training: MakeTraining, monkeypatch: pytest.MonkeyPatch) -> None:
     penalty = {"l1": 2.0, "binary": 0.5, "target": 3.0}
     settings: dict[str, Any] = {"sink_size": 2, "recent_size": 8, "penalty": penalty, "target_sparsity": 0.5}
-    with gate_training(GateSettings(**settings, target_rise=1.0, optimizer=ADAMW)) as training:
+    with gate_training(GateSettings(name="duo", **settings, target_rise=1.0, optimizer=ADAMW)) as training:
         monkeypatch.setattr(GateTraining, "global_step", 5)  # of 10
         target = training.penalties["target"]
         assert isinstance(target, TargetSparsity)

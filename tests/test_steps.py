@@ -111,7 +111,7 @@ def test_compiled_blends_are_the_same(make_model: Callable[..., PreTrainedModel]
 
 
 def test_gates_train_in_the_published_shape(gate_training: Callable[..., Any]) -> None:
-    method = GateSettings(sink_size=2, recent_size=8)
+    method = GateSettings(name="duo", sink_size=2, recent_size=8)
     losses = []
     for settings in (StepSettings(), StepSettings(shape="paper", memory="least")):
         with gate_training(method, settings) as training:
@@ -124,7 +124,7 @@ def test_gates_train_in_the_published_shape(gate_training: Callable[..., Any]) -
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UserError, match=r"step.shape=paper needs step.memory=least, not auto: step=paper_shape"):
         StepSettings(shape="paper")
-    with pytest.raises(UserError, match=r"step.shape=slow: choose fast or paper"):
+    with pytest.raises(UserError, match=r"step.shape=slow: choose one of fast, paper"):
         StepSettings(shape="slow")
     with pytest.raises(UserError, match=r"step.memory=lots: choose"):
         StepSettings(memory="lots")

@@ -26,7 +26,7 @@ MakeTraining = Callable[..., Any]
 
 
 def method(**changes: Any) -> GateSettings:
-    return GateSettings(**{"sink_size": 2, "recent_size": 8, "lr": 0.05, "optimizer": ADAMW} | changes)
+    return GateSettings(**{"name": "duo", "sink_size": 2, "recent_size": 8, "lr": 0.05, "optimizer": ADAMW} | changes)
 
 
 def batch_of(*samples: Sample, side: str = "right") -> Batch:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from duo_id.config import conf_dir
 from duo_id.errors import UserError
-from duo_id.mistakes import explained
+from duo_id.mistakes import explained, literal
 
 MODEL_TEXTS = ("id", "name", "revision", "wheel", "init", "dtype")  # of a model, as a pattern may give them
 MODEL_SHAPES = ("architecture", "config")
@@ -46,17 +46,6 @@ INTERPOLATION = re.compile(r"\$\\*\{")  # also with the backslashes that Hydra t
 ELSEWHERE = re.compile(r"^[/~\\]|^\w:\\|(^|[/\\])\.\.([/\\]|$)|://")  # a path out of the run folder, or an address
 
 Place = tuple[str | int, ...]
-
-
-def literal(value: Any) -> Any:
-    """Plain values such that OmegaConf gives their texts back as they are, whatever `${...}` stands in them."""
-    if isinstance(value, Mapping):
-        return {key: literal(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [literal(inner) for inner in value]
-    if isinstance(value, str) and "${" in value:
-        return re.sub(r"(\\*)\$\{", lambda found: f"{found[1]}{found[1]}\\${{", value)
-    return value
 
 
 def model_of(provenance: Mapping[str, Any], override: str) -> dict[str, Any] | None:

@@ -38,6 +38,17 @@ def explained(error: BaseException) -> str:
     return _joined(error)
 
 
+def literal(value: Any) -> Any:
+    """Plain values such that OmegaConf gives their texts back as they are, whatever `${...}` stands in them."""
+    if isinstance(value, Mapping):
+        return {key: literal(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [literal(inner) for inner in value]
+    if isinstance(value, str) and "${" in value:
+        return re.sub(r"(\\*)\$\{", lambda found: f"{found[1]}{found[1]}\\${{", value)
+    return value
+
+
 def built(group: str, settings: Mapping[str, Any], *args: Any, about: str = "_target_", **others: Any) -> Any:
     """The object that a group of settings describes: its `_target_`, called with them.
 
@@ -52,7 +63,7 @@ def built(group: str, settings: Mapping[str, Any], *args: Any, about: str = "_ta
         UserError: it cannot be made; the message has the overrides of the settings that the error names.
     """
     try:
-        return instantiate(settings, *args, **others)
+        return instantiate(literal(settings), *args, **others)
     except InstantiationException as error:
         reason = error.__cause__ or error
         named = [key for key in settings if re.search(rf"\b{re.escape(key)}\b", str(reason))] or [about]

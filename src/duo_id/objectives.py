@@ -7,12 +7,15 @@ token, (..., scored tokens): leading dimensions of the student (candidates) are 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pkgutil import resolve_name
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from duo_id.errors import UserError
+
+HEAVIEST = 1e9  # weight of one objective or penalty in a sum
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,7 @@ def make_objective(chosen: str | Mapping[str, float]) -> Objective:
     if not weights:
         raise UserError(f"method.objective={{}}: choose one of {', '.join(OBJECTIVES)}, or weights of several")
     for name, weight in weights.items():
-        if not isinstance(weight, int | float) or not weight > 0:
-            raise UserError(f"method.objective.{name}={weight} must be a positive weight")
+        check_weight(weight, f"method.objective.{name}")
     parts = [(_named(name), weight) for name, weight in weights.items()]
 
     def weighted(student: Outputs, teacher: Outputs) -> Tensor:
@@ -133,6 +135,12 @@ def make_objective(chosen: str | Mapping[str, float]) -> Objective:
         logits=any(part.logits for part, _ in parts),
         teacher=any(part.teacher for part, _ in parts),
     )
+
+
+def check_weight(weight: Any, override: str) -> None:
+    """Raise a `UserError` unless a value is a positive weight that float32 holds with room for its products."""
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= HEAVIEST:
+        raise UserError(f"{override}={weight!s:.80} must be a positive weight, at most {HEAVIEST:g}")
 
 
 def _named(name: str) -> Objective:

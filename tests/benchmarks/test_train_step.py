@@ -94,12 +94,12 @@ def test_the_loss_looks_at_the_end_of_every_sample() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["blend=[pupil]"], "blend=pupil: choose from student, detached, teacher"),
-        (["blend=[]"], "blend=[] must name at least one value"),
+        (["blend=[pupil]"], "blend=pupil: choose one of student, detached, teacher"),
+        (["blend=[]"], "blend=[] must be a list of at least one value"),
         (["step.memory=lots"], "step.memory=lots: choose auto, outputs, least, or a budget such as 60GiB"),
         (["step.memory=0.01MiB", "context=60"], "step.memory: a step of 60 tokens needs at least"),
         (["context=1000000"], "context=1000000: tiny is made for"),
-        (["data.length=0"], "context=0 must be at least 1 token"),
+        (["data.length=0"], "data.length=0 must be at least 1"),
         (["trainer.devices=2", "trainer.accelerator=cpu"], "batch_size=1, the samples of a step, does not divide"),
         (["step.sequence_parallel=2"], "step.sequence_parallel=2 does not divide the 1 processes"),
         (["task=decode", "trainer.devices=2"], "trainer.devices=2: task=decode works on 1 device"),

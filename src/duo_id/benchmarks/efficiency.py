@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.config import parse, require
 from duo_id.errors import UserError
-from duo_id.foreign import literal
 
 Place = tuple[int, str]  # context and blend
 
@@ -34,7 +32,7 @@ def read_baseline(settings: BenchmarkSettings, device: torch.device, card: str, 
         steps = {(row["context"], row["blend"]): row for row in found["rows"] if row.get("step") == "ours"}
         speeds = {place: float(row["tokens_per_s"]) for place, row in steps.items() if row["status"] != "OOM"}
         there = found.get("devices", 1), found["device"], found["model"]["name"]
-        its = parse(BenchmarkSettings, OmegaConf.create(literal(found["settings"])))
+        its = parse(BenchmarkSettings, found["settings"])
         require(its.task == "train_step", f"task={its.task}")
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{refused}: no results of task=train_step can be read there ({error})") from error
