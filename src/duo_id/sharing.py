@@ -11,12 +11,12 @@ from huggingface_hub import HfApi, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from duo_id import hub
+from duo_id.documents import read_object, read_text
 from duo_id.errors import UserError
 from duo_id.files import write_text
 from duo_id.formats import SHIPPED, list_patterns, save_pattern
 from duo_id.patterns import HeadPattern
 from duo_id.plots import plot_gates, save_figure
-from duo_id.tables import read_object, read_text
 
 CARD, FIGURE, SUMMARY = "README.md", "gates.png", "summary.json"
 TOLD = 60  # characters of a value in the card's table
