@@ -49,7 +49,7 @@ class _First(FailFast):
 
 
 Line = Annotated[str, Field(max_length=1000)]  # a name
-Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
 Tokens = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(ge=0)]
@@ -108,14 +108,17 @@ def as_object(contents: Any, where: str | Path) -> dict[str, Any]:
     return contents
 
 
-def parse_lines(lines: Iterable[str], where: str | Path, mend: bool = False) -> list[dict[str, Any]]:
-    """The objects in lines of JSON; blank ones are left out.
+def parse_lines(lines: Iterable[str], where: str | Path, mend: bool = False) -> list[tuple[int, dict[str, Any]]]:
+    """The objects in lines of JSON, with the numbers of these; blank ones are left out.
 
     Raises:
         UserError: as of `parse_json`, or a line is something else.
     """
     numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    return [as_object(parse_json(line, where, number, mend), f"{where}, line {number}") for number, line in numbered]
+    return [
+        (number, as_object(parse_json(line, where, number, mend), f"{where}, line {number}"))
+        for number, line in numbered
+    ]
 
 
 def parse_json(text: str, where: str | Path, line: int = 1, mend: bool = False) -> Any:
@@ -133,7 +136,7 @@ def parse_json(text: str, where: str | Path, line: int = 1, mend: bool = False) 
     if mend and "\\ud" in text.lower():
         text = HALF.sub(lambda found: "?" if len(found[0]) == 6 and found[0][2] in "dD" else found[0], text)
     try:
-        contents = from_json(text, allow_inf_nan=False)
+        contents = from_json(text)
     except ValueError as error:
         place, reason = PLACE.search(str(error)), str(error).partition(" at line ")[0]
         at = f", line {int(place[1]) + line - 1}, column {place[2]}" if place else ""
@@ -146,9 +149,9 @@ def parse_json(text: str, where: str | Path, line: int = 1, mend: bool = False) 
         elif isinstance(one, list):
             left += one
         elif isinstance(one, int) and not -(2**63) <= one < 2**63:
-            raise UserError(f"{where}, line {line}: {shown(one)} is beyond 64 bits")
+            raise UserError(f"{where}: {shown(one)} is beyond 64 bits")
         elif isinstance(one, float) and not isfinite(one):
-            raise UserError(f"{where}, line {line}: a number is beyond 64 bits")
+            raise UserError(f"{where}: {one} is no finite number")
     return contents
 
 
@@ -176,7 +179,7 @@ def checked(schema: type[Schema], contents: Any, where: str | Path, under: str =
             lacking = [str(loc[-1]) for loc in kin if loc[:-1] == first["loc"][:-1]]
             owner = f"{where}: {place}" if place else str(where)
             raise UserError(f"{owner} lacks {', '.join(lacking)}") from None
-        reason = KINDS.get(first["type"], first["msg"][:1].lower() + first["msg"][1:])
+        reason = KINDS.get(first["type"], re.sub(r"^\w+ should", "must", first["msg"]))
         value = f"={shown(first['input'])}" if place else ""
         told = f"is {reason}" if first["type"] in KINDS else reason
         raise UserError(f"{where}: {place}{value} {told}".replace(":  ", ": ")) from None

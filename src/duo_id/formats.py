@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 
 from duo_id import hub
-from duo_id.documents import FIRST, Count, Data, Tokens, checked, read_object, shown
+from duo_id.documents import FIRST, Count, Data, Line, Tokens, checked, read_object, shown
 from duo_id.errors import UserError
 from duo_id.files import write_text
 from duo_id.patterns import HeadMask, HeadPattern
@@ -35,6 +35,7 @@ class Sizes(Data):
 
     sink_size: Tokens
     recent_size: Tokens
+    model_name: Line | None = None
     gated_layers: Annotated[list[Count], FIRST] | None = None
 
 
@@ -150,7 +151,9 @@ def pattern_from_json(contents: dict[str, Any], path: str | Path) -> HeadPattern
     if version != VERSION:
         newer = isinstance(version, int) and version > VERSION
         advice = "; a newer duo_id wrote it, upgrade to read it" if newer else ""
-        raise UserError(f"{path} has version {shown(version)} of its schema, this duo_id reads version {VERSION}{advice}")
+        raise UserError(
+            f"{path} has version {shown(version)} of its schema, this duo_id reads version {VERSION}{advice}"
+        )
     given = checked(Heads, contents, path)
     scores = number_rows(f"{path}: scores, row", enumerate(given.scores, start=1))
     shape, said = (len(scores), len(scores[0])), (given.layers, given.kv_heads)
@@ -195,14 +198,12 @@ def _read_duo(path: Path) -> HeadPattern:
         raise UserError(f"{beside} is missing: sink_size and recent_size of {path.name} stand there")
     config = read_object(beside)
     sizes = checked(Sizes, config, beside)
-    model = {"id": config.get("model_name"), "layers": len(scores), "kv_heads": len(scores[0])}
+    model = {"id": sizes.model_name, "layers": len(scores), "kv_heads": len(scores[0])}
     return _pattern(path.parent, scores, sizes, {"format": "DuoAttention", "model": model, "config": config})
 
 
-def _pattern(
-    place: str | Path, scores: list[list[float]], sizes: Sizes, provenance: dict[str, Any]
-) -> HeadPattern:
-    gated = None if sizes.gated_layers is None else tuple(sizes.gated_layers)
+def _pattern(place: str | Path, scores: list[list[float]], sizes: Sizes, provenance: dict[str, Any]) -> HeadPattern:
+    gated = tuple(range(len(scores)) if sizes.gated_layers is None else sizes.gated_layers)
     try:
         return HeadPattern(torch.tensor(scores), sizes.sink_size, sizes.recent_size, gated, provenance)
     except UserError as error:

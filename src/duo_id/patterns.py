@@ -272,19 +272,21 @@ def _complete(owner: HeadPattern | HeadMask, name: str, heads: Tensor) -> None:
     if heads.dim() != 2 or heads.numel() == 0:
         raise UserError(f"{name} must have the shape (layers, KV heads), both at least 1, not {tuple(heads.shape)}")
     if max(heads.shape) > MOST_HEADS:
-        raise UserError(f"{name} of {tuple(heads.shape)} heads are more than any model has: at most {MOST_HEADS} each way")
+        raise UserError(
+            f"{name} of {tuple(heads.shape)} heads are more than any model has: at most {MOST_HEADS} each way"
+        )
     layers = range(len(heads))
     given = list(layers if owner.gated_layers is None else owner.gated_layers)
     if not given or any(not isinstance(layer, Integral) or layer not in layers for layer in given):
-        raise UserError(f"gated_layers={str(given):.60} must name the gated layers, at least one, from 0 to {layers[-1]}")
+        raise UserError(f"gated_layers={given!s:.60} must name the gated layers, at least one, from 0 to {layers[-1]}")
     gated = tuple(sorted({int(layer) for layer in given}))
     heads[sorted({*layers} - {*gated})] = 1
     object.__setattr__(owner, name, heads)
     object.__setattr__(owner, "gated_layers", gated)
     for window, smallest in (("sink_size", 0), ("recent_size", 1)):
         size = getattr(owner, window)
-        if not isinstance(size, Integral) or isinstance(size, bool) or not smallest <= size <= MOST_TOKENS:
-            most = f", at most {MOST_TOKENS}" if isinstance(size, Integral) and size > MOST_TOKENS else ""
+        if not isinstance(size, Integral) or isinstance(size, bool) or not smallest <= int(size) <= MOST_TOKENS:
+            most = f", at most {MOST_TOKENS}" if isinstance(size, Integral) and int(size) > MOST_TOKENS else ""
             raise UserError(f"{window}={shown(size)} must be a whole number of tokens, at least {smallest}{most}")
         object.__setattr__(owner, window, int(size))
 

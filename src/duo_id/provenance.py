@@ -1,8 +1,8 @@
-"""What of a pattern's provenance anything looks at, as a schema; all else in it is kept, and looked at by nobody."""
+"""What of a pattern's provenance anything looks at, as a schema; all else in it is kept, and only shown."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from duo_id.documents import Count, Data, Line, Positive, Share
+from duo_id.documents import FIRST, Count, Data, Line, Positive, Share
 
 
 class Model(Data):
@@ -41,12 +41,43 @@ class Settings(Data):
     method: FoundBy | None = None
 
 
-class Provenance(Data):
-    """Of a pattern, and of the summary of the run that found it."""
+class Told(Data):
+    """By patterns, and by the summary of the run that found one."""
 
-    model: Model | None = None
     settings: Settings | None = None
     versions: dict[str, Line | None] | None = None
     seed: Count | None = None
-    seconds: Positive | None = None
     budget: Share | None = None
+
+
+class Provenance(Told):
+    """Of a pattern."""
+
+    model: Model | None = None
+    seconds: Positive | None = None
+
+
+class Result(Data):
+    """What a mask scored at the end of a run."""
+
+    heads: Line
+    sparsity: Share
+    answer_loss: float
+    token_accuracy: float | None = None
+    exact_answers: float | None = None
+
+
+class Evidence(Told):
+    """A summary.json as a model card takes it."""
+
+    results: Annotated[list[Result], FIRST] | None = None
+
+
+class Summary(Evidence):
+    """A summary.json as reports take it."""
+
+    model: Model
+    seconds: dict[str, Positive] | Positive | None = None  # of each part; of all in early versions
+    steps: Count | None = None
+    mean_gate: float = 0.0
+    validation_loss: float | None = None

@@ -43,7 +43,7 @@ def read_scores(path: Path, options: Options) -> HeadPattern:
     for name, values in pairs:
         place, values = _place(path, name), values if isinstance(values, list) else [values]
         if not values or any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
-            raise UserError(f"{path}: head {name} has no score (its values: {str(values):.40})")
+            raise UserError(f"{path}: head {name} has no score (its values: {values!s:.40})")
         scores[place] = sum(values) / len(values)
     if not scores:
         raise UserError(f"{path}: no head is scored")
@@ -163,5 +163,9 @@ def _is_pair(pair: Any) -> bool:
 
 
 def _kind(contents: Any) -> str:
-    keys = ", ".join(f"{' '.join(str(key).split()):.20}" for key in list(contents)[:3]) if isinstance(contents, dict) else ""
+    keys = (
+        ", ".join(f"{' '.join(str(key).split()):.20}" for key in list(contents)[:3])
+        if isinstance(contents, dict)
+        else ""
+    )
     return f"an object with {keys}" if keys else type(contents).__name__
