@@ -228,7 +228,7 @@ def test_shipped_names(pattern: HeadPattern, tmp_path: Path, monkeypatch: pytest
 def test_patterns_are_read_from_parsed_contents(pattern: HeadPattern) -> None:
     assert pattern_from_json(contents_of(pattern), "here") == pattern
     assert pattern_from_json(json.loads(json.dumps(contents_of(pattern))), "here") == pattern
-    with pytest.raises(UserError, match=r"^here: scores, row 1, column 2"):
+    with pytest.raises(UserError, match=r"^here: scores\.0\.1='x' is no number$"):
         pattern_from_json(contents_of(pattern) | {"scores": [[0.5, "x"]]}, "here")
 
 
@@ -268,9 +268,9 @@ def test_malformed_tables_are_named(tsv: bytes, message: str, tmp_path: Path) ->
         ('{"recent_size": 1}', "lacks sink_size"),
         ('{"sink_size": 1,\n "recent_size": }', "config.json, line 2, column 17: not JSON"),
         ("[1, 2]", "expected a JSON object, found list"),
-        ('{"sink_size": null, "recent_size": 2}', "sink_size=None"),
-        ('{"sink_size": 1, "recent_size": 0}', "recent_size=0"),
-        ('{"sink_size": 1, "recent_size": 2, "gated_layers": 3}', "must be a list of layers, not 3"),
+        ('{"sink_size": null, "recent_size": 2}', "config.json: sink_size=None is no whole number"),
+        ('{"sink_size": 1, "recent_size": 0}', "recent_size=0 must be"),
+        ('{"sink_size": 1, "recent_size": 2, "gated_layers": 3}', "config.json: gated_layers=3 is no list"),
     ],
 )
 def test_malformed_configs_are_named(config: str | None, message: str, tmp_path: Path) -> None:
@@ -290,15 +290,15 @@ def test_malformed_configs_are_named(config: str | None, message: str, tmp_path:
         ({"layers": 5}, "scores are 6 layers x 4 KV heads, but layers and kv_heads say 5 x 4"),
         ({"kv_heads": 8}, "say 6 x 8"),
         ({"scores": [[1, 2], [3]]}, "scores, row 2 has 1 columns, but the first has 2"),
-        ({"scores": [[1, None]]}, "scores, row 1, column 2: 'None' is not"),
-        ({"scores": [[1, float("nan")]]}, "scores, row 1, column 2: 'nan' is not"),
+        ({"scores": [[1, None]]}, "scores.0.1=None is no number"),
+        ({"scores": [[1, float("nan")]]}, "heads.json: nan is no finite number"),
         ({"scores": []}, "row 1: nothing there"),
         ({"scores": [[]]}, "row 1: nothing there"),
-        ({"scores": [1, 2]}, "must be a list of rows"),
-        ({"scores": 1}, "must be a list of rows"),
+        ({"scores": [1, 2]}, "scores.0=1 is no list"),
+        ({"scores": 1}, "scores=1 is no list"),
         ({"gated_layers": [0, 6]}, r"gated_layers=\[0, 6\]"),
-        ({"gated_layers": None}, "must be a list of layers"),
-        ({"provenance": []}, "provenance must be an object"),
+        ({"gated_layers": None}, "gated_layers=None is no list"),
+        ({"provenance": []}, r"provenance=\[\.\.\.\] is no object"),
         ({"recent_size": -3}, "recent_size=-3"),
     ],
 )
@@ -316,7 +316,7 @@ def test_missing_fields_of_heads_json_are_named(pattern: HeadPattern, tmp_path: 
     (tmp_path / "heads.json").write_text(json.dumps(contents))
     refused(tmp_path, "lacks sink_size, scores")
     (tmp_path / "heads.json").write_text("{")
-    refused(tmp_path, "heads.json, line 1, column 2: not JSON")
+    refused(tmp_path, "heads.json, line 1, column 1: not JSON")
 
 
 def test_folders_and_files_that_hold_no_pattern_are_named(tmp_path: Path) -> None:

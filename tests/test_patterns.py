@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -261,3 +262,28 @@ def test_any_weight_of_a_prior_gives_scores_between_both() -> None:
 def test_a_prior_that_orders_other_heads_is_refused(prior: HeadPattern, message: str) -> None:
     with pytest.raises(UserError, match=message):
         weigh_in(HeadPattern(torch.ones(3, 2), 4, 8, (0, 2)), prior, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("provenance", "message"),
+    [
+        ({"model": "x"}, "a pattern: provenance.model='x' is no object"),
+        ({"model": {"id": 3}}, "a pattern: provenance.model.id=3 is no text"),
+        ({"model": {"layers": 10**9}}, "provenance.model.layers=1000000000 where scores have 2"),
+        ({"model": {"kv_heads": 4}}, "provenance.model.kv_heads=4 where scores have 3"),
+        ({"settings": "none"}, "a pattern: provenance.settings='none' is no object"),
+        ({"settings": {"method": "duo"}}, "a pattern: provenance.settings.method='duo' is no object"),
+        ({"budget": "half"}, "a pattern: provenance.budget='half' is no number"),
+        ({"seconds": -1}, "a pattern: provenance.seconds=-1 must be greater than or equal to 0"),
+    ],
+)
+def test_provenance_that_misleads_is_refused(provenance: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        HeadPattern(torch.rand(2, 3), 4, 8, provenance=provenance)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("change", [{"sink_size": 10**18}, {"recent_size": 2**24 + 1}, {"scores": torch.rand(5000, 1)}])
+def test_sizes_that_no_model_has_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="at most"):
+        HeadPattern(**{"scores": torch.rand(2, 3), "sink_size": 4, "recent_size": 8} | change)

@@ -72,7 +72,7 @@ def test_scores_that_are_no_gates_have_a_scale_of_their_own(method: dict[str, st
         assert ends == tuple(value.item() for value in pattern.scores.aminmax())
 
 
-@pytest.mark.parametrize("settings", [None, "none", {"method": None}, {"method": "duo"}, {"method": {"gate": "clamp"}}])
+@pytest.mark.parametrize("settings", [None, {}, {"method": None}, {"method": {"gate": "clamp"}}])
 def test_patterns_of_any_provenance_are_drawn(settings: Any) -> None:
     figure = plot_gates(replace(make(30, 3), provenance={"settings": settings}))
     assert figure.axes[1].get_xlabel() == "gate α (1 = retrieval)"
@@ -257,7 +257,7 @@ def test_a_csv_is_read_as_the_frame_is(tmp_path: Path) -> None:
 def test_what_holds_no_metrics_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no metrics yet"):
         read_metrics(tmp_path)
-    with pytest.raises(UserError, match=r"nowhere.csv is not a metrics CSV"):
+    with pytest.raises(UserError, match=r"nowhere.csv cannot be read"):
         plot_training(tmp_path / "nowhere.csv")
     with pytest.raises(UserError, match="no column named step"):
         plot_training(write_version(tmp_path, 0, "a,b\n1,2\n"))

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from duo_id import __version__
+from duo_id.documents import read_json
 from duo_id.errors import UserError
 from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text
@@ -138,8 +139,8 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
     given = {override.split("=")[0]: override for override in HydraConfig.get().overrides.task}
     if config.get("resume") and (Path(config.resume) != folder or HydraConfig.get().mode != RunMode.MULTIRUN):
         try:
-            contents = json.loads((Path(config.resume) / OVERRIDES).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            contents = read_json(Path(config.resume) / OVERRIDES)
+        except UserError as error:
             raise UserError(f"resume={config.resume}: {OVERRIDES} cannot be read ({error})") from error
         saved = _under(given, saved_overrides(contents, given, config.resume))
         given, typed = saved | given, config

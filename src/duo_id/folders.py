@@ -9,11 +9,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from duo_id.documents import Count, Data, Line, checked, parse_json
 from duo_id.errors import UserError
 
 LOCK = ".lock"  # in a folder: held by the process that works there, and says which it is
+
+
+class _Holder(Data):
+    """What `LOCK` says; anybody may have written it."""
+
+    pid: Count | None = None
+    host: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]*$", max_length=255)] | None = None
+    sweep: Line | None = None
+    job: Count | None = None
 
 
 def fresh(folder: str | Path) -> Path:
@@ -88,7 +100,8 @@ def _locked(path: Path, advice: str) -> int:
 
 def _told(handle: int) -> dict[str, Any]:
     try:
-        told = json.loads(os.pread(handle, 4096, 0))
-    except ValueError:
+        told = parse_json(os.pread(handle, 4096, 0).decode(errors="replace"), LOCK)
+        checked(_Holder, told, LOCK)
+    except UserError:
         return {}
-    return told if isinstance(told, dict) else {}
+    return dict(told)

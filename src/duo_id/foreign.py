@@ -34,6 +34,8 @@ WORDS = (  # numbers of a model's config that are words; no other key may be one
 WORD = re.compile(r"[\w.+-]{1,64}")
 NAME = re.compile(r"[A-Za-z]\w{0,63}")  # of a number in a model's config: none of its private ones
 LINE = 200  # characters of a text
+COUNT = re.compile(r"(num|n)_\w*(layer|block|head|expert|group|stage)\w*|(\w*_)?(layers|blocks|heads|experts)|depth")
+MOST = {True: 2**10, False: 2**40}  # of a number that counts parts of a model, each of which is made, and of others
 HERE = (  # where the classes lie that a run's files may name, and whose modules are loaded whenever a run starts
     "lightning.pytorch",
     "torch.optim",
@@ -114,6 +116,10 @@ def check_shape(value: Any, path: str, before: str, advice: str) -> None:
     elif isinstance(value, list):
         for inner in value:
             check_shape(inner, path, before, advice)
+    elif isinstance(value, int | float):
+        counts = COUNT.fullmatch(path.rpartition(".")[2]) is not None
+        if not abs(value) <= MOST[counts]:  # also where it is none
+            raise UserError(f"{before}{path}={value} is more than any model has: {advice}")
     elif isinstance(value, str) and (path.rpartition(".")[2] not in WORDS or not WORD.fullmatch(value)):
         raise UserError(f"{before}{path}={value!r:.80} is no number of a model's shape: {advice}")
 

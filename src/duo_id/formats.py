@@ -11,15 +11,16 @@ heads.schema.json beside this module says what a heads.json holds. Other tools' 
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from duo_id import hub
+from duo_id.documents import FIRST, Count, Data, Line, Tokens, checked, read_object, shown
 from duo_id.errors import UserError
 from duo_id.files import write_text
 from duo_id.patterns import HeadMask, HeadPattern
-from duo_id.tables import exact_rows, json_text, number_rows, read_object, read_tsv, tsv
+from duo_id.tables import exact_rows, json_text, number_rows, read_tsv, tsv
 
 SCHEMA = "duo_id/heads"
 VERSION = 1
@@ -27,6 +28,25 @@ VERSION = 1
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 SHIPPED = Path(__file__).parent / "head_patterns"
 HEADS, SCORES, CONFIG = "heads.json", "full_attention_heads.tsv", "config.json"
+
+
+class Sizes(Data):
+    """What a config.json beside a table of scores says, as far as it is looked at."""
+
+    sink_size: Tokens
+    recent_size: Tokens
+    model_name: Line | None = None
+    gated_layers: Annotated[list[Count], FIRST] | None = None
+
+
+class Heads(Sizes):
+    """What a heads.json holds, beside its schema and version."""
+
+    gated_layers: Annotated[list[Count], FIRST]
+    layers: Count
+    kv_heads: Count
+    provenance: dict[str, Any]
+    scores: Annotated[list[Annotated[list[float], FIRST]], FIRST]
 
 
 def save_pattern(pattern: HeadPattern, folder: str | Path, sparsities: Iterable[float] = (0.25, 0.5, 0.75)) -> None:
@@ -123,7 +143,7 @@ def pattern_from_json(contents: dict[str, Any], path: str | Path) -> HeadPattern
     """
     if contents.get("schema") != SCHEMA:
         raise UserError(
-            f"{path} is not a head pattern: its schema is {contents.get('schema')!r}, not {SCHEMA!r} "
+            f"{path} is not a head pattern: its schema is {shown(contents.get('schema'))}, not {SCHEMA!r} "
             "(python -m duo_id.convert reads what other tools write)"
         )
     while isinstance(version := contents.get("version"), int) and version < VERSION and version in MIGRATIONS:
@@ -131,22 +151,18 @@ def pattern_from_json(contents: dict[str, Any], path: str | Path) -> HeadPattern
     if version != VERSION:
         newer = isinstance(version, int) and version > VERSION
         advice = "; a newer duo_id wrote it, upgrade to read it" if newer else ""
-        raise UserError(f"{path} has version {version!r} of its schema, this duo_id reads version {VERSION}{advice}")
-    keys = ("layers", "kv_heads", "sink_size", "recent_size", "gated_layers", "provenance", "scores")
-    _check_keys(path, contents, keys)
-    rows, provenance = contents["scores"], contents["provenance"]
-    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
-        raise UserError(f"{path}: scores must be a list of rows")
-    if not isinstance(provenance, dict):
-        raise UserError(f"{path}: provenance must be an object")
-    scores = number_rows(f"{path}: scores, row", enumerate(rows, start=1))
-    shape, said = (len(scores), len(scores[0])), (contents["layers"], contents["kv_heads"])
+        raise UserError(
+            f"{path} has version {shown(version)} of its schema, this duo_id reads version {VERSION}{advice}"
+        )
+    given = checked(Heads, contents, path)
+    scores = number_rows(f"{path}: scores, row", enumerate(given.scores, start=1))
+    shape, said = (len(scores), len(scores[0])), (given.layers, given.kv_heads)
     if shape != said:
         raise UserError(
             f"{path}: scores are {shape[0]} layers x {shape[1]} KV heads, "
             f"but layers and kv_heads say {said[0]} x {said[1]}"
         )
-    return _pattern(path, scores, contents, provenance)
+    return _pattern(path, scores, given, given.provenance)
 
 
 def _contents(pattern: HeadPattern, masks: dict[float, HeadMask]) -> dict[str, Any]:
@@ -181,27 +197,17 @@ def _read_duo(path: Path) -> HeadPattern:
     if not beside.is_file():
         raise UserError(f"{beside} is missing: sink_size and recent_size of {path.name} stand there")
     config = read_object(beside)
-    _check_keys(beside, config, ("sink_size", "recent_size"))
-    model = {"id": config.get("model_name"), "layers": len(scores), "kv_heads": len(scores[0])}
-    return _pattern(path.parent, scores, config, {"format": "DuoAttention", "model": model, "config": config})
+    sizes = checked(Sizes, config, beside)
+    model = {"id": sizes.model_name, "layers": len(scores), "kv_heads": len(scores[0])}
+    return _pattern(path.parent, scores, sizes, {"format": "DuoAttention", "model": model, "config": config})
 
 
-def _pattern(
-    place: str | Path, scores: list[list[float]], sizes: dict[str, Any], provenance: dict[str, Any]
-) -> HeadPattern:
-    gated = sizes.get("gated_layers", list(range(len(scores))))
-    if not isinstance(gated, list):
-        raise UserError(f"{place}: gated_layers must be a list of layers, not {gated!r}")
+def _pattern(place: str | Path, scores: list[list[float]], sizes: Sizes, provenance: dict[str, Any]) -> HeadPattern:
+    gated = tuple(range(len(scores)) if sizes.gated_layers is None else sizes.gated_layers)
     try:
-        return HeadPattern(torch.tensor(scores), sizes["sink_size"], sizes["recent_size"], tuple(gated), provenance)
+        return HeadPattern(torch.tensor(scores), sizes.sink_size, sizes.recent_size, gated, provenance)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-
-
-def _check_keys(path: str | Path, contents: dict[str, Any], keys: Iterable[str]) -> None:
-    missing = [key for key in keys if key not in contents]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}")
 
 
 def _mask_name(sparsity: float) -> str:

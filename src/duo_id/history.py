@@ -1,15 +1,20 @@
 """The gates over training: noted in the run folder every few steps, and read back."""
 
+import re
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import pandas as pd
 
+from duo_id.documents import read_text
 from duo_id.errors import UserError
 from duo_id.files import write_text
 
 HISTORY = "gates.csv"  # in a run folder: one row a noted step; the columns are `step` and `LAYER.HEAD` of gated layers
+COLUMN = re.compile(r"\d{1,6}\.\d{1,6}", re.ASCII)  # LAYER.HEAD
 NOTES = 50  # about so many a run: the file stays small, for it is written anew each time
 
 
@@ -83,10 +88,12 @@ def read_history(run: str | Path) -> pd.DataFrame:
 
 def _read(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, index_col="step").astype(float)
-        broken = table.empty or table.isna().any(axis=None)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a history of gates: {str(error).splitlines()[0]}") from None
-    if broken or not all(str(name).replace(".", "", 1).isdigit() and "." in str(name) for name in table):
+        table = pd.read_csv(StringIO(read_text(path)), index_col="step").astype(float)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} is not a history of gates: {' '.join(str(error).split())[:200]}") from None
+    whole = pd.api.types.is_integer_dtype(table.index) and bool(np.isfinite(table.to_numpy()).all()) and not table.empty
+    if not whole or not all(COLUMN.fullmatch(str(name)) for name in table):
         raise UserError(f"{path} is not a history of gates: its columns are step and LAYER.HEAD, all numbers")
     return table.sort_index()

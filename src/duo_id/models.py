@@ -1,6 +1,7 @@
 """Load, freeze and describe any causal language model of transformers."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -230,6 +231,10 @@ def _random_model(
     settings: ModelSettings, device: torch.device, dtype: torch.dtype, seed: int, ranks: Ranks
 ) -> PreTrainedModel:
     model = meta_model(settings, dtype)
+    needed, there = sum(weight.nbytes for weight in model.parameters()), _memory(device)
+    if needed > there * (ranks.world if ranks.sharded else 1):
+        sizes = f"{needed / 2**30:,.0f} GiB of random weights, and {device} has {there / 2**30:,.0f} GiB"
+        raise UserError(f"model={settings.name} asks for {sizes}: give smaller numbers as model.architecture")
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -251,8 +256,15 @@ def meta_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"), no_tie_weights(), no_init_weights():
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:  # such as more than 2**63 bytes
         raise UserError(f"model={settings.name} does not describe a model: {_reason(error)}") from error
+
+
+def _memory(device: torch.device) -> int:
+    """All bytes of memory that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _config(settings: ModelSettings) -> Any:

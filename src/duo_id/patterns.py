@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duo_id.documents import MOST_TOKENS, checked, shown
 from duo_id.errors import UserError
+from duo_id.provenance import Provenance
 
 
 class TieWarning(UserWarning):
     """A mask parts heads that have the same score."""
+
+
+MOST_HEADS = 2**12  # layers, and KV heads of a layer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,6 +82,7 @@ class HeadPattern:
         recent_size: latest tokens that a streaming head sees, the current one among them.
         gated_layers: the layers whose heads were scored, ascending; None at construction means all.
         provenance: anything that JSON can hold: the model (id, revision, layers, kv_heads), method, seed, versions.
+            What is looked at has the types of `duo_id.provenance.Provenance`.
     """
 
     scores: Tensor
@@ -97,7 +103,12 @@ class HeadPattern:
                 f"the score of layer {layer}, KV head {head} is {value} ({len(broken)} of {scores.numel()} scores "
                 "are not finite): a pattern needs a number for every head"
             )
-        object.__setattr__(self, "provenance", json.loads(json.dumps(self.provenance, allow_nan=False)))
+        provenance = json.loads(json.dumps(self.provenance, allow_nan=False))
+        model = checked(Provenance, provenance, "a pattern", "provenance").model
+        for key, size in zip(("layers", "kv_heads"), scores.shape, strict=True):
+            if (told := getattr(model, key, None)) not in (None, size):
+                raise UserError(f"provenance.model.{key}={told} where scores have {size}")
+        object.__setattr__(self, "provenance", provenance)
 
     @property
     def gated_heads(self) -> int:
@@ -108,9 +119,7 @@ class HeadPattern:
     def holds_gates(self) -> bool:
         """Whether scores are gates, 1 for full attention, or may be: in [0, 1], and not told to be of another kind."""
         low, high = self.scores[list(self.gated_layers)].aminmax()
-        settings = self.provenance.get("settings")
-        method = settings.get("method") if isinstance(settings, dict) else None
-        told = method if isinstance(method, dict) else {}
+        told = (self.provenance.get("settings") or {}).get("method") or {}
         blends = told.get("name", "duo") == "duo" and told.get("gate") != "nested" and told.get("prior") is None
         return bool(low >= -0.01 and high <= 1.01) and blends
 
@@ -262,18 +271,23 @@ def _complete(owner: HeadPattern | HeadMask, name: str, heads: Tensor) -> None:
     """Check the fields that patterns and masks share and set them; `heads` (layers, KV heads) is changed in place."""
     if heads.dim() != 2 or heads.numel() == 0:
         raise UserError(f"{name} must have the shape (layers, KV heads), both at least 1, not {tuple(heads.shape)}")
+    if max(heads.shape) > MOST_HEADS:
+        raise UserError(
+            f"{name} of {tuple(heads.shape)} heads are more than any model has: at most {MOST_HEADS} each way"
+        )
     layers = range(len(heads))
     given = list(layers if owner.gated_layers is None else owner.gated_layers)
     if not given or any(not isinstance(layer, Integral) or layer not in layers for layer in given):
-        raise UserError(f"gated_layers={given} must name the gated layers, at least one, from 0 to {layers[-1]}")
+        raise UserError(f"gated_layers={given!s:.60} must name the gated layers, at least one, from 0 to {layers[-1]}")
     gated = tuple(sorted({int(layer) for layer in given}))
-    heads[[layer for layer in layers if layer not in gated]] = 1
+    heads[sorted({*layers} - {*gated})] = 1
     object.__setattr__(owner, name, heads)
     object.__setattr__(owner, "gated_layers", gated)
     for window, smallest in (("sink_size", 0), ("recent_size", 1)):
         size = getattr(owner, window)
-        if not isinstance(size, Integral) or isinstance(size, bool) or size < smallest:
-            raise UserError(f"{window}={size!r} must be a whole number of tokens, at least {smallest}")
+        if not isinstance(size, Integral) or isinstance(size, bool) or not smallest <= int(size) <= MOST_TOKENS:
+            most = f", at most {MOST_TOKENS}" if isinstance(size, Integral) and int(size) > MOST_TOKENS else ""
+            raise UserError(f"{window}={shown(size)} must be a whole number of tokens, at least {smallest}{most}")
         object.__setattr__(owner, window, int(size))
 
 

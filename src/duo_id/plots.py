@@ -4,7 +4,9 @@ Every function returns a `matplotlib.figure.Figure` of its own: no display is ne
 call only.
 """
 
+import re
 from collections.abc import Sequence
+from io import StringIO
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from duo_id.documents import LARGEST_ROWS, read_text, shown
 from duo_id.errors import UserError
 from duo_id.files import atomic_path
 from duo_id.patterns import HeadMask, HeadPattern
@@ -34,6 +37,7 @@ from duo_id.style import (
     style,
 )
 
+ANSWER_LOSS = re.compile(r"val/answer_loss_\d+(\.\d+)?", re.ASCII)
 TWO = ListedColormap([GATES(0.0), GATES(1.0)])  # of a mask: streaming, retrieval
 
 
@@ -176,7 +180,7 @@ def plot_training(metrics: pd.DataFrame | str | Path, title: str | None = None) 
         path = Path(metrics)
         metrics = read_metrics(path) if path.is_dir() else _merge([_read_csv(path)])
     steps = metrics.set_index("step").dropna(axis="columns", how="all")
-    answers = sorted((_percent(name), name) for name in steps if name.startswith("val/answer_loss_"))
+    answers = sorted((_percent(name), name) for name in steps if ANSWER_LOSS.fullmatch(name))
     losses = {"train/distill": "distillation", "train/penalty": "penalty", "val/distill": "distillation, validation"}
     wanted = {
         "loss": losses,
@@ -219,7 +223,8 @@ def read_metrics(run_dir: str | Path) -> pd.DataFrame:
         UserError: if the run has logged nothing yet.
     """
     files = Path(run_dir).glob("metrics/version_*/metrics.csv")
-    numbered = {int(path.parent.name.removeprefix("version_")): path for path in files if path.stat().st_size > 0}
+    named = [(path.parent.name.removeprefix("version_"), path) for path in files if path.stat().st_size > 0]
+    numbered = {int(number): path for number, path in named if number.isdecimal()}
     if not numbered:
         raise UserError(f"{run_dir} has no metrics yet (metrics/version_*/metrics.csv)")
     return _merge([_read_csv(numbered[version]) for version in sorted(numbered)])
@@ -270,11 +275,15 @@ def _curve(axes: Axes, values: pd.Series, label: str, color: str, marker: str) -
 
 def _read_csv(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path)
-    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UserError(f"{path} is not a metrics CSV: {error}") from None
+        table = pd.read_csv(StringIO(read_text(path, LARGEST_ROWS)))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} is not a metrics CSV: {' '.join(str(error).split())[:200]}") from None
     if "step" not in table:
         raise UserError(f"{path} is not a metrics CSV: it has no column named step")
+    for name in table.select_dtypes(exclude="number"):
+        raise UserError(f"{path} is not a metrics CSV: {shown(name)} holds something else than numbers")
     return table
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from duo_id.documents import Data, checked, read_json
 from duo_id.errors import UserError
 from duo_id.files import write_text
 
@@ -24,6 +25,13 @@ SHOWN = 3  # differences in a message
 WIDTH = 80  # characters of a value in one
 
 
+class _Settings(Data):
+    """What `SETTINGS` holds."""
+
+    settings: dict[str, Any]
+    before: dict[str, Any]
+
+
 def keep_settings(folder: Path, settings: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Leave in a run folder the settings that it goes on with, and what earlier parts had instead, by override."""
     write_text(folder / SETTINGS, json.dumps({"settings": settings, "before": before}, indent=1))
@@ -39,19 +47,15 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         return {}, {}
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        settings, before = contents["settings"], contents["before"]
-        if not isinstance(settings, dict) or not isinstance(before, dict):
-            raise ValueError("it has no settings")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        contents = checked(_Settings, read_json(path), path)
+    except UserError as error:
         raise UserError(f"resume={folder}: {SETTINGS} cannot be read ({error}); leave out resume") from error
-    return settings, before
+    return contents.settings, contents.before
 
 
 def told_settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a pattern says it was found with, as far as they are any."""
-    settings = provenance.get("settings")
-    return settings if isinstance(settings, dict) else {}
+    """The settings that a pattern says it was found with, if it does."""
+    return provenance.get("settings") or {}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

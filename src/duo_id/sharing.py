@@ -11,12 +11,13 @@ from huggingface_hub import HfApi, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from duo_id import hub
+from duo_id.documents import checked, read_object, read_text
 from duo_id.errors import UserError
 from duo_id.files import write_text
 from duo_id.formats import SHIPPED, list_patterns, save_pattern
 from duo_id.patterns import HeadPattern
 from duo_id.plots import plot_gates, save_figure
-from duo_id.tables import read_object, read_text
+from duo_id.provenance import Evidence
 
 CARD, FIGURE, SUMMARY = "README.md", "gates.png", "summary.json"
 TOLD = 60  # characters of a value in the card's table
@@ -93,7 +94,9 @@ def write_folder(
         raise UserError("sparsities=() leaves no mask to show: give at least one")
     summary = _summary(run)
     shown = sorted(sparsities)[len(sparsities) // 2]
-    results = [] if summary is None else read_object(summary).get("results", [])
+    results = []
+    if summary is not None:
+        results = [vars(row) for row in checked(Evidence, read_object(summary), summary).results or []]
     card = model_card(pattern, repo, results, shown)
     save_pattern(pattern, folder, sparsities)
     title = _model(pattern).get("name") or _model(pattern).get("id")

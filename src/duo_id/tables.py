@@ -1,4 +1,4 @@
-"""Numbers out of text files and into them; what cannot be read names the file and the row at fault."""
+"""Tables of numbers out of text files and into them; what cannot be read names the file and the row at fault."""
 
 import json
 import math
@@ -9,53 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
+from duo_id.documents import read_text
 from duo_id.errors import UserError
 
-
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file") from None
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)  # Python's own allows 1_000 and other digits
 
 
 def read_tsv(path: Path) -> list[list[float]]:
     """The rows of a table with tabs between its columns; blank lines are skipped.
 
     Raises:
-        UserError: a cell is not a finite number, or rows differ in length.
+        UserError: it cannot be read, a cell is not a finite number, or rows differ in length.
     """
     lines = enumerate(read_text(path).splitlines(), start=1)
-    return number_rows(f"{path}, line", [(number, line.split("\t")) for number, line in lines if line.strip()])
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        UserError: it is not JSON.
-    """
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds, if that is an object.
-
-    Raises:
-        UserError: it is not JSON, or something else.
-    """
-    contents = read_json(path)
-    if not isinstance(contents, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(contents).__name__}")
-    return contents
+    return number_rows(f"{path}, line", ((number, line.split("\t")) for number, line in lines if line.strip()))
 
 
 def number_rows(where: str, rows: Iterable[tuple[int, Sequence[Any]]]) -> list[list[float]]:
@@ -74,9 +41,9 @@ def number_rows(where: str, rows: Iterable[tuple[int, Sequence[Any]]]) -> list[l
 
 
 def as_float(cell: Any) -> float:
-    """The number in a cell; NaN where there is none."""
+    """The number in a cell, in ASCII; NaN where there is none."""
     try:
-        return float(cell)
+        return float(cell) if not isinstance(cell, str) or NUMBER.fullmatch(cell.strip()) else math.nan
     except (TypeError, ValueError, OverflowError):
         return math.nan
 

@@ -26,9 +26,9 @@ def row(question: int, text: str | None = None, **changes: Any) -> dict[str, Any
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ("[1]", "where a row should be"),
-        ('{"task": "t"}', "lacks length"),
-        (json.dumps(dict(row(0), loss="x")), "loss is 'x'"),
+        ("[1]", "line 3: expected a JSON object, found list"),
+        ('{"task": "t"}', "line 3 lacks length, index"),
+        (json.dumps(dict(row(0), loss="x")), "line 3: loss='x' is no number"),
     ],
 )
 def test_a_damaged_row_is_named(line: str, named: str, tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_runs_are_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"results\.json is missing"):
         read_run(tmp_path)
     (tmp_path / "summary.json").write_text('{"steps": 3}')
-    with pytest.raises(UserError, match=r"summary\.json is not the summary of a training run"):
+    with pytest.raises(UserError, match=r"summary\.json lacks model"):
         read_run(tmp_path)
 
 

@@ -111,7 +111,7 @@ def test_failures_are_told_in_the_note(run: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"schema": "duo_id/results"}, "holds duo_id/results"),
+        ({"schema": "duo_id/results"}, "holds 'duo_id/results', not"),
         ({"version": 2}, "of version 2"),
         ({"samples": "0" * 64}, "answers other samples"),
     ],
@@ -127,9 +127,9 @@ def test_other_files_are_refused(run: Path, changes: dict[str, Any], words: str)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"loss": None}, "loss is None, not a number"),
-        ({"question": -1}, "question -1 of passkey is not the one"),
-        ({"generated": "drop"}, "a row lacks generated"),
+        ({"loss": None}, "questions.0.loss=None is no number"),
+        ({"question": 9}, "question 9 of passkey is not the one"),
+        ({"generated": "drop"}, r"questions\.0 lacks generated"),
     ],
 )
 def test_damaged_answers_are_named(run: Path, change: dict[str, Any], words: str) -> None:

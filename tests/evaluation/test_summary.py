@@ -178,11 +178,11 @@ def test_results_come_back_from_the_disk(tmp_path: Path) -> None:
         ({"schema": "other"}, "does not hold the results of an evaluation"),
         ({"version": 2}, "has version 2, this duo_id reads version 1"),
         ({"rows": []}, "holds no rows"),
-        ({"rows": [{"task": "a"}]}, "rows lack length, index"),
-        ({"model": "m"}, "model is str, not dict"),
-        ({"settings": None}, "settings is NoneType, not dict"),
-        ({"rows": [3]}, "a row is not an object"),
-        (None, "cannot be read"),
+        ({"rows": [{"task": "a"}]}, r"rows\.0 lacks length, index"),
+        ({"model": "m"}, "model='m' is no object"),
+        ({"settings": None}, "settings=None is no object"),
+        ({"rows": [3]}, r"rows\.0=3 is no object"),
+        (None, "line 1, column 1: not JSON"),
     ],
 )
 def test_what_is_not_results_is_refused(change: dict | None, message: str, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_damaged_rows_are_named(column: str, value: object, tmp_path: Path) -> N
     results = saved_results(samples=1, tasks=("language",))
     results["rows"][0][column] = value
     (tmp_path / "results.json").write_text(json.dumps(results))
-    with pytest.raises(UserError, match=f"{column} of a row is"):
+    with pytest.raises(UserError, match=rf"results.json: rows\.0\.{column}="):
         load_results(tmp_path)
 
 

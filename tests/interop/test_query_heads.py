@@ -115,7 +115,7 @@ def test_qrhead_as_published(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("{", TWO, "line 1, column 2: not JSON"),
+        ("{", TWO, "line 1, column 1: not JSON"),
         ("3", TWO, r'expected scores of query heads, \{"layer-head".*found int'),
         ('{"a": 1}', TWO, "expected a head as layer-head, such as 14-21, found 'a'"),
         ("[1, 2]", TWO, "expected scores of query heads, .* found list"),

@@ -1,17 +1,38 @@
 """How well several devices are used: tokens a second of each, over those of one device in another run."""
 
-import json
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from duo_id.benchmarks.results import Named
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.config import parse, require
+from duo_id.documents import FIRST, Count, Data, Line, Positive, checked, read_object
 from duo_id.errors import UserError
 
 Place = tuple[int, str]  # context and blend
+
+
+class _Step(Data):
+    """A row of task=train_step; one that ran out of memory has no speed."""
+
+    step: Line
+    context: Count
+    blend: Line
+    status: Line
+    tokens_per_s: Positive = 0.0
+
+
+class _Run(Data):
+    """What its results.json holds, as far as it is looked at."""
+
+    rows: Annotated[list[_Step], FIRST]
+    device: Line
+    model: Named
+    settings: dict[str, Any]
+    devices: Count = 1
 
 
 def read_baseline(settings: BenchmarkSettings, device: torch.device, card: str, groups: int) -> dict[Place, float]:
@@ -28,13 +49,14 @@ def read_baseline(settings: BenchmarkSettings, device: torch.device, card: str, 
     """
     path, refused = Path(str(settings.compare)), f"compare={settings.compare}"
     try:
-        found = json.loads((path / "results.json" if path.is_dir() else path).read_text())
-        steps = {(row["context"], row["blend"]): row for row in found["rows"] if row.get("step") == "ours"}
-        speeds = {place: float(row["tokens_per_s"]) for place, row in steps.items() if row["status"] != "OOM"}
-        there = found.get("devices", 1), found["device"], found["model"]["name"]
-        its = parse(BenchmarkSettings, found["settings"])
+        found = read_object(path / "results.json" if path.is_dir() else path)
+        run = checked(_Run, found, path)
+        steps = {(row.context, row.blend): row for row in run.rows if row.step == "ours"}
+        speeds = {place: row.tokens_per_s for place, row in steps.items() if row.status != "OOM"}
+        there = run.devices, run.device, run.model.name
+        its = parse(BenchmarkSettings, run.settings)
         require(its.task == "train_step", f"task={its.task}")
-    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{refused}: no results of task=train_step can be read there ({error})") from error
     here = 1, card, settings.model.name
     told = "measured on {} x {} with {}; efficiency is against {} x {} with {}".format(*there, *here)

@@ -1,6 +1,5 @@
 """Figures of a saved benchmark: time and memory over context length, chunk size or the share of retrieval heads."""
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from duo_id.benchmarks.results import FULL, memory
+from duo_id.benchmarks.results import FULL, Benchmark, memory
+from duo_id.documents import checked, read_object
 from duo_id.errors import UserError
 from duo_id.style import COLORS, MARKERS, set_title, style
 
@@ -40,11 +40,8 @@ def plot_benchmark(results: Mapping[str, Any] | str | Path, axis: str) -> Figure
         UserError: no row was measured, or the file cannot be read.
     """
     if not isinstance(results, Mapping):
-        try:
-            results = json.loads(Path(results).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{results} does not hold the results of a benchmark: {error}") from None
-    assert isinstance(results, Mapping)
+        path, results = results, read_object(results)
+        checked(Benchmark, results, path)
     if not results["rows"]:
         raise UserError("there is nothing to plot: no row was measured")
     rows, fixed = _fixed(results["rows"], axis)

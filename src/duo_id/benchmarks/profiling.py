@@ -1,12 +1,13 @@
 """Where the time of a step goes: torch.profiler's kernels (on the CPU operators) in a few groups, and its trace."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
+
+from duo_id.documents import LARGEST_ROWS, read_object
 
 # The first group that has a part of a name gets it.
 GROUPS = {
@@ -52,7 +53,7 @@ def profiled(
         return {}, {}
     profiler.export_chrome_trace(str(trace))
     if cuda:
-        events = json.loads(trace.read_text())["traceEvents"]
+        events = read_object(trace, LARGEST_ROWS)["traceEvents"]
         return _grouped((event["name"], event["dur"]) for event in _on_device(events)), communication(events)
     operators = (event for event in profiler.key_averages() if not event.is_user_annotation)
     return _grouped((event.key, event.self_cpu_time_total) for event in operators), {}

@@ -1,15 +1,47 @@
 """Rows side by side: what a mask gains over full attention, and the tables of a run."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from duo_id.documents import FIRST, Count, Data, Line, Positive, Share
+
 FULL = ("full", "full-dual")  # the baselines: SDPA over a static cache, and the dual cache without a streaming head
 NAMES = {"full": "full, static cache", "full-dual": "full, dual cache", "duo": "duo"}
 Row = dict[str, Any]
+
+
+class Measured(Data):
+    """A row on disk; what a row that ran out of memory lacks has a default."""
+
+    attention: Literal["full", "full-dual", "duo"]
+    sparsity: Share
+    context: Count
+    chunk_size: Count | None
+    status: Line
+    weights_bytes: Count
+    peak_bytes: Count | None
+    cache_bytes: Count | None
+    ms: Positive = 0.0
+    floor_ms: Positive = 0.0
+
+
+class Named(Data):
+    """The model that was measured."""
+
+    name: Line
+
+
+class Benchmark(Data):
+    """What the results.json of a benchmark of decoding, prefill or memory holds, as figures look at it."""
+
+    task: Line
+    model: Named
+    device: Line
+    rows: Annotated[list[Measured], FIRST]
 
 
 def memory(row: Mapping[str, Any]) -> int | None:

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.config import DataGenSettings, DataSettings, require
 from duo_id.data.samples import Sample, Task
+from duo_id.documents import Count, Data, Line, checked, read_json
 from duo_id.errors import UserError
 from duo_id.files import whole_folder
 
 CARD = "card.json"
 COLUMNS = ("input_ids", "labels", "answers")
+KINDS = [datasets.List(datasets.Value(kind)) for kind in ("int32", "int64")]  # of a column
 README = """\
 ---
 pretty_name: {task} samples for identifying retrieval heads
@@ -41,6 +44,26 @@ else -100) and `answers` (k at the tokens of the k-th asked answer, else 0); not
 """
 
 
+class _Model(Data):
+    """Whose tokenizer made the tokens."""
+
+    name: Line
+
+
+class _Settings(Data):
+    """With which the samples were made."""
+
+    model: _Model
+
+
+class _Card(Data):
+    """What of the card is looked at."""
+
+    settings: _Settings
+    vocabulary: Line
+    longest: Count
+
+
 class DiskTask:
     """Samples read from a folder that `write_dataset` made, in another order on every pass through them."""
 
@@ -61,13 +84,19 @@ class DiskTask:
         path = Path(settings.path or "")
         require(path.is_dir(), f"data.path={path}: no such folder; data_gen/ writes one")
         try:
-            card = json.loads((path / CARD).read_text(encoding="utf-8"))
-            model, vocabulary, longest = card["settings"]["model"]["name"], card["vocabulary"], card["longest"]
+            card = checked(_Card, read_json(path / CARD), path / CARD)
             splits = datasets.load_from_disk(str(path))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"data.path={path} is not a dataset written by data_gen/: {error}") from error
+            if not isinstance(splits, datasets.DatasetDict):
+                raise UserError("it has no splits")
+            for name, rows in splits.items():
+                if not len(rows) or any(rows.features.get(column) not in KINDS for column in COLUMNS):
+                    raise UserError(f"the split {name} has no rows of {', '.join(COLUMNS)}, lists of whole numbers")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"data.path={path} is not a dataset written by data_gen/: {reason}") from error
+        model, longest = card.settings.model.name, card.longest
         require(
-            vocabulary == vocabulary_hash(tokenizer),
+            card.vocabulary == vocabulary_hash(tokenizer),
             f"data.path={path} was made with the vocabulary of model={model}, which is not "
             "this model's: choose that model or write the dataset anew",
         )

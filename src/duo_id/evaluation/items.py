@@ -5,9 +5,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-from duo_id.errors import UserError
+from duo_id.documents import Count, Data, Line, Share, Tokens
 
 SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
 Row = dict[str, Any]  # what is known of one answer of one contender, see `duo_id.evaluation.judging`
@@ -78,20 +78,26 @@ def from_json(contents: dict[str, Any]) -> Item:
     return Item(**_tuples(contents) | {"questions": questions})
 
 
-def check_row(row: Any, numbers: Sequence[str], others: Sequence[str], where: str) -> None:
-    """Refuse a row that was read from a file if it lacks a column, or has something else where numbers belong.
+class Scored(Data):
+    """What was scored of one answer of one contender, as results on disk have it; what was not measured is None."""
 
-    Raises:
-        UserError: `where` and what is wrong.
-    """
-    if not isinstance(row, dict):
-        raise UserError(f"{where} holds {row!r} where a row should be")
-    for column in (*numbers, *others):
-        if column not in row:
-            raise UserError(f"{where}: a row lacks {column}")
-    for column in numbers:
-        if isinstance(row[column], bool) or not isinstance(row[column], int | float):
-            raise UserError(f"{where}: {column} is {row[column]!r}, not a number")
+    task: Line
+    length: Tokens
+    index: Count
+    question: Count
+    depth: Share | None
+    kind: Literal["full", "pattern", "baseline", "eviction"]
+    heads: Line
+    sparsity: Share
+    seed: Count | None
+    loss: float
+    kl: float | None
+    tokens: Count
+    correct: Count
+    score: float | None
+    exact: bool | None
+    text: str | None
+    bytes: Count | None
 
 
 def _tuples(contents: dict[str, Any]) -> dict[str, Any]:

@@ -8,16 +8,21 @@ from typing import Any
 
 import pandas as pd
 
+from duo_id.documents import LARGEST_ROWS, Line, checked, parse_lines, read_text
 from duo_id.errors import UserError
 from duo_id.evaluation.contenders import Key
-from duo_id.evaluation.items import SCHEMA, VERSION, Item, Row, check_row
+from duo_id.evaluation.items import SCHEMA, VERSION, Item, Row, Scored
 from duo_id.files import atomic_path, write_text
 from duo_id.record import differences, shown
 
 SCORES = "scores.jsonl"  # in a run folder: a header line, then one row a line
 RESULTS = "results.json"
-NUMBERS = ("length", "index", "question", "sparsity", "loss", "kl", "tokens", "correct", "bytes")  # of a row
-OTHERS = ("task", "sample", "kind", "heads", "seed", "depth", "score", "exact", "text")
+
+
+class _Written(Scored):
+    """A row of the file: of which sample."""
+
+    sample: Line
 
 
 class Journal:
@@ -76,24 +81,20 @@ class Journal:
             self._rows[_identity(row)] = row
 
     def _read(self) -> None:
+        where, anew = f"resume: {self.path}", "leave out resume to start anew"
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = read_text(self.path, LARGEST_ROWS)
+            if text and not text.endswith("\n"):  # written while the process was killed
+                text = text[: text.rfind("\n") + 1]
+                write_text(self.path, text)
+            (_, header), *rows = parse_lines(text.split("\n"), self.path, mend=True)
         except ValueError as error:
-            raise UserError(f"resume: {self.path} cannot be read ({error}): leave out resume to start anew") from error
-        lines = text.splitlines()
-        if text and not text.endswith("\n"):  # written while the process was killed
-            lines.pop()
-            write_text(self.path, "".join(line + "\n" for line in lines))
-        try:
-            header, *rows = [json.loads(line) for line in lines]
-            if not isinstance(header, dict):
-                raise ValueError("it has no header")
-        except ValueError as error:
-            raise UserError(f"resume: {self.path} cannot be read ({error}): leave out resume to start anew") from error
+            told = str(error).removeprefix(f"{self.path} ") if isinstance(error, UserError) else "it is empty"
+            raise UserError(f"{where} cannot be read ({told}): {anew}") from error
         if (header.get("schema"), header.get("version")) != (SCHEMA, VERSION):
             raise UserError(
-                f"resume: {self.path} is of version {header.get('version')}, this is version {VERSION} of duo_id's "
-                "results: leave out resume to start anew"
+                f"resume: {self.path} is of version {header.get('version')!r:.40}, this is version {VERSION} of "
+                "duo_id's results: leave out resume to start anew"
             )
         for key in self.header.keys() | header.keys():
             if header.get(key) != self.header.get(key):
@@ -101,8 +102,8 @@ class Journal:
                     f"resume: {self.path} was made with another {key} ({_told(key, header, self.header)}): leave out "
                     "resume to start anew"
                 )
-        for row in rows:
-            check_row(row, NUMBERS, OTHERS, f"resume: {self.path}")
+        for number, row in rows:
+            checked(_Written, row, f"{where}, line {number}")
             self._rows[_identity(row)] = row
 
 

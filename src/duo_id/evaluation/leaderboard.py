@@ -49,10 +49,10 @@ def touched(patterns: Iterable[Mapping[str, Any]]) -> set[str]:
     """The held-out tasks that are like those that patterns, as in heads.json, were found on."""
     found: set[str] = set()
     for pattern in patterns:
-        data = pattern["provenance"].get("settings", {}).get("data", {})
+        data = (pattern["provenance"].get("settings") or {}).get("data") or {}
         mixed = {task for task, weight in (data.get("mixture") or {}).items() if weight}
         for task in mixed if data.get("task") == "mixture" else {data.get("task")}:
-            found |= set(FAMILIES.get(task, ()))
+            found |= set(FAMILIES.get(str(task), ()))
     return found
 
 

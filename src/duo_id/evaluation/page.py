@@ -236,14 +236,14 @@ def _patterns(contents: Mapping[str, Any], picture: Pictures) -> list[Picture]:
 
 
 def _training(run: Run, picture: Pictures) -> dict[str, Any]:
-    summary = run.summary
+    summary, seconds = run.summary, run.summary.get("seconds")
     scored: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in summary.get("results") or []:
         scored.setdefault((row["heads"], row["sparsity"]), []).append(row)
     lines = []
     for (heads, sparsity), rows in sorted(scored.items(), key=lambda line: line[0][1]):
         metrics = {"loss": "answer_loss", "accuracy": "token_accuracy", "exact": "exact_answers"}
-        means = {name: sum(row[key] for row in rows) / len(rows) for name, key in metrics.items()}
+        means = {name: _mean([row.get(key) for row in rows]) for name, key in metrics.items()}
         cells = [Cell(METRICS[name].text(value), value) for name, value in means.items()]
         name = name_of("full" if heads == "full" else "", heads, len(rows))
         lines.append([Cell(name), Cell(f"{100 * sparsity:.4g}", sparsity), *cells])
@@ -254,13 +254,21 @@ def _training(run: Run, picture: Pictures) -> dict[str, Any]:
             "steps": summary.get("steps"),
             "seed": summary.get("seed"),
             "mean gate": f"{summary['mean_gate']:.3f}" if "mean_gate" in summary else None,
-            "seconds": _listed({name: f"{value:.0f}" for name, value in (summary.get("seconds") or {}).items()}),
+            "seconds": f"{seconds:.0f}"
+            if isinstance(seconds, float | int)
+            else _listed({name: f"{value:.0f}" for name, value in (seconds or {}).items()}),
             "versions": _listed(summary.get("versions") or {}),
         },
         "grid": Grid(headings, {"": lines}) if lines else None,
         "figures": _course(run, picture),
         "settings": json.dumps(summary.get("settings"), indent=1),
     }
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """Of values that were all measured, else NaN: earlier versions did not measure all."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else float("nan")
 
 
 def _course(run: Run, picture: Pictures) -> list[Picture]:

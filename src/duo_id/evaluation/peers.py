@@ -4,16 +4,27 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from duo_id.documents import (
+    FIRST,
+    LARGEST_ROWS,
+    Count,
+    Data,
+    Line,
+    Share,
+    Tokens,
+    checked,
+    parse_lines,
+    read_text,
+)
 from duo_id.errors import UserError
-from duo_id.evaluation.items import Item, check_row
+from duo_id.evaluation.items import Item
 from duo_id.files import write_text
 
 SAMPLES = "samples.jsonl"  # in a run folder: a header line, then one item a line
 ANSWERS = "answers-*.jsonl"  # beside it, one file a press: a header line, then one context and sparsity a line
 SAMPLES_SCHEMA, ANSWERS_SCHEMA, VERSION = "duo_id/samples", "duo_id/answers", 1
-NUMBERS = ("question", "loss", "kl", "tokens", "correct", "bytes", "full_bytes")  # of an answer to a question
 HEADER = {
     "model",  # a hub id, or a local folder
     "revision",
@@ -26,6 +37,46 @@ HEADER = {
     "shares",  # for each sparsity the fraction of the KV heads that stream under its mask
     "seed",
 }
+
+
+class _Header(Data):
+    """The first line of answers."""
+
+    press: Line
+    note: str
+
+
+class _Answer(Data):
+    """An answered question."""
+
+    question: Count
+    loss: float
+    kl: float
+    tokens: Count
+    correct: Count
+    bytes: Count
+    full_bytes: Count
+    generated: Annotated[list[Count], FIRST] | None
+
+
+class _Failed(Data):
+    """A line about a context on which a press failed."""
+
+    task: Line
+    length: Tokens
+    index: Count
+    sparsity: Share
+    error: str
+
+
+class _Answered(Data):
+    """A line about a context."""
+
+    task: Line
+    length: Tokens
+    index: Count
+    sparsity: Share
+    questions: Annotated[list[_Answer], FIRST]
 
 
 def write_samples(path: str | Path, header: dict[str, Any], items: Sequence[Item]) -> None:
@@ -88,7 +139,6 @@ def _rows(file: Path, item: Item, press: str, note: str, answer: dict[str, Any])
     """The rows of one answered context."""
     rows = []
     for asked in answer["questions"]:
-        check_row(asked, NUMBERS, ("generated",), f"{file}: {_again(file)}")
         number = asked["question"]
         if number not in range(len(item.questions)) or asked["tokens"] != len(item.questions[number].answer):
             raise UserError(f"{file}: question {number} of {item.task} is not the one asked here: {_again(file)}")
@@ -102,29 +152,28 @@ def _rows(file: Path, item: Item, press: str, note: str, answer: dict[str, Any])
 
 def _read(file: Path, digest: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and lines of one file; a last line that was cut short is left out."""
-    text = _bytes(file).decode(errors="replace")
+    text = read_text(file, LARGEST_ROWS)
     whole = text[: text.rfind("\n") + 1]
     try:
-        header, *answers = [json.loads(line) for line in whole.splitlines()]
-        schema, version, samples = (header.get(key) for key in ("schema", "version", "samples"))
-        if not all(isinstance(answer, dict) for answer in answers):
-            raise ValueError("a line is not an object")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} holds no answers of peers ({error}): {_again(file)}") from error
+        header, *answers = [line for _, line in parse_lines(whole.split("\n"), file)]
+    except ValueError as error:
+        told = error if isinstance(error, UserError) else "it is empty"
+        raise UserError(f"{file} holds no answers of peers ({told}): {_again(file)}") from error
+    schema, version, samples = (header.get(key) for key in ("schema", "version", "samples"))
     if schema != ANSWERS_SCHEMA:
-        raise UserError(f"{file} holds {schema}, not {ANSWERS_SCHEMA}: {_again(file)}")
+        raise UserError(f"{file} holds {schema!r:.40}, not {ANSWERS_SCHEMA}: {_again(file)}")
     if version != VERSION:
         raise UserError(
-            f"{file} is of version {version}, this is version {VERSION} of duo_id's answers: {_again(file)}"
+            f"{file} is of version {version!r:.40}, this is version {VERSION} of duo_id's answers: {_again(file)}"
         )
     if samples != digest:
         raise UserError(f"{file} answers other samples than {SAMPLES} beside it: {_again(file)}")
-    lacking = [key for key in ("press", "note") if key not in header]
-    for answer in answers:
-        lacking += [key for key in ("task", "length", "index", "sparsity") if key not in answer]
-        lacking += [] if "error" in answer or isinstance(answer.get("questions"), list) else ["questions"]
-    if lacking:
-        raise UserError(f"{file} lacks {lacking[0]}: {_again(file)}")
+    try:
+        checked(_Header, header, file)
+        for answer in answers:
+            checked(_Failed if "error" in answer else _Answered, answer, file)
+    except UserError as error:
+        raise UserError(f"{error}: {_again(file)}") from None
     return header, answers
 
 

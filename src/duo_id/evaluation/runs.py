@@ -8,11 +8,13 @@ from typing import Any
 
 import pandas as pd
 
+from duo_id.documents import checked, read_object
 from duo_id.errors import UserError
 from duo_id.evaluation.items import QUESTION, SAMPLE
 from duo_id.evaluation.summary import CONTENDER, load_results
 from duo_id.formats import contents_of, load_pattern, pattern_name
 from duo_id.plots import read_metrics
+from duo_id.provenance import Summary
 
 Place = tuple[Any, ...]  # of a sample: task, length and index
 IDENTITY = [*QUESTION, *CONTENDER, "seed"]  # of a row
@@ -54,14 +56,11 @@ def read_run(path: str | Path) -> Run:
     if path.is_file() or (path / "results.json").exists() or not (path / "summary.json").exists():
         results = load_results(path)
         return Run(pattern_name(path), results["model"], results, patterns=results["patterns"])
-    try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        model = summary["model"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path / 'summary.json'} is not the summary of a training run: {error!r}") from None
+    summary = read_object(path / "summary.json")
+    checked(Summary, summary, path / "summary.json")
     metrics = read_metrics(path) if any(path.glob("metrics/version_*/metrics.csv")) else None
     name = pattern_name(path).encode("utf-8", "replace").decode()  # a folder's name may hold any bytes
-    return Run(name, model, None, summary, metrics, {name: contents_of(load_pattern(path))})
+    return Run(name, summary["model"], None, summary, metrics, {name: contents_of(load_pattern(path))})
 
 
 def merge(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

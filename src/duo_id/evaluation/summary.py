@@ -1,18 +1,20 @@
 """Saved rows in, statistics out: what each contender scores, how sure that is, and what it loses to full attention."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 
+from duo_id.documents import FIRST, LARGEST_ROWS, Count, Data, Line, checked, read_json, shown
 from duo_id.errors import UserError
 from duo_id.evaluation.bootstrap import draw, with_intervals
-from duo_id.evaluation.items import QUESTION, SCHEMA, VERSION
+from duo_id.evaluation.items import QUESTION, SCHEMA, VERSION, Scored
+from duo_id.formats import pattern_from_json
+from duo_id.provenance import Model
 
 CONTENDER = ["kind", "heads", "sparsity"]  # random masks of all seeds are one
 COLUMNS = [*QUESTION, "depth", *CONTENDER, "seed", "loss", "kl", "tokens", "correct", "score", "exact", "text", "bytes"]
@@ -55,6 +57,28 @@ LIMITS = dict.fromkeys(("accuracy", "exact", "score"), SHARE) | dict.fromkeys(
 )  # what no metric can be beyond
 
 
+class Contender(Data):
+    """Who is compared, as far as pages tell of it."""
+
+    kind: Line
+    heads: Line
+    note: str | None = None
+
+
+class Results(Data):
+    """What results.json holds, beside its schema and version; patterns are checked as a heads.json."""
+
+    model: Model
+    patterns: dict[Line, dict[str, Any]]
+    contenders: list[Contender]
+    settings: dict[str, Any]
+    versions: dict[str, Line | None]
+    rows: Annotated[list[Scored], FIRST]
+    split: Line | None = None
+    seed: Count | None = None
+    chat_template: bool | None = None
+
+
 def load_results(path: str | Path) -> dict[str, Any]:
     """What an evaluation has saved.
 
@@ -66,37 +90,18 @@ def load_results(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
-    try:
-        text = path.read_text(encoding="utf-8")
-        results = json.loads(text)
-        if "\\ud" in text.lower():  # perhaps half a character, which JSON can hold but no text file
-            results = json.loads(json.dumps(results, ensure_ascii=False).encode("utf-8", "replace"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: give the run folder of a finished evaluation") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    if not path.exists():
+        raise UserError(f"{path} is missing: give the run folder of a finished evaluation")
+    results = read_json(path, LARGEST_ROWS, mend=True)
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         raise UserError(f"{path} does not hold the results of an evaluation (schema {SCHEMA})")
     if results.get("version") != VERSION:
-        raise UserError(f"{path} has version {results.get('version')!r}, this duo_id reads version {VERSION}")
-    missing = [key for key in ("model", "patterns", "contenders", "settings", "versions", "rows") if key not in results]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}")
-    kinds = {"model": dict, "patterns": dict, "contenders": list, "settings": dict, "versions": dict, "rows": list}
-    for key, kind in kinds.items():
-        if not isinstance(results[key], kind):
-            raise UserError(f"{path} is damaged: {key} is {type(results[key]).__name__}, not {kind.__name__}")
+        raise UserError(f"{path} has version {shown(results.get('version'))}, this duo_id reads version {VERSION}")
+    checked(Results, results, path)
+    for name, pattern in results["patterns"].items():
+        pattern_from_json(pattern, f"{path}: patterns.{shown(name)}")
     if not results["rows"]:
         raise UserError(f"{path} holds no rows: nothing was scored")
-    if not all(isinstance(row, dict) for row in results["rows"]):
-        raise UserError(f"{path} is damaged: a row is not an object")
-    lacking = [column for column in COLUMNS if any(column not in row for row in results["rows"])]
-    if lacking:
-        raise UserError(f"{path}: rows lack {', '.join(lacking)}")
-    for row in results["rows"]:
-        for column, expected in {"kind": str, "task": str, "heads": str, "length": int}.items():
-            if not isinstance(row[column], expected) or (column == "kind" and row[column] not in KINDS):
-                raise UserError(f"{path} is damaged: {column} of a row is {row[column]!r}")
     if all(row["kind"] != "full" for row in results["rows"]):
         raise UserError(f"{path} holds no rows of full attention, which all others are compared with")
     return results

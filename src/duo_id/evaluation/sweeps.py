@@ -1,8 +1,7 @@
 """Sweeps: the jobs of a sweep's folder side by side, by what they were asked to do differently."""
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,15 +13,18 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
+from duo_id.documents import checked, read_object, read_text
 from duo_id.errors import UserError
 from duo_id.evaluation.table import Cell, Grid, terminal_table
 from duo_id.formats import HEADS, load_pattern
 from duo_id.patterns import HeadPattern
+from duo_id.provenance import Summary
 
 MARK = "multirun.yaml"  # Hydra leaves it in a sweep's folder
 OPTIMISED = "optimization_results.yaml"  # and an optimising sweeper this
 ERROR = "error.txt"  # a job that failed leaves it in its folder
 OVERRIDES = Path(".hydra") / "overrides.yaml"
+LARGEST_YAML = 2**18  # bytes
 RUNNING = "has not ended: it runs still, or was killed"
 CAPTION = (
     "validation loss: of the found masks on validation samples, by which a sweep chooses; the other losses: on "
@@ -57,7 +59,7 @@ class Job:
     @property
     def objective(self) -> float:
         """What the sweep minimised: the loss on validation samples; infinite for a job that has not come to its end."""
-        return float((self.summary or {}).get("validation_loss", float("inf")))
+        return float("inf" if (loss := (self.summary or {}).get("validation_loss")) is None else loss)
 
 
 @dataclass(frozen=True)
@@ -177,16 +179,17 @@ def grids(sweep: Sweep) -> dict[str, Grid]:
 
 def _read_job(folder: Path) -> Job:
     try:
-        listed = yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8"))
+        listed = yaml.safe_load(read_text(folder / OVERRIDES, LARGEST_YAML))
+        if not isinstance(listed, list) or not all(isinstance(override, str) for override in listed):
+            raise UserError(f"{OVERRIDES} is no list of overrides")
         overrides = dict(override.partition("=")[::2] for override in listed)
         if not (folder / "summary.json").is_file():
             error = folder / ERROR
-            return Job(folder.name, overrides, error=error.read_text("utf-8") if error.is_file() else RUNNING)
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if not isinstance(summary.get("model"), Mapping):
-            raise ValueError("it names no model")
-    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder} is not a job of a sweep: {error!r}") from None
+            return Job(folder.name, overrides, error=read_text(error) if error.is_file() else RUNNING)
+        summary = read_object(folder / "summary.json")
+        checked(Summary, summary, folder / "summary.json")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{folder} is not a job of a sweep: {' '.join(str(error).split())[:300]}") from None
     pattern = load_pattern(folder) if (folder / "heads" / HEADS).is_file() else None
     return Job(folder.name, overrides, summary, "", pattern)
 

@@ -16,13 +16,15 @@ import torch
 import yaml
 from torch import Tensor
 
+from duo_id.documents import read_json, read_text
 from duo_id.errors import UserError
 from duo_id.files import write_text
 from duo_id.interop.options import Options, as_pattern, pool, query_heads, spread
 from duo_id.patterns import HeadPattern
-from duo_id.tables import as_float, exact_rows, read_json, read_text
+from duo_id.tables import exact_rows
 
-HEAD = re.compile(r"(\d{1,6})-(\d{1,6})")  # layer and query head
+HEAD = re.compile(r"(\d{1,6})-(\d{1,6})", re.ASCII)  # layer and query head
+LARGEST_YAML = 2**18  # bytes: the list of all of 10,000 heads has half of it
 
 
 def read_scores(path: Path, options: Options) -> HeadPattern:
@@ -39,11 +41,10 @@ def read_scores(path: Path, options: Options) -> HeadPattern:
         )
     scores: dict[tuple[int, int], float] = {}
     for name, values in pairs:
-        values = values if isinstance(values, list) else [values]
-        mean = sum(map(as_float, values)) / len(values) if values else float("nan")
-        if not abs(mean) < float("inf"):
-            raise UserError(f"{path}: head {name} has no score (its values: {str(values)[:40]})")
-        scores[_place(path, name)] = mean
+        place, values = _place(path, name), values if isinstance(values, list) else [values]
+        if not values or any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+            raise UserError(f"{path}: head {name} has no score (its values: {values!s:.40})")
+        scores[place] = sum(values) / len(values)
     if not scores:
         raise UserError(f"{path}: no head is scored")
     layers, heads = (max(places) + 1 for places in zip(*scores, strict=True))
@@ -63,8 +64,8 @@ def read_chosen(path: Path, options: Options) -> HeadPattern:
         UserError: it is none, names heads that the model does not have, or the model's shape is not given.
     """
     try:
-        contents = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
+        contents = yaml.safe_load(read_text(path, LARGEST_YAML))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # such as of a date in the year 0
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:120]}") from None
     chosen = contents.get("attn_head_set") if isinstance(contents, dict) else None
     if not isinstance(chosen, str):
@@ -162,5 +163,9 @@ def _is_pair(pair: Any) -> bool:
 
 
 def _kind(contents: Any) -> str:
-    keys = ", ".join(map(str, list(contents)[:3])) if isinstance(contents, dict) else ""
+    keys = (
+        ", ".join(f"{' '.join(str(key).split()):.20}" for key in list(contents)[:3])
+        if isinstance(contents, dict)
+        else ""
+    )
     return f"an object with {keys}" if keys else type(contents).__name__

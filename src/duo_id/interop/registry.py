@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from duo_id.documents import read_json
 from duo_id.errors import UserError
 from duo_id.formats import CONFIG, HEADS, SCORES, list_patterns, load_pattern, save_pattern
 from duo_id.interop.options import Options
@@ -20,7 +21,6 @@ from duo_id.interop.quantile import (
 from duo_id.interop.query_heads import read_chosen, read_scores, write_headkv, write_qrhead, write_retrieval_head
 from duo_id.interop.tensors import read_kvzip, write_kvzip
 from duo_id.patterns import HeadPattern
-from duo_id.tables import read_json
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from duo_id.documents import LARGEST
 from duo_id.errors import UserError
 from duo_id.files import atomic_path
 from duo_id.interop.options import Options, as_pattern
 from duo_id.interop.quantile import streaming_heads
-from duo_id.patterns import HeadPattern
+from duo_id.patterns import MOST_HEADS, HeadPattern
 
 
 def read_kvzip(path: Path, options: Options) -> HeadPattern:
@@ -19,6 +20,8 @@ def read_kvzip(path: Path, options: Options) -> HeadPattern:
         UserError: the file holds something else than one such tensor, or the windows are not given.
     """
     expected = f"{path}: expected KVzip's scores, one tensor (layers, KV heads)"
+    if path.stat().st_size > LARGEST:
+        raise UserError(f"{expected}, found {path.stat().st_size:,} bytes, more than the {LARGEST:,} of any model's")
     try:
         scores = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -27,6 +30,11 @@ def read_kvzip(path: Path, options: Options) -> HeadPattern:
         raise UserError(f"{expected}, found a file that is not read ({type(error).__name__})") from None
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         raise UserError(f"{expected}, found {getattr(scores, 'dtype', type(scores).__name__)}")
+    if scores.is_nested or scores.layout != torch.strided or scores.is_meta:
+        kind = "nested" if scores.is_nested else "without values" if scores.is_meta else str(scores.layout)
+        raise UserError(f"{expected}, found one that is {kind}")
+    if scores.numel() > MOST_HEADS**2:  # a few stored numbers can be a view of any shape
+        raise UserError(f"{expected}, found one of shape {tuple(scores.shape)}")
     table = scores if scores.dim() == 2 else scores.squeeze()
     if table.dim() != 2:
         raise UserError(f"{expected}, found one of shape {tuple(scores.shape)}")

@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from duo_id.config import require
 from duo_id.data.samples import Sample
+from duo_id.documents import Count, Data, Positive, checked, read_json
 from duo_id.errors import UserError
 from duo_id.files import write_text
 from duo_id.methods import ScoreSettings, SearchSettings
@@ -40,6 +42,17 @@ SCORES: dict[str, Callable[[Subject, Sample, Any], Tensor]] = {
 SETTLING = 1e-4  # below what one answer token is of all, so that two digits less are those of the score
 ORDER = "search.json"  # in a run folder: how far a search has come
 CPU_BATCH_TOKENS = 16384
+
+
+class _Searched(Data):
+    """What `ORDER` holds."""
+
+    shape: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    first: list[Count]
+    last: list[Count]
+    hints: list[float]
+    swaps: Count = 0
+    seconds: Positive = 0.0
 
 
 def random_scores(shape: tuple[int, int], seed: int) -> Tensor:
@@ -172,18 +185,17 @@ def batch_tokens_for(subject: Subject, logits: float) -> int:
 def _read(path: Path, expected: Order) -> tuple[Order, float]:
     """An order so far, and the seconds that it took."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        hints = torch.tensor([float(hint) for hint in state["hints"]])
-        order = Order(tuple(state["shape"]), list(state["first"]), list(state["last"]), hints, state.get("swaps", 0))
-        seconds = float(state.get("seconds", 0.0))
-        whole = len(hints) == math.prod(order.shape) and sorted(order.all) == list(range(len(hints)))
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"resume: {path} cannot be read ({error!r}): delete it to start anew") from error
+        state = checked(_Searched, read_json(path), path)
+    except UserError as error:
+        raise UserError(f"resume: {error}: delete it to start anew") from error
+    hints = torch.tensor(state.hints)
+    order = Order((state.shape[0], state.shape[1]), state.first, state.last, hints, state.swaps)
+    whole = len(hints) == math.prod(order.shape) and sorted(order.all) == list(range(len(hints)))
     if order.shape != expected.shape:
         raise UserError(f"resume: {path} orders {order.shape} heads, this model has {expected.shape}")
     if not whole:
         raise UserError(f"resume: {path} does not name each head once: delete it to start anew")
-    return order, seconds
+    return order, state.seconds
 
 
 @contextmanager

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from string import Formatter
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from duo_id.documents import Data
 from duo_id.errors import UserError
-from duo_id.evaluation.metrics import LETTERS
 from duo_id.evaluation.published.building import Entry, Form
 from duo_id.evaluation.published.sources import (
     Row,
+    Texts,
     from_hub,
     hub_split,
     hub_zip,
@@ -81,6 +85,32 @@ DATA_SETS: dict[str, tuple[str, Form]] = {
 }
 
 
+class Asked(Data):
+    """A row of LongBench."""
+
+    context: str
+    input: str
+    answers: Texts
+
+
+class Classified(Asked):
+    """A row of a data set of classification."""
+
+    all_classes: Annotated[list[str], Field(min_length=1)]
+
+
+class Choice(Data):
+    """A row of LongBench v2."""
+
+    context: str
+    question: str
+    choice_A: str
+    choice_B: str
+    choice_C: str
+    choice_D: str
+    answer: Literal["A", "B", "C", "D"]
+
+
 def read_longbench(name: str, folder: str | None) -> tuple[Form, list[Entry]]:
     """One of the data sets of LongBench.
 
@@ -93,13 +123,12 @@ def read_longbench(name: str, folder: str | None) -> tuple[Form, list[Entry]]:
         UserError: the data is missing or not what it should be.
     """
     template, form = DATA_SETS[name]
-    template = str(read_json(folder, "dataset2prompt.json").get(name, template))
+    template = _template(name, read_json(folder, "dataset2prompt.json").get(name, template))
     tokens = read_json(folder, "dataset2maxlen.json").get(name, form.max_new_tokens)
     form = replace(form, max_new_tokens=positive(f"dataset2maxlen.json: {name}", tokens))
-    rows = _rows(name, folder, HUB, lambda: hub_zip(HUB, "data.zip", f"data/{name}.jsonl"))
-    return form, [
-        _entry(f"longbench/{name}", template, row, _references(f"longbench/{name}", row, form)) for row in rows
-    ]
+    schema = Classified if form.metric == "classification" else Asked
+    rows = _rows(name, folder, HUB, lambda: hub_zip(HUB, "data.zip", f"data/{name}.jsonl"), schema)
+    return form, [_entry(f"longbench/{name}", template, row, _references(row, form)) for row in rows]
 
 
 def read_longbench_v2(folder: str | None) -> tuple[Form, list[Entry]]:
@@ -111,45 +140,56 @@ def read_longbench_v2(folder: str | None) -> tuple[Form, list[Entry]]:
     Raises:
         UserError: the data is missing or not what it should be.
     """
-    rows = _rows("data", folder, HUB_V2, lambda: hub_split(HUB_V2, "train"), parts=False)
-    form = Form("choice", 128)
-    for row in rows:
-        if row.get("answer") not in tuple(LETTERS):
-            raise UserError(f"tasks={V2}: an answer is {row.get('answer')!r}, not a letter from {LETTERS}")
-    return form, [_entry(V2, CHOICE, row, (row["answer"],), CUE) for row in rows]
+    rows = _rows("data", folder, HUB_V2, lambda: hub_split(HUB_V2, "train"), Choice, parts=False)
+    return Form("choice", 128), [_entry(V2, CHOICE, row, (row["answer"],), CUE) for row in rows]
 
 
 def _rows(
-    name: str, folder: str | None, repository: str, download: Callable[[], list[Row]], parts: bool = True
+    name: str,
+    folder: str | None,
+    repository: str,
+    download: Callable[[], list[Row]],
+    schema: type[Data],
+    parts: bool = True,
 ) -> list[Row]:
     if folder is None:
-        return from_hub(repository, download)
+        return from_hub(repository, download, lambda row: schema)
     if not (files := local_files(folder, name, parts)):
         raise UserError(
             f"data.path={folder} has no {name}.jsonl, .json or .parquet: put the files of "
             f"huggingface.co/datasets/{repository} there, unpacked, or leave data.path out"
         )
-    return [row for file in files for row in read_rows(file)]
+    return [row for file in files for row in read_rows(file, lambda row: schema)]
 
 
-def _references(task: str, row: Row, form: Form) -> tuple[str, ...]:
+def _references(row: Row, form: Form) -> tuple[str, ...]:
     """The right answers; of a classification, the right class and then the others."""
-    answers = texts(task, row, "answers")
+    answers = texts(row, "answers")
     if form.metric != "classification":
         return answers
-    return (*answers[:1], *(name for name in texts(task, row, "all_classes") if name not in answers))
+    return (*answers[:1], *(name for name in texts(row, "all_classes") if name not in answers))
 
 
 def _entry(task: str, template: str, row: Row, references: tuple[str, ...], cue: str = "") -> Entry:
-    head, mark, tail = template.partition("{context}")
-    if not mark or "context" not in row:
-        raise UserError(f"tasks={task}: {'the data' if mark else 'dataset2prompt.json'} has no context")
+    head, _, tail = template.partition("{context}")
     fields = _Fields(task, row)
+    return Entry(head.format_map(fields), row["context"], tail.format_map(fields), references, cue)
+
+
+def _template(name: str, template: Any) -> str:
+    """A prompt, if it asks for columns alone: no attributes, and no widths that fill the memory."""
+    where = f"tasks=longbench/{name}: dataset2prompt.json"
     try:
-        before, after = head.format_map(fields), tail.format_map(fields)
-    except (ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"tasks={task}: dataset2prompt.json has no prompt that can be filled in ({error})") from error
-    return Entry(before, str(row["context"]), after, references, cue)
+        if not isinstance(template, str):
+            raise ValueError("it is no text")
+        for _, field, form, conversion in Formatter().parse(template):
+            if field is not None and (not field.isidentifier() or form or conversion):
+                raise ValueError(f"{{{field:.40}}} is not the name of a column")
+    except ValueError as error:
+        raise UserError(f"{where} has no prompt that can be filled in ({error})") from error
+    if "{context}" not in template:
+        raise UserError(f"{where} has no context")
+    return template
 
 
 class _Fields(dict[str, Any]):

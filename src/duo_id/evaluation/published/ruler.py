@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+from duo_id.documents import Data, Line, Tokens
 from duo_id.errors import UserError
 from duo_id.evaluation.published.building import Entry, Form
-from duo_id.evaluation.published.sources import Row, from_hub, hub_split, local_files, positive, read_rows, texts
+from duo_id.evaluation.published.sources import Row, Texts, from_hub, hub_split, local_files, read_rows, texts
 
 HUB = "simonjegou/ruler"  # the data set that NVIDIA/kvpress evaluates on: 4096, 8192 and 16384 tokens
 
@@ -15,6 +16,33 @@ TASKS = (
     "niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3 niah_multivalue "
     "niah_multiquery vt cwe fwe qa_1 qa_2"
 ).split()
+
+
+class Shared(Data):
+    """What rows of both forms may have."""
+
+    task: Line | None = None
+    max_new_tokens: Tokens | None = None
+    answer_prefix: str | None = None
+
+
+class Written(Shared):
+    """A row of the authors' scripts."""
+
+    input: str
+    outputs: Texts
+
+
+class Given(Shared):
+    """A row of the hub."""
+
+    context: str
+    question: str
+    answer: Texts
+
+
+def _schema(row: Row) -> type[Shared]:
+    return Written if "input" in row else Given
 
 
 def read_ruler(name: str, folder: str | None, length: int) -> tuple[Form, list[Entry]]:
@@ -37,39 +65,35 @@ def read_ruler(name: str, folder: str | None, length: int) -> tuple[Form, list[E
             "lengths or tasks, or generate it, see docs/benchmarks.md"
         )
     form = FORMS[name.partition("_")[0]]
-    tokens = rows[0].get("max_new_tokens") or form.max_new_tokens
-    form = replace(form, max_new_tokens=positive(f"{task}: max_new_tokens", tokens))
-    return form, [_split(task, row) if "input" in row else _given(task, row) for row in rows]
+    form = replace(form, max_new_tokens=rows[0].get("max_new_tokens") or form.max_new_tokens)
+    return form, [_split(task, row) if "input" in row else _given(row) for row in rows]
 
 
 def _local(name: str, folder: str, length: int) -> list[Row]:
     """Rows of the task's own files, else those of the task in the files of all tasks."""
     own = local_files(folder, name, within=str(length))
     if own:
-        return [row for file in own for row in read_rows(file)]
+        return [row for file in own for row in read_rows(file, _schema)]
     shared = local_files(folder, str(length))
-    return [row for file in shared for row in read_rows(file) if row.get("task") == name]
+    return [row for file in shared for row in read_rows(file, _schema) if row.get("task") == name]
 
 
 def _hub(name: str, length: int) -> list[Row]:
-    rows = from_hub(f"{HUB} ({length} tokens)", lambda: hub_split(HUB, "test", str(length)))
+    rows = from_hub(f"{HUB} ({length} tokens)", lambda: hub_split(HUB, "test", str(length)), _schema)
     return [row for row in rows if row.get("task") == name]
 
 
 def _split(task: str, row: Row) -> Entry:
     """A row of the authors' scripts, one text: the question is its last line, in every task's template."""
-    text, cue = str(row["input"]), str(row.get("answer_prefix") or "")
+    text, cue = row["input"], row.get("answer_prefix") or ""
     place = text.rstrip().rfind("\n")
     if place < 0:
         raise UserError(f"tasks={task}: an input has one line, so no question can be told from its context")
-    return Entry("", text[:place], text[place:], texts(task, row, "outputs"), cue)
+    return Entry("", text[:place], text[place:], texts(row, "outputs"), cue)
 
 
-def _given(task: str, row: Row) -> Entry:
+def _given(row: Row) -> Entry:
     """A row of the hub, with context, question and the beginning of the answer in columns of their own."""
-    missing = {"context", "question"} - row.keys()
-    if missing:
-        raise UserError(f"tasks={task}: the data has no {', '.join(sorted(missing))}")
-    context, question = str(row["context"]), str(row["question"])
+    context, question = row["context"], row["question"]
     gap = "" if context[-1:].isspace() or question[:1].isspace() else "\n"
-    return Entry("", context, gap + question, texts(task, row, "answer"), str(row.get("answer_prefix") or ""))
+    return Entry("", context, gap + question, texts(row, "answer"), row.get("answer_prefix") or "")

@@ -1,19 +1,24 @@
 """Where the rows of published data sets come from: a local folder with the hub's files, or the hub itself."""
 
-import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
+from pydantic import Field
 
+from duo_id import documents
+from duo_id.documents import LARGEST_ROWS, Data, checked, parse_lines, read_object, read_text
 from duo_id.errors import UserError
 
 Row = dict[str, Any]
+Schema = Callable[[Row], type[Data]]  # of rows, by the columns that they have
+Texts = str | Annotated[list[str | int | float], Field(min_length=1)]  # of a column with right answers
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -44,38 +49,34 @@ def local_files(folder: str, name: str, parts: bool = True, within: str | None =
     return files
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, schema: Schema) -> list[Row]:
     """The rows of a jsonl, json (a list) or parquet file.
 
     Raises:
-        UserError: it is not what its name says, or does not hold rows.
+        UserError: it is not what its name says, or a row is not what the schema says; the message has its line, or its
+            number where rows have no lines.
     """
     try:
         if path.suffix == ".parquet":
-            return pq.read_table(path).to_pylist()
-        text = path.read_text(encoding="utf-8")
-        rows = _lines(text.split("\n")) if path.suffix == ".jsonl" else json.loads(text)
-    except (OSError, ValueError) as error:
+            numbered = list(enumerate(pq.read_table(path).to_pylist(), start=1))
+        elif path.suffix == ".jsonl":
+            numbered = parse_lines(read_text(path, LARGEST_ROWS).split("\n"), path)
+        else:
+            contents = documents.read_json(path, LARGEST_ROWS)
+            numbered = list(enumerate(contents if isinstance(contents, list) else [], start=1))
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"data.path: {path} cannot be read: {_one_line(error)}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not numbered:
         raise UserError(f"data.path: {path} holds no rows")
-    if not rows:
-        raise UserError(f"data.path: {path} holds no rows")
-    return rows
+    unit = "line" if path.suffix == ".jsonl" else "row"
+    for number, row in numbered:
+        _check(row, schema, f"data.path: {path}, {unit} {number}")
+    return [row for _, row in numbered]
 
 
-def texts(task: str, row: Row, key: str) -> tuple[str, ...]:
-    """The texts of a column that holds one or several; blank ones, which any answer would contain, are left out.
-
-    Raises:
-        UserError: the column is missing or empty, or holds something else.
-    """
-    found = row.get(key)
-    if not found:
-        raise UserError(f"tasks={task}: the data has no {key}")
-    found = [found] if isinstance(found, str) else found
-    if not isinstance(found, list) or not all(isinstance(text, str | int | float) for text in found):
-        raise UserError(f"tasks={task}: {key} is {found!r}, not a text or a list of texts")
+def texts(row: Row, key: str) -> tuple[str, ...]:
+    """The texts of a column that holds one or several; blank ones, which any answer would contain, are left out."""
+    found = [row[key]] if isinstance(row[key], str) else row[key]
     return tuple(str(text) for text in found if str(text).strip())
 
 
@@ -99,35 +100,33 @@ def read_json(folder: str | None, name: str) -> dict[str, Any]:
     found = [] if folder is None else sorted(Path(folder).expanduser().rglob(name))
     if not found:
         return {}
-    try:
-        contents = json.loads(found[0].read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"data.path: {found[0]} cannot be read: {_one_line(error)}") from error
-    if not isinstance(contents, dict):
-        raise UserError(f"data.path: {found[0]} holds no object")
-    return contents
+    return read_object(found[0])
 
 
-def from_hub(repository: str, read: Callable[[], list[Row]]) -> list[Row]:
+def from_hub(repository: str, read: Callable[[], list[Row]], schema: Schema) -> list[Row]:
     """What `read` gets from a data set of the hub.
 
     Raises:
-        UserError: it gets nothing; the message says how to do without the hub.
+        UserError: it gets nothing, and the message says how to do without the hub; or a row is not of the schema.
     """
     try:
-        return read()
+        rows = read()
     except Exception as error:  # network, hub, data set and split: many types
         raise UserError(
             f"huggingface.co/datasets/{repository} cannot be loaded: {_one_line(error)} Download it elsewhere and give "
             "the folder: data.path=FOLDER, see docs/benchmarks.md"
         ) from error
+    for number, row in enumerate(rows, start=1):
+        _check(row, schema, f"huggingface.co/datasets/{repository}, row {number}")
+    return rows
 
 
 def hub_zip(repository: str, archive: str, member: str) -> list[Row]:
     """The rows of a jsonl file in an archive on the hub, which is kept in the hub's cache."""
     path = hf_hub_download(repository, archive, repo_type="dataset")
     with zipfile.ZipFile(path) as opened, opened.open(member) as file:
-        return _lines(line.decode() for line in file)
+        lines = file.read(LARGEST_ROWS).decode().split("\n")
+    return [row for _, row in parse_lines(lines, f"{archive}/{member}")]
 
 
 def hub_split(repository: str, split: str, folder: str | None = None) -> list[Row]:
@@ -135,9 +134,8 @@ def hub_split(repository: str, split: str, folder: str | None = None) -> list[Ro
     return list(datasets.load_dataset(repository, data_dir=folder, split=split))
 
 
-def _lines(lines: Iterable[str]) -> list[Row]:
-    filled: Iterator[str] = (line for line in lines if line.strip())
-    return [json.loads(line) for line in filled]
+def _check(row: Any, schema: Schema, where: str) -> None:
+    checked(schema(row) if isinstance(row, dict) else Data, row, where)
 
 
 def _one_line(error: Exception) -> str:
