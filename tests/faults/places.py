@@ -91,7 +91,8 @@ def make_others(folder: str) -> None:
     model = {"name": "tiny", "id": "tiny", "layers": 3, "kv_heads": 2, "heads": 4}
     scores = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
     save_pattern(HeadPattern(scores, 4, 60, provenance={"model": model}), place / "HEADS", [0.5])
-    save_pattern(HeadPattern(scores[:, :1], 4, 60, provenance={"model": model}), place / "OTHER_HEADS", [0.5])
+    other = HeadPattern(scores[:, :1], 4, 60, provenance={"model": model | {"kv_heads": 1}})
+    save_pattern(other, place / "OTHER_HEADS", [0.5])
     tiny_model("llama", vocab_size=258, num_hidden_layers=1).save_pretrained(place / "WEIGHTS")
     byte_tokenizer().save_pretrained(place / "WEIGHTS")
     info = place / "WHEEL" / "duo_id_test_weights-1.2.dist-info"

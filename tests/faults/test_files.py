@@ -30,8 +30,8 @@ def test_three_hundred_broken_files() -> None:
 @pytest.mark.parametrize("kind", ["json", "jsonl", "tsv", "csv", "text", "bytes"])
 def test_a_file_is_broken_in_every_way(kind: str, tmp_path: Path) -> None:
     whole = {
-        "json": '{"a": {"b": [1.5, 2]}, "c": "d"}\n',
-        "jsonl": '{"a": {"b": [1.5, 2]}, "c": "d"}\n' * 3,
+        "json": '{"a": {"b": [1.25, 2]}, "c": "d"}\n',
+        "jsonl": '{"a": {"b": [1.25, 2]}, "c": "d"}\n' * 3,
         "tsv": "1\t2\n3\t4\n",
         "csv": "a,b\n1,2\n3,4\n",
     }.get(kind, "some text\nof lines\n")
@@ -58,7 +58,7 @@ def test_json_is_broken_in_one_place() -> None:
         if alike:
             (other,) = [one for one in json.loads(text)["a"]["b"] if one not in (1.5, 2.5)] or [1.5]
             assert isinstance(other, int | float)
-    assert sum('"c": 3, "c":' in text for text in texts) > 1
+    assert any(text.count('"c":') == 2 for text in texts)
     assert any("[" * 1000 in text for text in texts)
     assert any("\\ud800" in text for text in texts)
 
