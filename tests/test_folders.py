@@ -69,9 +69,9 @@ def test_a_new_run_is_fresh_and_a_resumed_one_is_not(tmp_path: Path) -> None:
         taken.append(Path(HydraConfig.get().runtime.output_dir).name)
 
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "overrides.json").write_text("{}")
+    (tmp_path / "old" / "settings.json").write_text("{}")
     for resume in ("null", "null", tmp_path / "old"):
-        where = f"hydra.run.dir='${{run_folder:${{resume}},overrides.json,{tmp_path}/old}}'"
+        where = f"hydra.run.dir='${{run_folder:${{resume}},settings.json,{tmp_path}/old}}'"
         finished = run_command("train", where, f"resume={resume}", folder=tmp_path, command=command)
         assert finished.status == 0, finished.output
     assert taken == ["old-2", "old-3", "old"]

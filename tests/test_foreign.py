@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from transformers import LlamaConfig
 
 from duo_id import evaluate as evaluating
@@ -202,10 +203,27 @@ class Unpickled:
 
 
 def stranger(folder: Path, *overrides: str) -> str:
-    """A run folder that arrived with these overrides; nothing in it has been computed yet."""
+    """A run folder that arrived with the settings of these overrides; nothing in it has been computed yet."""
+    return arriving(folder, composed("train", *QUICKER, *overrides, folder=folder))
+
+
+def composed(name: str, *overrides: str, folder: Path) -> Any:
+    """The plain values that Hydra composes, checked by nobody."""
+    found: dict[str, Any] = {"logger": {}}
+
+    def read(config: DictConfig) -> None:
+        found.update(OmegaConf.to_container(config, resolve=True))
+
+    where = f"hydra.run.dir={folder / 'stranger'}"
+    finished = run_command(name, *overrides, where, folder=folder, command=read)
+    assert finished.status == 0, finished.output
+    return found
+
+
+def arriving(folder: Path, settings: Any) -> str:
+    """A run folder that arrived with these settings."""
     (folder / "stranger").mkdir(exist_ok=True)
-    saved = {override.split("=")[0]: override for override in (*QUICKER, *overrides)}
-    (folder / "stranger" / "overrides.json").write_text(json.dumps(saved))
+    (folder / "stranger" / "settings.json").write_text(json.dumps({"settings": settings, "before": {}}))
     return f"resume={folder / 'stranger'}"
 
 
@@ -313,13 +331,6 @@ EXPLOITS: dict[str, Exploit] = {
         lambda folder, marker: ["logger=wandb", "+logger.wandb.settings={base_url: 'https://example.com'}"],
         False,
     ),
-    "search-path": (lambda folder, marker: [f"hydra.searchpath=[file://{folder}]"], False),
-    "configuration-elsewhere": (lambda folder, marker: ["step=../../stranger"], False),
-    "environment": (lambda folder, marker: [f"+model.name='{TEXT}'"], False),
-    "environment-escaped": (lambda folder, marker: [r"model.name=$\{oc.env:DUO_ID_SECRET\}"], False),
-    "environment-in-a-list": (lambda folder, marker: ["+trainer.x=[{a: '" + TEXT + "'}]"], False),
-    "group-into-hydra": (lambda folder, marker: ["+logger@hydra.callbacks=csv"], False),
-    "sweep": (lambda folder, marker: ["seed=0,1"], False),
 }
 
 
@@ -341,8 +352,10 @@ def test_a_strangers_run_runs_nothing_and_names_the_override(name: str, arrived:
     finished = run_command("train", stranger(arrived, *overrides), folder=arrived)
     assert not marker.exists()
     assert f"resume={arrived / 'stranger'}: its saved " in finished.error
-    assert any(override in finished.error for override in overrides)
-    assert "give this override again" in finished.error
+    named = re.search(r"its saved ([a-z_]+[.][a-z_]+)", finished.error)
+    assert named, finished.error
+    assert any(override.lstrip("+").startswith((named[1], named[1].partition(".")[0] + "=")) for override in overrides)
+    assert "give this setting again" in finished.error
     assert SECRET not in finished.output
 
 
@@ -359,26 +372,54 @@ def test_typing_one_override_again_vouches_for_no_other(arrived: Path, marker: P
     first = "+trainer.callbacks=[{_target_: stranger_code.Callback}]"
     second = f"+trainer.profiler={{_target_: duo_id.files.write_text, path: {marker}, text: x}}"
     finished = run_command("train", stranger(arrived, first, second), first, folder=arrived)
-    assert f"its saved {second}" in finished.error
+    assert "its saved trainer.profiler._target_=duo_id.files.write_text" in finished.error
     assert not marker.exists()
 
 
 def test_a_strangers_evaluation_runs_no_code_of_a_repository(arrived: Path, marker: Path) -> None:
     given = pattern(arrived, TINY)
-    (arrived / "stranger").mkdir()
     saved = [given, "model=hub", f"model.id={arrived / 'repository'}", "+model.trust_remote_code=true"]
-    (arrived / "stranger" / "overrides.json").write_text(json.dumps({one.split("=")[0]: one for one in saved}))
+    arriving(arrived, composed("evaluate", *saved, folder=arrived))
     (arrived / "stranger" / "scores.jsonl").write_text("")
     finished = run_command("evaluate", f"resume={arrived / 'stranger'}", folder=arrived)
-    assert "its saved +model.trust_remote_code=true" in finished.error
+    assert "its saved model.trust_remote_code=true" in finished.error
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("saved", ["[]", '{"a": 1}', "3", '{"seed": "seed=["}', '{"x": ""}'])
-def test_overrides_that_are_none_are_one_line(saved: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        (("model", "name"), TEXT),
+        (("model", "config", "model_type"), TEXT),
+        (("method", "optimizer", "foreach"), TEXT),
+        (("step", "memory"), TEXT),
+        (("seed",), TEXT),
+        (("hydra",), {"searchpath": ["file:///"]}),
+    ],
+    ids=str,
+)
+def test_text_of_a_strangers_settings_is_no_interpolation(place: tuple[str, ...], text: Any, arrived: Path) -> None:
+    settings = json.loads(Path(stranger(arrived)[7:], "settings.json").read_text())["settings"]
+    inner = settings
+    for key in place[:-1]:
+        inner = inner.setdefault(key, {})
+    inner[place[-1]] = text
+    finished = run_command("train", arriving(arrived, settings), folder=arrived)
+    assert finished.status == (0 if place[-1] in ("name", "foreach") else 2), finished.output
+    written = [
+        path.read_bytes().decode(errors="replace") for path in (arrived / "stranger").rglob("*") if path.is_file()
+    ]
+    for text in (finished.output, *written):
+        assert SECRET not in text
+
+
+@pytest.mark.parametrize("saved", ["[]", '{"seed": 0}', "3", '{"settings": {"seed": []}, "before": {}}', None])
+def test_settings_that_are_none_are_one_line(saved: str | None, tmp_path: Path) -> None:
     (tmp_path / "stranger").mkdir()
-    (tmp_path / "stranger" / "overrides.json").write_text(saved)
-    assert "resume=" in run_command("train", f"resume={tmp_path / 'stranger'}", folder=tmp_path).error
+    if saved is not None:
+        (tmp_path / "stranger" / "settings.json").write_text(saved)
+    finished = run_command("train", f"resume={tmp_path / 'stranger'}", folder=tmp_path)
+    assert "resume=" in finished.error or "seed=" in finished.error
 
 
 OWN = {

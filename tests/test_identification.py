@@ -308,7 +308,7 @@ def test_what_is_wrong_with_a_prior_names_its_overrides(changes: list[str], mess
     assert finished.status == 2, finished.output
     (line,) = [line for line in finished.output.splitlines() if line.startswith("error: ")]
     assert message in line
-    assert not (tmp_path / "run" / "overrides.json").exists()
+    assert not (tmp_path / "run" / "settings.json").exists()
 
 
 SALIENCY = [*(override for override in SEARCH if "method=" not in override), "method=saliency"]

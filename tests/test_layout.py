@@ -21,7 +21,7 @@ attention.masks attention.blends attention.exchange attention.softmax attention.
 attention.kernels attention.streaming_kernels attention.streaming_operator attention.streaming attention.decode
 attention.padding attention.probe attention.parity attention.heads attention.rows attention.gated
 gates penalties objectives
-budget mistakes schema trainer config foreign record methods
+budget mistakes schema trainer config foreign record resuming methods
 byte_tokens ranks sharding weights wheels
 models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query

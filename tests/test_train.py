@@ -25,6 +25,7 @@ from duo_id.history import read_history
 from duo_id.methods import GateSettings
 from duo_id.models import LanguageModel
 from duo_id.objectives import OBJECTIVES, Outputs
+from duo_id.record import SETTINGS, keep_settings
 from duo_id.scoring import score
 from tests.commands import QUICK, Finished, run_command, settings_of
 from tests.processes import run_module, start
@@ -177,10 +178,11 @@ def test_gates_over_training_end_with_those_exported(run: Run) -> None:
     np.testing.assert_allclose(history.iloc[-1], pattern.scores.flatten(), rtol=1e-4)
 
 
-def test_run_folder_keeps_its_command_line(run: Run) -> None:
-    kept = json.loads((run.folder / "overrides.json").read_text())
-    assert kept["model"] == "model=tiny"
-    assert kept["sparsity"] == "sparsity=[0.25,0.5]"
+def test_run_folder_keeps_its_settings_and_command_line(run: Run) -> None:
+    kept = json.loads((run.folder / SETTINGS).read_text())["settings"]
+    assert (kept["model"]["name"], kept["sparsity"]) == ("tiny", [0.25, 0.5])
+    assert set(kept["logger"]) == {"csv"}
+    assert "model=tiny" in (run.folder / ".hydra" / "overrides.yaml").read_text()
     assert (run.folder / CHECKPOINT).is_file()
 
 
@@ -246,7 +248,8 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "folder").mkdir()
     (folder / "broken" / "checkpoints").mkdir(parents=True)
     (folder / "broken" / CHECKPOINT).write_text("no checkpoint")
-    (folder / "broken" / "overrides.json").write_text(json.dumps({word.split("=")[0]: word for word in QUICK}))
+    settings = settings_of("train", TrainSettings, *QUICK, folder=folder)
+    keep_settings(folder / "broken", plain(settings), {})
     (folder / "lost" / "checkpoints").mkdir(parents=True)
     (folder / "lost" / CHECKPOINT).write_text("")
     (folder / "config.json").write_text('{"sink_size": 4, "recent_size": 60}')
@@ -312,7 +315,7 @@ REFUSED_BY_TRAIN = {
     "no-dataset": (["data=disk", "data.path=nosuch"], "data.path=nosuch"),
     "resume-without-folder": (["resume=nosuch"], "resume=nosuch"),
     "resume-without-checkpoint": (["resume=folder"], "resume=folder"),
-    "resume-without-settings": (["resume=lost"], "overrides.json"),
+    "resume-without-settings": (["resume=lost"], SETTINGS),
     "resume-broken-checkpoint": (["resume=broken"], "is not a checkpoint"),
     "impossible-architecture": (["model.architecture.model_type=nosuch"], "model.architecture"),
 }

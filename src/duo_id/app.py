@@ -1,6 +1,5 @@
 """What the commands share: compose the config with Hydra, and show a user's mistake as one line."""
 
-import json
 import logging
 import math
 import os
@@ -32,12 +31,13 @@ from duo_id.errors import UserError
 from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text
 from duo_id.folders import first_process, fresh, held
-from duo_id.mistakes import explained
+from duo_id.mistakes import explained, literal, quoted
+from duo_id.record import SETTINGS
 from duo_id.stopping import preemption, status_of, stoppable, told
 
 console = Console(emoji=False)
 SWEEP = "DUO_ID_SWEEP"  # environment: tells the jobs of one sweep from those of another in the same folder
-OVERRIDES = "overrides.json"  # in a run folder: the command line that made it, for going on with it
+HYDRA = ".hydra"  # in a run folder: what Hydra composed, and from which overrides
 
 
 @stoppable()
@@ -56,13 +56,14 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     _new_folder.cache_clear()
     OmegaConf.register_new_resolver("fresh_folder", _new_folder, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
-    composed, status = False, 0
+    composed, holding, status = False, False, 0
 
     def task(config: DictConfig) -> object:
-        nonlocal composed, status
-        composed = True
+        nonlocal composed, holding, status
+        composed, holding = True, False
         try:
             with _holding(config):
+                holding = True
                 return command(config)
         except Exception as error:
             expected = isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError)
@@ -73,7 +74,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
                     traceback.print_exc()
                     leave(1)
                 raise
-            status = _note_failure(error, expected)  # the other jobs of a sweep go on
+            status = _note_failure(error, expected, holding)  # the other jobs of a sweep go on
             return math.nan
 
     try:
@@ -120,49 +121,30 @@ def say(line: object) -> None:
     console.print(str(line), soft_wrap=True, highlight=False, markup=False)
 
 
-def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
-    """The config, the run's folder and the overrides: those of a resumed run under today's.
+def start_run(config: DictConfig) -> tuple[DictConfig, Path, list[str]]:
+    """The config, the run's folder and today's overrides; a resumed run has the settings that it saved, under these.
 
-    The run may be another person's: what its overrides may not decide is refused, see `duo_id.foreign`.
+    The run may be another person's: what its settings may not decide is refused, see `duo_id.foreign`.
 
     Raises:
         UserError: the earlier run's settings cannot be read, or may not be followed.
     """
-    from duo_id.foreign import check_resumed, saved_overrides  # with all settings, which plain commands do not need
+    from duo_id.resuming import resumed  # with all settings, which plain commands do not need
 
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     _print_anything()  # a job of a sweep may have a process of its own
     _show_warnings()
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    given = {override.split("=")[0]: override for override in HydraConfig.get().overrides.task}
-    if config.get("resume") and (Path(config.resume) != folder or HydraConfig.get().mode != RunMode.MULTIRUN):
-        try:
-            contents = read_json(Path(config.resume) / OVERRIDES)
-        except UserError as error:
-            raise UserError(f"resume={config.resume}: {OVERRIDES} cannot be read ({error})") from error
-        saved = _under(given, saved_overrides(contents, given, config.resume))
-        given, typed = saved | given, config
-        config = hydra.compose(HydraConfig.get().job.config_name, overrides=list(given.values()))
-        check_resumed(config, typed, saved, typed.resume)
-    given.pop("resume", None)
-    return config, folder, given
+    given = list(HydraConfig.get().overrides.task)
+    if config.get("resume"):
+        config = OmegaConf.create(literal(resumed(config, given)))
+    return config, Path(HydraConfig.get().runtime.output_dir), given
 
 
-def _under(given: dict[str, str], saved: dict[str, str]) -> dict[str, str]:
-    """The saved overrides but those of what a group that is given anew (GROUP@PACKAGE) fills."""
-    packages = [key.partition("@")[2] for key in given if "@" in key]
-    return {
-        key: override
-        for key, override in saved.items()
-        if not any(f"{key}.".startswith(f"{package}.") for package in packages)
-    }
-
-
-def keep_overrides(folder: Path, given: dict[str, str]) -> None:
-    """Leave the overrides in the run folder, for resuming it."""
-    write_text(folder / OVERRIDES, json.dumps(given, indent=1))
+def to_resume(command: str, folder: Path) -> str:
+    """The command line that goes on with a run."""
+    return f"python -m duo_id.{command} {quoted(f'resume={folder}') or f'resume={folder}'}"
 
 
 def versions() -> dict[str, str]:
@@ -184,7 +166,7 @@ def _holding(config: DictConfig) -> Iterator[None]:
         UserError: another process works there, or another job of this sweep did.
     """
     known, sweep = HydraConfig.get(), dict[str, Any]()
-    if known.output_subdir is None or not first_process():  # data_gen has no run folder
+    if known.run.dir == "." or not first_process():  # data_gen has no run folder
         yield
         return
     folder = Path(known.runtime.output_dir)
@@ -198,8 +180,11 @@ def _holding(config: DictConfig) -> Iterator[None]:
                     f"{folder}: job {before['job']} of this sweep has this folder, and job {sweep['job']} would write "
                     "over it: let hydra.sweep.subdir differ, as ${hydra.job.num} does"
                 )
-            if "resume" in config and preemption() is not None and (folder / OVERRIDES).is_file():
+            if "resume" in config and preemption() is not None and (folder / SETTINGS).is_file():
                 config.resume = str(folder)
+        if not config.get("resume"):
+            for name, kept in (("config", config), ("hydra", known), ("overrides", known.overrides.task)):
+                write_text(folder / HYDRA / f"{name}.yaml", OmegaConf.to_yaml(kept))
         yield
 
 
@@ -245,9 +230,10 @@ def _complain(error: BaseException) -> int:
     return 2
 
 
-def _note_failure(error: Exception, expected: bool) -> int:
+def _note_failure(error: Exception, expected: bool, holding: bool) -> int:
     """Leave a failed job's error in its folder, and return the sweep's exit status; the unexpected is shown in full."""
     if not expected:
         console.print_exception()
-    write_text(Path(HydraConfig.get().runtime.output_dir) / ERROR, explained(error))
+    if holding:  # else the folder is another job's
+        write_text(Path(HydraConfig.get().runtime.output_dir) / ERROR, explained(error))
     return _complain(error)

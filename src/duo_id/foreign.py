@@ -5,17 +5,12 @@ What a user types, and conf/, is trusted. docs/security.md has the rules that ar
 
 import re
 import sys
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from duo_id.config import conf_dir
 from duo_id.errors import UserError
-from duo_id.mistakes import explained, literal
+from duo_id.mistakes import literal
+from duo_id.schema import shown
 
 MODEL_TEXTS = ("id", "name", "revision", "wheel", "init", "dtype")  # of a model, as a pattern may give them
 MODEL_SHAPES = ("architecture", "config")
@@ -42,9 +37,6 @@ HERE = (  # where the classes lie that a run's files may name, and whose modules
     "duo_id",
 )
 TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer")
-KEY = re.compile(r"[~+]*[\w.-]+(/[\w.-]+)*(@[\w.]+)?")  # of an override
-CHOICE = re.compile(r"[\w.-]+(/[\w.-]+)*")  # of a config group
-INTERPOLATION = re.compile(r"\$\\*\{")  # also with the backslashes that Hydra takes away
 ELSEWHERE = re.compile(r"^[/~\\]|^\w:\\|(^|[/\\])\.\.([/\\]|$)|://")  # a path out of the run folder, or an address
 
 Place = tuple[str | int, ...]
@@ -124,64 +116,24 @@ def check_shape(value: Any, path: str, before: str, advice: str) -> None:
         raise UserError(f"{before}{path}={value!r:.80} is no number of a model's shape: {advice}")
 
 
-def saved_overrides(saved: Any, given: Container[str], resume: str) -> dict[str, str]:
-    """The overrides that a run folder holds, by key, if each says plainly what Hydra then does.
-
-    Args:
-        saved: what its file holds.
-        given: the keys of today's overrides, which go before those of the run.
-        resume: the run folder.
-
-    Raises:
-        UserError: they are no overrides, or one of them could reach beyond the settings.
-    """
-    if not isinstance(saved, Mapping) or not all(isinstance(one, str) for one in saved.values()):
-        raise UserError(f"resume={resume}: its overrides are no object of texts, KEY: KEY=VALUE")
-    parser, found = OverridesParser.create(), {}
-    for text in saved.values():
-        if (key := text.split("=")[0]) in given or key == "resume":
-            continue
-        try:
-            override = parser.parse_override(text)
-            value = override.value()
-        except HydraException as error:
-            raise UserError(f"resume={resume}: its saved {text} is no override: {explained(error)}") from error
-        group = str(override.key_or_group)
-        if not KEY.fullmatch(key) or ".." in key or re.search(r"(^|[~+@])hydra\b", key):
-            raise _untrusted(resume, text, "is no setting of the run")
-        if override.is_sweep_override():
-            raise _untrusted(resume, text, "is a sweep")
-        if INTERPOLATION.search(text) or any("${" in str(inner) for _, inner in walk({key: value})):
-            raise _untrusted(resume, text, "would be interpolated")
-        if (conf_dir() / group).is_dir():
-            choices = value if isinstance(value, list) else [value]
-            for choice in choices:
-                if isinstance(choice, str) and (not CHOICE.fullmatch(choice) or ".." in choice):
-                    raise _untrusted(resume, text, f"is no choice of conf/{group}")
-        found[key] = text
-    return found
-
-
-def check_resumed(config: DictConfig, typed: DictConfig, saved: Mapping[str, str], resume: str) -> None:
+def check_resumed(found: Mapping[str, Any], trusted: Mapping[str, Any], resume: str) -> None:
     """Raise a `UserError` if what a run folder adds to the settings could run code, read or write elsewhere.
 
     Args:
-        config: composed from the run's overrides and today's.
-        typed: composed from today's alone; what is the same there is trusted.
-        saved: the run's overrides.
+        found: plain settings, of the run and today's.
+        trusted: plain settings that today's command line gives alone; what is the same there is trusted.
         resume: the run folder.
     """
-    try:
-        found, trusted = (OmegaConf.to_container(one, resolve=True) for one in (config, typed))
-    except OmegaConfBaseException as error:
-        raise UserError(explained(error)) from error
     known = dict(walk(trusted))
     for path, value in walk(found):
         if path in known and known[path] == value and type(known[path]) is type(value):
             continue
         reason = _reason(path, value, found)
         if reason is not None:
-            raise _untrusted(resume, _origin(path, value, saved), reason)
+            raise UserError(
+                f"resume={resume}: its saved {'.'.join(map(str, path))}={shown(value)} {reason}, and files of a run "
+                "are not trusted with that; if you are, give this setting again"
+            )
 
 
 def walk(value: Any, path: Place = ()) -> Iterator[tuple[Place, Any]]:
@@ -274,17 +226,3 @@ def _nested(path: Place, value: Any) -> Any:
     for part in reversed(path):
         value = value if isinstance(part, int) else {part: value}
     return value
-
-
-def _origin(path: Place, value: Any, saved: Mapping[str, str]) -> str:
-    """The override that a value comes from, else the value as one."""
-    name = ".".join(map(str, path))
-    keys = [key for key in saved if f"{name}.".startswith(f"{key.lstrip('~+')}.")]
-    return saved[max(keys, key=len)] if keys else f"{name}={value}"
-
-
-def _untrusted(resume: str, override: str, reason: str) -> UserError:
-    return UserError(
-        f"resume={resume}: its saved {override} {reason}, and files of a run are not trusted with that; if you are, "
-        "give this override again"
-    )

@@ -1,10 +1,11 @@
 """The settings of every way to identify heads: see conf/method/. `method=NAME` chooses one."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
+import torch
 from omegaconf import DictConfig
 from pydantic import Field
 
@@ -12,11 +13,13 @@ from duo_id.attention.blends import BLENDS
 from duo_id.config import MethodSettings, TrainSettings
 from duo_id.errors import UserError
 from duo_id.gates import GATES
+from duo_id.mistakes import built
 from duo_id.objectives import check_weight, make_objective
 from duo_id.penalties import PENALTIES
 from duo_id.schema import (
     Count,
     Fraction,
+    Named,
     Number,
     Positive,
     PositiveWeight,
@@ -55,7 +58,7 @@ class SaliencySettings(ScoreSettings):
     """How much an objective changes with each gate, from backward passes."""
 
     kind: Literal["gradient", "fisher"] = "gradient"
-    objective: Any = "kl"  # a name, or weights of several
+    objective: Named = "kl"  # a name, or weights of several
     tokens: Tokens = "labelled"
     at: Some[Fraction] = field(default_factory=lambda: [1.0])  # where all gates stand
 
@@ -75,9 +78,9 @@ class SearchSettings(ScoreSettings):
     """Trying masks: heads are closed or opened one after the other by what that costs."""
 
     strategy: Literal["elimination", "selection"] = "elimination"
-    objective: Any = "kl"
+    objective: Named = "kl"
     tokens: Tokens = "labelled"
-    start: Any = None  # another method's settings, or a saved pattern: only the heads around the budget are searched
+    start: Named = None  # another method's settings, or a saved pattern: only the heads around the budget are searched
     between: Some[Fraction] = field(default_factory=lambda: [0.0, 1.0])  # sparsities of the start that are searched
     heads_per_round: Positive = 1
     swap_at: Part | None = None  # a sparsity whose mask is refined by exchanging heads
@@ -106,11 +109,11 @@ class GateSettings(MethodSettings):
 
     blend: Annotated[Text, one_of(BLENDS)] = "student"
     gate: Annotated[Text, one_of(GATES)] = "clamp"
-    penalty: Any = "l1"  # a name, or weights of several
-    objective: Any = "hidden_l2"  # a name, or weights of several
+    penalty: Named = "l1"  # a name, or weights of several
+    objective: Named = "hidden_l2"  # a name, or weights of several
     tokens: Tokens = "labelled"
     initial: Fraction = 1.0  # how open gates begin
-    prior: Any = None  # another method's settings, or a saved pattern: its order has a part in the scores
+    prior: Named = None  # another method's settings, or a saved pattern: its order has a part in the scores
     prior_weight: Annotated[PositiveWeight, Field(description="method.prior=null does without")] = (
         0.05  # of a head's place in that order, from 0 to 1, beside its own score
     )
@@ -207,6 +210,8 @@ def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
         isinstance(settings.method, GateSettings) or not settings.trainer.get("callbacks"),
         f"trainer.callbacks: method={settings.method.name} trains nothing that they could be called at",
     )
+    if isinstance(settings.method, GateSettings):
+        make_optimizer(settings.method, [torch.nn.Parameter(torch.zeros(1))])  # told now, not once a model is loaded
     require(
         settings.repeats == 1 or getattr(settings.method, "swap_at", None) is None,
         f"repeats={settings.repeats}: heads are exchanged (method.swap_at) in the mask of one run; the mean of several "
@@ -235,6 +240,21 @@ def _check_pair(key: str, values: list[float]) -> None:
         len(values) == 2 and values[0] <= values[1],
         f"method.{key}={values} must be two fractions from 0 to 1, in this order",
     )
+
+
+def make_optimizer(method: GateSettings, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that is chosen, over these parameters.
+
+    Raises:
+        UserError: it cannot be made, or is none.
+    """
+    optimizer = built("method.optimizer", method.optimizer, parameters)
+    require(
+        isinstance(optimizer, torch.optim.Optimizer),
+        f"method.optimizer={shown(method.optimizer)} is no optimizer: give method.optimizer._target_, such as "
+        "torch.optim.AdamW",
+    )
+    return optimizer
 
 
 def by_name(key: str) -> str:

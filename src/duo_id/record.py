@@ -8,6 +8,7 @@ from typing import Any
 from duo_id.documents import Data, checked, read_json
 from duo_id.errors import UserError
 from duo_id.files import write_text
+from duo_id.schema import shown
 
 SETTINGS = "settings.json"  # in a run folder: its typed settings, and those that earlier parts of it had
 OPEN = (  # settings whose keys are not fixed, so that one that only one side has is a difference too
@@ -22,7 +23,6 @@ OPEN = (  # settings whose keys are not fixed, so that one that only one side ha
     "trainer",
 )
 SHOWN = 3  # differences in a message
-WIDTH = 80  # characters of a value in one
 
 
 class _Settings(Data):
@@ -85,7 +85,7 @@ def check_honoured(found: Mapping[str, tuple[Any, Any]], told: str, why: str) ->
     """
     if not found:
         return
-    keys = list(found)[:SHOWN]
+    keys = sorted(found, key=lambda key: not isinstance(found[key][0], str))[:SHOWN]  # names explain numbers
     theirs, ours = (", ".join(f"{key}={shown(found[key][side])}" for key in keys) for side in (0, 1))
     more = f" (and {len(found) - SHOWN} more)" if len(found) > SHOWN else ""
     raise UserError(
@@ -99,9 +99,3 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{key}.{name}" if key else str(name))
     elif value != {}:
         yield key, value
-
-
-def shown(value: Any) -> str:
-    """A value as one types it, cut off where it is long."""
-    text = "null" if value is None else str(value)
-    return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"

@@ -47,9 +47,12 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _one_line(value: str) -> str:
-    if any(ord(letter) < 32 for letter in value):
+def one_line(value: Any) -> Any:
+    """A value whose text, where it is one or becomes one, is a line."""
+    if isinstance(value, str) and any(ord(letter) < 32 for letter in value):
         raise ValueError(" must be one line of text")
+    if isinstance(value, int) and abs(value) >= 10**WIDTH:
+        raise ValueError(" is too large")
     return value
 
 
@@ -76,7 +79,9 @@ Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Weight = Annotated[Number, Field(ge=0, le=1e9)]  # a float32 gradient holds its products
 PositiveWeight = Annotated[Number, Field(gt=0, le=1e9)]
-Text = Annotated[str, AfterValidator(_one_line)]
+Words = Annotated[str, BeforeValidator(one_line)]
+Text = Annotated[Words, Field(min_length=1)]
+Named = Annotated[Any, BeforeValidator(one_line)]  # a name, or what stands in its place
 Several = Annotated[list[Item], BeforeValidator(_listed)]
 Some = Annotated[list[Item], BeforeValidator(_listed), Field(min_length=1)]
 
@@ -179,6 +184,7 @@ def _rule(kind: str, context: Mapping[str, Any], message: str) -> str:
         ("float", "a number"),
         ("finite", "a finite number"),
         ("bool", "true or false"),
+        ("string_too_short", "a text, not empty"),
         ("string", "a text"),
         ("too_short", "a list of at least one value"),
         ("list", "a list, such as [value]"),

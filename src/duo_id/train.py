@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from duo_id.patterns import HeadPattern, average
 from duo_id.plan import shared_step
 from duo_id.plots import plot_gates, plot_training, read_metrics, save_figure
 from duo_id.ranks import Ranks, launch
-from duo_id.record import check_honoured, differences, keep_settings, read_settings, told_settings, within
+from duo_id.record import SETTINGS, check_honoured, differences, keep_settings, read_settings, told_settings, within
 from duo_id.scores.registry import ORDER
 from duo_id.tracking import log_config, log_gates, log_heads, tracked
 
@@ -53,15 +53,12 @@ MEANTIME = ("step", "trainer")  # what a resumed run may change for the steps to
 UNTOLD = ("logger", "resume", "checkpoint_seconds")  # settings that say nothing about what was found, only about a disk
 
 
-def train(
-    settings: TrainSettings, folder: Path, accepted: Callable[[], None] = lambda: None, in_sweep: bool = False
-) -> dict[str, Any]:
+def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict[str, Any]:
     """Train the gates, export them as a head pattern and compare its masks.
 
     Args:
         settings: what to identify, on which samples, how.
         folder: the run folder; `heads/`, `figures/` and `summary.json` are written to it.
-        accepted: called once the settings, and those of a resumed run, have proved to work.
         in_sweep: score the found masks on validation samples too, for a sweep to choose by; the test samples of the
             table would flatter what was chosen on them.
 
@@ -80,12 +77,14 @@ def train(
     )
     app.console.quiet = not ranks.first
     folder = Path(ranks.agreed(str(folder)))
-    earlier = _check_resumed(settings, folder)
+    asked, earlier = plain(settings), _check_resumed(settings, folder)
+    before = _before(earlier, asked)
     with ranks.watched():
         if ranks.world > 1:
             settings = _shared(settings, device, ranks, folder)
         model = load_model(settings.model, device, settings.seed, ranks)
         with attached(model.model, settings.step.backends, ranks.group) as layers:
+            accepted = partial(keep_settings, folder, asked, before) if ranks.first else lambda: None
             run = Run(settings, model, layers, folder, settings.seed, accepted, app.console)
             test = run.data().samples("test", settings.comparison.samples)
             check_window(test, method.sink_size, method.recent_size)
@@ -95,7 +94,7 @@ def train(
                 "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
                 "versions": app.versions(),
             }
-            if before := _before(earlier, found["settings"]):
+            if before:
                 found["before"] = before
             loaded = time.perf_counter()
             patterns = _identify_repeatedly(run, found)
@@ -139,8 +138,6 @@ def _check_resumed(settings: TrainSettings, folder: Path) -> Earlier:
         return {}, {}
     (earlier, before), now = read_settings(folder), plain(settings)
     done = (folder / "heads" / HEADS).is_file()
-    if not earlier and done:  # by an earlier version
-        earlier = told_settings(load_pattern(folder).provenance)
     begun = [place for place in (folder, *sorted(folder.glob("seed-*"))) if _begun(place)]
     if done or begun:
         method, repeats = earlier.get("method"), earlier.get("repeats", settings.repeats)
@@ -196,7 +193,7 @@ def _shared(settings: TrainSettings, device: torch.device, ranks: Ranks, folder:
     teacher_outputs = isinstance(settings.method, GateSettings) and BLENDS[settings.method.blend].needs_teacher
     step, plan = shared_step(model, settings.step, ranks, device, tokens, settings.data.batch_size, teacher_outputs)
     app.say(str(plan))
-    app.say(f"if a process is lost: python -m duo_id.train resume={folder}")
+    app.say(f"if a process is lost: {app.to_resume('train', folder)}")
     return replace(settings, step=step)
 
 
@@ -251,9 +248,7 @@ def _found_before(folder: Path, settings: TrainSettings) -> HeadPattern:
 
 
 def _accepted(run: Run, loggers: Sequence[Logger], known: dict[str, Any]) -> None:
-    if run.model.ranks.first:
-        run.accepted()
-        keep_settings(run.folder, known["settings"], known.get("before", {}))
+    run.accepted()
     log_config(loggers, known)
 
 
@@ -265,13 +260,13 @@ def _sparsities(settings: TrainSettings, pattern: HeadPattern) -> list[float]:
 
 def main(config: DictConfig) -> float | None:
     """Run the command; returns what a sweep minimises: the found masks' mean answer loss on validation samples."""
-    config, folder, overrides = app.start_run(config)
+    config, folder, _ = app.start_run(config)
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        summary = train(train_settings(config), folder, lambda: app.keep_overrides(folder, overrides), in_sweep)
+        summary = train(train_settings(config), folder, in_sweep)
     except (KeyboardInterrupt, OSError):
-        if (folder / app.OVERRIDES).is_file():
-            app.say(f"stopped; to go on: python -m duo_id.train resume={folder}")
+        if (folder / SETTINGS).is_file():
+            app.say(f"stopped; to go on: {app.to_resume('train', folder)}")
         raise
     app.say(f"heads: {folder / 'heads'}   figures: {folder / 'figures'}")
     return summary.get("validation_loss")

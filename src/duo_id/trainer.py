@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, with_co
 from typing_extensions import TypedDict
 
 from duo_id.errors import UserError
-from duo_id.schema import LARGEST, Count, Positive, PositiveWeight, Text, require, shown
+from duo_id.schema import LARGEST, Count, Named, Positive, PositiveWeight, Text, Whole, one_line, require, shown
 
 OURS = {  # arguments that a run gives itself or does without, and what to give instead
     "logger": "choose logger=csv, tensorboard or wandb, or ~logger for none",
@@ -50,14 +50,14 @@ def _devices(value: Any) -> Any:
     numbers = value if isinstance(value, list) else [value]
     least = 0 if isinstance(value, list) else -1
     whole = [not isinstance(one, bool) and isinstance(one, int) and least <= one <= LARGEST for one in numbers]
-    if not (isinstance(value, str) and value) and not (numbers and all(whole) and value != 0):
+    if not (isinstance(one_line(value), str) and value) and not (numbers and all(whole) and value != 0):
         raise ValueError(" must be a number of devices, a list of their numbers, or auto")
     return value
 
 
 def _object(value: Any) -> Any:
     """A name, or a class and its arguments."""
-    if not (isinstance(value, str) and value) and not (isinstance(value, Mapping) and value.get("_target_")):
+    if not (isinstance(one_line(value), str) and value) and not (isinstance(value, Mapping) and value.get("_target_")):
         raise ValueError(" must be a name, or {_target_: MODULE.CLASS}")
     return value
 
@@ -84,20 +84,20 @@ Object = Annotated[Any, BeforeValidator(_object)]
 class TrainerSettings(TypedDict, total=False):
     """A mapping of what is given; what is not has Lightning's default."""
 
-    _target_: Annotated[Text, Field(min_length=1)]
-    accelerator: Annotated[Text, Field(min_length=1)]
+    _target_: Text
+    accelerator: Text
     strategy: Object
     devices: Annotated[Any, BeforeValidator(_devices)]
     num_nodes: Positive
     precision: Any
-    callbacks: Any  # made, and refused, where they are
+    callbacks: Named  # made, and refused, where they are
     fast_dev_run: Annotated[Any, BeforeValidator(_dev_run)]
     max_steps: Positive
     limit_train_batches: SomeShare | None
     limit_val_batches: Share | None
     val_check_interval: SomeShare
     check_val_every_n_epoch: Positive | None
-    num_sanity_val_steps: Annotated[int, Field(ge=-1, le=LARGEST)] | None
+    num_sanity_val_steps: Annotated[Whole, Field(ge=-1, le=LARGEST)] | None
     log_every_n_steps: Positive
     enable_progress_bar: bool | None
     enable_model_summary: bool | None
@@ -131,9 +131,11 @@ def check_run(given: TrainerSettings) -> None:
         given.get("accumulate_grad_batches", 1) == 1, "trainer.accumulate_grad_batches: use data.batch_size instead"
     )
     callbacks = given.get("callbacks")
-    if isinstance(callbacks, Mapping | str):
+    if callbacks is not None and not isinstance(callbacks, list):
         given["callbacks"] = [callbacks]
-    require(
-        isinstance(given.get("callbacks"), list | None),
-        f"trainer.callbacks={shown(callbacks)} must be a list, such as [{{_target_: MODULE.CLASS}}]",
-    )
+    for one in given.get("callbacks") or []:
+        require(
+            isinstance(one, Mapping) and isinstance(one.get("_target_"), str),
+            f"trainer.callbacks: {shown(one)} is no callback; give [{{_target_: MODULE.CLASS}}], a class of "
+            "Lightning's Callback",
+        )

@@ -24,8 +24,8 @@ from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, w
 from duo_id.errors import UserError
 from duo_id.gates import GATES
 from duo_id.graphs import GraphedLoss
-from duo_id.methods import GateSettings
-from duo_id.mistakes import built
+from duo_id.methods import GateSettings, make_optimizer
+from duo_id.mistakes import quoted
 from duo_id.models import LanguageModel
 from duo_id.objectives import make_objective
 from duo_id.patterns import HeadPattern, TieWarning
@@ -107,7 +107,7 @@ class GateTraining(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The configured optimizer over the gates, with a rise and a fall of the learning rate."""
-        optimizer = built("method.optimizer", self.method.optimizer, self.gates.parameters())
+        optimizer = make_optimizer(self.method, self.gates.parameters())
         for penalty in self.penalties.values():
             if isinstance(penalty, TargetSparsity):  # its multipliers rise against the loss
                 multipliers = {"lr": self.method.multiplier_lr, "weight_decay": 0.0, "maximize": True}
@@ -255,7 +255,11 @@ class GateTraining(lightning.LightningModule):
     def _stop_unless_finite(self) -> None:
         if not bool(self._finite & self.gates.weight.isfinite().all()):
             run = Path(self.trainer.default_root_dir)
-            saved = f"; resume={run} goes on from the last good checkpoint" if (run / CHECKPOINT).is_file() else ""
+            saved = (
+                f"; {quoted(f'resume={run}')} goes on from the last good checkpoint"
+                if (run / CHECKPOINT).is_file()
+                else ""
+            )
             raise UserError(
                 f"the loss or a gate is no longer a number at step {self.global_step}: lower "
                 f"method.lr={self.method.lr} or compute in model.dtype=float32{saved}"

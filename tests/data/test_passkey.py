@@ -103,7 +103,9 @@ def test_splits_share_no_words(quick, tokenizer):
 
 @pytest.mark.parametrize("count", [0, 100])
 def test_more_passkeys_than_ordinals_are_refused(quick, tokenizer, count):
-    with pytest.raises(UserError, match=f"data.num_passkeys={count} must be between 1 and 99"):
+    with pytest.raises(
+        UserError, match=f"data.num_passkeys={count} must be {'at least 1' if count == 0 else 'between 1 and 99'}"
+    ):
         PasskeyTask(quick(num_passkeys=count), tokenizer, "train")
 
 

@@ -13,7 +13,8 @@ from duo_id.errors import UserError
 from duo_id.evaluation.contenders import Key
 from duo_id.evaluation.items import SCHEMA, VERSION, Item, Row, Scored
 from duo_id.files import atomic_path, write_text
-from duo_id.record import differences, shown
+from duo_id.record import differences
+from duo_id.schema import shown
 
 SCORES = "scores.jsonl"  # in a run folder: a header line, then one row a line
 RESULTS = "results.json"

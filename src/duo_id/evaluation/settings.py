@@ -1,9 +1,7 @@
 """The settings of `python -m duo_id.evaluate`: see conf/evaluate.yaml and the presets of conf/evaluation/."""
 
 from dataclasses import field
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from duo_id.config import HaystackSettings, ModelSettings
 from duo_id.schema import Count, Fraction, Positive, Seed, Several, Some, Text, require, settings
@@ -23,7 +21,7 @@ class EvaluationDataSettings:
 class EvaluateSettings:
     """Which heads, on which tasks, beside what."""
 
-    heads: Annotated[Text, Field(min_length=1)]  # a run folder, its heads/ folder or a shipped name
+    heads: Text  # a run folder, its heads/ folder or a shipped name
     model: ModelSettings
     data: EvaluationDataSettings
     tasks: Some[Text]  # tasks and groups of tasks
