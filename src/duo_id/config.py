@@ -298,8 +298,9 @@ def parse(schema: type[Settings], config: DictConfig, **parts: type[Any]) -> Set
     """
     for item in fields(schema):  # type: ignore[arg-type]
         if get_origin(item.type) is list and isinstance(config.get(item.name), int | float | str):
-            config = config.copy()
-            OmegaConf.update(config, item.name, [config[item.name]])  # sparsity=0.5, blend=teacher: what people type
+            config, node = config.copy(), config._get_node(item.name)
+            assert node is not None
+            OmegaConf.update(config, item.name, [node._value()])  # sparsity=0.5, blend=teacher: what people type
     try:
         typed = OmegaConf.structured(schema)
         for key, part in parts.items():

@@ -104,4 +104,5 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def shown(value: Any) -> str:
     """A value as one types it, cut off where it is long."""
     text = "null" if value is None else str(value)
+    text = text if text.isprintable() else repr(text)
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
