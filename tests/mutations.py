@@ -33,6 +33,5 @@ def mutations(value: Any) -> Iterator[tuple[str, Any, Any]]:
     for at in places(value):
         for wrong in WRONG:
             before = found(value, at)
-            if type(before) is not type(wrong) or isinstance(before, list | dict):
-                if before != wrong:
-                    yield ".".join(map(str, at)), wrong, replaced(value, at, wrong)
+            if (type(before) is not type(wrong) or isinstance(before, list | dict)) and before != wrong:
+                yield ".".join(map(str, at)), wrong, replaced(value, at, wrong)

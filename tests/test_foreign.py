@@ -149,6 +149,10 @@ CODE_IN_A_SHAPE: dict[str, Any] = {
     "no-text": {"id": {"_target_": "os.system"}},
     "no-id": {"id": None},
     "no-mapping": None,
+    "no-shape": {"architecture": [1]},
+    "many-layers": {"architecture": TINY["architecture"] | {"num_hidden_layers": 10**9}},  # minutes, if they were made
+    "many-experts": {"config": {"num_local_experts": 10**6}},
+    "wide": {"config": {"hidden_size": 10**15}},
 }
 
 
@@ -159,6 +163,14 @@ def test_of_a_model_a_pattern_gives_names_and_numbers(case: str, tmp_path: Path)
     assert f"heads={tmp_path / 'theirs'}: " in finished.error
     assert "give model=NAME" in finished.error
     assert SECRET not in finished.output
+
+
+def test_weights_that_no_memory_holds_are_not_asked_for(tmp_path: Path) -> None:
+    theirs = TINY | {"architecture": TINY["architecture"] | {"vocab_size": 2**36}}
+    error = evaluate(tmp_path, pattern(tmp_path, theirs)).error
+    assert "GiB of random weights, and cpu has" in error
+    theirs = TINY | {"architecture": TINY["architecture"] | {"vocab_size": 2**40, "hidden_size": 2**40}}
+    assert "does not describe a model" in evaluate(tmp_path, pattern(tmp_path, theirs)).error
 
 
 def test_every_model_of_ours_comes_back_from_a_pattern() -> None:

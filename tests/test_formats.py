@@ -252,6 +252,13 @@ def test_blank_lines_and_other_line_ends_are_read(tmp_path: Path) -> None:
         (b"-inf\t1\n", "line 1, column 1: '-inf' is not"),
         (b"1e39\t1\n", "layer 0, KV head 0 is inf"),
         (b"\xff\xfe\x00", "not a text file"),
+        (b"1\t1e400\n", "line 1, column 2: '1e400' is not"),
+        ("1\t\u0661\n".encode(), "line 1, column 2: '\u0661' is not"),
+        (b"1\t1_0\n", "line 1, column 2: '1_0' is not"),
+        (b"1\t0x1\n", "line 1, column 2: '0x1' is not"),
+        (b"\x00\x01\n", "line 1, column 1: "),
+        (b"1\n" * 5000, "more than any model has"),
+        (b"1\t" * 2**23 + b"1\n", "bytes, more than"),
     ],
 )
 def test_malformed_tables_are_named(tsv: bytes, message: str, tmp_path: Path) -> None:
@@ -300,6 +307,12 @@ def test_malformed_configs_are_named(config: str | None, message: str, tmp_path:
         ({"gated_layers": None}, "gated_layers=None is no list"),
         ({"provenance": []}, r"provenance=\[\.\.\.\] is no object"),
         ({"recent_size": -3}, "recent_size=-3"),
+        ({"recent_size": 10**18}, "recent_size=1000000000000000000 must be less than"),
+        ({"layers": 10**9}, "but layers and kv_heads say 1000000000 x 4"),
+        ({"scores": [["0.5", 1]]}, r"scores\.0\.0='0\.5' is no number"),
+        ({"gated_layers": list(range(10**5))}, r"gated_layers=\[0, 1, 2.{0,60} must name"),
+        ({"provenance": {"model": 3}}, r"provenance\.model=3 is no object"),
+        ({"provenance": {"model": {"layers": 10**9}}}, r"provenance\.model\.layers=1000000000 where scores have 6"),
     ],
 )
 def test_malformed_heads_json_is_named(change: dict, message: str, pattern: HeadPattern, tmp_path: Path) -> None:

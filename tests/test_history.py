@@ -67,8 +67,20 @@ def test_gates_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     assert read_history(tmp_path).index.tolist() == [0, 1, 3]
 
 
+DAMAGED = [
+    "step,1.0\n0,1e400\n",
+    "step,1.0\n0,1,2,3\n",
+    "step,1.\u0660\n0,1\n",
+    "step,1.0\nx,1\n",
+    "step,1.0\n1e400,1\n",
+    "step,1.0,1.0\n0,1,2\n",
+    "\x00\x01",
+]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "step\n1\n", "a,b\n1,2\n", "step,1.0\n", "step,x\n0,1\n", "step,1.0\n0,x\n", "step,1.0,1.1\n0,1\n"]
+    "text",
+    ["", "step\n1\n", "a,b\n1,2\n", "step,1.0\n", "step,x\n0,1\n", "step,1.0\n0,x\n", "step,1.0,1.1\n0,1\n", *DAMAGED],
 )
 def test_a_damaged_history_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / HISTORY).write_text(text)

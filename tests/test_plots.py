@@ -261,6 +261,19 @@ def test_what_holds_no_metrics_is_named(tmp_path: Path) -> None:
         plot_training(tmp_path / "nowhere.csv")
     with pytest.raises(UserError, match="no column named step"):
         plot_training(write_version(tmp_path, 0, "a,b\n1,2\n"))
+    with pytest.raises(UserError, match="'b' holds something else than numbers"):
+        plot_training(write_version(tmp_path, 1, "step,b\n1,x\n"))
+    with pytest.raises(UserError, match="is not a metrics CSV: Error tokenizing data"):
+        plot_training(write_version(tmp_path, 2, "step,b\n1,2,3,4\n1\n2,2,2,2,2,2\n"))
+    with pytest.raises(UserError, match="these metrics hold none of"):
+        plot_training(write_version(tmp_path, 3, "step,val/answer_loss_x\n1,2\n"))
+    (tmp_path / "metrics.csv").write_bytes(b"step,\xff\n")
+    with pytest.raises(UserError, match="is not a text file"):
+        plot_training(tmp_path / "metrics.csv")
+    (tmp_path / "run" / "metrics" / "version_x").mkdir(parents=True)
+    (tmp_path / "run" / "metrics" / "version_x" / "metrics.csv").write_text("step,b\n1,2\n")
+    with pytest.raises(UserError, match="has no metrics yet"):
+        read_metrics(tmp_path / "run")
 
 
 @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])

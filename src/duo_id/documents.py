@@ -191,3 +191,10 @@ def shown(value: Any, most: int = SHOWN) -> str:
         return "{...}" if isinstance(value, dict) else "[...]"
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def one_line(reason: object, most: int = 300) -> str:
+    """What a library says of a file, on one line, whatever the file has put into it."""
+    text = " ".join(str(reason).split()) or type(reason).__name__
+    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -73,6 +73,8 @@ def model_of(provenance: Mapping[str, Any], override: str) -> dict[str, Any] | N
         raise UserError(f"{override}: the pattern's model.wheel={found['wheel']!r} is no package: give model=NAME")
     for key in MODEL_SHAPES:
         if value := given.get(key):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{override}: the pattern's model.{key}={value!r:.80} is no mapping: give model=NAME")
             check_shape(value, f"model.{key}", f"{override}: the pattern's ", "give model=NAME")
             found[key] = value
     if "id" not in found:

@@ -9,7 +9,7 @@ import lightning
 import numpy as np
 import pandas as pd
 
-from duo_id.documents import read_text
+from duo_id.documents import one_line, read_text
 from duo_id.errors import UserError
 from duo_id.files import write_text
 
@@ -91,8 +91,8 @@ def _read(path: Path) -> pd.DataFrame:
         table = pd.read_csv(StringIO(read_text(path)), index_col="step").astype(float)
     except UserError:
         raise
-    except ValueError as error:
-        raise UserError(f"{path} is not a history of gates: {' '.join(str(error).split())[:200]}") from None
+    except Exception as error:  # pandas ends in errors of many kinds
+        raise UserError(f"{path} is not a history of gates: {one_line(error)}") from None
     whole = pd.api.types.is_integer_dtype(table.index) and bool(np.isfinite(table.to_numpy()).all()) and not table.empty
     if not whole or not all(COLUMN.fullmatch(str(name)) for name in table):
         raise UserError(f"{path} is not a history of gates: its columns are step and LAYER.HEAD, all numbers")

@@ -310,7 +310,7 @@ def _cannot_load(settings: ModelSettings, error: Exception) -> UserError:
 def _reason(error: Exception) -> str:
     """The first line of an error, or of what lies behind a failed check of a config."""
     cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
-    return str(cause or error).strip().partition("\n")[0]
+    return str(cause or error).strip().partition("\n")[0][:400]
 
 
 def weights_source(settings: ModelSettings) -> str:

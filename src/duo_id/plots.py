@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from duo_id.documents import LARGEST_ROWS, read_text, shown
+from duo_id.documents import LARGEST_ROWS, one_line, read_text, shown
 from duo_id.errors import UserError
 from duo_id.files import atomic_path
 from duo_id.patterns import HeadMask, HeadPattern
@@ -278,8 +278,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
         table = pd.read_csv(StringIO(read_text(path, LARGEST_ROWS)))
     except UserError:
         raise
-    except ValueError as error:
-        raise UserError(f"{path} is not a metrics CSV: {' '.join(str(error).split())[:200]}") from None
+    except Exception as error:  # pandas ends in errors of many kinds
+        raise UserError(f"{path} is not a metrics CSV: {one_line(error)}") from None
     if "step" not in table:
         raise UserError(f"{path} is not a metrics CSV: it has no column named step")
     for name in table.select_dtypes(exclude="number"):

@@ -102,3 +102,12 @@ def test_what_cannot_be_read_is_refused(text: str | None, tmp_path: Path) -> Non
 def test_other_work_is_refused_by_its_override(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^compare={tmp_path}: {message}, which is other work$"):
         baseline(saved(tmp_path), **change)
+
+
+def test_text_of_another_run_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a list is due, which a single text stands for."""
+    monkeypatch.setenv("DUO_ID_SECRET", "s3cr3t")
+    saved(tmp_path, settings=RUN["settings"] | {"blend": "${oc.env:DUO_ID_SECRET}"})
+    with pytest.raises(UserError, match="blend=") as error:
+        baseline(tmp_path)
+    assert "s3cr3t" not in str(error.value)

@@ -1,5 +1,7 @@
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import pytest
@@ -167,3 +169,29 @@ def test_more_held_out_samples_than_there_are_is_refused(written, tokenizer):
     asked = f"{rows + 1} validation samples are asked for, but data.path=.* has {rows}: lower comparison.validation_sam"
     with pytest.raises(UserError, match=asked):
         module.samples("validation", rows + 1)
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ({"longest": "8"}, "card.json: longest='8' is no whole number"),
+        ({"vocabulary": None}, "card.json: vocabulary=None is no text"),
+        ({"settings": {}}, "card.json: settings lacks model"),
+        ({"settings": {"model": {"name": [1]}}}, r"card.json: settings\.model\.name=\[\.\.\.\] is no text"),
+    ],
+)
+def test_a_damaged_card_is_named(disk, tokenizer, card, message):
+    path = Path(disk.path) / "card.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | card))
+    with pytest.raises(UserError, match=f"data.path=.*{message}"):
+        make_task(disk, tokenizer, "train")
+
+
+@pytest.mark.parametrize("column", [[0.5], "text", [["a"]], [1]], ids=str)
+def test_other_columns_are_named(written, disk, tokenizer, column):
+    rows = {name: column if name == "labels" else [[1, 2]] for name in ("input_ids", "labels", "answers")}
+    rows["labels"] = column if isinstance(column, list) else [column]
+    shutil.rmtree(written / "train")
+    datasets.Dataset.from_dict(rows).save_to_disk(str(written / "train"))
+    with pytest.raises(UserError, match=r"data\.path=.*the split train has no rows of input_ids, labels, answers"):
+        make_task(disk, tokenizer, "validation")

@@ -35,6 +35,9 @@ def row(**changes: Any) -> dict[str, Any]:
     return {**shared, "dataset": "qasper", "language": "en", "_id": "1", **changes}
 
 
+GOOD = json.dumps(row()).encode() + b"\n"
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """Writes rows to a file below tmp_path, in the format of its suffix."""
@@ -392,3 +395,50 @@ def test_what_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert asked == [("zai-org/LongBench", "data.zip", "dataset"), ("simonjegou/ruler", "4096", "test")]
     assert STORY in text(story.context)
     assert text(oak.questions[0].answer) == " 17"
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        (b"", "holds no rows"),
+        (b"\n\n", "holds no rows"),
+        (GOOD + GOOD[:-10], r"qasper\.jsonl, line 2, column \d+: not JSON"),
+        (GOOD + b"\n[1]\n", r"qasper\.jsonl, line 3: expected a JSON object, found list"),
+        (GOOD + GOOD.replace(b'"Who built it?"', b"null"), r"qasper\.jsonl, line 2: input=None is no text"),
+        (GOOD.replace(b'"context"', b'"text"'), r"qasper\.jsonl, line 1 lacks context"),
+        (GOOD.decode().encode("utf-16"), r"qasper\.jsonl is not a text file in UTF-8"),
+        (b"PK\x03\x04\xff", r"qasper\.jsonl is not a text file in UTF-8"),
+        (GOOD.replace(b'"length": 80', b'"length": NaN'), r"qasper\.jsonl: nan is no finite number"),
+        (GOOD.replace(b'"length": 80', b'"length": ' + b"[" * 10**5), r"qasper\.jsonl, line 1, column \d+: not JSON"),
+    ],
+    ids=["empty", "blank", "cut-off", "list", "null", "column", "utf-16", "archive", "nan", "deep"],
+)
+def test_damaged_lines_are_named(tmp_path: Path, contents: bytes, words: str) -> None:
+    (tmp_path / "qasper.jsonl").write_bytes(contents)
+    with pytest.raises(UserError, match=words) as error:
+        items(tmp_path, "longbench/qasper")
+    assert str(error.value).isprintable()
+    assert str(tmp_path) in str(error.value)
+
+
+def test_damaged_parquet_is_named(tmp_path: Path, write: Write) -> None:
+    (tmp_path / "qasper.parquet").write_bytes(b"PAR1 and nothing")
+    with pytest.raises(UserError, match=r"qasper\.parquet cannot be read"):
+        items(tmp_path, "longbench/qasper")
+    write("qasper.parquet", row(), row() | {"context": None})
+    with pytest.raises(UserError, match=r"qasper\.parquet, row 2: context=None is no text"):
+        items(tmp_path, "longbench/qasper")
+
+
+def test_a_ruler_row_is_named_by_its_line(tmp_path: Path, write: Write) -> None:
+    write("4096/all.jsonl", {"task": "vt", "answer": ["17"]} | NIAH, {"task": "vt", "answer": [None]} | NIAH)
+    with pytest.raises(UserError, match=r"all\.jsonl, line 2: answer\S* is no text"):
+        items(tmp_path, "ruler-data/vt", lengths=(4096,))
+
+
+@pytest.mark.parametrize("field", ["{input:9999999999}", "{input.__class__}", "{input!r}", "{0}"])
+def test_a_prompt_asks_for_columns_alone(tmp_path: Path, write: Write, field: str) -> None:
+    write("qasper.jsonl", row())
+    (tmp_path / "dataset2prompt.json").write_text(json.dumps({"qasper": "{context}" + field}))
+    with pytest.raises(UserError, match="is not the name of a column"):
+        items(tmp_path, "longbench/qasper")

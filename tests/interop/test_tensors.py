@@ -96,3 +96,38 @@ def refused(path: Path, message: str) -> None:
         read_kvzip(path, WINDOWS)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+UNLIKELY = {
+    "sparse": (lambda: torch.eye(3).to_sparse(), r"found one that is torch\.sparse_coo"),
+    "compressed": (lambda: torch.eye(3).to_sparse_csr(), r"found one that is torch\.sparse_csr"),
+    "huge-sparse": (
+        lambda: torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.int64), torch.ones(1), (10**9, 10**9)),
+        r"found one that is torch\.sparse_coo",
+    ),
+    "meta": (lambda: torch.rand(2, 2, device="meta"), "found one that is without values"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(1)]), "found one that is nested"),
+    "jagged": (
+        lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(1)], layout=torch.jagged),
+        "found one that is nested",
+    ),
+    "complex": (lambda: torch.rand(2, 2).to(torch.complex64), r"found torch\.complex64"),
+    "bool": (lambda: torch.ones(2, 2, dtype=torch.bool), r"found torch\.bool"),
+    "huge-view": (lambda: torch.rand(1).expand(10**9, 10**9), r"found one of shape \(1000000000, 1000000000\)"),
+    "many-layers": (lambda: torch.rand(5000, 2), "more than any model has"),
+    "infinite": (lambda: torch.full((2, 2), 1e300, dtype=torch.float64), "layer 0, KV head 0 is inf"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, that such tensors are prototypes
+@pytest.mark.parametrize("name", UNLIKELY)
+def test_unlikely_tensors_are_named(name: str, tmp_path: Path) -> None:
+    make, message = UNLIKELY[name]
+    torch.save(make(), tmp_path / "scores.pt")
+    refused(tmp_path / "scores.pt", message)
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "scores.pt").touch()
+    os.truncate(tmp_path / "scores.pt", 2**30)
+    refused(tmp_path / "scores.pt", "found 1,073,741,824 bytes, more than")

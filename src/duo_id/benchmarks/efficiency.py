@@ -9,7 +9,7 @@ import torch
 from duo_id.benchmarks.results import Named
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.config import parse, require
-from duo_id.documents import FIRST, Count, Data, Line, Positive, checked, read_object
+from duo_id.documents import FIRST, Count, Data, Line, Positive, checked, one_line, read_object
 from duo_id.errors import UserError
 
 Place = tuple[int, str]  # context and blend
@@ -56,12 +56,13 @@ def read_baseline(settings: BenchmarkSettings, device: torch.device, card: str, 
         there = run.devices, run.device, run.model.name
         its = parse(BenchmarkSettings, run.settings)
         require(its.task == "train_step", f"task={its.task}")
+        other = _work(its, device, 1)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{refused}: no results of task=train_step can be read there ({error})") from error
+        raise UserError(f"{refused}: no results of task=train_step can be read there ({one_line(error)})") from error
     here = 1, card, settings.model.name
     told = "measured on {} x {} with {}; efficiency is against {} x {} with {}".format(*there, *here)
     require(there == here, f"{refused}: {told}")
-    other, own = _work(its, device, 1), _work(settings, device, groups)
+    own = _work(settings, device, groups)
     for key in sorted(own | other):
         require(
             other.get(key) == own.get(key),

@@ -39,11 +39,13 @@ def plot_benchmark(results: Mapping[str, Any] | str | Path, axis: str) -> Figure
     Raises:
         UserError: no row was measured, or the file cannot be read.
     """
+    place = ""
     if not isinstance(results, Mapping):
         path, results = results, read_object(results)
+        place = f"{path}: "
         checked(Benchmark, results, path)
     if not results["rows"]:
-        raise UserError("there is nothing to plot: no row was measured")
+        raise UserError(f"{place}there is nothing to plot: no row was measured")
     rows, fixed = _fixed(results["rows"], axis)
     lines = _lines(rows, axis)
     places = sorted({x for points in lines.values() for x, _ in points})

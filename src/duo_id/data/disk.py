@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_id.config import DataGenSettings, DataSettings, require
 from duo_id.data.samples import Sample, Task
-from duo_id.documents import Count, Data, Line, checked, read_json
+from duo_id.documents import Count, Data, Line, checked, one_line, read_json
 from duo_id.errors import UserError
 from duo_id.files import whole_folder
 
@@ -92,8 +92,7 @@ class DiskTask:
                 if not len(rows) or any(rows.features.get(column) not in KINDS for column in COLUMNS):
                     raise UserError(f"the split {name} has no rows of {', '.join(COLUMNS)}, lists of whole numbers")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"data.path={path} is not a dataset written by data_gen/: {reason}") from error
+            raise UserError(f"data.path={path} is not a dataset written by data_gen/: {one_line(error)}") from error
         model, longest = card.settings.model.name, card.longest
         require(
             card.vocabulary == vocabulary_hash(tokenizer),

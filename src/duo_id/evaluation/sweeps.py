@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
-from duo_id.documents import checked, read_object, read_text
+from duo_id.documents import checked, one_line, read_object, read_text
 from duo_id.errors import UserError
 from duo_id.evaluation.table import Cell, Grid, terminal_table
 from duo_id.formats import HEADS, load_pattern
@@ -189,7 +189,7 @@ def _read_job(folder: Path) -> Job:
         summary = read_object(folder / "summary.json")
         checked(Summary, summary, folder / "summary.json")
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{folder} is not a job of a sweep: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{folder} is not a job of a sweep: {one_line(error)}") from None
     pattern = load_pattern(folder) if (folder / "heads" / HEADS).is_file() else None
     return Job(folder.name, overrides, summary, "", pattern)
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from duo_id.documents import read_json, read_text
+from duo_id.documents import one_line, read_json, read_text
 from duo_id.errors import UserError
 from duo_id.files import write_text
 from duo_id.interop.options import Options, as_pattern, pool, query_heads, spread
@@ -66,7 +66,7 @@ def read_chosen(path: Path, options: Options) -> HeadPattern:
     try:
         contents = yaml.safe_load(read_text(path, LARGEST_YAML))
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # such as of a date in the year 0
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:120]}") from None
+        raise UserError(f"{path} is not YAML: {one_line(error, 120)}") from None
     chosen = contents.get("attn_head_set") if isinstance(contents, dict) else None
     if not isinstance(chosen, str):
         raise UserError(f'{path}: expected QRHead\'s attn_head_set: "layer-head,...", found {_kind(contents)}')

@@ -139,5 +139,5 @@ def _check(row: Any, schema: Schema, where: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error.__cause__ or error).split())
+    text = documents.one_line(error.__cause__ or error)
     return text if text.endswith(".") else f"{text}."
