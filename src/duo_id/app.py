@@ -31,6 +31,7 @@ from duo_id.errors import UserError
 from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text
 from duo_id.folders import first_process, fresh, held
+from duo_id.integrity import sealed, unsealed
 from duo_id.mistakes import explained
 from duo_id.stopping import preemption, status_of, stoppable, told
 
@@ -138,7 +139,7 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path, dict[str, str]]:
     given = {override.split("=")[0]: override for override in HydraConfig.get().overrides.task}
     if config.get("resume") and (Path(config.resume) != folder or HydraConfig.get().mode != RunMode.MULTIRUN):
         try:
-            contents = json.loads((Path(config.resume) / OVERRIDES).read_text(encoding="utf-8"))
+            contents = unsealed(json.loads((Path(config.resume) / OVERRIDES).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise UserError(f"resume={config.resume}: {OVERRIDES} cannot be read ({error})") from error
         saved = _under(given, saved_overrides(contents, given, config.resume))
@@ -161,7 +162,7 @@ def _under(given: dict[str, str], saved: dict[str, str]) -> dict[str, str]:
 
 def keep_overrides(folder: Path, given: dict[str, str]) -> None:
     """Leave the overrides in the run folder, for resuming it."""
-    write_text(folder / OVERRIDES, json.dumps(given, indent=1))
+    write_text(folder / OVERRIDES, json.dumps(sealed(given), indent=1))
 
 
 def versions() -> dict[str, str]:

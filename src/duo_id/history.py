@@ -1,5 +1,6 @@
 """The gates over training: noted in the run folder every few steps, and read back."""
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pandas as pd
 
 from duo_id.errors import UserError
 from duo_id.files import write_text
+from duo_id.integrity import AGAIN, sealed_csv, unsealed_csv
 
-HISTORY = "gates.csv"  # in a run folder: one row a noted step; the columns are `step` and `LAYER.HEAD` of gated layers
+HISTORY = "gates.csv"  # in a run folder: one row a noted step; `step`, `LAYER.HEAD` of gated layers, a checksum
 NOTES = 50  # about so many a run: the file stays small, for it is written anew each time
 
 
@@ -52,7 +54,7 @@ class GateHistory(lightning.Callback):
         }
         if trainer.is_global_zero:
             table = pd.DataFrame.from_dict(self.rows, orient="index").rename_axis("step")
-            write_text(self.path, table.to_csv(float_format="%.5g"))
+            write_text(self.path, sealed_csv(table.to_csv(float_format="%.5g")))
 
 
 def read_history(run: str | Path) -> pd.DataFrame:
@@ -83,8 +85,11 @@ def read_history(run: str | Path) -> pd.DataFrame:
 
 def _read(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, index_col="step").astype(float)
+        text = unsealed_csv(path.read_text(encoding="utf-8"), path, AGAIN)
+        table = pd.read_csv(StringIO(text), index_col="step").astype(float)
         broken = table.empty or table.isna().any(axis=None)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a history of gates: {str(error).splitlines()[0]}") from None
     if broken or not all(str(name).replace(".", "", 1).isdigit() and "." in str(name) for name in table):

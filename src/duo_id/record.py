@@ -7,6 +7,7 @@ from typing import Any
 
 from duo_id.errors import UserError
 from duo_id.files import write_text
+from duo_id.integrity import sealed, unsealed
 
 SETTINGS = "settings.json"  # in a run folder: its typed settings, and those that earlier parts of it had
 OPEN = (  # settings whose keys are not fixed, so that one that only one side has is a difference too
@@ -26,7 +27,7 @@ WIDTH = 80  # characters of a value in one
 
 def keep_settings(folder: Path, settings: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Leave in a run folder the settings that it goes on with, and what earlier parts had instead, by override."""
-    write_text(folder / SETTINGS, json.dumps({"settings": settings, "before": before}, indent=1))
+    write_text(folder / SETTINGS, json.dumps(sealed({"settings": settings, "before": before}), indent=1))
 
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -39,7 +40,7 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         return {}, {}
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        contents = unsealed(json.loads(path.read_text(encoding="utf-8")))
         settings, before = contents["settings"], contents["before"]
         if not isinstance(settings, dict) or not isinstance(before, dict):
             raise ValueError("it has no settings")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from duo_id.errors import UserError
+from duo_id.integrity import AGAIN, unsealed
 
 
 def read_text(path: Path) -> str:
@@ -35,13 +36,13 @@ def read_tsv(path: Path) -> list[list[float]]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """What a JSON file holds, without its checksum.
 
     Raises:
-        UserError: it is not JSON.
+        UserError: it is not JSON, or its checksum is another.
     """
     try:
-        return json.loads(read_text(path))
+        return unsealed(json.loads(read_text(path)), path, AGAIN)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
 

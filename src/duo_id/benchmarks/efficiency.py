@@ -12,6 +12,7 @@ from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.config import parse, require
 from duo_id.errors import UserError
 from duo_id.foreign import literal
+from duo_id.integrity import unsealed
 
 Place = tuple[int, str]  # context and blend
 
@@ -30,7 +31,7 @@ def read_baseline(settings: BenchmarkSettings, device: torch.device, card: str, 
     """
     path, refused = Path(str(settings.compare)), f"compare={settings.compare}"
     try:
-        found = json.loads((path / "results.json" if path.is_dir() else path).read_text())
+        found = unsealed(json.loads((path / "results.json" if path.is_dir() else path).read_text()))
         steps = {(row["context"], row["blend"]): row for row in found["rows"] if row.get("step") == "ours"}
         speeds = {place: float(row["tokens_per_s"]) for place, row in steps.items() if row["status"] != "OOM"}
         there = found.get("devices", 1), found["device"], found["model"]["name"]

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from duo_id.benchmarks.results import FULL, memory
 from duo_id.errors import UserError
+from duo_id.integrity import unsealed
 from duo_id.style import COLORS, MARKERS, set_title, style
 
 AXES = {
@@ -41,7 +42,7 @@ def plot_benchmark(results: Mapping[str, Any] | str | Path, axis: str) -> Figure
     """
     if not isinstance(results, Mapping):
         try:
-            results = json.loads(Path(results).read_text())
+            results = unsealed(json.loads(Path(results).read_text()))
         except (OSError, ValueError) as error:
             raise UserError(f"{results} does not hold the results of a benchmark: {error}") from None
     assert isinstance(results, Mapping)

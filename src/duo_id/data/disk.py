@@ -16,6 +16,7 @@ from duo_id.config import DataGenSettings, DataSettings, require
 from duo_id.data.samples import Sample, Task
 from duo_id.errors import UserError
 from duo_id.files import whole_folder
+from duo_id.integrity import check_sums
 
 CARD = "card.json"
 COLUMNS = ("input_ids", "labels", "answers")
@@ -56,10 +57,11 @@ class DiskTask:
             length_limit: the most tokens that the model takes; None: it names no limit.
 
         Raises:
-            UserError: there is no such folder or split, or its samples are not for this model.
+            UserError: there is no such folder or split, its samples are not for this model, or a file is damaged.
         """
         path = Path(settings.path or "")
         require(path.is_dir(), f"data.path={path}: no such folder; data_gen/ writes one")
+        check_sums(path, f"data.path={path}: copy it again or write it anew", (CARD, "dataset_dict.json", split))
         try:
             card = json.loads((path / CARD).read_text(encoding="utf-8"))
             model, vocabulary, longest = card["settings"]["model"]["name"], card["vocabulary"], card["longest"]

@@ -12,6 +12,7 @@ from duo_id.errors import UserError
 from duo_id.evaluation.contenders import Key
 from duo_id.evaluation.items import SCHEMA, VERSION, Item, Row, check_row
 from duo_id.files import atomic_path, write_text
+from duo_id.integrity import sealed, unsealed
 from duo_id.record import differences, shown
 
 SCORES = "scores.jsonl"  # in a run folder: a header line, then one row a line
@@ -40,7 +41,7 @@ class Journal:
         if self.path.exists():
             self._read()
         else:
-            write_text(self.path, json.dumps(self.header) + "\n")
+            write_text(self.path, json.dumps(sealed(self.header)) + "\n")
 
     @property
     def rows(self) -> list[Row]:
@@ -69,7 +70,7 @@ class Journal:
         """Take rows in and write them to the disk before returning."""
         rows = list(rows)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(json.dumps(sealed(row)) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
         for row in rows:
@@ -85,9 +86,11 @@ class Journal:
             lines.pop()
             write_text(self.path, "".join(line + "\n" for line in lines))
         try:
-            header, *rows = [json.loads(line) for line in lines]
+            header, *rows = [self._unsealed(number, json.loads(line)) for number, line in enumerate(lines, start=1)]
             if not isinstance(header, dict):
                 raise ValueError("it has no header")
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"resume: {self.path} cannot be read ({error}): leave out resume to start anew") from error
         if (header.get("schema"), header.get("version")) != (SCHEMA, VERSION):
@@ -105,6 +108,10 @@ class Journal:
             check_row(row, NUMBERS, OTHERS, f"resume: {self.path}")
             self._rows[_identity(row)] = row
 
+    def _unsealed(self, number: int, line: Any) -> Any:
+        advice = "leave out resume to start anew" if number == 1 else "delete that line, and it is scored again"
+        return unsealed(line, f"resume: {self.path}, line {number}", advice)
+
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Write `results.json`, and its rows as `results.parquet`.
@@ -114,9 +121,10 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
         results: with `rows`, one dict a question and contender.
     """
     with atomic_path(folder / "results.parquet") as beside:
-        pd.DataFrame(results["rows"]).to_parquet(beside, index=False)
-    head = json.dumps({"schema": SCHEMA, "version": VERSION} | results | {"rows": []}, indent=1)
-    rows = ",\n  ".join(json.dumps(row) for row in results["rows"])  # one a line
+        pd.DataFrame(results["rows"]).to_parquet(beside, index=False, write_page_checksum=True)
+    whole = sealed({"schema": SCHEMA, "version": VERSION} | results)
+    rows = ",\n  ".join(json.dumps(row) for row in whole.pop("rows"))  # one a line
+    head = json.dumps(whole | {"rows": []}, indent=1)
     write_text(folder / RESULTS, head.removesuffix("[]\n}") + f"[\n  {rows}\n ]\n}}\n")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from duo_id.errors import UserError
 from duo_id.evaluation.items import Item, check_row
 from duo_id.files import write_text
+from duo_id.integrity import sealed, unsealed
 
 SAMPLES = "samples.jsonl"  # in a run folder: a header line, then one item a line
 ANSWERS = "answers-*.jsonl"  # beside it, one file a press: a header line, then one context and sparsity a line
@@ -39,7 +40,7 @@ def write_samples(path: str | Path, header: dict[str, Any], items: Sequence[Item
     assert header.keys() >= HEADER
     assert len(header["sparsities"]) == len(header["shares"])
     head = {"schema": SAMPLES_SCHEMA, "version": VERSION} | header
-    write_text(path, "".join(line + "\n" for line in [json.dumps(head), *map(_line, items)]))
+    write_text(path, "".join(line + "\n" for line in [json.dumps(sealed(head)), *map(_line, items)]))
 
 
 def read_answers(path: str | Path, items: Sequence[Item]) -> list[dict[str, Any]]:
@@ -105,7 +106,8 @@ def _read(file: Path, digest: str) -> tuple[dict[str, Any], list[dict[str, Any]]
     text = _bytes(file).decode(errors="replace")
     whole = text[: text.rfind("\n") + 1]
     try:
-        header, *answers = [json.loads(line) for line in whole.splitlines()]
+        lines = enumerate(whole.splitlines(), start=1)
+        header, *answers = [unsealed(json.loads(line), f"line {number}") for number, line in lines]
         schema, version, samples = (header.get(key) for key in ("schema", "version", "samples"))
         if not all(isinstance(answer, dict) for answer in answers):
             raise ValueError("a line is not an object")

@@ -12,6 +12,7 @@ from duo_id.errors import UserError
 from duo_id.evaluation.items import QUESTION, SAMPLE
 from duo_id.evaluation.summary import CONTENDER, load_results
 from duo_id.formats import contents_of, load_pattern, pattern_name
+from duo_id.integrity import unsealed
 from duo_id.plots import read_metrics
 
 Place = tuple[Any, ...]  # of a sample: task, length and index
@@ -55,7 +56,7 @@ def read_run(path: str | Path) -> Run:
         results = load_results(path)
         return Run(pattern_name(path), results["model"], results, patterns=results["patterns"])
     try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        summary = unsealed(json.loads((path / "summary.json").read_text(encoding="utf-8")))
         model = summary["model"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path / 'summary.json'} is not the summary of a training run: {error!r}") from None

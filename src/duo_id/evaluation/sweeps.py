@@ -17,6 +17,7 @@ from rich.markup import escape
 from duo_id.errors import UserError
 from duo_id.evaluation.table import Cell, Grid, terminal_table
 from duo_id.formats import HEADS, load_pattern
+from duo_id.integrity import unsealed
 from duo_id.patterns import HeadPattern
 
 MARK = "multirun.yaml"  # Hydra leaves it in a sweep's folder
@@ -182,7 +183,7 @@ def _read_job(folder: Path) -> Job:
         if not (folder / "summary.json").is_file():
             error = folder / ERROR
             return Job(folder.name, overrides, error=error.read_text("utf-8") if error.is_file() else RUNNING)
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = unsealed(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
         if not isinstance(summary.get("model"), Mapping):
             raise ValueError("it names no model")
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:

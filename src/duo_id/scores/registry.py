@@ -17,6 +17,7 @@ from duo_id.config import require
 from duo_id.data.samples import Sample
 from duo_id.errors import UserError
 from duo_id.files import write_text
+from duo_id.integrity import sealed, unsealed
 from duo_id.methods import ScoreSettings, SearchSettings
 from duo_id.objectives import make_objective
 from duo_id.patterns import HeadPattern
@@ -129,7 +130,7 @@ def search_scores(
     def decided(order: Order) -> None:
         state = {"shape": order.shape, "first": order.first, "last": order.last, "hints": order.hints.tolist()}
         seconds = before + time.perf_counter() - began
-        write_text(path, json.dumps(state | {"swaps": order.swaps, "seconds": seconds}))
+        write_text(path, json.dumps(sealed(state | {"swaps": order.swaps, "seconds": seconds})))
         progress.update(bar, completed=order.swaps or heads - len(order.open))
 
     heads, told = len(order.hints), dict[str, Any](samples=len(samples))
@@ -172,7 +173,7 @@ def batch_tokens_for(subject: Subject, logits: float) -> int:
 def _read(path: Path, expected: Order) -> tuple[Order, float]:
     """An order so far, and the seconds that it took."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = unsealed(json.loads(path.read_text(encoding="utf-8")))
         hints = torch.tensor([float(hint) for hint in state["hints"]])
         order = Order(tuple(state["shape"]), list(state["first"]), list(state["last"]), hints, state.get("swaps", 0))
         seconds = float(state.get("seconds", 0.0))
