@@ -26,6 +26,7 @@ COMMENT = len(MARK) + 64
 def sealed(contents: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with the checksum of all that it holds, however it is then laid out."""
     plain = json.loads(json.dumps(contents))
+    plain.pop(SEAL, None)  # of what it held before
     return plain | {SEAL: _digest(plain)}
 
 
@@ -96,9 +97,9 @@ def check_zip(path: str | Path) -> None:
 
 
 def write_sums(folder: Path) -> None:
-    """Leave the checksums of all files in a folder there."""
-    lines = [f"{_of_file(path)}  {name}\n" for name, path in sorted(_files(folder).items())]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    """Leave the checksums of all files in a folder there, if it has any."""
+    if lines := [f"{_of_file(path)}  {name}\n" for name, path in sorted(_files(folder).items())]:
+        (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def check_sums(folder: Path, advice: str, parts: tuple[str, ...] = ()) -> None:

@@ -19,6 +19,7 @@ from duo_id.files import whole_folder
 from duo_id.integrity import check_sums
 
 CARD = "card.json"
+SPLITS = "dataset_dict.json"  # names them, as datasets has it
 COLUMNS = ("input_ids", "labels", "answers")
 README = """\
 ---
@@ -61,11 +62,12 @@ class DiskTask:
         """
         path = Path(settings.path or "")
         require(path.is_dir(), f"data.path={path}: no such folder; data_gen/ writes one")
-        check_sums(path, f"data.path={path}: copy it again or write it anew", (CARD, "dataset_dict.json", split))
+        check_sums(path, f"copy data.path={path} again or write it anew", (CARD, SPLITS, split))
         try:
             card = json.loads((path / CARD).read_text(encoding="utf-8"))
             model, vocabulary, longest = card["settings"]["model"]["name"], card["vocabulary"], card["longest"]
-            splits = datasets.load_from_disk(str(path))
+            splits = json.loads((path / SPLITS).read_text(encoding="utf-8"))["splits"]
+            rows = datasets.load_from_disk(str(path / split)) if split in splits else None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"data.path={path} is not a dataset written by data_gen/: {error}") from error
         require(
@@ -79,8 +81,9 @@ class DiskTask:
             f"data.path={path} has samples of {longest} tokens, and the model takes {length_limit}: "
             "write the dataset anew with a lower data.length_max",
         )
+        assert rows is not None
         self.split = split
-        self.rows = splits[split].with_format("torch")  # int64
+        self.rows = rows.with_format("torch")  # int64
         self._pass: tuple[tuple[int, int], list[int]] | None = None  # (seed, pass) and its order
 
     def __len__(self) -> int:
