@@ -107,7 +107,7 @@ class Answers:
 def _sealed(line: Json) -> Json:
     """A line with the checksum of what it holds, as duo_id checks it."""
     plain = json.loads(json.dumps(line))
-    return plain | {"sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+    return plain | {"sha256": "sha256:" + hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
 def _parsed(contents: bytes) -> list[Any]:

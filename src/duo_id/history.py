@@ -90,8 +90,9 @@ def _read(path: Path) -> pd.DataFrame:
         broken = table.empty or table.isna().any(axis=None)
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a history of gates: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # pandas fails in many ways on a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a history of gates: {reason}") from None
     if broken or not all(str(name).replace(".", "", 1).isdigit() and "." in str(name) for name in table):
         raise UserError(f"{path} is not a history of gates: its columns are step and LAYER.HEAD, all numbers")
     return table.sort_index()

@@ -19,7 +19,7 @@ SEAL = "sha256"
 SUMS = "SHA256SUMS"  # of a folder, as `sha256sum -c` reads it
 DIFFERS = "is not what was written: its sha256 differs"
 AGAIN = f"restore it or write it again, or delete its {SEAL} if you changed it yourself"
-MARK = b"sha256:"  # what the comment of an archive begins with
+MARK = "sha256:"  # what a checksum within a file begins with
 COMMENT = len(MARK) + 64
 
 
@@ -41,17 +41,17 @@ def unsealed(contents: Any, where: object = "it", advice: str = "") -> Any:
     Raises:
         UserError: the checksum is another.
     """
-    if not isinstance(contents, dict) or SEAL not in contents:
+    if not isinstance(contents, dict) or not any(map(_is_seal, contents, contents.values())):
         return contents
     plain = {key: value for key, value in contents.items() if key != SEAL}
-    _check(contents[SEAL] == _digest(plain), where, advice)
+    _check(contents.get(SEAL) == _digest(plain), where, advice)
     return plain
 
 
 def sealed_csv(text: str) -> str:
     """A table of comma-separated values with a last column `sha256`: its first row has that of the other columns."""
     head, first, *rows = text.splitlines()
-    lines = [f"{head},{SEAL}", f"{first},{digest_of(text)}", *(f"{row}," for row in rows)]
+    lines = [f"{head},{SEAL}", f"{first},{MARK}{digest_of(text)}", *(f"{row}," for row in rows)]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -61,12 +61,11 @@ def unsealed_csv(text: str, where: object, advice: str) -> str:
     Raises:
         UserError: the checksum is another.
     """
-    lines = text.splitlines()
-    if not lines or not lines[0].endswith(f",{SEAL}"):
+    if SEAL not in text:
         return text
-    cells = [line.rpartition(",") for line in lines]
+    cells = [line.rpartition(",") for line in text.splitlines()]
     plain = "".join(f"{cell[0]}\n" for cell in cells)
-    _check([cell[2] for cell in cells[1:]] == [digest_of(plain), *[""] * (len(cells) - 2)], where, advice)
+    _check([cell[2] for cell in cells[1:]] == [MARK + digest_of(plain), *[""] * (len(cells) - 2)], where, advice)
     return plain
 
 
@@ -85,15 +84,15 @@ def seal_zip(path: Path) -> None:
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0, os.SEEK_END)
-        file.write(MARK + digest.encode())
+        file.write((MARK + digest).encode())
 
 
 def check_zip(path: str | Path) -> None:
     """Raise a `UserError` unless an archive is what its comment says, or has none."""
     contents = Path(path).read_bytes()
     body, comment = contents[:-COMMENT], contents[-COMMENT:]
-    known = MARK + hashlib.sha256(body).hexdigest().encode()
-    _check(not comment.startswith(MARK) or comment == known, "it", "")
+    known = (MARK + hashlib.sha256(body).hexdigest()).encode()
+    _check(not comment.startswith(MARK.encode()) or comment == known, "it", "")
 
 
 def write_sums(folder: Path) -> None:
@@ -124,8 +123,13 @@ def check_sums(folder: Path, advice: str, parts: tuple[str, ...] = ()) -> None:
         _check(_of_file(files[name]) == digest, files[name], advice)
 
 
+def _is_seal(key: str, value: Any) -> bool:
+    """Whether this is a checksum, also where a bit of its key or of its value's beginning is another."""
+    return key == SEAL or (isinstance(value, str) and value.startswith(MARK))
+
+
 def _digest(plain: Any) -> str:
-    return digest_of(json.dumps(plain, sort_keys=True))
+    return MARK + digest_of(json.dumps(plain, sort_keys=True))
 
 
 def _of_file(path: Path) -> str:
