@@ -35,7 +35,7 @@ def load_samples(
         raise Mistake(f"{path} does not exist: python -m duo_id.evaluate peers=true writes it")
     contents = path.read_bytes()
     try:
-        header, *items = [json.loads(line) for line in contents.splitlines()]
+        header, *items = _parsed(contents)
         schema, number = header.get("schema"), header.get("version")
     except (ValueError, AttributeError) as error:
         raise Mistake(f"{path} cannot be read ({error})") from None
@@ -70,14 +70,14 @@ class Answers:
         self.path = path
         self._done: dict[tuple[Any, ...], Json] = {}
         if not path.exists() or b"\n" not in path.read_bytes():
-            path.write_text(json.dumps(header) + "\n")
+            path.write_text(json.dumps(_sealed(header)) + "\n")
             return
         contents = path.read_bytes()
         whole = contents[: contents.rfind(b"\n") + 1]
         if len(whole) < len(contents):
             os.truncate(path, len(whole))
         try:
-            found, *lines = [json.loads(line) for line in whole.splitlines()]
+            found, *lines = _parsed(whole)
         except ValueError as error:
             raise Mistake(f"{path} cannot be read ({error}): delete it to start anew") from None
         for key in header:
@@ -98,10 +98,30 @@ class Answers:
     def add(self, line: Json) -> None:
         """Take in the answers to one item and write them to the disk before returning."""
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(_sealed(line)) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self._done[_key(line, line["sparsity"])] = line
+
+
+def _sealed(line: Json) -> Json:
+    """A line with the checksum of what it holds, as duo_id checks it."""
+    plain = json.loads(json.dumps(line))
+    return plain | {"sha256": "sha256:" + hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
+def _parsed(contents: bytes) -> list[Any]:
+    """What lines of JSON hold, without their checksums.
+
+    Raises:
+        ValueError: a line is not JSON, or not what was written.
+    """
+    lines = [json.loads(line) for line in contents.splitlines()]
+    for number, line in enumerate(lines, start=1):
+        digest = line.pop("sha256", None) if isinstance(line, dict) else None
+        if digest is not None and digest != _sealed(line)["sha256"]:
+            raise ValueError(f"line {number} is not what was written: its sha256 differs")
+    return lines
 
 
 def _key(line: Json, sparsity: float) -> tuple[Any, ...]:

@@ -7,9 +7,10 @@ import pytest
 
 from duo_id import convert
 from duo_id.errors import UserError
-from duo_id.formats import load_pattern, save_pattern
+from duo_id.formats import SCORES, TABLES, load_pattern, save_pattern
 from duo_id.interop.registry import FORMATS, lost
 from duo_id.patterns import HeadPattern
+from duo_id.tables import read_object
 from tests.interop.cases import CASES, all_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")  # their order is what is tested
@@ -80,7 +81,8 @@ def test_the_sparsity_to_pass_is_printed(source: Path, tmp_path: Path, capsys: p
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
     assert "sparsify_attention_heads(heads, sparsity=0.5): exactly 9 of 18 heads stream" in printed
-    config = json.loads((target / "config.json").read_text())
+    config = read_object(target / "config.json")
+    assert config.pop(TABLES).keys() == {SCORES}
     assert config == {"model_name": "someone/a-model", "sink_size": 16, "recent_size": 64, "gated_layers": [*range(6)]}
 
 

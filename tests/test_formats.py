@@ -11,6 +11,7 @@ import torch
 from duo_id import formats
 from duo_id.errors import UserError
 from duo_id.formats import contents_of, list_patterns, load_pattern, pattern_from_json, save_pattern
+from duo_id.integrity import unsealed
 from duo_id.patterns import HeadPattern
 
 pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")  # their order is what is tested
@@ -132,7 +133,7 @@ def test_what_is_written_keeps_to_the_schema(pattern: HeadPattern, tmp_path: Pat
     check.validate(contents_of(pattern))
     check.validate(json.loads((formats.SHIPPED / "SmolLM2-135M-Instruct" / "heads.json").read_text()))
     assert schema["properties"].keys() == contents.keys()
-    assert set(schema["required"]) == contents.keys() - {"masks"}
+    assert set(schema["required"]) == contents.keys() - {"masks", "sha256"}
     assert schema["properties"]["version"]["const"] == formats.VERSION
     for change in ({"schema": "x"}, {"version": 2}, {"recent_size": 0}, {"scores": [[]]}, {"gated_layers": []}):
         assert not check.is_valid(contents | change)
@@ -317,14 +318,14 @@ def test_malformed_configs_are_named(config: str | None, message: str, tmp_path:
 )
 def test_malformed_heads_json_is_named(change: dict, message: str, pattern: HeadPattern, tmp_path: Path) -> None:
     save_pattern(pattern, tmp_path)
-    contents = json.loads((tmp_path / "heads.json").read_text())
+    contents = unsealed(json.loads((tmp_path / "heads.json").read_text()))
     (tmp_path / "heads.json").write_text(json.dumps(contents | change))
     refused(tmp_path, message)
 
 
 def test_missing_fields_of_heads_json_are_named(pattern: HeadPattern, tmp_path: Path) -> None:
     save_pattern(pattern, tmp_path)
-    contents = json.loads((tmp_path / "heads.json").read_text())
+    contents = unsealed(json.loads((tmp_path / "heads.json").read_text()))
     del contents["scores"], contents["sink_size"]
     (tmp_path / "heads.json").write_text(json.dumps(contents))
     refused(tmp_path, "lacks sink_size, scores")

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Timer
 from duo_id import identification, load_pattern, recompute
 from duo_id.checkpoints import CHECKPOINT
 from duo_id.formats import save_pattern
+from duo_id.integrity import sealed
 from duo_id.memory import MemoryPlanner, Plan
 from duo_id.patterns import HeadPattern, places
 from duo_id.plots import read_metrics
@@ -145,7 +146,8 @@ def test_an_interrupted_search_keeps_its_order_and_goes_on(
     state = json.loads((tmp_path / "run" / "search.json").read_text())
     assert len(state["first"]) == 3
     assert 0 < state["seconds"] < 100
-    (tmp_path / "run" / "search.json").write_text(json.dumps(state | {"seconds": 1000}))  # as if it took that long
+    longer = sealed(state | {"seconds": 1000})
+    (tmp_path / "run" / "search.json").write_text(json.dumps(longer))
     resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
     assert resumed.status == 0, resumed.output
     found, whole = load_pattern(tmp_path / "run"), load_pattern(tmp_path / "whole")

@@ -16,7 +16,7 @@ LONGEST = 320  # lines of a module
 
 # Each line imports from the lines above it alone, or from its own from left to right.
 ORDER = """
-errors files documents provenance style compat stopping folders
+errors integrity files documents provenance style compat stopping folders
 attention.masks attention.blends attention.exchange attention.softmax attention.memo attention.full
 attention.kernels attention.streaming_kernels attention.streaming_operator attention.streaming attention.decode
 attention.padding attention.probe attention.parity attention.heads attention.rows attention.gated
@@ -116,11 +116,11 @@ def test_nobody_imports_the_entry_points() -> None:
     ("name", "allowed"),
     [
         ("errors", ""),
-        ("files", "errors"),
+        ("files", "integrity errors"),
         ("style", ""),
-        ("patterns", "provenance documents errors"),
-        ("formats", "patterns tables hub files provenance documents errors"),
-        ("plots", "patterns files provenance documents errors style"),
+        ("patterns", "provenance documents integrity errors"),
+        ("formats", "patterns tables hub files provenance documents integrity errors"),
+        ("plots", "patterns files provenance documents integrity errors style"),
         ("attention.probe", "attention.padding errors"),
         (
             "attention.gated",

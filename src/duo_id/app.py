@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from duo_id import __version__
-from duo_id.documents import one_line, read_json
+from duo_id.documents import one_line
 from duo_id.errors import UserError
 from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text

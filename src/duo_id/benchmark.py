@@ -35,6 +35,7 @@ from duo_id.config import parse, plain, require
 from duo_id.errors import UserError
 from duo_id.files import write_text
 from duo_id.formats import load_pattern
+from duo_id.integrity import sealed
 from duo_id.models import LanguageModel, load_model
 from duo_id.patterns import HeadMask, random_mask
 from duo_id.plots import save_figure
@@ -120,7 +121,7 @@ def _measured(
                     row["efficiency"] = row["tokens_per_s"] / ranks.world / alone
                 results["rows"] = [*results["rows"], row] if steps else compared([*results["rows"], row])
                 if ranks.first:
-                    write_text(folder / "results.json", json.dumps(results, indent=1))
+                    write_text(folder / "results.json", json.dumps(sealed(results), indent=1))
                 line = _step_line(row) if steps else _line(row)
                 app.say(line)
                 progress.advance(shown)

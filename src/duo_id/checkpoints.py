@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from duo_id.errors import UserError
 from duo_id.files import atomic_path
+from duo_id.integrity import check_zip, seal_zip
 from duo_id.stopping import listen
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"  # in a run folder
@@ -31,6 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_path(path) as beside:
                 torch.save(checkpoint, beside)
+                seal_zip(beside)
         except (OSError, RuntimeError) as error:  # torch's own writer makes a RuntimeError of a full disk
             raise UserError(f"{path} cannot be written ({_reason(error, path)}): {_advice(path)}") from error
 
@@ -41,6 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UserError: the file is not a checkpoint.
         """
         try:
+            check_zip(path)  # torch reads over flipped bits, those of its archive's own checksums too
             return torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # files may be damaged in any way
             raise UserError(

@@ -5,6 +5,7 @@ file has, deep nesting, numbers that are not finite or that no int64 holds, half
 schema's. Of a key that stands twice the last counts, as everywhere in Python.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from math import isfinite
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import from_json
 
 from duo_id.errors import UserError
+from duo_id.integrity import AGAIN, SEAL, unsealed
 
 LARGEST = 2**24  # bytes of a file that describes something: those of the largest models have less than a tenth of it
 LARGEST_ROWS = 2**30  # bytes of a file with a row for each sample, such as results
@@ -133,6 +135,7 @@ def parse_json(text: str, where: str | Path, line: int = 1, mend: bool = False) 
     Raises:
         UserError: it is not JSON, is nested too deeply, or has a number that no float64 or int64 holds.
     """
+    whole = text
     if mend and "\\ud" in text.lower():
         text = HALF.sub(lambda found: "?" if len(found[0]) == 6 and found[0][2] in "dD" else found[0], text)
     try:
@@ -152,7 +155,11 @@ def parse_json(text: str, where: str | Path, line: int = 1, mend: bool = False) 
             raise UserError(f"{where}: {shown(one)} is beyond 64 bits")
         elif isinstance(one, float) and not isfinite(one):
             raise UserError(f"{where}: {one} is no finite number")
-    return contents
+    place = where if line == 1 else f"{where}, line {line}"
+    if text != whole:  # whose checksum is that of the halves
+        unsealed(json.loads(whole), place, AGAIN)
+        contents.pop(SEAL, None)
+    return unsealed(contents, place, AGAIN)
 
 
 def checked(schema: type[Schema], contents: Any, where: str | Path, under: str = "") -> Schema:

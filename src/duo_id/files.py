@@ -11,6 +11,7 @@ from glob import escape
 from pathlib import Path
 
 from duo_id.errors import UserError
+from duo_id.integrity import write_sums
 
 KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -53,7 +54,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`; it becomes `path` once the block ends without an error, else it is removed."""
+    """Yield a new folder beside `path`; it becomes `path` once the block ends without an error, else it is removed.
+
+    The checksums of its files are left in it, see `duo_id.integrity.check_sums`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     beside, handle = _reserved(lambda: _opened(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")))
@@ -61,6 +65,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         work = beside / path.name  # made with the usual permissions, which mkdtemp withholds
         work.mkdir()
         yield work
+        write_sums(work)
         for file in work.rglob("*"):
             if file.is_file():
                 with open(file, "rb+") as opened:

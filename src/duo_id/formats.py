@@ -2,23 +2,24 @@
 
 heads/
   full_attention_heads.tsv   scores, one row a layer, one column a KV head   } what DuoAttention's loaders read
-  config.json                sink_size, recent_size                          } (github.com/mit-han-lab/duo-attention)
+  config.json                sink_size, recent_size, checksums of the TSVs   } (github.com/mit-han-lab/duo-attention)
   mask_sparsity_50.tsv       0/1 rows (1 = retrieval), one file a sparsity
   heads.json                 all of it and the provenance, written last: what `load_pattern` believes
 
 heads.schema.json beside this module says what a heads.json holds. Other tools' files: see `duo_id.interop`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 
 from duo_id import hub
-from duo_id.documents import FIRST, Count, Data, Line, Tokens, checked, read_object, shown
+from duo_id.documents import FIRST, Count, Data, Line, Tokens, checked, read_object, read_text, shown
 from duo_id.errors import UserError
 from duo_id.files import write_text
+from duo_id.integrity import DIFFERS, digest_of, sealed
 from duo_id.patterns import HeadMask, HeadPattern
 from duo_id.tables import exact_rows, json_text, number_rows, read_tsv, tsv
 
@@ -28,6 +29,7 @@ VERSION = 1
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 SHIPPED = Path(__file__).parent / "head_patterns"
 HEADS, SCORES, CONFIG = "heads.json", "full_attention_heads.tsv", "config.json"
+TABLES = "tables_sha256"  # in a config.json: the checksums of the TSVs beside it, by name
 
 
 class Sizes(Data):
@@ -62,8 +64,8 @@ def save_pattern(pattern: HeadPattern, folder: str | Path, sparsities: Iterable[
     files = {_mask_name(sparsity): tsv(mask.retrieval.int()) for sparsity, mask in masks.items()}
     stale = [path for path in folder.glob("mask_sparsity_*.tsv") if path.name not in files]
     files[SCORES] = tsv(pattern.scores)
-    files[CONFIG] = json_text(duo_config(pattern))
-    files[HEADS] = json_text(_contents(pattern, masks))
+    files[CONFIG] = json_text(duo_config(pattern, files))
+    files[HEADS] = json_text(sealed(_contents(pattern, masks)))
     for name, text in files.items():
         write_text(folder / name, text)
     for path in stale:
@@ -183,12 +185,20 @@ def _contents(pattern: HeadPattern, masks: dict[float, HeadMask]) -> dict[str, A
     }
 
 
-def duo_config(pattern: HeadPattern) -> dict[str, Any]:
-    """What DuoAttention's loaders look up, and `gated_layers`, without which a hybrid model's TSV would mislead us."""
+def duo_config(pattern: HeadPattern, tables: Mapping[str, str]) -> dict[str, Any]:
+    """What DuoAttention's loaders look up, and what would mislead us if it were missing or another.
+
+    These are `gated_layers`, for the TSV of a hybrid model, and checksums: its own and those of the TSVs beside it.
+
+    Args:
+        pattern: whose sizes it tells.
+        tables: the TSVs, by name.
+    """
     model = pattern.provenance.get("model")
     name = {"model_name": model["id"]} if isinstance(model, dict) and "id" in model else {}
     sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
-    return {**name, **sizes, "gated_layers": pattern.gated_layers}
+    digests = {table: digest_of(text) for table, text in tables.items()}
+    return sealed({**name, **sizes, "gated_layers": pattern.gated_layers, TABLES: digests})
 
 
 def _read_duo(path: Path) -> HeadPattern:
@@ -197,6 +207,11 @@ def _read_duo(path: Path) -> HeadPattern:
     if not beside.is_file():
         raise UserError(f"{beside} is missing: sink_size and recent_size of {path.name} stand there")
     config = read_object(beside)
+    digests = config.pop(TABLES, {})
+    if isinstance(digests, dict) and digests.get(path.name) not in (None, digest_of(read_text(path))):
+        raise UserError(
+            f"{path} {DIFFERS} from that in {CONFIG}; restore it, or delete {TABLES} there if you changed it"
+        )
     sizes = checked(Sizes, config, beside)
     model = {"id": sizes.model_name, "layers": len(scores), "kv_heads": len(scores[0])}
     return _pattern(path.parent, scores, sizes, {"format": "DuoAttention", "model": model, "config": config})

@@ -12,6 +12,7 @@ import pandas as pd
 from duo_id.documents import one_line, read_text
 from duo_id.errors import UserError
 from duo_id.files import write_text
+from duo_id.integrity import AGAIN, sealed_csv, unsealed_csv
 
 HISTORY = "gates.csv"  # in a run folder: one row a noted step; the columns are `step` and `LAYER.HEAD` of gated layers
 COLUMN = re.compile(r"\d{1,6}\.\d{1,6}", re.ASCII)  # LAYER.HEAD
@@ -57,7 +58,7 @@ class GateHistory(lightning.Callback):
         }
         if trainer.is_global_zero:
             table = pd.DataFrame.from_dict(self.rows, orient="index").rename_axis("step")
-            write_text(self.path, table.to_csv(float_format="%.5g"))
+            write_text(self.path, sealed_csv(table.to_csv(float_format="%.5g")))
 
 
 def read_history(run: str | Path) -> pd.DataFrame:
@@ -88,7 +89,7 @@ def read_history(run: str | Path) -> pd.DataFrame:
 
 def _read(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(StringIO(read_text(path)), index_col="step").astype(float)
+        table = pd.read_csv(StringIO(unsealed_csv(read_text(path), path, AGAIN)), index_col="step").astype(float)
     except UserError:
         raise
     except Exception as error:  # pandas ends in errors of many kinds

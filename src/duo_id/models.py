@@ -216,6 +216,8 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             weights_source(settings), revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise _cannot_load(settings, error) from error
 
@@ -275,6 +277,8 @@ def _config(settings: ModelSettings) -> Any:
         config = AutoConfig.from_pretrained(weights_source(settings), **shared)
         config.update(settings.config)
         return config
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         if settings.init == "random":
             raise UserError(f"model.architecture does not describe a model: {_reason(error)}") from error

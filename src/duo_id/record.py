@@ -8,6 +8,7 @@ from typing import Any
 from duo_id.documents import Data, checked, read_json
 from duo_id.errors import UserError
 from duo_id.files import write_text
+from duo_id.integrity import sealed
 from duo_id.schema import shown
 
 SETTINGS = "settings.json"  # in a run folder: its typed settings, and those that earlier parts of it had
@@ -34,7 +35,7 @@ class _Settings(Data):
 
 def keep_settings(folder: Path, settings: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Leave in a run folder the settings that it goes on with, and what earlier parts had instead, by override."""
-    write_text(folder / SETTINGS, json.dumps({"settings": settings, "before": before}, indent=1))
+    write_text(folder / SETTINGS, json.dumps(sealed({"settings": settings, "before": before}), indent=1))
 
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

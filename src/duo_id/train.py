@@ -30,6 +30,7 @@ from duo_id.evaluation.comparison import check_window, compare, found_loss, resu
 from duo_id.files import write_text
 from duo_id.formats import HEADS, load_pattern, save_pattern
 from duo_id.identification import Run, identify
+from duo_id.integrity import sealed
 from duo_id.methods import GateSettings, train_settings
 from duo_id.models import dtype_of, load_model, meta_model
 from duo_id.patterns import HeadPattern, average
@@ -119,7 +120,7 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
             told["mean_gate"] = float(pattern.scores[list(pattern.gated_layers)].mean())
         summary = pattern.provenance | told | chosen_by
         if ranks.first:
-            write_text(folder / "summary.json", json.dumps(summary, indent=1))
+            write_text(folder / "summary.json", json.dumps(sealed(summary), indent=1))
             save_figure(plot_gates(pattern, title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
         if len(patterns) > 1:
             app.console.print(agreement_table(patterns, settings.sparsity))

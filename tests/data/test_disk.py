@@ -87,6 +87,7 @@ def test_card_says_how_it_was_made(written, settings):
 def test_folder_is_a_plain_dataset_and_nothing_else_stays(written):
     assert sorted(path.name for path in written.iterdir()) == [
         "README.md",
+        "SHA256SUMS",
         "card.json",
         "dataset_dict.json",
         "train",

@@ -11,6 +11,7 @@ import pytest
 from duo_id.errors import UserError
 from duo_id.evaluation.items import Item, Question
 from duo_id.evaluation.journal import RESULTS, SCORES, Journal, write_results
+from duo_id.integrity import unsealed
 
 ITEM = Item("t", 100, 0, (1,) * 9, (Question((1,), (2,)), Question((), (1,), place=3)), max_new_tokens=5)
 KEY = ("baseline", "random", 0.25, 3)
@@ -94,7 +95,8 @@ def test_other_settings_and_versions_are_refused(tmp_path: Path) -> None:
         Journal(tmp_path, {"seed": 0, "split": "test"})
     path = tmp_path / SCORES
     text = path.read_text()
-    path.write_text(text.replace('"version": 1', '"version": 99'))
+    header = unsealed(json.loads(text.partition("\n")[0])) | {"version": 99}
+    path.write_text(json.dumps(header) + "\n")
     with pytest.raises(UserError, match="version 99"):
         Journal(tmp_path, {"seed": 0})
     path.write_text(text + "no json\n")
@@ -108,7 +110,7 @@ def test_other_settings_and_versions_are_refused(tmp_path: Path) -> None:
 def test_results_are_json_and_parquet(tmp_path: Path) -> None:
     rows = [row(0, 'with "quotes"\nand lines'), row(1)]
     write_results(tmp_path, {"seed": 0, "rows": rows})
-    found = json.loads((tmp_path / RESULTS).read_text())
+    found = unsealed(json.loads((tmp_path / RESULTS).read_text()))
     assert found == {"schema": "duo_id/results", "version": 1, "seed": 0, "rows": rows}
     table = pd.read_parquet(tmp_path / "results.parquet")
     assert table["question"].tolist() == [0, 1]

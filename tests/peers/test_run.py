@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from duo_id.evaluation.peers import read_answers
+from duo_id.integrity import unsealed
 from tests.peers.cases import (
     TOKENS,
     answer_logits,
@@ -151,7 +152,8 @@ def test_samples_and_models_that_do_not_fit_are_mistakes(
     scripts: SimpleNamespace, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run / "samples.jsonl"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 9', 1))
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(json.dumps(unsealed(json.loads(first)) | {"version": 9}) + "\n" + rest)
     assert scripts.run.main([str(run)]) == 2
     assert "is duo_id/samples of version 9" in capsys.readouterr().err
     path.write_text("no JSON\n")

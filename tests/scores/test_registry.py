@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from duo_id.data.samples import Sample
 from duo_id.errors import UserError
+from duo_id.integrity import unsealed
 from duo_id.methods import METHODS, AttentionSettings, GateSettings, SaliencySettings, SearchSettings
 from duo_id.patterns import HeadPattern
 from duo_id.scores import registry
@@ -192,7 +193,7 @@ def test_a_search_that_is_gone_on_with_ends_as_an_undisturbed_one(
     assert torch.equal(again, expected), "one that is over stays as it is"
     assert told["swaps"] == told_again["swaps"] == expected_told["swaps"] == 1
     assert told["budget"] == 0.5
-    states = [json.loads((tmp_path / name / ORDER).read_text()) for name in ("stopped", "whole")]
+    states = [unsealed(json.loads((tmp_path / name / ORDER).read_text())) for name in ("stopped", "whole")]
     assert all(state.pop("seconds") > 0 for state in states)
     assert states[0] == states[1]
 
@@ -260,7 +261,7 @@ def test_a_broken_search_json_is_one_line(text: str, make_model: MakeModel, tmp_
 def test_an_order_of_another_model_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     with subject_of(make_model("llama")) as subject:
         searched(subject, tmp_path)
-    state = json.loads((tmp_path / ORDER).read_text())
+    state = unsealed(json.loads((tmp_path / ORDER).read_text()))
     assert set(state) == {"shape", "first", "last", "hints", "swaps", "seconds"}
     with (
         subject_of(make_model("llama", num_hidden_layers=2)) as other,

@@ -18,8 +18,10 @@ from duo_id.data.samples import Sample, Task
 from duo_id.documents import Count, Data, Line, checked, one_line, read_json
 from duo_id.errors import UserError
 from duo_id.files import whole_folder
+from duo_id.integrity import check_sums
 
 CARD = "card.json"
+SPLITS = "dataset_dict.json"  # names them, as datasets has it
 COLUMNS = ("input_ids", "labels", "answers")
 KINDS = [datasets.List(datasets.Value(kind)) for kind in ("int32", "int64")]  # of a column
 README = """\
@@ -56,6 +58,12 @@ class _Settings(Data):
     model: _Model
 
 
+class _Splits(Data):
+    """What `SPLITS` holds."""
+
+    splits: list[Line]
+
+
 class _Card(Data):
     """What of the card is looked at."""
 
@@ -79,18 +87,17 @@ class DiskTask:
             length_limit: the most tokens that the model takes; None: it names no limit.
 
         Raises:
-            UserError: there is no such folder or split, or its samples are not for this model.
+            UserError: there is no such folder or split, its samples are not for this model, or a file is damaged.
         """
         path = Path(settings.path or "")
         require(path.is_dir(), f"data.path={path}: no such folder; data_gen/ writes one")
+        check_sums(path, f"copy data.path={path} again or write it anew", (CARD, SPLITS, split))
         try:
             card = checked(_Card, read_json(path / CARD), path / CARD)
-            splits = datasets.load_from_disk(str(path))
-            if not isinstance(splits, datasets.DatasetDict):
-                raise UserError("it has no splits")
-            for name, rows in splits.items():
-                if not len(rows) or any(rows.features.get(column) not in KINDS for column in COLUMNS):
-                    raise UserError(f"the split {name} has no rows of {', '.join(COLUMNS)}, lists of whole numbers")
+            splits = checked(_Splits, read_json(path / SPLITS), path / SPLITS).splits
+            rows = datasets.load_from_disk(str(path / split)) if split in splits else None
+            if rows is not None and not (len(rows) and all(rows.features.get(column) in KINDS for column in COLUMNS)):
+                raise UserError(f"the split {split} has no rows of {', '.join(COLUMNS)}, lists of whole numbers")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             raise UserError(f"data.path={path} is not a dataset written by data_gen/: {one_line(error)}") from error
         model, longest = card.settings.model.name, card.longest
@@ -105,8 +112,9 @@ class DiskTask:
             f"data.path={path} has samples of {longest} tokens, and the model takes {length_limit}: "
             "write the dataset anew with a lower data.length_max",
         )
+        assert rows is not None
         self.split = split
-        self.rows = splits[split].with_format("torch")  # int64
+        self.rows = rows.with_format("torch")  # int64
         self._pass: tuple[tuple[int, int], list[int]] | None = None  # (seed, pass) and its order
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ from duo_id.errors import UserError
 from duo_id.evaluation.contenders import Key
 from duo_id.evaluation.items import SCHEMA, VERSION, Item, Row, Scored
 from duo_id.files import atomic_path, write_text
+from duo_id.integrity import sealed
 from duo_id.record import differences
 from duo_id.schema import shown
 
@@ -46,7 +47,7 @@ class Journal:
         if self.path.exists():
             self._read()
         else:
-            write_text(self.path, json.dumps(self.header) + "\n")
+            write_text(self.path, json.dumps(sealed(self.header)) + "\n")
 
     @property
     def rows(self) -> list[Row]:
@@ -75,7 +76,7 @@ class Journal:
         """Take rows in and write them to the disk before returning."""
         rows = list(rows)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(json.dumps(sealed(row)) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
         for row in rows:
@@ -116,9 +117,10 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
         results: with `rows`, one dict a question and contender.
     """
     with atomic_path(folder / "results.parquet") as beside:
-        pd.DataFrame(results["rows"]).to_parquet(beside, index=False)
-    head = json.dumps({"schema": SCHEMA, "version": VERSION} | results | {"rows": []}, indent=1)
-    rows = ",\n  ".join(json.dumps(row) for row in results["rows"])  # one a line
+        pd.DataFrame(results["rows"]).to_parquet(beside, index=False, write_page_checksum=True)
+    whole = sealed({"schema": SCHEMA, "version": VERSION} | results)
+    rows = ",\n  ".join(json.dumps(row) for row in whole.pop("rows"))  # one a line
+    head = json.dumps(whole | {"rows": []}, indent=1)
     write_text(folder / RESULTS, head.removesuffix("[]\n}") + f"[\n  {rows}\n ]\n}}\n")
 
 

@@ -21,6 +21,7 @@ from duo_id.documents import (
 from duo_id.errors import UserError
 from duo_id.evaluation.items import Item
 from duo_id.files import write_text
+from duo_id.integrity import sealed
 
 SAMPLES = "samples.jsonl"  # in a run folder: a header line, then one item a line
 ANSWERS = "answers-*.jsonl"  # beside it, one file a press: a header line, then one context and sparsity a line
@@ -90,7 +91,7 @@ def write_samples(path: str | Path, header: dict[str, Any], items: Sequence[Item
     assert header.keys() >= HEADER
     assert len(header["sparsities"]) == len(header["shares"])
     head = {"schema": SAMPLES_SCHEMA, "version": VERSION} | header
-    write_text(path, "".join(line + "\n" for line in [json.dumps(head), *map(_line, items)]))
+    write_text(path, "".join(line + "\n" for line in [json.dumps(sealed(head)), *map(_line, items)]))
 
 
 def read_answers(path: str | Path, items: Sequence[Item]) -> list[dict[str, Any]]:

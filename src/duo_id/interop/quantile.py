@@ -20,6 +20,7 @@ from torch import Tensor
 
 from duo_id.files import write_text
 from duo_id.formats import CONFIG, HEADS, SCORES, contents_of, duo_config, load_pattern
+from duo_id.integrity import sealed
 from duo_id.interop.options import Options, as_pattern
 from duo_id.patterns import HeadPattern
 from duo_id.tables import json_text, read_tsv, tsv
@@ -119,10 +120,12 @@ def write_prulong(pattern: HeadPattern, path: Path, options: Options) -> str:
 
 def _write_folder(pattern: HeadPattern, folder: Path, table: str) -> None:
     """The table as places, and beside it heads.json: what `load_pattern` reads, so that nothing is lost."""
-    write_text(folder / table, tsv(spaced(pattern)))
+    files = {table: tsv(spaced(pattern))}
     if table == SCORES:
-        write_text(folder / CONFIG, json_text(duo_config(pattern)))
-    write_text(folder / HEADS, json_text(contents_of(pattern)))
+        files[CONFIG] = json_text(duo_config(pattern, files))
+    files[HEADS] = json_text(sealed(contents_of(pattern)))
+    for name, text in files.items():
+        write_text(folder / name, text)
 
 
 def _advice(pattern: HeadPattern, options: Options) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from duo_id.data.samples import Sample
 from duo_id.documents import Count, Data, Positive, checked, read_json
 from duo_id.errors import UserError
 from duo_id.files import write_text
+from duo_id.integrity import sealed
 from duo_id.methods import ScoreSettings, SearchSettings
 from duo_id.objectives import make_objective
 from duo_id.patterns import HeadPattern
@@ -142,7 +143,7 @@ def search_scores(
     def decided(order: Order) -> None:
         state = {"shape": order.shape, "first": order.first, "last": order.last, "hints": order.hints.tolist()}
         seconds = before + time.perf_counter() - began
-        write_text(path, json.dumps(state | {"swaps": order.swaps, "seconds": seconds}))
+        write_text(path, json.dumps(sealed(state | {"swaps": order.swaps, "seconds": seconds})))
         progress.update(bar, completed=order.swaps or heads - len(order.open))
 
     heads, told = len(order.hints), dict[str, Any](samples=len(samples))
