@@ -17,7 +17,6 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from duo_id.app import OVERRIDES, keep_overrides
 from duo_id.checkpoints import AtomicCheckpointIO
 from duo_id.config import DataGenSettings, DataSettings, ModelSettings
 from duo_id.data.disk import DiskTask, write_dataset
@@ -36,7 +35,6 @@ from duo_id.patterns import HeadPattern
 from duo_id.record import SETTINGS, keep_settings, read_settings
 from duo_id.scores.registry import ORDER, _read
 from duo_id.scores.search import Order
-from duo_id.tables import read_object
 
 PATTERN = HeadPattern(
     torch.linspace(0, 1, 12).view(3, 4), 4, 60, (0, 2), {"model": {"id": "some/model"}, "seconds": 2.5}
@@ -150,11 +148,6 @@ KINDS = {
     "history": Kind(write_history, lambda folder: read_history(folder).to_csv(), HISTORY),
     "search": Kind(write_search, lambda folder: plain(asdict(_read(folder / ORDER, Order((3, 4)))[0])), ORDER),
     "settings": Kind(lambda folder: keep_settings(folder, RUN, {}), read_settings, SETTINGS),
-    "overrides": Kind(
-        lambda folder: keep_overrides(folder, {"seed": "seed=3", "model": "model=tiny"}),
-        lambda folder: read_object(folder / OVERRIDES),
-        OVERRIDES,
-    ),
     "journal": Kind(write_journal, lambda folder: Journal(folder, {"seed": 0}).rows, SCORES),
     "results": Kind(write_evaluation, load_results, RESULTS),
     "samples": Kind(write_samples, read_samples, "made/*/*.arrow"),
