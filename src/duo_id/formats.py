@@ -10,6 +10,7 @@ heads.schema.json beside this module says what a heads.json holds. Other tools' 
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from os.path import lexists
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,7 +94,7 @@ def load_pattern(source: str | Path) -> HeadPattern:
         path = hub.fetch(*repo, [folder + name for folder in ("", "heads/") for name in (HEADS, SCORES, CONFIG)])
     if path.is_dir() or repo is not None:
         places = (path / HEADS, path / SCORES, path / "heads" / HEADS, path / "heads" / SCORES)
-        found = next((place for place in places if place.is_file()), None)
+        found = next((place for place in places if lexists(place)), None)
         if found is None and repo is not None:
             raise UserError(f"the hub's repo {source} holds no head pattern ({HEADS} or {SCORES})")
         if found is None:

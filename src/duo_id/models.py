@@ -28,7 +28,7 @@ from duo_id.config import ModelSettings, require
 from duo_id.errors import UserError
 from duo_id.ranks import Ranks
 from duo_id.sharding import materialise, shard, sharding
-from duo_id.weights import DAMAGED, damage
+from duo_id.weights import DAMAGED, damage, reason_of
 from duo_id.wheels import dequantised, gguf_in_wheel
 
 
@@ -218,7 +218,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         )
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged tokenizer.json there is one of any kind
         raise _cannot_load(settings, error) from error
 
 
@@ -245,7 +245,7 @@ def _random_model(
             materialise(model, device)
             return model
     except ValueError as error:  # there is no plan for sharding it
-        raise UserError(f"step.shard=true: {_reason(error)} Use step.shard=false") from error
+        raise UserError(f"step.shard=true: {reason_of(error)} Use step.shard=false") from error
 
 
 def meta_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
@@ -259,7 +259,7 @@ def meta_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"), no_tie_weights(), no_init_weights():
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
     except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:  # such as more than 2**63 bytes
-        raise UserError(f"model={settings.name} does not describe a model: {_reason(error)}") from error
+        raise UserError(f"model={settings.name} does not describe a model: {reason_of(error)}") from error
 
 
 def _memory(device: torch.device) -> int:
@@ -281,7 +281,7 @@ def _config(settings: ModelSettings) -> Any:
         raise
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         if settings.init == "random":
-            raise UserError(f"model.architecture does not describe a model: {_reason(error)}") from error
+            raise UserError(f"model.architecture does not describe a model: {reason_of(error)}") from error
         raise _cannot_load(settings, error) from error
 
 
@@ -300,7 +300,7 @@ def _pretrained_model(
 
 
 def _cannot_load(settings: ModelSettings, error: Exception) -> UserError:
-    reason, folder = _reason(error), Path(settings.id)
+    reason, folder = reason_of(error), Path(settings.id)
     if folder.is_dir() and not (folder / "config.json").is_file():
         reason = "this folder has no config.json."
     elif isinstance(error.__cause__, HFValidationError):
@@ -309,12 +309,6 @@ def _cannot_load(settings: ModelSettings, error: Exception) -> UserError:
         f"model.id={settings.id} (revision {settings.revision or 'main'}) cannot be loaded: "
         f"{reason} Give a local folder or another hub id: model=hub model.id=..."
     )
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, or of what lies behind a failed check of a config."""
-    cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
-    return str(cause or error).strip().partition("\n")[0][:400]
 
 
 def weights_source(settings: ModelSettings) -> str:

