@@ -241,8 +241,8 @@ def test_unreachable_hub_points_to_the_embedded_text(monkeypatch):
         ("bad.jsonl", b"{oops\n", "text", "cannot be read as json"),
         ("bad.parquet", b"oops", "text", "cannot be read as parquet"),
         ("other.jsonl", b'{"a": "x", "b": 1}\n', "text", "text_key=text: .* has the columns a, b"),
-        ("number.jsonl", b'{"a": "x", "b": 1}\n', "b", "text_key=b holds int64"),
-        ("void.jsonl", b'{"text": ""}\n', "text", "holds no text"),
+        ("number.jsonl", b'{"a": "x", "b": 1}\n', "b", r"text_key=b of .*path=.*number\.jsonl is int64, not text"),
+        ("void.jsonl", b'{"text": ""}\n', "text", r"path=.*void\.jsonl holds no text"),
     ],
 )
 def test_bad_files_are_named_in_one_line(tmp_path, name, content, text_key, message):

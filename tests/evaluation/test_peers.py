@@ -62,6 +62,13 @@ def test_samples_read_back(run: Path) -> None:
     assert (run / "samples.jsonl").read_bytes() == first
 
 
+def test_samples_that_are_no_text_are_other_samples(run: Path) -> None:
+    write_answers(run, [answer()])
+    (run / "samples.jsonl").write_bytes((run / "samples.jsonl").read_bytes() + b"\xe9\n")
+    with pytest.raises(UserError, match=r"answers other samples than samples\.jsonl"):
+        read_answers(run, ITEMS)
+
+
 def test_answers_become_rows(run: Path) -> None:
     path = write_answers(run, [answer(), answer(index=1, sparsity=0.25)])
     rows = read_answers(run, ITEMS)

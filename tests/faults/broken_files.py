@@ -56,7 +56,7 @@ FORMATS = (
     Format("HEADS/heads.json", "json", "heads", ("HEADS",), ("provenance", "masks")),
     Format("DUO/full_attention_heads.tsv", "tsv", "heads", ("DUO",), EVERY, ("DUO",)),
     Format("DUO/config.json", "json", "heads", ("DUO",), ("model_name",), ("DUO",)),
-    Format("FOREIGN/rlkv/adapter_weights.tsv", "tsv", "foreign", ("FOREIGN/rlkv",), EVERY),
+    Format("FOREIGN/rlkv/adapter_weights.tsv", "tsv", "foreign", ("FOREIGN/rlkv",), EVERY, ("FOREIGN/rlkv",)),
     Format("FOREIGN/prulong.tsv", "tsv", "foreign", ("FOREIGN/prulong.tsv",), EVERY),
     Format("FOREIGN/retrieval-head.json", "json", "foreign", ("FOREIGN/retrieval-head.json",), EVERY),
     Format("FOREIGN/headkv.json", "json", "foreign", ("FOREIGN/headkv.json",), EVERY),

@@ -147,10 +147,13 @@ def load_haystack(settings: HaystackSettings, split: str) -> Haystack:
     column = dataset.data.column(settings.text_key)
     require(
         pa.types.is_string(column.type) or pa.types.is_large_string(column.type),
-        f"data.haystack.text_key={settings.text_key} holds {column.type}, not text",
+        f"data.haystack.text_key={settings.text_key} of data.haystack.{_place(settings)} is {column.type}, not text",
     )
     num_bytes = pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64)
-    require(int(num_bytes.sum()) > 0, f"data.haystack.text_key={settings.text_key} holds no text")
+    require(
+        int(num_bytes.sum()) > 0,
+        f"data.haystack.text_key={settings.text_key} of data.haystack.{_place(settings)} holds no text",
+    )
     return Haystack(dataset[settings.text_key], num_bytes, split)
 
 

@@ -115,7 +115,7 @@ def read_answers(path: str | Path, items: Sequence[Item]) -> list[dict[str, Any]
         return []
     samples = files[0].parent / SAMPLES
     contents = _bytes(samples)
-    asked, digest = set(contents.decode().splitlines()[1:]), hashlib.sha256(contents).hexdigest()
+    asked, digest = set(contents.decode(errors="replace").splitlines()[1:]), hashlib.sha256(contents).hexdigest()
     known = {(item.task, item.length, item.index): item for item in items}
     same = {key for key, item in known.items() if _line(item) in asked}
     rows = []
