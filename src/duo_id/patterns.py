@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duo_id.attention.masks import LONGEST
 from duo_id.errors import UserError
 
 
@@ -272,8 +273,10 @@ def _complete(owner: HeadPattern | HeadMask, name: str, heads: Tensor) -> None:
     object.__setattr__(owner, "gated_layers", gated)
     for window, smallest in (("sink_size", 0), ("recent_size", 1)):
         size = getattr(owner, window)
-        if not isinstance(size, Integral) or isinstance(size, bool) or size < smallest:
-            raise UserError(f"{window}={size!r} must be a whole number of tokens, at least {smallest}")
+        if not isinstance(size, Integral) or isinstance(size, bool) or not smallest <= int(size) <= LONGEST:
+            raise UserError(
+                f"{window}={size!r} must be a whole number of tokens, at least {smallest} and at most {LONGEST}"
+            )
         object.__setattr__(owner, window, int(size))
 
 
