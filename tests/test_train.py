@@ -286,13 +286,13 @@ REFUSED_BY_TRAIN = {
     ),
     "unknown-optimizer": (["method.optimizer._target_=nosuch.Optimizer"], "nosuch.Optimizer"),
     "unknown-trainer-argument": (["+trainer.nosuch=1"], "nosuch"),
-    "logger-of-the-trainer": (["+trainer.logger=false"], "trainer.logger=False: choose logger=csv"),
+    "logger-of-the-trainer": (["+trainer.logger=false"], "trainer.logger=false: choose logger=csv"),
     "folder-of-the-trainer": (
         ["+trainer.default_root_dir=here"],
         "trainer.default_root_dir=here: a run writes to hydra",
     ),
     "plugins": (["+trainer.plugins=[]"], "trainer.plugins=[]: the run has its own"),
-    "sampler": (["+trainer.use_distributed_sampler=true"], "trainer.use_distributed_sampler=True: leave it out"),
+    "sampler": (["+trainer.use_distributed_sampler=true"], "trainer.use_distributed_sampler=true: leave it out"),
     "no-callback": (["+trainer.callbacks=[stop]"], "trainer.callbacks: stop is no callback"),
     "another-class": (["+trainer.callbacks=[{_target_: builtins.dict}]"], "is no callback"),
     "no-such-callback": (

@@ -166,7 +166,7 @@ def _holding(config: DictConfig) -> Iterator[None]:
         UserError: another process works there, or another job of this sweep did.
     """
     known, sweep = HydraConfig.get(), dict[str, Any]()
-    if known.run.dir == "." or not first_process():  # data_gen has no run folder
+    if known.job.config_name == "data_gen" or not first_process():  # it has no run folder
         yield
         return
     folder = Path(known.runtime.output_dir)

@@ -32,16 +32,16 @@ from duo_id.trainer import Trainer, check_run
 
 __all__ = ["parse", "plain", "require"]
 
-SIZES = (  # numbers of a model's shape that are never 0, whatever the family
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-)
+SIZES = {  # numbers of a model's shape that are never 0, whatever the family, and more than any has
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 2**13,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**16,
+    "vocab_size": 2**24,
+    "max_position_embeddings": LARGEST,
+}
 
 
 def conf_dir() -> Path:
@@ -77,13 +77,21 @@ class ModelSettings:
 
 
 def _check_sizes(shape: dict[str, Any], place: str) -> None:
-    """Refuse sizes of a model that are none; whether they fit together its family knows."""
+    """Refuse sizes of a model that are none; whether all fit together its family knows."""
     for key, value in shape.items():
         if isinstance(value, dict):
             _check_sizes(value, f"{place}.{key}")
         elif key in SIZES and not (value is None and place == "model.config"):
             whole = isinstance(value, int) and not isinstance(value, bool)
-            require(whole and 1 <= value <= LARGEST, f"{place}.{key}={shown(value)} must be a whole number, at least 1")
+            require(
+                whole and 1 <= value <= SIZES[key],
+                f"{place}.{key}={shown(value)} must be a whole number, at least 1 and at most {SIZES[key]}",
+            )
+    heads, kv_heads = shape.get("num_attention_heads"), shape.get("num_key_value_heads")
+    require(
+        not heads or not kv_heads or heads % kv_heads == 0,
+        f"{place}.num_key_value_heads={kv_heads}: {heads} query heads do not divide among {kv_heads} KV heads",
+    )
 
 
 @settings("data.haystack")

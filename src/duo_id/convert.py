@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from duo_id import app
+from duo_id.attention.masks import LONGEST
 from duo_id.errors import UserError
 from duo_id.folders import held
 from duo_id.interop.options import Options
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str]) -> Path:
         raise UserError(f"{given}: there is no such setting ({', '.join(KEYS)}); a path is ./{given}; {USAGE}")
     if len(paths) != 2:
         raise UserError(f"give SRC and DST, not {len(paths)} paths: {USAGE}")
+    if "" in paths:
+        raise UserError(f"'' is no path: {USAGE}")
     source, target = paths[0], Path(paths[1]).expanduser()
     name = settings.pop("format", "heads")
     if name not in FORMATS:
@@ -75,6 +78,8 @@ def _parsed(key: str, value: str) -> Any:
         raise UserError(f"{key}={value} is not a {'' if key == 'sparsity' else 'whole '}number") from None
     if (key == "sparsity" and not 0 <= number <= 1) or number < 0:
         raise UserError(f"{key}={value} must {'lie in [0, 1]' if key == 'sparsity' else 'not be negative'}")
+    if number > LONGEST:
+        raise UserError(f"{key}={value} must be at most {LONGEST}")
     return number
 
 

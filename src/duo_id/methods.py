@@ -13,7 +13,7 @@ from duo_id.attention.blends import BLENDS
 from duo_id.config import MethodSettings, TrainSettings
 from duo_id.errors import UserError
 from duo_id.gates import GATES
-from duo_id.mistakes import built
+from duo_id.mistakes import built, check_named
 from duo_id.objectives import check_weight, make_objective
 from duo_id.penalties import PENALTIES
 from duo_id.schema import (
@@ -212,6 +212,8 @@ def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
     )
     if isinstance(settings.method, GateSettings):
         make_optimizer(settings.method, [torch.nn.Parameter(torch.zeros(1))])  # told now, not once a model is loaded
+    for name, one in settings.logger.items():
+        check_named(f"logger.{name}._target_", (one or {}).get("_target_"))
     require(
         settings.repeats == 1 or getattr(settings.method, "swap_at", None) is None,
         f"repeats={settings.repeats}: heads are exchanged (method.swap_at) in the mask of one run; the mean of several "

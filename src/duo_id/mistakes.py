@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 from omegaconf.errors import ConfigTypeError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from duo_id.errors import UserError
@@ -49,6 +49,14 @@ def literal(value: Any) -> Any:
     return value
 
 
+def check_named(override: str, target: Any) -> None:
+    """Raise a `UserError` unless what an override names can be imported; what it needs may still be missing."""
+    try:
+        get_method(target)
+    except Exception as error:  # whatever a module does while it is imported
+        raise UserError(f"{override}={target}: there is no such class ({_joined(error)})") from error
+
+
 def built(group: str, settings: Mapping[str, Any], *args: Any, about: str = "_target_", **others: Any) -> Any:
     """The object that a group of settings describes: its `_target_`, called with them.
 
@@ -66,7 +74,8 @@ def built(group: str, settings: Mapping[str, Any], *args: Any, about: str = "_ta
         return instantiate(literal(settings), *args, **others)
     except InstantiationException as error:
         reason = error.__cause__ or error
-        named = [key for key in settings if re.search(rf"\b{re.escape(key)}\b", str(reason))] or [about]
+        named = [key for key in settings if re.search(rf"\b{re.escape(key)}\b", str(reason))]
+        named = named or [key for key, value in settings.items() if str(reason).endswith(f": {value}")] or [about]
         overrides = ", ".join(f"{group}.{key}={settings.get(key)}" for key in named)
         raise UserError(f"{overrides}: {_joined(reason)}") from reason
 

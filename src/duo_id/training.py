@@ -268,7 +268,8 @@ class GateTraining(lightning.LightningModule):
     def _identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
         rows, columns = self.gates.weight.shape
-        model = {"model": self.language_model.id, "layers": rows, "kv_heads": columns}
+        dtype = str(self.language_model.model.dtype).removeprefix("torch.")  # auto depends on the device
+        model = {"model": self.language_model.id, "model.dtype": dtype, "layers": rows, "kv_heads": columns}
         method = plain(self.method)
         return model | {key: method[key] for key in KEPT}
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from duo_id.errors import UserError
 
+LONGEST = 2**31  # tokens of a sink or of recent ones; positions are computed with these sizes
+
 
 @dataclass(frozen=True)
 class Window:
@@ -23,10 +25,12 @@ class Window:
 
     def __post_init__(self) -> None:
         """Refuse sizes that mean nothing."""
-        if self.sink_size < 0:
-            raise UserError(f"method.sink_size={self.sink_size} must not be negative")
-        if self.recent_size < 1:
-            raise UserError(f"method.recent_size={self.recent_size} must be at least 1: a token sees itself")
+        if not 0 <= self.sink_size <= LONGEST:
+            raise UserError(f"method.sink_size={self.sink_size} must be from 0 to {LONGEST}")
+        if not 1 <= self.recent_size <= LONGEST:
+            raise UserError(
+                f"method.recent_size={self.recent_size} must be from 1, for a token sees itself, to {LONGEST}"
+            )
 
     def sees(self, query: Any, key: Any) -> Any:
         """Whether the query at one position sees the key at another.

@@ -71,8 +71,10 @@ def report(
     known = list(
         dict.fromkeys(name for of_model in merged.values() for results in of_model for name in _heads(results))
     )
-    if known and reference not in (None, *known):
-        raise UserError(f"reference={reference}: there are no such heads here, choose among {', '.join(known)}")
+    if reference not in (None, *known):
+        raise UserError(
+            f"reference={reference}: there are no such heads here, choose among {', '.join(known) or 'none'}"
+        )
     pictures = Pictures(shown)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
