@@ -182,7 +182,7 @@ def checked(schema: type[Schema], contents: Any, where: str | Path, under: str =
         reason = KINDS.get(first["type"], re.sub(r"^\w+ should", "must", first["msg"]))
         value = f"={shown(first['input'])}" if place else ""
         told = f"is {reason}" if first["type"] in KINDS else reason
-        raise UserError(f"{where}: {place}{value} {told}".replace(":  ", ": ")) from None
+        raise UserError(f"{where}: {f'{place}{value} {told}'.strip()}") from None
 
 
 def shown(value: Any, most: int = SHOWN) -> str:
