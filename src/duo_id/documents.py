@@ -195,6 +195,10 @@ def shown(value: Any, most: int = SHOWN) -> str:
 
 def one_line(reason: object, most: int = 300) -> str:
     """What a library says of a file, on one line, whatever the file has put into it."""
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    text = printable(" ".join(str(reason).split())) or type(reason).__name__
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def printable(text: str) -> str:
+    """A text without what could steer a terminal."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
