@@ -16,6 +16,7 @@ from duo_id.documents import (
     Line,
     Share,
     checked,
+    one_line,
     parse_json,
     parse_lines,
     read_json,
@@ -163,6 +164,12 @@ def test_hostile_keys_and_values_stay_on_one_short_line() -> None:
         checked(Named, {"weights": {"a\n\x1b" * 10**5: "b\n\x1b" * 10**5}}, "F")
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 400
+
+
+def test_reasons_are_one_line_without_control_characters() -> None:
+    assert one_line(ValueError(" a\n\x1b[2J  b ")) == "a \ufffd[2J b"
+    assert one_line(ValueError("")) == "ValueError"
+    assert one_line("x" * 500, 10) == "x" * 9 + "…"
 
 
 @pytest.mark.parametrize("name", ["heads.json", "summary.json"])

@@ -4,7 +4,7 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from duo_id.evaluation.agreement import agreement, agreement_table
 from duo_id.evaluation.contenders import contenders
 from duo_id.evaluation.journal import SCORES, Journal
 from duo_id.evaluation.leaderboard import averaged, leaderboards, seconds_of, touched
-from duo_id.evaluation.page import Pictures, _training
+from duo_id.evaluation.page import Pictures, _training, report
 from duo_id.evaluation.peers import read_answers, write_samples
 from duo_id.evaluation.published.longbench import read_longbench, read_longbench_v2
 from duo_id.evaluation.published.ruler import read_ruler
@@ -294,9 +294,9 @@ CASES = {
 }
 
 
-def problems(name: str, folder: Path, few: int | None) -> list[str]:
+def problems(case: Case, folder: Path, few: int | None) -> list[str]:
     """What goes wrong, or is accepted for no reason, of a file's mutations: all, or `few` of them."""
-    case, wrong = CASES[name], []
+    wrong: list[str] = []
     path = folder / "run" / case.name
     path.parent.mkdir(exist_ok=True)
     valid = case.valid(path.parent)
@@ -309,7 +309,7 @@ def problems(name: str, folder: Path, few: int | None) -> list[str]:
     case.use(path)
     changed = list(mutations(valid))
     if few is not None:
-        changed = random.Random(name).sample(changed, min(few, len(changed)))
+        changed = random.Random(case.name).sample(changed, min(few, len(changed)))
     for place, new, contents in changed:
         told = f"{place}={json.dumps(new)}"
         write(contents)
@@ -330,10 +330,17 @@ def problems(name: str, folder: Path, few: int | None) -> list[str]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_values_are_one_line_that_names_the_file(name: str, tmp_path: Path) -> None:
-    assert problems(name, tmp_path, FEW) == []
+    assert problems(CASES[name], tmp_path, FEW) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_wrong_value_is_one_line_that_names_the_file(name: str, tmp_path: Path) -> None:
-    assert problems(name, tmp_path, None) == []
+    assert problems(CASES[name], tmp_path, None) == []
+
+
+@pytest.mark.slow
+def test_pages_are_whole_or_refused(tmp_path: Path) -> None:
+    """Pages take seconds, so only some of what tables accept, or refuse, is put on one."""
+    page = replace(CASES["results"], use=lambda path: report([read_run(path.parent)]))
+    assert problems(page, tmp_path, 60) == []

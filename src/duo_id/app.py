@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from duo_id import __version__
-from duo_id.documents import one_line
+from duo_id.documents import printable
 from duo_id.errors import UserError
 from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text
@@ -226,7 +226,7 @@ def _complain(error: BaseException) -> int:
     """Show an error as one line, without a traceback, and return the exit status."""
     label = "error of another process:" if console.quiet else "error:"
     console.quiet = False
-    console.print(f"[bold red]{label}[/]", escape(one_line(explained(error), 10_000)), highlight=False, soft_wrap=True)
+    console.print(f"[bold red]{label}[/]", escape(printable(explained(error))), highlight=False, soft_wrap=True)
     return 2
 
 

@@ -189,7 +189,7 @@ def checked(schema: type[Schema], contents: Any, where: str | Path, under: str =
         reason = KINDS.get(first["type"], re.sub(r"^\w+ should", "must", first["msg"]))
         value = f"={shown(first['input'])}" if place else ""
         told = f"is {reason}" if first["type"] in KINDS else reason
-        raise UserError(f"{where}: {place}{value} {told}".replace(":  ", ": ")) from None
+        raise UserError(f"{where}: {f'{place}{value} {told}'.strip()}") from None
 
 
 def shown(value: Any, most: int = SHOWN) -> str:
@@ -202,6 +202,10 @@ def shown(value: Any, most: int = SHOWN) -> str:
 
 def one_line(reason: object, most: int = 300) -> str:
     """What a library says of a file, on one line, whatever the file has put into it."""
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    text = printable(" ".join(str(reason).split())) or type(reason).__name__
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def printable(text: str) -> str:
+    """A text without what could steer a terminal."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

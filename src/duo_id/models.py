@@ -1,6 +1,7 @@
 """Load, freeze and describe any causal language model of transformers."""
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -262,11 +263,11 @@ def meta_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(f"model={settings.name} does not describe a model: {reason_of(error)}") from error
 
 
-def _memory(device: torch.device) -> int:
-    """All bytes of memory that a device has."""
+def _memory(device: torch.device) -> float:
+    """All bytes of memory that a device has, as far as is known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else math.inf
 
 
 def _config(settings: ModelSettings) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from pydantic import Field
+
 from duo_id.documents import (
     FIRST,
     LARGEST_ROWS,
@@ -39,6 +41,8 @@ HEADER = {
     "seed",
 }
 
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]  # tokenizers take no more
+
 
 class _Header(Data):
     """The first line of answers."""
@@ -57,7 +61,7 @@ class _Answer(Data):
     correct: Count
     bytes: Count
     full_bytes: Count
-    generated: Annotated[list[Count], FIRST] | None
+    generated: Annotated[list[TokenId], FIRST] | None
 
 
 class _Failed(Data):
