@@ -12,7 +12,7 @@ from duo_id.errors import UserError
 from duo_id.evaluation.items import QUESTION, SAMPLE
 from duo_id.evaluation.summary import CONTENDER, load_results
 from duo_id.formats import contents_of, load_pattern, pattern_name
-from duo_id.integrity import unsealed
+from duo_id.integrity import AGAIN, unsealed
 from duo_id.plots import read_metrics
 
 Place = tuple[Any, ...]  # of a sample: task, length and index
@@ -56,8 +56,11 @@ def read_run(path: str | Path) -> Run:
         results = load_results(path)
         return Run(pattern_name(path), results["model"], results, patterns=results["patterns"])
     try:
-        summary = unsealed(json.loads((path / "summary.json").read_text(encoding="utf-8")))
+        text = (path / "summary.json").read_text(encoding="utf-8")
+        summary = unsealed(json.loads(text), path / "summary.json", AGAIN)
         model = summary["model"]
+    except UserError:
+        raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path / 'summary.json'} is not the summary of a training run: {error!r}") from None
     metrics = read_metrics(path) if any(path.glob("metrics/version_*/metrics.csv")) else None

@@ -13,7 +13,7 @@ import pandas as pd
 from duo_id.errors import UserError
 from duo_id.evaluation.bootstrap import draw, with_intervals
 from duo_id.evaluation.items import QUESTION, SCHEMA, VERSION
-from duo_id.integrity import unsealed
+from duo_id.integrity import AGAIN, unsealed
 
 CONTENDER = ["kind", "heads", "sparsity"]  # random masks of all seeds are one
 COLUMNS = [*QUESTION, "depth", *CONTENDER, "seed", "loss", "kl", "tokens", "correct", "score", "exact", "text", "bytes"]
@@ -69,11 +69,13 @@ def load_results(path: str | Path) -> dict[str, Any]:
     path = path / "results.json" if path.is_dir() else path
     try:
         text = path.read_text(encoding="utf-8")
-        results = unsealed(json.loads(text))
+        results = unsealed(json.loads(text), path, AGAIN)
         if "\\ud" in text.lower():  # perhaps half a character, which JSON can hold but no text file
             results = json.loads(json.dumps(results, ensure_ascii=False).encode("utf-8", "replace"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: give the run folder of a finished evaluation") from None
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:

@@ -17,7 +17,7 @@ from rich.markup import escape
 from duo_id.errors import UserError
 from duo_id.evaluation.table import Cell, Grid, terminal_table
 from duo_id.formats import HEADS, load_pattern
-from duo_id.integrity import unsealed
+from duo_id.integrity import AGAIN, unsealed
 from duo_id.patterns import HeadPattern
 
 MARK = "multirun.yaml"  # Hydra leaves it in a sweep's folder
@@ -183,9 +183,12 @@ def _read_job(folder: Path) -> Job:
         if not (folder / "summary.json").is_file():
             error = folder / ERROR
             return Job(folder.name, overrides, error=error.read_text("utf-8") if error.is_file() else RUNNING)
-        summary = unsealed(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        text = (folder / "summary.json").read_text(encoding="utf-8")
+        summary = unsealed(json.loads(text), folder / "summary.json", AGAIN)
         if not isinstance(summary.get("model"), Mapping):
             raise ValueError("it names no model")
+    except UserError:
+        raise
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{folder} is not a job of a sweep: {error!r}") from None
     pattern = load_pattern(folder) if (folder / "heads" / HEADS).is_file() else None

@@ -173,11 +173,13 @@ def batch_tokens_for(subject: Subject, logits: float) -> int:
 def _read(path: Path, expected: Order) -> tuple[Order, float]:
     """An order so far, and the seconds that it took."""
     try:
-        state = unsealed(json.loads(path.read_text(encoding="utf-8")))
+        state = unsealed(json.loads(path.read_text(encoding="utf-8")), f"resume: {path}", "delete it to start anew")
         hints = torch.tensor([float(hint) for hint in state["hints"]])
         order = Order(tuple(state["shape"]), list(state["first"]), list(state["last"]), hints, state.get("swaps", 0))
         seconds = float(state.get("seconds", 0.0))
         whole = len(hints) == math.prod(order.shape) and sorted(order.all) == list(range(len(hints)))
+    except UserError:
+        raise
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"resume: {path} cannot be read ({error!r}): delete it to start anew") from error
     if order.shape != expected.shape:
