@@ -14,6 +14,7 @@ from duo_id.benchmarks import measure
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.config import conf_dir
 from duo_id.formats import save_pattern
+from duo_id.integrity import SEAL, unsealed
 from duo_id.patterns import HeadPattern
 from tests.commands import run_command, settings_of
 from tests.test_layout import leaves
@@ -34,7 +35,9 @@ COUNTS = {"decode": 4 * 2, "prefill": 3 * 4, "memory": 3 * 2}  # contenders time
 
 
 def saved(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run" / "results.json").read_text())
+    contents = json.loads((folder / "run" / "results.json").read_text())
+    assert SEAL in contents
+    return unsealed(contents)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,9 @@ from duo_id import load_pattern
 from duo_id.checkpoints import CHECKPOINT
 from duo_id.config import TrainSettings, conf_dir, plain
 from duo_id.data.module import SampleModule
+from duo_id.formats import TABLES
 from duo_id.history import read_history
+from duo_id.integrity import MARK, unsealed
 from duo_id.methods import GateSettings
 from duo_id.models import LanguageModel
 from duo_id.objectives import OBJECTIVES, Outputs
@@ -184,6 +187,16 @@ def test_run_folder_keeps_its_settings_and_command_line(run: Run) -> None:
     assert set(kept["logger"]) == {"csv"}
     assert "model=tiny" in (run.folder / ".hydra" / "overrides.yaml").read_text()
     assert (run.folder / CHECKPOINT).is_file()
+
+
+def test_all_that_is_read_again_carries_a_checksum(run: Run) -> None:
+    for name in ("overrides.json", "settings.json", "summary.json", "heads/heads.json", "heads/config.json"):
+        contents = json.loads((run.folder / name).read_text())
+        assert unsealed(contents) != contents, name
+    tables = {path.name for path in (run.folder / "heads").glob("*.tsv")}
+    assert json.loads((run.folder / "heads" / "config.json").read_text())[TABLES].keys() == tables
+    assert MARK in (run.folder / "gates.csv").read_text().splitlines()[1]
+    assert ZipFile(run.folder / CHECKPOINT).comment.startswith(MARK.encode())
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -20,7 +20,7 @@ from duo_id import hub
 from duo_id.documents import FIRST, Count, Data, Line, Tokens, checked, read_object, read_text, shown
 from duo_id.errors import UserError
 from duo_id.files import write_text
-from duo_id.integrity import DIFFERS, digest_of, sealed
+from duo_id.integrity import DIFFERS, SEAL, digest_of, sealed
 from duo_id.patterns import HeadMask, HeadPattern
 from duo_id.tables import exact_rows, json_text, number_rows, read_tsv, tsv
 
@@ -210,9 +210,8 @@ def _read_duo(path: Path) -> HeadPattern:
     config = read_object(beside)
     digests = config.pop(TABLES, {})
     if isinstance(digests, dict) and digests.get(path.name) not in (None, digest_of(read_text(path))):
-        raise UserError(
-            f"{path} {DIFFERS} from that in {CONFIG}; restore it, or delete {TABLES} there if you changed it"
-        )
+        advice = f"restore it, or delete {TABLES} and {SEAL} there if you changed it"
+        raise UserError(f"{path} {DIFFERS} from that in {CONFIG}; {advice}")
     sizes = checked(Sizes, config, beside)
     model = {"id": sizes.model_name, "layers": len(scores), "kv_heads": len(scores[0])}
     return _pattern(path.parent, scores, sizes, {"format": "DuoAttention", "model": model, "config": config})
