@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from duo_id.app import start_run
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.config import DataGenSettings, TrainSettings, conf_dir, parse, plain
 from duo_id.errors import UserError
@@ -225,3 +226,16 @@ def test_samples_on_disk_have_lengths_of_their_own(base: dict[str, dict[str, Any
 def test_plain_settings_come_back_the_same(base: dict[str, dict[str, Any]]) -> None:
     settings = train_settings(OmegaConf.create(base["train"]))
     assert train_settings(OmegaConf.create(plain(settings))) == settings
+
+
+def test_an_override_may_refer_to_other_settings(tmp_path: Path) -> None:
+    begun: list[Any] = []
+    overrides = ["data.num_passkeys=3", "seed=${data.num_passkeys}"]
+    finished = run_command("train", *overrides, folder=tmp_path, command=lambda config: begun.append(start_run(config)))
+    assert finished.status == 0, finished.output
+    ((config, _, given),) = begun
+    assert config.seed == 3
+    assert given[:2] == overrides
+    for name, base in (("train", ["model=tiny"]), ("evaluate", ["heads=SmolLM2-135M-Instruct", "model=tiny"])):
+        error = run_command(name, *base, "seed=${not.there}", folder=tmp_path).error
+        assert error.startswith("error: seed: Interpolation key 'not.there' not found")

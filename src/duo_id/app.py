@@ -136,7 +136,7 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path, list[str]]:
     warnings.filterwarnings("ignore", module="lightning")
     _print_anything()  # a job of a sweep may have a process of its own
     _show_warnings()
-    given = list(HydraConfig.get().overrides.task)
+    given: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task)  # type: ignore[assignment]
     if config.get("resume"):
         config = OmegaConf.create(literal(resumed(config, given)))
     return config, Path(HydraConfig.get().runtime.output_dir), given

@@ -155,11 +155,11 @@ def parse_json(text: str, where: str | Path, line: int = 1, mend: bool = False) 
             raise UserError(f"{where}: {shown(one)} is beyond 64 bits")
         elif isinstance(one, float) and not isfinite(one):
             raise UserError(f"{where}: {one} is no finite number")
-    place = where if line == 1 else f"{where}, line {line}"
+    stands = where if line == 1 else f"{where}, line {line}"
     if text != whole:  # whose checksum is that of the halves
-        unsealed(json.loads(whole), place, AGAIN)
+        unsealed(json.loads(whole), stands, AGAIN)
         contents.pop(SEAL, None)
-    return unsealed(contents, place, AGAIN)
+    return unsealed(contents, stands, AGAIN)
 
 
 def checked(schema: type[Schema], contents: Any, where: str | Path, under: str = "") -> Schema:
