@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duo_id.attention.masks import LONGEST
 from duo_id.errors import UserError
+
+LONGEST = 2**31  # tokens of a sink or of recent ones; positions are computed with these sizes
 
 
 class TieWarning(UserWarning):
