@@ -9,7 +9,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from duo_id.errors import UserError
-from duo_id.mistakes import built, explained
+from duo_id.mistakes import as_typed, built, explained
 from tests.commands import QUICK, run_command
 
 STEPS = ["task=train_step", "model=tiny", "context=60", "sink_size=4", "recent_size=8"]
@@ -140,3 +140,11 @@ def test_published_heads_are_read_by_the_line_that_is_shown(tmp_path: Path) -> N
 @pytest.mark.parametrize("override", ["method.lr=[", "method.optimizer={a", "nothing"])
 def test_what_no_quotes_mend_shows_none(override: str, tmp_path: Path) -> None:
     assert f"{override}: Hydra cannot read it (" in run_command("train", override, folder=tmp_path).error
+
+
+@pytest.mark.parametrize(
+    ("path", "typed"),
+    [("runs/1", "resume=runs/1"), ("a=b", "'resume=\"a=b\"'"), ("two words", "'resume=two words'")],
+)
+def test_a_hint_has_quotes_where_it_needs_some(path: str, typed: str) -> None:
+    assert as_typed(f"resume={path}") == typed

@@ -31,7 +31,7 @@ from duo_id.errors import UserError
 from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text
 from duo_id.folders import first_process, fresh, held
-from duo_id.mistakes import explained, literal, quoted
+from duo_id.mistakes import as_typed, explained, literal
 from duo_id.record import SETTINGS
 from duo_id.stopping import preemption, status_of, stoppable, told
 
@@ -144,7 +144,7 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path, list[str]]:
 
 def to_resume(command: str, folder: Path) -> str:
     """The command line that goes on with a run."""
-    return f"python -m duo_id.{command} {quoted(f'resume={folder}') or f'resume={folder}'}"
+    return f"python -m duo_id.{command} {as_typed(f'resume={folder}')}"
 
 
 def versions() -> dict[str, str]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from duo_id import app
-from duo_id.attention.masks import LONGEST
 from duo_id.errors import UserError
 from duo_id.folders import held
 from duo_id.interop.options import Options
 from duo_id.interop.registry import FORMATS, lost, read_any
+from duo_id.patterns import LONGEST
 
 USAGE = "python -m duo_id.convert SRC DST [format=NAME] [sparsity=0.5] [lossy=true] [heads=, kv_heads=, ...]"
 KEYS = ("format", "lossy", *(option.name for option in fields(Options)))

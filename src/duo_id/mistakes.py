@@ -93,6 +93,15 @@ def quoted(override: str) -> str | None:
     return shlex.quote(made) if equals and isinstance(read, str) and read == value else None
 
 
+def as_typed(override: str) -> str:
+    """KEY=VALUE as one types it in a shell, in quotes where it needs some."""
+    try:
+        plain = OverridesParser.create().parse_override(override).value() == override.partition("=")[2]
+    except HydraException:
+        plain = False
+    return shlex.quote(override) if plain else quoted(override) or override
+
+
 def _unread(error: OverrideParseException) -> str:
     """An override that Hydra cannot read, with the quotes that its value needs, such as a path with `=` in it."""
     key, _, value = error.override.partition("=")

@@ -25,7 +25,7 @@ from duo_id.errors import UserError
 from duo_id.gates import GATES
 from duo_id.graphs import GraphedLoss
 from duo_id.methods import GateSettings, make_optimizer
-from duo_id.mistakes import quoted
+from duo_id.mistakes import as_typed
 from duo_id.models import LanguageModel
 from duo_id.objectives import make_objective
 from duo_id.patterns import HeadPattern, TieWarning
@@ -256,7 +256,7 @@ class GateTraining(lightning.LightningModule):
         if not bool(self._finite & self.gates.weight.isfinite().all()):
             run = Path(self.trainer.default_root_dir)
             saved = (
-                f"; {quoted(f'resume={run}')} goes on from the last good checkpoint"
+                f"; {as_typed(f'resume={run}')} goes on from the last good checkpoint"
                 if (run / CHECKPOINT).is_file()
                 else ""
             )

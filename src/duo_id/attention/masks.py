@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duo_id.documents import MOST_TOKENS
 from duo_id.errors import UserError
-
-LONGEST = 2**31  # tokens of a sink or of recent ones; positions are computed with these sizes
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,11 @@ class Window:
 
     def __post_init__(self) -> None:
         """Refuse sizes that mean nothing."""
-        if not 0 <= self.sink_size <= LONGEST:
-            raise UserError(f"method.sink_size={self.sink_size} must be from 0 to {LONGEST}")
-        if not 1 <= self.recent_size <= LONGEST:
+        if not 0 <= self.sink_size <= MOST_TOKENS:
+            raise UserError(f"method.sink_size={self.sink_size} must be from 0 to {MOST_TOKENS}")
+        if not 1 <= self.recent_size <= MOST_TOKENS:
             raise UserError(
-                f"method.recent_size={self.recent_size} must be from 1, for a token sees itself, to {LONGEST}"
+                f"method.recent_size={self.recent_size} must be from 1, for a token sees itself, to {MOST_TOKENS}"
             )
 
     def sees(self, query: Any, key: Any) -> Any:

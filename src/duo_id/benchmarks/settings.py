@@ -62,12 +62,12 @@ class BenchmarkSettings:
         self.blend = list(dict.fromkeys(self.blend))
         for key in ("context", "chunk_size", "sparsity"):
             setattr(self, key, sorted(set(getattr(self, key))))
-        window, shortest = self.sink_size + self.recent_size, self.context[0]
-        require(
-            window < shortest or self.heads is not None,
-            f"sink_size + recent_size = {window} must be below context={shortest}, or nothing lies outside",
-        )
         if self.task == "train_step":
+            window, shortest = self.sink_size + self.recent_size, self.context[0]
+            require(
+                window < shortest,
+                f"sink_size + recent_size = {window} must be below context={shortest}, or nothing lies outside",
+            )
             require(not self.step.cuda_graphs, "step.cuda_graphs=true: task=train_step measures steps without a graph")
             require(self.heads is None, f"heads={self.heads}: task=train_step trains the gates of all heads")
 
