@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from duo_id import app
+from duo_id.documents import MOST_TOKENS
 from duo_id.errors import UserError
 from duo_id.folders import held
 from duo_id.interop.options import Options
 from duo_id.interop.registry import FORMATS, lost, read_any
-from duo_id.patterns import LONGEST
 
 USAGE = "python -m duo_id.convert SRC DST [format=NAME] [sparsity=0.5] [lossy=true] [heads=, kv_heads=, ...]"
 KEYS = ("format", "lossy", *(option.name for option in fields(Options)))
@@ -78,8 +78,8 @@ def _parsed(key: str, value: str) -> Any:
         raise UserError(f"{key}={value} is not a {'' if key == 'sparsity' else 'whole '}number") from None
     if (key == "sparsity" and not 0 <= number <= 1) or number < 0:
         raise UserError(f"{key}={value} must {'lie in [0, 1]' if key == 'sparsity' else 'not be negative'}")
-    if number > LONGEST:
-        raise UserError(f"{key}={value} must be at most {LONGEST}")
+    if number > MOST_TOKENS:
+        raise UserError(f"{key}={value} must be at most {MOST_TOKENS}")
     return number
 
 
