@@ -66,6 +66,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
         os.rename(work, path)
+    except OSError as error:
+        if not os.path.dirname(str(error.filename or "")):  # a full disk names none, some libraries the end alone
+            error.filename = str(path)
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         os.close(handle)

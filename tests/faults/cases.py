@@ -5,8 +5,8 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class Case:
         loses: what the second of two at once is told; empty: both come to the same end.
         processes: whether it starts processes, in which nothing can strike.
         varies: names in the run folder that differ from call to call.
+        begins_with: what is in the run folder at the start: a folder of the inputs.
     """
 
     name: str
@@ -89,10 +90,13 @@ class Case:
     loses: str = "works in this folder"
     processes: bool = False
     varies: tuple[str, ...] = ()
+    begins_with: str = ""
 
     def call(self, folder: Path, inputs: Path) -> tuple[str, ...]:
         """The arguments of a trial: those with which to go on where it can be gone on."""
         run = folder / "run"
+        if self.begins_with and not run.exists():
+            shutil.copytree(inputs / self.begins_with, run)
         if self.progress and (run / self.progress).is_file():
             return self.arguments[0], f"resume={run}"
         named = {"{folder}": str(folder), "{inputs}": str(inputs), "{hub}": hub()[1]}
@@ -215,11 +219,10 @@ def unpack(site: str, cache: str) -> None:
     run_plain(lambda _: wheels.dequantised(*found))
 
 
-def ask_peers(asked: str, run: str) -> None:
+def ask_peers(run: str) -> None:
     """`peers/run.py`, with a press of the tests' own in place of kvpress."""
     from tests.peers.conftest import loaded_scripts
 
-    shutil.copytree(asked, run, dirs_exist_ok=True)
     with loaded_scripts() as scripts:
         sys.exit(scripts.run.main([run, "presses=knorm", "device=cpu"]))
 
@@ -269,7 +272,7 @@ CASES = {
         _case("convert", "convert", *CONVERT, "format=rlkv", results=files_of),
         Case("lm_eval", harness, tuple(HARNESS), harness_of, loses="", varies=("*/results_*",)),
         Case("data_gen", run_file, (str(ROOT / "data_gen" / "write.py"), *DATA), samples_of, loses="exists"),
-        Case("peers", ask_peers, ("{inputs}/asked", "{folder}/run"), answers_of, loses=""),
+        Case("peers", ask_peers, ("{folder}/run",), answers_of, begins_with="asked", loses="another process writes to"),
         Case("push", push, ("{hub}", "{inputs}/heads", "{folder}"), pushed, loses=""),
         Case("unpack", unpack, ("{inputs}/site", "{folder}/run"), files_of, loses=""),
     )

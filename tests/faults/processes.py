@@ -131,7 +131,7 @@ def launch(
     function: Callable[..., object],
     *arguments: str,
     folder: Path,
-    strike: Strike = Strike(),  # noqa: B008
+    strike: Strike = Strike(),
     meeting: Barrier | None = None,
     powerless: bool = False,
     **environment: str,
@@ -178,7 +178,7 @@ def _alone(function: Callable[..., object], arguments: tuple[str, ...], options:
     folder, strike, meeting, powerless, looks = options
     os.setsid()
     tempfile.tempdir = None  # TMPDIR is another now
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # of a pipe now
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))  # a pipe now
     sys.modules.pop(arguments[0], None)  # a command is no module that somebody has imported
     if powerless:
         give_up_power()

@@ -151,12 +151,12 @@ class Bench:
 
 
 def names(run: Path, case: Case) -> frozenset[str]:
-    """The files in a run folder, from there on; a resumed run has more folders of metrics, and some names vary."""
+    """The files in a run folder, from there on; a resumed run has more of metrics and of Hydra."""
     found = set()
     for path in run.rglob("*"):
         relative = path.relative_to(run)
         varies = any(relative.match(pattern) for pattern in case.varies)
-        if path.is_file() and not varies:
+        if path.is_file() and not varies and "resumed" not in relative.parts:
             found.add(re.sub(r"version_\d+", "version_N", str(relative)))
     return frozenset(found)
 
