@@ -144,6 +144,14 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     assert set(tmp_path.iterdir()) == others | {tmp_path / "file.txt", tmp_path / "folder"}
 
 
+def test_of_two_that_make_a_folder_the_second_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="folder exists by now, another"), whole_folder(tmp_path / "folder") as work:
+        (work / "ours").touch()
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "theirs"]
+
+
 @pytest.mark.parametrize("name", [None, "part.arrow"])
 def test_a_folder_that_cannot_be_written_is_named(name: str | None, tmp_path: Path) -> None:
     """A full disk names no file, and libraries name one without its folder."""

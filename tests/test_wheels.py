@@ -7,12 +7,14 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from duo_id import wheels
 from duo_id.attention.probe import AttentionLayer
 from duo_id.config import ModelSettings
+from duo_id.errors import UserError
 from duo_id.models import load_model, weights_source
 from tests.test_models import check_frozen
 
@@ -198,6 +200,19 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(
     assert {path.name for path in cache.iterdir()} <= {f".{WHEEL}-1.2.lock"}
     load_model(IN_WHEEL)
     assert len(conversions) == 2
+
+
+def test_a_full_disk_is_told_with_the_folder(
+    wheel: dict[str, np.ndarray], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(UserError) as told:
+        weights_source(IN_WHEEL)
+    reason = "I/O error: No space left on device (os error 28)"
+    assert str(told.value) == f"{cache / f'{WHEEL}-1.2'} cannot be written ({reason}): make room there"
 
 
 def test_a_killed_conversion_is_cleared_away_by_the_next(wheel: dict[str, np.ndarray], cache: Path) -> None:

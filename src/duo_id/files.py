@@ -1,5 +1,6 @@
 """Whole files or none: what is written appears under its name complete, or not at all."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -53,7 +54,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`; it becomes `path` once the block ends without an error, else it is removed."""
+    """Yield a new folder beside `path`; it becomes `path` once the block ends without an error, else it is removed.
+
+    Raises:
+        UserError: another process has made `path` meanwhile.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     beside, handle = _reserved(lambda: _opened(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")))
@@ -67,6 +72,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
                     os.fsync(opened.fileno())
         os.rename(work, path)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and str(error.filename2) == str(path):
+            raise UserError(f"{path} exists by now, another process has made it: give another, or remove it") from None
         if not os.path.dirname(str(error.filename or "")):  # a full disk names none, some libraries the end alone
             error.filename = str(path)
         raise

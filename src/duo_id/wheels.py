@@ -11,6 +11,7 @@ from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duo_id.compat import dequantising
+from duo_id.errors import UserError
 from duo_id.files import whole_folder
 
 
@@ -41,6 +42,9 @@ def dequantised(pieces: list[Path], name: str) -> Path:
 
     A lock makes a second process wait for the first; the folder appears under its name only once it is whole, and
     what a killed process has left of one is removed.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
     folder = user_cache_path("duo_id") / name
     if folder.is_dir():
@@ -59,8 +63,16 @@ def dequantised(pieces: list[Path], name: str) -> Path:
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **dequantising()
             )
-            model.save_pretrained(beside)
-            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(beside)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            try:
+                model.save_pretrained(beside)
+                tokenizer.save_pretrained(beside)
+            except OSError:
+                raise
+            except Exception as error:  # safetensors and tokenizers make others of a full disk
+                raise UserError(
+                    f"{folder} cannot be written ({str(error).splitlines()[0]}): make room there"
+                ) from error
             if len(pieces) > 1:
                 gguf.unlink()
     return folder

@@ -1,3 +1,4 @@
+import errno
 import json
 from dataclasses import replace
 
@@ -108,6 +109,17 @@ def test_failure_leaves_nothing_behind(settings, tokenizer, tmp_path):
     with pytest.raises(BaseException):  # noqa: B017, PT011
         write_dataset(settings, tokenizer, {"train": Failing(), "validation": Numbered()})
     assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_full_disk_is_told_with_the_folder(settings, tokenizer):
+    class Full(Numbered):
+        def sample(self, index, seed):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(
+        UserError, match=f"out={settings.out} cannot be written \\(No space left on device\\): make room"
+    ):
+        write_dataset(settings, tokenizer, {"train": Full(), "validation": Full()})
 
 
 def test_existing_folder_is_refused(written, settings, tokenizer):

@@ -13,7 +13,7 @@ FEW = [
     ("convert", 1, "read-only"),
     ("data_gen", 0, "limit"),
     ("data_gen", 1, "read-only"),
-    ("unpack", 0, "limit"),
+    ("unpack", 1, "limit"),
     ("peers", 0, "limit"),
 ]
 
@@ -28,5 +28,5 @@ def test_what_cannot_be_written_is_told_and_done_later(name: str, seed: int, fau
 def test_a_small_disk(bench: Bench) -> None:
     if not disks.mounts():
         pytest.skip("mounting a file system takes root")
-    trial = disks.trial(bench, CASES["convert"], 0, "full")
+    trial = disks.trial(bench, CASES["convert"], 2, "full")
     assert not trial.found, trial.told

@@ -7,7 +7,7 @@ from tests.faults.cases import CASES
 from tests.faults.trials import Bench
 
 # Of each seed it is known when its signals come: `python -m tests.faults --only kills/NAME/SEED` tells.
-FEW = [("train", 1), ("search", 0), ("repeats", 0), ("convert", 0), ("data_gen", 0), ("peers", 0), ("push", 0)]
+FEW = [("train", 1), ("search", 0), ("convert", 0), ("data_gen", 0), ("peers", 0), ("push", 0)]
 
 
 @pytest.mark.parametrize(("name", "seed"), FEW)

@@ -14,6 +14,6 @@ def test_of_two_at_once_one_works_and_the_other_is_told(name: str, bench: Bench)
 
 
 def test_two_that_go_on_with_one_run(bench: Bench) -> None:
-    trial = together.trial(bench, CASES["search"], 1)
+    trial = together.trial(bench, CASES["search"], 4)
     assert not trial.found, trial.told
     assert trial.told[0].startswith("after SIGKILL"), "choose another seed"

@@ -177,7 +177,7 @@ def grids(sweep: Sweep) -> dict[str, Grid]:
 
 def _read_job(folder: Path) -> Job:
     try:
-        listed = yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8"))
+        listed = yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8")) or []  # killed before it was written
         overrides = dict(override.partition("=")[::2] for override in listed)
         if not (folder / "summary.json").is_file():
             error = folder / ERROR
