@@ -145,10 +145,14 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
 
 
 def test_of_two_that_make_a_folder_the_second_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="folder exists by now, another"), whole_folder(tmp_path / "folder") as work:
-        (work / "ours").touch()
-        (tmp_path / "folder").mkdir()
-        (tmp_path / "folder" / "theirs").touch()
+    def second() -> None:
+        with whole_folder(tmp_path / "folder") as work:
+            (work / "ours").touch()
+            (tmp_path / "folder").mkdir()
+            (tmp_path / "folder" / "theirs").touch()
+
+    with pytest.raises(UserError, match="folder exists by now, another"):
+        second()
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "theirs"]
 
 

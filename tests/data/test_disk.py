@@ -116,9 +116,8 @@ def test_a_full_disk_is_told_with_the_folder(settings, tokenizer):
         def sample(self, index, seed):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(
-        UserError, match=f"out={settings.out} cannot be written \\(No space left on device\\): make room"
-    ):
+    told = rf"out={settings.out} cannot be written \(No space left on device\): make room"
+    with pytest.raises(UserError, match=told):
         write_dataset(settings, tokenizer, {"train": Full(), "validation": Full()})
 
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -60,14 +61,15 @@ def main() -> int:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
     root, trials = Path(tempfile.mkdtemp(prefix="faults-")), []
     bench = Bench(root / "bench")
-    with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
+    shown = Progress(TextColumn("{task.description}"), *columns, console=console)
+    with suppress(KeyboardInterrupt), shown as progress:  # Ctrl-C: what was tried is told
         bar = progress.add_task("", total=len(todo))
         for kind, name, seed in todo:
             progress.update(bar, description=f"{kind}/{name}/{seed}")
             trial = KINDS[kind](bench, name, int(seed))
             trials.append(trial)
-            for finding, shown in trial.found:
-                console.print(f"{trial.name}: {finding}: {'; '.join(trial.told)}\n{shown}", markup=False)
+            for finding, evidence in trial.found:
+                console.print(f"{trial.name}: {finding}: {'; '.join(trial.told)}\n{evidence}", markup=False)
             if not trial.found and len(todo) > 1:
                 shutil.rmtree(bench.root / trial.name.replace("/", "-"))
             progress.advance(bar)
