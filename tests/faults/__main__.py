@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--command", action="append", choices=CASES, help="default: all")
     parser.add_argument("--only", metavar="KIND/COMMAND/SEED", action="append", default=[])
     options, console = parser.parse_args(), Console()
+    console.width = max(console.width, 110)  # also in a file
     drawing = drawn(options.seed, options.kind or list(KINDS), options.command or list(CASES))
     todo = [one.split("/") for one in options.only] or list(itertools.islice(drawing, options.trials))
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())

@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import multiprocessing
 import os
 import resource
 import signal
@@ -178,6 +179,7 @@ def _alone(function: Callable[..., object], arguments: tuple[str, ...], options:
     folder, strike, meeting, powerless, looks = options
     os.setsid()
     tempfile.tempdir = None  # TMPDIR is another now
+    multiprocessing.set_start_method("fork", force=True)  # as a process of nobody's has it
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))  # a pipe now
     sys.modules.pop(arguments[0], None)  # a command is no module that somebody has imported
     if powerless:
