@@ -37,13 +37,19 @@ def drawn(seed: int, kinds: Sequence[str], names: Sequence[str]) -> Iterator[tup
 
 
 def tables(trials: Sequence[Trial]) -> Iterator[Table]:
-    """What came out, by kind and by command."""
-    for title, key in (("by kind", lambda one: one.kind), ("by command", lambda one: one.case.name)):
-        table = Table("", "trials", "struck", *FINDINGS, title=title)
-        for name in sorted({key(one) for one in trials}):
-            of = [one for one in trials if key(one) == name]
-            counts = [sum(finding in dict(one.found) for one in of) for finding in FINDINGS]
-            table.add_row(name, str(len(of)), str(sum(one.struck for one in of)), *map(str, counts))
+    """What came out, by kind, command and fault; a trial with several faults counts once for each of them."""
+    groups: dict[str, Callable[[Trial], set[str]]] = {
+        "kind": lambda one: {one.kind},
+        "command": lambda one: {one.case.name},
+        "fault": lambda one: set(one.faults),
+    }
+    for title, of in groups.items():
+        table = Table(title, "trials", "faults", "struck", *FINDINGS)
+        for name in sorted(set().union(*map(of, trials))):
+            those = [one for one in trials if name in of(one)]
+            faults = sum(len(one.faults) if title != "fault" else one.faults.count(name) for one in those)
+            counts = [sum(finding in dict(one.found) for one in those) for finding in FINDINGS]
+            table.add_row(name, *map(str, (len(those), faults, sum(one.struck for one in those), *counts)))
         yield table
 
 

@@ -32,6 +32,7 @@ def trial(bench: Bench, case: Case, seed: int, fault: str = "") -> Trial:
         fault = "limit"
     if case.processes and fault != "full":
         fault = "full" if mounts() else "read-only"
+    made.faults.append(fault)
     if fault == "full":
         size = PAGE * int(4 + made.chances.random() * 1.2 * before.bytes / PAGE)
         made.told.append(f"a disk of {size} bytes, where {before.bytes} are needed")

@@ -27,6 +27,7 @@ def trial(bench: Bench, case: Case, seed: int, timed: bool = True) -> Trial:
         name, second = chances.choice(SIGNALS), chances.choice((*SIGNALS, "", "", "", "", ""))
         by_clock = (timed and chances.random() < 0.4) or case.processes
         sent = [name, second] if second else [name]
+        made.faults += sent
         if by_clock:
             ended = _by_clock(made, bench, folder, name, second)
         else:

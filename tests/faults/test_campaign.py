@@ -34,8 +34,9 @@ def test_a_careless_command_is_found_out(bench: Bench) -> None:
     trials = [kills.trial(bench, case, seed, timed=False) for seed in range(6)]
     found = {finding for trial in trials for finding, _ in trial.found}
     assert {"silent", "unequal"} <= found <= set(FINDINGS)
-    by_kind, by_command = tables(trials)
+    by_kind, by_command, by_fault = tables(trials)
     assert by_kind.row_count == by_command.row_count == 1
+    assert list(by_fault.columns[0].cells) == sorted({name for trial in trials for name in trial.faults})
 
 
 def test_half_files_are_not_read(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def trial(bench: Bench, case: Case, seed: int) -> Trial:
     call = case.call(folder, bench.inputs)
     both = [launch(case.function, *call, folder=folder, meeting=meeting) for _ in range(2)]
     ended = [one.end() for one in both]
+    made.faults.append("together")
     made.told.append(f"ended with {[one.status for one in ended]}")
     for one in ended:
         made.check_words(one)

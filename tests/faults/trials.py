@@ -48,7 +48,8 @@ class Trial:
         kind: kills, disks or together.
         case: the command.
         seed: of its chances.
-        told: what happened, for the reader.
+        faults: what happened: signals in their order, or another fault.
+        told: how, for the reader.
         found: what is wrong, by the kinds of `FINDINGS`, each with what shows it.
         struck: whether something happened before the end of the command.
     """
@@ -56,6 +57,7 @@ class Trial:
     kind: str
     case: Case
     seed: int
+    faults: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     found: list[tuple[str, str]] = field(default_factory=list)
     struck: bool = False
