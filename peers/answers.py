@@ -1,5 +1,6 @@
 """What goes between duo_id and its peers: samples are read, answers written line by line."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -63,16 +64,24 @@ class Answers:
         header: what all its lines depend on.
 
     Raises:
-        Mistake: the file was written under another header.
+        Mistake: the file was written under another header, or another process writes to it.
     """
 
     def __init__(self, path: Path, header: Json) -> None:
         self.path = path
         self._done: dict[tuple[Any, ...], Json] = {}
-        if not path.exists() or b"\n" not in path.read_bytes():
-            path.write_text(json.dumps(_sealed(header)) + "\n")
-            return
+        self._file = open(path, "ab")  # noqa: SIM115 locked until the process ends
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Mistake(f"another process writes to {path}: wait until it ends") from None
+        except OSError:  # a file system without locks
+            pass
         contents = path.read_bytes()
+        if b"\n" not in contents:
+            os.truncate(path, 0)
+            self._write(header)
+            return
         whole = contents[: contents.rfind(b"\n") + 1]
         if len(whole) < len(contents):
             os.truncate(path, len(whole))
@@ -97,11 +106,17 @@ class Answers:
 
     def add(self, line: Json) -> None:
         """Take in the answers to one item and write them to the disk before returning."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_sealed(line)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._write(line)
         self._done[_key(line, line["sparsity"])] = line
+
+    def _write(self, line: Json) -> None:
+        try:
+            self._file.write(json.dumps(_sealed(line)).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            error.filename = str(self.path)  # a full disk names none
+            raise
 
 
 def _sealed(line: Json) -> Json:

@@ -232,6 +232,9 @@ def main(arguments: Sequence[str]) -> int:
     except Mistake as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk
+        print(f"error: {error}; the same command goes on", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

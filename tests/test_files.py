@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import socket
@@ -141,6 +142,29 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     with whole_folder(tmp_path / "folder") as work:
         (work / "inner").write_text("whole")
     assert set(tmp_path.iterdir()) == others | {tmp_path / "file.txt", tmp_path / "folder"}
+
+
+def test_of_two_that_make_a_folder_the_second_is_told(tmp_path: Path) -> None:
+    def second() -> None:
+        with whole_folder(tmp_path / "folder") as work:
+            (work / "ours").touch()
+            (tmp_path / "folder").mkdir()
+            (tmp_path / "folder" / "theirs").touch()
+
+    with pytest.raises(UserError, match="folder exists by now, another"):
+        second()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "theirs"]
+
+
+@pytest.mark.parametrize("name", [None, "part.arrow"])
+def test_a_folder_that_cannot_be_written_is_named(name: str | None, tmp_path: Path) -> None:
+    """A full disk names no file, and libraries name one without its folder."""
+    with pytest.raises(OSError, match="No space left") as full, whole_folder(tmp_path / "folder"):
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+    assert full.value.filename == str(tmp_path / "folder")
+    with pytest.raises(FileNotFoundError) as missing, whole_folder(tmp_path / "folder"):
+        (tmp_path / "source").read_text()
+    assert missing.value.filename == str(tmp_path / "source")
 
 
 def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:

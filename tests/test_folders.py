@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -17,6 +18,7 @@ from duo_id import convert, folders
 from duo_id.folders import LOCK, first_process, fresh, held
 from duo_id.interop.registry import FORMATS
 from tests.commands import QUICK, run_command
+from tests.sweep_jobs import leave
 
 SHIPPED = "SmolLM2-135M-Instruct"
 
@@ -147,7 +149,45 @@ def test_a_second_run_in_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
         told = elsewhere(second)
     assert f"process {os.getpid()} on {socket.gethostname()} works in this folder" in told
     assert told.endswith("wait until it ends, or give another hydra.run.dir")
-    assert not (tmp_path / "run" / "summary.json").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+
+
+def kept(folder: Path) -> list[str]:
+    """The command line that is kept in a folder as Hydra has it."""
+    return yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+
+
+def test_what_hydra_keeps_of_a_run_is_its_first_command_line(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    first, resumed = "seed=3", f"resume={tmp_path / 'run'}"
+    for override in (first, resumed):
+        assert run_command("train", override, folder=tmp_path, command=lambda config: None).status == 0
+    assert kept(tmp_path / "run") == [first]
+
+
+def test_a_second_sweep_in_a_folder_is_told_who_has_it_and_starts_no_job(tmp_path: Path) -> None:
+    sweep = ["--multirun", f"hydra.sweep.dir={tmp_path / 'sweep'}", "seed=0,1"]
+
+    def second() -> str:
+        return run_command("train", *sweep, folder=tmp_path, command=pytest.fail).error
+
+    with held(tmp_path / "sweep", "wait"):
+        told = elsewhere(second)
+    assert told.endswith("works in this folder: wait until it ends, or give another hydra.sweep.dir")
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == [LOCK]
+
+
+def test_many_may_work_on_a_study_that_has_its_own_storage(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    where = ["--multirun", f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra/sweeper=optuna", "method.lr=interval(0.1,1)"]
+    where += [f"hydra.sweeper.storage=sqlite:///{tmp_path / 'study.db'}", "hydra.sweeper.n_trials=1"]
+
+    def second() -> int:
+        return run_command("train", *where, folder=tmp_path, command=lambda config: leave(config.method.lr)).status
+
+    with held(tmp_path / "sweep", "wait"):
+        assert elsewhere(second) == "0"
 
 
 def test_jobs_of_one_sweep_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -162,6 +202,7 @@ def test_jobs_of_one_sweep_do_not_share_a_folder(tmp_path: Path) -> None:
     assert finished.status == 2
     assert done == [0]
     assert "job 0 of this sweep has this folder" in finished.output
+    assert not (tmp_path / "sweep" / "x" / "error.txt").exists(), "it is job 0's folder"
     assert "Traceback" not in finished.output
     run_command("train", *sweep, folder=tmp_path, command=command)
     assert done == [0, 0], "another sweep begins anew"

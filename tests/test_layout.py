@@ -126,7 +126,8 @@ def test_nobody_imports_the_entry_points() -> None:
             "attention.gated",
             "attention.masks attention.blends attention.exchange attention.softmax attention.memo attention.full "
             "attention.kernels attention.streaming_kernels attention.streaming_operator attention.streaming "
-            "attention.padding attention.probe attention.parity attention.heads attention.rows compat documents integrity errors",
+            "attention.padding attention.probe attention.parity attention.heads attention.rows "
+            "compat documents integrity errors",
         ),
     ],
 )

@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -97,11 +99,39 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
     assert sweep(tmp_path, *OPTUNA, SPACE, command=command).status == 130
     sweep(tmp_path, *OPTUNA, SPACE, command=command)
     assert tried[2] == tried[1], "what was cut off is tried again"
-    assert len(set(tried)) == len(tried) - 1
+    assert len(set(tried)) == len(tried) - 1 == 3, "and counts once"
     study = load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'sweep' / 'optuna.db'}")
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+    alone: list[float] = []
+    (tmp_path / "other").mkdir()
+    sweep(tmp_path / "other", *OPTUNA, SPACE, command=lambda config: alone.append(config.method.lr) or distance(config))
+    assert alone == [tried[0], *tried[2:]], "what is tried does not depend on when it was cut off"
     other = sweep(tmp_path, *OPTUNA, "method.lr=interval(0.01,0.3)", command=command)
     assert "holds another sweep" in other.error
+
+
+def test_trials_that_were_cut_off_while_they_were_drawn_do_not_count(tmp_path: Path) -> None:
+    def cut_off(trial: Any, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with patch.object(optuna.Trial, "_suggest", cut_off):
+        assert sweep(tmp_path, *OPTUNA, SPACE, command=distance).status == 130
+    assert sweep(tmp_path, *OPTUNA, SPACE, command=distance).status == 0
+    study = load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'sweep' / 'optuna.db'}")
+    assert [trial.state.name for trial in study.trials] == ["FAIL", *["COMPLETE"] * 3]
+
+
+def test_a_storage_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
+    database = tmp_path / "sweep" / "optuna.db"
+
+    def command(config: DictConfig) -> float:
+        with closing(sqlite3.connect(database)) as connection:
+            connection.execute("DROP TABLE trial_values")
+            connection.commit()
+        return distance(config)
+
+    told = sweep(tmp_path, *OPTUNA, SPACE, command=command).error
+    assert f"sqlite:///{database} cannot be opened or written (" in told
 
 
 @pytest.mark.parametrize(

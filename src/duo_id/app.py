@@ -9,7 +9,7 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import version
 from io import TextIOWrapper
@@ -19,6 +19,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,6 +39,7 @@ from duo_id.stopping import preemption, status_of, stoppable, told
 console = Console(emoji=False)
 SWEEP = "DUO_ID_SWEEP"  # environment: tells the jobs of one sweep from those of another in the same folder
 HYDRA = ".hydra"  # in a run folder: what Hydra composed, and from which overrides
+_folder = ExitStack()  # holds that of the command that runs
 
 
 @stoppable()
@@ -56,14 +58,14 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     _new_folder.cache_clear()
     OmegaConf.register_new_resolver("fresh_folder", _new_folder, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
-    composed, holding, status = False, False, 0
+    composed, status = False, 0
 
     def task(config: DictConfig) -> object:
-        nonlocal composed, holding, status
-        composed, holding = True, False
+        nonlocal composed, status
+        composed, ours = True, False
         try:
-            with _holding(config):
-                holding = True
+            with _holding_job(config):
+                ours = True
                 return command(config)
         except Exception as error:
             expected = isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError)
@@ -74,13 +76,14 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
                     traceback.print_exc()
                     leave(1)
                 raise
-            status = _note_failure(error, expected, holding)  # the other jobs of a sweep go on
+            status = _note_failure(error, expected, ours)  # the other jobs of a sweep go on
             return math.nan
 
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(task)()
+        with _folder:
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(task)()
         sys.exit(status)
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         sys.exit(_complain(error))
     except ValueError as error:  # Hydra's own, as on trainer=null
         if composed:
@@ -158,33 +161,61 @@ def versions() -> dict[str, str]:
     return found
 
 
+class Holding(Callback):
+    """Holds the folder of a run or of a sweep before anything is written to it, until the command ends."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra."""
+        self._hold(config, "hydra.run.dir")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra, in the process that starts the jobs; many may work on a study that has its own storage."""
+        if OmegaConf.select(config, "hydra.sweeper.storage") is None:
+            self._hold(config, "hydra.sweep.dir")
+
+    def _hold(self, config: DictConfig, override: str) -> None:
+        if not first_process():
+            return
+        try:
+            folder = Path(OmegaConf.select(config, override))
+            _folder.enter_context(held(folder, f"wait until it ends, or give another {override}"))
+        except (UserError, OmegaConfBaseException, OSError) as error:  # Hydra would make a warning of it
+            sys.exit(_complain(error))
+
+
 @contextmanager
-def _holding(config: DictConfig) -> Iterator[None]:
-    """Hold the run's folder; a job of a sweep that was begun there and queued again goes on.
+def _holding_job(config: DictConfig) -> Iterator[None]:
+    """Hold the folder of a sweep's job, and leave in the folder of a new run or job what Hydra composed.
 
     Raises:
         UserError: another process works there, or another job of this sweep did.
     """
-    known, sweep = HydraConfig.get(), dict[str, Any]()
+    known = HydraConfig.get()
     if known.job.config_name == "data_gen" or not first_process():  # it has no run folder
         yield
         return
     folder = Path(known.runtime.output_dir)
-    if known.mode == RunMode.MULTIRUN:
-        sweep = {"sweep": os.environ.get(SWEEP), "job": known.job.num}
-    override = "hydra.sweep.subdir" if sweep else "hydra.run.dir"
-    with held(folder, f"wait until it ends, or give another {override}", **sweep) as before:
-        if sweep and before.get("sweep") == sweep["sweep"]:
-            if before["job"] != sweep["job"]:
+    with _held_job(config, folder, known.job.num) if known.mode == RunMode.MULTIRUN else nullcontext():
+        if not config.get("resume"):
+            for name, kept in (("config", config), ("hydra", known), ("overrides", known.overrides.task)):
+                write_text(folder / HYDRA / f"{name}.yaml", OmegaConf.to_yaml(kept))
+        yield
+
+
+@contextmanager
+def _held_job(config: DictConfig, folder: Path, number: int) -> Iterator[None]:
+    """Hold the folder of a sweep's job; one that was begun there and queued again goes on."""
+    sweep = os.environ.get(SWEEP)
+    advice = "wait until it ends, or give another hydra.sweep.subdir"
+    with held(folder, advice, sweep=sweep, job=number) as before:
+        if before.get("sweep") == sweep:
+            if before["job"] != number:
                 raise UserError(
-                    f"{folder}: job {before['job']} of this sweep has this folder, and job {sweep['job']} would write "
+                    f"{folder}: job {before['job']} of this sweep has this folder, and job {number} would write "
                     "over it: let hydra.sweep.subdir differ, as ${hydra.job.num} does"
                 )
             if "resume" in config and preemption() is not None and (folder / SETTINGS).is_file():
                 config.resume = str(folder)
-        if not config.get("resume"):
-            for name, kept in (("config", config), ("hydra", known), ("overrides", known.overrides.task)):
-                write_text(folder / HYDRA / f"{name}.yaml", OmegaConf.to_yaml(kept))
         yield
 
 
@@ -230,10 +261,13 @@ def _complain(error: BaseException) -> int:
     return 2
 
 
-def _note_failure(error: Exception, expected: bool, holding: bool) -> int:
-    """Leave a failed job's error in its folder, and return the sweep's exit status; the unexpected is shown in full."""
+def _note_failure(error: Exception, expected: bool, ours: bool) -> int:
+    """Leave a failed job's error in its folder, if that is `ours`, and return the sweep's exit status.
+
+    The unexpected is shown in full.
+    """
     if not expected:
         console.print_exception()
-    if holding:  # else the folder is another job's
+    if ours:
         write_text(Path(HydraConfig.get().runtime.output_dir) / ERROR, explained(error))
     return _complain(error)

@@ -1,7 +1,6 @@
 """Checkpoints that are whole or not there, and a Ctrl-C, or another signal to end, that leaves one."""
 
 import shutil
-import signal
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -93,8 +92,9 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *args: Any) -> None:
         """Save when it is time, at the end, and when interrupted, on whichever rank."""
-        if trainer.strategy.reduce_boolean_decision(bool(pl_module.interrupted), all=False):
-            pl_module.interrupted = pl_module.interrupted or signal.SIGINT
+        if trainer.world_size > 1:  # all end by the signal that any of them got
+            number = torch.tensor(int(pl_module.interrupted), device=trainer.strategy.root_device)
+            pl_module.interrupted = int(trainer.strategy.reduce(number, reduce_op="max"))
         if pl_module.interrupted or trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True
             self._save_checkpoint(trainer, str(self.path))

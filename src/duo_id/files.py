@@ -1,5 +1,6 @@
 """Whole files or none: what is written appears under its name complete, or not at all."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -57,6 +58,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`; it becomes `path` once the block ends without an error, else it is removed.
 
     The checksums of its files are left in it, see `duo_id.integrity.check_sums`.
+
+    Raises:
+        UserError: another process has made `path` meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -71,6 +75,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
         os.rename(work, path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and str(error.filename2) == str(path):
+            raise UserError(f"{path} exists by now, another process has made it: give another, or remove it") from None
+        if not os.path.dirname(str(error.filename or "")):  # a full disk names none, some libraries the end alone
+            error.filename = str(path)
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         os.close(handle)

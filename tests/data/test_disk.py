@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -111,6 +112,16 @@ def test_failure_leaves_nothing_behind(settings, tokenizer, tmp_path):
     with pytest.raises(BaseException):  # noqa: B017, PT011
         write_dataset(settings, tokenizer, {"train": Failing(), "validation": Numbered()})
     assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_full_disk_is_told_with_the_folder(settings, tokenizer):
+    class Full(Numbered):
+        def sample(self, index, seed):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    told = rf"out={settings.out} cannot be written \(No space left on device\): make room"
+    with pytest.raises(UserError, match=told):
+        write_dataset(settings, tokenizer, {"train": Full(), "validation": Full()})
 
 
 def test_existing_folder_is_refused(written, settings, tokenizer):

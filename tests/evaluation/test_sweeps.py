@@ -126,6 +126,9 @@ def test_bad_sweeps_are_one_line(tmp_path: Path) -> None:
     job(tmp_path / "0", "seed=0", error="it broke")
     with pytest.raises(UserError, match="none of the 1 jobs has come to its end; job 0: it broke"):
         _read_sweep(str(tmp_path))
+    (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text("")
+    (only,) = read_sweep(tmp_path).jobs
+    assert (only.overrides, only.error) == ({}, "it broke")
     (tmp_path / "0" / "summary.json").write_text("{")
     with pytest.raises(UserError, match="0 is not a job of a sweep"):
         read_sweep(tmp_path)

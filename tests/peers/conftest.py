@@ -45,8 +45,8 @@ class StubKvpress(ModuleType):
         raise AttributeError(name)
 
 
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[SimpleNamespace]:
+@contextmanager
+def loaded_scripts() -> Iterator[SimpleNamespace]:
     """The modules of peers/, with `press` for all of kvpress."""
     stubs = {name: StubKvpress(name) for name in ("kvpress", "kvpress.presses", "kvpress.presses.base_press")}
     stubs["kvpress.presses"].duo_attention_press = ModuleType("duo_attention_press")
@@ -64,3 +64,10 @@ def scripts() -> Iterator[SimpleNamespace]:
         for name in ("run", "heads"):
             patch.setattr(loaded[name], "version", lambda package: "0")
         yield SimpleNamespace(**loaded, press=LatestPress)
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[SimpleNamespace]:
+    """The modules of peers/, loaded."""
+    with loaded_scripts() as loaded:
+        yield loaded

@@ -1,6 +1,9 @@
 """The script that asks the peers, with a press of the tests' own in place of kvpress."""
 
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,6 +115,40 @@ def test_a_press_that_fails_leaves_the_others_alone(
     monkeypatch.setitem(scripts.presses.PEERS, "tova", scripts.presses.Peer(working.make, "is broken"))
     assert scripts.run.main([str(run), "presses=tova,knorm", "device=cpu", "generate=false"]) == 0
     assert len(read_answers(run, ITEMS)) == 24
+
+
+def test_two_at_once_do_not_answer_into_one_file(
+    scripts: SimpleNamespace, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "answers-knorm.jsonl"
+    command = [str(run), "presses=knorm", "device=cpu"]
+    with path.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert scripts.run.main(command) == 2
+    assert capsys.readouterr().err == f"error: another process writes to {path}: wait until it ends\n"
+    assert path.read_bytes() == b""
+    assert scripts.run.main(command) == 0
+
+
+def test_a_full_disk_is_told_and_what_was_answered_stays(
+    scripts: SimpleNamespace, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sync, calls = os.fsync, []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert scripts.run.main([str(run), "presses=knorm", "device=cpu"]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    path = str(run / "answers-knorm.jsonl")
+    assert told == f"error: [Errno 28] No space left on device: {path!r}; the same command goes on"
+    assert len(lines(run)) >= 2
+    assert scripts.run.main([str(run), "presses=knorm", "device=cpu"]) == 0
 
 
 def test_an_interrupt_is_no_failure(scripts: SimpleNamespace, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,22 @@ def step(self, *given):
 GateTraining.training_step = step
 app.run("train", train.main)
 """
+SIGNALLED = """
+import os, signal
+from duo_id import app, train
+from duo_id.training import GateTraining
+
+plain, calls = GateTraining.training_step, [0]
+
+def step(self, *given):
+    calls[0] += 1
+    if calls[0] == 3 and os.environ.get("LOCAL_RANK") == "1":
+        signal.raise_signal(signal.SIGTERM)
+    return plain(self, *given)
+
+GateTraining.training_step = step
+app.run("train", train.main)
+"""
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -105,6 +121,14 @@ def test_a_lost_process_is_named_where_the_others_only_wait(tmp_path: Path) -> N
     assert seconds < 60
     assert "terminated with code -9" in finished.output
     assert "python -m duo_id.train resume=" in finished.output
+
+
+def test_all_processes_end_by_the_signal_that_one_of_them_gets(device: str, tmp_path: Path) -> None:
+    finished = run_two(device, tmp_path, OVERRIDES, SIGNALLED)
+    assert finished.status == 143, finished.output
+    assert "interrupted by SIGTERM" in finished.output
+    assert "Traceback" not in finished.output
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_only_the_first_process_speaks_and_says_what_memory_is_needed(lost: tuple[Path, Finished, float]) -> None:

@@ -144,7 +144,7 @@ def write_dataset(settings: DataGenSettings, tokenizer: PreTrainedTokenizerBase,
         tasks: one for each split that has samples.
 
     Raises:
-        UserError: the folder exists, or there are no samples to write.
+        UserError: the folder exists or cannot be written, or there are no samples to write.
     """
     out = Path(settings.out)
     require(not out.exists(), f"out={out} exists: give another out or remove it")
@@ -162,18 +162,24 @@ def write_dataset(settings: DataGenSettings, tokenizer: PreTrainedTokenizerBase,
 
     with whole_folder(out) as beside:
         cache = beside / "cache"
-        splits = {
-            split: datasets.Dataset.from_generator(
-                rows,
-                features=datasets.Features({column: datasets.List(datasets.Value("int32")) for column in COLUMNS}),
-                cache_dir=str(cache),
-                gen_kwargs={"split": split},
-                split=split,
-                fingerprint=split,  # nobody else shares this cache
-                writer_batch_size=32,  # samples in memory at a time
-            )
-            for split in counts
-        }
+        try:
+            splits = {
+                split: datasets.Dataset.from_generator(
+                    rows,
+                    features=datasets.Features({column: datasets.List(datasets.Value("int32")) for column in COLUMNS}),
+                    cache_dir=str(cache),
+                    gen_kwargs={"split": split},
+                    split=split,
+                    fingerprint=split,  # nobody else shares this cache
+                    writer_batch_size=32,  # samples in memory at a time
+                )
+                for split in counts
+            }
+        except datasets.exceptions.DatasetGenerationError as error:  # says nothing itself
+            if isinstance(error.__cause__, OSError):
+                reason = error.__cause__.strerror or error.__cause__
+                raise UserError(f"out={out} cannot be written ({reason}): make room there") from error
+            raise
         datasets.DatasetDict(splits).save_to_disk(str(beside))
         shutil.rmtree(cache)
         card = {

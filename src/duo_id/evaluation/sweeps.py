@@ -180,7 +180,7 @@ def grids(sweep: Sweep) -> dict[str, Grid]:
 
 def _read_job(folder: Path) -> Job:
     try:
-        listed = yaml.safe_load(read_text(folder / OVERRIDES, LARGEST_YAML))
+        listed = yaml.safe_load(read_text(folder / OVERRIDES, LARGEST_YAML)) or []  # killed before it was written
         if not isinstance(listed, list) or not all(isinstance(override, str) for override in listed):
             raise UserError(f"{OVERRIDES} is no list of overrides")
         overrides = dict(override.partition("=")[::2] for override in listed)
