@@ -123,6 +123,7 @@ def test_a_pattern_brings_its_heads_and_windows(tmp_path: Path) -> None:
         (["warmup=-1"], "warmup=-1 must be at least 0"),
         (["recent_size=0"], "recent_size=0 must be at least 1"),
         (["sink_size=-1"], "sink_size=-1 must be at least 0"),
+        (["recent_size=1000"], "lies within the window of sink_size + recent_size = 1004: give a longer one"),
         (["seed=-1"], "seed=-1"),
         (["heads=SmolLM2-135M-Instruct"], "30 layers x 3 KV heads, but tiny has 3 layers x 2 KV heads"),
         (["heads=nowhere"], "nowhere"),

@@ -105,6 +105,8 @@ def test_mistakes_are_named(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     refused("give SRC and DST, not 1 paths", source)
     refused("give SRC and DST, not 3 paths", source, target, target)
+    refused("'' is no path", source, "")
+    refused("sink_size=99999999999 must be at most", source, target, "sink_size=99999999999")
     refused("format=onnx: choose heads, duo-attention", source, target, "format=onnx")
     refused("fromat=rlkv: there is no such setting", source, target, "fromat=rlkv")
     refused("lossy=yes: choose true or false", source, target, "lossy=yes")

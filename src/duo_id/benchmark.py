@@ -158,12 +158,18 @@ def line_up(
     """What is measured, in this order: the baselines, and a mask for each sparsity.
 
     Raises:
-        UserError: the head pattern is not for this model.
+        UserError: the head pattern is not for this model, or its windows hold every context.
     """
     shape = language_model.num_layers, layers[0].kv_heads
     pattern = None if settings.heads is None else load_pattern(settings.heads)
     if pattern is not None:
         pattern.check_fits(*shape, language_model.name)
+    sizes = settings if pattern is None else pattern
+    window, longest = sizes.sink_size + sizes.recent_size, settings.context[-1]
+    require(
+        window < longest,
+        f"context={longest} lies within the window of sink_size + recent_size = {window}: give a longer one",
+    )
 
     def mask(sparsity: float) -> HeadMask:
         if pattern is not None:
