@@ -282,7 +282,9 @@ def _config(settings: ModelSettings) -> Any:
         raise
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         if settings.init == "random":
-            raise UserError(f"model.architecture does not describe a model: {reason_of(error)}") from error
+            numbers = "model.architecture" + " with model.config" * bool(settings.config)
+            kind = f"model_type={settings.architecture.get('model_type')}"
+            raise UserError(f"{numbers} ({kind}) does not describe a model: {reason_of(error)}") from error
         raise _cannot_load(settings, error) from error
 
 

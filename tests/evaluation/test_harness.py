@@ -278,3 +278,22 @@ def test_the_command_line_is_that_of_lm_eval(folder: Path, tmp_path: Path) -> No
     assert "|choices|" in done.stdout
     (written,) = (tmp_path / "out").rglob("results_*.json")
     assert json.loads(written.read_text())["config"]["model_args"]["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"sparsity": None}, "sparsity=None is not a number"),
+        ({"sparsity": [0.5]}, r"sparsity=\[0.5\] is not a number"),
+        ({"sparsity": True}, "sparsity=True is not a number"),
+        ({"dtype": "abc"}, "dtype=abc: choose auto, float32"),
+        ({"max_length": "abc"}, "max_length=abc must be a whole number"),
+        ({"max_length": 0}, "max_length=0 must be a whole number"),
+        ({"device": "abc"}, "device=abc: give --device in its place"),
+    ],
+    ids=["none", "list", "true", "dtype", "length", "zero", "device"],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], told: str, folder: Path) -> None:
+    given = {"heads": str(folder / "heads"), "model": "tiny"} | arguments
+    with pytest.raises(UserError, match=f"--model_args {told}"):
+        DuoLM.create_from_arg_obj(given, {"device": "cpu", "batch_size": 1})

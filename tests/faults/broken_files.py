@@ -180,7 +180,7 @@ def file_trials(seed: int, n: int) -> Iterator[Outcome]:
         valid file, traceback, hang, silent, blames another) and a detail.
     """
     known: dict[Format, str] = {}
-    with TemporaryDirectory(prefix="faults-") as folder, worker(Path(folder)) as place:
+    with TemporaryDirectory(prefix="grammar-") as folder, worker(Path(folder)) as place:
         made = places.make(place, Path(folder) / "places")
         for number in range(n):
             form, rng = numbered(seed, number)
@@ -195,7 +195,7 @@ def again(seed: int, number: int) -> None:
     form, rng = numbered(seed, number)
     cwd = Path("broken")
     cwd.mkdir()
-    with TemporaryDirectory(prefix="faults-") as folder, worker(Path(folder)) as place:
+    with TemporaryDirectory(prefix="grammar-") as folder, worker(Path(folder)) as place:
         made = places.make(place, Path(folder) / "places")
         print(form.file, *tried(form, rng, place, made, cwd, {}), sep="\n")
 

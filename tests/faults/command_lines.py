@@ -377,9 +377,8 @@ def _named(name: str, told: str) -> bool:
     """Whether an error names an override, or its group and in some other place the rest, or a file."""
     group, dot, rest = name.rpartition(".")
     whole = re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", told)
-    return bool(whole) or bool(
-        "." in group and dot and _named(group, told) and re.search(rf"\b{re.escape(rest)}\b", told)
-    )
+    apart = re.search(rf"\b{rest.replace('_', '[_ ]')}\b", told) if "." in group and dot else None
+    return bool(whole) or (apart is not None and _named(group, told))
 
 
 def tried(line: Line, place: Worker | None, made: Path, folder: Path) -> Outcome:
@@ -402,7 +401,7 @@ def command_line_trials(seed: int, n: int) -> Iterator[Outcome]:
         for each its name, the command that reproduces it, the outcome (refused, ran, traceback, hang, silent, blames
         another) and a detail.
     """
-    with TemporaryDirectory(prefix="faults-") as folder, worker(Path(folder)) as place:
+    with TemporaryDirectory(prefix="grammar-") as folder, worker(Path(folder)) as place:
         made = places.make(place, Path(folder) / "places")
         for number, line in enumerate(drawn(seed, n)):
             alone = number % FRESH == FRESH - 1

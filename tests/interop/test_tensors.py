@@ -131,3 +131,9 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "scores.pt").touch()
     os.truncate(tmp_path / "scores.pt", 2**30)
     refused(tmp_path / "scores.pt", "found 1,073,741,824 bytes, more than")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "scores.pt")
+    with pytest.raises(UserError, match=r"scores\.pt: expected KVzip's scores, .* found no file"):
+        read_kvzip(tmp_path / "scores.pt", Options(sink_size=4, recent_size=60))

@@ -1,8 +1,9 @@
 """lm-eval's Hugging Face model under a head mask, so that any of its tasks can be scored with one."""
 
 import inspect
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lm_eval.api.registry import model_registry
@@ -16,8 +17,10 @@ from duo_id.foreign import model_of, told_model
 from duo_id.formats import load_pattern
 from duo_id.models import load_model
 from duo_id.patterns import HeadPattern
+from duo_id.tables import as_float
 
 NAME = "duo_id"  # what lm-eval calls the class
+DTYPES = get_args(ModelSettings.__annotations__["dtype"])
 
 
 class DuoLM(HFLM):
@@ -56,13 +59,15 @@ class DuoLM(HFLM):
         if model is not None and pretrained is not None:
             raise UserError(f"--model_args model={model},pretrained={pretrained}: give one of them")
         pattern = load_pattern(heads)
-        try:
-            fraction = float(sparsity)
-        except ValueError as error:
-            raise UserError(f"--model_args sparsity={sparsity} is not a number") from error
+        fraction = math.nan if isinstance(sparsity, bool) else as_float(sparsity)
+        if math.isnan(fraction):
+            raise UserError(f"--model_args sparsity={sparsity} is not a number")
         mask = pattern.binarize(sparsity=fraction)
         _check(options, pretrained)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if dtype not in DTYPES and pretrained is None:
+            raise UserError(f"--model_args dtype={dtype}: choose {', '.join(DTYPES)}")
+        if device is None or (str(device).startswith("cuda") and not torch.cuda.is_available()):  # as HFLM does
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         if pretrained is None:
             loaded = load_model(_settings(model, pattern, dtype), device)
             super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **options)
@@ -75,6 +80,14 @@ class DuoLM(HFLM):
         install(self.model, mask)
         sizes = {"sink_size": mask.sink_size, "recent_size": mask.recent_size}
         self.mask_info: dict[str, Any] = {"heads": heads, "sparsity": mask.sparsity, **sizes}
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "DuoLM":
+        """The model of `--model_args`; what has an option of its own is named, which it would be given twice."""
+        for key, value in arg_dict.items():
+            if (additional_config or {}).get(key) is not None:
+                raise UserError(f"--model_args {key}={value}: give --{key} in its place")
+        return super().create_from_arg_obj(arg_dict, additional_config)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes down of the model, with the mask."""
@@ -91,6 +104,9 @@ def _check(options: Mapping[str, Any], pretrained: str | None) -> None:
     precision = options.get("mixed_precision_dtype")
     if isinstance(precision, str) and not isinstance(getattr(torch, precision, None), torch.dtype):
         raise UserError(f"--model_args mixed_precision_dtype={precision} is no type of torch: bfloat16 or float16")
+    longest = options.get("max_length")
+    if longest is not None and (not isinstance(longest, int) or isinstance(longest, bool) or longest < 1):
+        raise UserError(f"--model_args max_length={longest} must be a whole number of tokens, at least 1")
     if pretrained is not None:
         return
     known, loading = (inspect.signature(call).parameters for call in (HFLM.__init__, HFLM._create_model))

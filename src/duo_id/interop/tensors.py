@@ -22,6 +22,8 @@ def read_kvzip(path: Path, options: Options) -> HeadPattern:
     expected = f"{path}: expected KVzip's scores, one tensor (layers, KV heads)"
     if path.stat().st_size > LARGEST:
         raise UserError(f"{expected}, found {path.stat().st_size:,} bytes, more than the {LARGEST:,} of any model's")
+    if path.exists() and not path.is_file():  # torch would wait for a pipe
+        raise UserError(f"{expected}, found {'a folder' if path.is_dir() else 'no file'}")
     try:
         scores = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
