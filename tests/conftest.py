@@ -30,7 +30,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 LONGEST = (
     "deploy/test_exact docs/test_commands test_notebooks test_evaluate test_resume test_train test_compiled "
     "test_sweeps scale/test_steps test_packaging data/test_drafting scale/test_run scale/test_benchmark test_config "
-    "attention/test_backends deploy/test_cache scores/test_registry scores/test_candidates"
+    "attention/test_backends deploy/test_cache scores/test_registry scores/test_candidates faults/test_kills "
+    "faults/test_disks faults/test_together"
 ).split()
 
 

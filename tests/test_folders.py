@@ -1,5 +1,6 @@
 """Run folders: a new one for each run, one process at a time in each, and who has it."""
 
+import errno
 import json
 import os
 import re
@@ -150,6 +151,16 @@ def test_a_second_run_in_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
     assert f"process {os.getpid()} on {socket.gethostname()} works in this folder" in told
     assert told.endswith("wait until it ends, or give another hydra.run.dir")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+
+
+def test_a_full_disk_is_told_with_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    told = f"error: [Errno 28] No space left on device: '{tmp_path / 'run'}'"
+    assert run_command("train", folder=tmp_path, command=full).error == told
+    monkeypatch.setattr(folders.os, "pwrite", full)
+    assert run_command("train", folder=tmp_path, command=pytest.fail).error == told
 
 
 def kept(folder: Path) -> list[str]:

@@ -69,6 +69,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
                 return command(config)
         except Exception as error:
             expected = isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError)
+            _name(error, HydraConfig.get().runtime.output_dir)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 if expected:
                     leave(_complain(error))  # Hydra would print more
@@ -180,6 +181,7 @@ class Holding(Callback):
             folder = Path(OmegaConf.select(config, override))
             _folder.enter_context(held(folder, f"wait until it ends, or give another {override}"))
         except (UserError, OmegaConfBaseException, OSError) as error:  # Hydra would make a warning of it
+            _name(error, OmegaConf.select(config, override, throw_on_resolution_failure=False))
             sys.exit(_complain(error))
 
 
@@ -251,6 +253,12 @@ def _show_warnings() -> None:
             console.print("[yellow]warning:[/]", escape(str(message)), highlight=False, soft_wrap=True)
 
     warnings.showwarning = show
+
+
+def _name(error: BaseException, folder: str | None) -> None:
+    """Let an error say where it happened: a full disk names no file."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = folder
 
 
 def _complain(error: BaseException) -> int:

@@ -32,6 +32,7 @@ TRAIN = [
 ]
 SWEEP = ["hydra.sweep.dir={folder}/run", "trainer.max_steps=3"]
 OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "method.lr=interval(0.01,0.2)"]
+LOCAL = ["hydra/launcher=local", "hydra.launcher.n_jobs=1"]  # whose processes leave files named after them
 EVALUATE = [
     *("heads={inputs}/heads", "model=tiny", "evaluation=quick", "tasks=[language]", "lengths=[600]"),
     *("depths=1", "samples=1", "sparsity=[0.5]", "random_masks=1", "baselines=[streaming]"),
@@ -251,8 +252,8 @@ def _trained(name: str, *arguments: str) -> Case:
     return _case(name, "train", *TRAIN, *arguments, *IN_RUN, results=heads_of, progress="overrides.json")
 
 
-def _swept(name: str, *arguments: str, results: Results = jobs_of, processes: bool = False) -> Case:
-    return _case(name, "train", "--multirun", *TRAIN, *SWEEP, *arguments, results=results, processes=processes)
+def _swept(name: str, *arguments: str, results: Results = jobs_of, **options: Any) -> Case:
+    return _case(name, "train", "--multirun", *TRAIN, *SWEEP, *arguments, results=results, **options)
 
 
 CASES = {
@@ -264,7 +265,7 @@ CASES = {
         _trained("repeats", "repeats=2", "trainer.max_steps=3"),
         _swept("sweep", "seed=0,1"),
         _swept("optuna", *OPTUNA, results=trials_of),
-        _swept("local", "seed=0", "hydra/launcher=local", "hydra.launcher.n_jobs=1", processes=True),
+        _swept("local", "seed=0", *LOCAL, processes=True, varies=(".jobs/*",)),
         _case("evaluate", "evaluate", *EVALUATE, *IN_RUN, results=rows_of, progress="scores.jsonl"),
         _case("decode", "benchmark", *BENCHMARK, "task=decode", *IN_RUN, results=measured_of),
         _case("train_step", "benchmark", *BENCHMARK, *STEP, "task=train_step", *IN_RUN, results=measured_of),

@@ -167,7 +167,7 @@ def unreadable(folder: Path) -> Iterator[str]:
     """The files in a folder that are there under their names and cannot be read."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") and part != ".hydra" for part in path.relative_to(folder).parts)
-        if path.suffix in READERS and path.is_file() and not hidden:
+        if path.suffix in READERS and path.is_file() and not hidden and path.name not in UNREAD:
             try:
                 READERS[path.suffix](path)
             except Exception as error:
@@ -193,6 +193,7 @@ def _picture(path: Path) -> None:
         picture.load()
 
 
+UNREAD = ("hparams.yaml", "metrics.csv")  # Lightning writes them in place; who reads metrics leaves out what is cut off
 READERS = {
     ".json": lambda path: json.loads(path.read_text()),
     ".jsonl": _json_lines,
