@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from duo_id import convert
+from duo_id.documents import read_object
 from duo_id.errors import UserError
 from duo_id.formats import SCORES, TABLES, load_pattern, save_pattern
 from duo_id.interop.registry import FORMATS, lost
 from duo_id.patterns import HeadPattern
-from duo_id.tables import read_object
 from tests.interop.cases import CASES, all_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")  # their order is what is tested

@@ -21,7 +21,7 @@ def cheap() -> Iterator[Line]:
             yield line
 
 
-@pytest.mark.parametrize("line", islice(cheap(), SHORT), ids=lambda line: line.name)
+@pytest.mark.parametrize("line", list(islice(cheap(), SHORT)), ids=lambda line: line.name)
 def test_a_bad_line_is_refused(line: Line, place: Worker, made: Path, tmp_path: Path) -> None:
     _, typed, outcome, detail = tried(line, place, made, tmp_path)
     assert outcome == "refused", f"{typed}\n{detail}"
