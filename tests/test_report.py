@@ -30,6 +30,12 @@ def run(tmp_path: Path) -> Path:
     return save(tmp_path / "run", results)
 
 
+def test_help_shows_the_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_report("--help", folder=tmp_path, monkeypatch=monkeypatch) == (0, report.USAGE + "\n")
+    _, output = run_report("--open", folder=tmp_path, monkeypatch=monkeypatch)
+    assert output == f"error: --open: there are no options, settings are KEY=VALUE: {report.USAGE}\n"
+
+
 def test_the_page_goes_to_the_first_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, output = run_report("run", "run/results.json", folder=run.parent, monkeypatch=monkeypatch)
     assert (status, output.split()) == (0, ["report:", "run/report.html"])

@@ -168,6 +168,7 @@ def test_every_argument_of_lightnings_trainer_is_taken_or_told() -> None:
 BAD = {  # overrides of train, and how the line begins
     "trainer.max_steps=10000000000000000000000": "trainer.max_steps=10000000000000000000000 must be at most 2147483648",
     "trainer.max_steps=1e22": "trainer.max_steps=1e+22 must be at most 2147483648",
+    "model.architecture.model_type={}": "model.architecture.model_type={} must be the name of",
     "trainer.max_steps=0": "trainer.max_steps=0 must be at least 1",
     "trainer.val_check_interval=0": "trainer.val_check_interval=0 must be at least 1",
     "trainer.log_every_n_steps=0": "trainer.log_every_n_steps=0 must be at least 1",

@@ -95,11 +95,19 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
         leave(status_of(error))
 
 
-def sorted_out(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def sorted_out(arguments: Sequence[str], usage: str) -> tuple[list[str], dict[str, str]]:
     """The paths and the settings, key=value, of a command line that is not Hydra's.
 
-    A path may have a `=` too, where it is there, or has a `/` before it: `./a=b`.
+    A path may have a `=` too, where it is there, or has a `/` before it: `./a=b`. `--help` shows the usage.
+
+    Raises:
+        UserError: an argument looks like an option, and there are none.
     """
+    if {"-h", "--help"}.intersection(arguments):
+        say(usage)
+        sys.exit()
+    for option in (argument for argument in arguments if argument.startswith("-") and not Path(argument).exists()):
+        raise UserError(f"{option}: there are no options, settings are KEY=VALUE: {usage}")
     paths = [argument for argument in arguments if "/" in argument.partition("=")[0] or Path(argument).exists()]
     paths += [argument for argument in arguments if "=" not in argument and argument not in paths]
     settings = dict(argument.split("=", 1) for argument in arguments if argument not in paths)

@@ -72,6 +72,11 @@ class ModelSettings:
             f"model.init=random needs the architecture's numbers, which model={self.name} does not have: "
             "give model.architecture",
         )
+        kind = self.architecture.get("model_type")
+        require(
+            kind is None or (isinstance(kind, str) and bool(kind.strip())),
+            f"model.architecture.model_type={shown(kind)} must be the name of one that transformers knows",
+        )
         for group in ("architecture", "config"):
             _check_sizes(getattr(self, group), f"model.{group}")
 

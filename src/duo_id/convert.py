@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> Path:
     Raises:
         UserError: an argument is wrong, SRC cannot be read, or DST cannot hold it.
     """
-    paths, settings = app.sorted_out(arguments)
+    paths, settings = app.sorted_out(arguments, USAGE)
     unknown = sorted(settings.keys() - set(KEYS))
     if unknown:
         given = f"{unknown[0]}={settings[unknown[0]]}"

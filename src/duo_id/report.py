@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> Path:
     Raises:
         UserError: an argument is neither, a run cannot be read, or no job of a sweep has come to its end.
     """
-    given, settings = app.sorted_out(arguments)
+    given, settings = app.sorted_out(arguments, USAGE)
     unknown = sorted(settings.keys() - {"out", "reference"})
     if unknown:
         raise UserError(f"{unknown[0]}={settings[unknown[0]]}: there is no such setting and no such folder; {USAGE}")
