@@ -62,7 +62,14 @@ def use_heads(path: Path) -> None:
     pattern.check_fits(2, 2, "a model")
     contenders({"a": pattern}, [0.5], 1, ["streaming"], 0)
     told = {"a": contents_of(pattern), "b": contents_of(pattern)}
-    touched(told.values()), seconds_of(told), averaged(told), duo_config(pattern), pattern.holds_gates, repr(pattern)
+    (
+        touched(told.values()),
+        seconds_of(told),
+        averaged(told),
+        duo_config(pattern, {}),
+        pattern.holds_gates,
+        repr(pattern),
+    )
     differences(told_settings(pattern.provenance), {"method": {"name": "duo"}, "model": {"architecture": {"x": 1}}})
     if model_of(pattern.provenance, f"heads={path}"):
         told_model(pattern.provenance, f"heads={path}", "model=NAME")

@@ -190,7 +190,7 @@ def test_run_folder_keeps_its_settings_and_command_line(run: Run) -> None:
 
 
 def test_all_that_is_read_again_carries_a_checksum(run: Run) -> None:
-    for name in ("overrides.json", "settings.json", "summary.json", "heads/heads.json", "heads/config.json"):
+    for name in ("settings.json", "summary.json", "heads/heads.json", "heads/config.json"):
         contents = json.loads((run.folder / name).read_text())
         assert unsealed(contents) != contents, name
     tables = {path.name for path in (run.folder / "heads").glob("*.tsv")}

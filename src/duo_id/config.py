@@ -94,7 +94,7 @@ def _check_sizes(shape: dict[str, Any], place: str) -> None:
             )
     heads, kv_heads = shape.get("num_attention_heads"), shape.get("num_key_value_heads")
     require(
-        not heads or not kv_heads or heads % kv_heads == 0,
+        not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % max(kv_heads, 1) == 0,
         f"{place}.num_key_value_heads={kv_heads}: {heads} query heads do not divide among {kv_heads} KV heads",
     )
 

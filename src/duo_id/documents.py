@@ -110,20 +110,22 @@ def as_object(contents: Any, where: str | Path) -> dict[str, Any]:
     return contents
 
 
-def parse_lines(lines: Iterable[str], where: str | Path, mend: bool = False) -> list[tuple[int, dict[str, Any]]]:
-    """The objects in lines of JSON, with the numbers of these; blank ones are left out.
+def parse_lines(
+    lines: Iterable[str], where: str | Path, mend: bool = False, advice: str = AGAIN
+) -> list[tuple[int, dict[str, Any]]]:
+    """The objects in lines of JSON, with the numbers of these; blank ones are left out. Arguments as of `parse_json`.
 
     Raises:
         UserError: as of `parse_json`, or a line is something else.
     """
     numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     return [
-        (number, as_object(parse_json(line, where, number, mend), f"{where}, line {number}"))
+        (number, as_object(parse_json(line, where, number, mend, advice), f"{where}, line {number}"))
         for number, line in numbered
     ]
 
 
-def parse_json(text: str, where: str | Path, line: int = 1, mend: bool = False) -> Any:
+def parse_json(text: str, where: str | Path, line: int = 1, mend: bool = False, advice: str = AGAIN) -> Any:
     r"""What JSON says.
 
     Args:
@@ -131,6 +133,7 @@ def parse_json(text: str, where: str | Path, line: int = 1, mend: bool = False) 
         where: it stands, for messages.
         line: number of its first line there.
         mend: let half a character (`\ud800`), which models may generate and no file can hold, be a question mark.
+        advice: what to do about a text that its checksum does not fit.
 
     Raises:
         UserError: it is not JSON, is nested too deeply, or has a number that no float64 or int64 holds.
@@ -157,9 +160,10 @@ def parse_json(text: str, where: str | Path, line: int = 1, mend: bool = False) 
             raise UserError(f"{where}: {one} is no finite number")
     stands = where if line == 1 else f"{where}, line {line}"
     if text != whole:  # whose checksum is that of the halves
-        unsealed(json.loads(whole), stands, AGAIN)
-        contents.pop(SEAL, None)
-    return unsealed(contents, stands, AGAIN)
+        unsealed(json.loads(whole), stands, advice)
+        if isinstance(contents, dict):
+            contents.pop(SEAL, None)
+    return unsealed(contents, stands, advice)
 
 
 def checked(schema: type[Schema], contents: Any, where: str | Path, under: str = "") -> Schema:

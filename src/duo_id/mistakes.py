@@ -71,7 +71,8 @@ def built(group: str, settings: Mapping[str, Any], *args: Any, about: str = "_ta
         UserError: it cannot be made; the message has the overrides of the settings that the error names.
     """
     try:
-        return instantiate(literal(settings), *args, **others)
+        # Hydra resolves what it is given, and once more when it reads that.
+        return instantiate(literal(literal(settings)), *args, **others)
     except InstantiationException as error:
         reason = error.__cause__ or error
         named = [key for key in settings if re.search(rf"\b{re.escape(key)}\b", str(reason))]

@@ -192,7 +192,8 @@ def test_more_held_out_samples_than_there_are_is_refused(written, tokenizer):
         ({"settings": {"model": {"name": [1]}}}, r"card.json: settings\.model\.name=\[\.\.\.\] is no text"),
     ],
 )
-def test_a_damaged_card_is_named(disk, tokenizer, card, message):
+def test_a_damaged_card_is_named(written, disk, tokenizer, card, message):
+    (written / "SHA256SUMS").unlink()  # others may leave none
     path = Path(disk.path) / "card.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | card))
     with pytest.raises(UserError, match=f"data.path=.*{message}"):
@@ -203,7 +204,8 @@ def test_a_damaged_card_is_named(disk, tokenizer, card, message):
 def test_other_columns_are_named(written, disk, tokenizer, column):
     rows = {name: column if name == "labels" else [[1, 2]] for name in ("input_ids", "labels", "answers")}
     rows["labels"] = column if isinstance(column, list) else [column]
+    (written / "SHA256SUMS").unlink()
     shutil.rmtree(written / "train")
     datasets.Dataset.from_dict(rows).save_to_disk(str(written / "train"))
     with pytest.raises(UserError, match=r"data\.path=.*the split train has no rows of input_ids, labels, answers"):
-        make_task(disk, tokenizer, "validation")
+        make_task(disk, tokenizer, "train")

@@ -197,7 +197,7 @@ def push(address: str, pattern: str, folder: str) -> None:
 
     constants.ENDPOINT = address
     constants.HUGGINGFACE_CO_URL_TEMPLATE = address + "/{repo_id}/resolve/{revision}/{filename}"
-    constants.HF_HUB_DISABLE_XET = True
+    constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE = True, False
     run_plain(lambda _: load_pattern(pattern).push_to_hub(f"me/{Path(folder).name}", token=TOKEN))
 
 

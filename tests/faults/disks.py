@@ -37,17 +37,19 @@ def trial(bench: Bench, case: Case, seed: int, fault: str = "") -> Trial:
         size = PAGE * int(4 + made.chances.random() * 1.2 * before.bytes / PAGE)
         made.told.append(f"a disk of {size} bytes, where {before.bytes} are needed")
         with small_disk(folder, size) as grow:
-            _check(made, folder, bench.go(case, folder, TMPDIR=str(folder)))
+            ended = bench.go(case, folder, TMPDIR=str(folder))
+            _check(made, folder, ended)
             grow()
-            bench.check_end(made, folder, bench.go(case, folder))
+            bench.check_end(made, folder, ended if ended.status == 0 else bench.go(case, folder))
         return made
     look = made.chances.randint(1, before.looks)
     made.told.append(f"{fault} from look {look} of {before.looks} on")
-    _check(made, folder, bench.go(case, folder, strike=Strike(look, fault), powerless=True))
+    ended = bench.go(case, folder, strike=Strike(look, fault), powerless=True)
+    _check(made, folder, ended)
     for path in (folder, *folder.rglob("*")):
         if path.is_dir() and not path.is_symlink():
             path.chmod(0o755)
-    bench.check_end(made, folder, bench.go(case, folder))
+    bench.check_end(made, folder, ended if ended.status == 0 else bench.go(case, folder))
     return made
 
 

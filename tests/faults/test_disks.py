@@ -12,7 +12,7 @@ FEW = [
     ("convert", 0, "limit"),
     ("convert", 1, "read-only"),
     ("data_gen", 0, "limit"),
-    ("data_gen", 1, "read-only"),
+    ("data_gen", 2, "read-only"),
     ("unpack", 1, "limit"),
     ("peers", 0, "limit"),
 ]

@@ -13,12 +13,13 @@ from duo_id.errors import UserError
 from duo_id.evaluation.contenders import Key
 from duo_id.evaluation.items import SCHEMA, VERSION, Item, Row, Scored
 from duo_id.files import atomic_path, write_text
-from duo_id.integrity import sealed
+from duo_id.integrity import DIFFERS, sealed
 from duo_id.record import differences
 from duo_id.schema import shown
 
 SCORES = "scores.jsonl"  # in a run folder: a header line, then one row a line
 RESULTS = "results.json"
+ROW_AGAIN = "delete that line, and it is scored again"
 
 
 class _Written(Scored):
@@ -89,10 +90,12 @@ class Journal:
             if text and not text.endswith("\n"):  # written while the process was killed
                 text = text[: text.rfind("\n") + 1]
                 write_text(self.path, text)
-            (_, header), *rows = parse_lines(text.split("\n"), self.path, mend=True)
+            first, *rest = text.split("\n")
+            ((_, header),) = parse_lines([first], self.path, mend=True, advice=anew)
+            rows = parse_lines(["", *rest], self.path, mend=True, advice=ROW_AGAIN)  # numbered as in the file
         except ValueError as error:
             told = str(error).removeprefix(f"{self.path} ") if isinstance(error, UserError) else "it is empty"
-            raise UserError(f"{where} cannot be read ({told}): {anew}") from error
+            raise UserError(f"{where} cannot be read ({told})" + f": {anew}" * (DIFFERS not in told)) from error
         if (header.get("schema"), header.get("version")) != (SCHEMA, VERSION):
             raise UserError(
                 f"resume: {self.path} is of version {header.get('version')!r:.40}, this is version {VERSION} of "
