@@ -77,6 +77,10 @@ def imports(name: str) -> set[str]:
             assert node.level == 0, f"{name} has a relative import"
             members = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {member if member in MODULES else str(node.module) for member in members}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            given = node.args[0]
+            assert isinstance(given, ast.Constant) or name == "duo_id", f"{name} hides what it imports"
+            found |= {given.value} if isinstance(given, ast.Constant) else set()
     return {module for module in found if module in MODULES}
 
 

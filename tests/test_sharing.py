@@ -32,7 +32,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def test_a_pattern_goes_up_and_comes_down(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = load_pattern(NAME)
-    address = pattern.push_to_hub("me/heads", run=NAME, sparsities=(0.5,), message="First")
+    address = push_to_hub(pattern, "me/heads", run=NAME, sparsities=(0.5,), message="First")
     (commit,) = [name for name, files in hub.repos["me/heads"].items() if files]
     assert address == f"{constants.ENDPOINT}/me/heads/commit/{commit}"
     assert hub.messages == ["First"]
@@ -48,18 +48,18 @@ def test_a_pattern_goes_up_and_comes_down(hub: Hub, monkeypatch: pytest.MonkeyPa
 
 
 def test_another_push_replaces_the_masks_and_the_old_one_stays_in_reach(hub: Hub) -> None:
-    first = CASES["random"].push_to_hub("me/heads").rsplit("/", 1)[1]
-    second = CASES["ties"].push_to_hub("me/heads", sparsities=(0.9,)).rsplit("/", 1)[1]
+    first = push_to_hub(CASES["random"], "me/heads").rsplit("/", 1)[1]
+    second = push_to_hub(CASES["ties"], "me/heads", sparsities=(0.9,)).rsplit("/", 1)[1]
     assert [name for name in hub.repos["me/heads"][second] if "mask" in name] == ["mask_sparsity_90.tsv"]
     assert load_pattern("me/heads") == CASES["ties"]
     assert load_pattern(f"me/heads@{first}") == CASES["random"]
-    CASES["hybrid"].push_to_hub("me/heads", revision="other")
+    push_to_hub(CASES["hybrid"], "me/heads", revision="other")
     assert load_pattern("me/heads@other") == CASES["hybrid"]
     assert load_pattern("me/heads") == CASES["ties"]
 
 
 def test_a_folder_here_goes_before_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    CASES["random"].push_to_hub("me/heads")
+    push_to_hub(CASES["random"], "me/heads")
     write_folder(CASES["ties"], tmp_path / "me" / "heads", "me/heads")
     monkeypatch.chdir(tmp_path)
     assert load_pattern("me/heads") == CASES["ties"]
@@ -163,5 +163,5 @@ def test_every_shipped_pattern_carries_its_evidence() -> None:
 def test_a_run_is_shared_as_it_lies(hub: Hub, tmp_path: Path) -> None:
     save_pattern(CASES["random"], tmp_path / "heads")
     (tmp_path / "summary.json").write_text(json.dumps({"results": []}))
-    load_pattern(tmp_path).push_to_hub("me/run", run=tmp_path)
+    push_to_hub(load_pattern(tmp_path), "me/run", run=tmp_path)
     assert load_pattern("me/run") == CASES["random"]

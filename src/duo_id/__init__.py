@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from duo_id.deploy.prefill import prefill
     from duo_id.formats import list_patterns, load_pattern, save_pattern
     from duo_id.patterns import HeadMask, HeadPattern
+    from duo_id.sharing import push_to_hub
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ _HOMES = {
     "list_patterns": "duo_id.formats",
     "load_pattern": "duo_id.formats",
     "prefill": "duo_id.deploy.prefill",
+    "push_to_hub": "duo_id.sharing",
     "remove": "duo_id.deploy.install",
     "save_pattern": "duo_id.formats",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "list_patterns",
     "load_pattern",
     "prefill",
+    "push_to_hub",
     "remove",
     "save_pattern",
 ]

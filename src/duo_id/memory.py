@@ -189,7 +189,7 @@ def available(memory: str, device: torch.device) -> int | None:
     """The bytes of a device that a step may use, weights included; None where nothing limits it.
 
     Raises:
-        UserError: `memory` is neither auto, least nor a budget.
+        UserError: `memory` is neither auto, outputs, least nor a budget.
     """
     budget = memory_bytes(memory)
     if budget is not None or device.type != "cuda":

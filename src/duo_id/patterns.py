@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from numbers import Integral
 from typing import Any
 
@@ -173,14 +172,6 @@ class HeadPattern:
                 f"this head pattern has scores of layers {list(self.gated_layers)}, not of {unscored}, whose heads are "
                 "to be ordered"
             )
-
-    def push_to_hub(self, repo: str, **options: Any) -> str:
-        """Share the pattern on the model hub: `duo_id.sharing.push_to_hub`, whose arguments these are.
-
-        Sharing draws figures and stands far above patterns, so it is looked up when it is called, as `duo_id` does with
-        all its names: who has a pattern in hand need not know where sharing lives, and patterns load nothing for it.
-        """
-        return str(import_module("duo_id.sharing").push_to_hub(self, repo, **options))
 
     def __eq__(self, other: object) -> bool:
         """Whether scores, windows, gated layers and provenance are all the same."""

@@ -1,4 +1,4 @@
-"""`python -m duo_id.train`: identify a model's retrieval heads by training gates, and show how good they are."""
+"""`python -m duo_id.train`: find a model's retrieval heads by any method, and show how good they are."""
 
 from duo_id import stopping
 
@@ -55,7 +55,7 @@ UNTOLD = ("logger", "resume", "checkpoint_seconds")  # settings that say nothing
 
 
 def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict[str, Any]:
-    """Train the gates, export them as a head pattern and compare its masks.
+    """Find heads by the chosen method, export them as a head pattern and compare its masks.
 
     Args:
         settings: what to identify, on which samples, how.

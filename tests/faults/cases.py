@@ -19,6 +19,7 @@ from duo_id.app import run_plain
 from duo_id.formats import HEADS, load_pattern, save_pattern
 from duo_id.history import read_history
 from duo_id.patterns import HeadPattern
+from duo_id.sharing import push_to_hub
 from tests.hub_server import TOKEN, Handler, Hub
 from tests.processes import run_file, run_module
 
@@ -198,7 +199,7 @@ def push(address: str, pattern: str, folder: str) -> None:
     constants.ENDPOINT = address
     constants.HUGGINGFACE_CO_URL_TEMPLATE = address + "/{repo_id}/resolve/{revision}/{filename}"
     constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE = True, False
-    run_plain(lambda _: load_pattern(pattern).push_to_hub(f"me/{Path(folder).name}", token=TOKEN))
+    run_plain(lambda _: push_to_hub(load_pattern(pattern), f"me/{Path(folder).name}", token=TOKEN))
 
 
 def harness(*arguments: str) -> None:

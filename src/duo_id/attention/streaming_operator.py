@@ -7,7 +7,8 @@ from torch import Tensor
 from duo_id.attention.kernels import LOG2_E, padded_dim, precision
 from duo_id.attention.streaming_kernels import streaming_forward, streaming_key_gradients, streaming_query_gradient
 
-# Not yet tuned on a GPU. Rows times queries' width, and keys times width, at most as many numbers as in `TILE`.
+# The best of 36 launch settings a kernel on an H100 (docs/performance.md). A tile, rows or keys times the width of
+# a head, has at most `TILE_BYTES`.
 FORWARD_TUNING = {"rows": 64, "block": 32, "warps": 4, "stages": 3}
 QUERY_TUNING = {"rows": 64, "block": 32, "warps": 4, "stages": 2}
 KEY_TUNING = {"rows": 64, "block": 64, "warps": 4, "stages": 2}
