@@ -23,7 +23,7 @@ from duo_id.byte_tokens import byte_tokenizer
 from duo_id.data.samples import with_scored
 from duo_id.distillation import Distillation
 from duo_id.errors import UserError
-from duo_id.models import LanguageModel
+from duo_id.language_model import LanguageModel
 from duo_id.objectives import OBJECTIVES
 from tests.deploy.reference import brute_force
 from tests.tiny import draw_weights, faithful

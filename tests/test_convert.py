@@ -107,6 +107,7 @@ def test_mistakes_are_named(source: Path, tmp_path: Path) -> None:
     refused("give SRC and DST, not 3 paths", source, target, target)
     refused("'' is no path", source, "")
     refused("sink_size=99999999999 must be at most", source, target, "sink_size=99999999999")
+    refused("format=b: format is given twice", source, target, "format=a", "format=b")
     refused("--lossy: there are no options, settings are KEY=VALUE", source, target, "--lossy")
     refused("format=onnx: choose heads, duo-attention", source, target, "format=onnx")
     refused("fromat=rlkv: there is no such setting", source, target, "fromat=rlkv")

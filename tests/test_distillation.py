@@ -17,7 +17,8 @@ from duo_id.attention.probe import BOUND
 from duo_id.data.samples import Sample, collate, with_scored
 from duo_id.distillation import Distillation
 from duo_id.errors import UserError
-from duo_id.models import LanguageModel, byte_tokenizer
+from duo_id.language_model import LanguageModel
+from duo_id.models import byte_tokenizer
 from duo_id.objectives import OBJECTIVES, Objective, Outputs
 from duo_id.recompute import recomputed
 from tests.dense import dense_attention, plain_outputs, slow_objective

@@ -18,8 +18,8 @@ from duo_id.config import ModelSettings, TrainSettings, conf_dir, parse, plain
 from duo_id.errors import UserError
 from duo_id.foreign import class_of, model_of
 from duo_id.formats import load_pattern, save_pattern
+from duo_id.language_model import LanguageModel
 from duo_id.mistakes import literal
-from duo_id.models import LanguageModel
 from duo_id.patterns import HeadPattern
 from duo_id.report import main as report
 from duo_id.sharing import model_card

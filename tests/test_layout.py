@@ -23,7 +23,7 @@ attention.padding attention.probe attention.parity attention.heads attention.row
 gates penalties objectives
 budget mistakes schema trainer config foreign record resuming methods
 byte_tokens ranks sharding weights wheels
-models
+language_model models
 data.words data.samples data.haystack data.disk data.drafting data.passkey data.key_value data.copying data.multi_query
 data.text data.mixture data.tasks data.module
 patterns tables hub formats

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from duo_id.config import ModelSettings, TrainSettings, conf_dir
 from duo_id.errors import UserError
-from duo_id.models import LanguageModel, byte_tokenizer, load_model, load_tokenizer
+from duo_id.language_model import LanguageModel
+from duo_id.models import byte_tokenizer, load_model, load_tokenizer
 from tests import families
 from tests.commands import settings_of
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from duo_id.models import LanguageModel, byte_tokenizer
+from duo_id.language_model import LanguageModel
+from duo_id.models import byte_tokenizer
 from duo_id.ranks import Ranks
 from duo_id.scoring import Score, score, total
 from tests.tiny import tiny_model

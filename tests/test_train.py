@@ -25,8 +25,8 @@ from duo_id.data.module import SampleModule
 from duo_id.formats import TABLES
 from duo_id.history import read_history
 from duo_id.integrity import MARK, unsealed
+from duo_id.language_model import LanguageModel
 from duo_id.methods import GateSettings
-from duo_id.models import LanguageModel
 from duo_id.objectives import OBJECTIVES, Outputs
 from duo_id.record import SETTINGS, keep_settings
 from duo_id.scoring import score

@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from duo_id.attention.gated import attached
 from duo_id.config import StepSettings
+from duo_id.language_model import LanguageModel
 from duo_id.methods import GateSettings
-from duo_id.models import LanguageModel, byte_tokenizer
+from duo_id.models import byte_tokenizer
 from duo_id.steps import prepared
 from duo_id.training import GateTraining
 

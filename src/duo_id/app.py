@@ -32,7 +32,7 @@ from duo_id.errors import UserError
 from duo_id.evaluation.sweeps import ERROR
 from duo_id.files import write_text
 from duo_id.folders import first_process, fresh, held
-from duo_id.mistakes import as_typed, explained, literal
+from duo_id.mistakes import as_typed, explained, literal, no_choice
 from duo_id.record import SETTINGS
 from duo_id.stopping import preemption, status_of, stoppable, told
 
@@ -86,10 +86,12 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
         sys.exit(status)
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         sys.exit(_complain(error))
-    except ValueError as error:  # Hydra's own, as on trainer=null
+    except (ValueError, TypeError, AttributeError) as error:  # Hydra's own, as on trainer=null or model=[[a]]
         if composed:
             raise
-        sys.exit(_complain(error))
+        groups = [text for text in sys.argv[1:] if (conf_dir() / text.strip("+~").partition("=")[0]).is_dir()]
+        given = [text for text in groups if no_choice(text)] or sys.argv[1:]
+        sys.exit(_complain(UserError(f"{' '.join(given)}: Hydra cannot compose this ({explained(error)})")))
     except KeyboardInterrupt as error:
         console.print(told(error))
         leave(status_of(error))
@@ -101,7 +103,7 @@ def sorted_out(arguments: Sequence[str], usage: str) -> tuple[list[str], dict[st
     A path may have a `=` too, where it is there, or has a `/` before it: `./a=b`. `--help` shows the usage.
 
     Raises:
-        UserError: an argument looks like an option, and there are none.
+        UserError: an argument looks like an option, and there are none, or a setting is given twice.
     """
     if {"-h", "--help"}.intersection(arguments):
         say(usage)
@@ -110,7 +112,11 @@ def sorted_out(arguments: Sequence[str], usage: str) -> tuple[list[str], dict[st
         raise UserError(f"{option}: there are no options, settings are KEY=VALUE: {usage}")
     paths = [argument for argument in arguments if "/" in argument.partition("=")[0] or Path(argument).exists()]
     paths += [argument for argument in arguments if "=" not in argument and argument not in paths]
-    settings = dict(argument.split("=", 1) for argument in arguments if argument not in paths)
+    settings: dict[str, str] = {}
+    for key, value in (argument.split("=", 1) for argument in arguments if argument not in paths):
+        if key in settings:
+            raise UserError(f"{key}={value}: {key} is given twice")
+        settings[key] = value
     return [argument for argument in arguments if argument in paths], settings
 
 
@@ -188,6 +194,8 @@ class Holding(Callback):
         try:
             folder = Path(OmegaConf.select(config, override))
             _folder.enter_context(held(folder, f"wait until it ends, or give another {override}"))
+        except (FileExistsError, NotADirectoryError):
+            sys.exit(_complain(UserError(f"{override}={folder} is, or lies in, a file: give a folder")))
         except (UserError, OmegaConfBaseException, OSError) as error:  # Hydra would make a warning of it
             _name(error, OmegaConf.select(config, override, throw_on_resolution_failure=False))
             sys.exit(_complain(error))
@@ -239,6 +247,8 @@ def _run_folder(resume: str | None, progress: str, folder: str) -> str:
     """Where a run writes: a new folder, or that of the run it goes on with, whose `progress` is a file there."""
     if resume is None:
         return _new_folder(folder)
+    if not isinstance(resume, str) or not resume.strip():
+        raise UserError(f"resume={resume}: give the folder of a run")
     if not (Path(resume) / progress).is_file():
         raise UserError(f"resume={resume}: there is no {progress} to go on from; leave out resume to start anew")
     return resume

@@ -36,7 +36,8 @@ from duo_id.errors import UserError
 from duo_id.files import write_text
 from duo_id.formats import load_pattern
 from duo_id.integrity import sealed
-from duo_id.models import LanguageModel, load_model
+from duo_id.language_model import LanguageModel
+from duo_id.models import load_model
 from duo_id.patterns import HeadMask, random_mask
 from duo_id.plots import save_figure
 from duo_id.ranks import Ranks, launch

@@ -84,14 +84,14 @@ class ModelSettings:
 def _check_sizes(shape: dict[str, Any], place: str) -> None:
     """Refuse sizes of a model that are none; whether all fit together its family knows."""
     for key, value in shape.items():
-        if isinstance(value, dict):
-            _check_sizes(value, f"{place}.{key}")
-        elif key in SIZES and not (value is None and place == "model.config"):
+        if key in SIZES and not (value is None and place == "model.config"):
             whole = isinstance(value, int) and not isinstance(value, bool)
             require(
                 whole and 1 <= value <= SIZES[key],
                 f"{place}.{key}={shown(value)} must be a whole number, at least 1 and at most {SIZES[key]}",
             )
+        elif isinstance(value, dict):
+            _check_sizes(value, f"{place}.{key}")
     heads, kv_heads = shape.get("num_attention_heads"), shape.get("num_key_value_heads")
     require(
         not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % max(kv_heads, 1) == 0,

@@ -15,7 +15,7 @@ from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer, blocks
 from duo_id.attention.rows import AtRows, few, last_layer
 from duo_id.errors import UserError
-from duo_id.models import LanguageModel
+from duo_id.language_model import LanguageModel
 from duo_id.objectives import OBJECTIVES, Objective, Outputs
 
 Batch = Mapping[str, Any]  # with what `duo_id.data.samples.with_scored` adds

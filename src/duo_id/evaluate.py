@@ -38,7 +38,8 @@ from duo_id.evaluation.tasks.building import Builder
 from duo_id.evaluation.tasks.registry import make_items
 from duo_id.foreign import model_of, told_model
 from duo_id.formats import contents_of, list_patterns, load_pattern, pattern_name
-from duo_id.models import LanguageModel, load_model, weights_source
+from duo_id.language_model import LanguageModel
+from duo_id.models import load_model, weights_source
 from duo_id.patterns import HeadPattern
 from duo_id.plots import save_figure
 from duo_id.record import check_honoured, differences, keep_settings, read_settings, within

@@ -21,6 +21,7 @@ from duo_id.data.samples import Sample
 from duo_id.errors import UserError
 from duo_id.formats import load_pattern
 from duo_id.history import GateHistory
+from duo_id.language_model import LanguageModel
 from duo_id.methods import (
     METHODS,
     GateSettings,
@@ -31,7 +32,6 @@ from duo_id.methods import (
     of_order,
 )
 from duo_id.mistakes import built
-from duo_id.models import LanguageModel
 from duo_id.objectives import make_objective
 from duo_id.patterns import HeadPattern, weigh_in
 from duo_id.progress import TrainingBar

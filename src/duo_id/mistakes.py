@@ -27,7 +27,8 @@ def explained(error: BaseException) -> str:
         if isinstance(link, OverrideParseException):
             return _unread(link)
         if isinstance(link, MissingMandatoryValue):
-            return f"{link.full_key}: its value is missing, give {link.full_key}=VALUE"
+            key = link.full_key or str(link).split()[-1]
+            return f"{key}: its value is missing, give {key}=VALUE"
         if isinstance(link, ConfigTypeError) and link.object_type in KINDS:
             return f"{_joined(error)}: {link.full_key} is {KINDS[link.object_type]}"
         if isinstance(link, ValidationError) and "is not a ListConfig" in str(link):
@@ -79,6 +80,16 @@ def built(group: str, settings: Mapping[str, Any], *args: Any, about: str = "_ta
         named = named or [key for key, value in settings.items() if str(reason).endswith(f": {value}")] or [about]
         overrides = ", ".join(f"{group}.{key}={settings.get(key)}" for key in named)
         raise UserError(f"{overrides}: {_joined(reason)}") from reason
+
+
+def no_choice(override: str) -> bool:
+    """Whether an override has a value that no group of conf/ can be chosen by, which is no name nor a list of them."""
+    try:
+        value = OverridesParser.create().parse_override(override).value()
+    except HydraException:
+        return False
+    names = value if isinstance(value, list) else [value]
+    return not all(isinstance(name, str) for name in names)
 
 
 def quoted(override: str) -> str | None:

@@ -1,176 +1,26 @@
 """Load, freeze and describe any causal language model of transformers."""
 
-import inspect
+import difflib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights, no_tie_weights
 
-from duo_id.attention.exchange import from_previous
-from duo_id.attention.padding import first_position, no_padding
-from duo_id.attention.probe import AttentionLayer
 from duo_id.byte_tokens import byte_tokenizer
 from duo_id.config import ModelSettings, require
 from duo_id.errors import UserError
+from duo_id.language_model import LanguageModel
 from duo_id.ranks import Ranks
 from duo_id.sharding import materialise, shard, sharding
 from duo_id.weights import DAMAGED, damage, reason_of
 from duo_id.wheels import dequantised, gguf_in_wheel
 
-
-@dataclass(frozen=True)
-class LanguageModel:
-    """A frozen language model with its tokenizer and where they came from."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-    id: str
-    revision: str | None
-    source: str  # where the weights were read: the wheel's name and version, a hub commit, a folder, or "random"
-    ranks: Ranks = field(default_factory=Ranks)  # the processes that share it
-
-    @property
-    def max_length(self) -> int | None:
-        """The longest context in tokens that the model is made for; None if it names no limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers, gated or not."""
-        return int(self.model.config.get_text_config().num_hidden_layers)
-
-    def describe(self, layers: Sequence[AttentionLayer]) -> dict[str, Any]:
-        """Where the model came from and its shape, as plain values.
-
-        Args:
-            layers: its gated layers.
-        """
-        return {
-            "name": self.name,
-            "id": self.id,
-            "revision": self.revision,
-            "source": self.source,
-            "layers": self.num_layers,
-            "gated_layers": len(layers),
-            "kv_heads": layers[0].kv_heads,
-            "heads": layers[0].heads,
-        }
-
-    @property
-    def keeps_logits(self) -> bool:
-        """Whether the model can be asked for the logits of some positions alone."""
-        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
-
-    @property
-    def trunk(self) -> PreTrainedModel:
-        """What returns the last hidden states, whichever way a model is entered: some go past their base model."""
-        found = self.model.base_model.get_decoder()  # type: ignore[operator]  # untyped
-        parts = (part for part in found.children() if isinstance(part, PreTrainedModel))
-        return next(parts, found) if found is self.model else found  # some do not say which part that is
-
-    def hidden_states(self, batch: dict[str, Any]) -> Tensor:
-        """Last hidden states after the final norm, (batch, tokens, hidden size).
-
-        Args:
-            batch: `input_ids` (batch, tokens) and `attention_mask`, the same shape or None.
-        """
-        if not self.ranks.sharded:
-            return self.trunk(**self._inputs(batch)).last_hidden_state
-        found: list[Tensor] = []  # FSDP wants to be entered by the whole model, so one logit is computed beside
-        hook = self.trunk.register_forward_hook(lambda *given: found.append(given[2].last_hidden_state))
-        try:
-            self.model(**self._inputs(batch), **({"logits_to_keep": 1} if self.keeps_logits else {}))
-        finally:
-            hook.remove()
-        return found[0]
-
-    def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
-        """Next-token logits at `positions` (n,) of each sample, (batch, n, vocabulary).
-
-        Only these are computed where the model can.
-        """
-        if self.keeps_logits:
-            return self.model(**self._inputs(batch), logits_to_keep=positions).logits
-        return self.model(**self._inputs(batch)).logits[:, positions]
-
-    def predictions(self, batch: dict[str, Any], scored: Tensor) -> Tensor:
-        """The logits that predict some of the tokens, (n, vocabulary).
-
-        Args:
-            batch: as of `hidden_states`; where processes share tokens, those of this one.
-            scored: (n,), flat indices of the tokens into (batch, tokens).
-        """
-        samples, tokens = batch["input_ids"].shape
-        row = scored // tokens
-        before = row * tokens + (scored - 1) % tokens
-        if self.ranks.group is None:
-            return self._logits_of(batch, before)
-        # What predicts the first token of a part is at the end of the part before it.
-        ends = torch.arange(1, samples + 1, device=scored.device) * tokens - 1
-        found, last = self._logits_of(batch, torch.cat([before, ends])).split([len(scored), samples])
-        earlier = from_previous(last, self.ranks.group)
-        return torch.where((scored % tokens == 0)[:, None], earlier[row], found)
-
-    def _logits_of(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:
-        """Logits at `tokens` (n,), flat indices into (batch, tokens), (n, vocabulary)."""
-        with self.head_at(batch["input_ids"], tokens) as pick:
-            return pick(self.model(**self._inputs(batch)).logits)
-
-    @contextmanager
-    def head_at(self, ids: Tensor, tokens: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Let the head compute some tokens alone, each sample's own, in one forward in the block.
-
-        It is handed them as one sample, so that what the model does to its logits afterwards, such as a soft cap, is
-        done as ever. A model that has its head elsewhere computes all.
-
-        Args:
-            ids: (batch, tokens), what the forward reads.
-            tokens: (n,), flat indices into them.
-
-        Yields:
-            a function from the forward's logits to those of the tokens, (n, vocabulary).
-        """
-        picked = False
-
-        def hand(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            nonlocal picked
-            if not args or args[0].shape[:-1] != ids.shape:
-                return None
-            picked = True
-            return (args[0].flatten(0, 1)[tokens][None], *args[1:])
-
-        head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(hand) if head is not None else None
-        try:
-            yield lambda logits: logits[0] if picked else logits.flatten(0, 1)[tokens]
-        finally:
-            if hook is not None:
-                hook.remove()
-
-    def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        first = first_position(self.model)
-        if mask is None:
-            places = {"position_ids": batch["position_ids"] + first} if "position_ids" in batch else {}
-            return {"input_ids": ids, "attention_mask": no_padding(ids), "use_cache": False} | places
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0) + first  # count real tokens, wherever the padding is
-        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+UNDECLARED = ("rope_theta", "rope_scaling", "head_dim", "sliding_window", "attention_bias")  # read where they are there
 
 
 def load_model(
@@ -212,6 +62,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         UserError: the tokenizer cannot be found or reached.
     """
     if settings.init == "random":
+        _config(settings)  # which says what is wrong with it also where no model is made
         return byte_tokenizer()
     try:
         return AutoTokenizer.from_pretrained(
@@ -274,8 +125,11 @@ def _config(settings: ModelSettings) -> Any:
     shared = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         if settings.init == "random":
-            return AutoConfig.for_model(**settings.architecture | settings.config)
+            given = settings.architecture | settings.config
+            _check_known("architecture", given, AutoConfig.for_model(given.get("model_type", "")))
+            return AutoConfig.for_model(**given)
         config = AutoConfig.from_pretrained(weights_source(settings), **shared)
+        _check_known("config", settings.config, config)
         config.update(settings.config)
         return config
     except UserError:
@@ -286,6 +140,15 @@ def _config(settings: ModelSettings) -> Any:
             kind = f"model_type={settings.architecture.get('model_type')}"
             raise UserError(f"{numbers} ({kind}) does not describe a model: {reason_of(error)}") from error
         raise _cannot_load(settings, error) from error
+
+
+def _check_known(group: str, given: dict[str, Any], config: Any) -> None:
+    """Refuse numbers that a kind of model does not have, which transformers would keep and nothing would read."""
+    for key in given:
+        if not hasattr(config, key) and key not in UNDECLARED:
+            near = difflib.get_close_matches(key, config.to_dict(), 1)
+            meant = f", did you mean {near[0]}?" if near else ""
+            raise UserError(f"model.{group}.{key}: {config.model_type} has no such number{meant}")
 
 
 def _pretrained_model(

@@ -41,6 +41,8 @@ def main(arguments: Sequence[str]) -> Path:
         raise UserError(f"give at least one run folder of evaluate or train: {USAGE}")
     first = Path(given[0])
     out = Path(settings.get("out") or (first if first.is_dir() else first.parent) / PAGE)
+    if settings.get("out") == "":
+        raise UserError(f"out= names no file: give a file, such as out={PAGE}")
     if out.is_dir():
         raise UserError(f"out={out} is a folder: give a file, such as out={out / PAGE}")
     with app.console.status("reading") as status:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from duo_id.data.samples import split_batch
-from duo_id.models import LanguageModel
+from duo_id.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

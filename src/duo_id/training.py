@@ -24,9 +24,9 @@ from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, w
 from duo_id.errors import UserError
 from duo_id.gates import GATES
 from duo_id.graphs import GraphedLoss
+from duo_id.language_model import LanguageModel
 from duo_id.methods import GateSettings, make_optimizer
 from duo_id.mistakes import as_typed
-from duo_id.models import LanguageModel
 from duo_id.objectives import make_objective
 from duo_id.patterns import HeadPattern, TieWarning
 from duo_id.penalties import PENALTIES, TargetSparsity

@@ -33,6 +33,8 @@ def damage(name: str, source: str, revision: str | None, error: Exception) -> Us
     if isinstance(error, SafetensorError) or "size mismatch" in str(error) or "mismatched" in str(error):
         reason = f"the weights in {folder} do not fit its config.json ({reason_of(error)})"
         return UserError(f"model.id={name}: {reason}: {again}")
+    if isinstance(error, KeyError):  # a name that transformers looks up, such as a kind of rotary embedding
+        return UserError(f"model.id={name}: {folder / 'config.json'} does not describe a model ({error!r}): {again}")
     return None
 
 

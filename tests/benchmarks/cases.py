@@ -13,7 +13,8 @@ from duo_id.benchmarks.floors import workload
 from duo_id.benchmarks.measure import Bench
 from duo_id.benchmarks.settings import BenchmarkSettings
 from duo_id.config import ModelSettings
-from duo_id.models import LanguageModel, byte_tokenizer
+from duo_id.language_model import LanguageModel
+from duo_id.models import byte_tokenizer
 from duo_id.patterns import HeadMask
 
 SINK, RECENT = 4, 8

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from duo_id import HeadMask, duo_attention
 from duo_id.config import ModelSettings, conf_dir
-from duo_id.models import LanguageModel, load_model
+from duo_id.language_model import LanguageModel
+from duo_id.models import load_model
 from duo_id.patterns import random_mask
 from tests.deploy.reference import brute_force
 

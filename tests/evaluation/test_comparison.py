@@ -15,7 +15,8 @@ from duo_id.attention.probe import AttentionLayer
 from duo_id.errors import UserError
 from duo_id.evaluation import comparison
 from duo_id.evaluation.comparison import Result, check_window, compare, results_table
-from duo_id.models import LanguageModel, byte_tokenizer
+from duo_id.language_model import LanguageModel
+from duo_id.models import byte_tokenizer
 from duo_id.patterns import HeadMask, HeadPattern, random_mask
 from duo_id.scoring import Score, score
 from tests.tiny import tiny_model

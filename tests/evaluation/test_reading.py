@@ -7,7 +7,8 @@ from duo_id.deploy.chunks import continuation
 from duo_id.deploy.install import duo_attention
 from duo_id.evaluation.items import Item, Question
 from duo_id.evaluation.reading import Answers, Reader, batches, end_tokens
-from duo_id.models import LanguageModel, byte_tokenizer
+from duo_id.language_model import LanguageModel
+from duo_id.models import byte_tokenizer
 from duo_id.patterns import HeadMask, HeadPattern
 from tests.families import LAYERS, OF, SIZES
 from tests.tiny import tiny_model

@@ -23,8 +23,9 @@ from duo_id.config import ModelSettings, StepSettings
 from duo_id.data.samples import collate
 from duo_id.evaluation.comparison import compare
 from duo_id.files import atomic_path
+from duo_id.language_model import LanguageModel
 from duo_id.methods import GateSettings
-from duo_id.models import LanguageModel, load_model
+from duo_id.models import load_model
 from duo_id.patterns import HeadPattern
 from duo_id.ranks import Ranks
 from duo_id.recompute import Keep, recomputed

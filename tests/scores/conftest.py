@@ -14,8 +14,8 @@ from duo_id.attention.gated import attached
 from duo_id.attention.heads import Backends
 from duo_id.attention.masks import Window
 from duo_id.data.samples import UNSCORED, Sample
+from duo_id.language_model import LanguageModel
 from duo_id.methods import AttentionSettings
-from duo_id.models import LanguageModel
 from duo_id.scores.subject import Subject
 
 WINDOW = Window(3, 8)

@@ -16,7 +16,7 @@ from duo_id.benchmarks import baseline
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.install import dual_cache, duo_attention
 from duo_id.errors import UserError
-from duo_id.models import LanguageModel
+from duo_id.language_model import LanguageModel
 from duo_id.patterns import HeadMask
 
 

@@ -26,7 +26,7 @@ from duo_id.benchmarks.timing import Stopwatch, Timing, release, timed, unless_o
 from duo_id.config import StepSettings
 from duo_id.data.samples import UNSCORED, shared_weights, split_batch, with_scored
 from duo_id.errors import UserError
-from duo_id.models import LanguageModel
+from duo_id.language_model import LanguageModel
 from duo_id.objectives import OBJECTIVES
 from duo_id.plan import shared_step
 from duo_id.steps import SHAPES, prepared

@@ -13,7 +13,7 @@ from duo_id.attention.gated import attached, bound
 from duo_id.attention.heads import Backends, masked_layers
 from duo_id.errors import UserError
 from duo_id.evaluation.contenders import random_like
-from duo_id.models import LanguageModel
+from duo_id.language_model import LanguageModel
 from duo_id.patterns import HeadMask, HeadPattern
 from duo_id.scoring import Score, score, total
 

@@ -15,7 +15,7 @@ from duo_id.deploy.cache import DualCache
 from duo_id.deploy.chunks import Continuation, continuation
 from duo_id.deploy.install import dual_cache
 from duo_id.evaluation.items import Item, Question
-from duo_id.models import LanguageModel
+from duo_id.language_model import LanguageModel
 
 CHECK_EVERY = 8  # decode steps between two looks at whether all answers have ended, each of which waits for the device
 

@@ -15,7 +15,7 @@ from duo_id.evaluation.items import Item
 from duo_id.evaluation.journal import Journal
 from duo_id.evaluation.judging import rows_of
 from duo_id.evaluation.reading import Answers, Reader, batches, end_tokens
-from duo_id.models import LanguageModel
+from duo_id.language_model import LanguageModel
 
 CPU_BATCH_TOKENS = 4096
 

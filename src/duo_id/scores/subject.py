@@ -12,7 +12,7 @@ from duo_id.attention.masks import Window
 from duo_id.attention.probe import AttentionLayer
 from duo_id.data.samples import Sample, collate, with_scored
 from duo_id.distillation import Distillation
-from duo_id.models import LanguageModel
+from duo_id.language_model import LanguageModel
 from duo_id.objectives import Objective
 
 
