@@ -20,8 +20,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = "tests/attention tests/deploy tests/evaluation/test_reading.py tests/test_families.py".split()
-TRAINING = "tests/data tests/test_train.py tests/test_training.py tests/test_resume.py".split()
+TESTS = "tests/attention tests/deploy tests/evaluate/test_reading.py tests/models/test_families.py".split()
+TRAINING = "tests/data tests/train/test_run.py tests/train/test_gate_training.py tests/train/test_resume.py".split()
 
 
 def oldest() -> list[str]:

@@ -1,17 +1,18 @@
 """Write samples to disk: `python data_gen/write.py out=DIR n=1000 [data=key_value model=... data.length_max=...]`."""
 
-from duo_id import stopping
+from duo_id.common import stopping
 
 if __name__ == "__main__":
     stopping.die_quietly()
 
 from omegaconf import DictConfig
 
-from duo_id import app
-from duo_id.config import DataGenSettings, parse
+from duo_id.common import cli
+from duo_id.common.config import parse
 from duo_id.data.disk import write_dataset
-from duo_id.data.tasks import make_task
-from duo_id.models import load_tokenizer
+from duo_id.data.registry import make_task
+from duo_id.models.loading import load_tokenizer
+from duo_id.train.settings import DataGenSettings
 
 
 def generate(config: DictConfig) -> None:
@@ -24,8 +25,8 @@ def generate(config: DictConfig) -> None:
     tokenizer = load_tokenizer(settings.model)
     counts = {"train": settings.n, "validation": settings.n_validation, "test": settings.n_test}
     tasks = {split: make_task(settings.data, tokenizer, split) for split, count in counts.items() if count > 0}
-    app.say(write_dataset(settings, tokenizer, tasks))
+    cli.say(write_dataset(settings, tokenizer, tasks))
 
 
 if __name__ == "__main__":
-    app.run("data_gen", generate)
+    cli.run("data_gen", generate)

@@ -21,7 +21,7 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from duo_id.training import GateTraining
+    from duo_id.train.gate_training import GateTraining
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -85,7 +85,7 @@ def one_thread() -> None:
 @pytest.fixture
 def make_model() -> Callable[..., PreTrainedModel]:
     """The factory of tiny random models."""
-    from tests.tiny import tiny_model
+    from tests.support.tiny import tiny_model
 
     return tiny_model
 
@@ -93,6 +93,6 @@ def make_model() -> Callable[..., PreTrainedModel]:
 @pytest.fixture
 def gate_training() -> Callable[..., AbstractContextManager[GateTraining]]:
     """Makes a `GateTraining` of a tiny model, attached while the block lasts."""
-    from tests.tiny import tiny_training
+    from tests.support.tiny import tiny_training
 
     return tiny_training

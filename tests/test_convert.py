@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from duo_id import convert
-from duo_id.documents import read_object
-from duo_id.errors import UserError
-from duo_id.formats import SCORES, TABLES, load_pattern, save_pattern
-from duo_id.interop.registry import FORMATS, lost
-from duo_id.patterns import HeadPattern
-from tests.interop.cases import CASES, all_masks
+from duo_id.common.documents import read_object
+from duo_id.common.errors import UserError
+from duo_id.patterns.files import SCORES, TABLES, load_pattern, save_pattern
+from duo_id.patterns.formats.registry import FORMATS, lost
+from duo_id.patterns.pattern import HeadPattern
+from tests.patterns.formats.cases import CASES, all_masks
 
-pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.TieWarning")  # their order is what is tested
+pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.pattern.TieWarning")  # their order is what is tested
 
 SUFFIXES = {"prulong": ".tsv", "retrieval-head": ".json", "headkv": ".json", "qrhead": ".yaml", "kvzip": ".pt"}
 BACK = ["layers=6", "kv_heads=3", "sink_size=16", "recent_size=64"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import run_module, start
+from tests.support.processes import run_module, start
 
 nbformat = pytest.importorskip("nbformat")
 NotebookResult = pytest.importorskip("nbmake.nb_result").NotebookResult

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from duo_id import load_pattern
-from tests.commands import QUICK
+from tests.support.commands import QUICK
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -66,7 +66,9 @@ def test_archives_hold_every_file_of_the_package(archives):
 
 
 def test_wheel_finds_its_configuration(wheel_python, tmp_path):
-    code = "import duo_id; from duo_id.config import conf_dir; from hydra_plugins import duo_id_optuna as plugin; "
+    code = (
+        "import duo_id; from duo_id.train.settings import conf_dir; from hydra_plugins import duo_id_optuna as plugin; "
+    )
     code += "print(duo_id.__file__, conf_dir(), plugin.__file__)"
     package, conf, plugin = run(wheel_python, "-c", code, cwd=tmp_path).split()
     assert Path(package).is_relative_to(wheel_python.parents[1])
@@ -137,7 +139,7 @@ def test_an_overlay_gets_what_its_packages_require_and_the_environment_lacks(tmp
 def test_a_run_on_another_release_than_the_one_asked_for_fails(tested, tmp_path):
     write_package(tmp_path, "transformers", "9.9")
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "DUO_ID_RELEASES": f"transformers=={tested}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/evaluation/test_metrics.py", "-k", "rouge_l"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/evaluate/test_metrics.py", "-k", "rouge_l"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode == 0) == (tested == "9.9"), done.stdout
     assert ("transformers==9.8 is to be tested, not 9.9" in done.stdout) == (tested == "9.8")

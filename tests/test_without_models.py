@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from duo_id.interop.registry import FORMATS
-from tests.evaluation.saved import a_pattern, line_up, save, saved_results
+from duo_id.patterns.formats.registry import FORMATS
+from tests.evaluate.saved import a_pattern, line_up, save, saved_results
 
 WORK = """
 import runpy, sys

@@ -11,12 +11,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from duo_id.evaluation.agreement import plot_agreement, plot_patterns
-from duo_id.evaluation.figures import plot_budget, plot_cost, plot_tasks
-from duo_id.evaluation.leaderboard import averaged
-from duo_id.evaluation.runs import merge
-from duo_id.evaluation.summary import contender_of, frame, load_results
-from duo_id.plots import save_figure
+from duo_id.patterns.agreement import plot_agreement, plot_patterns
+from duo_id.patterns.plots import save_figure
+from duo_id.report.figures import plot_budget, plot_cost, plot_tasks
+from duo_id.report.leaderboard import averaged
+from duo_id.report.runs import merge
+from duo_id.report.summary import contender_of, frame, load_results
 
 FIGURES = Path(__file__).parent
 BESIDE = ("published", "kvpress", "best")  # of the good ones: bar by bar for each task

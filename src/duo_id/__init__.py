@@ -7,25 +7,25 @@ if TYPE_CHECKING:
     from duo_id.deploy.cache import DualCache
     from duo_id.deploy.install import dual_cache, duo_attention, install, remove
     from duo_id.deploy.prefill import prefill
-    from duo_id.formats import list_patterns, load_pattern, save_pattern
-    from duo_id.patterns import HeadMask, HeadPattern
-    from duo_id.sharing import push_to_hub
+    from duo_id.patterns.files import list_patterns, load_pattern, save_pattern
+    from duo_id.patterns.pattern import HeadMask, HeadPattern
+    from duo_id.patterns.sharing import push_to_hub
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "DualCache": "duo_id.deploy.cache",
-    "HeadMask": "duo_id.patterns",
-    "HeadPattern": "duo_id.patterns",
+    "HeadMask": "duo_id.patterns.pattern",
+    "HeadPattern": "duo_id.patterns.pattern",
     "dual_cache": "duo_id.deploy.install",
     "duo_attention": "duo_id.deploy.install",
     "install": "duo_id.deploy.install",
-    "list_patterns": "duo_id.formats",
-    "load_pattern": "duo_id.formats",
+    "list_patterns": "duo_id.patterns.files",
+    "load_pattern": "duo_id.patterns.files",
     "prefill": "duo_id.deploy.prefill",
-    "push_to_hub": "duo_id.sharing",
+    "push_to_hub": "duo_id.patterns.sharing",
     "remove": "duo_id.deploy.install",
-    "save_pattern": "duo_id.formats",
+    "save_pattern": "duo_id.patterns.files",
 }
 __all__ = [
     "DualCache",

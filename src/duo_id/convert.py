@@ -1,6 +1,6 @@
 """`python -m duo_id.convert SRC DST format=NAME`: a head pattern into another tool's files, or out of them."""
 
-from duo_id import stopping
+from duo_id.common import stopping
 
 if __name__ == "__main__":
     stopping.die_quietly()
@@ -11,12 +11,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from duo_id import app
-from duo_id.documents import MOST_TOKENS
-from duo_id.errors import UserError
-from duo_id.folders import held
-from duo_id.interop.options import Options
-from duo_id.interop.registry import FORMATS, lost, read_any
+from duo_id.common import cli
+from duo_id.common.documents import MOST_TOKENS
+from duo_id.common.errors import UserError
+from duo_id.common.folders import held
+from duo_id.patterns.formats.options import Options
+from duo_id.patterns.formats.registry import FORMATS, lost, read_any
 
 USAGE = "python -m duo_id.convert SRC DST [format=NAME] [sparsity=0.5] [lossy=true] [heads=, kv_heads=, ...]"
 KEYS = ("format", "lossy", *(option.name for option in fields(Options)))
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> Path:
     Raises:
         UserError: an argument is wrong, SRC cannot be read, or DST cannot hold it.
     """
-    paths, settings = app.sorted_out(arguments, USAGE)
+    paths, settings = cli.sorted_out(arguments, USAGE)
     unknown = sorted(settings.keys() - set(KEYS))
     if unknown:
         given = f"{unknown[0]}={settings[unknown[0]]}"
@@ -64,8 +64,8 @@ def main(arguments: Sequence[str]) -> Path:
     with held(target, advice, keep=False) if FORMATS[name].folder else nullcontext():
         note = FORMATS[name].write(pattern, target, options)
     if gone:
-        app.say(f"lost: {', '.join(gone)}")
-    app.say(note)
+        cli.say(f"lost: {', '.join(gone)}")
+    cli.say(note)
     return target
 
 
@@ -84,4 +84,4 @@ def _parsed(key: str, value: str) -> Any:
 
 
 if __name__ == "__main__":
-    app.run_plain(main)
+    cli.run_plain(main)

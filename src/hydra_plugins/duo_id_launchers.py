@@ -24,9 +24,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
-from duo_id.errors import UserError
-from duo_id.files import write_text
-from duo_id.stopping import status_of, stoppable, told
+from duo_id.common.errors import UserError
+from duo_id.common.files import write_text
+from duo_id.common.stopping import status_of, stoppable, told
 
 Job = Callable[[], JobReturn]
 LOOK: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}
@@ -43,7 +43,7 @@ class _ProcessLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the jobs, numbered from `initial_job_idx`, and wait for all of them."""
-        from duo_id.evaluation.sweeps import ERROR
+        from duo_id.report.sweeps import ERROR
 
         where = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
         if len(job_overrides) > 1 and "${" not in str(where):

@@ -20,8 +20,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from duo_id.errors import UserError
-from duo_id.files import write_text
+from duo_id.common.errors import UserError
+from duo_id.common.files import write_text
 
 if TYPE_CHECKING:
     import optuna

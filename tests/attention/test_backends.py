@@ -9,10 +9,10 @@ from torch.nn.attention.flex_attention import noop_mask
 
 from duo_id.attention import full
 from duo_id.attention.full import full_attention
-from duo_id.attention.masks import Window
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import FLEX_BLOCK, flex_block_mask, streaming_attention
-from duo_id.errors import UserError
+from duo_id.attention.window import Window
+from duo_id.common.errors import UserError
 
 WINDOWS = [Window(0, 1), Window(0, 5), Window(3, 7), Window(16, 64), Window(130, 70), Window(5, 300)]
 LENGTHS = [1, 2, 63, 64, 65, 200, 333, 777]
@@ -122,7 +122,7 @@ def test_unknown_backends_are_named() -> None:
 
 
 def test_kernels_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "duo_id.attention.streaming_operator", None)
+    monkeypatch.setitem(sys.modules, "duo_id.attention.kernels.operator", None)
     with pytest.raises(UserError, match=r"^step.streaming_backend=triton: .* use blocked or auto$"):
         streaming_attention(*inputs(100, 4, 2), Softmax(), Window(3, 7), "triton")
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from duo_id.attention import parity
-from duo_id.attention.gated import attached
-from duo_id.errors import UserError
-from tests.tiny import tiny_model
+from duo_id.attention.interface import attached
+from duo_id.common.errors import UserError
+from tests.support.tiny import tiny_model
 
 KINDS = ["sliding_attention", "full_attention"] * 2
 HYBRID: dict[str, Any] = {"head_dim": 16, "sliding_window": 9, "layer_types": KINDS, "num_hidden_layers": 4}

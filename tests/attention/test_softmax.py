@@ -7,10 +7,10 @@ from torch import Tensor
 from duo_id.attention.blends import BLENDS
 from duo_id.attention.decode import decode_attention
 from duo_id.attention.full import full_attention
-from duo_id.attention.heads import Backends, gated_heads, masked_heads, masked_rows
-from duo_id.attention.masks import Window
+from duo_id.attention.functions import Backends, gated_heads, masked_heads, masked_rows
 from duo_id.attention.softmax import ROWS, Softmax, attend_by_rows
 from duo_id.attention.streaming import streaming_attention
+from duo_id.attention.window import Window
 from tests.attention.past import Past
 from tests.attention.test_backends import inputs
 

@@ -24,9 +24,9 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from duo_id import DualCache, HeadMask, install
-from duo_id.attention.gated import attached
+from duo_id.attention.interface import attached
+from duo_id.common.errors import UserError
 from duo_id.deploy.install import INSTALLED
-from duo_id.errors import UserError
 
 CAUSAL = frozenset(
     name

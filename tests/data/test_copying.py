@@ -3,8 +3,8 @@ from itertools import pairwise
 
 import pytest
 
+from duo_id.common.errors import UserError
 from duo_id.data.copying import CopyingTask
-from duo_id.errors import UserError
 from tests.data.conftest import find
 
 TEXT_END = "\n\nThese were the pages. Quotations from them follow.\n"

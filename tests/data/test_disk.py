@@ -8,12 +8,12 @@ import datasets
 import pytest
 import torch
 
-from duo_id.config import DataGenSettings, DataSettings, ModelSettings
+from duo_id.common.errors import UserError
+from duo_id.data.datamodule import SampleModule
 from duo_id.data.disk import write_dataset
-from duo_id.data.module import SampleModule
+from duo_id.data.registry import make_task
 from duo_id.data.samples import Sample
-from duo_id.data.tasks import make_task
-from duo_id.errors import UserError
+from duo_id.train.settings import DataGenSettings, DataSettings, ModelSettings
 
 
 class Numbered:

@@ -4,8 +4,8 @@ from collections import Counter
 import pytest
 import torch
 
-from duo_id.data.tasks import DRAFTED, make_task
-from duo_id.errors import UserError
+from duo_id.common.errors import UserError
+from duo_id.data.registry import DRAFTED, make_task
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@ from collections import Counter
 
 import pytest
 
+from duo_id.common.errors import UserError
 from duo_id.data.multi_query import MultiQueryTask
 from duo_id.data.samples import SPLITS
 from duo_id.data.words import NAMES, THINGS, WORDS
-from duo_id.errors import UserError
 
 FACT = r"\nThe (\w+) of (\w+) is ([a-z ]+)\.\n"
 QUESTION = re.compile(r"Say, one after the other, the (.*)\. Listed in just that order: ([a-z ;]+)\.\n")

@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 import torch
 
+from duo_id.common.errors import UserError
 from duo_id.data.passkey import PasskeyTask
 from duo_id.data.samples import SPLITS
 from duo_id.data.words import WORDS
-from duo_id.errors import UserError
 from tests.data.conftest import find
 
 ORDINALS = ["first", "second", "third"]

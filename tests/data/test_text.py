@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from duo_id.common.errors import UserError
 from duo_id.data.text import TextTask
-from duo_id.errors import UserError
 from tests.data.conftest import find
 
 

@@ -9,9 +9,10 @@ from hydra.core.global_hydra import GlobalHydra
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from duo_id.config import DataSettings, conf_dir, parse
-from duo_id.data.tasks import TASKS, make_task
-from duo_id.errors import UserError
+from duo_id.common.config import parse
+from duo_id.common.errors import UserError
+from duo_id.data.registry import TASKS, make_task
+from duo_id.train.settings import DataSettings, conf_dir
 
 SCRIPT = Path(__file__).parents[2] / "data_gen" / "write.py"
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from duo_id import HeadMask
 from tests.deploy.reference import brute_force
-from tests.tiny import FAMILIES, tiny_model
+from tests.support.tiny import FAMILIES, tiny_model
 
 SINK, RECENT = 3, 8
 PROMPT, TOKENS = 48, 58  # each prompt, and with what is decoded after it: five windows

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from duo_id import dual_cache, duo_attention
-from duo_id.compat import cache_of
-from duo_id.errors import UserError
+from duo_id.common.compat import cache_of
+from duo_id.common.errors import UserError
 from tests.deploy.cases import build, check_equal, mask_for, padded_ids, random_ids, reference
 
 FAMILIES = ("llama", "gpt2", "gemma3_text", "gpt_oss")

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from duo_id import DualCache, dual_cache, duo_attention
+from duo_id.common.errors import UserError
 from duo_id.deploy.stores import FullStore
-from duo_id.errors import UserError
 from tests.deploy.cases import (
     LENGTHS,
     PROMPT,
@@ -29,7 +29,7 @@ from tests.deploy.cases import (
     reference,
     run,
 )
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 WINDOW = SINK + RECENT
 SOME = ("llama", "gpt_neox", "gemma3_text")

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from duo_id.attention.gated import attached
-from duo_id.compat import cache_argument, cache_of
+from duo_id.attention.interface import attached
+from duo_id.common.compat import cache_argument, cache_of
+from duo_id.common.errors import UserError
 from duo_id.deploy import chunks
 from duo_id.deploy.chunks import CHUNK, CHUNKS, PAST, Continuation, check_chunks, continuation
 from duo_id.deploy.install import duo_attention
-from duo_id.errors import UserError
-from tests import families
-from tests.families import mask_of
+from tests.support import families
+from tests.support.families import mask_of
 
 EXACT = "llama qwen3_moe gpt2 gemma2 gemma3_text lfm2 granitemoehybrid qwen3_next nemotron_h roberta".split()
 OTHERS = {"jamba": Continuation(stepwise=True), "bamba": Continuation(positions=True)}

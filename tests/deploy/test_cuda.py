@@ -13,18 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duo_id import dual_cache, duo_attention, prefill
-from tests.deploy.cases import (
-    LENGTHS,
-    PROMPT,
-    TOKENS,
-    build,
-    case,
-    mask_for,
-    padded_ids,
-    random_ids,
-    reference,
-    run,
-)
+from tests.deploy.cases import LENGTHS, PROMPT, TOKENS, build, case, mask_for, padded_ids, random_ids, reference, run
 
 FAMILIES = ("llama", "gpt_neox", "gemma3_text")
 

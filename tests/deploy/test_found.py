@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from duo_id import dual_cache, duo_attention, prefill
-from duo_id.attention.gated import attached
-from duo_id.compat import cache_argument
-from duo_id.errors import UserError
+from duo_id.attention.interface import attached
+from duo_id.common.compat import cache_argument
+from duo_id.common.errors import UserError
 from tests.deploy.cases import build, case, check_equal, mask_for, padded_ids, random_ids, reference
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from duo_id import DualCache, dual_cache, duo_attention, prefill
-from duo_id.errors import UserError
+from duo_id.common.errors import UserError
 from tests.deploy.cases import Case, case, check_equal, random_ids, reference
 
 SEED = int(os.environ.get("DUO_ID_FUZZ_SEED", "0"))

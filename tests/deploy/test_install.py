@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from duo_id import DualCache, HeadMask, dual_cache, duo_attention, install, prefill, remove
-from duo_id.compat import GENERATE_CACHE, attention_configs, cache_of
+from duo_id.common.compat import GENERATE_CACHE, attention_configs, cache_of
+from duo_id.common.errors import UserError
 from duo_id.deploy.chunks import continuation
-from duo_id.errors import UserError
-from duo_id.models import byte_tokenizer
-from duo_id.patterns import random_mask
+from duo_id.models.loading import byte_tokenizer
+from duo_id.patterns.pattern import random_mask
 from tests.deploy.cases import (
     HYBRID,
     TOKENS,
@@ -37,7 +37,7 @@ from tests.deploy.cases import (
     reference,
     run,
 )
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 SHARED_KV: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4},

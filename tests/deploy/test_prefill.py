@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from duo_id import dual_cache, duo_attention, prefill
-from duo_id.attention.gated import attached
-from duo_id.compat import cache_argument
-from duo_id.errors import UserError
-from tests import families
+from duo_id.attention.interface import attached
+from duo_id.common.compat import cache_argument
+from duo_id.common.errors import UserError
 from tests.deploy.cases import build, check_equal, random_ids
+from tests.support import families
 
 
 def test_a_model_that_loses_its_state_between_chunks_is_refused() -> None:

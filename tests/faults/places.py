@@ -76,14 +76,14 @@ def make_others(folder: str) -> None:
     import torch
     import zstandard
 
-    from duo_id.formats import save_pattern
-    from duo_id.interop.options import Options
-    from duo_id.interop.registry import FORMATS
-    from duo_id.models import byte_tokenizer
-    from duo_id.patterns import HeadPattern
-    from tests.interop.cases import CASES
-    from tests.test_wheels import write_gguf
-    from tests.tiny import tiny_model
+    from duo_id.models.loading import byte_tokenizer
+    from duo_id.patterns.files import save_pattern
+    from duo_id.patterns.formats.options import Options
+    from duo_id.patterns.formats.registry import FORMATS
+    from duo_id.patterns.pattern import HeadPattern
+    from tests.models.test_wheels import write_gguf
+    from tests.patterns.formats.cases import CASES
+    from tests.support.tiny import tiny_model
 
     place = Path(folder)
     (place / "FILE").write_text("hello\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from tests.processes import SPAWNING, Started, start
+from tests.support.processes import SPAWNING, Started, start
 
 SPAWNING.set_forkserver_preload(  # without effect where the server runs already
     [
@@ -140,7 +140,7 @@ def launch(
     """Start a command.
 
     Args:
-        function: what it does, `tests.processes.run_module` for one.
+        function: what it does, `tests.support.processes.run_module` for one.
         arguments: of the function.
         folder: that it works on, its working directory; what it prints goes beside it.
         strike: what happens to it when it looks at that folder.

@@ -25,14 +25,14 @@ def reader(read: Callable[..., Any]) -> Callable[..., Any]:
 
 def tell(name: str, *arguments: str) -> None:
     """Read, and print a digest of what was read, or the error of a command."""
-    from duo_id import app
+    from duo_id.common import cli
 
     def command(_: list[str]) -> None:
         found = json.dumps(_plain(READERS[name](*arguments)), sort_keys=True)
         print("read:", hashlib.sha256(found.encode()).hexdigest())
 
     sys.argv = [name]
-    app.run_plain(command)
+    cli.run_plain(command)
 
 
 def _plain(value: Any) -> Any:
@@ -65,15 +65,15 @@ def _told(pattern: Any) -> list[Any]:
 
 @reader
 def heads(path: str) -> Any:
-    from duo_id.formats import load_pattern
+    from duo_id.patterns.files import load_pattern
 
     return _told(load_pattern(path))
 
 
 @reader
 def foreign(path: str) -> Any:
-    from duo_id.interop.options import Options
-    from duo_id.interop.registry import read_any
+    from duo_id.patterns.formats.options import Options
+    from duo_id.patterns.formats.registry import read_any
 
     file = Path(path)
     options = {"sink_size": 4, "recent_size": 60}
@@ -85,7 +85,7 @@ def foreign(path: str) -> Any:
 
 @reader
 def report(path: str) -> Any:
-    from duo_id.report import main
+    from duo_id.report.__main__ import main
 
     page = main([path, "out=page.html"])
     return page.read_text()
@@ -93,15 +93,15 @@ def report(path: str) -> Any:
 
 @reader
 def history(path: str) -> Any:
-    from duo_id.history import read_history
+    from duo_id.train.history import read_history
 
     return read_history(path)
 
 
 @reader
 def card(path: str) -> Any:
-    from duo_id.formats import load_pattern
-    from duo_id.sharing import write_folder
+    from duo_id.patterns.files import load_pattern
+    from duo_id.patterns.sharing import write_folder
 
     write_folder(load_pattern(path), Path("shared"), "user/repo", path, (0.5,))
     return Path("shared/README.md").read_text()
@@ -109,7 +109,7 @@ def card(path: str) -> Any:
 
 @reader
 def resumed_training(path: str) -> Any:
-    from duo_id.formats import load_pattern
+    from duo_id.patterns.files import load_pattern
 
     _command("duo_id.train", f"resume={path}", "trainer.max_steps=2")
     steps = Path(path, "gates.csv")
@@ -131,16 +131,16 @@ def compared_steps(path: str) -> Any:
 
 @reader
 def plotted_benchmark(path: str) -> Any:
-    from duo_id.benchmarks.figures import plot_benchmark
+    from duo_id.benchmark.figures import plot_benchmark
 
     return [[line.get_xydata().tolist() for line in axes.lines] for axes in plot_benchmark(path, "context").axes]
 
 
 @reader
 def published(path: str, name: str) -> Any:
-    from duo_id.evaluation.chat import plain
-    from duo_id.evaluation.published.registry import published_items
-    from duo_id.models import byte_tokenizer
+    from duo_id.evaluate.chat import plain
+    from duo_id.evaluate.published.registry import published_items
+    from duo_id.models.loading import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     items = published_items([name], path, tokenizer, plain(tokenizer), None, [2000], 5)
@@ -149,9 +149,9 @@ def published(path: str, name: str) -> Any:
 
 @reader
 def dataset(path: str) -> Any:
-    from duo_id.config import DataSettings
-    from duo_id.data.tasks import make_task
-    from duo_id.models import byte_tokenizer
+    from duo_id.data.registry import make_task
+    from duo_id.models.loading import byte_tokenizer
+    from duo_id.train.settings import DataSettings
 
     task = make_task(DataSettings(task="disk", path=path), byte_tokenizer(), "train", 4096)
     return [
@@ -162,8 +162,8 @@ def dataset(path: str) -> Any:
 
 @reader
 def weights(path: str) -> Any:
-    from duo_id.config import ModelSettings
-    from duo_id.models import load_model
+    from duo_id.models.loading import load_model
+    from duo_id.train.settings import ModelSettings
 
     model = load_model(ModelSettings(id=path))
     return [dict(model.model.state_dict()), model.tokenizer("the hill")["input_ids"]]
@@ -171,8 +171,8 @@ def weights(path: str) -> Any:
 
 @reader
 def wheel(path: str) -> Any:
-    from duo_id.config import ModelSettings
-    from duo_id.models import load_model
+    from duo_id.models.loading import load_model
+    from duo_id.train.settings import ModelSettings
 
     os.environ["XDG_CACHE_HOME"] = str(Path("cache").resolve())
     sys.path.insert(0, path)
@@ -184,8 +184,8 @@ def wheel(path: str) -> Any:
 def haystack(path: str) -> Any:
     import datasets
 
-    from duo_id.config import HaystackSettings
     from duo_id.data.haystack import load_haystack
+    from duo_id.train.settings import HaystackSettings
 
     datasets.config.HF_DATASETS_CACHE = Path("cache").resolve()
     found = load_haystack(HaystackSettings(source="file", path=path), "train")

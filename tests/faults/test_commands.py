@@ -56,10 +56,10 @@ def keys(schema: type, above: str = "") -> Iterator[str]:
 
 
 def test_every_setting_is_tried() -> None:
-    from duo_id.benchmarks.settings import BenchmarkSettings
-    from duo_id.config import DataGenSettings, TrainSettings
-    from duo_id.evaluation.settings import EvaluateSettings
-    from duo_id.methods import METHODS
+    from duo_id.benchmark.settings import BenchmarkSettings
+    from duo_id.evaluate.settings import EvaluateSettings
+    from duo_id.methods.settings import METHODS
+    from duo_id.train.settings import DataGenSettings, TrainSettings
 
     tried = {
         TrainSettings: settings.TRAIN | settings.TRAINER,

@@ -3,7 +3,7 @@
 from tests.faults.cases import Case
 from tests.faults.processes import LIMIT, Ended, Strike, launch
 from tests.faults.trials import Bench, Trial, unreadable
-from tests.processes import SPAWNING
+from tests.support.processes import SPAWNING
 
 
 def trial(bench: Bench, case: Case, seed: int) -> Trial:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from duo_id.evaluation.items import Item, Question
-from duo_id.evaluation.peers import write_samples
-from duo_id.models import byte_tokenizer
-from tests.tiny import tiny_model
+from duo_id.evaluate.items import Item, Question
+from duo_id.evaluate.peers import write_samples
+from duo_id.models.loading import byte_tokenizer
+from tests.support.tiny import tiny_model
 
 SINK, RECENT, TOKENS = 4, 12, 120
 

@@ -7,7 +7,7 @@ import torch
 from kvpress import DuoAttentionPress
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from duo_id.errors import UserError
+from duo_id.common.errors import UserError
 from duo_id.kvpress import HeadPatternPress
 
 folder, heads, misfit, context, asked = (json.loads(argument) for argument in sys.argv[1:])

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from duo_id.evaluation.items import Item, Question
-from duo_id.evaluation.peers import read_answers
-from duo_id.formats import load_pattern
+from duo_id.evaluate.items import Item, Question
+from duo_id.evaluate.peers import read_answers
+from duo_id.patterns.files import load_pattern
 from tests.peers.cases import (
     RECENT,
     SINK,

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from duo_id.evaluation.peers import read_answers
-from duo_id.integrity import unsealed
+from duo_id.common.integrity import unsealed
+from duo_id.evaluate.peers import read_answers
 from tests.peers.cases import (
     TOKENS,
     answer_logits,

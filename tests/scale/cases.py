@@ -12,26 +12,26 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from duo_id.attention.gated import attached
-from duo_id.attention.heads import Backends
-from duo_id.attention.probe import AttentionLayer
-from duo_id.benchmarks.ceilings import Ceilings
-from duo_id.benchmarks.settings import BenchmarkSettings
-from duo_id.benchmarks.train_step import StepBench
-from duo_id.compiled import compiled_parts
-from duo_id.config import ModelSettings, StepSettings
+from duo_id.attention.functions import Backends
+from duo_id.attention.interface import attached
+from duo_id.attention.layers import AttentionLayer
+from duo_id.benchmark.ceilings import Ceilings
+from duo_id.benchmark.settings import BenchmarkSettings
+from duo_id.benchmark.train_step import StepBench
+from duo_id.common.files import atomic_path
 from duo_id.data.samples import collate
-from duo_id.evaluation.comparison import compare
-from duo_id.files import atomic_path
-from duo_id.language_model import LanguageModel
-from duo_id.methods import GateSettings
-from duo_id.models import load_model
-from duo_id.patterns import HeadPattern
-from duo_id.ranks import Ranks
-from duo_id.recompute import Keep, recomputed
-from duo_id.training import GateTraining
-from tests.planted import random_sample
-from tests.tiny import FAMILIES, SHARED
+from duo_id.distributed.ranks import Ranks
+from duo_id.methods.settings import GateSettings
+from duo_id.models.language_model import LanguageModel
+from duo_id.models.loading import load_model
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.step.compiled import compiled_parts
+from duo_id.step.recompute import Keep, recomputed
+from duo_id.train.comparison import compare
+from duo_id.train.gate_training import GateTraining
+from duo_id.train.settings import ModelSettings, StepSettings
+from tests.support.planted import random_sample
+from tests.support.tiny import FAMILIES, SHARED
 
 LENGTHS = (61, 40, 83, 57)  # odd and even; none divides by 2 and 4
 PATTERN = HeadPattern(torch.tensor([[0.1, 0.9, 0.7], [0.3, 0.2, 0.6], [0.8, 0.4, 0.5]]), sink_size=2, recent_size=8)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from duo_id.benchmarks.settings import BenchmarkSettings
-from duo_id.config import plain
-from duo_id.models import meta_model
-from duo_id.plan import calculated_costs, fitted
-from duo_id.ranks import Ranks
-from tests.commands import Finished, settings_of
-from tests.processes import run_file, start
+from duo_id.benchmark.settings import BenchmarkSettings
+from duo_id.common.config import plain
+from duo_id.distributed.ranks import Ranks
+from duo_id.models.loading import meta_model
+from duo_id.step.devices import calculated_costs, fitted
 from tests.scale.devices import environment
+from tests.support.commands import Finished, settings_of
+from tests.support.processes import run_file, start
 
 OVERRIDES = [
     "task=train_step",
@@ -39,7 +39,7 @@ FULL = """
 import os, time
 import torch
 from duo_id import app, benchmark
-from duo_id.distillation import Distillation
+from duo_id.step.distillation import Distillation
 
 plain = Distillation.loss
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from duo_id.formats import load_pattern
-from duo_id.patterns import HeadPattern, places
-from tests.commands import Finished, run_command
-from tests.processes import run_file, start
+from duo_id.patterns.files import load_pattern
+from duo_id.patterns.pattern import HeadPattern, places
 from tests.scale.devices import environment
+from tests.support.commands import Finished, run_command
+from tests.support.processes import run_file, start
 
 OVERRIDES = [
     "model=tiny",
@@ -37,7 +37,7 @@ COMMAND = "from duo_id import app, train\napp.run('train', train.main)\n"
 LOST = """
 import os, signal, time
 from duo_id import app, train
-from duo_id.training import GateTraining
+from duo_id.train.gate_training import GateTraining
 
 plain, calls = GateTraining.training_step, [0]
 
@@ -56,7 +56,7 @@ app.run("train", train.main)
 SIGNALLED = """
 import os, signal
 from duo_id import app, train
-from duo_id.training import GateTraining
+from duo_id.train.gate_training import GateTraining
 
 plain, calls = GateTraining.training_step, [0]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from duo_id.ranks import Ranks
-from tests.processes import start
+from duo_id.distributed.ranks import Ranks
 from tests.scale.cases import CASES, measured, scores, step
 from tests.scale.devices import environment
 from tests.scale.process import take_part
+from tests.support.processes import start
 
 TWO = ["2x1x1", "1x2x0", "1x2x1"]  # data x sequence x sharded
 FOUR = ["4x1x0", "4x1x1", "2x2x0", "2x2x1", "1x4x1"]

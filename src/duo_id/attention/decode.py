@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duo_id.attention.masks import Window
 from duo_id.attention.softmax import Softmax
+from duo_id.attention.window import Window
 
 
 @torch.library.custom_op(
@@ -55,12 +55,10 @@ def decode_attention(
     """
     softmax, device = Softmax(scale, softcap, sinks), query.device
     if query.is_cuda and softmax.plain:
-        from duo_id.attention import kernels
+        from duo_id.attention.kernels import cached
 
         stores = (full_key, full_value, recent_key, recent_value)
-        return kernels.decode(
-            query, key, value, *stores, heads, lengths, arrived, Window(sink_size, recent_size), scale
-        )
+        return cached.decode(query, key, value, *stores, heads, lengths, arrived, Window(sink_size, recent_size), scale)
     past = lengths - 1
     slot = torch.where(past < sink_size, past, sink_size + (past - sink_size) % recent_size)
     retrieval, streaming = heads.long().split([full_key.shape[1], recent_key.shape[1]])

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from duo_id.attention.memo import memo
 from duo_id.attention.softmax import Softmax, attend_at, attend_by_rows
-from duo_id.errors import UserError
+from duo_id.common.errors import UserError
 
 FULL_BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flash_attn")
 CUDNN_MAX_DIM = 128  # widest head of cuDNN's forward pass that every supported version has

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from duo_id.errors import UserError
+from duo_id.common.errors import UserError
 
 
 def no_padding(ids: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from duo_id.attention.probe import AttentionLayer, run_text
-from duo_id.errors import UserError
+from duo_id.attention.layers import AttentionLayer, run_text
+from duo_id.common.errors import UserError
 
 TOKENS = 256
 TOLERANCES = {torch.bfloat16: 0.04, torch.float16: 0.01}  # of a layer's output; 1e-3 for wider types

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from duo_id.attention.masks import Window
+from duo_id.attention.window import Window
 
 ROWS = 128  # queries whose weights are held at the same time
 

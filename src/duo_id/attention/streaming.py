@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from duo_id.attention.full import full_attention
-from duo_id.attention.masks import Window
 from duo_id.attention.softmax import Softmax, attend_at, attend_by_rows
-from duo_id.errors import UserError
+from duo_id.attention.window import Window
+from duo_id.common.errors import UserError
 
 STREAMING_BACKENDS = ("auto", "blocked", "flex", "triton")
 FLEX_BLOCK = 128  # FlexAttention's block of queries and of keys
@@ -141,7 +141,7 @@ def _block_mask(window: Window, block: int, reach: int, group: int, device: torc
 
 def _triton(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:
     try:
-        from duo_id.attention.streaming_operator import stream
+        from duo_id.attention.kernels.operator import stream
     except ModuleNotFoundError as error:
         raise UserError("step.streaming_backend=triton: Triton is not installed here: use blocked or auto") from error
 

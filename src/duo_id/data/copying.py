@@ -5,9 +5,9 @@ import random
 import re
 from itertools import pairwise
 
-from duo_id.config import require
-from duo_id.data.drafting import DraftedTask, Piece
-from duo_id.errors import UserError
+from duo_id.common.config import require
+from duo_id.common.errors import UserError
+from duo_id.data.synthetic import DraftedTask, Piece
 
 HEAD = "Read these pages with care: parts of them have to be quoted afterwards.\n\n"
 TEXT_END = "\n\nThese were the pages. Quotations from them follow.\n"

@@ -3,7 +3,7 @@
 import math
 import random
 
-from duo_id.data.drafting import DraftedTask, Piece, scatter
+from duo_id.data.synthetic import DraftedTask, Piece, scatter
 
 HEAD = "\n\nHere is an index. Mind every entry, since a few are looked up at the end.\n"
 ENTRY = "\nEntry"

@@ -3,8 +3,8 @@
 import random
 from itertools import product
 
-from duo_id.config import require
-from duo_id.data.drafting import DraftedTask, Piece, scatter
+from duo_id.common.config import require
+from duo_id.data.synthetic import DraftedTask, Piece, scatter
 from duo_id.data.words import NAMES, THINGS
 
 HEAD = "A few people are mentioned now and again below. Notice all that is said of them.\n\n"

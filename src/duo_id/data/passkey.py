@@ -3,8 +3,8 @@
 import random
 from itertools import chain
 
-from duo_id.config import require
-from duo_id.data.drafting import DraftedTask, Piece, scatter
+from duo_id.common.config import require
+from duo_id.data.synthetic import DraftedTask, Piece, scatter
 from duo_id.data.words import MAX_ORDINAL, ordinal
 
 INTRODUCTION = "Passkeys are hidden in the text below. Read it and keep each of them in mind.\n\n"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from duo_id.ranks import Ranks
+from duo_id.distributed.ranks import Ranks
 
 SPLITS = ("train", "validation", "test")
 UNSCORED = -100  # the label of a token that no loss looks at

@@ -2,8 +2,8 @@
 
 import random
 
-from duo_id.config import require
-from duo_id.data.drafting import DraftedTask, Piece
+from duo_id.common.config import require
+from duo_id.data.synthetic import DraftedTask, Piece
 
 
 class TextTask(DraftedTask):

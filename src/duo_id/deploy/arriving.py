@@ -5,10 +5,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from duo_id.attention.probe import AttentionLayer
+from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.softmax import Softmax
-from duo_id.deploy.tokens import Tokens
-from duo_id.errors import UserError
+from duo_id.common.errors import UserError
+from duo_id.deploy.counts import Tokens
 
 TOGETHER = 8192  # tokens up to which padded prompts attend as one batch; beyond, padding costs more than launches
 CHANGED = "this model changes its keys behind the cache, which the dual cache does not: use_cache=False"

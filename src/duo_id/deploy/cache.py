@@ -10,14 +10,14 @@ from torch import LongTensor, Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from duo_id.attention.heads import Backends
-from duo_id.attention.masks import Window
-from duo_id.attention.probe import AttentionLayer
-from duo_id.compat import cache_layers
+from duo_id.attention.functions import Backends
+from duo_id.attention.layers import AttentionLayer
+from duo_id.attention.window import Window
+from duo_id.common.compat import cache_layers
+from duo_id.common.errors import UserError
+from duo_id.deploy.counts import Tokens
 from duo_id.deploy.layer import DualLayer
-from duo_id.deploy.tokens import Tokens
-from duo_id.errors import UserError
-from duo_id.patterns import HeadMask
+from duo_id.patterns.pattern import HeadMask
 
 DRAFTED = 128  # tokens that can be taken back in assisted generation
 

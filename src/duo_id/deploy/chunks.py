@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from duo_id.compat import cache_argument, cache_of
-from duo_id.errors import UserError
+from duo_id.common.compat import cache_argument, cache_of
+from duo_id.common.errors import UserError
 
 PAST, CHUNK, CHUNKS = 20, 4, 3  # tokens of the check: a past, and what follows it; a short chunk is all near its border
 

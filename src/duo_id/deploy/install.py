@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 
-from duo_id.attention.gated import IMPLEMENTATION, bound, routed
-from duo_id.attention.heads import Backends, masked_layers
+from duo_id.attention.functions import Backends, masked_layers
+from duo_id.attention.interface import IMPLEMENTATION, bound, routed
+from duo_id.attention.layers import AttentionLayer, gated_layers
 from duo_id.attention.padding import no_padding
-from duo_id.attention.probe import AttentionLayer, gated_layers
-from duo_id.compat import GENERATE_CACHE, cache_argument, given_cache
+from duo_id.common.compat import GENERATE_CACHE, cache_argument, given_cache
+from duo_id.common.errors import UserError
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.wrappers import REFUSED, check_prefix, refusing, restarts, unwrapped
-from duo_id.errors import UserError
-from duo_id.patterns import HeadMask
+from duo_id.patterns.pattern import HeadMask
 
 INSTALLED = "duo_id_deployment"  # the attribute of a model that holds its deployment
 UNBOUND = {"module": None, "sharers": (), "own": None}  # of a layer of a cache that was loaded from a file

@@ -8,16 +8,16 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from duo_id.attention.decode import decode_attention
-from duo_id.attention.gated import as_autocast
-from duo_id.attention.heads import Backends
-from duo_id.attention.masks import Window
+from duo_id.attention.functions import Backends
+from duo_id.attention.interface import as_autocast
+from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.padding import ordered
-from duo_id.attention.probe import AttentionLayer
 from duo_id.attention.softmax import Softmax
+from duo_id.attention.window import Window
+from duo_id.common.errors import UserError
 from duo_id.deploy.arriving import ArrivingKeys
+from duo_id.deploy.counts import Place, Tokens
 from duo_id.deploy.stores import FullStore, Store, StreamingStore
-from duo_id.deploy.tokens import Place, Tokens
-from duo_id.errors import UserError
 
 
 class DualLayer(CacheLayerMixin):

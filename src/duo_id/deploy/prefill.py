@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from duo_id.attention.padding import first_position
-from duo_id.compat import cache_argument
+from duo_id.common.compat import cache_argument
+from duo_id.common.errors import UserError
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.chunks import Continuation, check_chunks
 from duo_id.deploy.install import deployment_of
-from duo_id.errors import UserError
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from duo_id.attention.full import full_attention
-from duo_id.attention.masks import Window
 from duo_id.attention.padding import ordered
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
+from duo_id.attention.window import Window
 
 SLACK = 64  # tokens by which a growing store grows at least; beyond 8192 it grows by 1/128 of its length
 
@@ -210,7 +210,7 @@ class StreamingStore(Store):
         """See `Store.attend`."""
         stored = self.key[sample], self.value[sample]
         if query.is_cuda and softmax.plain and self.backend in ("auto", "triton"):
-            from duo_id.attention.kernels import stream
+            from duo_id.attention.kernels.cached import stream
 
             scale = softmax.factor(query.shape[-1])
             stream(query, key, value, *stored, self.listed, past, self.window, scale, out)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from duo_id.errors import UserError
+from duo_id.common.errors import UserError
 
 REFUSED = {  # methods of a model, and why
     "__reduce_ex__": "what is bound to a model cannot be pickled; leave duo_attention first, or save the weights",

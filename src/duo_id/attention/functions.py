@@ -1,0 +1,214 @@
+"""What the heads of a layer do, as functions `(query, key, value, softmax) -> output`.
+
+Gated blends, hard masks, streaming alone, recording, what the model itself does; `duo_id.attention.interface` binds
+them.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from duo_id.attention.blends import Blend
+from duo_id.attention.full import full_attention
+from duo_id.attention.layers import AttentionLayer
+from duo_id.attention.softmax import Softmax
+from duo_id.attention.streaming import streaming_attention
+from duo_id.attention.window import Window
+
+AT_A_TIME = 2**22  # numbers that are blended at a time: 16 MiB in float32, within caches and far above a launch
+AttendFunction = Callable[..., Tensor]  # of query, key, value and softmax; those of a step also of `rows`, see `AtRows`
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Which implementations compute attention; see `full_attention` and `streaming_attention`."""
+
+    full: str = "auto"
+    streaming: str = "auto"
+    compiled: bool = False  # whether blends are compiled, which makes them one pass over memory
+
+
+class Mask(Protocol):
+    """What a hard mask tells: `retrieval`, bool (layers, KV heads), and the window of the other heads, in tokens."""
+
+    @property
+    def retrieval(self) -> Tensor: ...  # noqa: D102
+    @property
+    def sink_size(self) -> int: ...  # noqa: D102
+    @property
+    def recent_size(self) -> int: ...  # noqa: D102
+
+
+def gated_heads(
+    alpha: Tensor, window: Window, blend: Blend, backends: Backends, teacher: Tensor | None = None
+) -> AttendFunction:
+    """A layer whose heads blend full and streaming attention: alpha * full + (1 - alpha) * streaming.
+
+    Source: DuoAttention, section 2.2, equation 1.
+
+    Args:
+        alpha: (KV heads,) float32 gates of this layer.
+        window: what streaming attention sees.
+        blend: which full attention enters, the student's own or the teacher's.
+        backends: implementations.
+        teacher: (batch, heads, queries, head_dim), the teacher's full attention output, for blends that need it.
+    """
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, rows: Tensor | None = None) -> Tensor:
+        gate = alpha.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
+        full = blend.full(lambda: full_attention(query, key, value, softmax, backends.full, rows), teacher)
+        streaming = streaming_attention(query, key, value, softmax, window, backends.streaming, rows)
+        return (_compiled_blend() if backends.compiled else _BlendInParts.apply)(gate, full, streaming)
+
+    return attend
+
+
+def _blend(gate: Tensor, full: Tensor, streaming: Tensor) -> Tensor:
+    """Both (batch, heads, tokens, head_dim), weighted by float32 gates (heads, 1, 1) and 1 less these, in float32."""
+    assert gate.dtype in (torch.float32, torch.float64), "gates are never rounded to the model's dtype"
+    return (gate * full + (1 - gate) * streaming).to(streaming.dtype)
+
+
+class _BlendInParts(torch.autograd.Function):
+    """`_blend`, some heads at a time, forward and backward: what is float32 between is never as large as the layer.
+
+    A head's gradient is a sum over that head alone, so parts change nothing but the memory, and on a CPU the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, full: Tensor, streaming: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, full, streaming)
+        out = torch.empty_like(streaming)
+        for heads in _parts(streaming):
+            out[:, heads] = _blend(gate[heads], full[:, heads], streaming[:, heads])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+        wanted, saved = ctx.needs_input_grad, ctx.saved_tensors
+        gate, full, streaming = saved
+        found = [torch.empty_like(one) if wants else None for one, wants in zip(saved, wanted, strict=True)]
+        of_gate, of_full, of_streaming = found
+        for heads in _parts(streaming):
+            part = given[:, heads].to(torch.promote_types(given.dtype, gate.dtype))
+            if of_gate is not None:
+                of_both = ((part * one[:, heads]).sum((0, 2, 3))[:, None, None] for one in (full, streaming))
+                of_gate[heads] = next(of_both) - next(of_both)
+            if of_full is not None:
+                of_full[:, heads] = (gate[heads] * part).to(full.dtype)
+            if of_streaming is not None:
+                of_streaming[:, heads] = ((1 - gate[heads]) * part).to(streaming.dtype)
+        return tuple(found)
+
+
+def _parts(outputs: Tensor) -> Iterator[slice]:
+    """Heads of (batch, heads, tokens, head_dim) at a time."""
+    count = max(1, AT_A_TIME * outputs.shape[1] // max(outputs.numel(), 1))
+    return (slice(first, first + count) for first in range(0, outputs.shape[1], count))
+
+
+@functools.cache
+def _compiled_blend() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return torch.compile(_blend, dynamic=True)
+
+
+def masked_heads(retrieval: Tensor, window: Window, backends: Backends) -> AttendFunction:
+    """A layer with a hard mask: retrieval heads see the whole context, streaming heads the window alone.
+
+    Args:
+        retrieval: (KV heads,) bool, True for retrieval heads.
+        window: what streaming heads see.
+        backends: implementations.
+    """
+    full, streaming = retrieval.nonzero()[:, 0].tolist(), (~retrieval).nonzero()[:, 0].tolist()
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+        if not streaming:
+            return full_attention(query, key, value, softmax, backends.full)
+        if not full:
+            return streaming_attention(query, key, value, softmax, window, backends.streaming)
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        out = torch.empty_like(grouped)
+        for heads, function in (
+            (full, partial(full_attention, backend=backends.full)),
+            (streaming, partial(streaming_attention, window=window, backend=backends.streaming)),
+        ):
+            own = softmax.of(heads, key.shape[1])
+            part = function(grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], own)
+            out[:, heads] = part.unflatten(1, (len(heads), -1))
+        return out.flatten(1, 2)
+
+    return attend
+
+
+def masked_rows(retrieval: Tensor, window: Window, backends: Backends) -> AttendFunction:
+    """A layer with a hard mask of its own for each row of the batch.
+
+    Args:
+        retrieval: (rows, KV heads) bool CPU tensor, True for retrieval heads.
+        window: what streaming heads see.
+        backends: implementations.
+    """
+    flat = retrieval.flatten()
+    full, streaming = flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+        rows, kv_heads = key.shape[:2]
+        grouped = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)  # (rows * KV heads, group, tokens, head_dim)
+        key, value = (x.flatten(0, 1)[:, None] for x in (key, value))
+        sinks = None if softmax.sinks is None else softmax.sinks.view(kv_heads, -1).repeat(rows, 1)
+        out = torch.empty_like(grouped)
+        for chosen, function in (
+            (full, partial(full_attention, backend=backends.full)),
+            (streaming, partial(streaming_attention, window=window, backend=backends.streaming)),
+        ):
+            if len(chosen):
+                heads = chosen.to(query.device)
+                own = softmax if sinks is None else softmax._replace(sinks=sinks[heads])
+                out[heads] = function(grouped[heads], key[heads], value[heads], own)
+        return out.unflatten(0, (rows, kv_heads)).flatten(1, 2)
+
+    return attend
+
+
+def masked_layers(layers: Sequence[AttentionLayer], mask: Mask, backends: Backends) -> dict[int, AttendFunction]:
+    """What each gated layer does under a hard mask (a `duo_id.HeadMask`), to be bound."""
+    window = Window(mask.sink_size, mask.recent_size)
+    return {layer.index: masked_heads(mask.retrieval[layer.index][layer.own], window, backends) for layer in layers}
+
+
+def streaming_heads(window: Window, backends: Backends) -> AttendFunction:
+    """A layer all of whose heads stream."""
+    return partial(streaming_attention, window=window, backend=backends.streaming)
+
+
+def recording_heads(outputs: dict[int, Tensor], index: int, backends: Backends) -> AttendFunction:
+    """A full-attention layer that leaves its output in `outputs[index]`, for blends with the teacher."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, rows: Tensor | None = None) -> Tensor:
+        outputs[index] = full_attention(query, key, value, softmax, backends.full, rows)
+        return outputs[index]
+
+    return attend
+
+
+def own_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softmax: Softmax,
+    window: int | None,
+    backends: Backends,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """A layer as its model has it: full attention, or a sliding window, which is a streaming head without a sink."""
+    if window is None:
+        return full_attention(query, key, value, softmax, backends.full, rows)
+    return streaming_attention(query, key, value, softmax, Window(0, window), backends.streaming, rows)

@@ -1,0 +1,1 @@
+"""Triton kernels of streaming attention and of attention over the dual cache."""

@@ -1,0 +1,223 @@
+"""Measure decode steps, prefills and memory of all contenders, row by row."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from duo_id.attention.layers import AttentionLayer
+from duo_id.benchmark.ceilings import Ceilings
+from duo_id.benchmark.contenders import Contender
+from duo_id.benchmark.roofline import Floor, Workload
+from duo_id.benchmark.settings import BenchmarkSettings
+from duo_id.benchmark.timing import Stopwatch, Timing, captured, release, timed, unless_out_of_memory, with_peak
+from duo_id.common.compat import cache_argument
+from duo_id.deploy.prefill import read_in_chunks
+from duo_id.step.compiled import compiled_parts
+
+STEPS_BEFORE = 2  # decode steps that run before the warm-up: for compiling, and on the stream of the capture
+
+
+class Bench:
+    """What all measurements of a run share.
+
+    Args:
+        settings: the sizes, and how often to measure.
+        model: the model.
+        layers: its attention layers.
+        work: what its floors are computed from.
+        ceilings: of the machine.
+        announce: called with each contender, size and phase that begins.
+    """
+
+    def __init__(
+        self,
+        settings: BenchmarkSettings,
+        model: PreTrainedModel,
+        layers: Sequence[AttentionLayer],
+        work: Workload,
+        ceilings: Ceilings,
+        announce: Callable[[str], None],
+    ) -> None:
+        self.settings, self.model, self.layers, self.work, self.ceilings = settings, model, layers, work, ceilings
+        self.device: torch.device = model.device
+        self.compiles = settings.compiles(self.device)
+        self.subject = ""
+        self.watch = Stopwatch(lambda phase: announce(f"{self.subject}: {phase}"))
+        weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+        self.weights_bytes = sum(weights.values())
+
+    def rows(self, contender: Contender) -> Iterator[dict[str, Any]]:
+        """Measure one contender over all sizes; a size that the memory does not suffice for is a row too."""
+        measure = {"decode": self._decode, "prefill": self._prefill, "memory": self._memory}[self.settings.task]
+        torch._dynamo.reset()  # which would else hold on to what it compiled for another contender
+        release()
+        with contender.installed():
+            yield from measure(contender)
+
+    def _memory(self, contender: Contender) -> Iterator[dict[str, Any]]:
+        for context in self.settings.context:
+            self._name(contender, context)
+            yield self._row(contender, context, unless_out_of_memory(partial(self.step_memory, contender, context)))
+
+    def _decode(self, contender: Contender) -> Iterator[dict[str, Any]]:
+        """One static cache serves all contexts, for a compiled step would be compiled again for another.
+
+        So that peaks are those of each context nevertheless, they are measured before, with a cache of the right size.
+        """
+        contexts = self.settings.context[::-1]
+        memory = {}
+        for context in contexts:
+            self._name(contender, context)
+            memory[context] = unless_out_of_memory(partial(self.step_memory, contender, context))
+            release()
+        forward = torch.compile(self.model, dynamic=False) if self.compiles else self.model
+        cache: Cache | None = None
+        for context in contexts:
+            self._name(contender, context)
+            floor = self.work.decode(self.settings.batch_size, context, contender.mask)
+            measured = None
+            if memory[context] is not None:
+                if cache is None:
+                    slots = context + STEPS_BEFORE + self.settings.warmup + self.settings.repeats
+                    cache = unless_out_of_memory(partial(contender.new_cache, slots))
+                if cache is not None:
+                    measured = unless_out_of_memory(partial(self.step_time, contender, forward, cache, context))
+            if measured is None:
+                cache = None  # the next context is shorter and gets a smaller one
+                release()
+                yield self._row(contender, context, None, None, floor)
+            else:
+                timing, backend = measured
+                yield self._row(contender, context, memory[context], timing, floor, tokens=1, backend=backend)
+
+    def _prefill(self, contender: Contender) -> Iterator[dict[str, Any]]:
+        for context in self.settings.context:
+            for chunk_size in self.settings.chunk_size:
+                self._name(contender, context, chunk_size)
+                measured = unless_out_of_memory(partial(self.prefill_time, contender, context, chunk_size))
+                release()
+                timing, held = measured or (None, None)
+                floor = self.work.prefill(self.settings.batch_size, context, chunk_size, contender.mask)
+                yield self._row(contender, context, held, timing, floor, tokens=context, chunk_size=chunk_size)
+
+    @torch.no_grad()
+    def step_memory(self, contender: Contender, context: int) -> tuple[int | None, int]:
+        """Peak bytes of a decode step whose cache has just the room it needs, and the bytes of that cache."""
+        with self.watch.phase("memory"):
+            cache = contender.new_cache(context + 1)
+            contender.fill(cache, context, self.settings.seed)
+            step = decode_step(contender, self.model, cache, context, self.tokens(1))
+            _, peak = with_peak(step, self.device)
+            return peak, contender.nbytes(cache)
+
+    @torch.no_grad()
+    def step_time(
+        self, contender: Contender, forward: Callable[..., Any], cache: Cache, context: int
+    ) -> tuple[Timing, str]:
+        """Time a decode step after `context` random tokens; also what computed its attention."""
+        with self.watch.phase("fill"):
+            contender.fill(cache, context, self.settings.seed)
+            backend = contender.choose_backend(cache, context)
+        step = decode_step(contender, forward, cache, context, self.tokens(1))
+        with self.watch.phase("compile" if self.compiles else "first step"):
+            step()
+        with self.watch.phase("capture"):
+            run = captured(step, self.device)
+        with self.watch.phase("measure"):
+            return timed(run, self.device, self.settings.repeats, self.settings.warmup), backend
+
+    @torch.no_grad()
+    def prefill_time(
+        self, contender: Contender, context: int, chunk_size: int
+    ) -> tuple[Timing, tuple[int | None, int]]:
+        """Time the prefill of a random prompt; also its peak bytes, and those of its cache."""
+        ids, cache, settings = self.tokens(context), contender.new_cache(context), self.settings
+
+        def run() -> Tensor:
+            return read_in_chunks(self.model, ids, cache, chunk_size)
+
+        def clear() -> None:
+            contender.clear(cache)
+
+        with compiled_parts(self.model, self.layers, dynamic=False) if self.compiles else nullcontext():
+            with self.watch.phase("warm up"):
+                timed(run, self.device, settings.warmup, before=clear)
+            with self.watch.phase("measure"):
+                timing, peak = with_peak(lambda: timed(run, self.device, settings.repeats, before=clear), self.device)
+        return timing, (peak, contender.nbytes(cache))
+
+    def tokens(self, count: int) -> Tensor:
+        """Random tokens, (batch, count) int64."""
+        generator = torch.Generator(self.device).manual_seed(self.settings.seed)
+        shape, size = (self.settings.batch_size, count), self.model.config.get_text_config().vocab_size
+        return torch.randint(size, shape, generator=generator, device=self.device)
+
+    def _name(self, contender: Contender, context: int, chunk_size: int | None = None) -> None:
+        chunks = "" if chunk_size is None else f" in chunks of {chunk_size:,}"
+        streaming = f", {100 * contender.sparsity:.4g}% stream" if contender.sparsity else ""
+        self.subject = f"{contender.name}{streaming}, {context:,} tokens{chunks}"
+
+    def _row(
+        self,
+        contender: Contender,
+        context: int,
+        held: tuple[int | None, int] | None,
+        timing: Timing | None = None,
+        floor: Floor | None = None,
+        *,
+        tokens: int = 0,
+        chunk_size: int | None = None,
+        backend: str | None = None,
+    ) -> dict[str, Any]:
+        """One row of results.json; `held`: peak and cache bytes, None: out of memory."""
+        row = {
+            "attention": contender.name,
+            "sparsity": contender.sparsity,
+            "context": context,
+            "chunk_size": chunk_size,
+            "batch_size": self.settings.batch_size,
+            "status": "OOM" if held is None else "ok",
+            "weights_bytes": self.weights_bytes,
+            "peak_bytes": held and held[0],
+            "cache_bytes": held and held[1],
+            "backend": backend,
+            "seconds": self.watch.take(),
+        }
+        if floor is not None:
+            least = floor.seconds(self.ceilings)
+            row |= {"floor_ms": 1e3 * least, "floor_bytes": floor.bytes, "floor_flops": floor.flops}
+            if timing is not None:
+                row |= timing.summary() | {
+                    "tokens_per_s": tokens * self.settings.batch_size / timing.median,
+                    "over_floor": timing.median / least,
+                }
+        return row
+
+
+def decode_step(
+    contender: Contender, forward: Callable[..., Any], cache: Cache, context: int, ids: Tensor
+) -> Callable[[], Tensor]:
+    """A decode step after `context` tokens, which may be run again and again, and captured.
+
+    Args:
+        contender: which is installed.
+        forward: the model or its compiled form.
+        cache: filled, with a slot for each run; the device counts on, the host does not.
+        context: tokens in the cache.
+        ids: (batch, 1), the new token.
+
+    Returns:
+        a function that returns the logits, (batch, 1, vocabulary).
+    """
+    positions, given = torch.full_like(ids, context), {cache_argument(contender.model): cache}
+
+    def step() -> Tensor:
+        contender.hold(context)
+        return forward(input_ids=ids, position_ids=positions, use_cache=True, **given).logits
+
+    return step

@@ -1,0 +1,163 @@
+"""What is measured side by side: full attention over transformers' static cache, and a head mask over the dual cache.
+
+A full contender over the dual cache, in which every head is a retrieval head, makes the baseline the faster of two.
+"""
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from transformers import Cache, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from duo_id.attention.layers import AttentionLayer
+from duo_id.benchmark import static_attention
+from duo_id.common.errors import UserError
+from duo_id.deploy.cache import DualCache
+from duo_id.deploy.install import dual_cache, duo_attention
+from duo_id.models.language_model import LanguageModel
+from duo_id.patterns.pattern import HeadMask
+
+
+class Contender(ABC):
+    """One way to attend, with its cache.
+
+    Args:
+        language_model: the model.
+        layers: its attention layers.
+        batch: samples.
+
+    Attributes:
+        name: how rows and figures call it, see `duo_id.benchmark.tables`.
+        mask: which heads stream; None: none.
+    """
+
+    name: str
+    mask: HeadMask | None = None
+
+    def __init__(self, language_model: LanguageModel, layers: list[AttentionLayer], batch: int) -> None:
+        self.model, self.layers, self.batch = language_model.model, layers, batch
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the KV heads that stream."""
+        return 0.0 if self.mask is None else self.mask.sparsity
+
+    @abstractmethod
+    def installed(self) -> AbstractContextManager[None]:
+        """A block in which the model attends this way."""
+
+    @abstractmethod
+    def new_cache(self, slots: int) -> Cache:
+        """An empty static cache with memory for so many tokens a sample."""
+
+    @abstractmethod
+    def fill(self, cache: Cache, tokens: int, seed: int = 0) -> None:
+        """Let a cache hold random tokens, whatever it held before."""
+
+    @abstractmethod
+    def clear(self, cache: Cache) -> None:
+        """Let a cache hold nothing."""
+
+    @abstractmethod
+    def nbytes(self, cache: Cache) -> int:
+        """Bytes of keys and values."""
+
+    def choose_backend(self, cache: Cache, context: int) -> str:
+        """Choose what computes a decode step after `context` tokens, and name it."""
+        return "triton" if self.model.device.type == "cuda" else "reference"
+
+    def hold(self, context: int) -> None:  # noqa: B027  (most count on the device alone)
+        """Let the next decode step be one after `context` tokens, where the host counts them."""
+
+
+class StaticAttention(Contender):
+    """Full attention by SDPA over a `StaticCache`."""
+
+    name = "full"
+
+    def installed(self) -> AbstractContextManager[None]:
+        """See `Contender`."""
+        return static_attention.full_attention_installed(self.model, self.layers)
+
+    def new_cache(self, slots: int) -> Cache:
+        """See `Contender`."""
+        cache = StaticCache(self.model.config, max_cache_len=slots)
+        heads, dims = ([getattr(layer, key) for layer in self.layers] for key in ("kv_heads", "head_dim"))
+        cache.early_initialization(self.batch, heads, dims, self.model.dtype, self.model.device)
+        return cache
+
+    def fill(self, cache: Cache, tokens: int, seed: int = 0) -> None:
+        """See `Contender`."""
+        generator = torch.Generator(self.model.device).manual_seed(seed)
+        for layer in _static_layers(cache):
+            layer.keys.normal_(generator=generator)
+            layer.values.normal_(generator=generator)
+            layer.cumulative_length.fill_(tokens)
+        self.hold(tokens)
+
+    def clear(self, cache: Cache) -> None:
+        """See `Contender`."""
+        cache.reset()
+        self.hold(0)
+
+    def nbytes(self, cache: Cache) -> int:
+        """See `Contender`."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in _static_layers(cache))
+
+    def hold(self, context: int) -> None:
+        """See `Contender`."""
+        static_attention.host.tokens = context
+
+    def choose_backend(self, cache: Cache, context: int) -> str:
+        """See `Contender`."""
+        first = _static_layers(cache)[0]
+        return "sdpa " + static_attention.choose_backend(self.layers[0], first.keys, first.values, context + 1)
+
+
+class DualAttention(Contender):
+    """A head mask over the dual cache, as deployed.
+
+    Args:
+        language_model: the model.
+        layers: its attention layers.
+        batch: samples.
+        mask: which heads stream.
+        name: how rows and figures call it.
+    """
+
+    def __init__(
+        self, language_model: LanguageModel, layers: list[AttentionLayer], batch: int, mask: HeadMask, name: str = "duo"
+    ) -> None:
+        super().__init__(language_model, layers, batch)
+        self.mask, self.name = mask, name
+
+    def installed(self) -> AbstractContextManager[None]:
+        """See `Contender`."""
+        assert self.mask is not None
+        return duo_attention(self.model, self.mask)
+
+    def new_cache(self, slots: int) -> Cache:
+        """See `Contender`."""
+        return dual_cache(self.model, max_length=slots)
+
+    def fill(self, cache: Cache, tokens: int, seed: int = 0) -> None:
+        """See `Contender`."""
+        assert isinstance(cache, DualCache)
+        cache.fill(self.batch, tokens, self.model.dtype, self.model.device, seed)
+
+    def clear(self, cache: Cache) -> None:
+        """See `Contender`."""
+        cache.reset()
+
+    def nbytes(self, cache: Cache) -> int:
+        """See `Contender`."""
+        assert isinstance(cache, DualCache)
+        return cache.nbytes
+
+
+def _static_layers(cache: Cache) -> list[Any]:
+    if any(type(layer) is not StaticLayer for layer in cache.layers):
+        raise UserError("the config asks for caches of another kind: +model.config.sliding_window=null may help")
+    return list(cache.layers)

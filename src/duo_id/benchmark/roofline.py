@@ -1,0 +1,106 @@
+"""The least time that a decode step or a prefill can take: bytes to move and arithmetic to do, over the ceilings.
+
+Counted is what any implementation must do for a dense model: weights are read once a forward, cached keys and values
+once a forward, and the arithmetic is that of the linear layers and of attention. Norms, rotations, activations and
+whatever a cache writes are left out, so nothing real can be below the floor on a machine that is at its ceilings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from duo_id.attention.layers import AttentionLayer
+from duo_id.benchmark.ceilings import Ceilings
+from duo_id.patterns.pattern import HeadMask
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a run must move and compute.
+
+    Attributes:
+        bytes: to be read from the device's memory.
+        flops: floating-point operations, a multiplication and an addition being two.
+    """
+
+    bytes: int
+    flops: int
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """The least time: memory and arithmetic can be busy at once, so the slower of the two decides."""
+        return max(self.bytes / ceilings.bandwidth, self.flops / ceilings.flops)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes of a model that floors depend on.
+
+    Attributes:
+        layers: its attention layers.
+        linear: weights of the linear layers but the last.
+        head: weights of the last linear layer, from hidden state to logits.
+        other: parameters that are neither these nor the embedding: norms and biases.
+        embedding: numbers in one row of the embedding.
+        itemsize: bytes a number.
+    """
+
+    layers: Sequence[AttentionLayer]
+    linear: int
+    head: int
+    other: int
+    embedding: int
+    itemsize: int
+
+    def decode(self, batch: int, context: int, mask: HeadMask | None) -> Floor:
+        """One token for each of `batch` samples after `context` cached tokens; `mask` None: full attention."""
+        weights = self.linear + self.head + self.other + batch * self.embedding
+        numbers = operations = 0
+        for layer, (full, streaming) in zip(self.layers, self._heads(mask), strict=True):
+            window = 0 if mask is None else mask.sink_size + mask.recent_size
+            seen = full * (context + 1) + streaming * min(context + 1, window)  # the new token's own key among them
+            numbers += 2 * batch * layer.head_dim * (seen - layer.kv_heads)
+            operations += 4 * batch * layer.head_dim * (layer.heads // layer.kv_heads) * seen
+        return Floor(self.itemsize * (weights + numbers), 2 * batch * (self.linear + self.head) + operations)
+
+    def prefill(self, batch: int, context: int, chunk_size: int, mask: HeadMask | None) -> Floor:
+        """A prompt of `context` tokens in chunks, with the logits of its last token; `mask` None: full attention."""
+        starts = range(0, context, chunk_size)
+        numbers = len(starts) * (self.linear + self.other) + self.head + batch * context * self.embedding
+        operations = 2 * batch * (self.linear * context + self.head)
+        pairs = context * (context + 1) // 2
+        window = context if mask is None else mask.sink_size + mask.recent_size
+        near = pairs if window >= context else window * (window + 1) // 2 + (context - window) * window
+        for layer, (full, streaming) in zip(self.layers, self._heads(mask), strict=True):
+            past = sum(full * start + streaming * min(start, window) for start in starts)
+            numbers += 2 * batch * layer.head_dim * past
+            group = layer.heads // layer.kv_heads
+            operations += 4 * batch * layer.head_dim * group * (full * pairs + streaming * near)
+        return Floor(self.itemsize * numbers, operations)
+
+    def _heads(self, mask: HeadMask | None) -> list[tuple[int, int]]:
+        """Retrieval and streaming KV heads of each layer."""
+        if mask is None:
+            return [(layer.kv_heads, 0) for layer in self.layers]
+        kept = [int(mask.retrieval[layer.index].sum()) for layer in self.layers]
+        return [(full, layer.kv_heads - full) for full, layer in zip(kept, self.layers, strict=True)]
+
+
+def workload(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Workload:
+    """Count the parameters of a model.
+
+    Args:
+        model: a dense causal language model.
+        layers: its attention layers.
+    """
+    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    head = embedding if output is None else output.weight
+    assert isinstance(embedding, torch.Tensor)
+    assert isinstance(head, torch.Tensor)
+    matrices = {id(part.weight): part.weight for part in model.modules() if isinstance(part, nn.Linear)}
+    linear = sum(weight.numel() for key, weight in matrices.items() if key != id(head))
+    known = {*matrices, id(head), id(embedding)}
+    other = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in known)
+    return Workload(layers, linear, head.numel(), other, embedding.shape[1], embedding.element_size())

@@ -1,0 +1,203 @@
+"""Measure decoding, prefill, memory and training steps under masks beside full attention."""
+
+import importlib
+import importlib.util
+import json
+import platform
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from duo_id.attention.functions import Backends
+from duo_id.attention.interface import routed
+from duo_id.attention.layers import AttentionLayer, gated_layers
+from duo_id.benchmark.caches import Bench
+from duo_id.benchmark.ceilings import measure_ceilings
+from duo_id.benchmark.contenders import Contender, DualAttention, StaticAttention
+from duo_id.benchmark.efficiency import read_baseline
+from duo_id.benchmark.figures import plot_benchmark, plotted_axes
+from duo_id.benchmark.roofline import workload
+from duo_id.benchmark.settings import BenchmarkSettings
+from duo_id.benchmark.step_tables import plot_steps, step_tables
+from duo_id.benchmark.tables import NAMES, compared, results_tables
+from duo_id.benchmark.train_step import StepBench
+from duo_id.common import cli
+from duo_id.common.config import plain, require
+from duo_id.common.errors import UserError
+from duo_id.common.files import write_text
+from duo_id.common.integrity import sealed
+from duo_id.distributed.ranks import Ranks, launch
+from duo_id.models.language_model import LanguageModel
+from duo_id.models.loading import load_model
+from duo_id.patterns.files import load_pattern
+from duo_id.patterns.pattern import HeadMask, random_mask
+from duo_id.patterns.plots import save_figure
+
+
+def benchmark(settings: BenchmarkSettings, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Measure full attention and masks side by side.
+
+    Args:
+        settings: what to measure, on which model, in which sizes.
+        folder: the run folder; `results.json` is written to it after every row, figures at the end.
+        overrides: the command line that the settings came from.
+
+    Returns:
+        the results that are also written.
+
+    Raises:
+        UserError: something in the settings cannot work; the message names the override.
+    """
+    device, ranks = _place(settings)
+    cli.console.quiet = not ranks.first
+    with ranks.watched():
+        return _measured(settings, Path(ranks.agreed(str(folder))), overrides, device, ranks)
+
+
+def _place(settings: BenchmarkSettings) -> tuple[torch.device, Ranks]:
+    """The device of this process, after starting the others that share a training step."""
+    if settings.task != "train_step":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), Ranks()
+    step = settings.step
+    device, ranks = launch(settings.trainer, step.sequence_parallel, step.shard, settings.batch_size, "batch_size")
+    require(device.type in ("cuda", "cpu"), f"trainer.accelerator={device.type}: steps are measured on gpu and cpu")
+    return device, ranks
+
+
+def _measured(
+    settings: BenchmarkSettings, folder: Path, overrides: list[str], device: torch.device, ranks: Ranks
+) -> dict[str, Any]:
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    single = read_baseline(settings, device, card, ranks.data) if settings.compare else {}
+    language_model = load_model(settings.model, device, settings.seed, ranks)
+    layers = attention_layers(language_model)
+    steps = settings.task == "train_step"
+    contenders = [] if steps else line_up(settings, language_model, layers)
+    ceilings = measure_ceilings(device, language_model.model.dtype)
+    rates = f"{ceilings.bandwidth / 1e12:.3g} TB/s, {ceilings.flops / 1e12:.4g} TFLOP/s"
+    cli.console.print(f"{language_model.name}; the machine at its best: {rates}", highlight=False, markup=False)
+    results: dict[str, Any] = {
+        "task": settings.task,
+        "model": language_model.describe(layers),
+        "device": card,
+        "devices": ranks.world,
+        "data_groups": ranks.data,
+        "sequence_parallel": ranks.sequence,
+        "sharded": ranks.sharded,
+        "ceilings": vars(ceilings),
+        "rows": [],
+        "command": " ".join(["python -m duo_id.benchmark", *overrides]),
+        "settings": plain(settings),
+        "versions": cli.versions() | _kernel_versions(),
+    }
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=cli.console, transient=True) as progress:
+            shown = progress.add_task("")
+
+            def announce(phase: str) -> None:
+                progress.update(shown, description=phase, refresh=True)
+
+            if steps:
+                bench = StepBench(settings, language_model, ceilings, folder, announce)
+                total, rows = len(bench), bench.rows()
+            else:
+                work = workload(language_model.model, layers)
+                masks = Bench(settings, language_model.model, layers, work, ceilings, announce)
+                sizes = len(settings.context) * (len(settings.chunk_size) if settings.task == "prefill" else 1)
+                total, rows = sizes * len(contenders), chain.from_iterable(map(masks.rows, contenders))
+            progress.update(shown, total=total)
+            for row in rows:
+                alone = single.get((row["context"], row.get("blend", "")))
+                if alone and row["step"] == "ours" and "ms" in row:
+                    row["efficiency"] = row["tokens_per_s"] / ranks.world / alone
+                results["rows"] = [*results["rows"], row] if steps else compared([*results["rows"], row])
+                if ranks.first:
+                    write_text(folder / "results.json", json.dumps(sealed(results), indent=1))
+                line = _step_line(row) if steps else _line(row)
+                cli.say(line)
+                progress.advance(shown)
+    finally:  # also after Ctrl-C: what was measured is shown
+        if results["rows"] and ranks.first:
+            cli.console.print(*(step_tables if steps else results_tables)(results), sep="\n")
+            if steps:
+                save_figure(plot_steps(results), folder / "train_step.png")
+            for axis in [] if steps else plotted_axes(results):
+                save_figure(plot_benchmark(results, axis), folder / f"{settings.task}_over_{axis}.png")
+            cli.say(f"results and figures: {folder}")
+    return results
+
+
+def attention_layers(language_model: LanguageModel) -> list[AttentionLayer]:
+    """The attention layers of the model.
+
+    Raises:
+        UserError: not all of them see the whole context, or the model has layers of another kind.
+    """
+    with routed(language_model.model, Backends()) as layers:
+        gated = gated_layers(language_model.model, layers)
+    if len(gated) < language_model.num_layers:
+        raise UserError(
+            f"model={language_model.name}: only {len(gated)} of its {language_model.num_layers} layers see the whole "
+            "context, and what full attention costs is measured for models of such layers alone"
+        )
+    return gated
+
+
+def line_up(
+    settings: BenchmarkSettings, language_model: LanguageModel, layers: list[AttentionLayer]
+) -> list[Contender]:
+    """What is measured, in this order: the baselines, and a mask for each sparsity.
+
+    Raises:
+        UserError: the head pattern is not for this model, or its windows hold every context.
+    """
+    shape = language_model.num_layers, layers[0].kv_heads
+    pattern = None if settings.heads is None else load_pattern(settings.heads)
+    if pattern is not None:
+        pattern.check_fits(*shape, language_model.name)
+    sizes = settings if pattern is None else pattern
+    window, longest = sizes.sink_size + sizes.recent_size, settings.context[-1]
+    require(
+        window < longest,
+        f"context={longest} lies within the window of sink_size + recent_size = {window}: give a longer one",
+    )
+
+    def mask(sparsity: float) -> HeadMask:
+        if pattern is not None:
+            return pattern.binarize(sparsity=sparsity)
+        return random_mask(
+            *shape, sparsity, settings.seed, sink_size=settings.sink_size, recent_size=settings.recent_size
+        )
+
+    batch = settings.batch_size
+    contenders: list[Contender] = [StaticAttention(language_model, layers, batch)]
+    if settings.task == "decode":  # in prefill both caches call the same attention
+        contenders.append(DualAttention(language_model, layers, batch, mask(0), "full-dual"))
+    return contenders + [DualAttention(language_model, layers, batch, mask(sparsity)) for sparsity in settings.sparsity]
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A finished row in one line, with the seconds that it took."""
+    sizes = f"{row['context']:,} tokens" + (f", chunks of {row['chunk_size']:,}" if row["chunk_size"] else "")
+    measured = f"{row['ms']:.4g} ms, {row['over_floor']:.3f} x floor" if "ms" in row else row["status"]
+    seconds = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["seconds"].items())
+    streaming = f" ({100 * row['sparsity']:.4g}% stream)" if row["sparsity"] else ""
+    return f"{NAMES[row['attention']]}{streaming}, {sizes}: {measured}  [{seconds} s]"
+
+
+def _step_line(row: dict[str, Any]) -> str:
+    """A measured step in one line, after the plan of its memory."""
+    measured = f"{row['ms']:.4g} ms, {row['over_floor']:.3f} x floor" if "ms" in row else row["status"]
+    seconds = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["seconds"].items())
+    plan = f"{row['plan']}\n" if row.get("plan") else ""
+    return f"{plan}{row['step']}, {row['blend']} blend, {row['context']:,} tokens: {measured}  [{seconds} s]"
+
+
+def _kernel_versions() -> dict[str, str | None]:
+    """Triton comes with torch for CUDA alone."""
+    there = importlib.util.find_spec("triton") is not None
+    return {"triton": importlib.import_module("triton").__version__ if there else None, "cuda": torch.version.cuda}

@@ -1,0 +1,76 @@
+"""Typed settings of `python -m duo_id.benchmark`."""
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+import torch
+
+from duo_id.attention.blends import BLENDS
+from duo_id.common.config import Count, Fraction, Positive, Seed, Some, Text, one_of, require, settings
+from duo_id.train.settings import ModelSettings, StepSettings
+from duo_id.train.trainer import Trainer, TrainerSettings
+
+PLACES = ("_target_", "accelerator", "devices", "num_nodes", "strategy")  # arguments of the trainer that say where
+
+
+@settings("data")
+class LengthSettings:
+    """The length of samples, under the name that training has for it."""
+
+    length: Positive | None = None  # tokens; null: `context`
+
+
+@settings("")
+class BenchmarkSettings:
+    """`python -m duo_id.benchmark`: see conf/benchmark.yaml."""
+
+    model: ModelSettings
+    task: Literal["decode", "prefill", "memory", "train_step"]
+    context: Some[Positive]  # tokens: in the cache before a decode step, of a prompt, or of a training step
+    chunk_size: Some[Positive]  # prefill: tokens a forward
+    sparsity: Some[Fraction]  # fractions of KV heads that stream
+    sink_size: Count  # tokens, of random heads; a pattern brings its own
+    recent_size: Positive  # tokens, the query's own among them
+    repeats: Positive  # timed runs of each row
+    warmup: Count  # runs before them
+    data: LengthSettings = field(default_factory=LengthSettings)
+    heads: Text | None = None  # a run folder, its heads/ folder or a shipped name; null: heads drawn at random
+    step: StepSettings = field(default_factory=StepSettings)  # train_step: ours
+    blend: Some[Annotated[Text, one_of(BLENDS)]] = field(default_factory=lambda: ["student"])  # train_step
+    beside: bool = True  # train_step: the step in the published shape too, on one device
+    profile: bool = False  # train_step: also where the time goes
+    batch_size: Positive = 1  # samples, of all devices together
+    trainer: Trainer = field(
+        default_factory=lambda: TrainerSettings(_target_="lightning.Trainer")
+    )  # train_step: devices
+    compare: Text | None = None  # train_step: a run on one device, for the efficiency of several
+    compile: bool | None = None  # null: on a GPU alone
+    seed: Seed = 0  # of random weights, heads, tokens and cached numbers
+
+    def __post_init__(self) -> None:
+        """Bring values in order, and check what goes together."""
+        if self.data.length is not None:
+            self.context = [self.data.length]
+        for key in self.trainer:
+            require(
+                key in PLACES, f"trainer.{key}: benchmarks have no trainer; of its arguments, {', '.join(PLACES[1:])}"
+            )
+        if self.task != "train_step":
+            devices, nodes = self.trainer.get("devices", 1), self.trainer.get("num_nodes", 1)
+            require((devices, nodes) == (1, 1), f"trainer.devices={devices}: task={self.task} works on 1 device")
+            require(self.compare is None, f"compare={self.compare}: it is for task=train_step")
+        self.blend = list(dict.fromkeys(self.blend))
+        for key in ("context", "chunk_size", "sparsity"):
+            setattr(self, key, sorted(set(getattr(self, key))))
+        if self.task == "train_step":
+            window, shortest = self.sink_size + self.recent_size, self.context[0]
+            require(
+                window < shortest,
+                f"sink_size + recent_size = {window} must be below context={shortest}, or nothing lies outside",
+            )
+            require(not self.step.cuda_graphs, "step.cuda_graphs=true: task=train_step measures steps without a graph")
+            require(self.heads is None, f"heads={self.heads}: task=train_step trains the gates of all heads")
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether to compile on a device: as asked for, by default on a GPU alone."""
+        return self.step.compile or (device.type == "cuda" if self.compile is None else self.compile)

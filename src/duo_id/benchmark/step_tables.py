@@ -1,0 +1,113 @@
+"""Training steps side by side: the tables and the figure of a benchmark of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from duo_id.common.figures import COLORS, set_title, style
+
+NAMES = {"ours": "ours", "paper": "published shape"}
+
+
+def step_tables(results: Mapping[str, Any]) -> list[Table]:
+    """Time and memory of each step, and where the time went if it was profiled.
+
+    Tokens a second are those of all devices; floors, MFU and peaks are of each.
+    """
+    title, rates = f"{results['model']['name']} on {machine(results)}", results["ceilings"]
+    caption = f"floors at {rates['flops'] / 1e12:.4g} TFLOP/s and the measured full attention"
+    table = Table(title=escape(f"train step: {title}"), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    headings = ["step", "blend", "tokens", "s", "tokens\n/s", "floor\ns", "over\nfloor", "MFU", "peak\nGiB"]
+    compared = any("efficiency" in row for row in results["rows"])
+    headings += ["effi-\nciency"] if compared else []
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", overflow="fold")
+    for row in results["rows"]:
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.4g}"
+        measured = ["OOM", "", f"{row['floor_ms'] / 1e3:.3g}", "", ""]
+        if "ms" in row:
+            measured = [
+                f"{row['ms'] / 1e3:.4g}",
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['floor_ms'] / 1e3:.3g}",
+                f"{row['over_floor']:.2f}",
+                f"{100 * row['mfu']:.3g}%",
+            ]
+        gain = [f"{100 * row['efficiency']:.3g}%" if "efficiency" in row else ""] if compared else []
+        table.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *measured, peak, *gain)
+    profiles = [row for row in results["rows"] if "profile" in row]
+    if not profiles:
+        return [table]
+    exchanged = [_exchange_table(results["rows"])] if any("communication" in row for row in profiles) else []
+    groups = list(dict.fromkeys(group for row in profiles for group in row["profile"]))
+    spent = Table(title="where the time goes (ms)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("step", "blend", "tokens", *(group.replace(" ", "\n") for group in groups)):
+        spent.add_column(heading, justify="left" if heading in ("step", "blend") else "right", overflow="fold")
+    for row in profiles:
+        times = [f"{row['profile'].get(group, 0):.4g}" for group in groups]
+        spent.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *times)
+    return [table, spent, *exchanged]
+
+
+def machine(results: Mapping[str, Any]) -> str:
+    """The devices of a run, and how they shared a step if they are several."""
+    devices = results.get("devices", 1)  # of older runs one
+    if devices == 1:
+        return str(results["device"])
+    weights = ", sharded weights" if results["sharded"] else ""
+    return (
+        f"{devices} x {results['device']} ({results['data_groups']} groups of samples x {results['sequence_parallel']} "
+        f"parts of their tokens{weights})"
+    )
+
+
+def _exchange_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Communication of the first process's device, in percent of the step."""
+    rows = [row for row in rows if "communication" in row]
+    kinds = [name for name in rows[0]["communication"] if name != "step"]
+    table = Table(title="communication (% of the step)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("step", "blend", "tokens", *kinds):
+        table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", overflow="fold")
+    for row in rows:
+        found = row["communication"]
+        shares = [f"{100 * found[kind] / found['step']:.3g}" for kind in kinds]
+        table.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *shares)
+    return table
+
+
+@style()
+def plot_steps(results: Mapping[str, Any]) -> Figure:
+    """Bars of the time and the peak memory of each step, with floors."""
+    rows = results["rows"]
+    places = list(dict.fromkeys((row["context"], row["blend"]) for row in rows))
+    kinds = [name for name in NAMES if any(row["step"] == name for row in rows)]
+    panels = 2 if any(row["peak_bytes"] for row in rows) else 1
+    figure = Figure(figsize=(3.1 * panels + 0.2, 3.3))
+    axes = list(figure.subplots(1, panels, squeeze=False).flat)
+    width = 0.8 / len(kinds)
+    for number, (kind, color) in enumerate(zip(kinds, COLORS, strict=False)):
+        own = [row for row in rows if row["step"] == kind]
+        at = [places.index((row["context"], row["blend"])) + (number - (len(kinds) - 1) / 2) * width for row in own]
+        axes[0].bar(at, [row.get("ms", 0) / 1e3 for row in own], width, color=color, label=NAMES[kind])
+        if panels > 1:
+            axes[1].bar(at, [(row["peak_bytes"] or 0) / 2**30 for row in own], width, color=color)
+        for panel in axes:
+            for x, row in zip(at, own, strict=True):
+                if row["status"] == "OOM":
+                    panel.text(x, 0, "OOM", color=color, ha="center", va="bottom", rotation=90)
+    for place, (context, blend) in enumerate(places):
+        floor = next(row["floor_ms"] for row in rows if (row["context"], row["blend"]) == (context, blend)) / 1e3
+        label = "floor" if place == 0 else None
+        axes[0].hlines(floor, place - 0.45, place + 0.45, color="#555555", linestyle="--", linewidth=1.0, label=label)
+    for panel, text in zip(axes, ["time of a step (s)", "peak memory (GiB)"], strict=False):
+        panel.set_xticks(range(len(places)), [f"{blend}\n{context:,}" for context, blend in places])
+        panel.set(xlabel="blend, tokens", ylabel=text)
+        panel.grid(axis="y")
+    figure.legend(loc="outside lower center", ncols=3)
+    count = f"{results.get('devices', 1)} x " if results.get("devices", 1) > 1 else ""
+    set_title(figure, f"{results['model']['name']}, {count}{results['device']}")
+    return figure

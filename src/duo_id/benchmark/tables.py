@@ -1,0 +1,151 @@
+"""Rows side by side: what a mask gains over full attention, and the tables of a run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from duo_id.common.documents import FIRST, Count, Data, Line, Positive, Share
+
+FULL = ("full", "full-dual")  # the baselines: SDPA over a static cache, and the dual cache without a streaming head
+NAMES = {"full": "full, static cache", "full-dual": "full, dual cache", "duo": "duo"}
+Row = dict[str, Any]
+
+
+class Measured(Data):
+    """A row on disk; what a row that ran out of memory lacks has a default."""
+
+    attention: Literal["full", "full-dual", "duo"]
+    sparsity: Share
+    context: Count
+    chunk_size: Count | None
+    status: Line
+    weights_bytes: Count
+    peak_bytes: Count | None
+    cache_bytes: Count | None
+    ms: Positive = 0.0
+    floor_ms: Positive = 0.0
+
+
+class Named(Data):
+    """The model that was measured."""
+
+    name: Line
+
+
+class Benchmark(Data):
+    """What the results.json of a benchmark of decoding, prefill or memory holds, as figures look at it."""
+
+    task: Line
+    model: Named
+    device: Line
+    rows: Annotated[list[Measured], FIRST]
+
+
+def memory(row: Mapping[str, Any]) -> int | None:
+    """Peak bytes of a row; on the CPU, where none are counted, weights and cache; None if it was too much."""
+    if row["status"] == "OOM":
+        return None
+    return row["peak_bytes"] or row["weights_bytes"] + row["cache_bytes"]
+
+
+def compared(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The rows, each under a mask with how many times full attention takes its time and memory in the same place.
+
+    Of the baselines the faster counts for the time and the smaller for the memory. Added are `speedup`,
+    `memory_saving` and `floor_ratio`, full over duo, each None where one of the two is unknown.
+    """
+    done = []
+    for row in rows:
+        place = [row["context"], row["chunk_size"], row["batch_size"]]
+        full = [
+            other
+            for other in rows
+            if other["attention"] in FULL and [other["context"], other["chunk_size"], other["batch_size"]] == place
+        ]
+        gains = {
+            "speedup": _ratio([other.get("ms") for other in full], row.get("ms")),
+            "memory_saving": _ratio([memory(other) for other in full], memory(row)),
+            "floor_ratio": _ratio([other.get("floor_ms") for other in full], row.get("floor_ms")),
+        }
+        done.append(dict(row) | (gains if row["attention"] not in FULL else {}))
+    return done
+
+
+def results_tables(results: Mapping[str, Any]) -> list[Table]:
+    """Times and memory for the terminal, each narrow enough for 80 columns.
+
+    Args:
+        results: as in results.json.
+    """
+    task, rates, order = results["task"], results["ceilings"], list(NAMES)
+    title = f"{results['model']['name']} on {results['device']}"
+    rows = sorted(
+        results["rows"],
+        key=lambda row: (row["context"], row["chunk_size"] or 0, order.index(row["attention"]), row["sparsity"]),
+    )
+    place = ["attention", "context", "chunk"] if task == "prefill" else ["attention", "context"]
+    memories = _table(f"memory: {title}", [*place, "peak\nGiB", "weights\nGiB", "cache\nGiB", "full\n/ duo"])
+    times = _table(
+        f"{task}: {title}",
+        [*place, "ms", "±", "tokens\n/s", "floor\nms", "over\nfloor", "full\n/ duo", "their\nfloors"],
+        f"±: half of max - min; floors at {rates['bandwidth'] / 1e12:.3g} TB/s, {rates['flops'] / 1e12:.4g} TFLOP/s",
+    )
+    for row in rows:
+        duo, out = row["attention"] not in FULL, row["status"] == "OOM"
+        name = (
+            f"duo {row['sparsity']:.3g}" if duo else {"full": "full SDPA", "full-dual": "full dual"}[row["attention"]]
+        )
+        where = [name, f"{row['context']:,}"] + ([f"{row['chunk_size']:,}"] if task == "prefill" else [])
+        style = "bold" if duo else None
+        spread = 50 * (row["ms_max"] - row["ms_min"]) / row["ms"] if "ms" in row else None
+        times.add_row(
+            *where,
+            "OOM" if out else _number(row.get("ms")),
+            _cell(spread, ".2g", "%"),
+            _number(row.get("tokens_per_s")),
+            _number(row.get("floor_ms")),
+            _cell(row.get("over_floor"), ".3f"),
+            _cell(row.get("speedup"), ".2f", "x"),
+            _cell(row.get("floor_ratio"), ".2f", "x"),
+            style=style,
+        )
+        parts = [None if value is None else value / 2**30 for value in (row["peak_bytes"], row["cache_bytes"])]
+        memories.add_row(
+            *where,
+            "OOM" if out else _cell(parts[0], ".4g"),
+            _cell(row["weights_bytes"] / 2**30, ".4g"),
+            _cell(parts[1], ".4g"),
+            _cell(row.get("memory_saving"), ".2f", "x"),
+            style=style,
+        )
+    return [memories] if task == "memory" else [times, memories]
+
+
+def _table(title: str, headings: Sequence[str], caption: str | None = None) -> Table:
+    table = Table(
+        title=escape(title),
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "attention" else "right", no_wrap=True)
+    return table
+
+
+def _ratio(full: Sequence[float | None], own: float | None) -> float | None:
+    known = [value for value in full if value is not None]
+    return min(known) / own if known and own else None
+
+
+def _cell(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else format(value, form) + unit
+
+
+def _number(value: float | None) -> str:
+    return _cell(value, ",.0f" if value is not None and value >= 1000 else ".4g")

@@ -1,0 +1,221 @@
+"""Measure training steps: ours beside the one in the published shape, and the floor that both have.
+
+Several devices share our step alone. Every process of them measures; the slowest counts, and the fullest.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duo_id.attention.blends import BLENDS
+from duo_id.attention.full import full_attention
+from duo_id.attention.interface import attached
+from duo_id.attention.layers import AttentionLayer
+from duo_id.attention.softmax import Softmax
+from duo_id.attention.ulysses import head_shares
+from duo_id.attention.window import Window
+from duo_id.benchmark.ceilings import Ceilings
+from duo_id.benchmark.profiling import profiled
+from duo_id.benchmark.roofline import workload
+from duo_id.benchmark.settings import BenchmarkSettings
+from duo_id.benchmark.timing import Stopwatch, Timing, release, timed, unless_out_of_memory, with_peak
+from duo_id.common.errors import UserError
+from duo_id.data.samples import UNSCORED, shared_weights, split_batch, with_scored
+from duo_id.models.language_model import LanguageModel
+from duo_id.step.devices import shared_step
+from duo_id.step.objectives import OBJECTIVES
+from duo_id.step.prepare import SHAPES, prepared
+from duo_id.train.settings import StepSettings
+
+SCORED = 512  # tokens that the loss looks at, at the end of a sample
+BACKWARD = 2.5  # arithmetic of attention's backward pass, in forward passes: five products beside two
+
+
+class StepBench:
+    """Measures steps row by row.
+
+    Args:
+        settings: what to measure.
+        language_model: the model, perhaps shared by several processes.
+        ceilings: of the machine.
+        folder: where traces are written.
+        announce: called with each phase that begins.
+    """
+
+    def __init__(
+        self,
+        settings: BenchmarkSettings,
+        language_model: LanguageModel,
+        ceilings: Ceilings,
+        folder: Path,
+        announce: Callable[[str], None],
+    ) -> None:
+        self.settings, self.model, self.ceilings, self.folder = settings, language_model, ceilings, folder
+        self.device: torch.device = language_model.model.device
+        self.ranks = language_model.ranks
+        self.window = Window(settings.sink_size, settings.recent_size)
+        self.subject = ""
+        self.watch = Stopwatch(lambda phase: announce(f"{self.subject}: {phase}"))
+        ours = replace(settings.step, compile=settings.compiles(self.device))
+        paper = replace(settings.step, shape="paper", memory="least", compile=False)
+        beside = settings.beside and self.ranks.world == 1
+        self.steps = {"paper": paper} if ours.shape == "paper" else {"ours": ours}
+        if beside:
+            self.steps["paper"] = paper
+        limit = language_model.max_length
+        if limit is not None and settings.context[-1] > limit:
+            raise UserError(
+                f"context={settings.context[-1]}: {language_model.name} is made for {limit} tokens; "
+                f"+model.config.max_position_embeddings={settings.context[-1]} lets it have more"
+            )
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self.settings.context) * len(self.settings.blend) * len(self.steps)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row for each length, blend and shape of step; one that the memory does not suffice for is a row too."""
+        for context in self.settings.context:
+            attention: tuple[float, float] | None = None
+            for blend in self.settings.blend:
+                for name, step in self.steps.items():
+                    self.subject = f"{name}, {blend} blend, {context:,} tokens"
+                    release()
+                    with attached(self.model.model, step.backends, self.ranks.group) as layers:
+                        attention = attention or self.attention_seconds(layers[0], context)
+                        yield self._row(name, step, layers, blend, context, attention)
+
+    def attention_seconds(self, layer: AttentionLayer, context: int) -> tuple[float, float]:
+        """The best times of this process's full attention in a layer, forward and backward: ceilings at this length."""
+        batch, dtype = self.settings.batch_size // self.ranks.data, self.model.model.dtype
+        own, own_kv = head_shares(layer.heads, layer.kv_heads, self.ranks.sequence)[self.ranks.part].sizes
+        query, key, value = (
+            torch.randn(batch, heads, context, layer.head_dim, device=self.device, dtype=dtype, requires_grad=True)
+            for heads in (own, own_kv, own_kv)
+        )
+
+        def forward() -> Tensor:
+            return full_attention(query, key, value, Softmax(), self.settings.step.full_backend)
+
+        with self.watch.phase("ceilings"):
+            out = forward()
+            grad = torch.randn_like(out)
+            ahead = timed(forward, self.device, self.settings.repeats, warmup=1)
+            back = timed(
+                lambda: torch.autograd.grad(out, (query, key, value), grad, retain_graph=True),
+                self.device,
+                self.settings.repeats,
+                warmup=1,
+            )
+        return min(ahead.runs), min(back.runs)
+
+    def _row(
+        self,
+        name: str,
+        step: StepSettings,
+        layers: Sequence[AttentionLayer],
+        blend: str,
+        context: int,
+        attention: tuple[float, float],
+    ) -> dict[str, Any]:
+        settings, model, ranks = self.settings, self.model, self.ranks
+        told = dict[str, Any]()
+        if ranks.world > 1:
+            step, plan = shared_step(
+                model.model, step, ranks, self.device, context, settings.batch_size, BLENDS[blend].needs_teacher
+            )
+            told["plan"] = str(plan)
+        distillation = SHAPES[step.shape](
+            model, layers, self.window, step.backends, OBJECTIVES["hidden_l2"], blend=BLENDS[blend]
+        )
+        batch = self._batch(context)
+        shape = len(layers), layers[0].kv_heads
+        alpha = torch.full(shape, 0.5, device=self.device, requires_grad=True)
+
+        def run() -> Tensor:
+            return ranks.mean(torch.autograd.grad(distillation.loss(alpha, batch), alpha)[0])
+
+        def measure() -> tuple[Timing, int | None]:
+            with prepared(distillation, step) as arrange:
+                with self.watch.phase("compile" if step.compile else "first step"):
+                    plan = arrange(batch["input_ids"].numel())
+                    told.setdefault("plan", None if plan is None else str(plan))
+                    run()
+                with self.watch.phase("measure"):
+                    timing, peak = with_peak(
+                        lambda: timed(run, self.device, settings.repeats, settings.warmup, ranks.barrier), self.device
+                    )
+                    *runs, most = ranks.greatest(*timing.runs, peak or 0, device=self.device)
+                if settings.profile:
+                    with self.watch.phase("profile"):
+                        trace = self.folder / f"trace_{name}_{blend}_{context}.json" if ranks.first else None
+                        told["profile"], exchanged = profiled(run, self.device, trace, ranks.barrier)
+                        told.update({"communication": exchanged} if exchanged else {})
+                return Timing(tuple(runs)), int(most) or None
+
+        # Of several processes none can leave a step out alone: there, memory that does not suffice ends the run.
+        measured = unless_out_of_memory(measure) if ranks.world == 1 else measure()
+        floor, flops = self.floor(layers, blend, context, attention)
+        row: dict[str, Any] = {
+            "step": name,
+            "blend": blend,
+            "context": context,
+            "batch_size": settings.batch_size,
+            "status": "OOM" if measured is None else "ok",
+            "peak_bytes": measured and measured[1],
+            "floor_ms": 1e3 * floor,
+            "flops": flops,
+            "attention_ms": [1e3 * seconds for seconds in attention],
+            "seconds": self.watch.take(),
+            **told,
+        }
+        if measured is not None:
+            seconds = measured[0].median
+            row |= measured[0].summary() | {
+                "tokens_per_s": context * settings.batch_size / seconds,
+                "over_floor": seconds / floor,
+                "mfu": flops / seconds / self.ceilings.flops,
+            }
+        return row
+
+    def floor(
+        self, layers: Sequence[AttentionLayer], blend: str, context: int, attention: tuple[float, float]
+    ) -> tuple[float, float]:
+        """Seconds that a step takes at least, and the floating-point operations that it must do, on each device.
+
+        Teacher, student and the gradients of the frozen layers' inputs are 6 operations a weight and token. Full
+        attention counts as it was measured, forward and backward, everything else at the rate of the matrix product.
+        The last of several layers does not count: few of its tokens are scored, and nothing looks at the others.
+        """
+        batch, window = self.settings.batch_size, min(context, self.window.sink_size + self.window.recent_size)
+        counted = layers[:-1] or layers
+        weights = workload(self.model.model, layers).linear * len(counted) / len(layers)
+        linear = 6 * weights * batch * context / self.ranks.world
+        forwards, backwards = {"student": (2, 1), "detached": (2, 0), "teacher": (1, 0)}[blend]
+        pairs = context * (context + 1) // 2
+        near = window * (window + 1) // 2 + (context - window) * window
+        each = sum(4 * batch * layer.head_dim * layer.heads for layer in counted) / self.ranks.world
+        streaming = each * near * (1 + BACKWARD)
+        seconds = (linear + streaming) / self.ceilings.flops
+        seconds += len(counted) * (forwards * attention[0] + backwards * attention[1])
+        return seconds, linear + streaming + each * pairs * (forwards + BACKWARD * backwards)
+
+    def _batch(self, context: int) -> dict[str, Any]:
+        """This process's part of random samples whose last tokens are scored."""
+        ranks, vocabulary = self.ranks, self.model.model.config.get_text_config().vocab_size
+        generator = torch.Generator(self.device).manual_seed(self.settings.seed)
+        ids = torch.randint(
+            vocabulary, (self.settings.batch_size, context), generator=generator, device=self.device
+        ).chunk(ranks.data)[ranks.data_rank]
+        labels = torch.full_like(ids, UNSCORED)
+        labels[:, -SCORED:] = ids[:, -SCORED:]
+        batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "attention_mask": None}
+        if ranks.group is not None:
+            batch = split_batch(batch, ranks.part, ranks.sequence)
+        batch = with_scored(batch)
+        weights = batch["weights"].to(self.device)
+        return batch | {"weights": shared_weights(weights, ranks)}

@@ -1,0 +1,1 @@
+"""What every command and package shares: errors, files, settings, the command line, figures."""

@@ -1,0 +1,148 @@
+"""The samples as Lightning takes them: an endless, resumable training stream and fixed held-out sets."""
+
+import itertools
+from collections.abc import Iterator, Sized
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from duo_id.common.errors import UserError
+from duo_id.data.registry import make_task
+from duo_id.data.samples import Batch, Sample, Task, collate
+from duo_id.distributed.ranks import Ranks
+from duo_id.train.settings import DataSettings
+
+ASKED_BY = {  # the settings that say how many samples of a split are looked at as a whole
+    "train": "method.samples",
+    "validation": "comparison.validation_samples, or in a sweep comparison.samples",
+    "test": "comparison.samples",
+}
+
+
+class SampleModule(LightningDataModule):
+    """Training batches without end, and the first samples of the held-out splits.
+
+    A step takes the `batch_size` global indices from `position` on, each group of ranks an equal block of them; which
+    samples these are depends on nothing else, so any number of workers and ranks, and a resumed run, sees what one
+    undisturbed process sees.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        length_limit: int | None = None,
+        num_validation: int = 0,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Keep the settings; a split's haystack is opened when its samples are first asked for.
+
+        Args:
+            settings: of the samples.
+            tokenizer: of the model.
+            seed: of all samples.
+            length_limit: the most tokens that the model takes; None: it names no limit.
+            num_validation: samples of the validation loader; 0: there is none.
+            ranks: the processes that share a step; None: this one alone.
+        """
+        super().__init__()
+        self.settings, self.tokenizer, self.seed, self.length_limit = settings, tokenizer, seed, length_limit
+        self.num_validation, self.ranks = num_validation, ranks or Ranks()
+        self._tasks: dict[str, Task] = {}
+        self._start = {"position": 0, "global_step": 0}  # the position that a global step of the trainer began at
+        token_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        pad_id = next(token for token in token_ids if token is not None)
+        self.collate = partial(collate, pad_id=pad_id, padding_side=settings.padding_side)
+
+    def task(self, split: str) -> Task:
+        """The task of one split, made once.
+
+        Raises:
+            UserError: it cannot make samples with these settings.
+        """
+        if split not in self._tasks:
+            self._tasks[split] = make_task(self.settings, self.tokenizer, split, self.length_limit)
+        return self._tasks[split]
+
+    def samples(self, split: str, count: int) -> list[Sample]:
+        """The first `count` samples of a split."""
+        task = self.task(split)
+        if isinstance(task, Sized) and count > len(task):  # one on disk
+            raise UserError(
+                f"{count} {split} samples are asked for, but data.path={self.settings.path} has {len(task)}: lower "
+                f"{ASKED_BY[split]}"
+            )
+        return [task.sample(index, self.seed) for index in range(count)]
+
+    @property
+    def position(self) -> int:
+        """Samples that the completed steps have consumed on all ranks; what workers prefetched does not count."""
+        if self.trainer is None:
+            return self._start["position"]
+        steps = self.trainer.global_step - self._start["global_step"]
+        return self._start["position"] + steps * self.settings.batch_size
+
+    def state_dict(self) -> dict[str, int]:
+        """Where a resumed run goes on."""
+        step = self.trainer.global_step if self.trainer else 0
+        return {"position": self.position, "global_step": step, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training loader start where the checkpointed run stopped, with any batch size and rank count."""
+        if state_dict["seed"] != self.seed:
+            raise UserError(f"resume: the run drew its samples with seed={state_dict['seed']}, not seed={self.seed}")
+        self._start = {key: int(state_dict[key]) for key in ("position", "global_step")}
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches without end, this rank's alone."""
+        return _TrainLoader(self)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """`num_validation` samples of the validation split, always the same."""
+        if self.num_validation == 0:
+            return []
+        return DataLoader(
+            self.samples("validation", self.num_validation),  # type: ignore[arg-type]  # a list is a map-style dataset
+            batch_size=1,  # each sample is scored alone
+            collate_fn=self.collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class _TrainBatches(IterableDataset[Batch]):
+    """The batches of one rank from `position` on; worker w of n makes the batches w, w + n, ... of them."""
+
+    def __init__(self, task: Task, module: SampleModule) -> None:
+        self.task, self.seed, self.collate = task, module.seed, module.collate
+        self.step, self.batch_size = module.settings.batch_size, module.settings.batch_size // module.ranks.data
+        self.offset = module.ranks.data_rank * self.batch_size
+        self.position = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
+        for number in itertools.count(first, every):
+            start = self.position + number * self.step + self.offset
+            yield self.collate([self.task.sample(start + row, self.seed) for row in range(self.batch_size)])
+
+
+class _TrainLoader(DataLoader[Batch]):
+    """Starts at the module's position whenever it is iterated anew, as Lightning does for every epoch."""
+
+    def __init__(self, module: SampleModule) -> None:
+        super().__init__(
+            _TrainBatches(module.task("train"), module),
+            batch_size=None,  # the dataset yields whole batches
+            num_workers=module.settings.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self.module = module
+
+    def __iter__(self) -> Any:
+        self.dataset.position = self.module.position  # type: ignore[attr-defined]
+        return super().__iter__()

@@ -1,0 +1,39 @@
+"""The one place where tasks are named."""
+
+from collections.abc import Callable
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
+
+from duo_id.common.config import require
+from duo_id.data.copying import CopyingTask
+from duo_id.data.disk import DiskTask
+from duo_id.data.key_value import KeyValueTask
+from duo_id.data.mixture import MixtureTask
+from duo_id.data.multi_query import MultiQueryTask
+from duo_id.data.passkey import PasskeyTask
+from duo_id.data.samples import Task
+from duo_id.data.synthetic import DraftedTask
+from duo_id.data.text import TextTask
+from duo_id.train.settings import DataSettings
+
+DRAFTED: dict[str, type[DraftedTask]] = {
+    "passkey": PasskeyTask,
+    "key_value": KeyValueTask,
+    "copying": CopyingTask,
+    "multi_query": MultiQueryTask,
+    "text": TextTask,
+}
+TASKS: dict[str, Callable[..., Task]] = {**DRAFTED, "mixture": partial(MixtureTask, DRAFTED), "disk": DiskTask}
+
+
+def make_task(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, split: str, length_limit: int | None = None
+) -> Task:
+    """The task that `settings.task` names, for one split.
+
+    Raises:
+        UserError: there is no such task, or it cannot make samples with these settings.
+    """
+    require(settings.task in TASKS, f"data.task={settings.task}: choose one of {', '.join(TASKS)}")
+    return TASKS[settings.task](settings, tokenizer, split, length_limit)

@@ -1,0 +1,144 @@
+"""What the tasks that make samples share: lengths, words, haystack, and how pieces become a sample."""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from duo_id.common.config import require
+from duo_id.common.errors import UserError
+from duo_id.data.haystack import Haystack, leading_tokens, load_haystack, tokenize
+from duo_id.data.samples import SPLITS, UNSCORED, Sample
+from duo_id.data.words import WORDS
+from duo_id.train.settings import DataSettings
+
+Piece = tuple[Literal["question", "answer", "separator"], list[int]]  # of what follows the context: its tokens
+LABELLED = {"answers": ("answer",), "questions": ("question",), "all": ("question", "answer", "separator")}
+Filler = TypeVar("Filler")
+
+
+class DraftedTask(ABC):
+    """A task whose samples are put together from tokens, so that the length drawn is the sample's exact length.
+
+    Every piece is tokenised on its own: what is asked for has the same tokens in the context and as the answer.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        split: str,
+        length_limit: int | None = None,
+        haystack: Haystack | None = None,
+    ) -> None:
+        """Tokenise the fixed pieces and check the settings against the model and the haystack.
+
+        Args:
+            settings: of the samples.
+            tokenizer: of the model.
+            split: train, validation or test; no two share words or haystack.
+            length_limit: the most tokens that the model takes; None: it names no limit.
+            haystack: instead of the one that the settings name.
+
+        Raises:
+            UserError: samples of the wanted lengths cannot be made.
+        """
+        self.settings, self.tokenizer, self.split = settings, tokenizer, split
+        self.lengths = _lengths(settings, length_limit)
+        self.words = self.part(WORDS)
+        self.longest_word = max(len(self.spell([word])) for word in self.words)
+        self.start = leading_tokens(tokenizer)
+        self.prepare()
+        self.haystack = haystack or load_haystack(settings.haystack, split)
+        self.hay(random.Random(0), self.lengths[-1])  # what cannot work fails now rather than in mid-run
+        self.draft(random.Random(0), self.lengths[0])
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Tokenise the fixed pieces, and `need` the tokens that a sample takes at least."""
+
+    @abstractmethod
+    def draft(self, rng: random.Random, length: int) -> tuple[list[int], list[Piece]]:
+        """The tokens of a sample's context and the pieces that follow it, `length` tokens in all."""
+
+    def sample(self, index: int, seed: int) -> Sample:
+        """The sample of this (seed, split, index)."""
+        rng = random.Random(f"{seed}:{self.split}:{index}")
+        length = rng.choice(self._open_lengths(index))
+        tokens, pieces = self.draft(rng, length)
+        labels, places, answers = [UNSCORED] * len(tokens), [0] * len(tokens), 0
+        for kind, piece in pieces:
+            answers += kind == "answer"
+            tokens += piece
+            labels += piece if kind in LABELLED[self.settings.score] else [UNSCORED] * len(piece)
+            places += [answers if kind == "answer" else 0] * len(piece)
+        assert len(tokens) == length
+        return Sample(input_ids=torch.tensor(tokens), labels=torch.tensor(labels), answers=torch.tensor(places))
+
+    def need(self, tokens: int, what: str, lower: str) -> None:
+        """Refuse lengths below `tokens`, which `what` (a plural) needs unless the settings `lower` are lowered."""
+        require(
+            self.lengths[0] >= tokens,
+            f"data.length_min={self.settings.length_min} is too short for {what}, which need {tokens} tokens: "
+            f"raise it, or lower {lower}",
+        )
+
+    def part(self, words: Sequence[str]) -> Sequence[str]:
+        """The words that are this split's alone."""
+        return words[SPLITS.index(self.split) :: len(SPLITS)]
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a piece of text, tokenised on its own."""
+        return tokenize(self.tokenizer, text)
+
+    def spell(self, words: Iterable[str]) -> list[int]:
+        """The tokens of words, with a space before each."""
+        return self.tokens("".join(f" {word}" for word in words))
+
+    def hay(self, rng: random.Random, num_tokens: int) -> list[int]:
+        """So many tokens from anywhere in the split's haystack."""
+        return self.haystack.window(rng, num_tokens, self.tokenizer)
+
+    def depths(self, rng: random.Random, count: int) -> list[float]:
+        """One random depth of each of `count` equal parts between data.depth_min and data.depth_max, ascending."""
+        low, high = self.settings.depth_min, self.settings.depth_max
+        return [low + (high - low) * (part + rng.random()) / count for part in range(count)]
+
+    def _open_lengths(self, index: int) -> list[int]:
+        """The lengths that a sample is drawn from: all, but in a curriculum none above what it has grown to."""
+        curriculum = self.settings.curriculum if self.split == "train" else 0
+        if index >= curriculum:
+            return self.lengths
+        return self.lengths[: 1 + (len(self.lengths) - 1) * index // curriculum]
+
+
+def scatter(filler: Sequence[Filler], needles: Iterable[tuple[float, Sequence[Filler]]]) -> list[Filler]:
+    """A filler with needles in it, each at its depth from 0 to 1; they come in the order of their depths."""
+    whole: list[Filler] = []
+    begin = 0
+    for depth, needle in needles:
+        cut = round(depth * len(filler))
+        whole += [*filler[begin:cut], *needle]
+        begin = cut
+    return [*whole, *filler[begin:]]
+
+
+def _lengths(settings: DataSettings, limit: int | None) -> list[int]:
+    """The lengths to draw from, ascending, evenly spaced, both ends included (a single one is the shortest)."""
+    longest = settings.length_max or limit
+    if longest is None:
+        raise UserError("the model names no limit of its context: give data.length_max")
+    require(
+        limit is None or longest <= limit,
+        f"data.length_max={longest} exceeds the {limit} tokens that the model takes: lower it",
+    )
+    require(
+        settings.length_min <= longest,
+        f"data.length_min={settings.length_min} exceeds the {longest} tokens that the model takes: lower it",
+    )
+    steps = max(settings.num_lengths - 1, 1)
+    span = longest - settings.length_min
+    return [settings.length_min + round(span * step / steps) for step in range(settings.num_lengths)]

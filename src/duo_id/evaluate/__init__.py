@@ -1,0 +1,1 @@
+"""`python -m duo_id.evaluate`: which masks keep what the model can do."""

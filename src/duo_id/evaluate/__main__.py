@@ -1,0 +1,33 @@
+"""`python -m duo_id.evaluate heads=DIR_OR_NAME`: head patterns on held-out long-context tasks."""
+
+from duo_id.common import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
+from omegaconf import DictConfig, open_dict
+
+from duo_id.common import cli
+from duo_id.common.config import parse
+from duo_id.evaluate.journal import RESULTS, SCORES
+from duo_id.evaluate.run import as_found, evaluate
+from duo_id.evaluate.settings import EvaluateSettings
+
+
+def main(config: DictConfig) -> None:
+    """Run the command."""
+    config, folder, overrides = cli.start_run(config)
+    if not config.resume:  # else the run has saved its model
+        with open_dict(config):
+            config = as_found(config, overrides)
+    try:
+        evaluate(parse(EvaluateSettings, config), folder)
+    except (KeyboardInterrupt, OSError):
+        if (folder / SCORES).is_file():
+            cli.say(f"stopped; to go on: {cli.to_resume('evaluate', folder)}")
+        raise
+    cli.say(f"results: {folder / RESULTS}   figures: {folder / 'figures'}")
+
+
+if __name__ == "__main__":
+    cli.run("evaluate", main)

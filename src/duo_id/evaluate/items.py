@@ -1,0 +1,107 @@
+"""What an evaluation asks: contexts with questions, all of it as tokens, and the answers that count as right."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from duo_id.common.documents import Count, Data, Line, Share, Tokens
+
+SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
+Row = dict[str, Any]  # what is known of one answer of one contender, see `duo_id.evaluate.judging`
+SAMPLE = ["task", "length", "index"]  # columns of a row that name a context, which its questions share
+QUESTION = [*SAMPLE, "question"]
+SPLITS = ("development", "test")  # of every task: choose and tune on the first, report the second
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a context.
+
+    Either it follows the context: `prompt`, then `answer`. Or `place` says where in the context itself the answer
+    stands (text whose tokens are predicted as they come); then `prompt` is empty and nothing is generated.
+
+    Attributes:
+        prompt: tokens after the context: the question and, where the task has one, the beginning of the answer.
+        answer: tokens of the right answer; their loss, KL and accuracy are teacher-forced. At least one.
+        references: what a generated answer is judged against; see the item's metric.
+        depth: where in the context the answer is found, from 0 to 1; None if at no one place.
+        place: index in the context of the answer's first token, at least 1.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    references: tuple[str, ...] = ()
+    depth: float | None = None
+    place: int | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One context with its questions, each of which is answered as if it were the only one.
+
+    Attributes:
+        task: the task's name.
+        length: tokens that the context, the longest question and room for its answer stay within.
+        index: number of the sample among those of its task and length.
+        context: tokens, those at the front that the tokenizer or a chat template wants among them.
+        questions: at least one.
+        metric: how generated answers are judged, a key of `duo_id.evaluate.metrics.METRICS`.
+        max_new_tokens: most tokens of a generated answer; 0: nothing is generated.
+        stop: a generated answer ends before this text; None: only where the model ends it.
+    """
+
+    task: str
+    length: int
+    index: int
+    context: tuple[int, ...]
+    questions: tuple[Question, ...]
+    metric: str = "exact"
+    max_new_tokens: int = 0
+    stop: str | None = "\n"
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells this sample from one that was made otherwise."""
+        return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def from_json(contents: dict[str, Any]) -> Item:
+    """The item that `Item.to_json` told."""
+    questions = tuple(Question(**_tuples(question)) for question in contents["questions"])
+    return Item(**_tuples(contents) | {"questions": questions})
+
+
+class Scored(Data):
+    """What was scored of one answer of one contender, as results on disk have it; what was not measured is None."""
+
+    task: Line
+    length: Tokens
+    index: Count
+    question: Count
+    depth: Share | None
+    kind: Literal["full", "pattern", "baseline", "eviction"]
+    heads: Line
+    sparsity: Share
+    seed: Count | None
+    loss: float
+    kl: float | None
+    tokens: Count
+    correct: Count
+    score: float | None
+    exact: bool | None
+    text: str | None
+    bytes: Count | None
+
+
+def _tuples(contents: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for key, value in contents.items()
+    }

@@ -1,0 +1,109 @@
+"""From a model's answers to rows: one for each question and contender, with everything that is known of the answer."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from duo_id.common.errors import UserError
+from duo_id.evaluate.contenders import Contender
+from duo_id.evaluate.items import Item, Row
+from duo_id.evaluate.metrics import cut, judge
+from duo_id.evaluate.reading import Answers
+
+BLOCK = 4096  # rows of logits that are in float32 at a time
+
+
+def rows_of(
+    contender: Contender,
+    item: Item,
+    answers: Answers,
+    full: Answers,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: set[int],
+) -> list[Row]:
+    """The rows of one item.
+
+    Args:
+        contender: who answered.
+        item: what was asked.
+        answers: by the contender.
+        full: by full attention, from which KL is measured.
+        tokenizer: of the model.
+        ends: tokens that end a text, see `end_tokens`.
+    """
+    rows = []
+    for number, question in enumerate(item.questions):
+        measured = compare_logits(answers.logits[number], full.logits[number], question.answer)
+        if math.isnan(measured["loss"]):
+            raise UserError(
+                f"an answer to {item.task} at {item.length} tokens has a loss that is no number under "
+                f"{contender.heads}: compute in model.dtype=float32, or look at the model"
+            )
+        row = {"task": item.task, "length": item.length, "index": item.index, "sample": item.digest, "question": number}
+        row |= {"depth": question.depth} | contender_columns(contender) | measured
+        row |= judged(item, number, answers.generated[number], tokenizer, ends) | {"bytes": answers.bytes}
+        rows.append(row)
+    return rows
+
+
+def contender_columns(contender: Contender) -> Row:
+    """What tells a contender, as columns."""
+    return dict(zip(("kind", "heads", "sparsity", "seed"), contender.key, strict=True))
+
+
+def judged(
+    item: Item, number: int, generated: Sequence[int] | None, tokenizer: PreTrainedTokenizerBase, ends: set[int]
+) -> Row:
+    """Score, exactness and text of a generated answer to question `number`; None where there is none."""
+    if generated is None:
+        return {"score": None, "exact": None, "text": None}
+    end = next((place for place, token in enumerate(generated) if token in ends), len(generated))
+    text = cut(str(tokenizer.decode(list(generated[:end]))), item.stop)
+    score = judge(item.metric, text, item.questions[number].references)
+    return {"score": score, "exact": score == 1, "text": text}
+
+
+def rows_of_peers(
+    answers: Sequence[Row], items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, ends: set[int]
+) -> list[Row]:
+    """Rows like all others from what `read_answers` of `duo_id.evaluate.peers` returns.
+
+    Where the answer stands inside the context, a peer holds what is before it alone; its bytes are told as the same
+    share of the whole context.
+    """
+    asked = {(item.task, item.length, item.index): item for item in items}
+    rows = []
+    for answer in answers:
+        item = asked[answer["task"], answer["length"], answer["index"]]
+        question = item.questions[answer["question"]]
+        row = {key: value for key, value in answer.items() if key not in ("generated", "full_bytes", "note")}
+        row |= {"sample": item.digest, "depth": question.depth}
+        if question.place is not None:
+            row["bytes"] = round(row["bytes"] * len(item.context) / (question.place - 1))
+        rows.append(row | judged(item, answer["question"], answer["generated"], tokenizer, ends))
+    return rows
+
+
+@torch.no_grad()
+def compare_logits(logits: Tensor, full: Tensor, answer: Sequence[int]) -> Row:
+    """Loss, KL from full attention and correct tokens of one answer.
+
+    Args:
+        logits: (answer tokens, vocabulary), of the contender.
+        full: the same shape, of full attention.
+        answer: its tokens.
+    """
+    targets = torch.tensor(answer, device=logits.device)
+    loss = kl = 0.0
+    for start in range(0, len(targets), BLOCK):
+        part = slice(start, start + BLOCK)
+        here, there = (F.log_softmax(x[part].float(), -1) for x in (logits, full))
+        loss += float(F.nll_loss(here, targets[part], reduction="sum"))
+        if logits is not full:
+            kl += float(F.kl_div(here, there, reduction="sum", log_target=True))
+    correct = int((logits.argmax(-1) == targets).sum())
+    return {"loss": loss, "kl": max(kl, 0.0), "tokens": len(targets), "correct": correct}

@@ -1,0 +1,128 @@
+"""Scores all contenders on all items, batch by batch, so that one pass of full attention serves them all."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from duo_id.common.errors import UserError
+from duo_id.deploy.chunks import continuation
+from duo_id.deploy.install import duo_attention
+from duo_id.evaluate.contenders import Contender
+from duo_id.evaluate.items import Item
+from duo_id.evaluate.journal import Journal
+from duo_id.evaluate.judging import rows_of
+from duo_id.evaluate.reading import Answers, Reader, batches, end_tokens
+from duo_id.models.language_model import LanguageModel
+
+CPU_BATCH_TOKENS = 4096
+
+
+def run(
+    model: LanguageModel,
+    items: Sequence[Item],
+    contenders: Sequence[Contender],
+    journal: Journal,
+    generate: bool,
+    batch_tokens: int | None,
+    chunk_size: int,
+    console: Console,
+) -> None:
+    """Answer what the journal does not hold yet, the first samples of all tasks and lengths first.
+
+    So a run that is cut off has something of each.
+
+    Args:
+        model: the language model, under no mask.
+        items: what is asked.
+        contenders: full attention first.
+        journal: where rows go, after each batch of each contender.
+        generate: also generate answers.
+        batch_tokens: see `Reader`; None: what fits the device, see `batch_tokens_for`.
+        chunk_size: tokens of a forward.
+        console: shows the progress, and says if contexts are not read in chunks.
+
+    Raises:
+        UserError: a batch does not fit the memory, or the model computes something else with a cache than without.
+    """
+    full = contenders[0]
+    assert full.kind == "full"
+    batch_tokens = batch_tokens or batch_tokens_for(model)
+    reader = Reader(model, batch_tokens, chunk_size)
+    rows = partial(rows_of, tokenizer=model.tokenizer, ends=end_tokens(model))
+
+    def missing(contender: Contender, batch: Sequence[Item]) -> list[Item]:
+        return [item for item in batch if not journal.has(item, contender.key, generate)]
+
+    def answer(batch: Sequence[Item], contender: Contender, generate: bool) -> list[Answers]:
+        assert contender.mask is not None
+        try:
+            with duo_attention(model.model, contender.mask(len(batch[0].context))):
+                return reader.read(batch, generate)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{len(batch)} contexts of {batch[0].length} tokens do not fit the device's memory: "
+                f"lower batch_tokens={batch_tokens} or lengths"
+            ) from error
+
+    pending = [item for item in items if any(missing(contender, [item]) for contender in contenders)]
+    pending.sort(key=lambda item: item.index)
+    todo = [
+        (batch, {contender: asked for contender in contenders[1:] if (asked := missing(contender, batch))})
+        for batch in sorted(batches(pending, batch_tokens), key=lambda batch: batch[0].index)
+    ]
+    if todo:
+        _tell_how(model, todo[0][0][0], full, chunk_size, console)
+    with _progress(console) as progress:
+        work = sum(_work(batch) + sum(map(_work, others.values())) for batch, others in todo)
+        bar = progress.add_task("evaluating", total=work)
+        for batch, others in todo:
+            progress.update(bar, description=f"{len(batch)} x {batch[0].length} tokens")
+            mine = missing(full, batch)
+            reference = dict(zip(batch, answer(batch, full, generate and bool(mine)), strict=True))
+            journal.add(row for item in mine for row in rows(full, item, reference[item], reference[item]))
+            progress.advance(bar, _work(batch))
+            for contender, asked in others.items():
+                found = zip(asked, answer(asked, contender, generate), strict=True)
+                journal.add(row for item, given in found for row in rows(contender, item, given, reference[item]))
+                progress.advance(bar, _work(asked))
+
+
+def _tell_how(model: LanguageModel, item: Item, full: Contender, chunk_size: int, console: Console) -> None:
+    """Try how the model goes on after a context, and say so if not in chunks."""
+    assert full.mask is not None
+    with duo_attention(model.model, full.mask(len(item.context))):
+        how = continuation(model.model, torch.tensor([item.context], device=model.model.device))
+    if how.stepwise:
+        console.print(
+            f"{model.name} loses its state where several tokens follow a past: each context is read in one forward, "
+            f"whatever chunk_size={chunk_size}, and what follows it token by token",
+            soft_wrap=True,
+            markup=False,
+        )
+
+
+def batch_tokens_for(model: LanguageModel) -> int:
+    """Tokens whose full KV cache takes a seventh of the free memory of a GPU (it is copied, and copies grow).
+
+    On a CPU, which larger batches do not make faster, a few thousand: progress is saved after each.
+    """
+    device, config = model.model.device, model.model.config.get_text_config()
+    if device.type != "cuda":
+        return CPU_BATCH_TOKENS
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * dim * model.model.dtype.itemsize
+    return max(1, int(torch.cuda.mem_get_info(device)[0] / 7 / token))
+
+
+def _work(batch: Sequence[Item]) -> int:
+    """Tokens that are read, and those that may be written; a measure of time."""
+    return sum(len(item.context) + 32 * item.max_new_tokens for item in batch)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)

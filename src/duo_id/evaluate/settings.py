@@ -1,0 +1,49 @@
+"""The settings of `python -m duo_id.evaluate`: see conf/evaluate.yaml and the presets of conf/evaluation/."""
+
+from dataclasses import field
+from typing import Literal
+
+from duo_id.common.config import Count, Fraction, Positive, Seed, Several, Some, Text, require, settings
+from duo_id.train.settings import HaystackSettings, ModelSettings
+
+BASELINES = ("streaming", "window")
+
+
+@settings("data")
+class EvaluationDataSettings:
+    """The text that generated tasks are made of, and where published benchmarks lie."""
+
+    haystack: HaystackSettings = field(default_factory=HaystackSettings)
+    path: Text | None = None  # a folder with the files of a published benchmark; null: the hub
+
+
+@settings("")
+class EvaluateSettings:
+    """Which heads, on which tasks, beside what."""
+
+    heads: Text  # a run folder, its heads/ folder or a shipped name
+    model: ModelSettings
+    data: EvaluationDataSettings
+    tasks: Some[Text]  # tasks and groups of tasks
+    lengths: Some[Positive]  # tokens
+    samples: Positive  # contexts of each task and length
+    depths: Positive  # needles of a context, in the tasks that go over a grid
+    sparsity: Some[Fraction]  # fractions of KV heads that stream
+    random_masks: Count  # at each sparsity
+    baselines: Several[Literal["streaming", "window"]] = field(default_factory=list)  # at the bytes of each sparsity
+    patterns: dict[str, Text] = field(default_factory=dict)  # other head patterns, by the name they get
+    split: Literal["development", "test"] = "test"
+    generate: bool = True  # let the model answer, beside scoring the right answer
+    chat_template: bool = False  # put context and question into the model's chat template
+    batch_tokens: Positive | None = None  # of all contexts that are held at the same time; null: what fits
+    chunk_size: Positive = 32768  # tokens of a forward
+    peers: bool = False  # write samples.jsonl for `make peers`
+    seed: Seed = 0
+    resume: Text | None = None  # a run folder to go on with
+
+    def __post_init__(self) -> None:
+        """Bring values in order; what depends on the model is checked where it is known."""
+        self.sparsity, self.lengths = sorted(set(self.sparsity)), sorted(set(self.lengths))
+        taken = {"full", "random", *BASELINES}
+        for name in self.patterns:
+            require(name not in taken, f"patterns.{name}: {name} means something else here, choose another name")

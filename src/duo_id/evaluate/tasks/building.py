@@ -1,0 +1,242 @@
+"""Puts contexts and questions together from tokens: lengths are exact, and answers are the tokens that were given."""
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+from transformers import PreTrainedTokenizerBase
+
+from duo_id.common.config import require
+from duo_id.data.haystack import Haystack, tokenize
+from duo_id.evaluate.chat import Chat
+from duo_id.evaluate.items import Question
+from duo_id.evaluate.tasks.words import VOCABULARIES, Vocabulary
+
+LINE, BLANK_LINE = "\n", "\n\n"
+SPECIMEN = "What does the message about the rusty lantern say? Diana told me that it came from Helsinki."
+CHARACTERS = 4  # of such text in a token, for an ordinary tokenizer
+SPARE = 400  # tokens that are read beyond the hay
+WORD = 20  # tokens; no word is longer
+
+Made = tuple[list[int], list[Question]]  # what a task makes of a draft: the context's tokens, and what is asked
+
+
+class TooShort(Exception):
+    """A context of `needed` tokens, or somewhat more, would hold what its task puts there."""
+
+    def __init__(self, needed: int) -> None:
+        super().__init__(f"needs {needed} tokens")
+        self.needed = needed
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What all samples of an evaluation share.
+
+    Attributes:
+        tokenizer: of the model.
+        haystack: of the split.
+        split: development or test.
+        chat: what stands around context and question.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    haystack: Haystack
+    split: str
+    chat: Chat
+
+    @property
+    def words(self) -> Vocabulary:
+        """The split's words."""
+        return VOCABULARIES[self.split]
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a piece of text, tokenised on its own."""
+        return tokenize(self.tokenizer, text)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, its spaces as they are."""
+        return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    def listed(self, words: Sequence[str]) -> list[int]:
+        """The tokens of words with commas between them, after a space."""
+        return self.tokens(f" {', '.join(words)}")
+
+    def scaled(self, tokens: int) -> int:
+        """So many tokens of an ordinary tokenizer, in tokens of this one if it cuts text into smaller pieces."""
+        return math.ceil(tokens * self._scale)
+
+    @cached_property
+    def _scale(self) -> float:
+        return max(1.0, len(self.tokens(SPECIMEN)) * CHARACTERS / len(SPECIMEN))
+
+
+@dataclass
+class Draft:
+    """One sample in the making.
+
+    Attributes:
+        builder: what it shares with all others.
+        rng: where its chances come from.
+        size: tokens of the context.
+        depths: how many needles the tasks that go over a grid of depths hide.
+    """
+
+    builder: Builder
+    rng: random.Random
+    size: int
+    depths: int
+
+    @cached_property
+    def _window(self) -> list[int]:
+        length = self.size + self.builder.scaled(SPARE)
+        return self.builder.haystack.window(self.rng, length, self.builder.tokenizer)
+
+    @property
+    def hay(self) -> list[int]:
+        """Haystack text of as many tokens as the whole context, to be cut to what is needed."""
+        return self._window[: self.size]
+
+    @property
+    def spare(self) -> list[int]:
+        """The haystack text that comes after the hay."""
+        return self._window[self.size :]
+
+    @cached_property
+    def _hay_text(self) -> str:
+        return " ".join(self.builder.text(self.hay).lower().split())
+
+    def contains(self, text: str) -> bool:
+        """Whether the hay contains a text, whatever its case and however its lines are broken."""
+        return text.lower() in self._hay_text
+
+    def absent(self, candidates: Iterable[str], count: int) -> list[str]:
+        """The first `count` candidates that the hay does not contain, so that they stand in the context once.
+
+        Raises:
+            UserError: there are not so many.
+        """
+        found = list(islice((text for text in candidates if not self.contains(text)), count))
+        require(
+            len(found) == count,
+            f"a context needs {count} names that its haystack does not contain, but there are only {len(found)}: "
+            "lower depths or choose another data.haystack",
+        )
+        return found
+
+    def numbers(self, count: int, digits: int = 6) -> list[str]:
+        """So many different numbers that the hay does not contain."""
+        drawn = self.rng.sample(range(10 ** (digits - 1), 10**digits), 3 * count)
+        return self.absent(map(str, drawn), count)
+
+    def shuffled(self, words: Sequence[str]) -> list[str]:
+        """All the words in random order."""
+        return self.rng.sample(words, len(words))
+
+    def scatter(self, head: str, needles: Iterable[tuple[float, list[int]]]) -> list[int]:
+        """A context of hay with needles in it.
+
+        Args:
+            head: text in front of the hay.
+            needles: depth in the hay, from 0 to 1, and tokens of each. They go between words, those of equal depth in
+                the order given.
+
+        Raises:
+            TooShort: they leave no room for hay.
+        """
+        needles = sorted(needles, key=lambda needle: needle[0])
+        context = [*self.builder.chat.before, *self.builder.tokens(head)]
+        room = self.size - len(context) - sum(len(needle) for _, needle in needles)
+        if room < len(needles):
+            raise TooShort(self.size - room + len(needles))
+        hay, begin = self.hay[:room], 0
+        for depth, needle in needles:
+            cut = max(begin, self._between_words(hay, round(depth * room)))
+            context += hay[begin:cut] + needle
+            begin = cut
+        return context + hay[begin:]
+
+    def fill(
+        self, head: str, entries: Iterable[list[int]], tail: str = "", least: int = 1, apart: Iterable[str] = ()
+    ) -> tuple[list[int], int]:
+        """A context of as many entries as fit, behind the few tokens of hay that are left over.
+
+        Args:
+            head: text before the entries.
+            entries: tokens of each; more than fit, or without end.
+            tail: text after them.
+            least: how many must fit.
+            apart: words that the hay in front must not contain.
+
+        Returns:
+            the context and the number of entries in it.
+
+        Raises:
+            TooShort: fewer than `least` entries fit.
+        """
+        before, front, end = self.builder.chat.before, self.builder.tokens(BLANK_LINE + head), self.builder.tokens(tail)
+        space = self.space(head, tail)
+        body: list[int] = []
+        count = 0
+        for entry in entries:
+            if len(body) + len(entry) > space:
+                if count < least:
+                    longest = len(body) + (least - count) * len(entry)
+                    raise TooShort(self.size - space + longest)
+                break
+            body += entry
+            count += 1
+        return [*before, *self._front(space + 1 - len(body), set(apart)), *front, *body, *end], count
+
+    def space(self, head: str, tail: str = "") -> int:
+        """The tokens that `fill` has for entries: beside head and tail, a blank line and a token of hay come off."""
+        fixed = self.builder.tokens(BLANK_LINE + head), self.builder.tokens(tail), self.builder.chat.before
+        return self.size - sum(map(len, fixed)) - 1
+
+    def question(
+        self,
+        text: str,
+        beginning: str,
+        answer: Sequence[int],
+        references: Sequence[str],
+        depth: float | None = None,
+    ) -> Question:
+        """A question that follows the context.
+
+        Args:
+            text: what is asked.
+            beginning: of the answer, from which the model goes on.
+            answer: tokens of the rest.
+            references: what a generated answer is judged against.
+            depth: where in the context the answer is found.
+        """
+        tokens, after = self.builder.tokens, self.builder.chat.after
+        prompt = [*tokens(BLANK_LINE + text), *(after or tokens(LINE)), *tokens(beginning)]
+        return Question(tuple(prompt), tuple(answer), tuple(references), depth)
+
+    def _front(self, count: int, apart: set[str]) -> list[int]:
+        """So many tokens of hay with none of the words in `apart`."""
+        for _ in range(100):
+            hay = self.builder.haystack.window(self.rng, count, self.builder.tokenizer)
+            if apart.isdisjoint(self.builder.text(hay).lower().split()):
+                break
+        return hay
+
+    def _between_words(self, hay: list[int], cut: int) -> int:
+        """The last place up to `cut`, but near, before a token that begins with a space; `cut` itself at the ends."""
+        places = range(cut, max(cut - WORD, 0), -1) if cut < len(hay) else ()
+        return next((place for place in places if self.builder.text([hay[place]])[:1].isspace()), cut)
+
+
+def evenly(count: int) -> list[float]:
+    """So many depths from 0 to 1; a single one is in the middle."""
+    return [step / (count - 1) for step in range(count)] if count > 1 else [0.5]
+
+
+def one_of_each_part(rng: random.Random, size: int, parts: int) -> list[int]:
+    """A random index of each of `parts` equal parts of `size` entries, ascending."""
+    assert size >= parts
+    return [rng.randrange(part * size // parts, (part + 1) * size // parts) for part in range(parts)]

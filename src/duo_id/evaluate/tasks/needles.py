@@ -1,0 +1,134 @@
+"""Needles in a haystack: short statements at known depths of unrelated text, each asked for by its own question."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from duo_id.evaluate.tasks.building import LINE, Draft, Made, evenly
+
+PASSKEYS = 4
+MOST = 40  # needles of a context: there are not many more cities
+
+
+class Wording(NamedTuple):
+    """How one split puts it; {} is the needle's subject.
+
+    Attributes:
+        head: in front of the hay.
+        needle: up to the answer.
+        question: about the needle.
+        beginning: of the answer.
+    """
+
+    head: str
+    needle: str
+    question: str
+    beginning: str
+
+
+WORDS = {
+    "development": Wording(
+        "Some cities have a code word of three parts. The text names it somewhere.\n\n",
+        "The code word of {} is:",
+        "What is the code word of {}?",
+        "The code word of {} is:",
+    ),
+    "test": Wording(
+        "Every watchword in these pages consists of three nouns and belongs to one town.\n\n",
+        "The guards of {} ask for the watchword",
+        "Which watchword do the guards of {} ask for?",
+        "The guards of {} ask for the watchword",
+    ),
+}
+NUMBERS = {
+    "development": Wording(
+        "Several people hold a ticket. Look out for its number as you read.\n\n",
+        "The ticket of {} has the number",
+        "Which number does the ticket of {} have?",
+        "The ticket of {} has the number",
+    ),
+    "test": Wording(
+        "Somewhere in these pages it says which locker each guest was given.\n\n",
+        "{} was given the locker with number",
+        "Which locker was {} given?",
+        "{} was given the locker with number",
+    ),
+}
+SENTENCES = {
+    "development": Wording(
+        "A few diaries are quoted within this text. Note what they say.\n\n",
+        "The diary of {} says:",
+        "What does the diary of {} say?",
+        "The diary of {} says:",
+    ),
+    "test": Wording(
+        "Between other things you will find what some people wrote home in their letters.\n\n",
+        "{} wrote home in a letter:",
+        "What did {} write home in a letter?",
+        "{} wrote home in a letter:",
+    ),
+}
+SENTENCE = {
+    "development": "The {} was hidden behind my {} all night.",
+    "test": "Nobody noticed that the {} had replaced my {}.",
+}
+PASSES = {
+    "development": Wording(
+        "To open a room you need its passkey, and the passkeys are scattered through this text.\n\n",
+        "Passkey to the {} room:",
+        "What is the passkey to the {} room?",
+        "Passkey to the {} room:",
+    ),
+    "test": Wording(
+        "This text mentions vaults that open with a passkey. Remember which is which.\n\n",
+        "The {} vault opens with passkey",
+        "With which passkey does the {} vault open?",
+        "The {} vault opens with passkey",
+    ),
+}
+
+
+def needle_words(draft: Draft) -> Made:
+    """Whether three words at each depth are found: the needle in a haystack (Kamradt 2023), with answers of words."""
+    words = draft.builder.words
+    nouns = draft.rng.sample(words.nouns, 3 * draft.depths)
+    answers = [" ".join(nouns[start : start + 3]) for start in range(0, len(nouns), 3)]
+    return _grid(draft, WORDS[draft.builder.split], words.cities, answers)
+
+
+def needle_numbers(draft: Draft) -> Made:
+    """Whether a number at each depth is found: the needle in a haystack (Kamradt 2023), with answers of digits."""
+    return _grid(draft, NUMBERS[draft.builder.split], draft.builder.words.names, draft.numbers(draft.depths))
+
+
+def needle_sentences(draft: Draft) -> Made:
+    """Whether a sentence at each depth is found: the needle in a haystack (Kamradt 2023), given back whole."""
+    words, split = draft.builder.words, draft.builder.split
+    answers = [SENTENCE[split].format(*words.things(draft.rng, 2)) for _ in range(draft.depths)]
+    return _grid(draft, SENTENCES[split], words.names, answers)
+
+
+def passkeys(draft: Draft) -> Made:
+    """Whether each of several passkeys at random depths is told (Mohtashami and Jaggi 2023, arXiv 2305.16300)."""
+    depths = sorted(draft.rng.random() for _ in range(PASSKEYS))
+    wording = PASSES[draft.builder.split]
+    return _hide(draft, wording, draft.builder.words.adjectives, draft.numbers(PASSKEYS, digits=5), depths)
+
+
+def _grid(draft: Draft, wording: Wording, subjects: Sequence[str], answers: Sequence[str]) -> Made:
+    return _hide(draft, wording, subjects, answers, evenly(draft.depths))
+
+
+def _hide(
+    draft: Draft, wording: Wording, subjects: Sequence[str], answers: Sequence[str], depths: Sequence[float]
+) -> Made:
+    """One needle for each answer, about different subjects that the hay does not mention, and a question for each."""
+    tokens = draft.builder.tokens
+    needles, questions = [], []
+    for subject, answer, depth in zip(
+        draft.absent(draft.shuffled(subjects), len(answers)), answers, depths, strict=True
+    ):
+        told = tokens(f" {answer}")
+        needles.append((depth, [*tokens(LINE + wording.needle.format(subject)), *told, *tokens(LINE)]))
+        question, beginning = wording.question.format(subject), wording.beginning.format(subject)
+        questions.append(draft.question(question, beginning, told, [answer], depth))
+    return draft.scatter(wording.head, needles), questions

@@ -1,1 +1,0 @@
-"""Which masks keep what the model can do."""

@@ -1,0 +1,1 @@
+"""`python -m duo_id.lm_eval`: head masks in the language model evaluation harness."""

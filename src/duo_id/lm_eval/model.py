@@ -1,0 +1,135 @@
+"""lm-eval's Hugging Face model under a head mask, so that any of its tasks can be scored with one."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+from lm_eval.api.registry import model_registry
+from lm_eval.models.huggingface import HFLM
+from omegaconf import OmegaConf
+
+from duo_id.common.config import parse
+from duo_id.common.errors import UserError
+from duo_id.common.foreign import model_of, told_model
+from duo_id.deploy.install import install
+from duo_id.models.loading import load_model
+from duo_id.patterns.files import load_pattern
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.tables import as_float
+from duo_id.train.settings import ModelSettings, conf_dir
+
+NAME = "duo_id"  # what lm-eval calls the class
+DTYPES = get_args(ModelSettings.__annotations__["dtype"])
+
+
+class DuoLM(HFLM):
+    """lm-eval's HFLM, every forward of which runs under a head mask.
+
+    Log-likelihoods and generation read a whole request under the mask. lm-eval pads the first on the right, where
+    padding changes nothing before it, and the second on the left with a mask, after which the sink begins.
+    """
+
+    def __init__(
+        self,
+        heads: str | None = None,
+        sparsity: float = 0.5,
+        model: str | None = None,
+        pretrained: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Load the model and put it under the mask.
+
+        Args:
+            heads: a run folder, its heads/ folder or a shipped name.
+            sparsity: fraction of KV heads that stream; 0 is full attention.
+            model: a name of conf/model/, loaded as the other commands do. By default the pattern's own model.
+            pretrained: a hub id or local folder instead, which HFLM loads with all its options.
+            dtype: of the weights; auto: with `model` float32 on the CPU, else bfloat16, with `pretrained` as stored.
+            device: by default cuda, where there is one.
+            options: HFLM's own, such as batch_size and max_length; those of loading only with `pretrained`.
+
+        Raises:
+            UserError: the arguments do not fit each other, the pattern or the model.
+        """
+        if heads is None:
+            raise UserError("--model_args heads=... is missing: a run folder or a shipped name")
+        if model is not None and pretrained is not None:
+            raise UserError(f"--model_args model={model},pretrained={pretrained}: give one of them")
+        pattern = load_pattern(heads)
+        fraction = math.nan if isinstance(sparsity, bool) else as_float(sparsity)
+        if math.isnan(fraction):
+            raise UserError(f"--model_args sparsity={sparsity} is not a number")
+        mask = pattern.binarize(sparsity=fraction)
+        _check(options, pretrained)
+        if dtype not in DTYPES and pretrained is None:
+            raise UserError(f"--model_args dtype={dtype}: choose {', '.join(DTYPES)}")
+        if device is None or (str(device).startswith("cuda") and not torch.cuda.is_available()):  # as HFLM does
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if pretrained is None:
+            loaded = load_model(_settings(model, pattern, dtype), device)
+            super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **options)
+        else:
+            try:
+                super().__init__(pretrained=pretrained, dtype=dtype, device=device, **options)
+            except (OSError, ValueError, TypeError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise UserError(f"--model_args pretrained={pretrained}: lm-eval cannot load it: {reason}") from error
+        install(self.model, mask)
+        sizes = {"sink_size": mask.sink_size, "recent_size": mask.recent_size}
+        self.mask_info: dict[str, Any] = {"heads": heads, "sparsity": mask.sparsity, **sizes}
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "DuoLM":
+        """The model of `--model_args`; what has an option of its own is named, which it would be given twice."""
+        for key, value in arg_dict.items():
+            if (additional_config or {}).get(key) is not None:
+                raise UserError(f"--model_args {key}={value}: give --{key} in its place")
+        return super().create_from_arg_obj(arg_dict, additional_config)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes down of the model, with the mask."""
+        return super().get_model_info() | self.mask_info
+
+
+def register() -> None:
+    """Make lm-eval know `DuoLM` under its name; any number of times."""
+    model_registry.register(NAME, target=DuoLM)
+
+
+def _check(options: Mapping[str, Any], pretrained: str | None) -> None:
+    """Refuse what HFLM would stumble over, or not look at because the model is there already."""
+    precision = options.get("mixed_precision_dtype")
+    if isinstance(precision, str) and not isinstance(getattr(torch, precision, None), torch.dtype):
+        raise UserError(f"--model_args mixed_precision_dtype={precision} is no type of torch: bfloat16 or float16")
+    longest = options.get("max_length")
+    if longest is not None and (not isinstance(longest, int) or isinstance(longest, bool) or longest < 1):
+        raise UserError(f"--model_args max_length={longest} must be a whole number of tokens, at least 1")
+    if pretrained is not None:
+        return
+    known, loading = (inspect.signature(call).parameters for call in (HFLM.__init__, HFLM._create_model))
+    for name, value in options.items():
+        # lm-eval's own --trust_remote_code, which is for data sets too, comes along with every model.
+        unread = name != "trust_remote_code" and (name in loading or name not in known)
+        if unread and value != getattr(known.get(name), "default", None):
+            raise UserError(f"--model_args {name}={value} says how HFLM loads a model: give it pretrained=MODEL")
+
+
+def _settings(model: str | None, pattern: HeadPattern, dtype: str) -> ModelSettings:
+    """The settings of a model of conf/model/, or of the one that the pattern was found on."""
+    folder = conf_dir() / "model"
+    if model is None:
+        contents: Any = model_of(pattern.provenance, "--model_args heads")
+        if contents is None:
+            raise UserError("the pattern does not say how to load its model: add --model_args pretrained=MODEL")
+        print(told_model(pattern.provenance, "--model_args heads", "model=NAME"))
+    elif (file := folder / f"{model}.yaml").is_file() and model != "hub":
+        contents = OmegaConf.to_container(OmegaConf.load(file))
+    else:
+        names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "hub"))
+        raise UserError(f"--model_args model={model}: choose among {names}, or give pretrained=HUB_ID_OR_FOLDER")
+    chosen = {} if dtype == "auto" else {"dtype": dtype}
+    return parse(ModelSettings, OmegaConf.create({**contents, **chosen}))

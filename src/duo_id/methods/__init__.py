@@ -1,0 +1,1 @@
+"""Ways to find retrieval heads: by gates that are trained, by scores read off a model, by searches over masks."""

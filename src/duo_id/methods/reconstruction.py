@@ -1,0 +1,56 @@
+"""Reconstruction score: how strongly a head looks back while the model repeats its context."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from duo_id.common.errors import UserError
+from duo_id.data.haystack import tokenize
+from duo_id.data.samples import Sample
+from duo_id.methods.attention_weights import score_attention
+from duo_id.methods.gated_model import Subject
+from duo_id.methods.settings import AttentionSettings
+
+REQUEST = "\n\nThe whole text again, word for word:\n\n"
+
+
+def reconstruction(subject: Subject, sample: Sample, settings: AttentionSettings) -> Tensor:
+    """The most attention that each token of a text gets while the text is given again, mean over the tokens.
+
+    Only tokens that a window would have lost count. Source: the importance of KVzip, Kim et al. 2025, arXiv 2505.23416,
+    section 3, there of single entries, here of a head.
+
+    Args:
+        subject: the model.
+        sample: a training sample; as much of it as fits twice is repeated.
+        settings: of the method.
+
+    Returns:
+        (gated layers, KV heads) in [0, 1].
+
+    Raises:
+        UserError: too little fits for anything to lie outside the window.
+    """
+    request = torch.tensor(tokenize(subject.model.tokenizer, REQUEST))
+    limit, window = subject.model.max_length, subject.window
+    text = sample["input_ids"]
+    if limit is not None:
+        text = text[: max(limit - len(request), 0) // 2]
+    if len(text) + len(request) <= window.recent_size or len(text) <= window.sink_size:
+        raise UserError(
+            f"method=reconstruction repeats {len(text)} tokens, of which the window of {window.recent_size} loses "
+            "none: raise data.length_min, or lower method.recent_size"
+        )
+    ids = torch.cat([text, request, text])
+    queries = torch.arange(len(text) + len(request) - 1, len(ids) - 1)
+
+    def looked_at(rows: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        most = torch.zeros(())
+        for places, weights in rows:
+            keys = torch.arange(len(text), device=weights.device)
+            far = ~window.sees(places[:, None], keys)
+            most = torch.maximum(most.to(weights), (weights[:, :, : len(text)] * far).amax(1))
+        return most[:, window.sink_size :].mean(-1)
+
+    return score_attention(subject, ids, queries, looked_at, settings.reduction)

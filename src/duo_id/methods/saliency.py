@@ -1,0 +1,57 @@
+"""First-order saliency: what closing each gate a little costs, for all heads from one backward pass."""
+
+import torch
+from torch import Tensor
+
+from duo_id.data.samples import Sample
+from duo_id.methods.gated_model import Subject
+from duo_id.methods.settings import SaliencySettings
+from duo_id.step.objectives import make_objective
+
+DRAWS = 4  # of labels, from one forward
+
+
+def saliency(subject: Subject, sample: Sample, settings: SaliencySettings) -> Tensor:
+    """How much the objective rises as each gate closes, by its slope where all gates stand at the same value.
+
+    `kind=gradient`: minus the gradient, mean over `at` (along a path from 1 to 0 this would be the integrated gradient,
+    Sundararajan et al. 2017, arXiv 1703.01365). `kind=fisher`: the diagonal of the Fisher information, which is the
+    curvature of the KL divergence at its minimum, where its gradient is 0; from labels drawn from the model.
+
+    Args:
+        subject: the model.
+        sample: a training sample.
+        settings: of the method.
+
+    Returns:
+        (gated layers, KV heads), of any scale.
+    """
+    batch = subject.batch(sample)
+    distillation = subject.distillation(make_objective(settings.objective), settings.tokens)
+    teacher = distillation.teacher(batch)
+    found = []
+    for value in settings.at:
+        alpha = torch.full(subject.shape, value, device=subject.device, requires_grad=True)
+        if settings.kind == "gradient":
+            loss = distillation.loss(alpha, batch, teacher)
+            found.append(-torch.autograd.grad(loss, alpha)[0])
+        else:
+            logits = distillation.student(alpha, batch, teacher, logits=True).logits
+            assert logits is not None
+            found.append(_fisher(logits.float().log_softmax(-1), alpha))
+    return torch.stack(found).mean(0).float().cpu()
+
+
+def _fisher(log_probabilities: Tensor, alpha: Tensor) -> Tensor:
+    """The Fisher information's diagonal, a token, of gates (layers, KV heads) that gave (tokens, vocabulary).
+
+    Labels of different tokens are drawn apart, so products of their gradients vanish in expectation, and one gradient
+    of their sum does for all tokens.
+    """
+    generator = torch.Generator(alpha.device).manual_seed(0)
+    drawn = torch.multinomial(log_probabilities.detach().exp(), DRAWS, replacement=True, generator=generator)
+    squares = torch.zeros_like(alpha)
+    for labels in drawn.T:
+        likelihood = log_probabilities.gather(-1, labels[:, None]).sum()
+        squares += torch.autograd.grad(likelihood, alpha, retain_graph=True)[0].square()
+    return squares / DRAWS / len(drawn)

@@ -1,0 +1,1 @@
+"""Loading any causal language model, frozen, with its tokenizer, and describing it."""

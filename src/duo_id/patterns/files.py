@@ -1,0 +1,230 @@
+"""The export folder `heads/`, written and read: our own format, and what DuoAttention's loaders read beside it.
+
+heads/
+  full_attention_heads.tsv   scores, one row a layer, one column a KV head   } what DuoAttention's loaders read
+  config.json                sink_size, recent_size, checksums of the TSVs   } (github.com/mit-han-lab/duo-attention)
+  mask_sparsity_50.tsv       0/1 rows (1 = retrieval), one file a sparsity
+  heads.json                 all of it and the provenance, written last: what `load_pattern` believes
+
+heads.schema.json beside this module says what a heads.json holds. Other tools' files: see `duo_id.patterns.formats`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from os.path import lexists
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from duo_id.common.documents import FIRST, Count, Data, Line, Tokens, checked, read_object, read_text, shown
+from duo_id.common.errors import UserError
+from duo_id.common.files import write_text
+from duo_id.common.integrity import DIFFERS, SEAL, digest_of, sealed
+from duo_id.patterns import hub
+from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.patterns.tables import exact_rows, json_text, number_rows, read_tsv, tsv
+
+SCHEMA = "duo_id/heads"
+VERSION = 1
+# What turns the contents of an older version into those of the next; a field that is added or renamed gets an entry.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+SHIPPED = Path(__file__).parent / "head_patterns"
+HEADS, SCORES, CONFIG = "heads.json", "full_attention_heads.tsv", "config.json"
+TABLES = "tables_sha256"  # in a config.json: the checksums of the TSVs beside it, by name
+
+
+class Sizes(Data):
+    """What a config.json beside a table of scores says, as far as it is looked at."""
+
+    sink_size: Tokens
+    recent_size: Tokens
+    model_name: Line | None = None
+    gated_layers: Annotated[list[Count], FIRST] | None = None
+
+
+class Heads(Sizes):
+    """What a heads.json holds, beside its schema and version."""
+
+    gated_layers: Annotated[list[Count], FIRST]
+    layers: Count
+    kv_heads: Count
+    provenance: dict[str, Any]
+    scores: Annotated[list[Annotated[list[float], FIRST]], FIRST]
+
+
+def save_pattern(pattern: HeadPattern, folder: str | Path, sparsities: Iterable[float] = (0.25, 0.5, 0.75)) -> None:
+    """Write `pattern` and its masks at `sparsities` to `folder`, every file whole, `heads.json` last.
+
+    Masks of an earlier export that are not among `sparsities` are removed.
+
+    Raises:
+        UserError: if a sparsity lies outside [0, 1]; then nothing is written.
+    """
+    folder = Path(folder)
+    masks = {sparsity: pattern.binarize(sparsity=sparsity) for sparsity in sorted(sparsities)}
+    files = {_mask_name(sparsity): tsv(mask.retrieval.int()) for sparsity, mask in masks.items()}
+    stale = [path for path in folder.glob("mask_sparsity_*.tsv") if path.name not in files]
+    files[SCORES] = tsv(pattern.scores)
+    files[CONFIG] = json_text(duo_config(pattern, files))
+    files[HEADS] = json_text(sealed(_contents(pattern, masks)))
+    for name, text in files.items():
+        write_text(folder / name, text)
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+def load_pattern(source: str | Path) -> HeadPattern:
+    """Read a pattern.
+
+    Args:
+        source: a shipped name (see `list_patterns`; it goes before a folder of that name, which `./NAME` reaches), a
+            run folder, its `heads/` folder, a DuoAttention folder, a scores TSV beside its `config.json`, or a
+            `heads.json`; where nothing of that name is here, a repo of the hub, `user/repo` or `user/repo@revision`.
+            Where a folder holds `heads.json`, that is what is read. Scores are taken as they are: published gates
+            reach from -0.0015 to 1.
+
+    Raises:
+        UserError: one line that names the file and, in a table, the row at fault, or says why the hub did not help.
+    """
+    if str(source) in list_patterns():
+        return load_pattern(SHIPPED / source / HEADS)
+    path = Path(source).expanduser()
+    repo = _repo(source)
+    if repo is not None:
+        path = hub.fetch(*repo, [folder + name for folder in ("", "heads/") for name in (HEADS, SCORES, CONFIG)])
+    if path.is_dir() or repo is not None:
+        places = (path / HEADS, path / SCORES, path / "heads" / HEADS, path / "heads" / SCORES)
+        found = next((place for place in places if lexists(place)), None)
+        if found is None and repo is not None:
+            raise UserError(f"the hub's repo {source} holds no head pattern ({HEADS} or {SCORES})")
+        if found is None:
+            raise UserError(
+                f"{path} has no heads/ yet (nor {HEADS} or {SCORES}): if it is a run, "
+                "it has not come to the end where heads are written"
+            )
+        path = found
+    elif not path.exists():
+        shipped = ", ".join(list_patterns()) or "none"
+        raise UserError(f"no head pattern {str(source)!r}: not a file or folder, nor a shipped name ({shipped})")
+    if path.suffix not in (".json", ".tsv"):
+        raise UserError(f"{path} is not a head pattern: give a folder, a {HEADS} or a {SCORES}")
+    return pattern_from_json(read_object(path), path) if path.suffix == ".json" else _read_duo(path)
+
+
+def list_patterns() -> list[str]:
+    """The names of the patterns that come with the package, sorted."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{HEADS}"))
+
+
+def pattern_name(source: str | Path) -> str:
+    """A short name for what `load_pattern` reads from `source`: the shipped name, the repo, or the end of the path."""
+    if str(source) in list_patterns() or _repo(source):
+        return str(source)
+    parts = [part for part in Path(source).expanduser().resolve().parts if part not in ("/", "heads", HEADS, SCORES)]
+    return "/".join(parts[-2:])
+
+
+def _repo(source: str | Path) -> tuple[str, str | None] | None:
+    """Repo and revision that `source` names, unless something of that name is here."""
+    return None if Path(source).expanduser().exists() else hub.split_revision(str(source))
+
+
+def contents_of(pattern: HeadPattern) -> dict[str, Any]:
+    """What `heads.json` says of a pattern, without masks."""
+    return _contents(pattern, {})
+
+
+def pattern_from_json(contents: dict[str, Any], path: str | Path) -> HeadPattern:
+    """The pattern that the parsed contents of a `heads.json` hold.
+
+    Args:
+        contents: the parsed file.
+        path: where it stands, for messages.
+
+    Raises:
+        UserError: as of `load_pattern`.
+    """
+    if contents.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path} is not a head pattern: its schema is {shown(contents.get('schema'))}, not {SCHEMA!r} "
+            "(python -m duo_id.convert reads what other tools write)"
+        )
+    while isinstance(version := contents.get("version"), int) and version < VERSION and version in MIGRATIONS:
+        contents = MIGRATIONS[version](contents)
+    if version != VERSION:
+        newer = isinstance(version, int) and version > VERSION
+        advice = "; a newer duo_id wrote it, upgrade to read it" if newer else ""
+        raise UserError(
+            f"{path} has version {shown(version)} of its schema, this duo_id reads version {VERSION}{advice}"
+        )
+    given = checked(Heads, contents, path)
+    scores = number_rows(f"{path}: scores, row", enumerate(given.scores, start=1))
+    shape, said = (len(scores), len(scores[0])), (given.layers, given.kv_heads)
+    if shape != said:
+        raise UserError(
+            f"{path}: scores are {shape[0]} layers x {shape[1]} KV heads, "
+            f"but layers and kv_heads say {said[0]} x {said[1]}"
+        )
+    return _pattern(path, scores, given, given.provenance)
+
+
+def _contents(pattern: HeadPattern, masks: dict[float, HeadMask]) -> dict[str, Any]:
+    layers, kv_heads = pattern.scores.shape
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "layers": layers,
+        "kv_heads": kv_heads,
+        "sink_size": pattern.sink_size,
+        "recent_size": pattern.recent_size,
+        "gated_layers": list(pattern.gated_layers),
+        "provenance": pattern.provenance,
+        "scores": exact_rows(pattern.scores),
+        "masks": [
+            {"sparsity": sparsity, "retrieval": mask.retrieval.int().tolist()} for sparsity, mask in masks.items()
+        ],
+    }
+
+
+def duo_config(pattern: HeadPattern, tables: Mapping[str, str]) -> dict[str, Any]:
+    """What DuoAttention's loaders look up, and what would mislead us if it were missing or another.
+
+    These are `gated_layers`, for the TSV of a hybrid model, and checksums: its own and those of the TSVs beside it.
+
+    Args:
+        pattern: whose sizes it tells.
+        tables: the TSVs, by name.
+    """
+    model = pattern.provenance.get("model")
+    name = {"model_name": model["id"]} if isinstance(model, dict) and "id" in model else {}
+    sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
+    digests = {table: digest_of(text) for table, text in tables.items()}
+    return sealed({**name, **sizes, "gated_layers": pattern.gated_layers, TABLES: digests})
+
+
+def _read_duo(path: Path) -> HeadPattern:
+    scores = read_tsv(path)
+    beside = path.with_name(CONFIG)
+    if not beside.is_file():
+        raise UserError(f"{beside} is missing: sink_size and recent_size of {path.name} stand there")
+    config = read_object(beside)
+    digests = config.pop(TABLES, {})
+    if isinstance(digests, dict) and digests.get(path.name) not in (None, digest_of(read_text(path))):
+        advice = f"restore it, or delete {TABLES} and {SEAL} there if you changed it"
+        raise UserError(f"{path} {DIFFERS} from that in {CONFIG}; {advice}")
+    sizes = checked(Sizes, config, beside)
+    model = {"id": sizes.model_name, "layers": len(scores), "kv_heads": len(scores[0])}
+    return _pattern(path.parent, scores, sizes, {"format": "DuoAttention", "model": model, "config": config})
+
+
+def _pattern(place: str | Path, scores: list[list[float]], sizes: Sizes, provenance: dict[str, Any]) -> HeadPattern:
+    gated = tuple(range(len(scores)) if sizes.gated_layers is None else sizes.gated_layers)
+    try:
+        return HeadPattern(torch.tensor(scores), sizes.sink_size, sizes.recent_size, gated, provenance)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def _mask_name(sparsity: float) -> str:
+    """`mask_sparsity_50.tsv` for a half, `mask_sparsity_62.5.tsv` for five eighths."""
+    return f"mask_sparsity_{100 * sparsity:.10g}.tsv"

@@ -1,0 +1,83 @@
+"""What of a pattern's provenance anything looks at, as a schema; all else in it is kept, and only shown."""
+
+from typing import Annotated, Any
+
+from duo_id.common.documents import FIRST, Count, Data, Line, Positive, Share
+
+
+class Model(Data):
+    """The model that a pattern was found on, as it was loaded."""
+
+    name: Line | None = None
+    id: Line | None = None
+    revision: Line | None = None
+    source: Line | None = None
+    dtype: Line | None = None
+    layers: Count | None = None
+    gated_layers: Count | None = None
+    kv_heads: Count | None = None
+    heads: Count | None = None
+
+
+class FoundOn(Data):
+    """The settings of the samples."""
+
+    task: Line | None = None
+    mixture: dict[str, Positive] | None = None
+
+
+class FoundBy(Data):
+    """The settings of the method."""
+
+    name: Line = "duo"
+    gate: Line | None = None
+
+
+class Settings(Data):
+    """Of the run; `model` is checked where it is taken to load one, by `duo_id.common.foreign.model_of`."""
+
+    model: Any = None
+    data: FoundOn | None = None
+    method: FoundBy | None = None
+
+
+class Told(Data):
+    """By patterns, and by the summary of the run that found one."""
+
+    settings: Settings | None = None
+    versions: dict[str, Line | None] | None = None
+    seed: Count | None = None
+    budget: Share | None = None
+
+
+class Provenance(Told):
+    """Of a pattern."""
+
+    model: Model | None = None
+    seconds: Positive | None = None
+
+
+class Result(Data):
+    """What a mask scored at the end of a run."""
+
+    heads: Line
+    sparsity: Share
+    answer_loss: float
+    token_accuracy: float | None = None
+    exact_answers: float | None = None
+
+
+class Evidence(Told):
+    """A summary.json as a model card takes it."""
+
+    results: Annotated[list[Result], FIRST] | None = None
+
+
+class Summary(Evidence):
+    """A summary.json as reports take it."""
+
+    model: Model
+    seconds: dict[str, Positive] | Positive | None = None  # of each part; of all in early versions
+    steps: Count | None = None
+    mean_gate: float = 0.0
+    validation_loss: float | None = None

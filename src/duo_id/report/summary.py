@@ -1,0 +1,186 @@
+"""Saved rows in, statistics out: what each contender scores, how sure that is, and what it loses to full attention."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+
+from duo_id.common.documents import FIRST, LARGEST_ROWS, Count, Data, Line, checked, read_json, shown
+from duo_id.common.errors import UserError
+from duo_id.evaluate.items import QUESTION, SCHEMA, VERSION, Scored
+from duo_id.patterns.files import pattern_from_json
+from duo_id.patterns.provenance import Model
+from duo_id.report.bootstrap import draw, with_intervals
+
+CONTENDER = ["kind", "heads", "sparsity"]  # random masks of all seeds are one
+COLUMNS = [*QUESTION, "depth", *CONTENDER, "seed", "loss", "kl", "tokens", "correct", "score", "exact", "text", "bytes"]
+SEED = "#"  # the pattern NAME#2 is one of several seeds of the contender NAME
+KINDS = ("full", "pattern", "baseline", "eviction")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a column of `summarise` is shown: its name, the digits of its values, and whether they are percentages."""
+
+    label: str
+    digits: int
+    percent: bool = False
+
+    def text(self, value: float) -> str:
+        """A value as text, without its unit; a dash where there is none."""
+        return f"{self.scaled(value):.{self.digits}f}" if np.isfinite(value) else "-"
+
+    def scaled(self, value: Any) -> Any:
+        """A value, or an array of them, in the unit of the label."""
+        return 100 * value if self.percent else value
+
+
+METRICS = {
+    "kept": Metric("KV kept (%)", 1, True),
+    "loss": Metric("answer loss (nats)", 3),
+    "rise": Metric("rise in loss (nats)", 3),
+    "kl": Metric("KL from full (nats)", 3),
+    "accuracy": Metric("token accuracy (%)", 1, True),
+    "relative_accuracy": Metric("accuracy / full's (%)", 1, True),
+    "exact": Metric("exact answers (%)", 1, True),
+    "score": Metric("score (%)", 1, True),
+    "relative_score": Metric("score / full's (%)", 1, True),
+}
+
+SHARE, POSITIVE = (0.0, 1.0), (0.0, np.inf)
+LIMITS = dict.fromkeys(("accuracy", "exact", "score"), SHARE) | dict.fromkeys(
+    ("kept", "loss", "kl", "relative_accuracy", "relative_score"), POSITIVE
+)  # what no metric can be beyond
+
+
+class Contender(Data):
+    """Who is compared, as far as pages tell of it."""
+
+    kind: Line
+    heads: Line
+    note: str | None = None
+
+
+class Results(Data):
+    """What results.json holds, beside its schema and version; patterns are checked as a heads.json."""
+
+    model: Model
+    patterns: dict[Line, dict[str, Any]]
+    contenders: list[Contender]
+    settings: dict[str, Any]
+    versions: dict[str, Line | None]
+    rows: Annotated[list[Scored], FIRST]
+    split: Line | None = None
+    seed: Count | None = None
+    chat_template: bool | None = None
+
+
+def load_results(path: str | Path) -> dict[str, Any]:
+    """What an evaluation has saved.
+
+    Args:
+        path: its run folder, or the `results.json` in it.
+
+    Raises:
+        UserError: there is no such file, or it is not the results of an evaluation of this version.
+    """
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"{path} is missing: give the run folder of a finished evaluation")
+    results = read_json(path, LARGEST_ROWS, mend=True)
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        raise UserError(f"{path} does not hold the results of an evaluation (schema {SCHEMA})")
+    if results.get("version") != VERSION:
+        raise UserError(f"{path} has version {shown(results.get('version'))}, this duo_id reads version {VERSION}")
+    checked(Results, results, path)
+    for name, pattern in results["patterns"].items():
+        pattern_from_json(pattern, f"{path}: patterns.{shown(name)}")
+    if not results["rows"]:
+        raise UserError(f"{path} holds no rows: nothing was scored")
+    if all(row["kind"] != "full" for row in results["rows"]):
+        raise UserError(f"{path} holds no rows of full attention, which all others are compared with")
+    return results
+
+
+def frame(results: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows of results as a frame; what was not measured is NaN, and `exact` is 1 or 0.
+
+    Patterns named NAME#SEED are seeds of the contender NAME.
+
+    Raises:
+        UserError: a column holds something else than numbers.
+    """
+    rows = pd.DataFrame(results["rows"], columns=COLUMNS)
+    rows["exact"] = rows["exact"].map({True: 1.0, False: 0.0})
+    for column in ("depth", "sparsity", "seed", "loss", "kl", "tokens", "correct", "score", "exact", "bytes"):
+        try:
+            rows[column] = rows[column].astype(float)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"these results are damaged: {column} holds no numbers ({error})") from None
+    return _with_seeds(rows)
+
+
+def contender_of(pattern: str) -> str:
+    """The contender that a pattern belongs to: NAME of NAME#2, and of runs put together NAME [2] of NAME#2 [2]."""
+    return re.sub(rf"{SEED}\d+(?=$| \[\d+\]$)", "", pattern)
+
+
+def _with_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    seeds = rows["heads"].str.extract(rf"{SEED}(\d+)(?:$| \[\d+\]$)")[0].astype(float)
+    seeds = seeds.where(rows["kind"] == "pattern")
+    named = rows["heads"].map({name: contender_of(name) for name in rows["heads"].unique()})
+    return rows.assign(seed=rows["seed"].fillna(seeds), heads=named.where(seeds.notna(), rows["heads"]))
+
+
+def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) -> pd.DataFrame:
+    """Statistics of each group of rows, with 95% intervals.
+
+    Loss, KL and token accuracy pool the tokens of a task, exact answers and scores are means over its questions, and
+    over several tasks each task has one vote. What is relative to full attention compares the same questions:
+    `rise` is a difference, `relative_accuracy` and `relative_score` are ratios of the averages over tasks, and `kept`
+    is the fraction of the full cache's bytes.
+
+    Intervals are those of Student's t over the samples of each task, all questions of a sample together, and where a
+    group has several seeds over these as well, put together by a bootstrap (`duo_id.report.bootstrap`).
+    A relative value takes the same draw on both sides. There is no interval where each task has one sample.
+
+    Args:
+        rows: as `frame` gives them; those of full attention must be among them for what is relative to it.
+        by: columns, at least one; one group for each combination of their values.
+        seed: of the draws.
+
+    Returns:
+        one row a group, ascending, with the columns `by`, `samples`, `seeds` and, for each of `METRICS`, its value
+        and the ends of its interval: `loss`, `loss_low`, `loss_high`, ...; NaN where nothing was measured.
+    """
+    found = []
+    for group in draw(rows, by, seed):
+        row = group.key | {"samples": group.samples, "seeds": group.seeds}
+        found.append(row | with_intervals({name: group.values[name] for name in METRICS}, group.certain, LIMITS))
+    return pd.DataFrame(found)
+
+
+def contenders(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
+    """`summarise` for each contender, and the columns `by`, in the order in which tables show them.
+
+    Full attention stands first and token eviction last, in between masks by sparsity, then kind.
+    """
+    found = summarise(rows, [*CONTENDER, *by])
+    found["place"] = found["kind"].map(KINDS.index)
+    found["evicts"], found["partial"] = found["kind"] == "eviction", found["kind"] != "full"
+    order = ["evicts", "partial", "sparsity", "place", "heads", *by]
+    return found.sort_values(order).drop(columns=["evicts", "partial", "place"]).reset_index(drop=True)
+
+
+def name_of(kind: str, heads: str, seeds: int = 1) -> str:
+    """What a contender is called in tables and figures: printable, and on one line."""
+    name = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in heads)
+    if kind == "full":
+        return "full attention"
+    of_seeds = "masks" if kind == "baseline" else "seeds"
+    return f"{name} ({seeds} {of_seeds})" if seeds > 1 else name

@@ -1,0 +1,216 @@
+"""Sweeps: the jobs of a sweep's folder side by side, by what they were asked to do differently."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import lexists
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.markup import escape
+
+from duo_id.common.documents import checked, one_line, read_object, read_text
+from duo_id.common.errors import UserError
+from duo_id.patterns.files import HEADS, load_pattern
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.provenance import Summary
+from duo_id.report.tables import Cell, Grid, terminal_table
+
+MARK = "multirun.yaml"  # Hydra leaves it in a sweep's folder
+OPTIMISED = "optimization_results.yaml"  # and an optimising sweeper this
+ERROR = "error.txt"  # a job that failed leaves it in its folder
+OVERRIDES = Path(".hydra") / "overrides.yaml"
+LARGEST_YAML = 2**18  # bytes
+RUNNING = "has not ended: it runs still, or was killed"
+CAPTION = (
+    "validation loss: of the found masks on validation samples, by which a sweep chooses; the other losses: on "
+    "test samples, as in the table after training. Nats a token."
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep.
+
+    Attributes:
+        name: of its folder, a number.
+        overrides: its own and those of the whole sweep, by their keys.
+        summary: as in summary.json; None: it has not come to its end.
+        error: why not.
+        pattern: what it has found.
+    """
+
+    name: str
+    overrides: dict[str, str]
+    summary: dict[str, Any] | None = None
+    error: str = ""
+    pattern: HeadPattern | None = None
+
+    @property
+    def losses(self) -> dict[float, float]:
+        """Answer loss on test samples by sparsity; 0: full attention."""
+        rows = (self.summary or {}).get("results") or []
+        return {row["sparsity"]: row["answer_loss"] for row in rows if row["heads"] in ("full", "found")}
+
+    @property
+    def objective(self) -> float:
+        """What the sweep minimised: the loss on validation samples; infinite for a job that has not come to its end."""
+        return float("inf" if (loss := (self.summary or {}).get("validation_loss")) is None else loss)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's folder.
+
+    Attributes:
+        name: its path's end.
+        jobs: in their order.
+        optimised: whether earlier jobs decided what later ones tried.
+    """
+
+    name: str
+    jobs: tuple[Job, ...]
+    optimised: bool
+
+    @property
+    def ended(self) -> list[Job]:
+        """The jobs that came to their end, the best first."""
+        return sorted((job for job in self.jobs if job.summary), key=lambda job: job.objective)
+
+    @property
+    def varied(self) -> list[str]:
+        """The overrides in which jobs differ."""
+        keys = dict.fromkeys(key for job in self.jobs for key in job.overrides)
+        return [key for key in keys if len({job.overrides.get(key) for job in self.jobs}) > 1]
+
+    def setting(self, job: Job) -> str:
+        """What a job was asked to do differently but for the seed, in words."""
+        told = [f"{key}={job.overrides[key]}" for key in self.varied if key != "seed" and key in job.overrides]
+        return ", ".join(told) or self.name
+
+    @property
+    def settings(self) -> dict[str, list[Job]]:
+        """The jobs that ended, those of one setting together whatever their seeds; the best setting first."""
+        found: dict[str, list[Job]] = {}
+        for job in self.ended:
+            found.setdefault(self.setting(job), []).append(job)
+        return dict(sorted(found.items(), key=lambda item: mean(job.objective for job in item[1])))
+
+
+class SweepTable(Callback):
+    """Shows a sweep's table at its end; one with failed jobs ends with status 2, wherever they ran."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra, in the process that started the jobs."""
+        folder, console = Path(config.hydra.sweep.dir), Console()
+        try:
+            sweep = read_sweep(folder)
+        except UserError as error:  # Hydra would make a warning of it
+            console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+            sys.exit(2)
+        for table in tables(sweep).values():
+            console.print(table)
+        advice = f"table and figures: python -m duo_id.report {folder}"
+        console.print(advice, soft_wrap=True, highlight=False, markup=False)
+        if len(sweep.ended) < len(sweep.jobs):
+            sys.exit(2)
+
+
+def is_sweep(folder: str | Path) -> bool:
+    """Whether a folder is a sweep's."""
+    return (Path(folder) / MARK).is_file()
+
+
+def read_sweep(folder: str | Path) -> Sweep:
+    """The jobs in a sweep's folder, those among them that failed or have not ended.
+
+    Raises:
+        UserError: there are none, or one cannot be read.
+    """
+    folder = Path(folder)
+    kept = sorted(folder.glob(f"*/{OVERRIDES}"), key=lambda path: (len(path.parts[-3]), path.parts[-3]))
+    if not kept:
+        raise UserError(f"{folder} is the folder of a sweep without any job in it")
+    jobs = tuple(_read_job(path.parents[1]) for path in kept)
+    name = "/".join(folder.resolve().parts[-2:])
+    return Sweep(name, jobs, (folder / OPTIMISED).is_file())
+
+
+def tables(sweep: Sweep) -> dict[str, Any]:
+    """The `grids` for the terminal."""
+    titles = {title: terminal_table(grid, f"{sweep.name}: {title}", "") for title, grid in grids(sweep).items()}
+    if titles:
+        next(reversed(titles.values())).caption = CAPTION
+    return titles
+
+
+def grids(sweep: Sweep) -> dict[str, Grid]:
+    """Tables by their titles: the jobs that ended, the best first; settings over their seeds; the jobs that failed."""
+    found, varied = {}, sweep.varied
+    sparsities = sorted({sparsity for job in sweep.ended for sparsity in job.losses})
+    headings = ["full\nloss" if sparsity == 0 else f"loss,\n{100 * sparsity:.4g}%" for sparsity in sparsities]
+    if sweep.ended:
+        lines = [
+            [
+                Cell(job.name, float(job.name) if job.name.isdecimal() else None),
+                *_asked(job, varied),
+                *(_loss([loss]) for loss in (job.objective, *map(job.losses.get, sparsities))),
+            ]
+            for job in sweep.ended
+        ]
+        found["jobs"] = Grid(["job", *varied, "validation\nloss", *headings], {"": lines})
+    if any(len(jobs) > 1 for jobs in sweep.settings.values()):
+        lines = [
+            [Cell(name), Cell(str(len(jobs)), len(jobs)), _loss([job.objective for job in jobs])]
+            + [_loss([job.losses.get(one) for job in jobs]) for one in sparsities]
+            for name, jobs in sweep.settings.items()
+        ]
+        found["over the seeds"] = Grid(["setting", "jobs", "validation\nloss", *headings], {"": lines})
+    failed = [job for job in sweep.jobs if not job.summary]
+    if failed:
+        lines = [[Cell(job.name), *_asked(job, varied), Cell(job.error)] for job in failed]
+        found["failed"] = Grid(["job", *varied, "why"], {"": lines})
+    return found
+
+
+def _read_job(folder: Path) -> Job:
+    try:
+        listed = yaml.safe_load(read_text(folder / OVERRIDES, LARGEST_YAML)) or []  # killed before it was written
+        if not isinstance(listed, list) or not all(isinstance(override, str) for override in listed):
+            raise UserError(f"{OVERRIDES} is no list of overrides")
+        overrides = dict(override.partition("=")[::2] for override in listed)
+        if not lexists(folder / "summary.json"):
+            error = folder / ERROR
+            return Job(folder.name, overrides, error=read_text(error) if error.is_file() else RUNNING)
+        summary = read_object(folder / "summary.json")
+        checked(Summary, summary, folder / "summary.json")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{folder} is not a job of a sweep: {one_line(error)}") from None
+    pattern = load_pattern(folder) if lexists(folder / "heads" / HEADS) else None
+    return Job(folder.name, overrides, summary, "", pattern)
+
+
+def _asked(job: Job, varied: Sequence[str]) -> list[Cell]:
+    return [_value(job.overrides.get(key, "-")) for key in varied]
+
+
+def _value(text: str) -> Cell:
+    """A value as it was given, but for numbers that a sampler drew."""
+    try:
+        value = float(text)
+    except ValueError:
+        return Cell(text)
+    return Cell(text if len(text) <= 8 else f"{value:.4g}", value)
+
+
+def _loss(values: Sequence[float | None]) -> Cell:
+    """A mean with the standard deviation between jobs; a dash where one of them has no value."""
+    known = [value for value in values if value is not None and value < float("inf")]
+    if not known or len(known) < len(values):
+        return Cell("-", float("inf"))
+    return Cell(f"{mean(known):.3f}", mean(known), spread=f"{stdev(known):.3f}" if len(known) > 1 else "")

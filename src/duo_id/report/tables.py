@@ -1,0 +1,178 @@
+"""Statistics as tables: cells with intervals, laid out once for the terminal and for pages."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from duo_id.report.summary import METRICS, Metric, contenders, frame, name_of
+
+SHOWN = ("kept", "loss", "rise", "kl", "accuracy", "exact", "relative_score")  # of each contender
+HEADINGS = {  # two short lines, so that the table fits a terminal
+    "kept": "KV\nkept %",
+    "loss": "answer\nloss",
+    "rise": "rise\nin loss",
+    "kl": "KL\nfrom full",
+    "accuracy": "token\naccuracy %",
+    "exact": "exact\nanswers %",
+    "relative_score": "score\n/ full's %",
+}
+OF_FULL = {"relative_score": "score", "relative_accuracy": "accuracy", "rise": "loss"}  # what each is relative to
+CAPTION = (
+    "±: half of the 95% interval over samples (and seeds or random masks). Tasks have one vote each. "
+    "Loss and KL in nats a token."
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table.
+
+    Attributes:
+        text: without the interval.
+        value: to sort by; None: the text.
+        ends: of the interval, as text; empty where there is none.
+        spread: half of the interval's width, as text; empty where there is none.
+        look: what the cell stands out by on a page: right | wrong | answer.
+    """
+
+    text: str
+    value: float | None = None
+    ends: tuple[str, ...] = ()
+    spread: str = ""
+    look: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} ± {self.spread}" if self.spread else self.text
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: its headings, and rows of cells under the title of their section."""
+
+    headings: Sequence[str]
+    sections: Mapping[str, Sequence[Sequence[Cell]]]
+
+
+def results_table(results: Mapping[str, Any] | pd.DataFrame, title: str) -> Table:
+    """All contenders over all tasks, for a terminal of 120 columns.
+
+    Args:
+        results: as in results.json, or its rows as `frame` gives them.
+        title: above the table.
+    """
+    return terminal_table(contender_grid(_rows(results)), title, CAPTION)
+
+
+def task_table(
+    results: Mapping[str, Any] | pd.DataFrame, title: str, metric: str | None = None, sparsity: float | None = None
+) -> Table:
+    """One metric for each task, contenders of one sparsity across, for a terminal of 120 columns.
+
+    Args:
+        results: as in results.json, or its rows as `frame` gives them.
+        title: above the table.
+        metric: one of `duo_id.report.summary.METRICS`; None: see `headline`.
+        sparsity: of the contenders; None: the one nearest to a half.
+    """
+    rows = _rows(results)
+    metric = metric or headline(rows)
+    chosen = middle(rows) if sparsity is None else sparsity
+    title += f": {100 * chosen:.4g}% of the KV heads stream" if chosen else ""
+    caption = f"{METRICS[metric].label}; ±: half of the 95% interval over samples"
+    return terminal_table(task_grid(rows, metric, chosen), title, caption)
+
+
+def contender_grid(rows: pd.DataFrame) -> Grid:
+    """One line a contender: head patterns and their baselines, then token eviction at the same bytes."""
+    found = contenders(rows)
+    metrics = [metric for metric in SHOWN if metric in ("kept", "loss") or found[metric].notna().any()]
+    sections: dict[str, list[list[Cell]]] = {}
+    for row in found.to_dict("records"):
+        section = "token eviction" if row["kind"] == "eviction" else "head patterns"
+        name = Cell(name_of(row["kind"], row["heads"], row["seeds"]))
+        stream = Cell(f"{100 * row['sparsity']:.4g}", row["sparsity"])
+        cells = [name, stream, *(metric_cell(row, metric) for metric in metrics)]
+        sections.setdefault(section, []).append(cells)
+    return Grid(["heads", "stream\n%", *(HEADINGS[metric] for metric in metrics)], sections)
+
+
+def task_grid(rows: pd.DataFrame, metric: str, sparsity: float) -> Grid:
+    """One line a task: full attention, in absolute terms, and `metric` of the contenders at one sparsity."""
+    found = contenders(rows[(rows["kind"] == "full") | (rows["sparsity"] == sparsity)], ["task"])
+    across = found.drop_duplicates(["kind", "heads", "sparsity"])
+    headings = ["task"]
+    for row in across.to_dict("records"):
+        absolute = f"\n{METRICS[OF_FULL[metric]].label}" if row["kind"] == "full" and metric in OF_FULL else ""
+        headings.append(name_of(row["kind"], row["heads"], row["seeds"]) + absolute)
+    lines = []
+    for task in rows["task"].unique():
+        of_task = {
+            (row["kind"], row["heads"], row["sparsity"]): row for row in found[found["task"] == task].to_dict("records")
+        }
+        cells = [Cell(name_of("task", task))]
+        for kind, heads, stream in across[["kind", "heads", "sparsity"]].itertuples(index=False):
+            shown = OF_FULL.get(metric, metric) if kind == "full" else metric
+            cells.append(metric_cell(of_task.get((kind, heads, stream), {}), shown))
+        lines.append(cells)
+    return Grid(headings, {"": lines})
+
+
+def metric_cell(row: Mapping[str, Any], metric: str) -> Cell:
+    """The cell of one metric of a row of `summarise`; a dash where nothing was measured."""
+    return interval_cell(row, metric, METRICS[metric])
+
+
+def interval_cell(row: Mapping[str, Any], name: str, form: Metric) -> Cell:
+    """The cell of a value `name` of a row, with the ends `name_low` and `name_high` of its interval if it has one."""
+    value, low, high = (float(row.get(f"{name}{end}", np.nan)) for end in ("", "_low", "_high"))
+    if not np.isfinite(value):
+        return Cell("-", -np.inf)
+    if not np.isfinite(low) or name == "kept" or low == high == value:  # bytes are known, not estimated
+        return Cell(form.text(value), value)
+    return Cell(form.text(value), value, (form.text(low), form.text(high)), form.text((high - low) / 2))
+
+
+def headline(rows: pd.DataFrame) -> str:
+    """The metric to look at first: the score relative to full attention, or token accuracy if none was generated."""
+    return "relative_score" if rows["score"].notna().any() else "relative_accuracy"
+
+
+def middle(rows: pd.DataFrame) -> float:
+    """The sparsity nearest to a half; 0 where full attention is alone."""
+    known = sorted(rows.loc[rows["kind"] != "full", "sparsity"].unique())
+    return float(min(known, key=lambda sparsity: abs(sparsity - 0.5))) if known else 0.0
+
+
+def _rows(results: Mapping[str, Any] | pd.DataFrame) -> pd.DataFrame:
+    return results if isinstance(results, pd.DataFrame) else frame(results)
+
+
+def terminal_table(grid: Grid, title: str, caption: str | None = None) -> Table:
+    """A grid for the terminal, without the ends of intervals."""
+    table = Table(
+        title=escape(title),
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    for place, heading in enumerate(grid.headings):
+        first = place == 0
+        look = {"justify": "left", "min_width": 14} if first else {"justify": "right"}
+        table.add_column(escape(heading), overflow="fold", **look)
+    for section, lines in grid.sections.items():
+        if len(grid.sections) > 1:
+            table.add_section()
+            table.add_row(f"[italic]{escape(section)}[/]")
+        for cells in lines:
+            table.add_row(*(escape(str(cell)) for cell in cells))
+    return table

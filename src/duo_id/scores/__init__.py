@@ -1,1 +1,0 @@
-"""Identification without gradients through training: scores read off a model, and searches over masks."""

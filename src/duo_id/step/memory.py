@@ -1,0 +1,299 @@
+"""What a training step keeps for its backward pass: as much as the memory holds, chosen before anything is computed.
+
+Bytes are counted, not guessed: a short pass of the real model shows what autograd saves in each transformer layer at
+each level of `Keep`, for any family, blend and kernel. All of that grows with the tokens.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from math import inf, nan
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from duo_id.attention.layers import AttentionLayer
+from duo_id.common.errors import UserError
+from duo_id.step.budget import memory_bytes
+from duo_id.step.distillation import Distillation
+from duo_id.step.recompute import Keep, Recomputation
+
+PROBED_BEYOND = 256  # tokens of the short pass beyond the windows
+LIBRARIES = 2**30  # bytes that a GPU's libraries and the gaps between tensors take
+SPARED = 0.06  # of a GPU's budget: by so much steps have come out above what was counted (docs/performance.md)
+GIB = 2**30
+KEPT = {
+    Keep.ALL: "everything",
+    Keep.ATTENTION: "their attention",
+    Keep.OUTPUT: "their input and full attention's output",
+    Keep.INPUT: "their input",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each layer keeps in a step, and the bytes of a device that this comes to.
+
+    Attributes:
+        levels: of each layer.
+        tokens: that the device computes, of all its samples together.
+        weights: bytes.
+        activations: bytes kept for the backward pass, the teacher's outputs among them.
+        buffers: bytes that come and go: a layer that is computed again, with its gradients; libraries.
+        budget: bytes that there are; None: there is no limit.
+        spared: the fraction of the budget that is left free.
+    """
+
+    levels: tuple[Keep, ...]
+    tokens: int
+    weights: int
+    activations: int
+    buffers: int
+    budget: int | None = None
+    spared: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """All of it, in bytes."""
+        return self.weights + self.activations + self.buffers
+
+    @property
+    def fits(self) -> bool:
+        """Whether the budget suffices."""
+        return self.budget is None or self.total <= (1 - self.spared) * self.budget
+
+    def check(self) -> None:
+        """Raise a `UserError` unless it fits."""
+        if not self.fits:
+            assert self.budget is not None
+            needed, there = self.total / (1 - self.spared) / GIB, self.budget / GIB
+            raise UserError(
+                f"step.memory: a step of {self.tokens:,} tokens needs at least {needed:.3g} GiB of its device "
+                f"({self._parts()}), and there are {there:.3g}: raise step.memory, lower data.length_max (of the "
+                "benchmark context), or let more trainer.devices share it"
+            )
+
+    def __str__(self) -> str:
+        limit = "" if self.budget is None else f" of {self.budget / GIB:.3g}"
+        counts = ", ".join(f"{self.levels.count(level)} {kept}" for level, kept in KEPT.items())
+        return (
+            f"memory of a device with {self.tokens:,} tokens: {self._parts()} = {self.total / GIB:.3g}{limit} GiB; "
+            f"of {len(self.levels)} layers keep {counts}"
+        )
+
+    def _parts(self) -> str:
+        return " + ".join(f"{key} {getattr(self, key) / GIB:.3g}" for key in ("weights", "activations", "buffers"))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model's step needs of a device.
+
+    Attributes:
+        weights: bytes of parameters and buffers.
+        kept: for each layer, bytes a token that it keeps, by the levels of `Keep` at which it is known.
+        other: bytes a token that are kept outside the layers, the teacher's recorded outputs among them.
+        exchanged: bytes a token that the layer at work needs for other devices.
+        reserve: bytes for libraries; where there are any, a part of the budget is spared.
+    """
+
+    weights: int
+    kept: Sequence[Mapping[Keep, float]]
+    other: float
+    exchanged: float = 0.0
+    reserve: int = 0
+
+    def keeping(self, levels: Sequence[Keep], tokens: int, budget: int | None) -> Plan:
+        """The plan in which layers keep these levels, whether it fits into `budget` bytes or not."""
+        activations = tokens * (self.other + sum(row[level] for row, level in zip(self.kept, levels, strict=True)))
+        buffers = tokens * (2 * max(row[Keep.ALL] for row in self.kept) + self.exchanged) + self.reserve
+        spared = SPARED * (self.reserve > 0)
+        return Plan(tuple(levels), tokens, self.weights, int(activations), int(buffers), budget, spared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredCosts(Costs):
+    """Costs by which layers can choose what they keep.
+
+    Attributes:
+        again: for each layer, floating-point operations to compute again at each level, of a given number of tokens.
+    """
+
+    again: Callable[[int], Sequence[Sequence[float]]]
+
+    def plan(self, tokens: int, budget: int | None) -> Plan:
+        """The levels that fit into `budget` bytes with the fewest operations to do again; None: everything is kept.
+
+        Early layers keep the least: the backward pass comes to them last, when the later ones have freed theirs.
+
+        Raises:
+            UserError: not even the least fits.
+        """
+        layers = len(self.kept)
+        smallest = self.keeping([Keep.INPUT] * layers, tokens, budget)
+        smallest.check()
+        room = inf if budget is None else (1 - smallest.spared) * budget - smallest.total
+        beyond = [[row[level] - row[Keep.INPUT] for level in Keep] for row in self.kept]
+        more = tokens * _of_runs(torch.tensor(beyond, dtype=torch.float64))
+        work = _of_runs(torch.tensor(self.again(tokens), dtype=torch.float64))
+        work[(more > room) | work.isnan()] = inf
+        more[work > work.min()] = inf
+        best = (more == more.min()).nonzero()[-1].tolist()  # of equals the one in which most layers keep their input
+        starts = [0, *best, layers]
+        runs = zip(reversed(Keep), pairwise(starts), strict=True)
+        levels = [level for level, (start, end) in runs for _ in range(start, end)]
+        return self.keeping(levels, tokens, budget)
+
+
+def _of_runs(table: Tensor) -> Tensor:
+    """What layers come to if the first ones do as the last column says, the next ones as the one before it, and so on.
+
+    Args:
+        table: (layers, n) float64, a layer's value at each of n levels.
+
+    Returns:
+        (layers + 1, ...), n - 1 dimensions: the sum, by the layers at which runs of one level end; nan where a run
+        would end before it starts.
+    """
+    layers, levels = table.shape
+    sums = F.pad(table.cumsum(0), (0, 0, 1, 0))
+    found = sums[layers, 0]
+    ends = torch.meshgrid(*[torch.arange(layers + 1)] * (levels - 1), indexing="ij")
+    for level, end in zip(range(levels - 1, 0, -1), ends, strict=True):
+        found = found + sums[end, level] - sums[end, level - 1]
+    for first, second in pairwise(ends):
+        found = found.masked_fill(first > second, nan)
+    return found
+
+
+class MemoryPlanner:
+    """Sets what layers keep, by the number of tokens of each step."""
+
+    def __init__(self, recomputation: Recomputation, costs: MeasuredCosts, budget: int | None) -> None:
+        """Take what is planned for: the layers, what they cost, and the bytes that there are (None: no limit)."""
+        self.recomputation, self.plan = recomputation, lru_cache(maxsize=None)(lambda n: costs.plan(n, budget))
+
+    def arrange(self, tokens: int) -> Plan:
+        """Let the layers keep what the plan for a step of `tokens` tokens says."""
+        plan = self.plan(tokens)
+        self.recomputation.levels[:] = plan.levels
+        return plan
+
+
+def available(memory: str, device: torch.device) -> int | None:
+    """The bytes of a device that a step may use, weights included; None where nothing limits it.
+
+    Raises:
+        UserError: `memory` is neither auto, outputs, least nor a budget.
+    """
+    budget = memory_bytes(memory)
+    if budget is not None or device.type != "cuda":
+        return budget
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def libraries(device: torch.device) -> int:
+    """The bytes of a device that are no tensors."""
+    return LIBRARIES if device.type == "cuda" else 0
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """The bytes of all parameters and buffers; of sharded ones the whole."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def measure_costs(distillation: Distillation, recomputation: Recomputation) -> MeasuredCosts:
+    """Count what a step keeps, in a short pass at each level."""
+    model, window = distillation.model.model, distillation.window
+    device, layers = model.device, distillation.layers
+    tokens = window.sink_size + window.recent_size + PROBED_BEYOND
+    ids = (torch.arange(tokens, device=device) % model.config.get_text_config().vocab_size)[None]
+    scored = torch.arange(tokens - 1, tokens, device=device)
+    batch = {"input_ids": ids, "attention_mask": None, "scored": scored, "weights": torch.ones(1, device=device)}
+    alpha = torch.full((len(layers), layers[0].kv_heads), 0.5, device=device, requires_grad=True)
+    before, kept, other = list(recomputation.levels), [], 0
+    last, distillation.last = distillation.last, None  # with many scored tokens it computes all
+    try:
+        for level in Keep:
+            recomputation.levels[:] = [level] * len(recomputation.levels)
+            inside, other = _count(distillation, recomputation, alpha, batch)
+            kept.append([count / tokens for count in inside])
+    finally:
+        recomputation.levels[:], distillation.last = before, last
+    return MeasuredCosts(
+        weight_bytes(model),
+        [dict(zip(Keep, row, strict=True)) for row in zip(*kept, strict=True)],
+        other / tokens,
+        reserve=libraries(device),
+        again=_operations(recomputation, layers, full=not distillation.blend.needs_teacher),
+    )
+
+
+def _count(
+    distillation: Distillation, recomputation: Recomputation, alpha: Tensor, batch: dict[str, Any]
+) -> tuple[list[int], int]:
+    """Bytes kept by each layer, and by all else; each tensor counts once, where it is first kept."""
+    model = distillation.model.model
+    seen = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers(), alpha)}
+    inside, outside = [0] * len(recomputation.blocks), [0]
+    place: list[int | None] = [None]
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            (outside if place[0] is None else inside)[place[0] or 0] += storage.nbytes()
+        return tensor
+
+    def enter(number: int) -> Any:
+        return lambda module, given: place.__setitem__(0, number)
+
+    def given_to(number: int, levels: Sequence[Keep]) -> Any:
+        """Checkpoints keep what they are given beside autograd's books."""
+
+        def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
+            for value in given if recomputation.levels[number] in levels else ():
+                if torch.is_tensor(value):
+                    count(value)
+
+        return hook
+
+    with ExitStack() as stack:
+        teacher = distillation.teacher(batch)
+        for tensor in teacher.attention.values():
+            count(tensor)
+        for number, block in enumerate(recomputation.blocks):
+            stack.callback(block.register_forward_pre_hook(enter(number)).remove)
+            stack.callback(block.register_forward_hook(lambda *_: place.__setitem__(0, None)).remove)
+        for module, number, levels in recomputation.regions():
+            stack.callback(module.register_forward_pre_hook(given_to(number, levels)).remove)
+        stack.callback(setattr, recomputation, "noted", recomputation.noted)
+        recomputation.noted = lambda number, memo: tree_map_only(Tensor, count, memo.results)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            outputs = distillation.student(alpha, batch, teacher)
+        del outputs
+    return inside, outside[0]
+
+
+def _operations(
+    recomputation: Recomputation, layers: Sequence[AttentionLayer], full: bool
+) -> Callable[[int], list[list[float]]]:
+    """Operations to do again at each level, of `tokens` tokens; with full attention where the student computes it."""
+
+    def size(modules: Sequence[nn.Module]) -> int:
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+    rows = []
+    for place, (block, inside) in enumerate(zip(recomputation.blocks, recomputation.attention, strict=True)):
+        regions = recomputation.regions()
+        parts = [part for part, number, levels in regions if number == place and Keep.ATTENTION in levels]
+        pairs = sum(2 * layer.heads * layer.head_dim for layer in inside) if full else 0
+        rows.append((2 * size(parts), 2 * size([block]), pairs))
+    return lambda tokens: [
+        [0.0, beside * tokens, whole * tokens, whole * tokens + pairs * tokens**2] for beside, whole, pairs in rows
+    ]

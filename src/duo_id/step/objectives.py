@@ -1,0 +1,172 @@
+"""What the student must match, token by token: one small function each, a user's own too, and weighted sums of them.
+
+All take what two forwards leave at the scored tokens, the student's and the teacher's, and return one float32 value a
+token, (..., scored tokens): leading dimensions of the student (candidates) are kept.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from duo_id.common.errors import UserError
+
+HEAVIEST = 1e9  # weight of one objective or penalty in a sum
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a forward leaves at n scored tokens.
+
+    Attributes:
+        hidden: (..., n, hidden size), last hidden states after the final norm, at the scored tokens.
+        layers: (..., n, hidden size) of each gated layer's transformer block, if an objective needs them.
+        logits: (..., n, vocabulary) that predict the scored tokens, if an objective needs them.
+        targets: (n,), the scored tokens themselves.
+    """
+
+    hidden: Tensor
+    layers: tuple[Tensor, ...] = ()
+    logits: Tensor | None = None
+    targets: Tensor | None = None
+
+
+ObjectiveFunction = Callable[[Outputs, Outputs], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A function of the two forwards, and what it needs of them.
+
+    Attributes:
+        function: student and teacher to (..., n) float32.
+        layers: whether it looks at each layer.
+        logits: whether it looks at the logits.
+        teacher: whether it looks at the teacher at all.
+    """
+
+    function: ObjectiveFunction
+    layers: bool = False
+    logits: bool = False
+    teacher: bool = True
+
+    def __call__(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """The value at each scored token."""
+        return self.function(student, teacher)
+
+
+def hidden_l2(student: Outputs, teacher: Outputs) -> Tensor:
+    """Squared difference of the last hidden states, mean over the hidden size.
+
+    Source: DuoAttention, section 2.2, equation 2; its mean over the scored tokens is the caller's.
+    """
+    return _difference(student.hidden, teacher.hidden)
+
+
+def relative_l2(student: Outputs, teacher: Outputs) -> Tensor:
+    """As `hidden_l2`, in units of the teacher's mean square: tokens with large hidden states count no more."""
+    return _relative(student.hidden, teacher.hidden)
+
+
+def layer_l2(student: Outputs, teacher: Outputs) -> Tensor:
+    """Relative squared difference behind every gated layer, mean over the layers."""
+    pairs = zip(student.layers, teacher.layers, strict=True)
+    return torch.stack([_relative(own, theirs) for own, theirs in pairs]).mean(0)
+
+
+def kl(student: Outputs, teacher: Outputs) -> Tensor:
+    """KL divergence of the student's next-token distribution from the teacher's, in nats (Hinton et al. 2015)."""
+    assert student.logits is not None
+    assert teacher.logits is not None
+    own, theirs = (F.log_softmax(outputs.logits.float(), -1) for outputs in (student, teacher))  # type: ignore[union-attr]
+    return (theirs.exp() * (theirs - own)).sum(-1)
+
+
+def next_token(student: Outputs, teacher: Outputs) -> Tensor:
+    """Negative log-likelihood of the scored tokens, in nats: no teacher, as PruLong trains (arXiv 2506.17121)."""
+    assert student.logits is not None
+    assert student.targets is not None
+    own = student.logits.float().log_softmax(-1)
+    return -own.gather(-1, student.targets.expand(own.shape[:-1])[..., None])[..., 0]
+
+
+def kl_next_token(student: Outputs, teacher: Outputs) -> Tensor:
+    """`kl` and three tenths of `next_token`: near to full attention, and of equally near masks the right one."""
+    return kl(student, teacher) + 0.3 * next_token(student, teacher)
+
+
+OBJECTIVES = {
+    "hidden_l2": Objective(hidden_l2),
+    "relative_l2": Objective(relative_l2),
+    "layer_l2": Objective(layer_l2, layers=True),
+    "kl": Objective(kl, logits=True),
+    "next_token": Objective(next_token, logits=True, teacher=False),
+    "kl_next_token": Objective(kl_next_token, logits=True),
+}
+
+
+def make_objective(chosen: str | Mapping[str, float]) -> Objective:
+    """One of `OBJECTIVES` or an `Objective` of any importable module by name, or a sum of several, from their weights.
+
+    Raises:
+        UserError: there is no such objective, or a weight is not positive.
+    """
+    if isinstance(chosen, list):
+        raise UserError(
+            f"method.objective={chosen} must be a name, or weights of several such as {{kl: 1, layer_l2: 1}}"
+        )
+    weights = dict(chosen) if isinstance(chosen, Mapping) else {chosen: 1.0}
+    if not weights:
+        raise UserError(f"method.objective={{}}: choose one of {', '.join(OBJECTIVES)}, or weights of several")
+    for name, weight in weights.items():
+        check_weight(weight, f"method.objective.{name}")
+    parts = [(_named(name), weight) for name, weight in weights.items()]
+
+    def weighted(student: Outputs, teacher: Outputs) -> Tensor:
+        return torch.stack([weight * part(student, teacher) for part, weight in parts]).sum(0)
+
+    return Objective(
+        weighted if len(parts) > 1 or parts[0][1] != 1 else parts[0][0].function,
+        layers=any(part.layers for part, _ in parts),
+        logits=any(part.logits for part, _ in parts),
+        teacher=any(part.teacher for part, _ in parts),
+    )
+
+
+def check_weight(weight: Any, override: str) -> None:
+    """Raise a `UserError` unless a value is a positive weight that float32 holds with room for its products."""
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= HEAVIEST:
+        raise UserError(f"{override}={weight!s:.80} must be a positive weight, at most {HEAVIEST:g}")
+
+
+def _named(name: str) -> Objective:
+    """The objective that a name, or a dotted name such as `my_module.my_objective`, stands for."""
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if "." not in str(name):
+        raise UserError(
+            f"method.objective={name}: choose one of {', '.join(OBJECTIVES)}, or weights of several, or name an "
+            "Objective of your own as MODULE.NAME"
+        )
+    try:
+        found = resolve_name(str(name))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"method.objective={name} cannot be imported from here: {error}") from error
+    if not isinstance(found, Objective):
+        raise UserError(
+            f"method.objective={name} is a {type(found).__name__}, not a duo_id.step.objectives.Objective: wrap your "
+            "function, as in Objective(function)"
+        )
+    return found
+
+
+def _difference(own: Tensor, theirs: Tensor) -> Tensor:
+    return (own.float() - theirs.float()).square().mean(-1)
+
+
+def _relative(own: Tensor, theirs: Tensor) -> Tensor:
+    return _difference(own, theirs) / theirs.float().square().mean(-1).clamp(min=1e-12)

@@ -1,0 +1,1 @@
+"""`python -m duo_id.train`: find a model's retrieval heads."""

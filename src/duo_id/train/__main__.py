@@ -1,0 +1,33 @@
+"""`python -m duo_id.train`: find a model's retrieval heads by any method, and show how good they are."""
+
+from duo_id.common import stopping
+
+if __name__ == "__main__":
+    stopping.die_quietly()
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from duo_id.common import cli
+from duo_id.common.record import SETTINGS
+from duo_id.methods.settings import train_settings
+from duo_id.train.run import train
+
+
+def main(config: DictConfig) -> float | None:
+    """Run the command; returns what a sweep minimises: the found masks' mean answer loss on validation samples."""
+    config, folder, _ = cli.start_run(config)
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    try:
+        summary = train(train_settings(config), folder, in_sweep)
+    except (KeyboardInterrupt, OSError):
+        if (folder / SETTINGS).is_file():
+            cli.say(f"stopped; to go on: {cli.to_resume('train', folder)}")
+        raise
+    cli.say(f"heads: {folder / 'heads'}   figures: {folder / 'figures'}")
+    return summary.get("validation_loss")
+
+
+if __name__ == "__main__":
+    cli.run("train", main)

@@ -1,0 +1,107 @@
+"""Checkpoints that are whole or not there, and a Ctrl-C, or another signal to end, that leaves one."""
+
+import shutil
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from duo_id.common.errors import UserError
+from duo_id.common.files import atomic_path
+from duo_id.common.integrity import check_zip, seal_zip
+from duo_id.common.stopping import listen
+
+CHECKPOINT = Path("checkpoints") / "last.ckpt"  # in a run folder
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside, syncs and renames, for Lightning's own writing can leave half a file; reads weights only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path`, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written, as on a full disk.
+        """
+        try:
+            with atomic_path(path) as beside:
+                torch.save(checkpoint, beside)
+                seal_zip(beside)
+        except (OSError, RuntimeError) as error:  # torch's own writer makes a RuntimeError of a full disk
+            raise UserError(f"{path} cannot be written ({_reason(error, path)}): {_advice(path)}") from error
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
+        """Read a checkpoint, tensors and plain values only.
+
+        Raises:
+            UserError: the file is not a checkpoint.
+        """
+        try:
+            check_zip(path)  # torch reads over flipped bits, those of its archive's own checksums too
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:  # files may be damaged in any way
+            raise UserError(
+                f"resume: {path} is not a checkpoint ({_reason(error, path)}): remove it to train from the start"
+            ) from error
+
+
+def _reason(error: Exception, path: str | Path) -> str:
+    """What is wrong, in a line: of what torch's writer says, whether the disk has room is the part that helps."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, RuntimeError) and "file write failed" in str(error):
+        free = shutil.disk_usage(Path(path).parent).free
+        return f"the file system has {free / 2**20:.0f} MiB free, or a limit on files is reached"
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        return "it is empty"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _advice(path: str | Path) -> str:
+    run = Path(path).parents[1]
+    before = f"resume={run} then goes on from the checkpoint before" if Path(path).is_file() else "then start again"
+    return f"make room there; {before}"
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps one checkpoint, the latest, written every `seconds`, at the last step and after Ctrl-C.
+
+    SIGTERM, SIGHUP and SIGUSR1 are as Ctrl-C. The first lets the step in progress end, a second one stops at once.
+    """
+
+    def __init__(self, run: str | Path, seconds: float) -> None:
+        """Checkpoint the run in folder `run`."""
+        self.path = Path(run) / CHECKPOINT
+        super().__init__(
+            dirpath=self.path.parent,
+            filename=self.path.stem,
+            train_time_interval=timedelta(seconds=seconds),
+            save_top_k=1,
+            enable_version_counter=False,
+        )
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Count the seconds from here and listen for Ctrl-C."""
+        super().on_train_start(trainer, pl_module)
+        self._restore = listen(partial(setattr, pl_module, "interrupted"))
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *args: Any) -> None:
+        """Save when it is time, at the end, and when interrupted, on whichever rank."""
+        if trainer.world_size > 1:  # all end by the signal that any of them got
+            number = torch.tensor(int(pl_module.interrupted), device=trainer.strategy.root_device)
+            pl_module.interrupted = int(trainer.strategy.reduce(number, reduce_op="max"))
+        if pl_module.interrupted or trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True
+            self._save_checkpoint(trainer, str(self.path))
+        else:
+            super().on_train_batch_end(trainer, pl_module, *args)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        """Stop listening."""
+        if hasattr(self, "_restore"):
+            self._restore()

@@ -1,0 +1,148 @@
+"""A pattern's masks beside the full model, random masks at the same sparsity and all heads streaming."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from duo_id.attention.functions import Backends, masked_layers
+from duo_id.attention.interface import attached, bound
+from duo_id.common.errors import UserError
+from duo_id.evaluate.contenders import random_like
+from duo_id.models.language_model import LanguageModel
+from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.train.scoring import Score, score, total
+
+METRICS = ("answer_loss", "token_accuracy", "exact_answers")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one mask scored on the held-out samples.
+
+    Attributes:
+        heads: which heads see the whole context: full | found | random | streaming.
+        sparsity: fraction of the gated KV heads that stream.
+        seed: of a random mask.
+        samples: the score of each sample.
+    """
+
+    heads: str
+    sparsity: float
+    seed: int | None
+    samples: tuple[Score, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """The metrics, means over the samples, and the pooled sums, as plain values.
+
+        Each sample has one vote: a text of many labelled tokens weighs as much as a short answer.
+        """
+        metrics = {metric: mean(getattr(one, metric) for one in self.samples) for metric in METRICS}
+        told = {"heads": self.heads, "sparsity": self.sparsity, "seed": self.seed}
+        return told | metrics | asdict(total(self.samples))
+
+
+def compare(
+    model: LanguageModel,
+    pattern: HeadPattern,
+    samples: Sequence[Mapping[str, Any]],
+    sparsities: Sequence[float],
+    random_masks: int,
+    seed: int,
+    backends: Backends | None = None,
+) -> list[Result]:
+    """Score every mask on every sample, teacher-forced. Ranks that share the model must all call it, and get the same.
+
+    Args:
+        model: the language model.
+        pattern: whose masks are compared.
+        samples: held-out samples, see `duo_id.train.scoring.score`.
+        sparsities: fractions of streaming heads.
+        random_masks: how many random masks at each sparsity.
+        seed: of the random masks.
+        backends: attention implementations.
+    """
+    rows: list[tuple[str, float, int | None, HeadMask]] = [("full", 0.0, None, pattern.binarize(sparsity=0))]
+    for sparsity in sparsities:
+        rows.append(("found", sparsity, None, pattern.binarize(sparsity=sparsity)))
+        for drawn in range(seed, seed + random_masks):
+            rows.append(("random", sparsity, drawn, random_like(pattern, sparsity, drawn)))
+    rows.append(("streaming", 1.0, None, pattern.binarize(sparsity=1)))
+    backends = backends or Backends()
+    results = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        Progress(*columns, transient=True, disable=not model.ranks.first) as progress,
+        attached(model.model, backends, model.ranks.group) as layers,
+    ):
+        task = progress.add_task("scoring masks", total=len(rows) * len(samples))
+        for heads, sparsity, number, mask in rows:
+            scores = []
+            with bound(layers, masked_layers(layers, mask, backends)):
+                for sample in samples:
+                    scores.append(score(model, sample))
+                    progress.advance(task)
+            results.append(Result(heads, sparsity, number, tuple(scores)))
+    return results
+
+
+def found_loss(
+    model: LanguageModel,
+    pattern: HeadPattern,
+    samples: Sequence[Mapping[str, Any]],
+    sparsities: Sequence[float],
+    backends: Backends | None = None,
+) -> float:
+    """The answer loss of the pattern's masks, in nats a token: the mean over the samples and the sparsities."""
+    losses, backends = [], backends or Backends()
+    with attached(model.model, backends, model.ranks.group) as layers:
+        for sparsity in sparsities:
+            with bound(layers, masked_layers(layers, pattern.binarize(sparsity=sparsity), backends)):
+                losses.append(mean(score(model, sample).answer_loss for sample in samples))
+    return mean(losses)
+
+
+def check_window(samples: Sequence[Mapping[str, Any]], sink_size: int, recent_size: int) -> None:
+    """Raise a `UserError` if no sample is longer than the window, for then every mask is full attention."""
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    if longest <= sink_size + recent_size:
+        raise UserError(
+            f"the longest sample has {longest} tokens, of which sink_size={sink_size} and recent_size={recent_size} "
+            "leave none outside the window: raise data.length_max"
+        )
+
+
+def results_table(results: Sequence[Result], title: str) -> Table:
+    """The comparison for the terminal; random masks of one sparsity share a row, mean ± standard deviation."""
+    table = Table(
+        title=escape(title),
+        title_justify="left",
+        caption="means over the samples; answer loss in nats a token",
+        caption_justify="left",
+    )
+    for heading in ("heads", "streaming", "answer loss", "token accuracy", "exact answers"):
+        table.add_column(heading, justify="left" if heading == "heads" else "right")
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result.heads, result.sparsity), []).append(result.summary())
+    names = {"full": "full attention", "found": "found mask", "streaming": "all heads"}
+    for (heads, sparsity), rows in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])):
+        name = names.get(heads, f"random ({len(rows)})")
+        table.add_row(
+            name,
+            f"{sparsity:.4g}",
+            _cell([row["answer_loss"] for row in rows], "{:.3f}"),
+            _cell([100 * row["token_accuracy"] for row in rows], "{:.1f}", " %"),
+            _cell([100 * row["exact_answers"] for row in rows], "{:.1f}", " %"),
+            style="bold" if heads == "found" else None,
+        )
+    return table
+
+
+def _cell(values: Sequence[float], form: str, unit: str = "") -> str:
+    spread = f" ± {form.format(stdev(values))}" if len(values) > 1 else ""
+    return form.format(mean(values)) + spread + unit

@@ -1,0 +1,298 @@
+"""Train one gate for each KV head of a frozen model: teacher pass, gated pass, loss."""
+
+import math
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from duo_id.attention.blends import BLENDS
+from duo_id.attention.functions import masked_layers
+from duo_id.attention.interface import bound
+from duo_id.attention.layers import AttentionLayer
+from duo_id.attention.window import Window
+from duo_id.common.config import plain, require
+from duo_id.common.errors import UserError
+from duo_id.common.mistakes import as_typed
+from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, with_scored
+from duo_id.methods.gates import GATES
+from duo_id.methods.penalties import PENALTIES, TargetSparsity
+from duo_id.methods.settings import GateSettings, make_optimizer
+from duo_id.models.language_model import LanguageModel
+from duo_id.patterns.pattern import HeadPattern, TieWarning
+from duo_id.step.cuda_graphs import GraphedLoss
+from duo_id.step.objectives import make_objective
+from duo_id.step.prepare import SHAPES, Arrange
+from duo_id.train.checkpoints import CHECKPOINT
+from duo_id.train.scoring import Score, score
+from duo_id.train.settings import StepSettings
+
+StepBatch = dict[str, Any]  # with what `with_scored` adds
+KEPT = (  # settings of the method that a resumed run must have again
+    "gate",
+    "initial",
+    "temperature",
+    "budgets",
+    "blend",
+    "objective",
+    "tokens",
+    "penalty",
+    "reg_weight",
+    "sink_size",
+    "recent_size",
+)
+LEAST_SCORED = 512  # CUDA graphs have a fixed number of scored tokens: this, or twice, four times, ... as many
+
+
+class GateTraining(lightning.LightningModule):
+    """DuoAttention's optimisation-based identification (section 2.2) with its parts chosen by name.
+
+    Lightning sees the gates alone: the language model lies outside its modules, so checkpoints hold no weight of it.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        layers: Sequence[AttentionLayer],
+        method: GateSettings,
+        step: StepSettings,
+        steps: int,
+        sparsities: Sequence[float],
+        seed: int = 0,
+    ) -> None:
+        """Make the gates.
+
+        Args:
+            model: the frozen model, attached (`duo_id.attention.interface.attached`).
+            layers: its layers that get gates.
+            method: settings of the method.
+            step: how a step is computed.
+            steps: how many optimizer steps the learning rate is planned for.
+            sparsities: at which fractions of streaming heads validation binarises the gates.
+            seed: of gates that are drawn.
+        """
+        super().__init__()
+        require(
+            method.gate != "nested" or len(layers) * layers[0].kv_heads > 1,
+            "method.gate=nested: a single head has a gate, and there is nothing to order; method=duo trains its gate",
+        )
+        self.language_model, self.layers = model, layers
+        self.method, self.step, self.steps, self.sparsities = method, step, steps, sparsities
+        self.window = Window(method.sink_size, method.recent_size)
+        self.distillation = SHAPES[step.shape](
+            model,
+            layers,
+            self.window,
+            step.backends,
+            make_objective(method.objective),
+            method.tokens,
+            BLENDS[method.blend],
+        )
+        self.gates = GATES[method.gate](
+            len(layers), layers[0].kv_heads, method.initial, method.temperature, seed, method.budgets
+        )
+        self.penalties = torch.nn.ModuleDict({name: self._penalty(name) for name in method.penalties})
+        self.distill = GraphedLoss(self.distillation.loss) if step.cuda_graphs else self.distillation.loss
+        self.arrange: Arrange = lambda tokens: None  # lets layers keep what a step's memory allows
+        self.interrupted = 0  # the signal that asked for the end
+        self._finite = torch.tensor(True)
+        self._full_scores: dict[int, Score] = {}
+        self._clock = time.perf_counter()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The configured optimizer over the gates, with a rise and a fall of the learning rate."""
+        optimizer = make_optimizer(self.method, self.gates.parameters())
+        for penalty in self.penalties.values():
+            if isinstance(penalty, TargetSparsity):  # its multipliers rise against the loss
+                multipliers = {"lr": self.method.multiplier_lr, "weight_decay": 0.0, "maximize": True}
+                optimizer.add_param_group({"params": penalty.parameters()} | multipliers)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, self.steps, self.method.warmup, self.method.floor)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Bring the language model to the gates' device; what is sharded is there."""
+        if not self.language_model.ranks.sharded:
+            self.language_model.model.to(self.device)  # type: ignore[arg-type]  # its wrapper is untyped
+        self._finite = self._finite.to(self.device)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> StepBatch:
+        """Find the scored tokens while the batch is on the CPU, where looking costs no synchronisation."""
+        length, own, ranks = batch["input_ids"].shape[1], dict(batch), self.language_model.ranks
+        if self.step.cuda_graphs and self.trainer.training:
+            own = dict(pad_batch(batch, self.step.length_multiple, self.language_model.max_length or sys.maxsize))
+        if ranks.group is not None:
+            own = split_batch(batch, ranks.part, ranks.sequence)
+        sample = {key: batch[key][0] for key in ("input_ids", "answers")}
+        return with_scored(own, LEAST_SCORED if self.step.cuda_graphs else 0) | {"length": length, "sample": sample}
+
+    def on_after_batch_transfer(self, batch: StepBatch, dataloader_idx: int) -> StepBatch:
+        """Let each scored token of all ranks count the same, and a rank that has more of them the more."""
+        return batch | {"weights": shared_weights(batch["weights"], self.language_model.ranks)}
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
+        """Distillation loss plus the penalty on the gates; the mean over ranks of it and its gradient is the step's."""
+        self.arrange(batch["input_ids"].numel())
+        alpha, openness = self.gates.alpha(), self.gates.openness()
+        distill, penalty = self.distill(alpha, batch), self.penalty(openness)
+        loss = distill + self.method.reg_weight * penalty
+        ranks = self.language_model.ranks
+        shared = ranks.mean(torch.stack([loss.detach(), distill.detach()]))
+        self._finite &= torch.isfinite(shared[0])
+        now = time.perf_counter()
+        shown = {
+            "loss": shared[0],
+            "distill": shared[1],
+            "length": float(batch["length"]),
+            "tokens_per_s": batch["length"] * len(batch["input_ids"]) * ranks.data / (now - self._clock),
+        }
+        if self.method.reg_weight:
+            shown["penalty"] = penalty.detach()
+        if self.gates.BLENDS:
+            shown["mean_gate"] = openness.detach().mean()
+        self._clock = now
+        self.log_dict({f"train/{key}": value for key, value in shown.items()}, prog_bar=True)
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then bring the gates back to where they mean something."""
+        super().optimizer_step(*args, **kwargs)
+        self.gates.project_()
+
+    def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
+        """Look at whether all went well as often as metrics are logged, for looking waits for the device."""
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set by Lightning
+            self._stop_unless_finite()
+
+    def on_train_end(self) -> None:
+        """Look once more before the gates are exported."""
+        self._stop_unless_finite()
+
+    def teardown(self, stage: str) -> None:
+        """Let the next run of the same process have the memory, for modules and trainers go round in circles."""
+        if isinstance(self.distill, GraphedLoss):
+            self.distill.release()
+
+    def on_validation_start(self) -> None:
+        """Keep validation out of the tokens per second."""
+        self._validation_began = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """Set the clock forward by what validation took."""
+        self._clock += time.perf_counter() - self._validation_began
+
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Score a held-out sample with the gates as they are and binarised at each sparsity."""
+        ranks = self.language_model.ranks
+        if self.interrupted and ranks.world == 1:  # others would wait for this one
+            return
+        sample = batch["sample"]
+        if batch_idx not in self._full_scores:
+            self._full_scores[batch_idx] = score(self.language_model, sample)
+        shown: dict[str, Tensor | float] = {"distill": ranks.mean(self.distillation.loss(self.gates.alpha(), batch))}
+        shown |= _shown("0", self._full_scores[batch_idx])
+        pattern = self.pattern()
+        for sparsity in self.sparsities:
+            with warnings.catch_warnings(action="ignore", category=TieWarning):  # of gates on their way
+                mask = pattern.binarize(sparsity=sparsity)
+            with bound(self.layers, masked_layers(self.layers, mask, self.step.backends)):
+                shown |= _shown(f"{100 * sparsity:g}", score(self.language_model, sample))
+        self.log_dict({f"val/{key}": value for key, value in shown.items()}, batch_size=1)
+
+    def pattern(self, **provenance: Any) -> HeadPattern:
+        """The gates at present as a head pattern; layers without gates are rows of 1."""
+        scores = torch.ones(self.language_model.num_layers, self.layers[0].kv_heads)
+        gated = [layer.index for layer in self.layers]
+        scores[gated] = self.gates.scores().float().cpu()
+        return HeadPattern(
+            scores, self.window.sink_size, self.window.recent_size, gated_layers=tuple(gated), provenance=provenance
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which model the gates belong to; gates that are no numbers are never saved."""
+        self._stop_unless_finite()
+        checkpoint["duo_id"] = self._identity()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, or of more steps."""
+        found, expected = checkpoint.get("duo_id"), self._identity()
+        if not isinstance(found, dict):
+            raise UserError("resume: the checkpoint is not one of duo_id")
+        differing = [key for key, value in expected.items() if found.get(key, value) != value]
+        if differing:
+            theirs, ours = ({key: values.get(key) for key in differing} for values in (found, expected))
+            raise UserError(
+                f"resume: the checkpoint was made with {_listed(theirs)}, this run has {_listed(ours)}; leave out what "
+                "changed that, or give the former again"
+            )
+        done = checkpoint.get("global_step", 0)
+        if done > self.steps:
+            raise UserError(
+                f"resume: the checkpoint was made in trainer.max_steps={done}, this run has trainer.max_steps="
+                f"{self.steps}: steps are not taken back"
+            )
+
+    def penalty(self, openness: Tensor) -> Tensor:
+        """The weighted penalties on how open the gates are."""
+        progress = self.global_step / self.steps
+        weighted = [self.method.penalties[name] * part(openness, progress) for name, part in self.penalties.items()]
+        return torch.stack(weighted).sum()
+
+    def _penalty(self, name: str) -> torch.nn.Module:
+        if name == "target":
+            assert self.method.target_sparsity is not None
+            return TargetSparsity(self.method.target_sparsity, self.method.target_rise)
+        return PENALTIES[name]()
+
+    def _stop_unless_finite(self) -> None:
+        if not bool(self._finite & self.gates.weight.isfinite().all()):
+            run = Path(self.trainer.default_root_dir)
+            saved = (
+                f"; {as_typed(f'resume={run}')} goes on from the last good checkpoint"
+                if (run / CHECKPOINT).is_file()
+                else ""
+            )
+            raise UserError(
+                f"the loss or a gate is no longer a number at step {self.global_step}: lower "
+                f"method.lr={self.method.lr} or compute in model.dtype=float32{saved}"
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change when a run is resumed."""
+        rows, columns = self.gates.weight.shape
+        dtype = str(self.language_model.model.dtype).removeprefix("torch.")  # auto depends on the device
+        model = {"model": self.language_model.id, "model.dtype": dtype, "layers": rows, "kv_heads": columns}
+        method = plain(self.method)
+        return model | {key: method[key] for key in KEPT}
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float = 0.2, floor: float = 0.1) -> float:
+    """The fraction of the learning rate at a step: up over `warmup` of the steps, flat, and down over the last ones.
+
+    Source: DuoAttention's published training code.
+
+    Args:
+        step: optimizer step, from 0.
+        steps: their number.
+        warmup: fraction of the steps of the rise, and of the fall.
+        floor: the least fraction.
+    """
+    ramp = max(1, math.floor(steps * warmup))
+    return min(1.0, max((step + 1) / ramp, floor), max((steps - step) / ramp, floor))
+
+
+def _shown(name: str, result: Score) -> dict[str, float]:
+    return {f"answer_loss_{name}": result.answer_loss, f"token_accuracy_{name}": result.token_accuracy}
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{'method.' if key in KEPT else ''}{key}={value}" for key, value in values.items())

@@ -1,0 +1,78 @@
+"""Figures show what was saved: curves of time and memory, floors dashed, and where memory ran out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib.axes import Axes
+
+from duo_id.benchmark.figures import plot_benchmark, plotted_axes
+from duo_id.common.errors import UserError
+from duo_id.patterns.plots import save_figure
+from tests.benchmark import saved
+
+
+def curves(panel: Axes, dash: str) -> list[dict[float, float]]:
+    """The lines of a panel drawn with this dash, without gaps."""
+    lines = [line for line in panel.lines if line.get_linestyle() == dash and len(line.get_xdata())]
+    found = [dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in lines]
+    return [{x: y for x, y in line.items() if y == y} for line in found]
+
+
+def test_decode_over_context_has_both_panels_and_floors() -> None:
+    figure = plot_benchmark(saved.decode(), "context")
+    time, memory = figure.axes
+    assert curves(time, "-") == [{1.0: 6.0}, {1.0: 2.0, 2.0: 4.0}, {1.0: 1.0, 2.0: 2.0}]
+    assert curves(time, "--") == [{1.0: 2.0, 2.0: 3.0}, {1.0: 1.5, 2.0: 2.0}, {1.0: 1.25, 2.0: 1.5}]
+    assert curves(memory, "-")[1] == {1.0: 2.0, 2.0: 3.0}
+    assert [text.get_text() for panel in figure.axes for text in panel.texts] == ["OOM", "OOM"]
+    assert time.get_xlabel() == "context (thousand tokens)"
+    assert (time.get_ylabel(), memory.get_ylabel()) == ("time of a decode step (ms)", "memory (GiB)")
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["full attention", "duo, 50% retrieval heads", "duo, 25% retrieval heads", "floor"]
+
+
+def test_over_the_retrieval_ratio_full_attention_is_a_level() -> None:
+    rows = [row for row in saved.decode()["rows"] if row["context"] == 1000]
+    figure = plot_benchmark(saved.results("decode", rows), "retrieval")
+    level, duo = curves(figure.axes[0], "-")
+    assert level == {25.0: 6.0, 50.0: 6.0, 100.0: 6.0}
+    assert duo == {25.0: 1.0, 50.0: 2.0}
+
+
+def test_prefill_over_chunk_size_is_in_seconds() -> None:
+    figure = plot_benchmark(saved.prefill(), "chunk_size")
+    full, duo = curves(figure.axes[0], "-")
+    assert full == pytest.approx({1.0: 9.024, 4.0: 12.096})
+    assert duo == pytest.approx({1.0: 5.024, 4.0: 8.096})
+    assert "1,000 tokens" in figure.get_suptitle()
+
+
+def test_figures_are_drawn_over_what_varies() -> None:
+    assert plotted_axes(saved.decode()) == ["context", "retrieval"]
+    assert plotted_axes(saved.prefill()) == ["chunk_size"]
+    alone = saved.prefill()["rows"][:1]
+    assert plotted_axes(saved.results("prefill", alone)) == ["chunk_size"]
+    assert plotted_axes(saved.results("decode", saved.decode()["rows"][:1])) == ["context"]
+
+
+def test_the_task_memory_has_one_panel(tmp_path: Path) -> None:
+    figure = plot_benchmark(saved.decode() | {"task": "memory"}, "context")
+    assert [panel.get_ylabel() for panel in figure.axes] == ["memory (GiB)"]
+    save_figure(figure, tmp_path / "memory.png")
+
+
+def test_a_figure_of_rows_that_all_ran_out_of_memory_can_be_saved(tmp_path: Path) -> None:
+    rows = [saved.row("full", 0.0, 1000, None, 0), saved.row("duo", 0.5, 1000, None, 0)]
+    save_figure(plot_benchmark(saved.results("decode", rows), "context"), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_results_are_read_from_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(saved.decode()))
+    assert len(plot_benchmark(path, "context").axes) == 2
+    with pytest.raises(UserError, match=r"other\.json cannot be read"):
+        plot_benchmark(tmp_path / "other.json", "context")
+    with pytest.raises(UserError, match="nothing to plot"):
+        plot_benchmark(saved.results("decode", []), "context")

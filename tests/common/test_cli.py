@@ -1,0 +1,55 @@
+"""What all commands share: how warnings and mistakes look."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from duo_id.common import cli
+from duo_id.patterns.pattern import HeadPattern, TieWarning
+from tests.support.commands import QUICK, run_command
+
+
+def test_a_warning_is_one_line_however_often_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pattern = HeadPattern(torch.zeros(4, 2), 4, 8)
+
+    def command(_: list[str]) -> None:
+        warnings.simplefilter("always")
+        for _ in range(20):
+            pattern.binarize(sparsity=0.5)
+        pattern.binarize(sparsity=0.25)
+
+    monkeypatch.setattr(sys, "argv", ["convert"])
+    cli.run_plain(command)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" parts ")[0] for line in lines] == ["warning: sparsity=0.5", "warning: sparsity=0.25"]
+
+
+STILL = ["method=duo", "method.lr=1e-12", "method.reg_weight=0", "trainer.max_steps=2", "comparison.random_masks=1"]
+
+
+def test_ties_of_a_run_are_told_once(tmp_path: Path) -> None:
+    """Gates that hardly move: the export and the comparison binarise them."""
+    finished = run_command("train", *QUICK, *STILL, folder=tmp_path)
+    assert finished.status == 0, finished.output
+    told = [line for line in finished.output.splitlines() if line.startswith("warning: sparsity=")]
+    assert [line.split(",")[0] for line in told] == [
+        "warning: sparsity=0.25 parts heads of the same score: 6 of 6 have 1",
+        "warning: sparsity=0.5 parts heads of the same score: 6 of 6 have 1",
+    ]
+
+
+def test_ties_of_gates_on_their_way_are_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = set()
+
+    def show(message: Warning, category: type[Warning], filename: str, *_: object) -> None:
+        told.update({Path(filename).name} if category is TieWarning else ())
+
+    monkeypatch.setattr(cli, "_show_warnings", lambda: monkeypatch.setattr(warnings, "showwarning", show))
+    assert run_command("train", *QUICK, *STILL, folder=tmp_path).status == 0
+    assert "formats.py" in told
+    assert told.isdisjoint({"training.py", "tracking.py"})

@@ -1,0 +1,233 @@
+"""Run folders: a new one for each run, one process at a time in each, and who has it."""
+
+import errno
+import json
+import os
+import re
+import socket
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from duo_id import convert
+from duo_id.common import folders
+from duo_id.common.folders import LOCK, first_process, fresh, held
+from duo_id.patterns.formats.registry import FORMATS
+from tests.support.commands import QUICK, run_command
+from tests.support.sweep_jobs import leave
+
+SHIPPED = "SmolLM2-135M-Instruct"
+
+
+def elsewhere(block: Callable[[], object]) -> str:
+    """What a block comes to in another process: its value, or the error that it raises."""
+
+    def run() -> None:
+        try:
+            ours.send(str(block()))
+        except Exception as error:
+            ours.send(str(error))
+
+    theirs, ours = (context := get_context("fork")).Pipe()
+    process = context.Process(target=run)
+    process.start()
+    try:
+        assert theirs.poll(60)
+        return theirs.recv()
+    finally:
+        process.join()
+
+
+def test_a_folder_of_the_same_second_is_another(tmp_path: Path) -> None:
+    made = [fresh(tmp_path / "day" / "12-00-00") for _ in range(3)]
+    assert [path.name for path in made] == ["12-00-00", "12-00-00-2", "12-00-00-3"]
+    assert all(path.is_dir() for path in made)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "benchmark"])
+def test_runs_that_start_at_once_have_folders_of_their_own(name: str, tmp_path: Path) -> None:
+    taken = []
+
+    def command(_: DictConfig) -> None:
+        taken.append(Path(HydraConfig.get().runtime.output_dir))
+
+    for _ in range(2):
+        now = f"hydra.run.dir=${{fresh_folder:{tmp_path}/now}}"
+        assert run_command(name, now, folder=tmp_path, command=command).status == 0
+    assert [path.name for path in taken] == ["now", "now-2"]
+    config = (Path(__file__).parents[2] / "conf" / f"{name}.yaml").read_text()
+    (line,) = re.findall(r"run:\n +dir: (.*)", config)
+    assert line.startswith(("${run_folder:", "${fresh_folder:"))
+
+
+def test_a_new_run_is_fresh_and_a_resumed_one_is_not(tmp_path: Path) -> None:
+    taken = []
+
+    def command(_: DictConfig) -> None:
+        taken.append(Path(HydraConfig.get().runtime.output_dir).name)
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "settings.json").write_text("{}")
+    for resume in ("null", "null", tmp_path / "old"):
+        where = f"hydra.run.dir='${{run_folder:${{resume}},settings.json,{tmp_path}/old}}'"
+        finished = run_command("train", where, f"resume={resume}", folder=tmp_path, command=command)
+        assert finished.status == 0, finished.output
+    assert taken == ["old-2", "old-3", "old"]
+
+
+def test_other_processes_of_a_run_take_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(rank, raising=False)
+    assert first_process()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not first_process()
+    monkeypatch.setenv("RANK", "0")
+    assert first_process()
+
+
+def test_a_folder_is_held_by_one_process_which_is_told(tmp_path: Path) -> None:
+    def work() -> str:
+        with held(tmp_path / "run", "give another", job=2) as before:
+            return json.dumps(before)
+
+    assert work() == "{}"
+    with held(tmp_path / "run", "give another", job=1):
+        told = elsewhere(work)
+    host = socket.gethostname()
+    assert told == f"{tmp_path / 'run'}: process {os.getpid()} on {host} works in this folder: give another"
+    assert json.loads(elsewhere(work)) == {"pid": os.getpid(), "host": host, "job": 1}
+
+
+def test_a_killed_process_holds_nothing_and_neither_do_its_children(tmp_path: Path) -> None:
+    """Such as workers that load samples, which outlive it for seconds."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with held(tmp_path, "wait"):
+            if os.fork() == 0:
+                os.close(writing)
+                os.read(reading, 1)  # until the test is over
+            os._exit(0)
+    os.waitpid(child, 0)
+    with held(tmp_path, "wait") as before:
+        assert before["pid"] == child
+    os.close(writing)
+
+
+def test_a_damaged_or_removed_lock_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LOCK).write_text("[")
+    with held(tmp_path, "wait", keep=False) as before:
+        assert before == {}
+    assert not (tmp_path / LOCK).exists()
+    with held(tmp_path / "new", "wait", keep=False):
+        pass
+    assert not (tmp_path / "new").exists()
+    assert tmp_path.exists()
+    lock, calls = folders.fcntl.lockf, []
+
+    def removed_meanwhile(handle: int, how: int) -> None:
+        lock(handle, how)
+        calls.append(handle)
+        if len(calls) == 1:
+            (tmp_path / LOCK).unlink()
+
+    monkeypatch.setattr(folders.fcntl, "lockf", removed_meanwhile)
+    with held(tmp_path, "wait"):
+        assert (tmp_path / LOCK).exists()
+    assert len(calls) == 2
+
+
+def test_a_second_run_in_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
+    def second() -> str:
+        return run_command("train", *QUICK, folder=tmp_path).error
+
+    with held(tmp_path / "run", "wait"):
+        told = elsewhere(second)
+    assert f"process {os.getpid()} on {socket.gethostname()} works in this folder" in told
+    assert told.endswith("wait until it ends, or give another hydra.run.dir")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+
+
+def test_a_full_disk_is_told_with_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    told = f"error: [Errno 28] No space left on device: '{tmp_path / 'run'}'"
+    assert run_command("train", folder=tmp_path, command=full).error == told
+    monkeypatch.setattr(folders.os, "pwrite", full)
+    assert run_command("train", folder=tmp_path, command=pytest.fail).error == told
+
+
+def kept(folder: Path) -> list[str]:
+    """The command line that is kept in a folder as Hydra has it."""
+    return yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+
+
+def test_what_hydra_keeps_of_a_run_is_its_first_command_line(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    first, resumed = "seed=3", f"resume={tmp_path / 'run'}"
+    for override in (first, resumed):
+        assert run_command("train", override, folder=tmp_path, command=lambda config: None).status == 0
+    assert kept(tmp_path / "run") == [first]
+
+
+def test_a_second_sweep_in_a_folder_is_told_who_has_it_and_starts_no_job(tmp_path: Path) -> None:
+    sweep = ["--multirun", f"hydra.sweep.dir={tmp_path / 'sweep'}", "seed=0,1"]
+
+    def second() -> str:
+        return run_command("train", *sweep, folder=tmp_path, command=pytest.fail).error
+
+    with held(tmp_path / "sweep", "wait"):
+        told = elsewhere(second)
+    assert told.endswith("works in this folder: wait until it ends, or give another hydra.sweep.dir")
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == [LOCK]
+
+
+def test_many_may_work_on_a_study_that_has_its_own_storage(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    where = ["--multirun", f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra/sweeper=optuna", "method.lr=interval(0.1,1)"]
+    where += [f"hydra.sweeper.storage=sqlite:///{tmp_path / 'study.db'}", "hydra.sweeper.n_trials=1"]
+
+    def second() -> int:
+        return run_command("train", *where, folder=tmp_path, command=lambda config: leave(config.method.lr)).status
+
+    with held(tmp_path / "sweep", "wait"):
+        assert elsewhere(second) == "0"
+
+
+def test_jobs_of_one_sweep_do_not_share_a_folder(tmp_path: Path) -> None:
+    done = []
+    sweep = ["--multirun", f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra.sweep.subdir=x", "seed=0,1"]
+
+    def command(config: DictConfig) -> float:
+        done.append(config.seed)
+        return 0.0
+
+    finished = run_command("train", *sweep, folder=tmp_path, command=command)
+    assert finished.status == 2
+    assert done == [0]
+    assert "job 0 of this sweep has this folder" in finished.output
+    assert not (tmp_path / "sweep" / "x" / "error.txt").exists(), "it is job 0's folder"
+    assert "Traceback" not in finished.output
+    run_command("train", *sweep, folder=tmp_path, command=command)
+    assert done == [0, 0], "another sweep begins anew"
+    local = run_command("train", *sweep, "hydra/launcher=local", folder=tmp_path, command=command)
+    assert "hydra.sweep.subdir=x is one folder for all jobs" in local.error
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.folder])
+def test_a_second_conversion_into_a_folder_is_told_who_has_it(name: str, tmp_path: Path) -> None:
+    options: list[Any] = [SHIPPED, str(tmp_path / "made"), f"format={name}", "lossy=true", "sparsity=0.5"]
+    with held(tmp_path / "made", "wait", keep=False):
+        assert "works in this folder: wait until it ends, or give another DST" in elsewhere(
+            lambda: convert.main(options)
+        )
+    convert.main(options)
+    assert not (tmp_path / "made" / LOCK).exists()

@@ -1,0 +1,150 @@
+"""What the libraries' errors become: one line that names the override."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from duo_id.common.errors import UserError
+from duo_id.common.mistakes import as_typed, built, explained
+from tests.support.commands import QUICK, run_command
+
+STEPS = ["task=train_step", "model=tiny", "context=60", "sink_size=4", "recent_size=8"]
+DIVISION = {"_target_": "operator.truediv"}
+
+
+def raised(call: Callable[[], Any]) -> BaseException:
+    try:
+        call()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was wrong")
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "message"),
+    [
+        ("train", ["trainer.devices=abc"], "trainer.devices=abc: `devices`"),
+        (
+            "train",
+            ["model.architecture.vocab_size=100"],
+            "model.architecture.vocab_size=100: random weights read bytes",
+        ),
+        (
+            "train",
+            ["model.architecture.num_key_value_heads=3"],
+            "4 query heads do not divide among 3 KV heads",
+        ),
+        ("train", ["method=search", "method.start=nowhere"], "method.start=nowhere: no head pattern"),
+        ("train", ["method=search", "method.swap_at=0.5", "method.max_swaps=1", "repeats=2"], "repeats=2: heads are"),
+        ("train", ["step.memory=0GiB"], "step.memory: a step of"),
+        ("train", [f"step.memory={'9' * 320}GiB"], "choose auto, outputs, least, or a budget such as 60GiB"),
+        ("train", ["trainer.accelerator=nosuch"], "trainer.accelerator=nosuch: You selected an invalid accelerator"),
+        ("train", ["+trainer.nosuch=1"], "trainer.nosuch=1: there is no such setting"),
+        ("train", ["+method.optimizer.nosuch=1"], "method.optimizer.nosuch=1: AdamW.__init__() got an unexpected"),
+        ("train", ["+logger.csv.nosuch=1"], "logger.csv.nosuch=1: CSVLogger.__init__() got an unexpected"),
+        ("train", ["model=hub"], "model.id: its value is missing, give model.id=VALUE"),
+        ("train", ["data=mixture", "data.mixture=[passkey]"], "=[passkey]: data.mixture is a mapping, such as {key:"),
+        ("train", ["method.budgets=0.5"], "method.budgets=[0.5] must be two fractions"),
+        ("train", ["sparsity={a:1}"], "sparsity={a:1}: sparsity is a list, such as [value]"),
+        ("benchmark", ["trainer.devices=abc"], "trainer.devices=abc: `devices`"),
+        ("benchmark", ["+trainer.max_steps=3"], "trainer.max_steps: benchmarks have no trainer"),
+        ("benchmark", ["blend={teacher:1}"], "blend={teacher:1}: blend is a list, such as [value]"),
+        ("benchmark", ["blend=pupil"], "blend=pupil: choose one of student, detached, teacher"),
+    ],
+)
+def test_a_librarys_error_names_the_override(command: str, overrides: list[str], message: str, tmp_path: Path) -> None:
+    given = {"train": QUICK, "benchmark": STEPS}[command]
+    assert message in run_command(command, *given, *overrides, folder=tmp_path).error
+
+
+def test_what_a_settings_group_describes_is_built() -> None:
+    assert built("group", DIVISION, 1, 4) == 0.25
+    assert built("group", {"_target_": "builtins.dict", "size": 3}, more=5) == {"size": 3, "more": 5}
+
+
+def test_an_error_that_names_no_setting_is_put_down_to_one() -> None:
+    with pytest.raises(UserError, match=r"^group\._target_=operator\.truediv: division by zero$") as error:
+        built("group", DIVISION, 1, 0)
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+    with pytest.raises(UserError, match=r"^group\.devices=None: division by zero$"):
+        built("group", DIVISION, 1, 0, about="devices")
+    with pytest.raises(UserError, match=r"^group\._target_=nosuch\.name: Error loading 'nosuch\.name'"):
+        built("group", {"_target_": "nosuch.name"})
+
+
+def test_our_own_error_is_found_inside_an_interpolation() -> None:
+    def refuse() -> None:
+        raise UserError("resume=nowhere:\n there is nothing")
+
+    OmegaConf.register_new_resolver("refuse", refuse, replace=True)
+    error = raised(lambda: OmegaConf.create({"value": "${refuse:}"}).value)
+    assert explained(error) == "resume=nowhere: there is nothing"
+
+
+def test_an_error_without_words_is_its_name() -> None:
+    assert explained(OSError()) == "OSError"
+    assert explained(OSError("two\n\n lines")) == "two lines"
+
+
+PUBLISHED = "attn_patterns/Llama-3-8B-Instruct-Gradient-1048k/lr=0.02-reg=0.05-ctx=1000_32000-multi_passkey10"
+ODD = ["a b(c", 'it\'s "b"=c', "ends=in\\", 'back\\"quote=', "back\\slash=", "ü=ß"]
+
+
+@pytest.mark.parametrize("path", [PUBLISHED, f"./{PUBLISHED}/", *ODD])
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        ("train", "resume"),
+        ("train", "+method.start"),
+        ("evaluate", "heads"),
+        ("evaluate", "+patterns.other"),
+        ("benchmark", "heads"),
+    ],
+)
+def test_the_quotes_that_are_shown_are_those_that_hydra_needs(
+    command: str, key: str, path: str, tmp_path: Path
+) -> None:
+    """What the shell makes of the line that is shown goes through Hydra, and comes out as what was typed."""
+    method = ["method=search"] if key == "+method.start" else []
+    typed = run_command(command, *method, f"{key}={path}", folder=tmp_path)
+    line, _, shown = typed.error.partition(" needs quotes that Hydra sees: ")
+    assert line == f"error: {key}={path}: the value of {key}"
+    (override,) = shlex.split(shown)
+    found: list[Any] = []
+
+    def read(config: DictConfig) -> None:
+        found.append(OmegaConf.select(config, key.lstrip("+")))
+
+    finished = run_command(
+        command, *method, override, f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path, command=read
+    )
+    assert finished.status == 0, finished.output
+    assert found == [path]
+
+
+def test_published_heads_are_read_by_the_line_that_is_shown(tmp_path: Path) -> None:
+    folder = tmp_path / PUBLISHED
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"sink_size": 4, "recent_size": 60}')
+    (folder / "full_attention_heads.tsv").write_text("0.1\t0.2\n" * 5)
+    given = ["model=tiny", "context=[128]", "task=decode", f"hydra.run.dir={tmp_path / 'run'}"]
+    typed = run_command("benchmark", *given, f"heads={PUBLISHED}", folder=tmp_path)
+    quoted = run_command("benchmark", *given, *shlex.split(typed.error.rpartition(": ")[2]), folder=tmp_path)
+    assert "5 layers x 2 KV heads" in quoted.error, "which the tiny model does not have"
+
+
+@pytest.mark.parametrize("override", ["method.lr=[", "method.optimizer={a", "nothing"])
+def test_what_no_quotes_mend_shows_none(override: str, tmp_path: Path) -> None:
+    assert f"{override}: Hydra cannot read it (" in run_command("train", override, folder=tmp_path).error
+
+
+@pytest.mark.parametrize(
+    ("path", "typed"),
+    [("runs/1", "resume=runs/1"), ("a=b", "'resume=\"a=b\"'"), ("two words", "'resume=two words'")],
+)
+def test_a_hint_has_quotes_where_it_needs_some(path: str, typed: str) -> None:
+    assert as_typed(f"resume={path}") == typed

@@ -1,0 +1,45 @@
+import pytest
+
+from duo_id.common.errors import UserError
+from duo_id.data.registry import DRAFTED, TASKS, make_task
+from duo_id.data.samples import SPLITS
+from duo_id.train.settings import DataSettings, TrainSettings
+from tests.evaluate.tasks.making import tokenizer_of
+from tests.support.commands import settings_of
+
+NAMES = [name for name in TASKS if name != "disk"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_its_task(quick, tokenizer, name):
+    task = make_task(quick(task=name, mixture={"passkey": 1.0}), tokenizer, "test")
+    assert name == "mixture" or type(task) is DRAFTED[name]
+    assert task.split == "test" if name != "mixture" else set(task.tasks) == {"passkey"}
+
+
+def test_unknown_task_is_named_with_those_there_are(quick, tokenizer):
+    with pytest.raises(UserError, match=r"data.task=passkeys: choose one of passkey, key_value, .*disk") as caught:
+        make_task(quick(task="passkeys"), tokenizer, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_another_task_is_one_class_and_one_line(quick, tokenizer, monkeypatch):
+    class Other:
+        def __init__(self, settings, tokenizer, split, length_limit=None):
+            self.split = split
+
+    monkeypatch.setitem(TASKS, "other", Other)
+    assert make_task(quick(task="other"), tokenizer, "test").split == "test"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_in_conf_suit_the_model_in_conf(tmp_path, name):
+    data: DataSettings = settings_of("train", TrainSettings, f"data={name}", folder=tmp_path).data
+    assert data.task == name
+    assert (data.length_min, data.length_max) == (256, 384)
+    tokenizer = tokenizer_of("smollm2")
+    for split in SPLITS:
+        task = make_task(data, tokenizer, split)
+        samples = [task.sample(index, seed=0) for index in range(10)]
+        assert all(256 <= len(sample["input_ids"]) <= 384 for sample in samples)
+        assert all((sample["labels"] >= 0).sum() >= 10 for sample in samples)

@@ -1,0 +1,74 @@
+"""Samples of the generated tasks under several tokenizers, and their text."""
+
+from functools import cache
+
+import pytest
+from omegaconf import OmegaConf
+from tokenizers import decoders
+from transformers import PreTrainedTokenizerBase
+
+from duo_id.common.config import parse
+from duo_id.data.haystack import Haystack, load_haystack
+from duo_id.evaluate.chat import Chat, plain
+from duo_id.evaluate.items import SPLITS, Item
+from duo_id.evaluate.tasks.building import Builder
+from duo_id.evaluate.tasks.registry import TASKS, make_items
+from duo_id.models.loading import byte_tokenizer, load_tokenizer, weights_source
+from duo_id.train.settings import HaystackSettings, ModelSettings, conf_dir
+from tests.data.conftest import TOKENIZERS, metaspace
+
+LENGTHS = {"bytes": 2600, "byte_level_bpe": 1600, "metaspace": 1600, "smollm2": 512}  # tokens
+AFTER = "[END]\n[ASSISTANT]\n"  # of a made-up chat template
+
+
+@cache
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    if name == "bytes":
+        return byte_tokenizer()
+    if name == "smollm2":
+        settings = parse(ModelSettings, OmegaConf.load(conf_dir() / "model" / "smollm2-135m.yaml"))
+        if weights_source(settings) == settings.id:
+            pytest.skip("the embedded model is not installed")
+        return load_tokenizer(settings)
+    if name == "metaspace":
+        return whole_metaspace()
+    return TOKENIZERS[name]
+
+
+def whole_metaspace() -> PreTrainedTokenizerBase:
+    """With a decoder that gives back all bytes, as SentencePiece does."""
+    tokenizer = metaspace()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def builder_of(
+    name: str = "bytes", split: str = "test", chat: Chat | None = None, haystack: Haystack | None = None
+) -> Builder:
+    tokenizer = tokenizer_of(name)
+    haystack = haystack or load_haystack(HaystackSettings(source="library"), split)
+    return Builder(tokenizer, haystack, split, chat or plain(tokenizer))
+
+
+@cache
+def items_of(
+    task: str, tokenizer: str = "bytes", split: str = "test", samples: int = 1, seed: int = 0, length: int | None = None
+) -> list[Item]:
+    return make_items(
+        [task], builder_of(tokenizer, split), [length or LENGTHS[tokenizer]], samples, seed, limit=None, depths=3
+    )
+
+
+def some(task: str, samples: int = 3) -> list[tuple[Item, str, str]]:
+    """Samples of both splits and of tokens that are bytes: item, split, and the text of the context."""
+    return [
+        (item, split, text(item.context)) for split in SPLITS for item in items_of(task, split=split, samples=samples)
+    ]
+
+
+def text(tokens: tuple[int, ...], tokenizer: str = "bytes") -> str:
+    return str(tokenizer_of(tokenizer).decode(list(tokens)))
+
+
+ASKED = [name for name in TASKS if name not in ("language", "rare-ngrams")]  # tasks with questions after the context

@@ -1,0 +1,159 @@
+"""Reading through the dual cache gives the logits of a plain masked forward, and the tokens of `generate`."""
+
+import pytest
+import torch
+
+from duo_id.deploy.chunks import continuation
+from duo_id.deploy.install import duo_attention
+from duo_id.evaluate.items import Item, Question
+from duo_id.evaluate.reading import Answers, Reader, batches, end_tokens
+from duo_id.models.language_model import LanguageModel
+from duo_id.models.loading import byte_tokenizer
+from duo_id.patterns.pattern import HeadMask, HeadPattern
+from tests.support.families import LAYERS, OF, SIZES
+from tests.support.tiny import tiny_model
+
+PATTERN = HeadPattern(torch.tensor([[0.1, 0.9], [0.3, 0.2], [0.8, 0.4]]), sink_size=4, recent_size=16)
+NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel(tiny_model("llama", vocab_size=258), byte_tokenizer(), "tiny", "tiny", None, "random")
+
+
+def tokens(seed: int, count: int) -> tuple[int, ...]:
+    return tuple(torch.randint(1, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def make_items(count: int = 3) -> list[Item]:
+    """Questions of different lengths behind the context, and one inside it, at another place in each; own limits."""
+    items = []
+    for index in range(count):
+        context = tokens(index, 100)
+        questions = (
+            Question(tokens(10 + index, 5), tokens(20 + index, 4)),
+            Question((), context[50 + index : 56 + index], place=50 + index),
+            Question(tokens(30 + index, 9 + index), tokens(40 + index, 1)),
+        )
+        items.append(Item("t", 128, index, context, questions, max_new_tokens=NEW_TOKENS + index, stop=None))
+    return items
+
+
+def read(model: LanguageModel, items: list[Item], batch_tokens: int, chunk_size: int = 10**6) -> list[Answers]:
+    reader = Reader(model, batch_tokens, chunk_size)
+    return [answers for batch in batches(items, batch_tokens) for answers in reader.read(batch, True)]
+
+
+def check_answers(model: LanguageModel, mask: HeadMask, batch_tokens: int, chunk_size: int) -> None:
+    """What the reader makes of items is what whole texts without a cache, and `generate`, make of them."""
+    items = make_items()
+    with duo_attention(model.model, mask), torch.no_grad():
+        found = read(model, items, batch_tokens, chunk_size)
+        for item, answers in zip(items, found, strict=True):
+            for number, question in enumerate(item.questions):
+                inside = question.place is not None
+                ids = torch.tensor([item.context if inside else (*item.context, *question.prompt, *question.answer)])
+                start = question.place if inside else len(item.context) + len(question.prompt)
+                logits = model.model(ids, use_cache=False).logits[0, start - 1 : start - 1 + len(question.answer)]
+                torch.testing.assert_close(answers.logits[number], logits, atol=1e-4, rtol=0)
+                if inside:
+                    assert answers.generated[number] is None
+                    continue
+                prompt = ids[:, :start]
+                options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": None}
+                wanted = model.model.generate(prompt, max_new_tokens=item.max_new_tokens, **options)[0, start:]
+                assert answers.generated[number] == wanted.tolist()
+
+
+@pytest.mark.parametrize(("batch_tokens", "chunk_size"), [(10**6, 10**6), (10**6, 7), (1, 10**6), (256, 33)])
+@pytest.mark.parametrize("sparsity", [0, 0.5, 1])
+def test_answers_are_those_of_plain_forwards(
+    sparsity: float, batch_tokens: int, chunk_size: int, model: LanguageModel
+) -> None:
+    check_answers(model, PATTERN.binarize(sparsity=sparsity), batch_tokens, chunk_size)
+
+
+@pytest.mark.parametrize("family", ["jamba", "bamba"])
+@pytest.mark.parametrize(("batch_tokens", "chunk_size"), [(10**6, 33), (1, 10**6)])
+def test_models_that_lose_their_state_or_place_between_chunks_answer_as_without_a_cache(
+    family: str, batch_tokens: int, chunk_size: int
+) -> None:
+    numbers = LAYERS | SIZES | OF[family] | {"vocab_size": 258, "max_position_embeddings": 512}
+    odd = LanguageModel(tiny_model(family, **numbers), byte_tokenizer(), "tiny", "tiny", None, "random")
+    retrieval = torch.tensor([[1, 1], [0, 1], [1, 1], [1, 0]], dtype=torch.bool)
+    check_answers(odd, HeadMask(retrieval, 4, 16, [1, 3]), batch_tokens, chunk_size)
+
+
+def test_bytes_are_those_of_the_context(model: LanguageModel) -> None:
+    entry = 2 * 16 * 4  # key and value, head_dim, float32
+    for sparsity, entries in ((0, 6 * 100), (0.5, 3 * 100 + 3 * 20), (1, 6 * 20)):
+        with duo_attention(model.model, PATTERN.binarize(sparsity=sparsity)):
+            assert {answers.bytes for answers in read(model, make_items(), 10**6)} == {entries * entry}
+
+
+def test_inside_a_context_the_head_computes_the_answers_alone(model: LanguageModel) -> None:
+    """They stand elsewhere in each context, and no context is asked for the places of another."""
+    items = [
+        Item("t", 128, index, tokens(index, 100), (Question((), (1,) * 6, place=10 + 20 * index),))
+        for index in range(4)
+    ]
+    computed: list[torch.Size] = []
+    hook = model.model.lm_head.register_forward_hook(lambda module, given, output: computed.append(output.shape))
+    with duo_attention(model.model, PATTERN.binarize(sparsity=0.5)):
+        continuation(model.model, torch.tensor([items[0].context]))  # tried already
+        computed.clear()
+        Reader(model, 10**6, 100).read(items, False)
+    hook.remove()
+    assert [tuple(shape[:2]) for shape in computed] == [(1, 4 * 6)]
+
+
+def test_answers_end_at_the_stop_and_decoding_ends_with_the_last_of_them(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newline, letter, blank = (byte_tokenizer()(x, add_special_tokens=False)["input_ids"][0] for x in "\na ")
+    forwards = []
+    plain = Reader._forward
+    script = {0: newline, 1: blank, 2: letter, 3: letter, 4: newline}  # a blank line in front ends nothing
+
+    def forward(reader: Reader, ids: torch.Tensor, cache: object, keep: torch.Tensor | None, past: int) -> torch.Tensor:
+        logits = plain(reader, ids, cache, keep, past)
+        if keep is None or (len(keep) == 1 and ids.shape[1] < 50):
+            logits[:, -1] = 0
+            logits[:, -1, script.get(len(forwards), letter)] = 1
+            forwards.append(ids.shape)
+        return logits
+
+    monkeypatch.setattr(Reader, "_forward", forward)
+    monkeypatch.setattr("duo_id.evaluate.reading.CHECK_EVERY", 1)
+    item = Item("t", 128, 0, tokens(0, 100), (Question(tokens(1, 5), tokens(2, 4)),), max_new_tokens=50)
+    with duo_attention(model.model, PATTERN.binarize(sparsity=0.5)):
+        (answers,) = read(model, [item], 10**6)
+    assert answers.generated == [[newline, blank, letter, letter, newline]]
+    assert len(forwards) == 5
+
+
+def test_nothing_is_generated_where_nothing_is_asked_for(model: LanguageModel) -> None:
+    with duo_attention(model.model, PATTERN.binarize(sparsity=0.5)):
+        (answers, *_) = Reader(model, 10**6, 10**6).read(make_items(1), False)
+    assert answers.generated == [None, None, None]
+
+
+def test_batches_hold_what_can_be_read_together() -> None:
+    question = (Question((1,), (2,)),)
+    items = [Item("a", 10, i, (1,) * 8, question) for i in range(5)]
+    items += [Item("b", 10, 0, (1,) * 8, question), Item("a", 20, 0, (1,) * 18, question)]
+    items += [Item("a", 10, 5, (1,) * 7, question), Item("c", 10, 0, (1,) * 8, (Question((), (1,), place=2),))]
+    found = batches(items, 25)
+    assert [[(item.task, item.length, item.index) for item in batch] for batch in found] == [
+        [("a", 10, 0), ("a", 10, 1)],
+        [("a", 10, 2), ("a", 10, 3)],
+        [("a", 10, 4), ("b", 10, 0)],
+        [("a", 20, 0)],
+        [("a", 10, 5)],
+        [("c", 10, 0)],
+    ]
+
+
+def test_all_ends_of_a_text_are_known(model: LanguageModel) -> None:
+    assert end_tokens(model) == {model.tokenizer.eos_token_id, 2}

@@ -1,0 +1,181 @@
+"""The command evaluate from end to end on tiny random weights: what a run leaves, how it goes on, what it refuses."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from duo_id.evaluate import runner
+from duo_id.evaluate.journal import SCORES
+from duo_id.patterns.files import save_pattern
+from duo_id.patterns.pattern import HeadPattern
+from tests.support.commands import Finished, run_command
+
+PATTERN = HeadPattern(torch.tensor([[0.1, 0.9], [0.3, 0.2], [0.8, 0.4]]), sink_size=4, recent_size=60)
+NAME = "pattern/found"
+SMALL = [
+    "model=tiny",
+    "evaluation=quick",
+    "tasks=[needle-words,language]",
+    "lengths=[1500]",
+    "depths=2",
+    "samples=1",
+    "sparsity=[0.5]",
+    "random_masks=2",
+    "baselines=[streaming]",
+]
+
+
+def evaluate(folder: Path, *overrides: str) -> Finished:
+    save_pattern(PATTERN, folder / "pattern" / "found")
+    heads = [] if any(override.startswith("heads=") for override in overrides) else [f"heads={folder}/{NAME}"]
+    return run_command("evaluate", *heads, *SMALL, *overrides, folder=folder)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def keys(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(row["task"], row["index"], row["question"], row["heads"], row["sparsity"], row["seed"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+    """A finished run's folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    finished = evaluate(folder)
+    assert finished.status == 0, finished.output
+    return folder / "run", finished
+
+
+def test_a_run_leaves_a_table_results_and_figures(done: tuple[Path, Finished]) -> None:
+    folder, finished = done
+    found = results(folder)
+    rows = found["rows"]
+    assert len(set(keys(rows))) == len(rows) == (2 + 8) * 6, "two needles and eight blocks; six contenders"
+    assert {row["heads"] for row in rows} == {"full", NAME, "random", "streaming"}
+    assert pd.read_parquet(folder / "results.parquet")["loss"].tolist() == [row["loss"] for row in rows]
+    assert found["model"]["source"] == "random"
+    assert found["settings"]["lengths"] == [1500]
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["patterns"][NAME]["scores"][0][1] == pytest.approx(0.9)
+    assert NAME in finished.output
+    assert "full" in finished.output
+    assert sorted((folder / "figures").glob("*.png"))
+    for row in rows:
+        assert row["kl"] == 0 if row["heads"] == "full" else row["kl"] >= 0
+        assert (row["text"] is None) == (row["task"] == "language")
+    assert sum(row["kl"] for row in rows) > 0
+    at_half = {row["heads"]: row["bytes"] for row in rows if row["sparsity"] == 0.5 and row["task"] == "language"}
+    assert at_half[NAME] == at_half["random"] == pytest.approx(at_half["streaming"], rel=0.005)
+
+
+def test_the_run_is_reproducible(done: tuple[Path, Finished], tmp_path: Path) -> None:
+    assert evaluate(tmp_path).status == 0
+    again = results(tmp_path / "run")["rows"]
+    assert keys(again) == keys(results(done[0])["rows"])
+    assert [row["loss"] for row in again] == [row["loss"] for row in results(done[0])["rows"]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on(
+    number: int, done: tuple[Path, Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = runner.rows_of, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        calls.append(args[0].heads)
+        if len(calls) == 4:
+            signal.raise_signal(number)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(runner, "rows_of", interrupted)
+    stopped = evaluate(tmp_path)
+    assert stopped.status == 128 + number
+    assert f"python -m duo_id.evaluate resume={tmp_path / 'run'}" in stopped.output
+    lines = (tmp_path / "run" / SCORES).read_text().splitlines()
+    assert len(lines) > 1, "what was scored stays"
+    calls.clear()
+    monkeypatch.setattr(runner, "rows_of", lambda *args, **more: calls.append(args[0].heads) or plain(*args, **more))
+    finished = run_command("evaluate", f"resume={tmp_path / 'run'}", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert len(calls) == 12 - 3, "nothing is scored twice"
+    rows, wanted = results(tmp_path / "run")["rows"], results(done[0])["rows"]
+    assert sorted(map(str, keys(rows))) == sorted(map(str, keys(wanted)))
+    losses = {key: row["loss"] for key, row in zip(keys(wanted), wanted, strict=True)}
+    assert all(row["loss"] == pytest.approx(losses[key]) for key, row in zip(keys(rows), rows, strict=True))
+
+
+def test_more_samples_and_contenders_are_appended(tmp_path: Path) -> None:
+    assert evaluate(tmp_path, "generate=false", "random_masks=0").status == 0
+    first = results(tmp_path / "run")["rows"]
+    assert all(row["text"] is None for row in first)
+    more = ["samples=2", "random_masks=1", "generate=true"]
+    finished = run_command("evaluate", f"resume={tmp_path / 'run'}", *more, folder=tmp_path)
+    assert finished.status == 0, finished.output
+    rows = results(tmp_path / "run")["rows"]
+    assert len(rows) == 2 * 10 * 5
+    assert keys(rows)[: len(first)] == keys(first)
+    assert all(row["text"] is not None for row in rows if row["task"] == "needle-words")
+
+
+def test_several_seeds_are_one_contender(tmp_path: Path) -> None:
+    for seed in range(2):
+        scores = torch.rand(3, 2, generator=torch.Generator().manual_seed(seed))
+        provenance = {"seed": seed, "seconds": 1.0 + seed, "settings": {"data": {"task": "passkey"}}}
+        save_pattern(HeadPattern(scores, 4, 60, provenance=provenance), tmp_path / "two" / f"seed-{seed}" / "heads")
+    finished = evaluate(tmp_path, f"+patterns.two={tmp_path}/two/seed-*", "generate=false", "random_masks=0")
+    assert finished.status == 0, finished.output
+    shown = " ".join(finished.output.split())
+    assert "Rise in answer loss over full attention (nats a token), out of family: language" in shown
+    assert "two (2 seeds)" in shown
+    found = results(tmp_path / "run")
+    assert {row["heads"] for row in found["rows"]} == {"full", NAME, "two#0", "two#1", "streaming"}
+    assert found["patterns"]["two#1"]["provenance"]["seconds"] == 2.0
+
+
+def test_resuming_with_other_settings_is_refused(done: tuple[Path, Finished], tmp_path: Path) -> None:
+    finished = run_command("evaluate", f"resume={done[0]}", "seed=3", folder=tmp_path)
+    assert "another seed" in finished.error
+    assert "leave out resume" in finished.error
+
+
+REFUSED = {
+    "unknown-task": (["tasks=[nosuch]"], "needle-words"),
+    "too-long": (["lengths=[5000]"], "4096"),
+    "too-short": (["lengths=[200]"], "lengths"),
+    "no-text-beyond-the-window": (["lengths=[1500]", "heads=wide"], "raise lengths"),
+    "no-chat-template": (["chat_template=true"], "chat_template=false"),
+    "no-benchmark-data": (["tasks=[longbench]", "data.path=nosuch"], "nosuch"),
+    "unknown-heads": (["heads=nosuch"], "nosuch"),
+    "malformed-heads": (["heads=malformed.tsv"], "malformed.tsv, line 2, column 2: 'six'"),
+    "heads-of-another-model": (["heads=good.tsv"], "2 layers x 2 KV heads, but tiny has 3 layers"),
+    "other-pattern-of-another-model": (["+patterns.other=good.tsv"], "2 layers x 2 KV heads, but tiny has 3 layers"),
+    "which-pattern-does-not-fit": (["+patterns.other=good.tsv"], "patterns.other=good.tsv"),
+    "no-seeds": (["+patterns.other=nosuch/seed-*"], "patterns.other=nosuch/seed-*: nothing there matches"),
+    "a-seed-of-another-model": (["+patterns.other=goo*.tsv"], "patterns.other#0=good.tsv"),
+    "the-name-of-the-heads": (["heads=wide", "+patterns.wide=good.tsv"], "patterns.wide"),
+    "name-with-a-meaning": (["+patterns.random=good.tsv"], "patterns.random"),
+    "unknown-split": (["split=train"], "development"),
+    "unknown-baseline": (["baselines=[nosuch]"], "streaming"),
+    "no-length": (["lengths=[]"], "lengths=[]"),
+    "no-samples": (["samples=0"], "samples=0"),
+    "bad-sparsity": (["sparsity=[1.5]"], "sparsity=1.5"),
+    "text-for-training": (["data/haystack=file"], "data.haystack.path=FILE"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"sink_size": 4, "recent_size": 60}')
+    (tmp_path / "good.tsv").write_text("0.1\t0.2\n0.3\t0.4\n")
+    (tmp_path / "malformed.tsv").write_text("0.1\t0.2\n0.3\tsix\n")
+    save_pattern(HeadPattern(PATTERN.scores, 64, 4000), tmp_path / "wide")
+    overrides, named = REFUSED[case]
+    assert named in evaluate(tmp_path, *overrides).error
+    assert not list(tmp_path.glob("*/results.json"))

@@ -1,0 +1,185 @@
+"""The whole way from samples to scores, with a model that is perfect by construction and can be made short-sighted."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from duo_id.common.errors import UserError
+from duo_id.data.haystack import load_haystack
+from duo_id.deploy.chunks import Continuation
+from duo_id.evaluate import chat, reading, runner
+from duo_id.evaluate.contenders import contenders
+from duo_id.evaluate.journal import Journal
+from duo_id.evaluate.runner import CPU_BATCH_TOKENS, batch_tokens_for, run
+from duo_id.evaluate.tasks.building import Builder
+from duo_id.evaluate.tasks.registry import make_items
+from duo_id.models.loading import byte_tokenizer
+from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.train.settings import HaystackSettings
+
+PATTERN = HeadPattern(torch.tensor([[0.1, 0.9]]), sink_size=4, recent_size=60)
+TASKS = ["needle-words", "needle-numbers", "needle-sentences", "passkeys", "ruler-single", "ruler-multikey"]
+TASKS += ["json-lookup", "copying"]
+
+
+class Recalled:
+    """In place of a cache: the tokens of each sample."""
+
+    def __init__(self, rows: list[str], size: int | None) -> None:
+        self.rows, self.size = rows, size
+
+    @property
+    def retained_bytes(self) -> int:
+        return min(len(self.rows[0]), self.size or len(self.rows[0]))
+
+    def fork(self, samples: Tensor) -> "Recalled":
+        return Recalled([self.rows[row] for row in samples.tolist()], self.size)
+
+
+class InductionModel:
+    """Goes on as the text went on where the longest end of what it sees stood before: what retrieval heads are for.
+
+    Under a mask with streaming heads it sees the sink and the latest tokens alone.
+    """
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+    generation_config = None
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=258))
+    mask: HeadMask
+
+    def __call__(
+        self, ids: Tensor, past_key_values: Recalled, use_cache: bool, logits_to_keep: Tensor | None = None
+    ) -> Any:
+        keep = range(ids.shape[1]) if logits_to_keep is None else logits_to_keep.tolist()
+        logits = torch.zeros(len(ids), len(keep), 258)
+        for row, tokens in enumerate(ids.tolist()):
+            before = past_key_values.rows[row]
+            text = before + "".join(map(chr, tokens))
+            for place, position in enumerate(keep):
+                logits[row, place, self.next(text[: len(before) + position + 1])] = 20.0
+            past_key_values.rows[row] = text
+        return SimpleNamespace(logits=logits)
+
+    def next(self, text: str) -> int:
+        if not self.mask.retrieval.all():
+            text = text[:4] + text[-60:]
+        for size in range(64, 3, -1):
+            place = text.rfind(text[-size:], 0, len(text) - 1)
+            if size < len(text) and place >= 0:
+                return ord(text[place + size])
+        return 0
+
+    def new_cache(self) -> Recalled:
+        return Recalled([], None if self.mask.retrieval.all() else 64)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    perfect = InductionModel()
+
+    @contextmanager
+    def under(model: InductionModel, mask: HeadMask) -> Iterator[None]:
+        model.mask = mask
+        yield
+
+    def empty(model: InductionModel) -> Any:
+        cache = model.new_cache()
+        cache.rows = _Rows()
+        return cache
+
+    monkeypatch.setattr(runner, "duo_attention", under)
+    monkeypatch.setattr(reading, "dual_cache", empty)
+    for module in (reading, runner):  # it has no numbers that could be compared
+        monkeypatch.setattr(module, "continuation", lambda model, ids: Continuation())
+    return SimpleNamespace(model=perfect, tokenizer=byte_tokenizer(), keeps_logits=True)
+
+
+class _Rows(dict[int, str]):
+    """As many empty texts as are asked for."""
+
+    def __missing__(self, row: int) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("batch_tokens", [None, 1])
+def test_a_perfect_model_scores_everything_and_one_that_cannot_look_back_nothing(
+    model: Any, batch_tokens: int | None, tmp_path: Path
+) -> None:
+    haystack = load_haystack(HaystackSettings(source="library"), "test")
+    builder = Builder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
+    items = make_items(TASKS, builder, [2600], 1, 0, None, 3)
+    compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
+    journal = Journal(tmp_path, {})
+    run(model, items, compared, journal, True, batch_tokens, 700, Console(quiet=True))
+    rows = journal.rows
+    assert {row["task"] for row in rows} == set(TASKS)
+    for row in rows:
+        assert row["bytes"] == (64 if row["kind"] == "pattern" else 2600 - 96 * 4)
+        if row["kind"] == "full":
+            assert row["exact"], row
+            assert (row["score"], row["correct"], row["kl"]) == (1, row["tokens"], 0)
+            assert row["loss"] < 1e-3
+        else:
+            assert row["score"] == 0, row
+            assert row["correct"] < row["tokens"]
+            assert row["kl"] > 1
+            assert row["loss"] > 1
+
+
+def test_the_first_samples_of_all_tasks_and_lengths_come_first(model: Any, tmp_path: Path) -> None:
+    haystack = load_haystack(HaystackSettings(source="library"), "test")
+    builder = Builder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
+    items = make_items(["passkeys", "ruler-single"], builder, [2600, 2700], 2, 0, None, 3)
+    compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
+    journal = Journal(tmp_path, {})
+    run(model, items, compared, journal, False, 1, 700, Console(quiet=True))
+    order = [row["index"] for row in journal.rows]
+    assert order == sorted(order)
+    first = {(row["task"], row["length"]) for row in journal.rows if row["index"] == 0}
+    assert len(first) == 4
+
+
+def test_a_batch_that_does_not_fit_names_the_override(
+    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(reading.Reader, "read", full)
+    haystack = load_haystack(HaystackSettings(source="library"), "test")
+    builder = Builder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
+    items = make_items(["passkeys"], builder, [2600], 2, 0, None, 3)
+    compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
+    with pytest.raises(UserError, match="lower batch_tokens=5200"):
+        run(model, items, compared, Journal(tmp_path, {}), True, 5200, 700, Console(quiet=True))
+
+
+def test_contexts_that_are_not_read_in_chunks_are_said_to_be_so_once(
+    model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module in (reading, runner):
+        monkeypatch.setattr(module, "continuation", lambda model, ids: Continuation(stepwise=True))
+    model.name = "odd"
+    haystack = load_haystack(HaystackSettings(source="library"), "test")
+    builder = Builder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
+    items = make_items(["passkeys"], builder, [2600, 2700], 1, 0, None, 3)
+    compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
+    written = StringIO()
+    journal = Journal(tmp_path, {})
+    run(model, items, compared, journal, True, 1, 700, Console(file=written))
+    assert written.getvalue().count("odd loses its state") == 1
+    assert "chunk_size=700" in written.getvalue()
+    assert {row["score"] for row in journal.rows if row["kind"] == "full"} == {1}
+
+
+def test_the_cpu_reads_little_at_a_time(model: Any) -> None:
+    assert batch_tokens_for(model) == CPU_BATCH_TOKENS

@@ -1,0 +1,49 @@
+"""Attention profile, against loops over the full matrix."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from duo_id.methods.attention_profile import attention_profile
+from tests.methods.conftest import WINDOW, grouped, haystack, settings, subject_of
+from tests.support.dense import dense_attention
+from tests.support.planted import random_sample
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("scored", [1, 70])  # more than are held at the same time
+def test_profile_is_the_mass_outside_the_window(
+    family: str, scored: int, reduction: str, make_model: Callable[..., PreTrainedModel]
+) -> None:
+    model, sample = make_model(family), random_sample(90, 1, scored)
+    with dense_attention(model) as seen:
+        model(sample["input_ids"][None], use_cache=False)
+    with subject_of(model) as subject:
+        found = attention_profile(subject, sample, settings(reduction))
+        kv_heads = subject.shape[1]
+    for layer in range(3):
+        total = torch.zeros(4)
+        for labelled in range(90 - scored, 90):
+            query = labelled - 1
+            for key in range(query + 1):
+                if key >= WINDOW.sink_size and query - key >= WINDOW.recent_size:
+                    total += seen.weights[layer][:, query, key]
+        torch.testing.assert_close(found[layer], grouped(total / scored, kv_heads, reduction), rtol=1e-4, atol=1e-6)
+    assert 0 < found.min() < found.max() < 1
+
+
+def test_labels_alone_say_which_queries(make_model: Callable[..., PreTrainedModel]) -> None:
+    sample = haystack(60, (20, 40, 3))
+    with subject_of(make_model("llama")) as subject:
+        found = attention_profile(subject, sample, settings())
+        sample["answers"] = torch.zeros_like(sample["answers"])
+        assert torch.equal(attention_profile(subject, sample, settings()), found)
+        sample["labels"][:30] = sample["input_ids"][:30]
+        assert not torch.equal(attention_profile(subject, sample, settings()), found)
+
+
+def test_within_the_window_there_is_nothing(make_model: Callable[..., PreTrainedModel]) -> None:
+    with subject_of(make_model("llama")) as subject:
+        assert not attention_profile(subject, random_sample(8, 1, 8), settings()).any()

@@ -1,0 +1,282 @@
+"""Many masks in one forward, against each mask alone."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from duo_id.attention.functions import Backends, masked_layers
+from duo_id.attention.interface import bound, bound_functions
+from duo_id.common.errors import UserError
+from duo_id.methods.candidates import MaskLosses, grow
+from duo_id.methods.gated_model import Subject
+from duo_id.patterns.pattern import HeadMask
+from duo_id.step.objectives import OBJECTIVES, Objective, make_objective
+from tests.methods.conftest import WINDOW, subject_of
+from tests.step.test_distillation import HYBRID
+from tests.support import families
+from tests.support.dense import dense_attention, plain_outputs, slow_objective
+from tests.support.planted import random_sample
+from tests.support.tiny import FAMILIES, hooks_of
+
+MakeModel = Callable[..., PreTrainedModel]
+MODELS: list[tuple[str, dict[str, Any]]] = [*((family, {}) for family in FAMILIES), ("gemma3_text", HYBRID)]
+SAMPLES = [random_sample(40, 1, 5), random_sample(31, 2, 3)]
+
+
+def drawn(count: int, shape: tuple[int, int], seed: int = 0) -> Tensor:
+    """Masks, some of which agree on their first layers, and some of which are equal."""
+    masks = torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    masks[1:4, 0] = masks[0, 0]
+    masks[2, :-1] = masks[1, :-1]
+    masks[-1] = masks[0]
+    masks[-2], masks[-3] = True, False
+    return masks
+
+
+def one_by_one(subject: Subject, masks: Tensor, objective: Objective, tokens: str = "labelled") -> Tensor:
+    """Mean over the samples, with the package's own forward under one mask."""
+    distillation, found = subject.distillation(objective, tokens), []
+    gated = [layer.index for layer in subject.layers]
+    batches = [subject.batch(sample) for sample in SAMPLES]
+    teachers = [distillation.teacher(batch) for batch in batches]
+    for mask in masks:
+        retrieval = torch.ones(subject.model.num_layers, subject.shape[1], dtype=torch.bool)
+        retrieval[gated] = mask
+        functions = masked_layers(
+            subject.layers, HeadMask(retrieval, WINDOW.sink_size, WINDOW.recent_size, tuple(gated)), Backends()
+        )
+        total = torch.zeros(())
+        for batch, teacher in zip(batches, teachers, strict=True):
+            with torch.no_grad(), bound(subject.layers, functions):
+                student = distillation.outputs(batch)
+            total = total + (objective(student, teacher.outputs or student) * teacher.weights).sum()
+        found.append(total / len(SAMPLES))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(("family", "changes"), MODELS, ids=[name for name, _ in MODELS])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_losses_equal_each_mask_alone(
+    family: str, changes: dict[str, Any], objective: str, make_model: MakeModel
+) -> None:
+    with subject_of(make_model(family, **changes)) as subject:
+        masks = drawn(12, subject.shape)
+        expected = one_by_one(subject, masks, OBJECTIVES[objective])
+        distillation = subject.distillation(OBJECTIVES[objective], "labelled")
+        batches = [subject.batch(sample) for sample in SAMPLES]
+        for batch_tokens in (10_000, 120, 1):  # all at once, three at a time, one at a time
+            losses = MaskLosses(distillation, batches, batch_tokens)
+            found = losses(masks)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6)
+            assert (found.dtype, found.device.type, found.shape) == (torch.float32, "cpu", (12,))
+            assert found[-1] == found[0]
+    assert expected.max() - expected.min() > 1e-3
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_losses_equal_plain_forwards_with_dense_masks(objective: str, make_model: MakeModel) -> None:
+    model = make_model("llama")
+    masks, expected = drawn(7, (3, 2)), torch.zeros(7)
+    for number, mask in enumerate(masks):
+        for sample in SAMPLES:
+            with dense_attention(model):
+                teacher = plain_outputs(model, sample, [0, 1, 2])
+            with dense_attention(model, WINDOW.sink_size, WINDOW.recent_size, dict(enumerate(mask.float()))):
+                student = plain_outputs(model, sample, [0, 1, 2])
+            expected[number] += slow_objective(objective, student, teacher).mean() / 2
+    with subject_of(model) as subject:
+        batches = [subject.batch(sample) for sample in SAMPLES]
+        losses = MaskLosses(subject.distillation(OBJECTIVES[objective], "labelled"), batches, 10_000)
+        torch.testing.assert_close(losses(masks), expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("objective", [{"kl": 0.5, "layer_l2": 2.0}, {"next_token": 1.0}], ids=str)
+def test_mixtures_and_far_tokens(objective: dict[str, float], make_model: MakeModel) -> None:
+    made = make_objective(objective)
+    with subject_of(make_model("llama")) as subject:
+        masks, batches = drawn(6, subject.shape), [subject.batch(sample) for sample in SAMPLES]
+        for tokens in ("labelled", "far"):
+            losses = MaskLosses(subject.distillation(made, tokens), batches, 100)
+            expected = one_by_one(subject, masks, made, tokens)
+            torch.testing.assert_close(losses(masks), expected, rtol=1e-4, atol=2e-6)
+
+
+def test_models_that_cannot_leave_logits_out(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with subject_of(make_model("llama")) as subject:
+        masks, batches = drawn(6, subject.shape), [subject.batch(sample) for sample in SAMPLES]
+        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), batches, 10_000)
+        expected = losses(masks)
+        monkeypatch.setattr(type(subject.model), "keeps_logits", False)
+        torch.testing.assert_close(losses(masks), expected)
+
+
+def test_open_masks_cost_nothing(make_model: MakeModel) -> None:
+    with subject_of(make_model("llama")) as subject:
+        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), [subject.batch(SAMPLES[0])], 10_000)
+        masks = torch.ones(2, 3, 2, dtype=torch.bool)
+        masks[1] = False
+        open_loss, closed_loss = losses(masks).tolist()
+    assert abs(open_loss) < 1e-6
+    assert closed_loss > 1e-3
+
+
+def test_beginnings_are_shared() -> None:
+    """Four masks of three layers with one head each, layer by layer: 101, 100, 111, 101 again."""
+    masks = torch.tensor([[1, 0, 1], [1, 0, 0], [1, 1, 1], [1, 0, 1]]).bool()[..., None]
+    tree = grow(masks)
+    assert [layer.tolist() for layer in tree.masks] == [[[True]], [[False], [True]], [[False], [True], [True]]]
+    assert [layer.tolist() for layer in tree.parents] == [[0], [0, 0], [0, 0, 1]]
+    assert [layer.tolist() for layer in tree.rows] == [[0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 2, 1]]
+    assert tree.size == 1 + 2 + 3
+
+
+def test_layers_that_agree_behind_others_that_differ_are_not_shared() -> None:
+    tree = grow(torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()[..., None])
+    assert [len(layer) for layer in tree.masks] == [2, 2, 2]
+
+
+def test_every_mask_is_found_again_on_its_way_through_the_tree() -> None:
+    masks = drawn(40, (5, 3))
+    tree = grow(masks)
+    for number, mask in enumerate(masks):
+        for layer in range(5):
+            row = int(tree.rows[layer][number])
+            assert torch.equal(tree.masks[layer][row], mask[layer])
+            parent = int(tree.rows[layer - 1][number]) if layer else 0
+            assert int(tree.parents[layer][row]) == parent
+        prefixes = [{tuple(other[: layer + 1].flatten().tolist()) for other in masks} for layer in range(5)]
+    assert [len(layer) for layer in tree.masks] == [len(prefix) for prefix in prefixes]
+
+
+def test_forwards_are_counted(make_model: MakeModel) -> None:
+    """One row of one layer of three is a third."""
+    closing_one = torch.ones(6, 6, dtype=torch.bool)
+    closing_one[range(6), range(6)] = False
+    masks = closing_one.view(6, 3, 2)  # layer 0: 3 rows; layer 1: those and 2; layer 2: one for each mask
+    with subject_of(make_model("llama")) as subject:
+        batches = [subject.batch(sample) for sample in SAMPLES]
+        losses = MaskLosses(subject.distillation(OBJECTIVES["hidden_l2"], "labelled"), batches, 10_000)
+        assert losses.forwards == 0, "the teacher's are not counted"
+        losses(masks)
+        assert losses.forwards == pytest.approx(2 * (3 + 5 + 6) / 3)
+        before = losses.forwards
+        losses(torch.cat([masks, masks, masks]))
+        assert losses.forwards == pytest.approx(2 * before), "equal masks are computed once"
+        losses(masks[:1])
+        assert losses.forwards == pytest.approx(2 * before + 2)
+        apart = MaskLosses(losses.distillation, batches, 1)
+        apart(masks)
+        assert apart.forwards == pytest.approx(2 * 6), "nothing is shared one by one"
+
+
+def rows_computed(subject: Subject, run: Callable[[], Any]) -> list[int]:
+    """How many rows went through each transformer block."""
+    rows = [0] * subject.model.num_layers
+    blocks: Any = subject.model.model.base_model.layers
+
+    def counting(index: int) -> Callable[..., None]:
+        return lambda module, given, out: rows.__setitem__(index, rows[index] + len(out))
+
+    hooks = [block.mlp.register_forward_hook(counting(index)) for index, block in enumerate(blocks)]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "rows"), [("llama", {}, [3, 5, 6]), ("gemma3_text", HYBRID, [3, 3, 4, 4])]
+)
+def test_the_forward_has_no_more_rows_than_the_tree(
+    family: str, changes: dict[str, Any], rows: list[int], make_model: MakeModel
+) -> None:
+    with subject_of(make_model(family, **changes)) as subject:
+        heads = subject.shape[0] * subject.shape[1]
+        masks = ~torch.eye(heads, dtype=torch.bool).view(heads, *subject.shape)
+        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), [subject.batch(SAMPLES[0])], 10_000)
+        assert rows_computed(subject, lambda: losses(masks)) == rows
+
+
+def test_no_forward_holds_more_tokens_than_told(make_model: MakeModel) -> None:
+    with subject_of(make_model("llama")) as subject:
+        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), [subject.batch(SAMPLES[0])], 130)
+        seen: list[int] = []
+        hook = subject.model.model.base_model.register_forward_hook(lambda *given: seen.append(len(given[-1][0])))
+        losses(drawn(12, subject.shape, seed=4))
+        hook.remove()
+    assert sum(seen) == len(torch.unique(drawn(12, (3, 2), seed=4).flatten(1), dim=0))
+    assert max(seen) == 3
+
+
+def test_nothing_stays_hooked_or_bound_and_memory_is_a_users_error(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subject_of(make_model("llama")) as subject:
+        distillation = subject.distillation(OBJECTIVES["layer_l2"], "labelled")
+        losses, before = MaskLosses(distillation, [subject.batch(SAMPLES[0])], 200), bound_functions(subject.layers)
+        hooks = hooks_of(subject.model.model)
+
+        def fails(*_: Any, **__: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory,\nas it says in many lines")
+
+        hook = subject.model.model.model.layers[2].mlp.register_forward_pre_hook(fails)
+        with pytest.raises(UserError, match=r"5 candidates of 40 tokens.*method\.batch_tokens=200$") as error:
+            losses(drawn(12, subject.shape))
+        assert "\n" not in str(error.value)
+        hook.remove()
+        assert bound_functions(subject.layers) == before
+        assert hooks_of(subject.model.model) == hooks
+        losses(drawn(3 + 4, subject.shape))
+        assert bound_functions(subject.layers) == before
+
+
+SHARED = ["llama", "qwen3_next"]
+UNSPLIT = ["gemma3n_text", "gpt_bigcode", "zaya"]  # several streams, a view of the input, what routed the layer before
+
+
+def family_model(family: str) -> PreTrainedModel:
+    """The tiny model of a family; skips where there is none that runs."""
+    try:
+        model = families.tiny_model(family)
+        with torch.no_grad():
+            model(SAMPLES[0]["input_ids"][None], use_cache=False)
+    except Exception as error:
+        pytest.skip(str(error).partition("\n")[0])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "family",
+    [name if name in SHARED + UNSPLIT else pytest.param(name, marks=pytest.mark.slow) for name in families.FAMILIES],
+)
+def test_losses_of_any_family_equal_each_mask_alone(family: str) -> None:
+    model = family_model(family)
+    with ExitStack() as stack:
+        try:
+            subject = stack.enter_context(subject_of(model))
+        except UserError as error:
+            pytest.skip(str(error))
+        masks = drawn(7, subject.shape)
+        batches = [subject.batch(sample) for sample in SAMPLES]
+        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), batches, 1000)
+        expected = one_by_one(subject, masks, OBJECTIVES["kl"])
+        torch.testing.assert_close(losses(masks), expected, rtol=1e-3, atol=1e-6)
+    assert losses.splits == (family not in UNSPLIT)
+    assert losses.splits or losses.forwards == len(SAMPLES) * len(masks.unique(dim=0))
+
+
+def test_a_model_whose_rows_cannot_split_is_told_once(recwarn: pytest.WarningsRecorder) -> None:
+    with subject_of(family_model("gpt_bigcode")) as subject:
+        batches = [subject.batch(sample) for sample in SAMPLES]
+        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), batches, 1000)
+        recwarn.clear()
+        for _ in range(3):
+            losses(drawn(5, subject.shape))
+    (warning,) = [one for one in recwarn if "one by one" in str(one.message)]
+    assert "\n" not in str(warning.message)

@@ -1,0 +1,112 @@
+"""Saliency, against finite differences and against Fisher information worked out in full."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from duo_id.methods import saliency as module
+from duo_id.methods.saliency import saliency
+from duo_id.methods.settings import SaliencySettings
+from duo_id.step.objectives import OBJECTIVES, make_objective
+from tests.methods.conftest import WINDOW, subject_of
+from tests.support.dense import dense_attention, plain_outputs
+from tests.support.planted import random_sample
+
+MakeModel = Callable[..., PreTrainedModel]
+
+
+def of(**changes: Any) -> SaliencySettings:
+    return SaliencySettings("saliency", 3, 8, **changes)
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, {"kl": 2.0, "layer_l2": 0.5}], ids=str)
+def test_gradient_is_what_closing_each_gate_a_little_costs(
+    objective: Any, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By central differences in float64, at one value and as the mean over several."""
+    model, sample = make_model("gpt_neox").double(), random_sample(40, 1, 6)
+    asked = [0.3, 0.8]
+    with subject_of(model) as subject:
+        found = saliency(subject, sample, of(objective=objective, at=asked))
+        single = [saliency(subject, sample, of(objective=objective, at=[value])) for value in asked]
+        monkeypatch.setattr(Tensor, "float", lambda self: self)  # objectives would round to float32
+        distillation = subject.distillation(make_objective(objective), "labelled")
+        batch = subject.batch(sample)
+        expected = []
+        for value in asked:
+            slopes = torch.zeros(subject.shape, dtype=torch.float64)
+            for place in range(slopes.numel()):
+                step = torch.zeros(slopes.numel(), dtype=torch.float64)
+                step[place] = 1e-4
+                with torch.no_grad():
+                    closed, opened = (
+                        distillation.loss((value + sign * step).view(subject.shape), batch) for sign in (-1, 1)
+                    )
+                slopes.view(-1)[place] = (closed - opened) / 2e-4
+            expected.append(slopes)
+        monkeypatch.undo()
+    for own, slopes in zip(single, expected, strict=True):
+        torch.testing.assert_close(own, slopes.float(), rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(found, torch.stack(expected).mean(0).float(), rtol=2e-3, atol=1e-5)
+    assert (found.dtype, found.requires_grad) == (torch.float32, False)
+
+
+def slow_logits(model: PreTrainedModel, sample: Any, alpha: Tensor) -> Tensor:
+    with dense_attention(model, WINDOW.sink_size, WINDOW.recent_size, dict(enumerate(alpha))):
+        logits = plain_outputs(model, sample, []).logits
+    assert logits is not None
+    return logits
+
+
+@pytest.mark.parametrize("at", [1.0, 0.4])
+def test_fisher_is_the_expectation_over_all_labels(
+    at: float, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a vocabulary of 7 every label's gradient is worked out; many draws come near to the mean of their squares.
+
+    That is the Gauss-Newton matrix too, the curvature of the KL divergence.
+    """
+    model, sample = make_model("llama", vocab_size=7, pad_token_id=0), random_sample(40, 1, 4)
+    sample["input_ids"] %= 7
+    alpha = torch.full((3, 2), at)
+    jacobian = torch.autograd.functional.jacobian(lambda gates: slow_logits(model, sample, gates), alpha)
+    chances = slow_logits(model, sample, alpha).softmax(-1)
+    brute = torch.zeros(3, 2)
+    gauss_newton = torch.zeros(3, 2)
+    for token in range(4):
+        slopes, chance = jacobian[token], chances[token]  # (7, 3, 2), (7,)
+        mean = (chance[:, None, None] * slopes).sum(0)
+        brute += sum(chance[label] * (slopes[label] - mean) ** 2 for label in range(7)) / 4
+        curvature = torch.diag(chance) - torch.outer(chance, chance)
+        gauss_newton += torch.einsum("vlh,vw,wlh->lh", slopes, curvature, slopes) / 4
+    torch.testing.assert_close(brute, gauss_newton, rtol=1e-3, atol=1e-7)
+    with subject_of(model) as subject:
+        few = saliency(subject, sample, of(kind="fisher", at=[at]))
+        assert torch.equal(few, saliency(subject, sample, of(kind="fisher", at=[at]))), "the same every time"
+        monkeypatch.setattr(module, "DRAWS", 1000)
+        many = saliency(subject, sample, of(kind="fisher", at=[at]))
+    torch.testing.assert_close(many, brute, rtol=0.25, atol=0)  # the error of squares is about sqrt(2 / 1000)
+    assert brute.max() > 3 * brute.min(), "heads that cannot be mixed up tell nothing"
+    assert (few >= 0).all()
+
+
+def test_fisher_takes_the_mean_over_at(make_model: MakeModel) -> None:
+    sample = random_sample(40, 1, 4)
+    with subject_of(make_model("llama")) as subject:
+        parts = [saliency(subject, sample, of(kind="fisher", at=[value])) for value in (1.0, 0.5)]
+        both = saliency(subject, sample, of(kind="fisher", at=[1.0, 0.5]))
+    torch.testing.assert_close(both, (parts[0] + parts[1]) / 2)
+
+
+def test_far_tokens_alone_can_be_asked_for(make_model: MakeModel) -> None:
+    sample = random_sample(60, 3, 30)
+    with subject_of(make_model("llama")) as subject:
+        found = {tokens: saliency(subject, sample, of(at=[0.5], tokens=tokens)) for tokens in ("labelled", "far")}
+        alpha = torch.full((3, 2), 0.5, requires_grad=True)
+        loss = subject.distillation(OBJECTIVES["kl"], "far").loss(alpha, subject.batch(sample))
+        torch.testing.assert_close(found["far"], -torch.autograd.grad(loss, alpha)[0])
+    assert (found["far"] - found["labelled"]).abs().max() > 1e-4

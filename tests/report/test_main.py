@@ -1,0 +1,125 @@
+"""`python -m duo_id.report`: where the page goes, and what is refused in one line."""
+
+import sys
+from contextlib import chdir, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from duo_id.common import cli
+from duo_id.report import __main__ as report
+from tests.evaluate.saved import a_pattern, line_up, save, saved_results
+
+
+def run_report(*arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """The exit status and what is printed, with the working directory `folder`."""
+    monkeypatch.setattr(sys, "argv", ["report", *arguments])
+    output = StringIO()
+    with chdir(folder), redirect_stdout(output):
+        try:
+            cli.run_plain(report.main)
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return status, output.getvalue()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    results = saved_results(1, ("json-lookup",), (1000,), line_up(peers=False)[:1], patterns={})
+    return save(tmp_path / "run", results)
+
+
+def test_help_shows_the_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_report("--help", folder=tmp_path, monkeypatch=monkeypatch) == (0, report.USAGE + "\n")
+    _, output = run_report("--open", folder=tmp_path, monkeypatch=monkeypatch)
+    assert output == f"error: --open: there are no options, settings are KEY=VALUE: {report.USAGE}\n"
+
+
+def test_the_page_goes_to_the_first_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, output = run_report("run", "run/results.json", folder=run.parent, monkeypatch=monkeypatch)
+    assert (status, output.split()) == (0, ["report:", "run/report.html"])
+    assert "Tiny-4L" in (run / "report.html").read_text()
+    assert sorted(path.name for path in run.iterdir()) == ["report.html", "results.json"]
+
+
+def test_out_says_where(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, output = run_report("out=pages/a=b.html", "run", folder=run.parent, monkeypatch=monkeypatch)
+    assert (status, output.split()) == (0, ["report:", "pages/a=b.html"])
+    assert (run.parent / "pages" / "a=b.html").is_file()
+    assert not (run / "report.html").exists()
+
+
+def test_the_reference_of_comparisons_can_be_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patterns = {name: a_pattern() for name in ("first", "second")}
+    save(run.parent / "two", saved_results(2, patterns=patterns))
+    for arguments, name in (["two"], "first"), (["two", "reference=second"], "second"):
+        status, _ = run_report(*arguments, folder=run.parent, monkeypatch=monkeypatch)
+        assert status == 0
+        assert f"Rise in answer loss less that of {name} " in (run.parent / "two" / "report.html").read_text()
+    status, output = run_report("two", "reference=third", folder=run.parent, monkeypatch=monkeypatch)
+    assert (status, output.splitlines()) == (
+        2, ["error: reference=third: there are no such heads here, choose among first, second"]
+    )  # fmt: skip
+
+
+def test_evaluations_without_the_reference_are_compared_with_their_first(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split, names in ("test", ("first", "second")), ("development", ("third", "fourth")):
+        saved = saved_results(2, patterns={name: a_pattern() for name in names})
+        save(run.parent / split, saved | {"split": split})
+    status, _ = run_report("test", "development", "reference=second", folder=run.parent, monkeypatch=monkeypatch)
+    page = (run.parent / "test" / "report.html").read_text()
+    assert status == 0
+    assert "less that of second " in page
+    assert "less that of third " in page
+    assert "less that of first " not in page
+
+
+def test_folders_may_have_an_equals_sign(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.rename(run.parent / "seed=1")
+    status, _ = run_report("seed=1", folder=run.parent, monkeypatch=monkeypatch)
+    assert status == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give at least one run folder"),
+        (["out=x.html"], "give at least one run folder"),
+        (["run", "output=x.html"], "output=x.html: there is no such setting and no such folder"),
+        (["nowhere"], "nowhere is missing"),
+        (["run", "out=run"], "out=run is a folder: give a file, such as out=run/report.html"),
+        (["."], "results.json is missing"),
+        (["run", "out=run/results.json/x.html"], "File exists"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(run.parent.rglob("*"))
+    status, output = run_report(*arguments, folder=run.parent, monkeypatch=monkeypatch)
+    assert status == 2
+    (line,) = output.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert sorted(run.parent.rglob("*")) == before
+
+
+def test_ctrl_c_leaves_nothing_behind(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "report", interrupted)
+    status, output = run_report("run", folder=run.parent, monkeypatch=monkeypatch)
+    assert (status, output) == (130, "interrupted\n")
+    assert [path.name for path in run.iterdir()] == ["results.json"]
+
+
+def test_folders_may_hold_an_equals_sign(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.rename(run.parent / "lr=0.02")
+    for given in ("lr=0.02", "./lr=0.02"):
+        status, output = run_report(given, folder=run.parent, monkeypatch=monkeypatch)
+        assert (status, output.split()) == (0, ["report:", "lr=0.02/report.html"])
+    status, output = run_report("nosuch/lr=0.02", folder=run.parent, monkeypatch=monkeypatch)
+    assert (status, output.partition(" is missing")[0]) == (2, "error: nosuch/lr=0.02")

@@ -1,0 +1,85 @@
+"""Tables say what was measured, in order, and fit their terminals."""
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from duo_id.report.summary import contenders, frame
+from duo_id.report.tables import Cell, contender_grid, headline, metric_cell, middle, results_table, task_table
+from tests.evaluate.saved import a_pattern, line_up, saved_results
+
+
+def shown(table: Table, width: int = 120) -> str:
+    console = Console(width=width, file=StringIO(), color_system=None)
+    console.print(table)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text, "something was cut off"
+    return text
+
+
+def test_contenders_stand_under_each_other() -> None:
+    patterns = {"found": a_pattern(), "2026-11-24/03-23-49": a_pattern(1)}
+    results = saved_results(samples=2, patterns=patterns)
+    text = shown(results_table(results, "Tiny [bold]"))
+    assert "Tiny [bold]" in text
+    lines = [line.split() for line in text.splitlines()]
+    masks, eviction = lines.index(["head", "patterns"]), lines.index(["token", "eviction"])
+    assert lines[masks + 1][:4] == ["full", "attention", "0", "100.0"]
+    names = [line[0] for line in lines[masks + 2 : eviction] if line]
+    assert names == ["2026-11-24/03-23-49", "found", "random", "streaming", "window"] * 3
+    assert [line[:2] for line in lines[eviction + 1 : eviction + 4]] == [
+        ["snapkv", share] for share in ("25", "50", "75")
+    ]
+    assert "random (5 masks)" in text
+    found = contenders(frame(results)).query("heads == 'found' and sparsity == 0.5").squeeze()
+    (line,) = (line for line in text.splitlines() if line.split()[:2] == ["found", "50"])
+    half = (found["loss_high"] - found["loss_low"]) / 2
+    assert f"{100 * found['kept']:.1f}" in line
+    assert f"{found['loss']:.3f} ± {half:.3f}" in line
+    assert f"{100 * found['relative_score']:.1f} ± " in line
+
+
+def test_tasks_stand_under_each_other() -> None:
+    results = saved_results(samples=2)
+    text = shown(task_table(results, "Tiny"))
+    assert "Tiny: 50% of the KV heads stream" in text
+    by_task = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert list(by_task)[-5:-1] == ["needle-words", "json-lookup", "language", "ruler-multivalue"]
+    assert by_task["language"].split()[1:] == ["-"] * 6, "nothing is generated there"
+    other = shown(task_table(results, "Tiny", "rise", 0.25))
+    assert "25% of the KV heads" in other
+    found = contenders(frame(results), ["task"]).query("heads == 'found' and sparsity == 0.25 and task == 'language'")
+    assert f"{found['rise'].item():.3f}" in other
+
+
+@pytest.mark.parametrize("compared", [line_up(peers=False)[:1], line_up(sparsities=(0.5,))])
+def test_little_was_measured(compared: list) -> None:
+    results = saved_results(samples=1, tasks=("language",), lengths=(1000,), contenders=compared)
+    text = shown(results_table(results, "x")) + shown(task_table(results, "x"))
+    assert "full attention" in text
+    assert "exact" not in text, "a column without a number is left out"
+    assert headline(frame(results)) == "relative_accuracy"
+
+
+def test_middle_sparsity() -> None:
+    rows = frame(saved_results(samples=1, tasks=("language",), contenders=line_up(sparsities=(0.2, 0.55, 0.9))))
+    assert middle(rows) == 0.55
+    assert middle(rows[rows["kind"] == "full"]) == 0
+
+
+def test_cells() -> None:
+    row = {"score": 0.5, "score_low": 0.25, "score_high": 0.85}
+    cell = metric_cell(row, "score")
+    assert cell == Cell("50.0", 0.5, ("25.0", "85.0"), "30.0")
+    assert str(cell) == "50.0 ± 30.0"
+    assert str(metric_cell({"score": 0.5}, "score")) == "50.0"
+    assert str(metric_cell({}, "score")) == "-"
+
+
+def test_names_are_no_markup() -> None:
+    results = saved_results(samples=1, tasks=("language",), patterns={"[red]x[/red]": a_pattern()})
+    assert "[red]x[/red]" in shown(results_table(results, "t"))
+    assert set(contender_grid(frame(results)).sections) == {"head patterns", "token eviction"}

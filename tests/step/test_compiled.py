@@ -1,0 +1,81 @@
+"""Compiled layers: the same numbers, and a handful of graphs however many layers and lengths there are."""
+
+from collections.abc import Callable
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from transformers import PreTrainedModel
+
+from duo_id.attention.blends import BLENDS
+from duo_id.attention.interface import attached
+from duo_id.step.compiled import compiled_parts
+from duo_id.step.distillation import Distillation
+from tests.step.test_distillation import batch_of, distilling, gates_of
+from tests.support.planted import random_sample
+
+HIDDEN = 32  # of the tiny models
+
+
+def loss_and_gradient(distillation: Distillation, length: int) -> tuple[Tensor, Tensor]:
+    layers = distillation.layers
+    alpha = gates_of(len(layers), layers[0].kv_heads).requires_grad_()
+    loss = distillation.loss(alpha, batch_of(random_sample(length, length)))
+    (gradient,) = torch.autograd.grad(loss, alpha)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize(("family", "more"), [("llama", range(40, 89)), ("gpt_neox", range(40, 43))])
+def test_graphs_grow_neither_with_layers_nor_with_lengths(
+    family: str, more: range, make_model: Callable[..., PreTrainedModel]
+) -> None:
+    """The first length is that of the hidden size, which must not be taken for the same number.
+
+    In the second, scored tokens are few enough for the last layer to compute them alone.
+    """
+    counts = []
+    for layers, lengths in ((2, [HIDDEN, 88, *more]), (4, [HIDDEN, 88])):
+        model, counter = make_model(family, num_hidden_layers=layers), CompileCounter()
+        with (
+            distilling(model, "hidden_l2") as distillation,
+            compiled_parts(model, distillation.layers, attention=True, backend=counter),
+        ):
+            for length in lengths:
+                loss_and_gradient(distillation, length)
+                if length != HIDDEN:
+                    counts.append(counter.frame_count)
+    assert len(set(counts)) == 1, counts
+    # The first layer's input has no gradient, and the teacher's pass has none: three variants of four to six parts.
+    assert 8 <= counts[0] <= 18, counts
+
+
+@pytest.mark.parametrize("objective", ["hidden_l2", "kl"])
+def test_compiled_layers_give_the_same_gradients(objective: str, make_model: Callable[..., PreTrainedModel]) -> None:
+    """Of every blend; what is compiled for the first serves the others, and none may fall back to plain code."""
+    model = make_model("llama")
+    with distilling(model, objective) as distillation:
+        expected, found = {}, {}
+        for blend in BLENDS:
+            distillation.blend = BLENDS[blend]
+            expected[blend] = loss_and_gradient(distillation, 61)
+        counter = CompileCounterWithBackend("aot_eager")
+        with (
+            torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+            compiled_parts(model, distillation.layers, attention=True, backend=counter),
+        ):
+            for blend in BLENDS:
+                distillation.blend = BLENDS[blend]
+                found[blend] = loss_and_gradient(distillation, 61)
+        assert counter.frame_count >= 8
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    gradients = [gradient for _, gradient in expected.values()]
+    assert not any(torch.allclose(*pair, rtol=1e-3) for pair in combinations(gradients, 2)), "blends that are the same"
+
+
+def test_the_model_is_as_before_afterwards(make_model: Callable[..., PreTrainedModel]) -> None:
+    model = make_model("llama")
+    with attached(model) as layers, compiled_parts(model, layers, attention=True, backend="eager"):
+        assert sum("forward" in part.__dict__ for part in model.modules()) == 4 * 3
+    assert not any("forward" in part.__dict__ for part in model.modules())

@@ -1,0 +1,107 @@
+"""Runs the commands as a user would, inside the test's own process, which saves their imports."""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from hydra._internal.hydra import Hydra
+from omegaconf import DictConfig
+
+from duo_id.benchmark import __main__ as benchmark
+from duo_id.common import cli
+from duo_id.common.config import parse
+from duo_id.evaluate import __main__ as evaluate
+from duo_id.methods.settings import train_settings
+from duo_id.train import __main__ as train
+from duo_id.train.settings import TrainSettings
+
+COMMANDS = {"train": train.main, "evaluate": evaluate.main, "benchmark": benchmark.main}
+
+# A run of two steps on tiny random weights. A token is a byte, so contexts are long.
+QUICK = [
+    "model=tiny",
+    "data=passkey",
+    "data.length_min=700",
+    "data.length_max=800",
+    "data.num_lengths=2",
+    "data.num_passkeys=2",
+    "data.passkey_words=2",
+    "data.num_workers=0",
+    "method.sink_size=4",
+    "method.recent_size=60",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=1",
+    "trainer.log_every_n_steps=1",
+    "comparison.samples=2",
+    "comparison.validation_samples=1",
+    "comparison.random_masks=3",
+    "sparsity=[0.25,0.5]",
+]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left on the terminal, and its exit status."""
+
+    status: int
+    output: str
+
+    @property
+    def error(self) -> str:
+        """The one error line, after checking that it is the only one and that nothing but it speaks of an error."""
+        lines = [line for line in self.output.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.output
+        assert "Traceback" not in self.output
+        assert "Error executing job" not in self.output
+        assert self.status == 2
+        return lines[0]
+
+
+def run_command(
+    name: str, *overrides: str, folder: Path, command: Callable[[DictConfig], object] | None = None
+) -> Finished:
+    """Run a command with the working directory `folder`, where its run folder is `run` unless overridden.
+
+    Args:
+        name: train, evaluate or benchmark, or another top config with `command`.
+        overrides: the command line.
+        folder: where it is run.
+        command: called with the config instead of the command's own function.
+    """
+    if not any(override.startswith(("resume=", "hydra.run.dir=")) for override in overrides):
+        overrides = (*overrides, f"hydra.run.dir={folder / 'run'}")
+    output, random_state = StringIO(), torch.get_rng_state()
+    with (
+        chdir(folder),
+        redirect_stdout(output),
+        redirect_stderr(output),
+        patch.object(sys, "argv", [name, *overrides]),
+        patch.dict(os.environ),
+        # Hydra composes all settings an extra time to look for hydra.mode, which nothing in conf/ sets.
+        patch.object(Hydra, "get_mode", return_value=None),
+    ):
+        try:
+            cli.run(name, command or COMMANDS[name])
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+    torch.set_rng_state(random_state)
+    return Finished(status, output.getvalue())
+
+
+def settings_of(name: str, schema: type, *overrides: str, folder: Path) -> Any:
+    """The typed settings that a command gets under these overrides."""
+    found: list[Any] = []
+    read = train_settings if schema is TrainSettings else partial(parse, schema)
+    finished = run_command(name, *overrides, folder=folder, command=lambda config: found.append(read(config)))
+    assert finished.status == 0, finished.output
+    return found[0]

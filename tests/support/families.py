@@ -1,0 +1,262 @@
+"""Every causal language model of transformers at a tiny size: what gates and masks make of it.
+
+`python -m tests.support.families` writes the table of docs/models.md; `tests/models/test_families.py` holds it true.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from duo_id import HeadMask, duo_attention
+from duo_id.attention.blends import BLENDS
+from duo_id.attention.functions import Backends, gated_heads, masked_layers
+from duo_id.attention.interface import attached, bound
+from duo_id.attention.layers import AttentionLayer
+from duo_id.attention.window import Window
+from duo_id.common.errors import UserError
+from duo_id.data.samples import with_scored
+from duo_id.models.language_model import LanguageModel
+from duo_id.models.tokenizers import byte_tokenizer
+from duo_id.step.distillation import Distillation
+from duo_id.step.objectives import OBJECTIVES
+from tests.deploy.reference import brute_force
+from tests.support.tiny import draw_weights, faithful
+
+TABLE = Path(__file__).parents[2] / "docs" / "models.md"
+START, END = "<!-- families: python -m tests.support.families -->", "<!-- end of families -->"
+FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+WINDOW, TOKENS, NEW = Window(1, 3), 128, 3
+LARGEST = 9_000_000  # parameters of a tiny model
+
+# Under every name that a family may give them; what a family does not know it does not read.
+LAYERS = {"num_hidden_layers": 4}
+SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 192, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 95,
+    "num_experts": 2, "num_local_experts": 2, "n_routed_experts": 2, "moe_num_experts": 2, "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1,
+    "sliding_window": 5,
+    "is_decoder": True, "decoder_layers": 4, "encoder_layers": 1, "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4, "decoder_ffn_dim": 32, "encoder_ffn_dim": 32,
+}  # fmt: skip
+HYBRID = ["sliding_attention", "full_attention"] * 2
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+PER_LAYER = {
+    "layer_types": HYBRID, "head_dim": 8, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 96,
+    "hidden_size_per_layer_input": 8,
+}  # fmt: skip
+WINDOWED = ("mistral", "ministral3", "mixtral", "phi3", "phimoe", "starcoder2", "olmoe", "minimax")
+NARROW = ("helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "dots1")
+LATENT = (
+    "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 glm4_moe_lite kimi_linear longcat_flash minicpm3 youtu"
+).split()
+OF: dict[str, dict[str, Any]] = {
+    **{family: {"num_key_value_heads": 4} for family in LATENT},
+    **{family: {"sliding_window": None} for family in WINDOWED},  # of some, others have a window in every layer
+    **{family: {"head_dim": 8} for family in NARROW},
+    "codegen": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
+    "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
+    "gemma3n_text": PER_LAYER | {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": PER_LAYER | {"global_head_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse", "full_attention"] * 2, "index_block_size": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a family.
+
+    Attributes:
+        works: whether its heads can be gated, masked and deployed.
+        gated: its gated layers of all, as "2 of 4".
+        why: the reason, where it does not work.
+        built: whether there is a tiny model to try.
+    """
+
+    works: bool
+    gated: str = ""
+    why: str = ""
+    built: bool = True
+
+
+class Unbuilt(Exception):
+    """A family has no tiny model."""
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    """Of four layers or more, of every kind that the family has, and with full attention where it may be."""
+    numbers = LAYERS | SIZES | OF.get(family, {})
+    config = AutoConfig.for_model(family, **numbers)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or "layer_types" in numbers:
+        return config
+    usual = getattr(AutoConfig.for_model(family), "layer_types", None) or kinds
+    wanted = list(dict.fromkeys([*usual, *kinds]))
+    if "full_attention" not in wanted and "sliding_attention" in wanted:
+        wanted.append("full_attention")
+    if set(wanted) == set(kinds):
+        return config
+    several = (wanted * 4)[: max(4, len(wanted))]
+    return AutoConfig.for_model(family, **numbers | {"num_hidden_layers": len(several), "layer_types": several})
+
+
+def tiny_model(family: str) -> PreTrainedModel:
+    """A frozen random model, in float32.
+
+    Raises:
+        Unbuilt: there is none.
+    """
+    try:
+        config = tiny_config(family)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if parameters > LARGEST:
+            raise Unbuilt(f"{parameters // 10**6}M parameters where this test says how large a model is")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=faithful(config))
+            draw_weights(model)
+    except Unbuilt:
+        raise
+    except Exception as error:
+        raise Unbuilt(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+    return model.eval().requires_grad_(False)
+
+
+def try_family(family: str) -> Outcome:
+    """Gate, mask and deploy a family's tiny model.
+
+    Raises:
+        AssertionError: a result is wrong.
+    """
+    try:
+        model = tiny_model(family)
+    except Unbuilt as error:
+        return Outcome(False, built=False, why=str(error))
+    ids = torch.randint(3, 90, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    try:
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits
+    except Exception as error:
+        return Outcome(False, built=False, why=f"untouched it does not run: {error}".partition("\n")[0])
+    try:
+        with attached(model):
+            pass
+    except UserError as error:
+        return Outcome(False, why=str(error))
+    with attached(model) as layers:
+        mask = mask_of(model, layers)
+        check_gates(model, layers, ids, expected)
+        check_step(model, layers, ids)
+        with torch.no_grad(), bound(layers, masked_layers(layers, mask, Backends())):
+            masked = model(ids, use_cache=False).logits
+    total = model.config.get_text_config().num_hidden_layers
+    rows = mask.retrieval.clone()
+    for layer in layers:
+        for module in layer.sharers:
+            rows[module.layer_idx] = rows[layer.index]
+    with torch.no_grad(), brute_force(model, rows, mask.sink_size, mask.recent_size):
+        close(masked, model(ids, use_cache=False).logits, "hard mask")
+    assert (masked - expected).abs().max() > 1e-4, "the mask changes nothing"
+    gated = f"{len(layers)} of {total}"
+    try:
+        check_deployed(model, mask, ids)
+    except (UserError, ValueError) as error:  # the latter from models that take no cache but their own
+        return Outcome(True, gated, f"no dual cache: {error}")
+    return Outcome(True, gated)
+
+
+def mask_of(model: PreTrainedModel, layers: list[AttentionLayer]) -> HeadMask:
+    """Heads that alternate; a layer of one KV head streams."""
+    retrieval = torch.ones(model.config.get_text_config().num_hidden_layers, layers[0].kv_heads, dtype=torch.bool)
+    for layer in layers:
+        retrieval[layer.index, ::2] = False
+    return HeadMask(retrieval, WINDOW.sink_size, WINDOW.recent_size, [layer.index for layer in layers])
+
+
+def check_gates(model: PreTrainedModel, layers: list[AttentionLayer], ids: Tensor, expected: Tensor) -> None:
+    """All gates at 1 are the untouched model; every layer's gates get a gradient."""
+
+    def logits(alpha: Tensor) -> Tensor:
+        pairs = zip(layers, alpha, strict=True)
+        functions = {layer.index: gated_heads(row, WINDOW, BLENDS["student"], Backends()) for layer, row in pairs}
+        with bound(layers, functions):
+            return model(ids, use_cache=False).logits
+
+    shape = (len(layers), layers[0].kv_heads)
+    with torch.no_grad():
+        close(logits(torch.ones(shape)), expected, "gates at 1")
+    alpha = torch.full(shape, 0.5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(logits(alpha).square().mean(), alpha)
+    assert gradient.isfinite().all(), "a gradient is not finite"
+    assert (gradient.abs().amax(-1) > 0).all(), "a layer's gates get no gradient"
+
+
+def check_step(model: PreTrainedModel, layers: list[AttentionLayer], ids: Tensor) -> None:
+    """With all gates at 1 a training step finds no distance from the model itself, in logits or in hidden states."""
+    wrapped = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
+    batch = with_scored({"input_ids": ids, "labels": ids, "attention_mask": None})
+    for objective in ("kl", "hidden_l2"):
+        distillation = Distillation(wrapped, layers, WINDOW, Backends(), OBJECTIVES[objective])
+        for value, low, high in ((1.0, -1e-5, 1e-4), (0.5, 1e-9, torch.inf)):
+            loss = distillation.loss(torch.full((len(layers), layers[0].kv_heads), value), batch).item()
+            assert low <= loss <= high, f"{objective} of gates at {value}: {loss}"
+
+
+def check_deployed(model: PreTrainedModel, mask: HeadMask, ids: Tensor) -> None:
+    """Decoding with the dual cache finds the logits that decoding without a cache finds."""
+
+    def decoded(cached: bool) -> Tensor:
+        made = model.generate(
+            ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=cached, output_logits=True,
+            return_dict_in_generate=True, forced_eos_token_id=None,
+            suppress_tokens=[0],  # padding, which some families give no position
+        )  # fmt: skip
+        return torch.stack(made.logits, 1)
+
+    with torch.no_grad(), duo_attention(model, mask):
+        close(decoded(True), decoded(False), "dual cache")
+
+
+def close(found: Tensor, expected: Tensor, what: str) -> None:
+    """The greatest error is 1e-4 of the greatest logit."""
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    assert error <= 1e-4, f"{what}: error {error:.1e}"
+
+
+def row(family: str, outcome: Outcome) -> str:
+    """A line of the table."""
+    verdict = "works" if outcome.works else "refused" if outcome.built else "not tried"
+    return f"| {family} | {verdict} | {outcome.gated} | {outcome.why.replace('|', '/')} |"
+
+
+def main() -> None:
+    """Try all and write the table."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    lines = ["| family | verdict | gated layers | why |", "| --- | --- | --- | --- |"]
+    for family in FAMILIES:
+        try:
+            outcome = try_family(family)
+        except Exception as error:
+            outcome = Outcome(False, why=f"WRONG: {str(error).partition(chr(10))[0]}")
+        lines.append(row(family, outcome))
+        print(lines[-1], flush=True)
+    text = TABLE.read_text()
+    before, _, rest = text.partition(START)
+    TABLE.write_text(before + "\n".join([START, *lines, END]) + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main()

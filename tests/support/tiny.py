@@ -1,0 +1,83 @@
+"""Tiny random models of many families, shared by all tests."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from duo_id.attention.interface import attached
+from duo_id.methods.settings import GateSettings
+from duo_id.models.language_model import LanguageModel
+from duo_id.models.loading import byte_tokenizer
+from duo_id.step.prepare import prepared
+from duo_id.train.gate_training import GateTraining
+from duo_id.train.settings import StepSettings
+
+# Sizes that differ where a mix-up would show: head_dim != hidden_size / heads wherever the family allows it.
+SHARED = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 16, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "phi3": {},
+    "stablelm": {},
+    "gpt_neox": {},
+}
+
+
+def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
+    """A frozen random model; weights larger than usual, so that attention is far from uniform."""
+    config = AutoConfig.for_model(family, **{**SHARED, **FAMILIES.get(family, {}), **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=faithful(config))
+        draw_weights(model)
+    return model.eval().requires_grad_(False)
+
+
+def faithful(config: PreTrainedConfig) -> str | None:
+    """The attention of transformers' own that keeps a soft cap; early releases choose SDPA, which leaves it out."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+
+
+def hooks_of(model: torch.nn.Module) -> list[int]:
+    """The keys of all hooks that are on the modules of a model."""
+    return [hook for module in model.modules() for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
+
+
+def draw_weights(model: PreTrainedModel) -> None:
+    """Larger weights than a new model has, and learned sinks that are not 0."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "embed" not in name:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * 1.5)
+        elif "sink" in name:
+            torch.nn.init.normal_(parameter)
+
+
+@contextmanager
+def tiny_training(
+    method: GateSettings, step: StepSettings | None = None, device: str = "cpu", **changes: Any
+) -> Iterator[GateTraining]:
+    """The training of a tiny model, attached."""
+    step = step or StepSettings()
+    model = tiny_model(**{"family": "llama"} | changes).to(device)
+    language_model = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
+    with attached(model, step.backends) as layers:
+        training = GateTraining(language_model, layers, method, step, 10, [0.5]).to(device)
+        with prepared(training.distillation, step) as training.arrange:
+            yield training

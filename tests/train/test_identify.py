@@ -1,0 +1,378 @@
+"""Any method through the command: several seeds, searches that stop, resume and refine."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Timer
+
+from duo_id import load_pattern
+from duo_id.common.integrity import sealed
+from duo_id.methods.candidates import MaskLosses
+from duo_id.methods.registry import random_scores
+from duo_id.patterns.files import save_pattern
+from duo_id.patterns.pattern import HeadPattern, places
+from duo_id.patterns.plots import read_metrics
+from duo_id.step import recompute
+from duo_id.step.memory import MemoryPlanner, Plan
+from duo_id.step.recompute import Keep
+from duo_id.train import identify
+from duo_id.train.checkpoints import CHECKPOINT
+from duo_id.train.gate_training import GateTraining
+from tests.support.commands import QUICK, run_command
+
+SMALL = ["comparison.samples=1", "comparison.random_masks=0", "comparison.validation_samples=0"]
+SEARCH = [*(override for override in QUICK if "method" not in override), *SMALL, "method=search", "method.samples=1"]
+SEARCH += ["method.sink_size=4", "method.recent_size=60"]
+
+
+def test_several_seeds_are_one_run_whose_scores_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def noted(*arguments: Any) -> GateTraining:
+        training = GateTraining(*arguments)
+        seeds.append(training.gates.seed)
+        return training
+
+    monkeypatch.setattr(identify, "GateTraining", noted)
+    finished = run_command("train", *QUICK, *SMALL, "repeats=2", "seed=3", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert seeds == [3, 4]
+    assert "rank correlation" in finished.output
+    folders = [tmp_path / "run" / name for name in ("seed-3", "seed-4")]
+    one, other = (load_pattern(folder) for folder in folders)
+    assert not torch.equal(one.scores, other.scores)
+    assert [pattern.provenance["seed"] for pattern in (one, other)] == [3, 4]
+    both = load_pattern(tmp_path / "run")
+    assert torch.equal(both.scores, (one.scores + other.scores) / 2)
+    assert both.provenance["seeds"] == [3, 4]
+    assert all((folder / "figures" / "training.png").is_file() for folder in folders)
+    (folders[1] / "heads" / "heads.json").unlink()  # as if stopped in the second
+    before = (folders[0] / "heads" / "heads.json").stat().st_mtime_ns
+    resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
+    assert resumed.status == 0, resumed.output
+    assert (folders[0] / "heads" / "heads.json").stat().st_mtime_ns == before
+    assert torch.equal(load_pattern(tmp_path / "run").scores, both.scores)
+
+
+LIGHTNING = "lightning.pytorch.callbacks"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        f"[{{_target_: {LIGHTNING}.LearningRateMonitor}}, {{_target_: {LIGHTNING}.ModelCheckpoint, dirpath: theirs, "
+        "every_n_train_steps: 1}]",
+        f"{{_target_: {LIGHTNING}.LearningRateMonitor}}",
+    ],
+)
+def test_callbacks_of_the_user_are_called_beside_ours(given: str, tmp_path: Path) -> None:
+    finished = run_command("train", *QUICK, *SMALL, f"+trainer.callbacks={given}", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert "lr-AdamW" in read_metrics(tmp_path / "run")
+    assert (tmp_path / "run" / CHECKPOINT).is_file()
+    assert (tmp_path / "run" / "gates.csv").is_file()
+    assert list((tmp_path / "theirs").glob("*.ckpt")) or given.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("+trainer.enable_progress_bar=false", False),
+        (f"+trainer.callbacks=[{{_target_: {LIGHTNING}.TQDMProgressBar}}]", False),
+        ("+trainer.callbacks=[]", True),
+    ],
+)
+def test_the_bar_can_be_turned_off_or_be_another(given: str, shown: bool, tmp_path: Path) -> None:
+    finished = run_command("train", *QUICK, *SMALL, given, folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert ("step 2/2" in finished.output) == shown
+
+
+@pytest.mark.parametrize("steps", ["true", "2"])
+def test_a_fast_dev_run_goes_through_everything_but_logs_and_checkpoints(steps: str, tmp_path: Path) -> None:
+    finished = run_command("train", *QUICK, f"+trainer.fast_dev_run={steps}", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert load_pattern(tmp_path / "run").provenance["steps"] == {"true": 1, "2": 2}[steps]
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"heads", "gates.csv", "summary.json"} <= left
+    assert left.isdisjoint({"metrics", "checkpoints"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["method.budgets=[0.1,0.2]"],
+            "with method.budgets=[0.4, 0.97], this run has method.budgets=[0.1, 0.2],",
+        ),
+        (["method=duo"], "seed-0 was found with method.gate=nested, method.objective=kl_next_token,"),
+    ],
+)
+def test_seeds_that_were_found_otherwise_are_not_averaged(changes: list[str], message: str, tmp_path: Path) -> None:
+    few = ["repeats=2", "trainer.max_steps=1", "method=nested"]
+    assert run_command("train", *QUICK, *SMALL, *few, folder=tmp_path).status == 0
+    shutil.rmtree(tmp_path / "run" / "heads")
+    shutil.rmtree(tmp_path / "run" / "seed-1")  # as if killed before its first checkpoint
+    resumed = run_command("train", f"resume={tmp_path / 'run'}", *changes, folder=tmp_path)
+    assert resumed.status == 2, resumed.output
+    (line,) = [line for line in resumed.output.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "run" / "heads").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_search_keeps_its_order_and_goes_on(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_command("train", *SEARCH, f"hydra.run.dir={tmp_path / 'whole'}", folder=tmp_path).status == 0
+    plain_call, calls = MaskLosses.__call__, [0]
+
+    def interrupted(self: MaskLosses, masks: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 4:
+            signal.raise_signal(number)
+        return plain_call(self, masks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskLosses, "__call__", interrupted)
+        finished = run_command("train", *SEARCH, folder=tmp_path)
+    assert finished.status == 128 + number
+    assert f"resume={tmp_path / 'run'}" in finished.output
+    state = json.loads((tmp_path / "run" / "search.json").read_text())
+    assert len(state["first"]) == 3
+    assert 0 < state["seconds"] < 100
+    longer = sealed(state | {"seconds": 1000})
+    (tmp_path / "run" / "search.json").write_text(json.dumps(longer))
+    resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
+    assert resumed.status == 0, resumed.output
+    found, whole = load_pattern(tmp_path / "run"), load_pattern(tmp_path / "whole")
+    assert torch.equal(found.scores, whole.scores)
+    assert 1000 < found.provenance["seconds"] < 1100
+    assert 0 < whole.provenance["seconds"] < 100
+    assert "seconds_before" not in found.provenance
+    assert json.loads((tmp_path / "run" / "search.json").read_text())["seconds"] > 1000, "for a third part"
+
+
+def test_seconds_before_are_those_of_the_checkpoint_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([5.0, 12.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    timer = Timer()
+    timer.load_state_dict({"time_elapsed": {"train": 1000.0}})
+    timer.on_train_start(Mock(), Mock())
+    timer.on_train_end(Mock(), Mock())
+    assert timer.time_elapsed() == 1007
+    assert identify._before(timer) == 1000
+
+
+def test_the_seconds_of_resumed_gates_are_those_of_all_parts(tmp_path: Path) -> None:
+    few = [*QUICK, *SMALL, "trainer.max_steps=1"]
+    assert run_command("train", *few, folder=tmp_path).status == 0
+    checkpoint = torch.load(tmp_path / "run" / CHECKPOINT)
+    elapsed = checkpoint["callbacks"]["Timer"]["time_elapsed"]
+    assert 0 < elapsed["train"] < load_pattern(tmp_path / "run").provenance["seconds"]
+    elapsed["train"] = 1000.0  # as if it took that long
+    torch.save(checkpoint, tmp_path / "run" / CHECKPOINT)
+    for steps in 2, 2:  # the second time nothing is left to do
+        resumed = run_command("train", f"resume={tmp_path / 'run'}", f"trainer.max_steps={steps}", folder=tmp_path)
+        assert resumed.status == 0, resumed.output
+        assert 1000 < load_pattern(tmp_path / "run").provenance["seconds"] < 1100
+
+
+@pytest.mark.parametrize("start", ["+method@method.start=saliency", "+method@method.start=duo", "method.start=SAVED"])
+def test_a_search_refines_what_another_method_found(start: str, tmp_path: Path) -> None:
+    saved = HeadPattern(torch.arange(6).view(3, 2) / 5, 4, 60)
+    save_pattern(saved, tmp_path / "saved", [0.5])
+    start = start.replace("SAVED", str(tmp_path / "saved"))
+    finished = run_command("train", *SEARCH, start, "method.between=[0.34,0.67]", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    found = load_pattern(tmp_path / "run")
+    assert len(found.scores.unique()) == 6
+    if "saved" in start:
+        order = found.scores.flatten().argsort().tolist()
+        assert (order[:2], sorted(order[2:4]), order[4:]) == ([0, 1], [2, 3], [4, 5])
+
+
+PRIOR = torch.tensor([[4.0, 1.0], [0.0, 5.0], [3.0, 1.0]])
+PLACES = torch.tensor([[0.8, 0.3], [0.0, 1.0], [0.6, 0.3]])  # of equal scores the middle
+
+
+@pytest.mark.parametrize("gate", ["duo", "nested"])
+def test_a_prior_has_its_part_in_the_scores(gate: str, tmp_path: Path) -> None:
+    save_pattern(HeadPattern(PRIOR, 4, 60), tmp_path / "saved", [0.5])
+    few = [*QUICK, *SMALL, f"method={gate}", "method.lr=0.2", "trainer.max_steps=3", "method.prior_weight=0.5"]
+    found = {}
+    for name, prior in ("without", "null"), ("with", str(tmp_path / "saved")):
+        folder = tmp_path / name
+        finished = run_command("train", *few, f"method.prior={prior}", f"hydra.run.dir={folder}", folder=tmp_path)
+        assert finished.status == 0, finished.output
+        found[name] = load_pattern(folder)
+    assert found["without"].scores.unique().numel() > 3
+    torch.testing.assert_close(found["with"].scores, (found["without"].scores + 0.5 * PLACES) / 1.5)
+    assert (found["with"].holds_gates, found["without"].holds_gates) == (False, gate == "duo")
+
+
+def test_a_prior_may_be_a_method_of_the_same_run_and_of_its_samples(tmp_path: Path) -> None:
+    alike = [*SMALL, "method.sink_size=4", "method.recent_size=60", "seed=5"]
+    few = [override for override in QUICK if "method" not in override]
+    alone = run_command("train", *few, *alike, "method=reconstruction", "method.samples=2", folder=tmp_path)
+    assert alone.status == 0, alone.output
+    expected = places(load_pattern(tmp_path / "run").scores)
+    gates = [
+        "method@method.prior=reconstruction",
+        "method.prior.samples=2",
+        "method.prior_weight=1e6",
+        f"hydra.run.dir={tmp_path / 'gates'}",
+    ]
+    finished = run_command("train", *few, *alike, *gates, folder=tmp_path)
+    assert finished.status == 0, finished.output
+    found = load_pattern(tmp_path / "gates")
+    torch.testing.assert_close(found.scores, expected, atol=1e-4, rtol=0)
+    assert found.provenance["settings"]["method"]["prior"]["name"] == "reconstruction"
+
+
+def test_a_resumed_run_has_its_prior_again_or_another(tmp_path: Path) -> None:
+    save_pattern(HeadPattern(PRIOR, 4, 60), tmp_path / "saved", [0.5])
+    few = [*QUICK, *SMALL, "method=nested", "trainer.max_steps=1", "method.prior_weight=1e6"]
+    by_name = ["method@method.prior=saliency", "method.prior.samples=1"]
+    assert run_command("train", *few, *by_name, folder=tmp_path).status == 0
+    found = load_pattern(tmp_path / "run").scores
+    saved, other = f"method.prior={tmp_path / 'saved'}", "method@method.prior=random"
+    drawn = places(random_scores((3, 2), 0))
+    for changes, expected in ([], found), ([saved], PLACES), ([other], drawn):
+        shutil.rmtree(tmp_path / "run" / "heads")
+        resumed = run_command("train", f"resume={tmp_path / 'run'}", *changes, folder=tmp_path)
+        assert resumed.status == 0, resumed.output
+        torch.testing.assert_close(load_pattern(tmp_path / "run").scores, expected, atol=1e-4, rtol=0)
+
+
+def test_each_seed_has_a_prior_of_its_own(tmp_path: Path) -> None:
+    few = [*QUICK, *SMALL, "method@method.prior=random", "method.prior_weight=1e6", "repeats=2", "seed=3"]
+    finished = run_command("train", *few, folder=tmp_path)
+    assert finished.status == 0, finished.output
+    for seed in 3, 4:
+        found = load_pattern(tmp_path / "run" / f"seed-{seed}").scores
+        torch.testing.assert_close(found, places(random_scores((3, 2), seed)), atol=1e-4, rtol=0)
+
+
+def test_an_interrupted_search_for_a_prior_goes_on_and_logs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [*QUICK, *SMALL, "method@method.prior=search", "method.prior.samples=1", "+method@method.prior.start=duo"]
+    plain_call, calls = MaskLosses.__call__, [0]
+
+    def interrupted(self: MaskLosses, masks: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+        return plain_call(self, masks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskLosses, "__call__", interrupted)
+        finished = run_command("train", *few, folder=tmp_path)
+    assert finished.status == 130, finished.output
+    kept = tmp_path / "run" / "prior" / "search.json"
+    before = json.loads(kept.read_text())["first"]
+    assert len(before) == 3
+    resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
+    assert resumed.status == 0, resumed.output
+    assert json.loads(kept.read_text())["first"][:3] == before
+    logged = read_metrics(tmp_path / "run").columns
+    assert "train/loss" in logged
+    assert "train/penalty" not in logged, "nested gates have none, those that the search began with do"
+
+
+def test_a_prior_of_other_layers_is_refused_before_training(tmp_path: Path) -> None:
+    save_pattern(HeadPattern(PRIOR, 4, 60, (0, 1)), tmp_path / "saved", [0.5])
+    finished = run_command("train", *QUICK, *SMALL, f"method.prior={tmp_path / 'saved'}", folder=tmp_path)
+    assert finished.status == 2, finished.output
+    assert "has scores of layers [0, 1], not of [2]" in finished.output
+    assert "step 1/2" not in finished.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data=text", "method@method.prior=query_score"], "method@method.prior=query_score needs samples"),
+        (
+            ["method.prior=saliency"],
+            "; the method of that name is method@method.prior=saliency; method.prior=null does",
+        ),
+        (["method@method.prior=saliency", "method.prior.samples=0"], "method.prior.samples=0 must be at least 1"),
+    ],
+)
+def test_what_is_wrong_with_a_prior_names_its_overrides(changes: list[str], message: str, tmp_path: Path) -> None:
+    finished = run_command("train", *QUICK, *SMALL, "method=nested", *changes, folder=tmp_path)
+    assert finished.status == 2, finished.output
+    (line,) = [line for line in finished.output.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "run" / "settings.json").exists()
+
+
+SALIENCY = [*(override for override in SEARCH if "method=" not in override), "method=saliency"]
+
+
+@pytest.mark.parametrize("kind", ["gradient", "fisher"])
+def test_scores_by_backward_passes_keep_what_the_memory_holds(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels: list[set[Keep]] = []
+    again = Mock(side_effect=recompute.checkpoint)
+
+    def noted(self: MemoryPlanner, tokens: int) -> Plan:
+        plan = arrange(self, tokens)
+        levels.append(set(self.recomputation.levels))
+        return plan
+
+    arrange = MemoryPlanner.arrange
+    monkeypatch.setattr(MemoryPlanner, "arrange", noted)
+    monkeypatch.setattr(recompute, "checkpoint", again)
+    found, computed_again = [], []
+    for memory in "auto", "least", "1GiB":
+        folder = tmp_path / memory
+        few = [*SALIENCY, f"method.kind={kind}", f"step.memory={memory}", f"hydra.run.dir={folder}"]
+        finished = run_command("train", *few, folder=tmp_path)
+        assert finished.status == 0, finished.output
+        found.append(load_pattern(folder).scores)
+        computed_again.append(again.called)
+        again.reset_mock()
+    assert levels == [{Keep.ALL}]
+    assert computed_again[:2] == [False, True]
+    assert found[0].unique().numel() == found[0].numel()
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_a_score_that_does_not_fit_the_memory_is_refused(tmp_path: Path) -> None:
+    finished = run_command("train", *SALIENCY, "step.memory=1MiB", folder=tmp_path)
+    assert finished.status == 2, finished.output
+    assert "step.memory: a step of " in finished.output
+    assert "Traceback" not in finished.output
+
+
+def test_a_search_of_another_run_in_the_folder_is_forgotten(tmp_path: Path) -> None:
+    assert run_command("train", *SEARCH, folder=tmp_path).status == 0
+    once = load_pattern(tmp_path / "run").scores
+    other = [*SEARCH, "method.strategy=selection", "seed=1"]
+    assert run_command("train", *other, f"hydra.run.dir={tmp_path / 'other'}", folder=tmp_path).status == 0
+    assert run_command("train", *other, folder=tmp_path).status == 0
+    again = load_pattern(tmp_path / "run").scores
+    assert torch.equal(again, load_pattern(tmp_path / "other").scores)
+    assert not torch.equal(again, once)
+
+
+def test_a_pattern_with_swaps_is_for_its_budget_and_others_warn(tmp_path: Path) -> None:
+    swaps = ["method.swap_at=0.5", "method.max_swaps=2"]
+    finished = run_command("train", *SEARCH, *swaps, folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert "warning" not in finished.output
+    assert [path.name for path in (tmp_path / "run" / "heads").glob("mask_*")] == ["mask_sparsity_50.tsv"]
+    pattern = load_pattern(tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"refined for sparsity=0\.5, not 0\.25"):
+        pattern.binarize(sparsity=0.25)
