@@ -11,8 +11,8 @@ from duo_id.common import cli
 from duo_id.common.config import parse
 from duo_id.data.disk import write_dataset
 from duo_id.data.registry import make_task
+from duo_id.data.settings import DataGenSettings
 from duo_id.models.loading import load_tokenizer
-from duo_id.train.settings import DataGenSettings
 
 
 def generate(config: DictConfig) -> None:

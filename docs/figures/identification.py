@@ -11,8 +11,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from duo_id.common.figures import save_figure
 from duo_id.patterns.agreement import plot_agreement, plot_patterns
-from duo_id.patterns.plots import save_figure
 from duo_id.report.figures import plot_budget, plot_cost, plot_tasks
 from duo_id.report.leaderboard import averaged
 from duo_id.report.runs import merge

@@ -10,7 +10,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MultipleLocator
 
 from duo_id.attention.window import Window
-from duo_id.patterns.plots import COLORS, save_figure, style
+from duo_id.common.figures import save_figure
+from duo_id.patterns.plots import COLORS, style
 
 TOKENS, NEEDLE = 24, 9
 WINDOW = Window(sink_size=3, recent_size=6)

@@ -43,7 +43,7 @@ class _ProcessLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the jobs, numbered from `initial_job_idx`, and wait for all of them."""
-        from duo_id.report.sweeps import ERROR
+        from duo_id.common.cli import ERROR
 
         where = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
         if len(job_overrides) > 1 and "${" not in str(where):

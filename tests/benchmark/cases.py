@@ -14,8 +14,8 @@ from duo_id.benchmark.roofline import workload
 from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
+from duo_id.models.settings import ModelSettings
 from duo_id.patterns.pattern import HeadMask
-from duo_id.train.settings import ModelSettings
 
 SINK, RECENT = 4, 8
 MIXED = torch.tensor([[True, False], [False, False], [True, True]])  # retrieval heads of 3 layers x 2 KV heads

@@ -12,7 +12,8 @@ from duo_id.benchmark.efficiency import read_baseline
 from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.common.config import plain
 from duo_id.common.errors import UserError
-from duo_id.train.settings import ModelSettings, StepSettings
+from duo_id.models.settings import ModelSettings
+from duo_id.step.settings import StepSettings
 
 SIZES: dict[str, Any] = {"chunk_size": [8], "sparsity": [0.5], "sink_size": 4, "recent_size": 8}
 SETTINGS = BenchmarkSettings(ModelSettings("m"), "train_step", context=[32768], repeats=1, warmup=0, **SIZES)

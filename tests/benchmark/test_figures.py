@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from duo_id.benchmark.figures import plot_benchmark, plotted_axes
 from duo_id.common.errors import UserError
-from duo_id.patterns.plots import save_figure
+from duo_id.common.figures import save_figure
 from tests.benchmark import saved
 
 

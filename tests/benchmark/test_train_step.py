@@ -13,10 +13,11 @@ from duo_id.benchmark.ceilings import Ceilings
 from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.benchmark.train_step import StepBench
 from duo_id.common.errors import UserError
-from duo_id.distributed.ranks import Ranks, check_ranks
+from duo_id.distributed.launch import check_ranks
+from duo_id.distributed.ranks import Ranks
 from duo_id.models.loading import meta_model
+from duo_id.models.settings import ModelSettings
 from duo_id.step.devices import calculated_costs, fitted
-from duo_id.train.settings import ModelSettings
 from tests.benchmark.cases import layers_of, named
 from tests.support.commands import run_command, settings_of
 from tests.support.tiny import tiny_model
@@ -179,7 +180,7 @@ def test_a_step_keeps_its_budget(blend: str, compiled: bool) -> None:
     """Between what everything takes and what the least takes; a reserve of 1 GiB is part of the budget."""
     from duo_id.step.prepare import prepared
     from duo_id.step.recompute import Keep
-    from duo_id.train.settings import StepSettings
+    from duo_id.step.settings import StepSettings
     from tests.step.test_distillation import batch_of, distilling
     from tests.support.planted import random_sample
 

@@ -15,8 +15,8 @@ import torch
 from duo_id import convert
 from duo_id.common.errors import UserError
 from duo_id.models.loading import byte_tokenizer, load_model
+from duo_id.models.settings import ModelSettings
 from duo_id.train.checkpoints import CHECKPOINT, AtomicCheckpointIO
-from duo_id.train.settings import ModelSettings
 from tests.support.commands import QUICK, run_command
 from tests.support.tiny import tiny_model
 

@@ -13,17 +13,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import LlamaConfig
 
-from duo_id.common.config import parse, plain
+from duo_id.common.config import conf_dir, parse, plain
 from duo_id.common.errors import UserError
 from duo_id.common.foreign import class_of, model_of
 from duo_id.common.mistakes import literal
 from duo_id.evaluate import run as evaluating
 from duo_id.models.language_model import LanguageModel
+from duo_id.models.settings import ModelSettings
 from duo_id.patterns.files import load_pattern, save_pattern
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.sharing import model_card
 from duo_id.report.__main__ import main as report
-from duo_id.train.settings import ModelSettings, TrainSettings, conf_dir
+from duo_id.train.settings import TrainSettings
 from tests.evaluate.test_run import SMALL
 from tests.support.commands import QUICK, Finished, run_command, settings_of
 
@@ -463,7 +464,7 @@ def test_a_run_of_ones_own_is_resumed_as_it_was(case: str, tmp_path: Path) -> No
 
     def read(config: Any) -> None:
         from duo_id.common import cli
-        from duo_id.methods.settings import train_settings
+        from duo_id.train.settings import train_settings
 
         found.append(train_settings(cli.start_run(config)[0]))
 

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from duo_id.benchmark.figures import plot_benchmark
-from duo_id.common.config import parse
+from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import UserError
 from duo_id.common.foreign import model_of, told_model
 from duo_id.common.record import differences, read_settings, told_settings
@@ -25,6 +25,7 @@ from duo_id.evaluate.published.ruler import read_ruler
 from duo_id.methods.registry import _read as read_search
 from duo_id.methods.search import Order
 from duo_id.models.loading import meta_model
+from duo_id.models.settings import ModelSettings
 from duo_id.patterns.agreement import agreement, agreement_table
 from duo_id.patterns.files import SHIPPED, contents_of, duo_config, load_pattern
 from duo_id.patterns.formats.options import Options
@@ -36,7 +37,6 @@ from duo_id.report.runs import merge, read_run
 from duo_id.report.summary import frame, load_results
 from duo_id.report.sweeps import grids, read_sweep
 from duo_id.report.tables import contender_grid
-from duo_id.train.settings import ModelSettings, conf_dir
 from tests.benchmark import saved as benchmarks
 from tests.benchmark.test_efficiency import RUN, baseline
 from tests.evaluate.saved import line_up, saved_results

@@ -24,17 +24,18 @@ from duo_id.common.mistakes import explained
 from duo_id.common.record import SETTINGS, keep_settings, read_settings
 from duo_id.data.disk import DiskTask, write_dataset
 from duo_id.data.samples import Sample
+from duo_id.data.settings import DataGenSettings, DataSettings
 from duo_id.evaluate.items import Item, Question
 from duo_id.evaluate.journal import RESULTS, SCORES, Journal, write_results
 from duo_id.methods.registry import ORDER, _read
 from duo_id.methods.search import Order
 from duo_id.models.loading import byte_tokenizer
+from duo_id.models.settings import ModelSettings
 from duo_id.patterns.files import TABLES, load_pattern, save_pattern
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.report.summary import load_results
 from duo_id.train.checkpoints import AtomicCheckpointIO
 from duo_id.train.history import HISTORY, read_history
-from duo_id.train.settings import DataGenSettings, DataSettings, ModelSettings
 
 PATTERN = HeadPattern(
     torch.linspace(0, 1, 12).view(3, 4), 4, 60, (0, 2), {"model": {"id": "some/model"}, "seconds": 2.5}

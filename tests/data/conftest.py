@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from duo_id.data.haystack import Haystack
+from duo_id.data.settings import DataSettings
 from duo_id.models.loading import byte_tokenizer
-from duo_id.train.settings import DataSettings
 
 CORPUS = [f"The {animal} of number {n} sleeps near the old mill." for animal in ("fox", "owl") for n in range(99)]
 QUICK = {

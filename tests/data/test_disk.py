@@ -13,7 +13,8 @@ from duo_id.data.datamodule import SampleModule
 from duo_id.data.disk import write_dataset
 from duo_id.data.registry import make_task
 from duo_id.data.samples import Sample
-from duo_id.train.settings import DataGenSettings, DataSettings, ModelSettings
+from duo_id.data.settings import DataGenSettings, DataSettings
+from duo_id.models.settings import ModelSettings
 
 
 class Numbered:

@@ -12,7 +12,7 @@ import zstandard
 
 from duo_id.common.errors import UserError
 from duo_id.data.haystack import REGIONS, _docstrings, _library, load_haystack, tokenize
-from duo_id.train.settings import HaystackSettings
+from duo_id.data.settings import HaystackSettings
 
 SPLITS = ("train", "validation", "test")
 # 100 documents of 8 bytes, each followed by a blank line: document n is the bytes 10 n to 10 n + 8 of 1000

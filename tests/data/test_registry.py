@@ -3,7 +3,8 @@ import pytest
 from duo_id.common.errors import UserError
 from duo_id.data.registry import DRAFTED, TASKS, make_task
 from duo_id.data.samples import SPLITS
-from duo_id.train.settings import DataSettings, TrainSettings
+from duo_id.data.settings import DataSettings
+from duo_id.train.settings import TrainSettings
 from tests.evaluate.tasks.making import tokenizer_of
 from tests.support.commands import settings_of
 

@@ -9,10 +9,10 @@ from hydra.core.global_hydra import GlobalHydra
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from duo_id.common.config import parse
+from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import UserError
 from duo_id.data.registry import TASKS, make_task
-from duo_id.train.settings import DataSettings, conf_dir
+from duo_id.data.settings import DataSettings
 
 SCRIPT = Path(__file__).parents[2] / "data_gen" / "write.py"
 

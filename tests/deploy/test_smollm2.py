@@ -6,10 +6,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from duo_id import HeadMask, duo_attention
+from duo_id.common.config import conf_dir
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import load_model
+from duo_id.models.settings import ModelSettings
 from duo_id.patterns.pattern import random_mask
-from duo_id.train.settings import ModelSettings, conf_dir
 from tests.deploy.reference import brute_force
 
 SINK, RECENT = 4, 12

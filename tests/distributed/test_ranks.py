@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from duo_id.common.errors import UserError
-from duo_id.distributed.ranks import Ranks, check_ranks
+from duo_id.distributed.launch import check_ranks
+from duo_id.distributed.ranks import Ranks
 from duo_id.train.settings import TrainSettings
 from tests.support.commands import QUICK, run_command, settings_of
 

@@ -21,10 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 
 import duo_id
 from duo_id.common import cli
-from duo_id.common.config import parse
-from duo_id.methods.settings import train_settings
+from duo_id.common.config import conf_dir, parse
 from duo_id.models.loading import load_model
-from duo_id.train.settings import ModelSettings, TrainSettings, conf_dir
+from duo_id.models.settings import ModelSettings
+from duo_id.train.settings import TrainSettings, train_settings
 from tests.docs.blocks import Block, Command, blocks, commands
 from tests.support.commands import QUICK, run_command
 from tests.train.test_settings import SCHEMAS

@@ -22,7 +22,7 @@ import pytest
 from matplotlib.image import imread
 
 import duo_id
-from duo_id.patterns.plots import save_figure
+from duo_id.common.figures import save_figure
 from tests.report.test_page import CHROMIUM, FLAGS
 
 ROOT = Path(__file__).parents[2]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from duo_id.common.errors import UserError
 from duo_id.data.haystack import load_haystack
+from duo_id.data.settings import HaystackSettings
 from duo_id.deploy.chunks import Continuation
 from duo_id.evaluate import chat, reading, runner
 from duo_id.evaluate.contenders import contenders
@@ -23,7 +24,6 @@ from duo_id.evaluate.tasks.building import Builder
 from duo_id.evaluate.tasks.registry import make_items
 from duo_id.models.loading import byte_tokenizer
 from duo_id.patterns.pattern import HeadMask, HeadPattern
-from duo_id.train.settings import HaystackSettings
 
 PATTERN = HeadPattern(torch.tensor([[0.1, 0.9]]), sink_size=4, recent_size=60)
 TASKS = ["needle-words", "needle-numbers", "needle-sentences", "passkeys", "ruler-single", "ruler-multikey"]

@@ -150,8 +150,8 @@ def published(path: str, name: str) -> Any:
 @reader
 def dataset(path: str) -> Any:
     from duo_id.data.registry import make_task
+    from duo_id.data.settings import DataSettings
     from duo_id.models.loading import byte_tokenizer
-    from duo_id.train.settings import DataSettings
 
     task = make_task(DataSettings(task="disk", path=path), byte_tokenizer(), "train", 4096)
     return [
@@ -163,7 +163,7 @@ def dataset(path: str) -> Any:
 @reader
 def weights(path: str) -> Any:
     from duo_id.models.loading import load_model
-    from duo_id.train.settings import ModelSettings
+    from duo_id.models.settings import ModelSettings
 
     model = load_model(ModelSettings(id=path))
     return [dict(model.model.state_dict()), model.tokenizer("the hill")["input_ids"]]
@@ -172,7 +172,7 @@ def weights(path: str) -> Any:
 @reader
 def wheel(path: str) -> Any:
     from duo_id.models.loading import load_model
-    from duo_id.train.settings import ModelSettings
+    from duo_id.models.settings import ModelSettings
 
     os.environ["XDG_CACHE_HOME"] = str(Path("cache").resolve())
     sys.path.insert(0, path)
@@ -185,7 +185,7 @@ def haystack(path: str) -> Any:
     import datasets
 
     from duo_id.data.haystack import load_haystack
-    from duo_id.train.settings import HaystackSettings
+    from duo_id.data.settings import HaystackSettings
 
     datasets.config.HF_DATASETS_CACHE = Path("cache").resolve()
     found = load_haystack(HaystackSettings(source="file", path=path), "train")

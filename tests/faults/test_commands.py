@@ -57,9 +57,10 @@ def keys(schema: type, above: str = "") -> Iterator[str]:
 
 def test_every_setting_is_tried() -> None:
     from duo_id.benchmark.settings import BenchmarkSettings
+    from duo_id.data.settings import DataGenSettings
     from duo_id.evaluate.settings import EvaluateSettings
     from duo_id.methods.settings import METHODS
-    from duo_id.train.settings import DataGenSettings, TrainSettings
+    from duo_id.train.settings import TrainSettings
 
     tried = {
         TrainSettings: settings.TRAIN | settings.TRAINER,

@@ -19,7 +19,8 @@ from duo_id.data.samples import Sample
 from duo_id.methods import registry
 from duo_id.methods.candidates import MaskLosses
 from duo_id.methods.gated_model import Subject
-from duo_id.methods.registry import ORDER, SCORES, SETTLING, mean_scores, random_scores, search_scores, settled
+from duo_id.methods.random import random_scores
+from duo_id.methods.registry import ORDER, SCORES, SETTLING, mean_scores, search_scores, settled
 from duo_id.methods.settings import METHODS, AttentionSettings, GateSettings, SaliencySettings, SearchSettings
 from duo_id.patterns.pattern import HeadPattern
 from tests.methods.conftest import haystack, subject_of

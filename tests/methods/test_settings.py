@@ -13,13 +13,13 @@ from duo_id.methods.settings import (
     METHODS,
     AttentionSettings,
     GateSettings,
+    MethodSettings,
     SaliencySettings,
     ScoreSettings,
     SearchSettings,
     method_settings,
     of_order,
 )
-from duo_id.train.settings import MethodSettings
 
 WINDOW = {"sink_size": 3, "recent_size": 8}
 NESTED = {"gate": "nested", "reg_weight": 0}

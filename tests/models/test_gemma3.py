@@ -8,8 +8,9 @@ from omegaconf import OmegaConf
 
 from duo_id import HeadMask, duo_attention
 from duo_id.attention.interface import attached
+from duo_id.common.config import conf_dir
 from duo_id.models.loading import load_model
-from duo_id.train.settings import ModelSettings, conf_dir
+from duo_id.models.settings import ModelSettings
 from tests.deploy.reference import brute_force
 
 TEXT = "The capital of France is Paris. The Eiffel Tower, near the river Seine, was built for the World's Fair of 1889."

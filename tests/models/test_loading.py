@@ -10,10 +10,12 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from duo_id.common.config import conf_dir
 from duo_id.common.errors import UserError
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer, load_model, load_tokenizer
-from duo_id.train.settings import ModelSettings, TrainSettings, conf_dir
+from duo_id.models.settings import ModelSettings
+from duo_id.train.settings import TrainSettings
 from tests.support import families
 from tests.support.commands import settings_of
 

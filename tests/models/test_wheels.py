@@ -18,7 +18,7 @@ from duo_id.common.errors import UserError
 from duo_id.common.integrity import SUMS
 from duo_id.models import wheels
 from duo_id.models.loading import load_model, weights_source
-from duo_id.train.settings import ModelSettings
+from duo_id.models.settings import ModelSettings
 from tests.models.test_loading import check_frozen
 
 WHEEL = "duo-id-test-weights"

@@ -16,17 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from duo_id.common.errors import UserError
-from duo_id.common.figures import COLORS, style
+from duo_id.common.figures import COLORS, save_figure, style
 from duo_id.patterns.pattern import HeadPattern
-from duo_id.patterns.plots import (
-    plot_gates,
-    plot_histogram,
-    plot_history,
-    plot_thresholds,
-    plot_training,
-    read_metrics,
-    save_figure,
-)
+from duo_id.patterns.plots import plot_gates, plot_histogram, plot_thresholds
+from duo_id.train.plots import plot_history, plot_training, read_metrics
 
 
 def make(layers: int, kv_heads: int, gated: tuple[int, ...] | None = None) -> HeadPattern:

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from duo_id.common.errors import UserError
-from duo_id.evaluate.items import QUESTION
 from duo_id.report.paired import paired, paired_grids
+from duo_id.report.rows import QUESTION
 from duo_id.report.summary import CONTENDER, frame, summarise
 from tests.evaluate.saved import SPARSITIES, TASKS, a_pattern, line_up, saved_results
 

@@ -24,12 +24,13 @@ from duo_id.distributed.ranks import Ranks
 from duo_id.methods.settings import GateSettings
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import load_model
+from duo_id.models.settings import ModelSettings
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.step.compiled import compiled_parts
 from duo_id.step.recompute import Keep, recomputed
+from duo_id.step.settings import StepSettings
 from duo_id.train.comparison import compare
 from duo_id.train.gate_training import GateTraining
-from duo_id.train.settings import ModelSettings, StepSettings
 from tests.support.planted import random_sample
 from tests.support.tiny import FAMILIES, SHARED
 

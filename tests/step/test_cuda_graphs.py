@@ -10,8 +10,8 @@ from torch import Tensor
 from duo_id.data.samples import pad_batch, with_scored
 from duo_id.methods.settings import GateSettings
 from duo_id.step.cuda_graphs import GraphedLoss
+from duo_id.step.settings import StepSettings
 from duo_id.train.gate_training import GateTraining
-from duo_id.train.settings import StepSettings
 
 METHOD = {"sink_size": 3, "recent_size": 8}
 

@@ -14,7 +14,8 @@ from duo_id.step.budget import memory_bytes
 from duo_id.step.devices import calculated_costs, fitted, shared_step
 from duo_id.step.memory import GIB, LIBRARIES, SPARED, Plan
 from duo_id.step.recompute import Keep
-from duo_id.train.settings import StepSettings, TrainSettings
+from duo_id.step.settings import StepSettings
+from duo_id.train.settings import TrainSettings
 from tests.support.commands import settings_of
 from tests.support.tiny import tiny_model
 

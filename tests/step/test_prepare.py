@@ -11,9 +11,10 @@ from duo_id.attention.blends import BLENDS
 from duo_id.common.errors import UserError
 from duo_id.methods.settings import GateSettings
 from duo_id.step import prepare
-from duo_id.step.prepare import PaperShape, prepared
+from duo_id.step.paper_shape import PaperShape
+from duo_id.step.prepare import prepared
 from duo_id.step.recompute import Keep
-from duo_id.train.settings import StepSettings
+from duo_id.step.settings import StepSettings
 from tests.step.test_distillation import batch_of, distilling, gates_of
 from tests.support.planted import random_sample
 

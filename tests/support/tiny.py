@@ -12,8 +12,8 @@ from duo_id.methods.settings import GateSettings
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
 from duo_id.step.prepare import prepared
+from duo_id.step.settings import StepSettings
 from duo_id.train.gate_training import GateTraining
-from duo_id.train.settings import StepSettings
 
 # Sizes that differ where a mix-up would show: head_dim != hidden_size / heads wherever the family allows it.
 SHARED = {

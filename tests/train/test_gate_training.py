@@ -16,9 +16,9 @@ from duo_id.common.errors import UserError
 from duo_id.data.samples import Batch, Sample, collate, pad_batch, with_scored
 from duo_id.methods.settings import GateSettings
 from duo_id.step.objectives import Objective, Outputs
+from duo_id.step.settings import StepSettings
 from duo_id.train.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from duo_id.train.gate_training import GateTraining, learning_rate_factor
-from duo_id.train.settings import StepSettings
 from tests.support.planted import planted_model, planted_sample, random_sample
 
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 0.05, "weight_decay": 0.0}

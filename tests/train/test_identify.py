@@ -15,16 +15,16 @@ from lightning.pytorch.callbacks import Timer
 from duo_id import load_pattern
 from duo_id.common.integrity import sealed
 from duo_id.methods.candidates import MaskLosses
-from duo_id.methods.registry import random_scores
+from duo_id.methods.random import random_scores
 from duo_id.patterns.files import save_pattern
 from duo_id.patterns.pattern import HeadPattern, places
-from duo_id.patterns.plots import read_metrics
 from duo_id.step import recompute
 from duo_id.step.memory import MemoryPlanner, Plan
 from duo_id.step.recompute import Keep
 from duo_id.train import identify
 from duo_id.train.checkpoints import CHECKPOINT
 from duo_id.train.gate_training import GateTraining
+from duo_id.train.plots import read_metrics
 from tests.support.commands import QUICK, run_command
 
 SMALL = ["comparison.samples=1", "comparison.random_masks=0", "comparison.validation_samples=0"]

@@ -19,7 +19,7 @@ from PIL import Image
 
 import duo_id.train.run
 from duo_id import load_pattern
-from duo_id.common.config import plain
+from duo_id.common.config import conf_dir, plain
 from duo_id.common.integrity import MARK, unsealed
 from duo_id.common.record import SETTINGS, keep_settings
 from duo_id.data.datamodule import SampleModule
@@ -30,7 +30,7 @@ from duo_id.step.objectives import OBJECTIVES, Outputs
 from duo_id.train.checkpoints import CHECKPOINT
 from duo_id.train.history import read_history
 from duo_id.train.scoring import score
-from duo_id.train.settings import TrainSettings, conf_dir
+from duo_id.train.settings import TrainSettings
 from tests.support.commands import QUICK, Finished, run_command, settings_of
 from tests.support.processes import run_module, start
 

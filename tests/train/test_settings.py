@@ -8,11 +8,12 @@ from omegaconf import OmegaConf
 
 from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.common.cli import start_run
-from duo_id.common.config import parse, plain
+from duo_id.common.config import conf_dir, parse, plain
 from duo_id.common.errors import UserError
+from duo_id.data.settings import DataGenSettings
 from duo_id.evaluate.settings import EvaluateSettings
-from duo_id.methods.settings import METHODS, GateSettings, train_settings
-from duo_id.train.settings import DataGenSettings, TrainSettings, conf_dir
+from duo_id.methods.settings import METHODS, GateSettings
+from duo_id.train.settings import TrainSettings, train_settings
 from tests.support.commands import run_command, settings_of
 
 SCHEMAS = {

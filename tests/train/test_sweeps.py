@@ -19,9 +19,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
+from duo_id.common.config import conf_dir
 from duo_id.common.errors import UserError
 from duo_id.train.gate_training import GateTraining
-from duo_id.train.settings import conf_dir
 from tests.support.commands import QUICK, Finished, run_command
 from tests.support.processes import start
 from tests.support.sweep_jobs import ends_its_launcher, leave, processes

@@ -8,9 +8,9 @@ import torch
 
 from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.benchmark.tables import Named
-from duo_id.common.config import parse, require
+from duo_id.common.config import parse
 from duo_id.common.documents import FIRST, Count, Data, Line, Positive, checked, one_line, read_object
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, require
 
 Place = tuple[int, str]  # context and blend
 

@@ -25,16 +25,17 @@ from duo_id.benchmark.step_tables import plot_steps, step_tables
 from duo_id.benchmark.tables import NAMES, compared, results_tables
 from duo_id.benchmark.train_step import StepBench
 from duo_id.common import cli
-from duo_id.common.config import plain, require
-from duo_id.common.errors import UserError
+from duo_id.common.config import plain
+from duo_id.common.errors import UserError, require
+from duo_id.common.figures import save_figure
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
-from duo_id.distributed.ranks import Ranks, launch
+from duo_id.distributed.launch import launch
+from duo_id.distributed.ranks import Ranks
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import load_model
 from duo_id.patterns.files import load_pattern
 from duo_id.patterns.pattern import HeadMask, random_mask
-from duo_id.patterns.plots import save_figure
 
 
 def benchmark(settings: BenchmarkSettings, folder: Path, overrides: list[str]) -> dict[str, Any]:

@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 import torch
 
 from duo_id.attention.blends import BLENDS
-from duo_id.common.config import Count, Fraction, Positive, Seed, Some, Text, one_of, require, settings
-from duo_id.train.settings import ModelSettings, StepSettings
+from duo_id.common.config import Count, Fraction, Positive, Seed, Some, Text, one_of, settings
+from duo_id.common.errors import require
+from duo_id.models.settings import ModelSettings
+from duo_id.step.settings import StepSettings
 from duo_id.train.trainer import Trainer, TrainerSettings
 
 PLACES = ("_target_", "accelerator", "devices", "num_nodes", "strategy")  # arguments of the trainer that say where

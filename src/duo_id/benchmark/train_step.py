@@ -28,8 +28,9 @@ from duo_id.data.samples import UNSCORED, shared_weights, split_batch, with_scor
 from duo_id.models.language_model import LanguageModel
 from duo_id.step.devices import shared_step
 from duo_id.step.objectives import OBJECTIVES
-from duo_id.step.prepare import SHAPES, prepared
-from duo_id.train.settings import StepSettings
+from duo_id.step.paper_shape import SHAPES
+from duo_id.step.prepare import prepared
+from duo_id.step.settings import StepSettings
 
 SCORED = 512  # tokens that the loss looks at, at the end of a sample
 BACKWARD = 2.5  # arithmetic of attention's backward pass, in forward passes: five products beside two

@@ -14,9 +14,10 @@ from functools import cache
 from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -34,7 +35,6 @@ from duo_id.common.folders import first_process, fresh, held
 from duo_id.common.mistakes import as_typed, explained, literal, no_choice
 from duo_id.common.record import SETTINGS
 from duo_id.common.stopping import preemption, status_of, stoppable, told
-from duo_id.report.sweeps import ERROR
 
 console = Console(emoji=False)
 SWEEP = "DUO_ID_SWEEP"  # environment: tells the jobs of one sweep from those of another in the same folder
@@ -49,8 +49,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     A mistake of the user ends the process with one line and status 2, Ctrl-C with status 130, and another signal that
     asks for the end with 128 and its number.
     """
-    from duo_id.distributed.ranks import leave, several
-    from duo_id.train.settings import conf_dir  # these need transformers and Lightning, which plain commands do not
+    from duo_id.common.config import conf_dir  # these need transformers and Lightning, which plain commands do not
 
     _print_anything()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, to be shown here
@@ -297,3 +296,24 @@ def _note_failure(error: Exception, expected: bool, ours: bool) -> int:
     if ours:
         write_text(Path(HydraConfig.get().runtime.output_dir) / ERROR, explained(error))
     return _complain(error)
+
+
+def several() -> bool:
+    """Whether this process is connected to others of its run."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with an exit status; at once where it is one of several.
+
+    Of several the others may wait for this one in a collective, and what NCCL does at exit would wait for them. So
+    it ends without, and whoever started the processes ends the others.
+    """
+    if several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+ERROR = "error.txt"  # a job that failed leaves it in its folder

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -21,12 +22,6 @@ CLOSED = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # `model.name=7
 
 Made = TypeVar("Made")
 Item = TypeVar("Item")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise a `UserError` with `message` unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
 
 
 def shown(value: Any) -> str:
@@ -208,3 +203,9 @@ def _owner(schema: Any, path: Iterable[str]) -> Any:
 def _hints(schema: Any) -> dict[str, Any]:
     """The names of what settings hold, and their types."""
     return get_type_hints(schema) if is_dataclass(schema) or is_typeddict(schema) else {}
+
+
+def conf_dir() -> Path:
+    """The folder of Hydra's config groups, in an installed wheel or in the source tree."""
+    package = Path(__file__).parents[1]
+    return next(folder for folder in (package / "conf", package.parents[1] / "conf") if folder.is_dir())

@@ -7,3 +7,9 @@ class UserError(ValueError):
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in place of a traceback."""
         return [f"error: {self}"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a `UserError` with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)

@@ -6,6 +6,7 @@ legible when a figure is shown as wide as one column of a page.
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -16,6 +17,9 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+
+from duo_id.common.errors import UserError
+from duo_id.common.files import atomic_path
 
 # from Okabe and Ito's set, told apart with every common kind of colour vision (jfly.uni-koeln.de/color)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
@@ -95,3 +99,12 @@ def plain(name: str, most: float = 32) -> str:
     name = "".join(character if character.isprintable() else "?" for character in name)
     name = name if len(name) <= most else "…" + name[1 - int(most) :]  # runs are told apart by their last part
     return name.replace("$", r"\$")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write `figure` to `path`, whole or not at all; the suffix chooses the format (png, pdf, svg)."""
+    kind = Path(path).suffix.removeprefix(".")
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"{path}: a figure needs a suffix that names its format, such as .png, .pdf or .svg")
+    with atomic_path(path) as beside:
+        figure.savefig(beside)

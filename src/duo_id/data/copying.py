@@ -5,8 +5,7 @@ import random
 import re
 from itertools import pairwise
 
-from duo_id.common.config import require
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, require
 from duo_id.data.synthetic import DraftedTask, Piece
 
 HEAD = "Read these pages with care: parts of them have to be quoted afterwards.\n\n"

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from duo_id.common.errors import UserError
 from duo_id.data.registry import make_task
 from duo_id.data.samples import Batch, Sample, Task, collate
+from duo_id.data.settings import DataSettings
 from duo_id.distributed.ranks import Ranks
-from duo_id.train.settings import DataSettings
 
 ASKED_BY = {  # the settings that say how many samples of a split are looked at as a whole
     "train": "method.samples",

@@ -13,13 +13,12 @@ import datasets
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.config import require
 from duo_id.common.documents import Count, Data, Line, checked, one_line, read_json
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, require
 from duo_id.common.files import whole_folder
 from duo_id.common.integrity import check_sums
 from duo_id.data.samples import Sample, Task
-from duo_id.train.settings import DataGenSettings, DataSettings
+from duo_id.data.settings import DataGenSettings, DataSettings
 
 CARD = "card.json"
 SPLITS = "dataset_dict.json"  # names them, as datasets has it

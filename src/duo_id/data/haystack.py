@@ -21,9 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.config import require
-from duo_id.common.errors import UserError
-from duo_id.train.settings import HaystackSettings
+from duo_id.common.errors import UserError, require
+from duo_id.data.settings import HaystackSettings
 
 # What each split reads, in fractions of the stream. An evaluation has the splits development and test.
 REGIONS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "test": (0.85, 1.0), "development": (0.7, 0.85)}

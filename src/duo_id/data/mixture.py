@@ -6,11 +6,11 @@ from fractions import Fraction
 
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.config import require
+from duo_id.common.errors import require
 from duo_id.data.haystack import load_haystack
 from duo_id.data.samples import Sample
+from duo_id.data.settings import DataSettings
 from duo_id.data.synthetic import DraftedTask
-from duo_id.train.settings import DataSettings
 
 
 class MixtureTask:

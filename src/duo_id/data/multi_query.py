@@ -3,7 +3,7 @@
 import random
 from itertools import product
 
-from duo_id.common.config import require
+from duo_id.common.errors import require
 from duo_id.data.synthetic import DraftedTask, Piece, scatter
 from duo_id.data.words import NAMES, THINGS
 

@@ -3,7 +3,7 @@
 import random
 from itertools import chain
 
-from duo_id.common.config import require
+from duo_id.common.errors import require
 from duo_id.data.synthetic import DraftedTask, Piece, scatter
 from duo_id.data.words import MAX_ORDINAL, ordinal
 

@@ -5,7 +5,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.config import require
+from duo_id.common.errors import require
 from duo_id.data.copying import CopyingTask
 from duo_id.data.disk import DiskTask
 from duo_id.data.key_value import KeyValueTask
@@ -13,9 +13,9 @@ from duo_id.data.mixture import MixtureTask
 from duo_id.data.multi_query import MultiQueryTask
 from duo_id.data.passkey import PasskeyTask
 from duo_id.data.samples import Task
+from duo_id.data.settings import DataSettings
 from duo_id.data.synthetic import DraftedTask
 from duo_id.data.text import TextTask
-from duo_id.train.settings import DataSettings
 
 DRAFTED: dict[str, type[DraftedTask]] = {
     "passkey": PasskeyTask,

@@ -8,12 +8,11 @@ from typing import Literal, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.config import require
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, require
 from duo_id.data.haystack import Haystack, leading_tokens, load_haystack, tokenize
 from duo_id.data.samples import SPLITS, UNSCORED, Sample
+from duo_id.data.settings import DataSettings
 from duo_id.data.words import WORDS
-from duo_id.train.settings import DataSettings
 
 Piece = tuple[Literal["question", "answer", "separator"], list[int]]  # of what follows the context: its tokens
 LABELLED = {"answers": ("answer",), "questions": ("question",), "all": ("question", "answer", "separator")}

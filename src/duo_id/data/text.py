@@ -2,7 +2,7 @@
 
 import random
 
-from duo_id.common.config import require
+from duo_id.common.errors import require
 from duo_id.data.synthetic import DraftedTask, Piece
 
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.config import require
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, require
 from duo_id.data.haystack import leading_tokens, tokenize
 
 PLACEHOLDER = "What is the name of this place?"

@@ -7,7 +7,7 @@ from typing import Any
 
 from duo_id.common.errors import UserError
 from duo_id.evaluate.items import Item
-from duo_id.patterns.pattern import HeadMask, HeadPattern, random_mask
+from duo_id.patterns.pattern import HeadMask, HeadPattern, random_like
 
 Key = tuple[str, str, float, int | None]
 
@@ -79,13 +79,6 @@ def contenders(
             same = partial(_same_bytes, first, sparsity, sink)
             found.append(Contender("baseline", name, sparsity, note=note, mask=same))
     return found
-
-
-def random_like(pattern: HeadPattern, sparsity: float, seed: int) -> HeadMask:
-    """A random mask for the model of a pattern, over the same windows."""
-    layers, kv_heads = pattern.scores.shape
-    sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
-    return random_mask(layers, kv_heads, sparsity, seed, gated_layers=pattern.gated_layers, **sizes)
 
 
 def kept_tokens(sparsity: float, tokens: int, window: int) -> int:

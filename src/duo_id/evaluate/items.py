@@ -5,14 +5,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-from duo_id.common.documents import Count, Data, Line, Share, Tokens
-
-SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
-Row = dict[str, Any]  # what is known of one answer of one contender, see `duo_id.evaluate.judging`
-SAMPLE = ["task", "length", "index"]  # columns of a row that name a context, which its questions share
-QUESTION = [*SAMPLE, "question"]
 SPLITS = ("development", "test")  # of every task: choose and tune on the first, report the second
 
 
@@ -76,28 +70,6 @@ def from_json(contents: dict[str, Any]) -> Item:
     """The item that `Item.to_json` told."""
     questions = tuple(Question(**_tuples(question)) for question in contents["questions"])
     return Item(**_tuples(contents) | {"questions": questions})
-
-
-class Scored(Data):
-    """What was scored of one answer of one contender, as results on disk have it; what was not measured is None."""
-
-    task: Line
-    length: Tokens
-    index: Count
-    question: Count
-    depth: Share | None
-    kind: Literal["full", "pattern", "baseline", "eviction"]
-    heads: Line
-    sparsity: Share
-    seed: Count | None
-    loss: float
-    kl: float | None
-    tokens: Count
-    correct: Count
-    score: float | None
-    exact: bool | None
-    text: str | None
-    bytes: Count | None
 
 
 def _tuples(contents: dict[str, Any]) -> dict[str, Any]:

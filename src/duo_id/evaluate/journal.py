@@ -15,7 +15,8 @@ from duo_id.common.files import atomic_path, write_text
 from duo_id.common.integrity import DIFFERS, sealed
 from duo_id.common.record import differences
 from duo_id.evaluate.contenders import Key
-from duo_id.evaluate.items import SCHEMA, VERSION, Item, Row, Scored
+from duo_id.evaluate.items import Item
+from duo_id.report.rows import SCHEMA, VERSION, Row, Scored
 
 SCORES = "scores.jsonl"  # in a run folder: a header line, then one row a line
 RESULTS = "results.json"

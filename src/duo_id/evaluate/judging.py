@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_id.common.errors import UserError
 from duo_id.evaluate.contenders import Contender
-from duo_id.evaluate.items import Item, Row
+from duo_id.evaluate.items import Item
 from duo_id.evaluate.metrics import cut, judge
 from duo_id.evaluate.reading import Answers
+from duo_id.report.rows import Row
 
 BLOCK = 4096  # rows of logits that are in float32 at a time
 

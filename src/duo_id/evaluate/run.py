@@ -12,14 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 from duo_id import __version__
 from duo_id.attention.interface import attached
 from duo_id.common import cli
-from duo_id.common.config import plain, require
-from duo_id.common.errors import UserError
+from duo_id.common.config import plain
+from duo_id.common.errors import UserError, require
+from duo_id.common.figures import save_figure
 from duo_id.common.foreign import model_of, told_model
 from duo_id.common.record import check_honoured, differences, keep_settings, read_settings, within
 from duo_id.data.haystack import load_haystack
 from duo_id.evaluate import chat
 from duo_id.evaluate.contenders import check_windows, contenders
-from duo_id.evaluate.items import Item, Row
+from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal, write_results
 from duo_id.evaluate.judging import rows_of_peers
 from duo_id.evaluate.peers import SAMPLES, read_answers, write_samples
@@ -33,10 +34,10 @@ from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import load_model, weights_source
 from duo_id.patterns.files import contents_of, list_patterns, load_pattern, pattern_name
 from duo_id.patterns.pattern import HeadPattern
-from duo_id.patterns.plots import save_figure
 from duo_id.report.figures import figures
 from duo_id.report.leaderboard import leaderboards
 from duo_id.report.paired import paired_grids
+from duo_id.report.rows import Row
 from duo_id.report.summary import SEED
 from duo_id.report.tables import results_table, terminal_table
 

@@ -3,8 +3,10 @@
 from dataclasses import field
 from typing import Literal
 
-from duo_id.common.config import Count, Fraction, Positive, Seed, Several, Some, Text, require, settings
-from duo_id.train.settings import HaystackSettings, ModelSettings
+from duo_id.common.config import Count, Fraction, Positive, Seed, Several, Some, Text, settings
+from duo_id.common.errors import require
+from duo_id.data.settings import HaystackSettings
+from duo_id.models.settings import ModelSettings
 
 BASELINES = ("streaming", "window")
 

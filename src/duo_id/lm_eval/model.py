@@ -10,15 +10,15 @@ from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from omegaconf import OmegaConf
 
-from duo_id.common.config import parse
+from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import UserError
 from duo_id.common.foreign import model_of, told_model
 from duo_id.deploy.install import install
 from duo_id.models.loading import load_model
+from duo_id.models.settings import ModelSettings
 from duo_id.patterns.files import load_pattern
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.tables import as_float
-from duo_id.train.settings import ModelSettings, conf_dir
 
 NAME = "duo_id"  # what lm-eval calls the class
 DTYPES = get_args(ModelSettings.__annotations__["dtype"])

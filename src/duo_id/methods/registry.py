@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from duo_id.common.config import require
 from duo_id.common.documents import Count, Data, Positive, checked, read_json
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, require
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
 from duo_id.data.samples import Sample
@@ -54,12 +53,6 @@ class _Searched(Data):
     hints: list[float]
     swaps: Count = 0
     seconds: Positive = 0.0
-
-
-def random_scores(shape: tuple[int, int], seed: int) -> Tensor:
-    """Scores that order the heads at random, a function of the seed: what every method must beat."""
-    drawn = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed))
-    return drawn.view(shape) / max(len(drawn) - 1, 1)
 
 
 def mean_scores(subject: Subject, samples: Sequence[Sample], settings: ScoreSettings, console: Console) -> Tensor:

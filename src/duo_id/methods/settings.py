@@ -23,16 +23,24 @@ from duo_id.common.config import (
     contents,
     one_of,
     parse,
-    require,
     settings,
     shown,
 )
-from duo_id.common.errors import UserError
-from duo_id.common.mistakes import built, check_named
+from duo_id.common.errors import UserError, require
+from duo_id.common.mistakes import built
 from duo_id.methods.gates import GATES
 from duo_id.methods.penalties import PENALTIES
 from duo_id.step.objectives import check_weight, make_objective
-from duo_id.train.settings import MethodSettings, TrainSettings
+
+
+@settings("method")
+class MethodSettings:
+    """What all methods have; each has its own settings too, in `duo_id.methods.settings`: see conf/method/."""
+
+    name: Text
+    sink_size: Count  # tokens
+    recent_size: Positive  # tokens, the query's own among them
+
 
 COLDEST = 1e-3  # the least temperature of gates
 Tokens = Literal["labelled", "far"]  # which tokens an objective looks at, see `duo_id.step.distillation`
@@ -195,31 +203,6 @@ METHODS: dict[str, type[MethodSettings]] = {
     "search": SearchSettings,
     "random": MethodSettings,
 }
-
-
-def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
-    """The typed settings of a training run, its method's among them.
-
-    Raises:
-        UserError: as `parse`.
-    """
-    given = dict(contents(config))
-    given["method"] = method_settings(given.get("method", {}))
-    settings = parse(TrainSettings, given)
-    require(
-        isinstance(settings.method, GateSettings) or not settings.trainer.get("callbacks"),
-        f"trainer.callbacks: method={settings.method.name} trains nothing that they could be called at",
-    )
-    if isinstance(settings.method, GateSettings):
-        make_optimizer(settings.method, [torch.nn.Parameter(torch.zeros(1))])  # told now, not once a model is loaded
-    for name, one in settings.logger.items():
-        check_named(f"logger.{name}._target_", (one or {}).get("_target_"))
-    require(
-        settings.repeats == 1 or getattr(settings.method, "swap_at", None) is None,
-        f"repeats={settings.repeats}: heads are exchanged (method.swap_at) in the mask of one run; the mean of several "
-        "has another",
-    )
-    return settings
 
 
 def method_settings(config: DictConfig | Mapping[str, Any]) -> MethodSettings:

@@ -11,15 +11,14 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights, no_tie_weights
 
-from duo_id.common.config import require
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, require
 from duo_id.distributed.ranks import Ranks
 from duo_id.distributed.sharding import materialise, shard, sharding
 from duo_id.models.language_model import LanguageModel
+from duo_id.models.settings import ModelSettings
 from duo_id.models.tokenizers import byte_tokenizer
 from duo_id.models.weights import DAMAGED, damage, reason_of
 from duo_id.models.wheels import dequantised, gguf_in_wheel
-from duo_id.train.settings import ModelSettings
 
 UNDECLARED = ("rope_theta", "rope_scaling", "head_dim", "sliding_window", "attention_bias")  # read where they are there
 

@@ -298,3 +298,10 @@ def _summary(owner: HeadPattern | HeadMask, heads: Tensor) -> str:
     layers, kv_heads = heads.shape
     gated = "" if len(owner.gated_layers) == layers else f" ({len(owner.gated_layers)} layers gated)"
     return f"{layers} layers x {kv_heads} KV heads{gated}, sink_size={owner.sink_size}, recent_size={owner.recent_size}"
+
+
+def random_like(pattern: HeadPattern, sparsity: float, seed: int) -> HeadMask:
+    """A random mask for the model of a pattern, over the same windows."""
+    layers, kv_heads = pattern.scores.shape
+    sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
+    return random_mask(layers, kv_heads, sparsity, seed, gated_layers=pattern.gated_layers, **sizes)

@@ -12,11 +12,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from duo_id.common.documents import checked, read_object, read_text
 from duo_id.common.errors import UserError
+from duo_id.common.figures import save_figure
 from duo_id.common.files import write_text
 from duo_id.patterns import hub
 from duo_id.patterns.files import SHIPPED, list_patterns, save_pattern
 from duo_id.patterns.pattern import HeadPattern
-from duo_id.patterns.plots import plot_gates, save_figure
+from duo_id.patterns.plots import plot_gates
 from duo_id.patterns.provenance import Evidence
 
 CARD, FIGURE, SUMMARY = "README.md", "gates.png", "summary.json"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from duo_id.evaluate.items import QUESTION, SAMPLE
+from duo_id.report.rows import QUESTION, SAMPLE
 
 DRAWS = 4000  # even: every second one is another's mirror image
 FINE = 64  # draws of a scale to each that is kept, which are then evenly spread

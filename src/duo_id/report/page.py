@@ -16,17 +16,17 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from duo_id.common.errors import UserError
-from duo_id.evaluate.items import QUESTION, SAMPLE
 from duo_id.patterns.agreement import plot_agreement, plot_patterns
-from duo_id.patterns.plots import plot_training
 from duo_id.report.figures import figures, sparsities_of
 from duo_id.report.leaderboard import averaged, leaderboards
 from duo_id.report.paired import paired_grids
+from duo_id.report.rows import QUESTION, SAMPLE
 from duo_id.report.runs import Run, free_name, merge
 from duo_id.report.summary import METRICS, contender_of, frame, name_of
 from duo_id.report.sweep_figures import sweep_figures
 from duo_id.report.sweeps import CAPTION, Sweep, grids
 from duo_id.report.tables import Cell, Grid, contender_grid, headline, middle, task_grid
+from duo_id.train.plots import plot_training
 
 LARGEST_SVG = 200_000  # characters; a larger figure becomes a PNG
 ANSWER, ANSWERS = 60, 8  # characters of an answer that are shown; contenders of a task

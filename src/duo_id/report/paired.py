@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from duo_id.common.errors import UserError
-from duo_id.evaluate.items import QUESTION
 from duo_id.report.bootstrap import Drawn, draw, with_intervals
+from duo_id.report.rows import QUESTION
 from duo_id.report.summary import CONTENDER, METRICS, Metric, contender_of, frame, name_of
 from duo_id.report.tables import Cell, Grid, interval_cell
 

@@ -11,10 +11,10 @@ import pandas as pd
 
 from duo_id.common.documents import FIRST, LARGEST_ROWS, Count, Data, Line, checked, read_json, shown
 from duo_id.common.errors import UserError
-from duo_id.evaluate.items import QUESTION, SCHEMA, VERSION, Scored
 from duo_id.patterns.files import pattern_from_json
 from duo_id.patterns.provenance import Model
 from duo_id.report.bootstrap import draw, with_intervals
+from duo_id.report.rows import QUESTION, SCHEMA, VERSION, Scored
 
 CONTENDER = ["kind", "heads", "sparsity"]  # random masks of all seeds are one
 COLUMNS = [*QUESTION, "depth", *CONTENDER, "seed", "loss", "kl", "tokens", "correct", "score", "exact", "text", "bytes"]

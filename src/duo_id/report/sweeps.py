@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
+from duo_id.common.cli import ERROR
 from duo_id.common.documents import checked, one_line, read_object, read_text
 from duo_id.common.errors import UserError
 from duo_id.patterns.files import HEADS, load_pattern
@@ -23,7 +24,6 @@ from duo_id.report.tables import Cell, Grid, terminal_table
 
 MARK = "multirun.yaml"  # Hydra leaves it in a sweep's folder
 OPTIMISED = "optimization_results.yaml"  # and an optimising sweeper this
-ERROR = "error.txt"  # a job that failed leaves it in its folder
 OVERRIDES = Path(".hydra") / "overrides.yaml"
 LARGEST_YAML = 2**18  # bytes
 RUNNING = "has not ended: it runs still, or was killed"

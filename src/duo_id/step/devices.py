@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from duo_id.common.config import require
+from duo_id.common.errors import require
 from duo_id.distributed.ranks import Ranks
 from duo_id.step.memory import Costs, Plan, available, libraries, weight_bytes
 from duo_id.step.recompute import FIXED, Keep
-from duo_id.train.settings import StepSettings
+from duo_id.step.settings import StepSettings
 
 
 def shared_step(

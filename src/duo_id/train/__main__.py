@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 
 from duo_id.common import cli
 from duo_id.common.record import SETTINGS
-from duo_id.methods.settings import train_settings
 from duo_id.train.run import train
+from duo_id.train.settings import train_settings
 
 
 def main(config: DictConfig) -> float | None:

@@ -12,9 +12,8 @@ from rich.table import Table
 from duo_id.attention.functions import Backends, masked_layers
 from duo_id.attention.interface import attached, bound
 from duo_id.common.errors import UserError
-from duo_id.evaluate.contenders import random_like
 from duo_id.models.language_model import LanguageModel
-from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.patterns.pattern import HeadMask, HeadPattern, random_like
 from duo_id.train.scoring import Score, score, total
 
 METRICS = ("answer_loss", "token_accuracy", "exact_answers")

@@ -18,8 +18,8 @@ from duo_id.attention.functions import masked_layers
 from duo_id.attention.interface import bound
 from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.window import Window
-from duo_id.common.config import plain, require
-from duo_id.common.errors import UserError
+from duo_id.common.config import plain
+from duo_id.common.errors import UserError, require
 from duo_id.common.mistakes import as_typed
 from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, with_scored
 from duo_id.methods.gates import GATES
@@ -29,10 +29,11 @@ from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.pattern import HeadPattern, TieWarning
 from duo_id.step.cuda_graphs import GraphedLoss
 from duo_id.step.objectives import make_objective
-from duo_id.step.prepare import SHAPES, Arrange
+from duo_id.step.paper_shape import SHAPES
+from duo_id.step.prepare import Arrange
+from duo_id.step.settings import StepSettings
 from duo_id.train.checkpoints import CHECKPOINT
 from duo_id.train.scoring import Score, score
-from duo_id.train.settings import StepSettings
 
 StepBatch = dict[str, Any]  # with what `with_scored` adds
 KEPT = (  # settings of the method that a resumed run must have again

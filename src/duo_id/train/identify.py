@@ -14,17 +14,18 @@ from torch import Tensor
 
 from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.window import Window
-from duo_id.common.config import require
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, require
 from duo_id.common.mistakes import built
 from duo_id.common.stopping import stop
 from duo_id.data.datamodule import SampleModule
 from duo_id.data.samples import Sample
 from duo_id.methods.gated_model import Subject
-from duo_id.methods.registry import ORDER, mean_scores, random_scores, search_scores
+from duo_id.methods.random import random_scores
+from duo_id.methods.registry import ORDER, mean_scores, search_scores
 from duo_id.methods.settings import (
     METHODS,
     GateSettings,
+    MethodSettings,
     SaliencySettings,
     ScoreSettings,
     SearchSettings,
@@ -36,11 +37,12 @@ from duo_id.patterns.files import load_pattern
 from duo_id.patterns.pattern import HeadPattern, weigh_in
 from duo_id.step.objectives import make_objective
 from duo_id.step.prepare import prepared
+from duo_id.step.settings import StepSettings
 from duo_id.train.checkpoints import CHECKPOINT, AtomicCheckpointIO, LastCheckpoint
 from duo_id.train.gate_training import GateTraining
 from duo_id.train.history import GateHistory
 from duo_id.train.progress import TrainingBar
-from duo_id.train.settings import MethodSettings, StepSettings, TrainSettings
+from duo_id.train.settings import TrainSettings
 from duo_id.train.tracking import GateTracking
 
 

@@ -15,7 +15,9 @@ from lightning.pytorch.loggers import Logger
 from duo_id.attention.blends import BLENDS
 from duo_id.attention.interface import attached
 from duo_id.common import cli
-from duo_id.common.config import plain, require
+from duo_id.common.config import plain
+from duo_id.common.errors import require
+from duo_id.common.figures import save_figure
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
 from duo_id.common.record import (
@@ -26,18 +28,20 @@ from duo_id.common.record import (
     told_settings,
     within,
 )
-from duo_id.distributed.ranks import Ranks, launch
+from duo_id.distributed.launch import launch
+from duo_id.distributed.ranks import Ranks
 from duo_id.methods.registry import ORDER
 from duo_id.methods.settings import GateSettings
 from duo_id.models.loading import dtype_of, load_model, meta_model
 from duo_id.patterns.agreement import agreement_table
 from duo_id.patterns.files import HEADS, load_pattern, save_pattern
 from duo_id.patterns.pattern import HeadPattern, average
-from duo_id.patterns.plots import plot_gates, plot_training, read_metrics, save_figure
+from duo_id.patterns.plots import plot_gates
 from duo_id.step.devices import shared_step
 from duo_id.train.checkpoints import CHECKPOINT
 from duo_id.train.comparison import check_window, compare, found_loss, results_table
 from duo_id.train.identify import Run, identify
+from duo_id.train.plots import plot_training, read_metrics
 from duo_id.train.settings import TrainSettings
 from duo_id.train.tracking import log_config, log_gates, log_heads, tracked
 

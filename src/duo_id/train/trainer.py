@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
-from duo_id.common.config import LARGEST, Count, Named, Positive, PositiveWeight, Text, Whole, one_line, require, shown
-from duo_id.common.errors import UserError
+from duo_id.common.config import LARGEST, Count, Named, Positive, PositiveWeight, Text, Whole, one_line, shown
+from duo_id.common.errors import UserError, require
 
 OURS = {  # arguments that a run gives itself or does without, and what to give instead
     "logger": "choose logger=csv, tensorboard or wandb, or ~logger for none",

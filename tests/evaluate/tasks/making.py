@@ -7,14 +7,15 @@ from omegaconf import OmegaConf
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.config import parse
+from duo_id.common.config import conf_dir, parse
 from duo_id.data.haystack import Haystack, load_haystack
+from duo_id.data.settings import HaystackSettings
 from duo_id.evaluate.chat import Chat, plain
 from duo_id.evaluate.items import SPLITS, Item
 from duo_id.evaluate.tasks.building import Builder
 from duo_id.evaluate.tasks.registry import TASKS, make_items
 from duo_id.models.loading import byte_tokenizer, load_tokenizer, weights_source
-from duo_id.train.settings import HaystackSettings, ModelSettings, conf_dir
+from duo_id.models.settings import ModelSettings
 from tests.data.conftest import TOKENIZERS, metaspace
 
 LENGTHS = {"bytes": 2600, "byte_level_bpe": 1600, "metaspace": 1600, "smollm2": 512}  # tokens

@@ -9,7 +9,7 @@ from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.config import require
+from duo_id.common.errors import require
 from duo_id.data.haystack import Haystack, tokenize
 from duo_id.evaluate.chat import Chat
 from duo_id.evaluate.items import Question

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import chain, islice
 
-from duo_id.common.config import require
+from duo_id.common.errors import require
 from duo_id.evaluate.tasks.building import BLANK_LINE, LINE, Draft, Made, one_of_each_part
 
 ASKED = 4  # questions of a context

@@ -4,8 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from duo_id.common.config import require
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, require
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.tasks import language, lookup, needles, ruler
 from duo_id.evaluate.tasks.building import Builder, Draft, Made, TooShort

@@ -1,0 +1,96 @@
+"""The settings of training samples: see conf/data/."""
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from duo_id.common.config import (
+    Count,
+    Fraction,
+    Positive,
+    Seed,
+    Text,
+    Weight,
+    settings,
+)
+from duo_id.common.errors import require
+from duo_id.models.settings import ModelSettings
+
+
+@settings("data.haystack")
+class HaystackSettings:
+    """Where the text that hides the needles comes from: see conf/data/."""
+
+    source: Literal["embedded", "file", "hub", "library"] = "embedded"  # library is kept for evaluation
+    path: Text | None = None  # file: txt, jsonl, jsonl.zst or parquet, or a folder of such files
+    id: Text | None = None  # hub: data set id
+    name: Text | None = None  # hub: configuration of the data set
+    split: Text = "train"  # hub: split of the data set
+    revision: Text | None = None  # hub: branch, tag or commit
+    text_key: Text = "text"  # file, hub: the column that holds the text
+
+    def __post_init__(self) -> None:
+        """Check that the source has what it needs."""
+        require(self.source != "file" or bool(self.path), "data.haystack.source=file needs data.haystack.path=FILE")
+        require(self.source != "hub" or bool(self.id), "data.haystack.source=hub needs data.haystack.id=DATASET")
+
+
+@settings("data")
+class DataSettings:
+    """The samples that heads are identified on: see conf/data/."""
+
+    task: Text = "passkey"  # a name of `duo_id.data.registry.TASKS`
+    path: Text | None = None  # disk: a folder written by data_gen/write.py
+    mixture: dict[str, Weight] = field(default_factory=dict)  # mixture: the weight of each task
+    haystack: HaystackSettings = field(default_factory=HaystackSettings)
+    length_min: Positive = 1  # tokens
+    length_max: Positive | None = None  # tokens; null: the model's limit
+    num_lengths: Positive = 1  # how many lengths between the two, evenly spaced
+    curriculum: Count = 0  # training samples over which the longest length grows from length_min to length_max
+    num_passkeys: Positive = 1
+    passkey_words: Positive = 1
+    num_questions: Positive = 1  # key_value, copying; multi_query: things that its one question asks for
+    answer_words: Positive = 1  # key_value, multi_query
+    answer_tokens: Positive = 1  # copying
+    text_skip: Count = 64  # text: tokens at the beginning that are not labelled
+    text_tokens: Positive | None = None  # text: so many are labelled at most, the last; null: all
+    depth_min: Fraction = 0.05  # of the haystack, or the records
+    depth_max: Fraction = 0.95
+    score: Literal["answers", "questions", "all"] = "answers"  # what is labelled; all: also what separates them
+    batch_size: Positive = 1
+    padding_side: Literal["left", "right"] = "right"
+    num_workers: Annotated[Count, Field(le=4096)] = 0
+
+    def __post_init__(self) -> None:
+        """Check what goes together; what depends on the tokenizer is checked where samples are made."""
+        require(self.task != "disk" or bool(self.path), "data=disk needs data.path=DIR, a folder written by data_gen/")
+        require(
+            self.length_max is None or self.length_max >= self.length_min,
+            f"data.length_max={self.length_max} must not be below data.length_min={self.length_min}",
+        )
+        require(
+            self.curriculum == 0 or self.num_lengths > 1,
+            f"data.curriculum={self.curriculum} needs data.num_lengths of at least 2: a single length cannot grow",
+        )
+        require(
+            self.task != "mixture" or any(self.mixture.values()),
+            "data=mixture needs a task with a positive weight, such as data.mixture.passkey=1",
+        )
+        require(
+            self.depth_min <= self.depth_max,
+            f"data.depth_min={self.depth_min} and data.depth_max={self.depth_max} must be fractions, in this order",
+        )
+
+
+@settings("")
+class DataGenSettings:
+    """`python data_gen/write.py`: see conf/data_gen.yaml."""
+
+    model: ModelSettings
+    data: DataSettings
+    out: Text  # the folder to write
+    n: Count  # training samples
+    n_validation: Count
+    n_test: Count
+    seed: Seed = 0

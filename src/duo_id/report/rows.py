@@ -1,0 +1,32 @@
+"""The rows of results: one for each question, contender and measure; every table and figure reads them."""
+
+from typing import Any, Literal
+
+from duo_id.common.documents import Count, Data, Line, Share, Tokens
+
+SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
+Row = dict[str, Any]  # what is known of one answer of one contender, see `duo_id.evaluate.judging`
+SAMPLE = ["task", "length", "index"]  # columns of a row that name a context, which its questions share
+QUESTION = [*SAMPLE, "question"]
+
+
+class Scored(Data):
+    """What was scored of one answer of one contender, as results on disk have it; what was not measured is None."""
+
+    task: Line
+    length: Tokens
+    index: Count
+    question: Count
+    depth: Share | None
+    kind: Literal["full", "pattern", "baseline", "eviction"]
+    heads: Line
+    sparsity: Share
+    seed: Count | None
+    loss: float
+    kl: float | None
+    tokens: Count
+    correct: Count
+    score: float | None
+    exact: bool | None
+    text: str | None
+    bytes: Count | None

@@ -1,0 +1,50 @@
+"""How a training step is computed: see conf/step/."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from duo_id.attention.full import FULL_BACKENDS
+from duo_id.attention.functions import Backends
+from duo_id.attention.streaming import STREAMING_BACKENDS
+from duo_id.common.config import (
+    Positive,
+    Text,
+    one_of,
+    settings,
+)
+from duo_id.common.errors import require
+from duo_id.step.budget import memory_bytes
+
+
+def _budget(value: str) -> str:
+    memory_bytes(value)
+    return value
+
+
+@settings("step")
+class StepSettings:
+    """How a training step is computed: see conf/step/."""
+
+    shape: Literal["fast", "paper"] = "fast"  # paper: teacher and student in one batch, as DuoAttention's code has it
+    memory: Annotated[Text, AfterValidator(_budget)] = "auto"  # what the GPU has; a budget such as 60GiB; outputs or
+    # least: see duo_id.step.recompute
+    compile: bool = False  # norms, MLP, projections and blends of all layers
+    full_backend: Annotated[Text, one_of(FULL_BACKENDS)] = "auto"
+    streaming_backend: Annotated[Text, one_of(STREAMING_BACKENDS)] = "auto"
+    cuda_graphs: bool = False  # replay the step as one graph for each length, padded to a multiple of the next
+    length_multiple: Positive = 1024  # tokens
+    sequence_parallel: Positive = 1  # processes that share the tokens of each sample
+    shard: bool = True  # several processes: each keeps a share of the weights (FSDP2) alone
+
+    def __post_init__(self) -> None:
+        """Check what goes together."""
+        require(
+            self.shape == "fast" or self.memory == "least",
+            f"step.shape=paper needs step.memory=least, not {self.memory}: step=paper_shape sets both",
+        )
+
+    @property
+    def backends(self) -> Backends:
+        """Implementations of attention."""
+        return Backends(self.full_backend, self.streaming_backend, self.compile)
