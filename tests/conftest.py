@@ -28,10 +28,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Files that take longest, first to be handed out: one of them at the end would leave all other processes idle.
 LONGEST = (
-    "deploy/test_exact docs/test_commands test_notebooks test_evaluate test_resume test_train test_compiled "
-    "test_sweeps scale/test_steps test_packaging data/test_drafting scale/test_run scale/test_benchmark test_config "
-    "attention/test_backends deploy/test_cache scores/test_registry scores/test_candidates faults/test_kills "
-    "faults/test_disks faults/test_together"
+    "deploy/test_exact docs/test_commands test_notebooks evaluate/test_run train/test_resume train/test_run "
+    "step/test_compiled train/test_sweeps scale/test_steps test_packaging data/test_synthetic scale/test_run "
+    "scale/test_benchmark train/test_settings attention/test_backends deploy/test_cache methods/test_registry "
+    "methods/test_candidates faults/test_kills faults/test_disks faults/test_together common/test_config "
+    "common/test_hostile_data common/test_integrity"
 ).split()
 
 
