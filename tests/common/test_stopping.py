@@ -178,3 +178,15 @@ def importing(entry: str) -> None:
 def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tmp_path: Path) -> None:
     started = {entry: start(importing, entry, cwd=tmp_path, file=tmp_path / f"{entry}.txt") for entry in ENTRIES}
     assert {entry: process.finish() for entry, process in started.items()} == dict.fromkeys(ENTRIES, (-2, ""))
+
+
+def test_a_signal_while_an_object_is_done_away_with_is_not_lost() -> None:
+    class Struck:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with stopping.stoppable():
+        with pytest.raises(stopping.Stopped) as stopped:
+            Struck()
+            signal.pause()
+    assert stopped.value.number == signal.SIGTERM

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+SOON = 0.01  # seconds until a signal is given again that came where no error gets through
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -116,12 +117,24 @@ def die_quietly() -> None:
 
 def _raise(number: int, frame: FrameType | None) -> None:
     global _seen
+    if _in_finaliser(frame):
+        again = threading.Timer(SOON, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+        return
     _let_go_of_lost_terminal(number)
     _seen += 1
     if _seen == 1:
         raise Stopped(number)
     if _seen > 2:
         os._exit(128 + number)
+
+
+def _in_finaliser(frame: FrameType | None) -> bool:
+    """Whether an object is being done away with, where Python prints an error and goes on."""
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _stay(*_: Any) -> None:
