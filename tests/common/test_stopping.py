@@ -185,8 +185,10 @@ def test_a_signal_while_an_object_is_done_away_with_is_not_lost() -> None:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGTERM)
 
-    with stopping.stoppable():
-        with pytest.raises(stopping.Stopped) as stopped:
-            Struck()
-            signal.pause()
+    def struck() -> None:
+        Struck()
+        signal.pause()
+
+    with stopping.stoppable(), pytest.raises(stopping.Stopped) as stopped:
+        struck()
     assert stopped.value.number == signal.SIGTERM
