@@ -67,7 +67,7 @@ def test_archives_hold_every_file_of_the_package(archives):
 
 def test_wheel_finds_its_configuration(wheel_python, tmp_path):
     code = (
-        "import duo_id; from duo_id.train.settings import conf_dir; from hydra_plugins import duo_id_optuna as plugin; "
+        "import duo_id; from duo_id.common.config import conf_dir; from hydra_plugins import duo_id_optuna as plugin; "
     )
     code += "print(duo_id.__file__, conf_dir(), plugin.__file__)"
     package, conf, plugin = run(wheel_python, "-c", code, cwd=tmp_path).split()

@@ -163,11 +163,12 @@ def importing(entry: str) -> None:
 
     def interrupted(name: str, values: dict[str, Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         ours = values is not None and values.get("__name__") == "__main__" and "__file__" in values
-        if ours and (name != "duo_id" or "stopping" not in args[1]):
+        if ours and (name != "duo_id.common" or "stopping" not in args[1]):
             os.kill(os.getpid(), signal.SIGINT)
         return plain(name, values, *args, **kwargs)
 
-    sys.modules.pop(entry, None)  # which the first process has imported
+    for name in (entry, f"{entry}.__main__"):
+        sys.modules.pop(name, None)  # which the first process has imported
     builtins.__import__ = interrupted
     if entry == "write.py":
         run_file(str(Path(__file__).parents[2] / "data_gen" / entry))

@@ -151,7 +151,8 @@ def check(command: Command, block: Block, folder: Path) -> None:
     script = next((word for word in command.words if word.endswith(".py")), "")
     assert not script or (ROOT / script).is_file() or (folder / script).is_file(), f"{place}: there is no {script}"
     if command.module:
-        assert (ROOT / "src" / "duo_id" / f"{command.module}.py").is_file(), f"{place}: there is no {command.module}"
+        places = [ROOT / "src" / "duo_id" / name for name in (f"{command.module}.py", f"{command.module}/__main__.py")]
+        assert any(path.is_file() for path in places), f"{place}: there is no {command.module}"
     name = SCRIPTS.get(script, command.module)
     if name in SCHEMAS:
         settings = [compose(name, overrides, place, folder) for overrides in jobs(command.arguments)]
@@ -160,7 +161,7 @@ def check(command: Command, block: Block, folder: Path) -> None:
     elif name == "report" and not block.tested:
         given = [word for word in command.arguments if not word.startswith("reference=")]  # a run of training has none
         with chdir(folder), redirect_stdout(StringIO()):
-            import_module("duo_id.report").main(given)
+            import_module("duo_id.report.__main__").main(given)
     elif first == "make":
         assert re.search(rf"^{command.words[1]}:", (ROOT / "Makefile").read_text(), re.M), f"{place}: no such target"
     elif first == "pip":

@@ -21,7 +21,11 @@ from tests.support.processes import SPAWNING, Started, start
 
 SPAWNING.set_forkserver_preload(  # without effect where the server runs already
     [
-        *(f"duo_id.{name}" for name in "train evaluate benchmark report convert lm_eval sharing".split()),
+        *(f"duo_id.{name}.run" for name in ("train", "evaluate", "benchmark")),
+        "duo_id.report.page",
+        "duo_id.convert",
+        "duo_id.lm_eval.model",
+        "duo_id.patterns.sharing",
         "transformers.models.llama.modeling_llama",
         "matplotlib.backends.backend_agg",
         "duo_id.data.disk",

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import IO, Any
 
 MODULES = (
-    "duo_id.train",
-    "duo_id.evaluate",
-    "duo_id.benchmark",
-    "duo_id.report",
+    "duo_id.train.run",
+    "duo_id.evaluate.run",
+    "duo_id.benchmark.run",
+    "duo_id.report.page",
     "duo_id.convert",
     "duo_id.data.disk",
     "transformers.models.llama.modeling_llama",

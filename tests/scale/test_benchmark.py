@@ -38,7 +38,8 @@ OVERRIDES = [
 FULL = """
 import os, time
 import torch
-from duo_id import app, benchmark
+from duo_id.benchmark import __main__ as benchmark
+from duo_id.common import cli
 from duo_id.step.distillation import Distillation
 
 plain = Distillation.loss
@@ -50,7 +51,7 @@ def loss(self, alpha, batch, teacher=None):
     return plain(self, alpha, batch, teacher)
 
 Distillation.loss = loss
-app.run("benchmark", benchmark.main)
+cli.run("benchmark", benchmark.main)
 """
 
 

@@ -33,10 +33,15 @@ OVERRIDES = [
     "checkpoint_seconds=0",
     "sparsity=[0.5]",
 ]
-COMMAND = "from duo_id import app, train\napp.run('train', train.main)\n"
+COMMAND = """
+from duo_id.common import cli
+from duo_id.train import __main__ as train
+cli.run("train", train.main)
+"""
 LOST = """
 import os, signal, time
-from duo_id import app, train
+from duo_id.common import cli
+from duo_id.train import __main__ as train
 from duo_id.train.gate_training import GateTraining
 
 plain, calls = GateTraining.training_step, [0]
@@ -51,11 +56,12 @@ def step(self, *given):
     return plain(self, *given)
 
 GateTraining.training_step = step
-app.run("train", train.main)
+cli.run("train", train.main)
 """
 SIGNALLED = """
 import os, signal
-from duo_id import app, train
+from duo_id.common import cli
+from duo_id.train import __main__ as train
 from duo_id.train.gate_training import GateTraining
 
 plain, calls = GateTraining.training_step, [0]
@@ -67,7 +73,7 @@ def step(self, *given):
     return plain(self, *given)
 
 GateTraining.training_step = step
-app.run("train", train.main)
+cli.run("train", train.main)
 """
 
 

@@ -19,7 +19,7 @@ from typing import Any
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 SPAWNING = multiprocessing.get_context("forkserver")
 SPAWNING.set_forkserver_preload(
-    ["duo_id.train", "transformers.models.llama.modeling_llama", "matplotlib.backends.backend_agg"]
+    ["duo_id.train.run", "transformers.models.llama.modeling_llama", "matplotlib.backends.backend_agg"]
 )
 
 
@@ -54,6 +54,7 @@ def start(function: Callable[..., object], *arguments: Any, cwd: Path, file: Pat
 def run_module(name: str, *arguments: str) -> None:
     """`python -m name argument...`."""
     sys.argv = [name, *arguments]
+    sys.modules.pop(f"{name}.__main__", None)  # which a test may have imported, and Python warns of then
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 

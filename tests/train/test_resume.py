@@ -27,7 +27,9 @@ OVERRIDES = [
 # What happens to a run, as code that it starts with: each counts calls and strikes at the last possible moment.
 COUNT = """
 import os, signal, sys, torch
-from duo_id import app, checkpoints, train
+from duo_id.common import cli
+from duo_id.train import __main__ as train
+from duo_id.train import checkpoints
 from duo_id.train.gate_training import GateTraining
 
 def strike(owner, name, call, act):
@@ -76,7 +78,7 @@ DISTURBED = [event for event in EVENTS if event != "undisturbed"]
 def train_under(event: str, *arguments: str) -> None:
     """The command, to which the event happens."""
     sys.argv = ["train", *arguments]
-    exec(f"{COUNT}\n{event}\napp.run('train', train.main)", {})
+    exec(f"{COUNT}\n{event}\ncli.run('train', train.main)", {})
 
 
 def start_run(event: str, *arguments: str, cwd: Path, file: str) -> Started:

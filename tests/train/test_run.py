@@ -90,7 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             hashes.append(hash_of(loaded[0]))
             return loaded[0]
 
-        patch.setattr(duo_id.train, "load_model", watched)
+        patch.setattr(duo_id.train.run, "load_model", watched)
         finished = run_command("train", *QUICK, "seed=5", folder=folder)
     assert finished.status == 0, finished.output
     return Run(folder / "run", finished, loaded[0], [*hashes, hash_of(loaded[0])])

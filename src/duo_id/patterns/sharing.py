@@ -123,7 +123,7 @@ def model_card(
     base = model.get("id") if hub.split_revision(str(model.get("id"))) else None
     front = ModelCardData(base_model=base, library_name="duo_id", tags=["retrieval-heads", "duo-attention", "kv-cache"])
     environment = Environment(
-        loader=PackageLoader("duo_id", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("duo_id.patterns", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("card.md.j2").render(
         front=front.to_yaml(),
