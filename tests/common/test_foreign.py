@@ -329,6 +329,39 @@ EXPLOITS: dict[str, Exploit] = {
         False,
     ),
     "kernels": (lambda folder, marker: ["+model.architecture.attn_implementation=someone/kernels"], False),
+    "checkpoint-in-the-folder-one-works-in": (
+        lambda folder, marker: [
+            "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.ModelCheckpoint, every_n_train_steps: 1, "
+            "dirpath: marker}]"
+        ],
+        True,
+    ),
+    "our-own-callback": (
+        lambda folder, marker: ["+trainer.callbacks=[{_target_: duo_id.train.history.GateHistory, run: marker}]"],
+        True,
+    ),
+    "our-own-checkpoints": (
+        lambda folder, marker: [
+            "+trainer.callbacks=[{_target_: duo_id.train.checkpoints.LastCheckpoint, run: marker, seconds: 0}]"
+        ],
+        True,
+    ),
+    "name-of-a-checkpoint": (
+        lambda folder, marker: [
+            "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.ModelCheckpoint, filename: last}]"
+        ],
+        False,
+    ),
+    "argument-that-may-be-a-path": (
+        lambda folder, marker: [
+            "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: a, mode: a/b}]"
+        ],
+        False,
+    ),
+    "logger-in-the-folder-one-works-in": (
+        lambda folder, marker: ["logger=wandb", "logger.wandb.offline=true", "+logger.wandb.dir=marker"],
+        False,
+    ),
     "checkpoint-elsewhere": (
         lambda folder, marker: [
             "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.ModelCheckpoint, every_n_train_steps: 1, "
@@ -443,8 +476,11 @@ OWN = {
     "optimizer": ["method.optimizer._target_=torch.optim.SGD"],
     "another-method": ["method=duo", "method.lr=0.1"],
     "callbacks": ["+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.LearningRateMonitor}]"],
-    "callback-with-a-folder": [
-        "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.ModelCheckpoint, dirpath: mine}]"
+    "callback-with-words": [
+        "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/loss, mode: min}]"
+    ],
+    "checkpoints-in-the-run": [
+        "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.ModelCheckpoint, dirpath: null, save_last: true}]"
     ],
     "loggers": ["logger=wandb", "logger.wandb.offline=true"],
     "no-logger": ["~logger"],
@@ -483,7 +519,11 @@ def test_a_run_of_ones_own_is_resumed_as_it_was(case: str, tmp_path: Path) -> No
         ("lightning.pytorch.strategies.DDPStrategy", "strategy", True),
         ("torch.optim.AdamW", "optimizer", True),
         ("torch.optim.adamw.AdamW", "optimizer", True),
-        ("duo_id.train.tracking.GateTracking", "callback", True),
+        ("lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint", "callback", True),
+        ("duo_id.train.tracking.GateTracking", "callback", False),
+        ("duo_id.train.history.GateHistory", "callback", False),
+        ("duo_id.train.checkpoints.LastCheckpoint", "callback", False),
+        ("lightning.pytorch.core.hooks.Callback", "callback", False),
         ("torch.optim.AdamW", "callback", False),
         ("torch.optim.lr_scheduler.LambdaLR", "optimizer", False),
         ("torch.load", "optimizer", False),

@@ -36,6 +36,8 @@ HERE = (  # where the classes lie that a run's files may name, and whose modules
     "torch.optim",
     "duo_id",
 )
+CALLBACKS = "lightning.pytorch.callbacks"  # those of duo_id write where they are told, and a run has its own
+WRITES = re.compile(r"(\w*_)?(dir|dirpath|directory|run|path|paths|file|filename|folder|root)")  # arguments: where to
 TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer")
 ELSEWHERE = re.compile(r"^[/~\\]|^\w:\\|(^|[/\\])\.\.([/\\]|$)|://")  # a path out of the run folder, or an address
 
@@ -168,7 +170,8 @@ def class_of(target: str, role: str) -> bool:
         return target in TRAINERS
     kinds = {"callback": Callback, "logger": Logger, "strategy": Strategy, "optimizer": torch.optim.Optimizer}
     module, _, name = target.rpartition(".")
-    if not any(module == place or module.startswith(f"{place}.") for place in HERE):
+    places = (CALLBACKS,) if role == "callback" else HERE
+    if not any(module == place or module.startswith(f"{place}.") for place in places):
         return False
     one = vars(sys.modules[module]).get(name) if module in sys.modules else None
     return isinstance(one, type) and issubclass(one, kinds[role])
@@ -184,7 +187,8 @@ def _reason(path: Place, value: Any, found: Any) -> str | None:
     if key == "_target_":
         role = _role(path[:-1])
         allowed = role is not None and class_of(value, role)
-        return None if allowed else f"is no {role or 'place for one'} of Lightning, torch.optim or duo_id"
+        of = CALLBACKS if role == "callback" else "Lightning, torch.optim or duo_id"
+        return None if allowed else f"is no {role or 'place for one'} of {of}"
     if any(isinstance(part, str) and re.fullmatch(r"_\w+_", part) for part in path):
         return "steers how Hydra makes objects"
     if "objective" in path:
@@ -196,8 +200,15 @@ def _reason(path: Place, value: Any, found: Any) -> str | None:
         except UserError:
             return "is no number of a model's shape"
     replaced = path[:1] == ("logger",) and path[2:] == ("save_dir",)  # by the run folder
-    if isinstance(value, str) and not replaced and _in_object(path, found) and ELSEWHERE.search(value):
+    if not isinstance(value, str) or replaced or not _in_object(path, found):
+        return None
+    if ELSEWHERE.search(value):
         return "leads out of the run folder"
+    told = path[:1] == ("logger",) or path[:2] == ("trainer", "callbacks")
+    if told and any(isinstance(part, str) and WRITES.fullmatch(part) for part in path[2:]):
+        return "says where to write"  # which a path that does not start at the root does from where one works
+    if path[:2] == ("trainer", "callbacks") and key != "monitor" and re.search(r"[/\\:]", value):
+        return "may be a path"
     return None
 
 

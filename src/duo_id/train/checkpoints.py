@@ -15,6 +15,7 @@ from duo_id.common.errors import UserError
 from duo_id.common.files import atomic_path
 from duo_id.common.integrity import check_zip, seal_zip
 from duo_id.common.stopping import listen
+from duo_id.train.restoring import check_form
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"  # in a run folder
 
@@ -39,15 +40,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint, tensors and plain values only.
 
         Raises:
-            UserError: the file is not a checkpoint.
+            UserError: the file is not a checkpoint, or lacks parts of one.
         """
         try:
             check_zip(path)  # torch reads over flipped bits, those of its archive's own checksums too
-            return torch.load(path, map_location=map_location, weights_only=True)
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # files may be damaged in any way
             raise UserError(
                 f"resume: {path} is not a checkpoint ({_reason(error, path)}): remove it to train from the start"
             ) from error
+        check_form(checkpoint, path)
+        return checkpoint
 
 
 def _reason(error: Exception, path: str | Path) -> str:
@@ -85,6 +88,13 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: there is one file, and the run knows where."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take nothing: the paths in a checkpoint, which others may have written, are those that Lightning removes."""
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Count the seconds from here and listen for Ctrl-C."""
         super().on_train_start(trainer, pl_module)
@@ -100,6 +110,9 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, str(self.path))
         else:
             super().on_train_batch_end(trainer, pl_module, *args)
+
+    def _remove_checkpoint(self, trainer: lightning.Trainer, filepath: str) -> None:
+        """Remove nothing: the one file is written over, and Lightning removes folders too."""
 
     def teardown(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Stop listening."""

@@ -18,7 +18,8 @@ from duo_id.attention.functions import masked_layers
 from duo_id.attention.interface import bound
 from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.window import Window
-from duo_id.common.config import plain
+from duo_id.common.config import plain, shown
+from duo_id.common.documents import printable
 from duo_id.common.errors import UserError, require
 from duo_id.common.mistakes import as_typed
 from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, with_scored
@@ -33,6 +34,7 @@ from duo_id.step.paper_shape import SHAPES
 from duo_id.step.prepare import Arrange
 from duo_id.step.settings import StepSettings
 from duo_id.train.checkpoints import CHECKPOINT
+from duo_id.train.restoring import keep_fitting
 from duo_id.train.scoring import Score, score
 
 StepBatch = dict[str, Any]  # with what `with_scored` adds
@@ -224,7 +226,7 @@ class GateTraining(lightning.LightningModule):
         checkpoint["duo_id"] = self._identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, or of more steps."""
+        """Refuse a checkpoint of another model, of more steps, or that does not fit."""
         found, expected = checkpoint.get("duo_id"), self._identity()
         if not isinstance(found, dict):
             raise UserError("resume: the checkpoint is not one of duo_id")
@@ -241,6 +243,8 @@ class GateTraining(lightning.LightningModule):
                 f"resume: the checkpoint was made in trainer.max_steps={done}, this run has trainer.max_steps="
                 f"{self.steps}: steps are not taken back"
             )
+        if self._trainer is not None:
+            keep_fitting(checkpoint, self)
 
     def penalty(self, openness: Tensor) -> Tensor:
         """The weighted penalties on how open the gates are."""
@@ -296,4 +300,6 @@ def _shown(name: str, result: Score) -> dict[str, float]:
 
 
 def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"{'method.' if key in KEPT else ''}{key}={value}" for key, value in values.items())
+    return ", ".join(
+        f"{'method.' if key in KEPT else ''}{key}={printable(shown(value))}" for key, value in values.items()
+    )

@@ -42,6 +42,7 @@ from duo_id.train.checkpoints import CHECKPOINT, AtomicCheckpointIO, LastCheckpo
 from duo_id.train.gate_training import GateTraining
 from duo_id.train.history import GateHistory
 from duo_id.train.progress import TrainingBar
+from duo_id.train.restoring import misfit, while_restoring
 from duo_id.train.settings import TrainSettings
 from duo_id.train.tracking import GateTracking
 
@@ -210,6 +211,10 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
             if isinstance(end.__context__, KeyboardInterrupt):  # Lightning makes an exit of it, with status 1
                 raise end.__context__ from None
             raise
+        except Exception as error:  # whatever Lightning stumbles over in a checkpoint
+            if before is None or isinstance(error, UserError) or not while_restoring(error):
+                raise
+            raise misfit(before, error) from error
     if gates.interrupted:
         stop(gates.interrupted)
     pattern = gates.pattern(steps=trainer.global_step, seconds_before=_before(timer))
