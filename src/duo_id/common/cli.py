@@ -31,7 +31,7 @@ from duo_id import __version__
 from duo_id.common.documents import printable
 from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
-from duo_id.common.folders import first_process, fresh, held
+from duo_id.common.folders import check_links, first_process, folder_of, fresh, held
 from duo_id.common.mistakes import as_typed, explained, literal, no_choice
 from duo_id.common.record import SETTINGS
 from duo_id.common.stopping import preemption, status_of, stoppable, told
@@ -184,17 +184,17 @@ class Holding(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra, in the process that starts the jobs; many may work on a study that has its own storage."""
-        if OmegaConf.select(config, "hydra.sweeper.storage") is None:
-            self._hold(config, "hydra.sweep.dir")
+        self._hold(config, "hydra.sweep.dir", OmegaConf.select(config, "hydra.sweeper.storage") is not None)
 
-    def _hold(self, config: DictConfig, override: str) -> None:
+    def _hold(self, config: DictConfig, override: str, shared: bool = False) -> None:
         if not first_process():
             return
         try:
-            folder = Path(OmegaConf.select(config, override))
-            _folder.enter_context(held(folder, f"wait until it ends, or give another {override}"))
-        except (FileExistsError, NotADirectoryError):
-            sys.exit(_complain(UserError(f"{override}={folder} is, or lies in, a file: give a folder")))
+            folder = folder_of(override, OmegaConf.select(config, override))
+            if shared:
+                check_links(folder)
+            else:
+                _folder.enter_context(held(folder, f"wait until it ends, or give another {override}"))
         except (UserError, OmegaConfBaseException, OSError) as error:  # Hydra would make a warning of it
             _name(error, OmegaConf.select(config, override, throw_on_resolution_failure=False))
             sys.exit(_complain(error))
