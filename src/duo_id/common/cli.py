@@ -38,6 +38,7 @@ from duo_id.common.stopping import preemption, status_of, stoppable, told
 
 console = Console(emoji=False)
 SWEEP = "DUO_ID_SWEEP"  # environment: tells the jobs of one sweep from those of another in the same folder
+ERROR = "error.txt"  # a job that failed leaves it in its folder
 HYDRA = ".hydra"  # in a run folder: what Hydra composed, and from which overrides
 _folder = ExitStack()  # holds that of the command that runs
 
@@ -50,6 +51,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     asks for the end with 128 and its number.
     """
     from duo_id.common.config import conf_dir  # these need transformers and Lightning, which plain commands do not
+    from duo_id.common.resuming import open_to_any
 
     _print_anything()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, to be shown here
@@ -57,6 +59,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     _new_folder.cache_clear()
     OmegaConf.register_new_resolver("fresh_folder", _new_folder, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+    sys.argv[1:] = open_to_any(sys.argv[1:])
     composed, status = False, 0
 
     def task(config: DictConfig) -> object:
@@ -314,6 +317,3 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-ERROR = "error.txt"  # a job that failed leaves it in its folder
