@@ -143,6 +143,70 @@ def test_a_damaged_or_removed_lock_holds_nobody_up(tmp_path: Path, monkeypatch: 
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("stand_in", ["pipe", "folder", "link"])
+def test_a_lock_that_is_no_file_is_named(stand_in: str, tmp_path: Path) -> None:
+    lock = tmp_path / LOCK
+    if stand_in == "pipe":
+        os.mkfifo(lock)
+    elif stand_in == "folder":
+        lock.mkdir()
+    else:
+        (tmp_path / "beside").write_text("")
+        lock.symlink_to("beside")
+    error = run_command("train", f"hydra.run.dir={tmp_path}", folder=tmp_path, command=pytest.fail).error
+    assert error == f"error: {lock} tells who works in this folder, and is no plain file: remove it"
+
+
+OUTWARD = ["summary.json", "figures", "heads/heads.json", ".hydra/config.yaml", LOCK, "checkpoints"]
+
+
+@pytest.mark.parametrize("name", OUTWARD)
+def test_links_out_of_a_run_are_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    """Whoever made the folder would decide what of this user's is written over."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    link = tmp_path / "run" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(Path("..", *[".."] * name.count("/"), precious.name))
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    before = sorted((tmp_path / "run").rglob("*"))
+    for overrides in ([f"resume={link.parents[name.count('/')]}"], [], ["--multirun", "hydra.sweep.dir=run"]):
+        error = run_command("train", *overrides, folder=tmp_path, command=pytest.fail).error
+        assert f"{name} is a symbolic link out of " in error
+        assert error.endswith("remove it, or put there what it leads to")
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    assert precious.read_text() == "precious"
+
+
+def test_a_study_with_its_own_storage_has_no_links_either(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "multirun.yaml").symlink_to(tmp_path / "precious")
+    where = ["--multirun", f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra/sweeper=optuna", "method.lr=interval(0.1,1)"]
+    where += [f"hydra.sweeper.storage=sqlite:///{tmp_path / 'study.db'}", "hydra.sweeper.n_trials=1"]
+    error = run_command("train", *where, folder=tmp_path, command=pytest.fail).error
+    assert "multirun.yaml is a symbolic link out of " in error
+    assert not (tmp_path / "precious").exists()
+
+
+def test_a_run_folder_may_be_a_link_and_have_links_within(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    (disk / "wandb" / "run-1" / "logs").mkdir(parents=True)
+    (disk / "wandb" / "latest-run").symlink_to("run-1")
+    (disk / "wandb" / "run-1" / "logs" / "debug-core.log").symlink_to(tmp_path / "cache" / "core.log")  # wandb's own
+    (tmp_path / "run").symlink_to(disk)
+    assert run_command("train", folder=tmp_path, command=lambda _: None).status == 0
+
+
+@pytest.mark.parametrize("value", ["", "' '", "/proc/x", "/dev/null/x", "/dev/null"])
+@pytest.mark.parametrize("override", ["hydra.run.dir", "hydra.sweep.dir"])
+def test_a_folder_that_is_none_is_named(override: str, value: str, tmp_path: Path) -> None:
+    several = ["--multirun"] if override == "hydra.sweep.dir" else []
+    finished = run_command("train", *several, f"{override}={value}", folder=tmp_path, command=pytest.fail)
+    assert finished.error.startswith(f"error: {override}={value.strip(chr(39))}")
+    assert "give a" in finished.error
+
+
 def test_a_second_run_in_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
     def second() -> str:
         return run_command("train", *QUICK, folder=tmp_path).error

@@ -43,6 +43,32 @@ def raised(call: Callable[[], Any]) -> BaseException:
         ("train", ["step.memory=0GiB"], "step.memory: a step of"),
         ("train", [f"step.memory={'9' * 320}GiB"], "choose auto, outputs, least, or a budget such as 60GiB"),
         ("train", ["trainer.accelerator=nosuch"], "trainer.accelerator=nosuch: You selected an invalid accelerator"),
+        ("train", ["trainer._target_=os.getcwd"], "trainer._target_=os.getcwd: posix.getcwd() takes no keyword"),
+        ("train", ["trainer._target_=builtins.dict"], "trainer._target_=builtins.dict is no Trainer: give lightning."),
+        ("train", ["+method.optimizer.betas=x"], "error: method.optimizer.betas=x: '<=' not supported"),
+        ("train", ["method.optimizer.lr=null"], "error: method.optimizer.lr=None: '<=' not supported"),
+        (
+            "train",
+            ["+model.config.rope_theta=x"],
+            "model.architecture (model_type=llama) with model.config.rope_theta=x",
+        ),
+        ("train", ["+model.config.hidden_act=nope"], "with model.config.hidden_act=nope does not describe a model: "),
+        (
+            "train",
+            ["+model.config.rope_scaling={rope_type: yarn, factor: x}"],
+            "model.config.rope_scaling={'rope_type'",
+        ),
+        *(
+            ("train", [override], f"error: {override}: Hydra cannot compose this")
+            for override in (
+                "trainer=null",
+                "data=null",
+                "logger=null",
+                "model=1.5",
+                "data/haystack=null",
+                "experiment=1",
+            )
+        ),
         ("train", ["+trainer.nosuch=1"], "trainer.nosuch=1: there is no such setting"),
         ("train", ["+method.optimizer.nosuch=1"], "method.optimizer.nosuch=1: AdamW.__init__() got an unexpected"),
         ("train", ["+logger.csv.nosuch=1"], "logger.csv.nosuch=1: CSVLogger.__init__() got an unexpected"),

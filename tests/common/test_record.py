@@ -146,6 +146,7 @@ def test_what_is_found_anew_may_be_asked_for_anew(tmp_path: Path) -> None:
     ("override", "before"),
     [
         ("++method.samples=2", "method.samples=1"),
+        ("method.samples=2", "method.samples=1"),
         ("method.objective=next_token", "method.objective=kl"),
         ("seed=1", "seed=0"),
         ("data.length_max=900", "data.length_max=800"),
@@ -168,7 +169,9 @@ def test_a_search_goes_on_under_what_it_was_begun_with(
     error = train(tmp_path, f"resume={tmp_path / 'run'}", override).error
     assert before in error
     assert override.lstrip("+") in error
-    finished = train(tmp_path, f"resume={tmp_path / 'run'}", "+method.batch_tokens=2000")
+    unknown = train(tmp_path, f"resume={tmp_path / 'run'}", "method.batch_token=2000").error
+    assert "method.batch_token=2000: there is no such setting, did you mean method.batch_tokens?" in unknown
+    finished = train(tmp_path, f"resume={tmp_path / 'run'}", "method.batch_tokens=2000")
     assert finished.status == 0, finished.output
 
 

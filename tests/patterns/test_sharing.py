@@ -4,6 +4,7 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from huggingface_hub import constants
 
 from duo_id import list_patterns, load_pattern
 from duo_id.common.errors import UserError
+from duo_id.common.integrity import SEAL, unsealed
 from duo_id.patterns.files import SHIPPED, pattern_name, save_pattern
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.sharing import model_card, push_to_hub, write_folder
@@ -39,7 +41,11 @@ def test_a_pattern_goes_up_and_comes_down(hub: Hub, monkeypatch: pytest.MonkeyPa
     files = hub.repos["me/heads"][commit]
     assert sorted(files) == sorted([*FILES, "mask_sparsity_50.tsv", "summary.json"])
     assert files["gates.png"].startswith(b"\x89PNG")
-    assert files["summary.json"] == (SHIPPED / NAME / "summary.json").read_bytes()
+    known = json.loads((SHIPPED / NAME / "summary.json").read_text())
+    shared = json.loads(files["summary.json"])
+    assert unsealed(shared) == {key: known[key] for key in shared if key != SEAL}
+    assert set(shared) >= {"model", "results", "versions", SEAL}
+    assert "settings" not in shared, "they stand in heads.json"
     assert load_pattern("me/heads") == pattern
     assert set(hub.fetched) == {"heads.json", "full_attention_heads.tsv", "config.json"}
     assert pattern_name("me/heads") == "me/heads"
@@ -126,7 +132,7 @@ def test_the_card_of_the_shipped_pattern(tmp_path: Path) -> None:
     random = [row["answer_loss"] for row in summary["results"] if (row["heads"], row["sparsity"]) == ("random", 0.5)]
     assert f"| random | 50% | {sum(random) / len(random):.3f} |" in text
     assert "\n| method.blend | student |\n" in text
-    assert "\n| method.optimizer._target_ | torch.optim.AdamW |\n" in text
+    assert "\n| method.optimizer.\\_target\\_ | torch.optim.AdamW |\n" in text
     assert "\n| data.task | mixture |\n| data.mixture.passkey | 1.0 |\n" in text
     assert all("\n\n## " in f"\n\n{part}" for part in text.split("\n\n") if part.startswith("## "))
     assert load_pattern(tmp_path) == load_pattern(NAME)
@@ -142,6 +148,51 @@ def test_the_card_of_a_pattern_without_a_past() -> None:
     card = model_card(odd, "a/b")
     assert "| note | a \\| b # c |" in card
     assert "huggingface.co" not in card
+
+
+HOSTILE = "</td><script>`a` *b* __c__ [d](e) ~f~ $g$ | \\| & \u202e\x1b[31m\u2066\n# h"
+ESCAPED = "&lt;/td&gt;&lt;script&gt;\\`a\\` \\*b\\* \\_\\_c\\_\\_ \\[d\\](e) \\~f\\~ \\$g\\$ \\| \\\\\\| &amp; "
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"model": {"name": HOSTILE}},
+        {"model": {"id": HOSTILE}},
+        {"versions": {"torch": HOSTILE}},
+        {"versions": {HOSTILE: "1"}},
+        {"note": HOSTILE},
+        {HOSTILE: "note"},
+        {"settings": {"method": {"name": HOSTILE}}},
+        {"settings": {"data": {HOSTILE: 1}}},
+    ],
+)
+def test_what_a_pattern_says_stays_text_in_its_card(provenance: dict[str, Any]) -> None:
+    card = model_card(HeadPattern(torch.rand(1, 1), 1, 2, None, provenance), "a/b")
+    assert ESCAPED in card
+    assert card.isascii() or all(letter.isprintable() or letter == "\n" for letter in card)
+    assert "<script" not in card
+    assert "\n# h" not in card
+
+
+def test_no_more_of_a_summary_is_published_than_its_schema_knows(tmp_path: Path) -> None:
+    rows = [{"heads": "full", "sparsity": 0.0, "answer_loss": 1.0, "token": "SECRET"}]
+    told = {"auths": {"x": "SECRET"}, "results": rows, "settings": {"model": "SECRET"}, "model": {"password": "SECRET"}}
+    (tmp_path / "summary.json").write_text(json.dumps(told))
+    write_folder(CASES["random"], tmp_path / "made", "a/b", tmp_path)
+    published = (tmp_path / "made" / "summary.json").read_text()
+    assert "SECRET" not in published
+    assert unsealed(json.loads(published)) == {
+        "results": [{"heads": "full", "sparsity": 0.0, "answer_loss": 1.0}],
+        "model": {},
+    }
+
+
+def test_a_summary_that_is_a_link_is_not_published(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (tmp_path / "run" / "summary.json").symlink_to(tmp_path / "elsewhere.json")
+    refused(r"run/summary\.json is a symbolic link", write_folder, CASES["random"], tmp_path, "a/b", tmp_path / "run")
 
 
 def test_evidence_that_is_none_is_named(tmp_path: Path) -> None:

@@ -44,6 +44,19 @@ def test_the_page_goes_to_the_first_folder(run: Path, monkeypatch: pytest.Monkey
     assert sorted(path.name for path in run.iterdir()) == ["report.html", "results.json"]
 
 
+def test_a_page_that_would_go_elsewhere_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run.parent / "precious").write_text("precious")
+    (run / "report.html").symlink_to("../precious")
+    for given in ("run", "run/results.json"):
+        status, output = run_report(given, folder=run.parent, monkeypatch=monkeypatch)
+        advice = "is a symbolic link out of run: remove it, or put there what it leads to"
+        assert (status, output) == (2, f"error: run/report.html {advice}\n")
+    assert (run.parent / "precious").read_text() == "precious"
+    status, _ = run_report("run", "out=run/report.html", folder=run.parent, monkeypatch=monkeypatch)
+    assert status == 0, "what is typed may be a link"
+    assert "Tiny-4L" in (run.parent / "precious").read_text()
+
+
 def test_out_says_where(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, output = run_report("out=pages/a=b.html", "run", folder=run.parent, monkeypatch=monkeypatch)
     assert (status, output.split()) == (0, ["report:", "pages/a=b.html"])

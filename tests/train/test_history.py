@@ -93,3 +93,19 @@ def test_a_run_without_a_history_says_what_makes_one(tmp_path: Path) -> None:
         UserError, match=r"gates\.csv is missing: .* python -m duo_id\.train makes a run that has them$"
     ):
         read_history(tmp_path)
+
+
+def test_what_a_changed_history_advises_helps(tmp_path: Path) -> None:
+    train(tmp_path, 0, 3, 6)
+    path = tmp_path / HISTORY
+    rows = path.read_text().splitlines()
+    path.write_text("".join(f"{row}\n" for row in [*rows[:-1], "3,0.5,0.5,0.5,0.5,"]))
+    advice = "restore it, or remove it, .*; if you changed it yourself, delete the column sha256 from every row$"
+    with pytest.raises(UserError, match=advice):
+        read_history(tmp_path)
+    changed = path.read_text()
+    path.write_text("".join(f"{row.rpartition(',')[0]}\n" for row in changed.splitlines()))
+    assert read_history(tmp_path).index.tolist() == [0, 1, 2, 3]
+    path.unlink()
+    train(tmp_path, 3, 6, 6)
+    assert read_history(tmp_path).index.tolist() == [3, 4, 5, 6]

@@ -31,13 +31,14 @@ from duo_id import __version__
 from duo_id.common.documents import printable
 from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
-from duo_id.common.folders import first_process, fresh, held
+from duo_id.common.folders import check_links, first_process, folder_of, fresh, held
 from duo_id.common.mistakes import as_typed, explained, literal, no_choice
 from duo_id.common.record import SETTINGS
 from duo_id.common.stopping import preemption, status_of, stoppable, told
 
 console = Console(emoji=False)
 SWEEP = "DUO_ID_SWEEP"  # environment: tells the jobs of one sweep from those of another in the same folder
+ERROR = "error.txt"  # a job that failed leaves it in its folder
 HYDRA = ".hydra"  # in a run folder: what Hydra composed, and from which overrides
 _folder = ExitStack()  # holds that of the command that runs
 
@@ -50,6 +51,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     asks for the end with 128 and its number.
     """
     from duo_id.common.config import conf_dir  # these need transformers and Lightning, which plain commands do not
+    from duo_id.common.resuming import open_to_any
 
     _print_anything()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, to be shown here
@@ -57,6 +59,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     _new_folder.cache_clear()
     OmegaConf.register_new_resolver("fresh_folder", _new_folder, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+    sys.argv[1:] = open_to_any(sys.argv[1:])
     composed, status = False, 0
 
     def task(config: DictConfig) -> object:
@@ -184,17 +187,17 @@ class Holding(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra, in the process that starts the jobs; many may work on a study that has its own storage."""
-        if OmegaConf.select(config, "hydra.sweeper.storage") is None:
-            self._hold(config, "hydra.sweep.dir")
+        self._hold(config, "hydra.sweep.dir", OmegaConf.select(config, "hydra.sweeper.storage") is not None)
 
-    def _hold(self, config: DictConfig, override: str) -> None:
+    def _hold(self, config: DictConfig, override: str, shared: bool = False) -> None:
         if not first_process():
             return
         try:
-            folder = Path(OmegaConf.select(config, override))
-            _folder.enter_context(held(folder, f"wait until it ends, or give another {override}"))
-        except (FileExistsError, NotADirectoryError):
-            sys.exit(_complain(UserError(f"{override}={folder} is, or lies in, a file: give a folder")))
+            folder = folder_of(override, OmegaConf.select(config, override))
+            if shared:
+                check_links(folder)
+            else:
+                _folder.enter_context(held(folder, f"wait until it ends, or give another {override}"))
         except (UserError, OmegaConfBaseException, OSError) as error:  # Hydra would make a warning of it
             _name(error, OmegaConf.select(config, override, throw_on_resolution_failure=False))
             sys.exit(_complain(error))
@@ -314,6 +317,3 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-ERROR = "error.txt"  # a job that failed leaves it in its folder

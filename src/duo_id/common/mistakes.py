@@ -77,7 +77,16 @@ def built(group: str, settings: Mapping[str, Any], *args: Any, about: str = "_ta
     except InstantiationException as error:
         reason = error.__cause__ or error
         named = [key for key in settings if re.search(rf"\b{re.escape(key)}\b", str(reason))]
-        named = named or [key for key, value in settings.items() if str(reason).endswith(f": {value}")] or [about]
+        named = named or [key for key, value in settings.items() if str(reason).endswith(f": {value}")]
+        if not named and isinstance(reason, TypeError):  # of numbers that are none, such as `'<=' ... and 'str'`
+            odd = {key: value for key, value in settings.items() if not isinstance(value, int | float)}
+            named = [
+                key for key, value in odd.items() if key != "_target_" and f"'{type(value).__name__}'" in str(reason)
+            ]
+            named = named or ["_target_"] * bool(
+                re.search(r"\(\) (takes|missing) ", str(reason))
+            )  # nothing of this kind
+        named = named or [about]
         overrides = ", ".join(f"{group}.{key}={settings.get(key)}" for key in named)
         raise UserError(f"{overrides}: {_joined(reason)}") from reason
 

@@ -1,5 +1,6 @@
 """What a run that is gone on with is asked for: the settings that it saved, with today's overrides on top."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,19 @@ from duo_id.common.errors import UserError
 from duo_id.common.foreign import check_resumed
 from duo_id.common.record import SETTINGS, read_settings
 
+SETTING = re.compile(r"(?!hydra\.)\w+(\.\w+)+=")  # an override of a setting within a group
 Place = tuple[str, ...]  # keys that lead to a setting
+
+
+def open_to_any(arguments: Sequence[str]) -> list[str]:
+    """A command line that Hydra composes whatever the resumed run's method, data or model is.
+
+    Hydra lays overrides over the groups of conf/ that are chosen by default, which may not have a key that the run's
+    own have. `++` adds it; `resumed` takes it to the saved settings, whose schema knows which keys there are.
+    """
+    if not any(argument.startswith("resume=") and argument not in ("resume=", "resume=null") for argument in arguments):
+        return list(arguments)
+    return [f"++{argument}" if SETTING.match(argument) else argument for argument in arguments]
 
 
 def resumed(typed: DictConfig, given: Sequence[str]) -> dict[str, Any]:

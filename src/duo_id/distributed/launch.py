@@ -44,6 +44,8 @@ def launch(
     about = "devices" if trainer.get("accelerator", "auto") == "auto" else "accelerator"
     kept = {key: value for key, value in trainer.items() if key != "callbacks"}  # they belong to the run's own
     plan = built("trainer", kept, about=about, logger=False, enable_checkpointing=False)
+    target = trainer.get("_target_")
+    require(isinstance(plan, lightning.Trainer), f"trainer._target_={target} is no Trainer: give lightning.Trainer")
     world = plan.world_size
     check_ranks(world, sequence, batch_size, samples)
     if world == 1:

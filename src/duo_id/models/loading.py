@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights, no_tie_weights
 
+from duo_id.common.config import shown
 from duo_id.common.errors import UserError, require
 from duo_id.distributed.ranks import Ranks
 from duo_id.distributed.sharding import materialise, shard, sharding
@@ -111,7 +112,15 @@ def meta_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"), no_tie_weights(), no_init_weights():
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
     except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:  # such as more than 2**63 bytes
-        raise UserError(f"model={settings.name} does not describe a model: {reason_of(error)}") from error
+        raise UserError(f"{_given(settings)} does not describe a model: {reason_of(error)}") from error
+
+
+def _given(settings: ModelSettings) -> str:
+    """What a model was described by: its kind, and what was set differently, which is the likelier mistake."""
+    kind = settings.architecture.get("model_type")
+    numbers = f"model.architecture (model_type={kind})" if settings.init == "random" else f"model={settings.name}"
+    changed = ", ".join(f"model.config.{key}={shown(value)}" for key, value in settings.config.items())
+    return f"{numbers} with {changed}" if changed else numbers
 
 
 def _memory(device: torch.device) -> float:
@@ -136,9 +145,7 @@ def _config(settings: ModelSettings) -> Any:
         raise
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         if settings.init == "random":
-            numbers = "model.architecture" + " with model.config" * bool(settings.config)
-            kind = f"model_type={settings.architecture.get('model_type')}"
-            raise UserError(f"{numbers} ({kind}) does not describe a model: {reason_of(error)}") from error
+            raise UserError(f"{_given(settings)} does not describe a model: {reason_of(error)}") from error
         raise _cannot_load(settings, error) from error
 
 

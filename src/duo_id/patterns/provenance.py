@@ -62,9 +62,15 @@ class Result(Data):
 
     heads: Line
     sparsity: Share
+    seed: Count | None = None  # of random masks
     answer_loss: float
     token_accuracy: float | None = None
     exact_answers: float | None = None
+    loss: float | None = None  # the sums that the means are of
+    correct: Count | None = None
+    tokens: Count | None = None
+    exact: Count | None = None
+    answers: Count | None = None
 
 
 class Evidence(Told):
@@ -80,4 +86,14 @@ class Summary(Evidence):
     seconds: dict[str, Positive] | Positive | None = None  # of each part; of all in early versions
     steps: Count | None = None
     mean_gate: float = 0.0
+    validation_loss: float | None = None
+
+
+class Shared(Evidence):
+    """A summary.json as it is published: no more than this. Its settings stand in the pattern's provenance."""
+
+    model: Model | None = None
+    seconds: dict[str, Positive] | Positive | None = None
+    steps: Count | None = None
+    mean_gate: float | None = None
     validation_loss: float | None = None

@@ -1,6 +1,8 @@
 """A head pattern as a repo of the model hub: its files, a figure, and a model card that says how it was found."""
 
+import html
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,17 +12,19 @@ import pandas as pd
 from huggingface_hub import HfApi, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from duo_id.common.documents import checked, read_object, read_text
+from duo_id.common.documents import checked, printable, read_object
 from duo_id.common.errors import UserError
 from duo_id.common.figures import save_figure
 from duo_id.common.files import write_text
+from duo_id.common.integrity import sealed
 from duo_id.patterns import hub
 from duo_id.patterns.files import SHIPPED, list_patterns, save_pattern
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.plots import plot_gates
-from duo_id.patterns.provenance import Evidence
+from duo_id.patterns.provenance import Shared
 
 CARD, FIGURE, SUMMARY = "README.md", "gates.png", "summary.json"
+MARKDOWN = re.compile(r"[\\`*_\[\]|~$]")  # what begins a structure within a line
 TOLD = 60  # characters of a value in the card's table
 
 
@@ -95,15 +99,13 @@ def write_folder(
         raise UserError("sparsities=() leaves no mask to show: give at least one")
     summary = _summary(run)
     shown = sorted(sparsities)[len(sparsities) // 2]
-    results = []
-    if summary is not None:
-        results = [vars(row) for row in checked(Evidence, read_object(summary), summary).results or []]
+    results = (summary or {}).get("results") or []
     card = model_card(pattern, repo, results, shown)
     save_pattern(pattern, folder, sparsities)
     title = _model(pattern).get("name") or _model(pattern).get("id")
     save_figure(plot_gates(pattern, title, pattern.binarize(sparsity=shown)), folder / FIGURE)
     if summary is not None:
-        write_text(folder / SUMMARY, read_text(summary))
+        write_text(folder / SUMMARY, json.dumps(sealed(summary), indent=1))
     write_text(folder / CARD, card)
 
 
@@ -144,14 +146,17 @@ def model_card(
     )
 
 
-def _summary(run: str | Path | None) -> Path | None:
-    """The summary.json of a run folder or a shipped pattern."""
+def _summary(run: str | Path | None) -> dict[str, Any] | None:
+    """What is published of the summary.json of a run folder or a shipped pattern: what its schema knows."""
     if run is None:
         return None
-    path = (SHIPPED / run if str(run) in list_patterns() else Path(run).expanduser()) / SUMMARY
+    shipped = str(run) in list_patterns()
+    path = (SHIPPED / run if shipped else Path(run).expanduser()) / SUMMARY
+    if path.is_symlink() and not shipped:  # some installers link what they install
+        raise UserError(f"run={run}: {path} is a symbolic link, maybe to what is not to be published: copy it there")
     if not path.is_file():
         raise UserError(f"run={run}: there is no {path}; give the folder of a finished training run")
-    return path
+    return checked(Shared, read_object(path), path).model_dump(exclude={"settings"}, exclude_unset=True)
 
 
 def _result_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -179,7 +184,7 @@ def _found(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _overrides(group, settings.get(group))
     for key, value in provenance.items():
         if key not in ("settings", "model") and isinstance(value, (str, int, float)):
-            yield key, _plain(value)
+            yield _plain(key), _plain(value)
     if versions := provenance.get("versions"):
         yield "versions", _plain(", ".join(f"{name} {version}" for name, version in versions.items()), 4 * TOLD)
 
@@ -190,14 +195,15 @@ def _overrides(key: str, value: Any) -> Iterator[tuple[str, str]]:
         for name, inner in value.items():
             yield from _overrides(f"{key}.{name}", inner)
     elif value is not None:
-        yield key, _plain(value)
+        yield _plain(key, 4 * TOLD), _plain(value)
 
 
 def _plain(value: Any, longest: int = TOLD) -> str:
-    """A value on one line of a table."""
+    """A value as text on one line of a table: nothing in it is Markdown, HTML, or turns the direction of the line."""
     text = value if isinstance(value, str) else json.dumps(value)
-    text = " ".join(text.replace("|", "\\|").split())
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+    text = printable(" ".join(text.split()))
+    text = text if len(text) <= longest else f"{text[: longest - 1]}…"
+    return html.escape(MARKDOWN.sub(r"\\\g<0>", text), quote=False)
 
 
 def _model(pattern: HeadPattern) -> dict[str, Any]:

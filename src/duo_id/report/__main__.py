@@ -11,6 +11,7 @@ from pathlib import Path
 from duo_id.common import cli
 from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
+from duo_id.common.folders import check_link
 from duo_id.report.page import report
 from duo_id.report.runs import read_run
 from duo_id.report.sweeps import Sweep, is_sweep, read_sweep, tables
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str]) -> Path:
         the page's path.
 
     Raises:
-        UserError: an argument is neither, a run cannot be read, or no job of a sweep has come to its end.
+        UserError: an argument is neither, a run cannot be read, no job of a sweep has come to its end, or the page in
+            the first folder is a symbolic link out of it.
     """
     given, settings = cli.sorted_out(arguments, USAGE)
     unknown = sorted(settings.keys() - {"out", "reference"})
@@ -40,11 +42,14 @@ def main(arguments: Sequence[str]) -> Path:
     if not given:
         raise UserError(f"give at least one run folder of evaluate or train: {USAGE}")
     first = Path(given[0])
-    out = Path(settings.get("out") or (first if first.is_dir() else first.parent) / PAGE)
+    folder = first if first.is_dir() else first.parent
+    out = Path(settings.get("out") or folder / PAGE)
     if settings.get("out") == "":
         raise UserError(f"out= names no file: give a file, such as out={PAGE}")
     if out.is_dir():
         raise UserError(f"out={out} is a folder: give a file, such as out={out / PAGE}")
+    if "out" not in settings:
+        check_link(out, folder)
     with cli.console.status("reading") as status:
         sweeps = [_read_sweep(path) for path in given if is_sweep(path)]
         runs = [read_run(path) for path in given if not is_sweep(path)]

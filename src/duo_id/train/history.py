@@ -12,10 +12,14 @@ import pandas as pd
 from duo_id.common.documents import one_line, read_text
 from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
-from duo_id.common.integrity import AGAIN, sealed_csv, unsealed_csv
+from duo_id.common.integrity import SEAL, sealed_csv, unsealed_csv
 
 HISTORY = "gates.csv"  # in a run folder: one row a noted step; the columns are `step` and `LAYER.HEAD` of gated layers
 COLUMN = re.compile(r"\d{1,6}\.\d{1,6}", re.ASCII)  # LAYER.HEAD
+TABLE_AGAIN = (
+    "restore it, or remove it, then the history begins anew; if you changed it yourself, delete the column "
+    f"{SEAL} from every row"
+)
 NOTES = 50  # about so many a run: the file stays small, for it is written anew each time
 
 
@@ -89,7 +93,7 @@ def read_history(run: str | Path) -> pd.DataFrame:
 
 def _read(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(StringIO(unsealed_csv(read_text(path), path, AGAIN)), index_col="step").astype(float)
+        table = pd.read_csv(StringIO(unsealed_csv(read_text(path), path, TABLE_AGAIN)), index_col="step").astype(float)
     except UserError:
         raise
     except Exception as error:  # pandas ends in errors of many kinds
