@@ -99,7 +99,10 @@ def test_what_was_measured_before_is_kept(run: tuple[Path, Finished, float]) -> 
     assert row["efficiency"] == pytest.approx(row["tokens_per_s"] / 2 / 100)
     settings, ranks = settings_of("benchmark", BenchmarkSettings, *OVERRIDES, folder=run[0]), Ranks(1, 2, sharded=True)
     costs = calculated_costs(meta_model(settings.model, torch.float32), ranks, torch.device("cpu"), True)
-    assert row["plan"] == str(fitted(settings.step, costs, 31, None)[1]), "as before the weights are loaded"
+    plan = str(fitted(settings.step, costs, 31, None)[1])
+    if row["peak_bytes"] is not None:  # a GPU's also has libraries, and what it has free
+        plan, row["plan"] = (told.partition(" of 3 layers")[2] for told in (plan, row["plan"]))
+    assert row["plan"] == plan, "as before the weights are loaded"
     assert row["profile"]["communication"] > 0
     if row["peak_bytes"] is not None:  # on a GPU, whose kernels are seen
         found = row["communication"]
