@@ -125,6 +125,18 @@ def test_what_a_resumed_run_changes_is_recorded_with_what_was_there_before(run: 
     assert (kept["logger"]["csv"]["name"], kept_before) == ("metrics", before)
 
 
+def test_a_finished_run_keeps_the_settings_of_its_steps(run: Path) -> None:
+    was = load_pattern(run).provenance["settings"]
+    changed = ["+trainer.gradient_clip_val=1.0", "step.memory=least", "sparsity=[0.75]"]
+    resumed = train(run.parent, f"resume={run}", *changed)
+    assert resumed.status == 0, resumed.output
+    found, (kept, before) = load_pattern(run).provenance, read_settings(run)
+    assert "before" not in found
+    assert before == {}
+    assert found["settings"] == was | {"sparsity": [0.75]}
+    assert (kept["trainer"], kept["step"]) == (was["trainer"], was["step"])
+
+
 def test_what_is_recorded_was_used(run: Path) -> None:
     found = load_pattern(run).provenance
     checkpoint = torch.load(run / CHECKPOINT, weights_only=True)

@@ -83,20 +83,21 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
     cli.console.quiet = not ranks.first
     folder = Path(ranks.agreed(str(folder)))
     asked, earlier = plain(settings), _check_resumed(settings, folder)
-    before = _before(earlier, asked)
+    used = _used(earlier, asked, folder)
+    before = _before(earlier, asked | used)
     with ranks.watched():
         if ranks.world > 1:
             settings = _shared(settings, device, ranks, folder)
         model = load_model(settings.model, device, settings.seed, ranks)
         with attached(model.model, settings.step.backends, ranks.group) as layers:
-            accepted = partial(keep_settings, folder, asked, before) if ranks.first else lambda: None
+            accepted = partial(keep_settings, folder, asked | used, before) if ranks.first else lambda: None
             run = Run(settings, model, layers, folder, settings.seed, accepted, cli.console)
             test = run.data().samples("test", settings.comparison.samples)
             check_window(test, method.sink_size, method.recent_size)
             validation = run.data().samples("validation", settings.comparison.samples) if in_sweep else []
             found = {
                 "model": model.describe(layers),
-                "settings": {key: value for key, value in plain(settings).items() if key not in UNTOLD},
+                "settings": {key: value for key, value in (plain(settings) | used).items() if key not in UNTOLD},
                 "versions": cli.versions(),
             }
             if before:
@@ -175,6 +176,15 @@ def _begun(folder: Path) -> bool:
     orders = [folder / name / ORDER for name in (".", "prior", "start")]
     seed = folder.name.startswith("seed-") and (folder / "heads" / HEADS).is_file()
     return seed or any(path.is_file() for path in (folder / CHECKPOINT, *orders))
+
+
+def _used(earlier: Earlier, now: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a finished run had in place of today's `MEANTIME`, under which no step will be taken."""
+    settings = earlier[0]
+    ended = (folder / "heads" / HEADS).is_file() and settings.get("trainer", {}).get("max_steps") == now["trainer"][
+        "max_steps"
+    ]
+    return {group: settings[group] for group in MEANTIME if ended and group in settings}
 
 
 def _before(earlier: Earlier, now: dict[str, Any]) -> dict[str, Any]:
