@@ -35,11 +35,16 @@ def small_disk(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, ignored)
 
 
+FORM = {"pytorch-lightning_version": "2.6.0", "epoch": 0, "global_step": 1, "loops": {}} | {
+    name: [{}] for name in ("optimizer_states", "lr_schedulers")
+}
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_one_before_stays(there: bool, tmp_path: Path) -> None:
     path, io = tmp_path / "run" / CHECKPOINT, AtomicCheckpointIO()
     if there:
-        io.save_checkpoint({"gates": torch.ones(2)}, path)
+        io.save_checkpoint(FORM | {"state_dict": {"gates": torch.ones(2)}}, path)
     with small_disk(2**16), pytest.raises(UserError) as error:
         io.save_checkpoint({"gates": torch.zeros(2**18)}, path)
     advice = f"resume={tmp_path / 'run'} then goes on from the checkpoint before" if there else "then start again"
@@ -48,7 +53,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_one_before_stays(the
     assert "\n" not in str(error.value)
     assert list(path.parent.iterdir()) == [path] * there
     if there:
-        assert torch.equal(io.load_checkpoint(path)["gates"], torch.ones(2))
+        assert torch.equal(io.load_checkpoint(path)["state_dict"]["gates"], torch.ones(2))
 
 
 def test_a_run_on_a_full_disk_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

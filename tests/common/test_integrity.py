@@ -40,7 +40,15 @@ from duo_id.train.history import HISTORY, read_history
 PATTERN = HeadPattern(
     torch.linspace(0, 1, 12).view(3, 4), 4, 60, (0, 2), {"model": {"id": "some/model"}, "seconds": 2.5}
 )
-CHECKPOINT = {"gates": torch.linspace(-1, 1, 24), "step": 7, "optimizer": {"moments": [torch.rand(24)], "rate": 1e-2}}
+CHECKPOINT = {
+    "pytorch-lightning_version": "2.6.0",
+    "epoch": 0,
+    "global_step": 7,
+    "loops": {},
+    "state_dict": {"gates": torch.linspace(-1, 1, 24)},
+    "optimizer_states": [{"moments": torch.rand(24), "rate": 1e-2}],
+    "lr_schedulers": [{"last_epoch": 7}],
+}
 RUN = {"model": {"name": "tiny", "rate": 0.02}, "data": {"task": "passkey", "length_max": 800}}
 ITEM = Item("t", 100, 0, (1,) * 9, (Question((1,), (2,)),) * 5)
 
