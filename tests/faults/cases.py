@@ -250,7 +250,7 @@ def _case(name: str, module: str, *arguments: str, results: Results, **options: 
 
 
 def _trained(name: str, *arguments: str) -> Case:
-    return _case(name, "train", *TRAIN, *arguments, *IN_RUN, results=heads_of, progress="overrides.json")
+    return _case(name, "train", *TRAIN, *arguments, *IN_RUN, results=heads_of, progress="settings.json")
 
 
 def _swept(name: str, *arguments: str, results: Results = jobs_of, **options: Any) -> Case:

@@ -54,11 +54,13 @@ def test_several_seeds_are_one_run_whose_scores_are_averaged(tmp_path: Path, mon
     assert both.provenance["seeds"] == [3, 4]
     assert all((folder / "figures" / "training.png").is_file() for folder in folders)
     (folders[1] / "heads" / "heads.json").unlink()  # as if stopped in the second
+    (folders[0] / "figures" / "training.png").unlink()  # and once before, ahead of the figure
     before = (folders[0] / "heads" / "heads.json").stat().st_mtime_ns
     resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
     assert resumed.status == 0, resumed.output
     assert (folders[0] / "heads" / "heads.json").stat().st_mtime_ns == before
     assert torch.equal(load_pattern(tmp_path / "run").scores, both.scores)
+    assert (folders[0] / "figures" / "training.png").is_file()
 
 
 LIGHTNING = "lightning.pytorch.callbacks"

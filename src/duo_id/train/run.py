@@ -224,6 +224,7 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
         folder = run.folder if settings.repeats == 1 else run.folder / f"seed-{seed}"
         if settings.repeats > 1 and (folder / "heads" / HEADS).is_file():
             patterns[f"seed {seed}"] = _found_before(folder, settings)
+            _draw_training(run, folder, again=False)
             continue
         with tracked(settings.logger if run.model.ranks.first else {}, folder) as loggers:
             known = found | {"seed": seed}
@@ -241,11 +242,16 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
             if not isinstance(settings.method, GateSettings):
                 log_gates(loggers, pattern, sparsities, step=0)
             log_heads(loggers, folder / "heads")
-        if isinstance(settings.method, GateSettings) and "csv" in settings.logger and run.model.ranks.first:
-            curve = plot_training(read_metrics(folder), title=f"Training gates of {run.model.name}")
-            save_figure(curve, folder / "figures" / "training.png")
+        _draw_training(run, folder)
         patterns[f"seed {seed}"] = pattern
     return patterns
+
+
+def _draw_training(run: Run, folder: Path, again: bool = True) -> None:
+    """The figure of how gates were trained in a folder; not `again`: only if that was cut off before it."""
+    figure, trained = folder / "figures" / "training.png", isinstance(run.settings.method, GateSettings)
+    if run.model.ranks.first and trained and "csv" in run.settings.logger and (again or not figure.is_file()):
+        save_figure(plot_training(read_metrics(folder), title=f"Training gates of {run.model.name}"), figure)
 
 
 def _found_before(folder: Path, settings: TrainSettings) -> HeadPattern:
