@@ -28,12 +28,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from duo_id import __version__
+from duo_id.common.config import conf_dir
 from duo_id.common.documents import printable
 from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
 from duo_id.common.folders import check_links, first_process, folder_of, fresh, held
 from duo_id.common.mistakes import as_typed, explained, literal, no_choice
 from duo_id.common.record import SETTINGS
+from duo_id.common.resuming import open_to_any, resumed
 from duo_id.common.stopping import preemption, status_of, stoppable, told
 
 console = Console(emoji=False)
@@ -50,9 +52,6 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     A mistake of the user ends the process with one line and status 2, Ctrl-C with status 130, and another signal that
     asks for the end with 128 and its number.
     """
-    from duo_id.common.config import conf_dir  # these need transformers and Lightning, which plain commands do not
-    from duo_id.common.resuming import open_to_any
-
     _print_anything()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, to be shown here
     os.environ.setdefault(SWEEP, uuid.uuid4().hex)  # which jobs in other processes get too
@@ -149,8 +148,6 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path, list[str]]:
     Raises:
         UserError: the earlier run's settings cannot be read, or may not be followed.
     """
-    from duo_id.common.resuming import resumed  # with all settings, which plain commands do not need
-
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
