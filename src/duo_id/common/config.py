@@ -42,7 +42,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-def one_line(value: Any) -> Any:
+def check_line(value: Any) -> Any:
     """A value whose text, where it is one or becomes one, is a line."""
     if isinstance(value, str) and any(ord(letter) < 32 for letter in value):
         raise ValueError(" must be one line of text")
@@ -74,9 +74,9 @@ Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Weight = Annotated[Number, Field(ge=0, le=1e9)]  # a float32 gradient holds its products
 PositiveWeight = Annotated[Number, Field(gt=0, le=1e9)]
-Words = Annotated[str, BeforeValidator(one_line)]
+Words = Annotated[str, BeforeValidator(check_line)]
 Text = Annotated[Words, Field(min_length=1)]
-Named = Annotated[Any, BeforeValidator(one_line)]  # a name, or what stands in its place
+Named = Annotated[Any, BeforeValidator(check_line)]  # a name, or what stands in its place
 Several = Annotated[list[Item], BeforeValidator(_listed)]
 Some = Annotated[list[Item], BeforeValidator(_listed), Field(min_length=1)]
 

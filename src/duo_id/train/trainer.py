@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
-from duo_id.common.config import LARGEST, Count, Named, Positive, PositiveWeight, Text, Whole, one_line, shown
+from duo_id.common.config import LARGEST, Count, Named, Positive, PositiveWeight, Text, Whole, check_line, shown
 from duo_id.common.errors import UserError, require
 
 OURS = {  # arguments that a run gives itself or does without, and what to give instead
@@ -50,14 +50,16 @@ def _devices(value: Any) -> Any:
     numbers = value if isinstance(value, list) else [value]
     least = 0 if isinstance(value, list) else -1
     whole = [not isinstance(one, bool) and isinstance(one, int) and least <= one <= LARGEST for one in numbers]
-    if not (isinstance(one_line(value), str) and value) and not (numbers and all(whole) and value != 0):
+    if not (isinstance(check_line(value), str) and value) and not (numbers and all(whole) and value != 0):
         raise ValueError(" must be a number of devices, a list of their numbers, or auto")
     return value
 
 
 def _object(value: Any) -> Any:
     """A name, or a class and its arguments."""
-    if not (isinstance(one_line(value), str) and value) and not (isinstance(value, Mapping) and value.get("_target_")):
+    if not (isinstance(check_line(value), str) and value) and not (
+        isinstance(value, Mapping) and value.get("_target_")
+    ):
         raise ValueError(" must be a name, or {_target_: MODULE.CLASS}")
     return value
 
