@@ -174,7 +174,9 @@ def _end_with(launcher: Path) -> None:
     """Interrupt this process once the launcher is gone; one that does not end by that within a minute is killed."""
     with launcher.open() as file:
         fcntl.lockf(file, fcntl.LOCK_SH)
-        os.kill(os.getpid(), signal.SIGINT)
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)  # it may wait, and a signal to another thread would not wake it
         time.sleep(GRACE)
         os._exit(128 + signal.SIGINT)
 
