@@ -9,7 +9,7 @@ from duo_id import convert
 from duo_id.common.documents import read_object
 from duo_id.common.errors import UserError
 from duo_id.patterns.files import SCORES, TABLES, load_pattern, save_pattern
-from duo_id.patterns.formats.registry import FORMATS, lost
+from duo_id.patterns.formats.registry import FORMATS, lost_parts
 from duo_id.patterns.pattern import HeadPattern
 from tests.patterns.formats.cases import CASES, all_masks
 
@@ -66,14 +66,14 @@ def test_what_is_lost_is_told_exactly() -> None:
     options = convert.Options()
     masked = convert.Options(sparsity=0.4)
     kept = ["provenance", "windows (sink_size=16, recent_size=64)"]
-    assert lost(CASES["random"], "duo-attention", masked) == []
-    assert lost(CASES["random"], "retrieval-head", options) == kept
-    assert lost(CASES["random"], "prulong", options) == [*kept, "scores (their order stays)"]
-    assert lost(CASES["random"], "prulong", masked) == [*kept, "scores (a mask stays)"]
-    assert lost(CASES["ones"], "prulong", convert.Options(sparsity=0)) == kept
-    assert lost(CASES["random"], "qrhead", masked) == [*kept, "scores (a mask stays)"]
-    assert lost(CASES["trained"], "headkv", options) == [*kept, "negative scores (they become 0)"]
-    assert lost(CASES["hybrid"], "kvzip", options) == [*kept, "which layers have gates"]
+    assert lost_parts(CASES["random"], "duo-attention", masked) == []
+    assert lost_parts(CASES["random"], "retrieval-head", options) == kept
+    assert lost_parts(CASES["random"], "prulong", options) == [*kept, "scores (their order stays)"]
+    assert lost_parts(CASES["random"], "prulong", masked) == [*kept, "scores (a mask stays)"]
+    assert lost_parts(CASES["ones"], "prulong", convert.Options(sparsity=0)) == kept
+    assert lost_parts(CASES["random"], "qrhead", masked) == [*kept, "scores (a mask stays)"]
+    assert lost_parts(CASES["trained"], "headkv", options) == [*kept, "negative scores (they become 0)"]
+    assert lost_parts(CASES["hybrid"], "kvzip", options) == [*kept, "which layers have gates"]
 
 
 def test_the_sparsity_to_pass_is_printed(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from duo_id.common.documents import MOST_TOKENS
 from duo_id.common.errors import UserError
 from duo_id.common.folders import held
 from duo_id.patterns.formats.options import Options
-from duo_id.patterns.formats.registry import FORMATS, lost, read_any
+from duo_id.patterns.formats.registry import FORMATS, lost_parts, read_any
 
 USAGE = "python -m duo_id.convert SRC DST [format=NAME] [sparsity=0.5] [lossy=true] [heads=, kv_heads=, ...]"
 KEYS = ("format", "lossy", *(option.name for option in fields(Options)))
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> Path:
         kind = "folder" if FORMATS[name].folder else "file"
         raise UserError(f"{target} stands in the way: format={name} writes a {kind} of its own")
     pattern = read_any(source, options)
-    gone = lost(pattern, name, options)
+    gone = lost_parts(pattern, name, options)
     if gone and lossy == "false":
         raise UserError(f"format={name} cannot hold {', '.join(gone)}: give lossy=true to go without")
     advice = "wait until it ends, or give another DST"

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
-from duo_id.common.stopping import status_of, stoppable, told
+from duo_id.common.stopping import describe_interrupt, status_of, stoppable
 
 Job = Callable[[], JobReturn]
 LOOK: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}
@@ -223,7 +223,7 @@ class _Call:
                     job_subdir_key="hydra.sweep.subdir",
                 )
         except KeyboardInterrupt as error:
-            print(told(error), flush=True)
+            print(describe_interrupt(error), flush=True)
             os._exit(status_of(error))  # nothing is left to do, and what is printed at exit would be a traceback
 
 

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from duo_id.benchmark import static_attention
 from duo_id.benchmark.caches import decode_step
-from duo_id.benchmark.contenders import Contender, DualAttention, StaticAttention
+from duo_id.benchmark.contenders import CacheContender, DualAttention, StaticAttention
 from duo_id.common.compat import cache_argument
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.prefill import read_in_chunks
@@ -28,7 +28,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(request.param)
 
 
-def contender(kind: str, model: PreTrainedModel, batch: int = BATCH) -> Contender:
+def contender(kind: str, model: PreTrainedModel, batch: int = BATCH) -> CacheContender:
     return FULL[kind](named(model), layers_of(model), batch)
 
 
@@ -36,7 +36,7 @@ def random_ids(tokens: int) -> torch.Tensor:
     return torch.randint(96, (BATCH, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def stored(chosen: Contender, cache: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def stored(chosen: CacheContender, cache: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The filled slots of each layer, all of whose heads are retrieval heads."""
     if isinstance(cache, DualCache):
         found = [(layer.full.key, layer.full.value) for layer in cache.dual_layers]

@@ -191,8 +191,8 @@ def test_a_step_keeps_its_budget(blend: str, compiled: bool) -> None:
         for key, value in batch_of(random_sample(16384, 1)).items()
     }
     step = StepSettings(memory="3GiB", compile=compiled)
-    with distilling(model, "hidden_l2", blend) as distillation, prepared(distillation, step) as arrange:
-        plan = arrange(16384)
+    with distilling(model, "hidden_l2", blend) as distillation, prepared(distillation, step) as apply_plan:
+        plan = apply_plan(16384)
         assert plan is not None
         assert len(set(plan.levels)) > 1 or plan.levels[0] != Keep.ALL
         alpha = torch.full((8, 2), 0.5, device="cuda", requires_grad=True)

@@ -18,7 +18,7 @@ from duo_id.common.errors import UserError
 from duo_id.common.foreign import model_of, told_model
 from duo_id.common.record import differences, read_settings, told_settings
 from duo_id.evaluate.contenders import contenders
-from duo_id.evaluate.journal import SCORES, Journal
+from duo_id.evaluate.journal import JOURNAL, Journal
 from duo_id.evaluate.peers import read_answers, write_samples
 from duo_id.evaluate.published.longbench import read_longbench, read_longbench_v2
 from duo_id.evaluate.published.ruler import read_ruler
@@ -29,7 +29,7 @@ from duo_id.models.settings import ModelSettings
 from duo_id.patterns.agreement import agreement, agreement_table
 from duo_id.patterns.files import SHIPPED, contents_of, duo_config, load_pattern
 from duo_id.patterns.formats.options import Options
-from duo_id.patterns.formats.registry import FORMATS, lost, read_any
+from duo_id.patterns.formats.registry import FORMATS, lost_parts, read_any
 from duo_id.patterns.sharing import model_card
 from duo_id.report.leaderboard import averaged, leaderboards, seconds_of, touched
 from duo_id.report.page import Pictures, _training, report
@@ -77,7 +77,7 @@ def use_heads(path: Path) -> None:
     agreement({"a": pattern, "b": pattern}, [0.5]), agreement_table({"a": pattern, "b": pattern}, [0.5])
     model_card(pattern, "user/repo")
     for name in FORMATS:
-        lost(pattern, name, OPTIONS)
+        lost_parts(pattern, name, OPTIONS)
 
 
 def use_results(path: Path) -> None:
@@ -111,7 +111,7 @@ def use_journal(path: Path) -> None:
 
 def journal(folder: Path) -> list[Any]:
     Journal(folder, {"seed": 0}).add([scored(0)])
-    return [json.loads(line) for line in (folder / SCORES).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()]
 
 
 def answers(folder: Path) -> list[Any]:

@@ -26,7 +26,7 @@ from duo_id.data.disk import DiskTask, write_dataset
 from duo_id.data.samples import Sample
 from duo_id.data.settings import DataGenSettings, DataSettings
 from duo_id.evaluate.items import Item, Question
-from duo_id.evaluate.journal import RESULTS, SCORES, Journal, write_results
+from duo_id.evaluate.journal import JOURNAL, RESULTS, Journal, write_results
 from duo_id.methods.registry import ORDER, _read
 from duo_id.methods.search import Order
 from duo_id.models.loading import byte_tokenizer
@@ -157,7 +157,7 @@ KINDS = {
     "history": Kind(write_history, lambda folder: read_history(folder).to_csv(), HISTORY),
     "search": Kind(write_search, lambda folder: plain(asdict(_read(folder / ORDER, Order((3, 4)))[0])), ORDER),
     "settings": Kind(lambda folder: keep_settings(folder, RUN, {}), read_settings, SETTINGS),
-    "journal": Kind(write_journal, lambda folder: Journal(folder, {"seed": 0}).rows, SCORES),
+    "journal": Kind(write_journal, lambda folder: Journal(folder, {"seed": 0}).rows, JOURNAL),
     "results": Kind(write_evaluation, load_results, RESULTS),
     "samples": Kind(write_samples, read_samples, "made/*/*.arrow"),
     "folder": Kind(write_folder, read_folder, "weights/**/*"),
@@ -234,7 +234,7 @@ def strip_lines(text: str) -> str:
     return "".join(strip_json(line) + "\n" for line in text.splitlines())
 
 
-STRIPS = {HISTORY: strip_csv, SCORES: strip_lines}
+STRIPS = {HISTORY: strip_csv, JOURNAL: strip_lines}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -307,7 +307,7 @@ def test_a_missing_file_is_named_and_paths_out_of_the_folder_are_not_followed(tm
 
 def test_a_damaged_row_is_named_and_scored_again_without_it(tmp_path: Path) -> None:
     write_journal(tmp_path)
-    path = tmp_path / SCORES
+    path = tmp_path / JOURNAL
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines).replace('"loss": 3.5', '"loss": 3.4'))
     with pytest.raises(UserError, match=r"scores\.jsonl, line 4 .*; delete that line, and it is scored again\)$"):

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from duo_id.common.errors import UserError
-from duo_id.common.mistakes import as_typed, built, explained
+from duo_id.common.mistakes import as_typed, explained, instantiate
 from tests.support.commands import QUICK, run_command
 
 STEPS = ["task=train_step", "model=tiny", "context=60", "sink_size=4", "recent_size=8"]
@@ -88,18 +88,18 @@ def test_a_librarys_error_names_the_override(command: str, overrides: list[str],
 
 
 def test_what_a_settings_group_describes_is_built() -> None:
-    assert built("group", DIVISION, 1, 4) == 0.25
-    assert built("group", {"_target_": "builtins.dict", "size": 3}, more=5) == {"size": 3, "more": 5}
+    assert instantiate("group", DIVISION, 1, 4) == 0.25
+    assert instantiate("group", {"_target_": "builtins.dict", "size": 3}, more=5) == {"size": 3, "more": 5}
 
 
 def test_an_error_that_names_no_setting_is_put_down_to_one() -> None:
     with pytest.raises(UserError, match=r"^group\._target_=operator\.truediv: division by zero$") as error:
-        built("group", DIVISION, 1, 0)
+        instantiate("group", DIVISION, 1, 0)
     assert isinstance(error.value.__cause__, ZeroDivisionError)
     with pytest.raises(UserError, match=r"^group\.devices=None: division by zero$"):
-        built("group", DIVISION, 1, 0, about="devices")
+        instantiate("group", DIVISION, 1, 0, about="devices")
     with pytest.raises(UserError, match=r"^group\._target_=nosuch\.name: Error loading 'nosuch\.name'"):
-        built("group", {"_target_": "nosuch.name"})
+        instantiate("group", {"_target_": "nosuch.name"})
 
 
 def test_our_own_error_is_found_inside_an_interpolation() -> None:

@@ -1,14 +1,14 @@
 import pytest
 
 from duo_id.common.errors import UserError
-from duo_id.data.registry import DRAFTED, TASKS, make_task
+from duo_id.data.registry import DRAFTED, TRAINING_TASKS, make_task
 from duo_id.data.samples import SPLITS
 from duo_id.data.settings import DataSettings
 from duo_id.train.settings import TrainSettings
 from tests.evaluate.tasks.making import tokenizer_of
 from tests.support.commands import settings_of
 
-NAMES = [name for name in TASKS if name != "disk"]
+NAMES = [name for name in TRAINING_TASKS if name != "disk"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -29,7 +29,7 @@ def test_another_task_is_one_class_and_one_line(quick, tokenizer, monkeypatch):
         def __init__(self, settings, tokenizer, split, length_limit=None):
             self.split = split
 
-    monkeypatch.setitem(TASKS, "other", Other)
+    monkeypatch.setitem(TRAINING_TASKS, "other", Other)
     assert make_task(quick(task="other"), tokenizer, "test").split == "test"
 
 

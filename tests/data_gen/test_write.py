@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import UserError
-from duo_id.data.registry import TASKS, make_task
+from duo_id.data.registry import TRAINING_TASKS, make_task
 from duo_id.data.settings import DataSettings
 
 SCRIPT = Path(__file__).parents[2] / "data_gen" / "write.py"
@@ -56,7 +56,7 @@ def config(make_config):
     return make_config("passkey")
 
 
-@pytest.mark.parametrize("task", [task for task in TASKS if task != "disk"])
+@pytest.mark.parametrize("task", [task for task in TRAINING_TASKS if task != "disk"])
 def test_what_is_written_is_what_training_would_draw(script, make_config, tokenizer, capsys, task):
     config = make_config(task)
     script.generate(config)

@@ -26,23 +26,26 @@ def test_one_process_asks_nobody() -> None:
     value = torch.tensor(2.0)
     assert Ranks().mean(value) is value
     assert Ranks().group_sum(value) is value
-    assert Ranks().agreed("folder") == "folder"
-    assert Ranks().greatest(1.5, 2, device=torch.device("cpu")) == [1.5, 2]
-    with pytest.raises(RuntimeError, match="gloo"), Ranks().watched():
+    assert Ranks().broadcast("folder") == "folder"
+    assert Ranks().reduce_max(1.5, 2, device=torch.device("cpu")) == [1.5, 2]
+    with pytest.raises(RuntimeError, match="gloo"), Ranks().one_line_errors():
         raise RuntimeError("gloo: of no other process")
 
 
 def test_a_lost_process_is_a_connection_error() -> None:
-    with pytest.raises(ConnectionError, match="another process"), Ranks(data=2).watched():
+    with pytest.raises(ConnectionError, match="another process"), Ranks(data=2).one_line_errors():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
-    with pytest.raises(RuntimeError, match="other"), Ranks(data=2).watched():
+    with pytest.raises(RuntimeError, match="other"), Ranks(data=2).one_line_errors():
         raise RuntimeError("something other")
 
 
 def test_memory_that_does_not_suffice_is_one_line_where_others_wait() -> None:
-    with pytest.raises(UserError, match=r"^process 1 of 2 ran out of its device's memory"), Ranks(2, rank=1).watched():
+    with (
+        pytest.raises(UserError, match=r"^process 1 of 2 ran out of its device's memory"),
+        Ranks(2, rank=1).one_line_errors(),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(torch.OutOfMemoryError), Ranks().watched():
+    with pytest.raises(torch.OutOfMemoryError), Ranks().one_line_errors():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 

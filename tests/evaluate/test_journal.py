@@ -11,7 +11,7 @@ import pytest
 from duo_id.common.errors import UserError
 from duo_id.common.integrity import unsealed
 from duo_id.evaluate.items import Item, Question
-from duo_id.evaluate.journal import RESULTS, SCORES, Journal, write_results
+from duo_id.evaluate.journal import JOURNAL, RESULTS, Journal, write_results
 
 ITEM = Item("t", 100, 0, (1,) * 9, (Question((1,), (2,)), Question((), (1,), place=3)), max_new_tokens=5)
 KEY = ("baseline", "random", 0.25, 3)
@@ -34,7 +34,7 @@ def row(question: int, text: str | None = None, **changes: Any) -> dict[str, Any
 )
 def test_a_damaged_row_is_named(line: str, named: str, tmp_path: Path) -> None:
     Journal(tmp_path, {}).add([row(0)])
-    with open(tmp_path / SCORES, "a") as file:
+    with open(tmp_path / JOURNAL, "a") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match=named):
         Journal(tmp_path, {})
@@ -42,7 +42,7 @@ def test_a_damaged_row_is_named(line: str, named: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("contents", [b"3\n", b"[]\n", b"\xff\xfe\n", b""])
 def test_a_file_without_a_header_is_refused(contents: bytes, tmp_path: Path) -> None:
-    (tmp_path / SCORES).write_bytes(contents)
+    (tmp_path / JOURNAL).write_bytes(contents)
     with pytest.raises(UserError, match="leave out resume"):
         Journal(tmp_path, {})
 
@@ -80,7 +80,7 @@ def test_a_sample_that_was_another_one_is_refused(tmp_path: Path) -> None:
 def test_a_torn_line_is_dropped(torn: str, tmp_path: Path) -> None:
     journal = Journal(tmp_path, {"seed": 0})
     journal.add([row(0)])
-    with open(tmp_path / SCORES, "a") as file:
+    with open(tmp_path / JOURNAL, "a") as file:
         file.write(torn)
     again = Journal(tmp_path, {"seed": 0})
     again.add([row(1)])
@@ -93,7 +93,7 @@ def test_other_settings_and_versions_are_refused(tmp_path: Path) -> None:
         Journal(tmp_path, {"seed": 1})
     with pytest.raises(UserError, match="another split"):
         Journal(tmp_path, {"seed": 0, "split": "test"})
-    path = tmp_path / SCORES
+    path = tmp_path / JOURNAL
     text = path.read_text()
     header = unsealed(json.loads(text.partition("\n")[0])) | {"version": 99}
     path.write_text(json.dumps(header) + "\n")

@@ -6,7 +6,7 @@ import pytest
 
 from duo_id.common.errors import UserError
 from duo_id.evaluate import metrics
-from duo_id.evaluate.metrics import METRICS, cut, judge
+from duo_id.evaluate.metrics import METRICS, first_answer, judge
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from duo_id.evaluate.metrics import METRICS, cut, judge
     ],
 )
 def test_an_answer_ends_before_its_stop(text: str, stop: str | None, answer: str) -> None:
-    assert cut(text, stop) == answer
+    assert first_answer(text, stop) == answer
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from duo_id.evaluate import runner
-from duo_id.evaluate.journal import SCORES
+from duo_id.evaluate.journal import JOURNAL
 from duo_id.patterns.files import save_pattern
 from duo_id.patterns.pattern import HeadPattern
 from tests.support.commands import Finished, run_command
@@ -98,7 +98,7 @@ def test_an_interrupted_run_goes_on(
     stopped = evaluate(tmp_path)
     assert stopped.status == 128 + number
     assert f"python -m duo_id.evaluate resume={tmp_path / 'run'}" in stopped.output
-    lines = (tmp_path / "run" / SCORES).read_text().splitlines()
+    lines = (tmp_path / "run" / JOURNAL).read_text().splitlines()
     assert len(lines) > 1, "what was scored stays"
     calls.clear()
     monkeypatch.setattr(runner, "rows_of", lambda *args, **more: calls.append(args[0].heads) or plain(*args, **more))

@@ -20,7 +20,7 @@ from duo_id.evaluate import chat, reading, runner
 from duo_id.evaluate.contenders import contenders
 from duo_id.evaluate.journal import Journal
 from duo_id.evaluate.runner import CPU_BATCH_TOKENS, batch_tokens_for, run
-from duo_id.evaluate.tasks.building import Builder
+from duo_id.evaluate.tasks.building import SampleBuilder
 from duo_id.evaluate.tasks.registry import make_items
 from duo_id.models.loading import byte_tokenizer
 from duo_id.patterns.pattern import HeadMask, HeadPattern
@@ -115,7 +115,7 @@ def test_a_perfect_model_scores_everything_and_one_that_cannot_look_back_nothing
     model: Any, batch_tokens: int | None, tmp_path: Path
 ) -> None:
     haystack = load_haystack(HaystackSettings(source="library"), "test")
-    builder = Builder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
+    builder = SampleBuilder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
     items = make_items(TASKS, builder, [2600], 1, 0, None, 3)
     compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
     journal = Journal(tmp_path, {})
@@ -137,7 +137,7 @@ def test_a_perfect_model_scores_everything_and_one_that_cannot_look_back_nothing
 
 def test_the_first_samples_of_all_tasks_and_lengths_come_first(model: Any, tmp_path: Path) -> None:
     haystack = load_haystack(HaystackSettings(source="library"), "test")
-    builder = Builder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
+    builder = SampleBuilder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
     items = make_items(["passkeys", "ruler-single"], builder, [2600, 2700], 2, 0, None, 3)
     compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
     journal = Journal(tmp_path, {})
@@ -156,7 +156,7 @@ def test_a_batch_that_does_not_fit_names_the_override(
 
     monkeypatch.setattr(reading.Reader, "read", full)
     haystack = load_haystack(HaystackSettings(source="library"), "test")
-    builder = Builder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
+    builder = SampleBuilder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
     items = make_items(["passkeys"], builder, [2600], 2, 0, None, 3)
     compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
     with pytest.raises(UserError, match="lower batch_tokens=5200"):
@@ -170,7 +170,7 @@ def test_contexts_that_are_not_read_in_chunks_are_said_to_be_so_once(
         monkeypatch.setattr(module, "continuation", lambda model, ids: Continuation(stepwise=True))
     model.name = "odd"
     haystack = load_haystack(HaystackSettings(source="library"), "test")
-    builder = Builder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
+    builder = SampleBuilder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
     items = make_items(["passkeys"], builder, [2600, 2700], 1, 0, None, 3)
     compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
     written = StringIO()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from duo_id.attention.functions import Backends, masked_layers
 from duo_id.attention.interface import bound, bound_functions
 from duo_id.common.errors import UserError
-from duo_id.methods.candidates import MaskLosses, grow
+from duo_id.methods.candidates import MaskLosses, prefix_tree
 from duo_id.methods.gated_model import Subject
 from duo_id.patterns.pattern import HeadMask
 from duo_id.step.objectives import OBJECTIVES, Objective, make_objective
@@ -128,7 +128,7 @@ def test_open_masks_cost_nothing(make_model: MakeModel) -> None:
 def test_beginnings_are_shared() -> None:
     """Four masks of three layers with one head each, layer by layer: 101, 100, 111, 101 again."""
     masks = torch.tensor([[1, 0, 1], [1, 0, 0], [1, 1, 1], [1, 0, 1]]).bool()[..., None]
-    tree = grow(masks)
+    tree = prefix_tree(masks)
     assert [layer.tolist() for layer in tree.masks] == [[[True]], [[False], [True]], [[False], [True], [True]]]
     assert [layer.tolist() for layer in tree.parents] == [[0], [0, 0], [0, 0, 1]]
     assert [layer.tolist() for layer in tree.rows] == [[0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 2, 1]]
@@ -136,13 +136,13 @@ def test_beginnings_are_shared() -> None:
 
 
 def test_layers_that_agree_behind_others_that_differ_are_not_shared() -> None:
-    tree = grow(torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()[..., None])
+    tree = prefix_tree(torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()[..., None])
     assert [len(layer) for layer in tree.masks] == [2, 2, 2]
 
 
 def test_every_mask_is_found_again_on_its_way_through_the_tree() -> None:
     masks = drawn(40, (5, 3))
-    tree = grow(masks)
+    tree = prefix_tree(masks)
     for number, mask in enumerate(masks):
         for layer in range(5):
             row = int(tree.rows[layer][number])

@@ -18,7 +18,7 @@ from duo_id.methods.settings import (
     ScoreSettings,
     SearchSettings,
     method_settings,
-    of_order,
+    name_nested_override,
 )
 
 WINDOW = {"sink_size": 3, "recent_size": 8}
@@ -251,5 +251,5 @@ def test_a_mistake_at_work_on_an_order_names_its_overrides_but_for_the_windows()
     named = (
         "method@method.start=saliency: raise data.length_min, or lower method.recent_size, or method.start.samples=8"
     )
-    assert of_order("start", message) == named
-    assert of_order("prior", message) == named.replace("start", "prior")
+    assert name_nested_override("start", message) == named
+    assert name_nested_override("prior", message) == named.replace("start", "prior")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from duo_id.common.errors import UserError
-from duo_id.patterns.pattern import HeadMask, HeadPattern, TieWarning, places, random_mask, weigh_in
+from duo_id.patterns.pattern import HeadMask, HeadPattern, TieWarning, mix_prior, normalized_ranks, random_mask
 
 
 def brute_force(pattern: HeadPattern, sparsity: float) -> list[list[bool]]:
@@ -230,13 +230,13 @@ def test_places_count_the_scores_below_and_half_of_the_others_that_are_equal(see
     values = scores.flatten().tolist()
     rest = max(len(values) - 1, 1)
     expected = [(sum(v < value for v in values) + (values.count(value) - 1) / 2) / rest for value in values]
-    torch.testing.assert_close(places(scores), torch.tensor(expected).view_as(scores))
+    torch.testing.assert_close(normalized_ranks(scores), torch.tensor(expected).view_as(scores))
 
 
 def test_a_prior_is_weighed_in_over_the_gated_layers() -> None:
     pattern = HeadPattern(torch.tensor([[0.2, 0.6], [7.0, 7.0], [0.4, 0.4]]), 4, 8, (0, 2), {"seed": 3})
     prior = HeadPattern(torch.tensor([[5.0, -1.0], [99.0, -99.0], [0.0, 8.0]]), 64, 256)
-    found = weigh_in(pattern, prior, 0.5)
+    found = mix_prior(pattern, prior, 0.5)
     ones, places_of = [1.0, 1.0], torch.tensor([[2 / 3, 0.0], [1 / 3, 1.0]])
     expected = (torch.tensor([[0.2, 0.6], [0.4, 0.4]]) + 0.5 * places_of) / 1.5
     torch.testing.assert_close(found.scores, torch.stack([expected[0], torch.tensor(ones), expected[1]]))
@@ -247,7 +247,7 @@ def test_a_prior_is_weighed_in_over_the_gated_layers() -> None:
 def test_any_weight_of_a_prior_gives_scores_between_both() -> None:
     pattern = HeadPattern(torch.tensor([[0.2, 0.6]]), 4, 8)
     prior = HeadPattern(torch.tensor([[5.0, -1.0]]), 4, 8)
-    torch.testing.assert_close(weigh_in(pattern, prior, 1e300).scores, torch.tensor([[1.0, 0.0]]))
+    torch.testing.assert_close(mix_prior(pattern, prior, 1e300).scores, torch.tensor([[1.0, 0.0]]))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_any_weight_of_a_prior_gives_scores_between_both() -> None:
 )
 def test_a_prior_that_orders_other_heads_is_refused(prior: HeadPattern, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        weigh_in(HeadPattern(torch.ones(3, 2), 4, 8, (0, 2)), prior, 0.1)
+        mix_prior(HeadPattern(torch.ones(3, 2), 4, 8, (0, 2)), prior, 0.1)
 
 
 @pytest.mark.parametrize(

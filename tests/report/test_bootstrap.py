@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from duo_id.report.bootstrap import DRAWS, _Multipliers, draw, with_intervals
-from duo_id.report.summary import COLUMNS, CONTENDER, METRICS, frame, summarise
+from duo_id.report.bootstrap import DRAWS, _Multipliers, bootstrap, with_intervals
+from duo_id.report.summary import COLUMNS, CONTENDER, REPORTED, frame, summarise
 from tests.evaluate.saved import TASKS, saved_results
 
 STUDENT = {2: 4.303, 4: 2.776, 7: 2.365, 39: 2.023}  # 97.5% quantiles by degrees of freedom, from tables
@@ -65,7 +65,7 @@ def test_draws_are_those_of_a_slow_reference() -> None:
     random = np.random.default_rng(2)
     rows = experiment(random.normal(1, 0.2, (1, 3, 2, 6)))
     rows = rows[(rows["task"] == "a") | (rows["index"] < 4)]
-    (found,) = draw(rows, ["length"])
+    (found,) = bootstrap(rows, ["length"])
     off = [
         [(part.groupby(unit)["loss"].mean() - part["loss"].mean()).to_numpy() for unit in ("seed", "index")]
         for _, part in rows.groupby("task")
@@ -95,10 +95,10 @@ def test_masks_and_samples_are_drawn_apart() -> None:
 def test_groups_of_the_same_samples_take_the_same_draws() -> None:
     rows = frame(saved_results())
     own = rows[(rows["kind"] == "pattern") & (rows["sparsity"] == 0.5)]
-    groups = {group.key["heads"]: group for group in draw(rows, CONTENDER) if group.key["sparsity"] in (0.0, 0.5)}
+    groups = {group.key["heads"]: group for group in bootstrap(rows, CONTENDER) if group.key["sparsity"] in (0.0, 0.5)}
     full, found = groups["full"], groups["found"]
-    assert found.values.keys() == METRICS.keys()
-    assert (found.samples, found.seeds, found.certain) == (len(TASKS) * 2 * 4, 1, False)
+    assert found.values.keys() == REPORTED.keys()
+    assert (found.samples, found.seeds, found.single_draw) == (len(TASKS) * 2 * 4, 1, False)
     assert found.values["rise"].shape == (1 + DRAWS,)
     np.testing.assert_allclose(found.values["loss"] - full.values["loss"], found.values["rise"], atol=1e-9)
     of_tasks = own.groupby("task")[["loss", "tokens"]].sum()
@@ -107,10 +107,10 @@ def test_groups_of_the_same_samples_take_the_same_draws() -> None:
 
 def test_intervals_are_the_middle_of_what_was_drawn() -> None:
     drawn = {"loss": np.array([5.0, *range(101)]), "kl": np.array([1.0, *[np.nan] * 101])}
-    found = with_intervals(drawn, certain=False)
+    found = with_intervals(drawn, single_draw=False)
     assert (found["loss"], found["loss_low"], found["loss_high"]) == (5, 2.5, 97.5)
     assert found["kl"] == 1
-    assert np.isnan([found["kl_low"], with_intervals(drawn, certain=True)["loss_low"]]).all()
+    assert np.isnan([found["kl_low"], with_intervals(drawn, single_draw=True)["loss_low"]]).all()
 
 
 def test_intervals_end_where_values_do() -> None:

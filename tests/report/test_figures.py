@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 
 from duo_id.patterns.agreement import agreement, plot_agreement, plot_patterns
 from duo_id.patterns.pattern import HeadPattern
-from duo_id.report.figures import figures, looks, plot_budget, plot_depths, plot_position, plot_tasks, sparsities_of
+from duo_id.report.figures import (
+    figures,
+    line_styles,
+    plot_budget,
+    plot_depths,
+    plot_position,
+    plot_tasks,
+    sparsities_of,
+)
 from duo_id.report.summary import contenders, frame
 from tests.evaluate.saved import DEPTHS, LENGTHS, SPARSITIES, a_pattern, line_up, saved_results
 
@@ -121,7 +129,7 @@ def test_bars_of_tasks(rows: pd.DataFrame) -> None:
 
 def test_contenders_are_told_apart_however_many() -> None:
     compared = line_up(tuple(f"pattern {number}" for number in range(14)), sparsities=(0.5,), peers=False)
-    drawn = [tuple(look.values()) for _, _, look in looks(pd.DataFrame(compared))]
+    drawn = [tuple(look.values()) for _, _, look in line_styles(pd.DataFrame(compared))]
     assert len(set(drawn)) == len(drawn) == 14
 
 

@@ -15,7 +15,7 @@ from duo_id.patterns.files import contents_of
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.plots import plot_gates
 from duo_id.report.page import LARGEST_SVG, Pictures, report
-from duo_id.report.runs import Run, free_name, merge, read_run
+from duo_id.report.runs import RunFolder, free_name, merge, read_run
 from duo_id.report.summary import frame
 from tests.evaluate.saved import MODEL, a_pattern, line_up, save, saved_results
 
@@ -84,7 +84,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page about two models and a training run."""
     folder = tmp_path_factory.mktemp("page")
     runs = [
-        Run("one", MODEL, results := saved_results(2, lengths=(1000,)), patterns=results["patterns"]),
+        RunFolder("one", MODEL, results := saved_results(2, lengths=(1000,)), patterns=results["patterns"]),
         trained("a/training"),
         read_run(save(folder / "hostile", hostile_results())),
     ]
@@ -92,7 +92,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
-def trained(name: str, pattern: HeadPattern | None = None) -> Run:
+def trained(name: str, pattern: HeadPattern | None = None) -> RunFolder:
     scored = [
         {"heads": heads, "sparsity": sparsity, "answer_loss": 1.5, "token_accuracy": 0.25, "exact_answers": 0.5}
         for heads, sparsity in (("full", 0.0), ("found", 0.5), ("random", 0.5), ("random", 0.5))
@@ -100,7 +100,7 @@ def trained(name: str, pattern: HeadPattern | None = None) -> Run:
     summary = {"model": MODEL, "steps": 7, "seed": 3, "mean_gate": 0.5, "seconds": {"train": 2.0}, "results": scored}
     metrics = frame(saved_results(1, ("language",)))[["loss"]].rename(columns={"loss": "train/distill"})
     contents = {name: contents_of(pattern or a_pattern(5))}
-    return Run(name, MODEL, None, summary, metrics.assign(step=range(len(metrics))), contents)
+    return RunFolder(name, MODEL, None, summary, metrics.assign(step=range(len(metrics))), contents)
 
 
 def test_the_page_is_whole_and_loads_nothing(page: Path) -> None:
@@ -149,7 +149,7 @@ def test_all_texts_are_escaped(page: Path) -> None:
 def test_one_contender_one_task_one_length() -> None:
     for task in ("language", "json-lookup"):
         results = saved_results(1, (task,), (1000,), line_up(peers=False)[:1], patterns={})
-        parsed = Page(report([Run("one", MODEL, results)]))
+        parsed = Page(report([RunFolder("one", MODEL, results)]))
         assert "full attention" in parsed.text
         assert "nan" not in parsed.text
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from duo_id.common.errors import UserError
-from duo_id.report.summary import COLUMNS, METRICS, contenders, frame, load_results, name_of, summarise
+from duo_id.report.summary import COLUMNS, REPORTED, contenders, frame, load_results, name_of, summarise
 from tests.evaluate.saved import line_up, save, saved_results
 
 FULL, MASK = ("full", "full", 0.0), ("pattern", "found", 0.5)
@@ -57,7 +57,7 @@ def test_values_by_hand() -> None:
         "score": 0.375,  # of task a alone
         "relative_score": 0.375 / 0.75,
     }
-    assert expected.keys() == METRICS.keys()
+    assert expected.keys() == REPORTED.keys()
     for metric, value in expected.items():
         assert found[metric] == pytest.approx(value), metric
     assert (found["samples"], found["seeds"]) == (3, 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from duo_id.patterns.files import load_pattern
-from duo_id.patterns.pattern import HeadPattern, places
+from duo_id.patterns.pattern import HeadPattern, normalized_ranks
 from tests.scale.devices import environment
 from tests.support.commands import Finished, run_command
 from tests.support.processes import run_file, start
@@ -175,7 +175,9 @@ def test_processes_that_share_a_model_find_the_prior_of_gates(prior: list[str], 
     assert alone.status == 0, alone.output
     assert found.unique().numel() == found.numel()
     torch.testing.assert_close(found, load_pattern(tmp_path / "alone").scores, atol=1e-4, rtol=0)
-    torch.testing.assert_close(found, places(found), atol=1e-4, rtol=0)  # the prior's, not those of gates after a step
+    torch.testing.assert_close(
+        found, normalized_ranks(found), atol=1e-4, rtol=0
+    )  # the prior's, not those of gates after a step
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,9 @@ def test_what_does_not_fit_is_refused_with_its_numbers(large: PreTrainedModel) -
 
 def test_layers_keep_everything_where_it_fits() -> None:
     costs, step = calculated_costs(tiny_model("llama"), Ranks(2), META), StepSettings(compile=True)
-    everything = costs.keeping([Keep.ALL] * 3, 64, None)
+    everything = costs.plan_for([Keep.ALL] * 3, 64, None)
     assert fitted(step, costs, 64, everything.total) == (step, replace(everything, budget=everything.total))
-    outputs = costs.keeping([Keep.OUTPUT] * 3, 64, None)
+    outputs = costs.plan_for([Keep.OUTPUT] * 3, 64, None)
     for budget, memory, level in (
         (everything.total - 1, "outputs", Keep.OUTPUT),
         (outputs.total, "outputs", Keep.OUTPUT),
@@ -75,7 +75,7 @@ def test_layers_keep_everything_where_it_fits() -> None:
 
 def test_without_full_attention_there_is_no_output_to_keep() -> None:
     costs = calculated_costs(tiny_model("llama"), Ranks(2), META, teacher_outputs=True)
-    budget = costs.keeping([Keep.ALL] * 3, 64, None).total - 1
+    budget = costs.plan_for([Keep.ALL] * 3, 64, None).total - 1
     assert fitted(StepSettings(), costs, 64, budget)[0].memory == "least"
 
 
@@ -84,7 +84,7 @@ def test_gpus_have_libraries_and_a_part_to_spare(monkeypatch: pytest.MonkeyPatch
     model, room = tiny_model("llama"), [80 * GIB]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room[0] - 2 * GIB, 90 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
-    monkeypatch.setattr(Ranks, "greatest", lambda self, value, device: [value + GIB])
+    monkeypatch.setattr(Ranks, "reduce_max", lambda self, value, device: [value + GIB])
     plan = shared_step(model, LEAST, Ranks(2), GPU, 64, 2, teacher_outputs=False)[1]
     assert (plan.budget, plan.spared) == (79 * GIB, SPARED)
     assert plan.buffers == planned(model, Ranks(2), 64, 2).buffers + LIBRARIES

@@ -177,9 +177,9 @@ def test_the_planner_sets_the_levels_of_each_step(make_model: Callable[..., PreT
         kept = [dict(zip(Keep, (10.0, 5.0, 2.0, 1.0), strict=True))] * 3
         costs = MeasuredCosts(0, kept, 0, again=lambda tokens: COSTS.again(tokens)[:3])
         planner = MemoryPlanner(recomputation, costs, 4500)
-        planner.arrange(100)
+        planner.apply_plan(100)
         assert recomputation.levels == [Keep.ATTENTION, Keep.ALL, Keep.ALL]
-        assert "of 3 layers keep 3 everything, 0 their attention, 0 their input and" in str(planner.arrange(80))
+        assert "of 3 layers keep 3 everything, 0 their attention, 0 their input and" in str(planner.apply_plan(80))
         assert recomputation.levels == [Keep.ALL] * 3
         with pytest.raises(UserError, match="a step of 1,000 tokens needs at least"):
-            planner.arrange(1000)
+            planner.apply_plan(1000)

@@ -62,21 +62,21 @@ def test_the_fast_step_is_the_simple_step_within_any_budget(
     model, batch = make_model("llama", max_position_embeddings=1024), batch_of(random_sample(700, 1))
     with distilling(model, "hidden_l2", blend) as distillation:
         expected = step(distillation, batch)
-        with prepared(distillation, StepSettings(memory="1GiB")) as arrange:
-            everything = arrange(700)
+        with prepared(distillation, StepSettings(memory="1GiB")) as apply_plan:
+            everything = apply_plan(700)
         assert everything is not None
         assert set(everything.levels) == {Keep.ALL}
         for too_little in ("0MiB", "0.1MiB"):
             with (
                 pytest.raises(UserError, match="a step of 700 tokens needs at least"),
-                prepared(distillation, StepSettings(memory=too_little)) as arrange,
+                prepared(distillation, StepSettings(memory=too_little)) as apply_plan,
             ):
-                arrange(700)
+                apply_plan(700)
         fixed = everything.weights + everything.buffers
         budget = f"{(fixed + everything.activations * (share - 1) / share) / 2**20:.4f}MiB"
-        with prepared(distillation, StepSettings(memory=budget)) as arrange:
+        with prepared(distillation, StepSettings(memory=budget)) as apply_plan:
             try:
-                plan = arrange(700)
+                plan = apply_plan(700)
             except UserError:
                 assert share < 1.5
                 return
@@ -92,8 +92,8 @@ def test_the_least_needs_no_plan_whatever_there_is(
     monkeypatch.setattr(prepare, "available", lambda memory, device: 2**30)
     with distilling(make_model("llama"), "hidden_l2") as distillation:
         for memory, planned in (("auto", True), ("least", False)):
-            with prepared(distillation, StepSettings(memory=memory)) as arrange:
-                assert (arrange(40) is not None) == planned
+            with prepared(distillation, StepSettings(memory=memory)) as apply_plan:
+                assert (apply_plan(40) is not None) == planned
 
 
 def test_compiled_blends_are_the_same(make_model: Callable[..., PreTrainedModel]) -> None:

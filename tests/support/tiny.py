@@ -79,5 +79,5 @@ def tiny_training(
     language_model = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
     with attached(model, step.backends) as layers:
         training = GateTraining(language_model, layers, method, step, 10, [0.5]).to(device)
-        with prepared(training.distillation, step) as training.arrange:
+        with prepared(training.distillation, step) as training.apply_plan:
             yield training

@@ -17,7 +17,7 @@ from duo_id.common.integrity import sealed
 from duo_id.methods.candidates import MaskLosses
 from duo_id.methods.random import random_scores
 from duo_id.patterns.files import save_pattern
-from duo_id.patterns.pattern import HeadPattern, places
+from duo_id.patterns.pattern import HeadPattern, normalized_ranks
 from duo_id.step import recompute
 from duo_id.step.memory import MemoryPlanner, Plan
 from duo_id.step.recompute import Keep
@@ -225,7 +225,7 @@ def test_a_prior_may_be_a_method_of_the_same_run_and_of_its_samples(tmp_path: Pa
     few = [override for override in QUICK if "method" not in override]
     alone = run_command("train", *few, *alike, "method=reconstruction", "method.samples=2", folder=tmp_path)
     assert alone.status == 0, alone.output
-    expected = places(load_pattern(tmp_path / "run").scores)
+    expected = normalized_ranks(load_pattern(tmp_path / "run").scores)
     gates = [
         "method@method.prior=reconstruction",
         "method.prior.samples=2",
@@ -246,7 +246,7 @@ def test_a_resumed_run_has_its_prior_again_or_another(tmp_path: Path) -> None:
     assert run_command("train", *few, *by_name, folder=tmp_path).status == 0
     found = load_pattern(tmp_path / "run").scores
     saved, other = f"method.prior={tmp_path / 'saved'}", "method@method.prior=random"
-    drawn = places(random_scores((3, 2), 0))
+    drawn = normalized_ranks(random_scores((3, 2), 0))
     for changes, expected in ([], found), ([saved], PLACES), ([other], drawn):
         shutil.rmtree(tmp_path / "run" / "heads")
         resumed = run_command("train", f"resume={tmp_path / 'run'}", *changes, folder=tmp_path)
@@ -260,7 +260,7 @@ def test_each_seed_has_a_prior_of_its_own(tmp_path: Path) -> None:
     assert finished.status == 0, finished.output
     for seed in 3, 4:
         found = load_pattern(tmp_path / "run" / f"seed-{seed}").scores
-        torch.testing.assert_close(found, places(random_scores((3, 2), seed)), atol=1e-4, rtol=0)
+        torch.testing.assert_close(found, normalized_ranks(random_scores((3, 2), seed)), atol=1e-4, rtol=0)
 
 
 def test_an_interrupted_search_for_a_prior_goes_on_and_logs_nothing(
@@ -328,12 +328,12 @@ def test_scores_by_backward_passes_keep_what_the_memory_holds(
     again = Mock(side_effect=recompute.checkpoint)
 
     def noted(self: MemoryPlanner, tokens: int) -> Plan:
-        plan = arrange(self, tokens)
+        plan = apply_plan(self, tokens)
         levels.append(set(self.recomputation.levels))
         return plan
 
-    arrange = MemoryPlanner.arrange
-    monkeypatch.setattr(MemoryPlanner, "arrange", noted)
+    apply_plan = MemoryPlanner.apply_plan
+    monkeypatch.setattr(MemoryPlanner, "apply_plan", noted)
     monkeypatch.setattr(recompute, "checkpoint", again)
     found, computed_again = [], []
     for memory in "auto", "least", "1GiB":

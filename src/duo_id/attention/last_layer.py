@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from duo_id.attention.layers import BOUND, AttentionLayer, beside, blocks, layer_list
+from duo_id.attention.layers import BOUND, AttentionLayer, blocks, layer_list, norms_and_mlp
 from duo_id.attention.softmax import Softmax
 
 SHARE = 16  # up to 1/16 of the tokens are taken apart: their kernel looks at a mask, so that of many all come sooner
@@ -33,7 +33,7 @@ class AtRows:
         return spread(found, self.rows, query.shape[2], 2)
 
 
-def few(rows: Tensor, tokens: int) -> bool:
+def worth_splitting(rows: Tensor, tokens: int) -> bool:
     """Whether to compute these of so many tokens by themselves."""
     return SHARE * len(rows) <= tokens
 
@@ -85,7 +85,7 @@ def last_mlp_at_rows(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -
         return (whole, *others) if isinstance(output, tuple) else whole
 
     hooks = []
-    for part in beside(blocks(model, [layer])[0], layer):
+    for part in norms_and_mlp(blocks(model, [layer])[0], layer):
         if type(part).__name__.endswith("MLP"):
             hooks += [part.register_forward_pre_hook(before), part.register_forward_hook(after)]
     try:

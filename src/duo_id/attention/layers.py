@@ -242,7 +242,7 @@ def blocks(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[nn.
     return [model.get_submodule(f"{stack}.{layer.name.removeprefix(stack + '.').split('.')[0]}") for layer in layers]
 
 
-def beside(block: nn.Module, layer: AttentionLayer) -> list[nn.Module]:
+def norms_and_mlp(block: nn.Module, layer: AttentionLayer) -> list[nn.Module]:
     """The parts of a transformer block with parameters that lie beside its attention: norms and MLP."""
     return [
         part for part in block.children() if layer.module not in part.modules() and any(True for _ in part.parameters())

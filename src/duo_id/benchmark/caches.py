@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from duo_id.attention.layers import AttentionLayer
 from duo_id.benchmark.ceilings import Ceilings
-from duo_id.benchmark.contenders import Contender
+from duo_id.benchmark.contenders import CacheContender
 from duo_id.benchmark.roofline import Floor, Workload
 from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.benchmark.timing import Stopwatch, Timing, captured, release, timed, unless_out_of_memory, with_peak
@@ -51,7 +51,7 @@ class Bench:
         weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
         self.weights_bytes = sum(weights.values())
 
-    def rows(self, contender: Contender) -> Iterator[dict[str, Any]]:
+    def rows(self, contender: CacheContender) -> Iterator[dict[str, Any]]:
         """Measure one contender over all sizes; a size that the memory does not suffice for is a row too."""
         measure = {"decode": self._decode, "prefill": self._prefill, "memory": self._memory}[self.settings.task]
         torch._dynamo.reset()  # which would else hold on to what it compiled for another contender
@@ -59,12 +59,12 @@ class Bench:
         with contender.installed():
             yield from measure(contender)
 
-    def _memory(self, contender: Contender) -> Iterator[dict[str, Any]]:
+    def _memory(self, contender: CacheContender) -> Iterator[dict[str, Any]]:
         for context in self.settings.context:
             self._name(contender, context)
             yield self._row(contender, context, unless_out_of_memory(partial(self.step_memory, contender, context)))
 
-    def _decode(self, contender: Contender) -> Iterator[dict[str, Any]]:
+    def _decode(self, contender: CacheContender) -> Iterator[dict[str, Any]]:
         """One static cache serves all contexts, for a compiled step would be compiled again for another.
 
         So that peaks are those of each context nevertheless, they are measured before, with a cache of the right size.
@@ -95,7 +95,7 @@ class Bench:
                 timing, backend = measured
                 yield self._row(contender, context, memory[context], timing, floor, tokens=1, backend=backend)
 
-    def _prefill(self, contender: Contender) -> Iterator[dict[str, Any]]:
+    def _prefill(self, contender: CacheContender) -> Iterator[dict[str, Any]]:
         for context in self.settings.context:
             for chunk_size in self.settings.chunk_size:
                 self._name(contender, context, chunk_size)
@@ -106,7 +106,7 @@ class Bench:
                 yield self._row(contender, context, held, timing, floor, tokens=context, chunk_size=chunk_size)
 
     @torch.no_grad()
-    def step_memory(self, contender: Contender, context: int) -> tuple[int | None, int]:
+    def step_memory(self, contender: CacheContender, context: int) -> tuple[int | None, int]:
         """Peak bytes of a decode step whose cache has just the room it needs, and the bytes of that cache."""
         with self.watch.phase("memory"):
             cache = contender.new_cache(context + 1)
@@ -117,7 +117,7 @@ class Bench:
 
     @torch.no_grad()
     def step_time(
-        self, contender: Contender, forward: Callable[..., Any], cache: Cache, context: int
+        self, contender: CacheContender, forward: Callable[..., Any], cache: Cache, context: int
     ) -> tuple[Timing, str]:
         """Time a decode step after `context` random tokens; also what computed its attention."""
         with self.watch.phase("fill"):
@@ -133,7 +133,7 @@ class Bench:
 
     @torch.no_grad()
     def prefill_time(
-        self, contender: Contender, context: int, chunk_size: int
+        self, contender: CacheContender, context: int, chunk_size: int
     ) -> tuple[Timing, tuple[int | None, int]]:
         """Time the prefill of a random prompt; also its peak bytes, and those of its cache."""
         ids, cache, settings = self.tokens(context), contender.new_cache(context), self.settings
@@ -157,14 +157,14 @@ class Bench:
         shape, size = (self.settings.batch_size, count), self.model.config.get_text_config().vocab_size
         return torch.randint(size, shape, generator=generator, device=self.device)
 
-    def _name(self, contender: Contender, context: int, chunk_size: int | None = None) -> None:
+    def _name(self, contender: CacheContender, context: int, chunk_size: int | None = None) -> None:
         chunks = "" if chunk_size is None else f" in chunks of {chunk_size:,}"
         streaming = f", {100 * contender.sparsity:.4g}% stream" if contender.sparsity else ""
         self.subject = f"{contender.name}{streaming}, {context:,} tokens{chunks}"
 
     def _row(
         self,
-        contender: Contender,
+        contender: CacheContender,
         context: int,
         held: tuple[int | None, int] | None,
         timing: Timing | None = None,
@@ -200,7 +200,7 @@ class Bench:
 
 
 def decode_step(
-    contender: Contender, forward: Callable[..., Any], cache: Cache, context: int, ids: Tensor
+    contender: CacheContender, forward: Callable[..., Any], cache: Cache, context: int, ids: Tensor
 ) -> Callable[[], Tensor]:
     """A decode step after `context` tokens, which may be run again and again, and captured.
 

@@ -20,7 +20,7 @@ from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.pattern import HeadMask
 
 
-class Contender(ABC):
+class CacheContender(ABC):
     """One way to attend, with its cache.
 
     Args:
@@ -72,7 +72,7 @@ class Contender(ABC):
         """Let the next decode step be one after `context` tokens, where the host counts them."""
 
 
-class StaticAttention(Contender):
+class StaticAttention(CacheContender):
     """Full attention by SDPA over a `StaticCache`."""
 
     name = "full"
@@ -116,7 +116,7 @@ class StaticAttention(Contender):
         return "sdpa " + static_attention.choose_backend(self.layers[0], first.keys, first.values, context + 1)
 
 
-class DualAttention(Contender):
+class DualAttention(CacheContender):
     """A head mask over the dual cache, as deployed.
 
     Args:

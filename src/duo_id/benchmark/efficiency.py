@@ -10,7 +10,7 @@ from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.benchmark.tables import Named
 from duo_id.common.config import parse
 from duo_id.common.documents import FIRST, Count, Data, Line, Positive, checked, one_line, read_object
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 
 Place = tuple[int, str]  # context and blend
 
@@ -55,21 +55,21 @@ def read_baseline(settings: BenchmarkSettings, device: torch.device, card: str, 
         speeds = {place: row.tokens_per_s for place, row in steps.items() if row.status != "OOM"}
         there = run.devices, run.device, run.model.name
         its = parse(BenchmarkSettings, run.settings)
-        require(its.task == "train_step", f"task={its.task}")
+        check(its.task == "train_step", f"task={its.task}")
         other = _work(its, device, 1)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{refused}: no results of task=train_step can be read there ({one_line(error)})") from error
     here = 1, card, settings.model.name
     told = "measured on {} x {} with {}; efficiency is against {} x {} with {}".format(*there, *here)
-    require(there == here, f"{refused}: {told}")
+    check(there == here, f"{refused}: {told}")
     own = _work(settings, device, groups)
     for key in sorted(own | other):
-        require(
+        check(
             other.get(key) == own.get(key),
             f"{refused}: {key} is {other.get(key)} there and {own.get(key)} here, which is other work",
         )
     places = set(product(settings.context, settings.blend))
-    require(
+    check(
         bool(places & steps.keys()),
         f"{refused}: none of its steps has context={settings.context} and blend={settings.blend}",
     )

@@ -16,7 +16,7 @@ from duo_id.attention.interface import routed
 from duo_id.attention.layers import AttentionLayer, gated_layers
 from duo_id.benchmark.caches import Bench
 from duo_id.benchmark.ceilings import measure_ceilings
-from duo_id.benchmark.contenders import Contender, DualAttention, StaticAttention
+from duo_id.benchmark.contenders import CacheContender, DualAttention, StaticAttention
 from duo_id.benchmark.efficiency import read_baseline
 from duo_id.benchmark.figures import plot_benchmark, plotted_axes
 from duo_id.benchmark.roofline import workload
@@ -26,7 +26,7 @@ from duo_id.benchmark.tables import NAMES, compared, results_tables
 from duo_id.benchmark.train_step import StepBench
 from duo_id.common import cli
 from duo_id.common.config import plain
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 from duo_id.common.figures import save_figure
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
@@ -54,8 +54,8 @@ def benchmark(settings: BenchmarkSettings, folder: Path, overrides: list[str]) -
     """
     device, ranks = _place(settings)
     cli.console.quiet = not ranks.first
-    with ranks.watched():
-        return _measured(settings, Path(ranks.agreed(str(folder))), overrides, device, ranks)
+    with ranks.one_line_errors():
+        return _measured(settings, Path(ranks.broadcast(str(folder))), overrides, device, ranks)
 
 
 def _place(settings: BenchmarkSettings) -> tuple[torch.device, Ranks]:
@@ -64,7 +64,7 @@ def _place(settings: BenchmarkSettings) -> tuple[torch.device, Ranks]:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu"), Ranks()
     step = settings.step
     device, ranks = launch(settings.trainer, step.sequence_parallel, step.shard, settings.batch_size, "batch_size")
-    require(device.type in ("cuda", "cpu"), f"trainer.accelerator={device.type}: steps are measured on gpu and cpu")
+    check(device.type in ("cuda", "cpu"), f"trainer.accelerator={device.type}: steps are measured on gpu and cpu")
     return device, ranks
 
 
@@ -150,7 +150,7 @@ def attention_layers(language_model: LanguageModel) -> list[AttentionLayer]:
 
 def line_up(
     settings: BenchmarkSettings, language_model: LanguageModel, layers: list[AttentionLayer]
-) -> list[Contender]:
+) -> list[CacheContender]:
     """What is measured, in this order: the baselines, and a mask for each sparsity.
 
     Raises:
@@ -162,7 +162,7 @@ def line_up(
         pattern.check_fits(*shape, language_model.name)
     sizes = settings if pattern is None else pattern
     window, longest = sizes.sink_size + sizes.recent_size, settings.context[-1]
-    require(
+    check(
         window < longest,
         f"context={longest} lies within the window of sink_size + recent_size = {window}: give a longer one",
     )
@@ -175,7 +175,7 @@ def line_up(
         )
 
     batch = settings.batch_size
-    contenders: list[Contender] = [StaticAttention(language_model, layers, batch)]
+    contenders: list[CacheContender] = [StaticAttention(language_model, layers, batch)]
     if settings.task == "decode":  # in prefill both caches call the same attention
         contenders.append(DualAttention(language_model, layers, batch, mask(0), "full-dual"))
     return contenders + [DualAttention(language_model, layers, batch, mask(sparsity)) for sparsity in settings.sparsity]

@@ -7,7 +7,7 @@ import torch
 
 from duo_id.attention.blends import BLENDS
 from duo_id.common.config import Count, Fraction, Positive, Seed, Some, Text, one_of, settings
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.models.settings import ModelSettings
 from duo_id.step.settings import StepSettings
 from duo_id.train.trainer import Trainer, TrainerSettings
@@ -54,24 +54,24 @@ class BenchmarkSettings:
         if self.data.length is not None:
             self.context = [self.data.length]
         for key in self.trainer:
-            require(
+            check(
                 key in PLACES, f"trainer.{key}: benchmarks have no trainer; of its arguments, {', '.join(PLACES[1:])}"
             )
         if self.task != "train_step":
             devices, nodes = self.trainer.get("devices", 1), self.trainer.get("num_nodes", 1)
-            require((devices, nodes) == (1, 1), f"trainer.devices={devices}: task={self.task} works on 1 device")
-            require(self.compare is None, f"compare={self.compare}: it is for task=train_step")
+            check((devices, nodes) == (1, 1), f"trainer.devices={devices}: task={self.task} works on 1 device")
+            check(self.compare is None, f"compare={self.compare}: it is for task=train_step")
         self.blend = list(dict.fromkeys(self.blend))
         for key in ("context", "chunk_size", "sparsity"):
             setattr(self, key, sorted(set(getattr(self, key))))
         if self.task == "train_step":
             window, shortest = self.sink_size + self.recent_size, self.context[0]
-            require(
+            check(
                 window < shortest,
                 f"sink_size + recent_size = {window} must be below context={shortest}, or nothing lies outside",
             )
-            require(not self.step.cuda_graphs, "step.cuda_graphs=true: task=train_step measures steps without a graph")
-            require(self.heads is None, f"heads={self.heads}: task=train_step trains the gates of all heads")
+            check(not self.step.cuda_graphs, "step.cuda_graphs=true: task=train_step measures steps without a graph")
+            check(self.heads is None, f"heads={self.heads}: task=train_step trains the gates of all heads")
 
     def compiles(self, device: torch.device) -> bool:
         """Whether to compile on a device: as asked for, by default on a GPU alone."""

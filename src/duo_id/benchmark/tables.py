@@ -11,7 +11,7 @@ from duo_id.common.documents import FIRST, Count, Data, Line, Positive, Share
 
 FULL = ("full", "full-dual")  # the baselines: SDPA over a static cache, and the dual cache without a streaming head
 NAMES = {"full": "full, static cache", "full-dual": "full, dual cache", "duo": "duo"}
-Row = dict[str, Any]
+Measurement = dict[str, Any]
 
 
 class Measured(Data):
@@ -51,7 +51,7 @@ def memory(row: Mapping[str, Any]) -> int | None:
     return row["peak_bytes"] or row["weights_bytes"] + row["cache_bytes"]
 
 
-def compared(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+def compared(rows: Sequence[Mapping[str, Any]]) -> list[Measurement]:
     """The rows, each under a mask with how many times full attention takes its time and memory in the same place.
 
     Of the baselines the faster counts for the time and the smaller for the memory. Added are `speedup`,

@@ -141,16 +141,16 @@ class StepBench:
             return ranks.mean(torch.autograd.grad(distillation.loss(alpha, batch), alpha)[0])
 
         def measure() -> tuple[Timing, int | None]:
-            with prepared(distillation, step) as arrange:
+            with prepared(distillation, step) as apply_plan:
                 with self.watch.phase("compile" if step.compile else "first step"):
-                    plan = arrange(batch["input_ids"].numel())
+                    plan = apply_plan(batch["input_ids"].numel())
                     told.setdefault("plan", None if plan is None else str(plan))
                     run()
                 with self.watch.phase("measure"):
                     timing, peak = with_peak(
                         lambda: timed(run, self.device, settings.repeats, settings.warmup, ranks.barrier), self.device
                     )
-                    *runs, most = ranks.greatest(*timing.runs, peak or 0, device=self.device)
+                    *runs, most = ranks.reduce_max(*timing.runs, peak or 0, device=self.device)
                 if settings.profile:
                     with self.watch.phase("profile"):
                         trace = self.folder / f"trace_{name}_{blend}_{context}.json" if ranks.first else None

@@ -36,7 +36,7 @@ from duo_id.common.folders import check_links, first_process, folder_of, fresh, 
 from duo_id.common.mistakes import as_typed, explained, literal, no_choice
 from duo_id.common.record import SETTINGS
 from duo_id.common.resuming import open_to_any, resumed
-from duo_id.common.stopping import preemption, status_of, stoppable, told
+from duo_id.common.stopping import describe_interrupt, preemption, status_of, stoppable
 
 console = Console(emoji=False)
 SWEEP = "DUO_ID_SWEEP"  # environment: tells the jobs of one sweep from those of another in the same folder
@@ -73,10 +73,10 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
             _name(error, HydraConfig.get().runtime.output_dir)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 if expected:
-                    leave(_complain(error))  # Hydra would print more
-                if several():
+                    exit_process(_complain(error))  # Hydra would print more
+                if is_distributed():
                     traceback.print_exc()
-                    leave(1)
+                    exit_process(1)
                 raise
             status = _note_failure(error, expected, ours)  # the other jobs of a sweep go on
             return math.nan
@@ -94,8 +94,8 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
         given = [text for text in groups if no_choice(text)] or sys.argv[1:]
         sys.exit(_complain(UserError(f"{' '.join(given)}: Hydra cannot compose this ({explained(error)})")))
     except KeyboardInterrupt as error:
-        console.print(told(error))
-        leave(status_of(error))
+        console.print(describe_interrupt(error))
+        exit_process(status_of(error))
 
 
 def sorted_out(arguments: Sequence[str], usage: str) -> tuple[list[str], dict[str, str]]:
@@ -131,7 +131,7 @@ def run_plain(command: Callable[[list[str]], object]) -> None:
     except (UserError, OSError) as error:
         sys.exit(_complain(error))
     except KeyboardInterrupt as error:
-        console.print(told(error))
+        console.print(describe_interrupt(error))
         sys.exit(status_of(error))
 
 
@@ -298,18 +298,18 @@ def _note_failure(error: Exception, expected: bool, ours: bool) -> int:
     return _complain(error)
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether this process is connected to others of its run."""
     return dist.is_available() and dist.is_initialized()
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End this process with an exit status; at once where it is one of several.
 
     Of several the others may wait for this one in a collective, and what NCCL does at exit would wait for them. So
     it ends without, and whoever started the processes ends the others.
     """
-    if several():
+    if is_distributed():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -9,7 +9,7 @@ class UserError(ValueError):
         return [f"error: {self}"]
 
 
-def require(condition: bool, message: str) -> None:
+def check(condition: bool, message: str) -> None:
     """Raise a `UserError` with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)

@@ -7,7 +7,8 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from hydra.utils import get_method, instantiate
+from hydra.utils import get_method
+from hydra.utils import instantiate as hydra_instantiate
 from omegaconf.errors import ConfigTypeError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from duo_id.common.errors import UserError
@@ -58,7 +59,7 @@ def check_named(override: str, target: Any) -> None:
         raise UserError(f"{override}={target}: there is no such class ({_joined(error)})") from error
 
 
-def built(group: str, settings: Mapping[str, Any], *args: Any, about: str = "_target_", **others: Any) -> Any:
+def instantiate(group: str, settings: Mapping[str, Any], *args: Any, about: str = "_target_", **others: Any) -> Any:
     """The object that a group of settings describes: its `_target_`, called with them.
 
     Args:
@@ -73,7 +74,7 @@ def built(group: str, settings: Mapping[str, Any], *args: Any, about: str = "_ta
     """
     try:
         # Hydra resolves what it is given, and once more when it reads that.
-        return instantiate(literal(literal(settings)), *args, **others)
+        return hydra_instantiate(literal(literal(settings)), *args, **others)
     except InstantiationException as error:
         reason = error.__cause__ or error
         named = [key for key in settings if re.search(rf"\b{re.escape(key)}\b", str(reason))]

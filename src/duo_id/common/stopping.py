@@ -30,7 +30,7 @@ def status_of(error: KeyboardInterrupt) -> int:
     return 128 + getattr(error, "number", signal.SIGINT)
 
 
-def told(error: KeyboardInterrupt) -> str:
+def describe_interrupt(error: KeyboardInterrupt) -> str:
     """What the user is told."""
     number = getattr(error, "number", signal.SIGINT)
     return "interrupted" if number == signal.SIGINT else f"interrupted by {signal.Signals(number).name}"

@@ -5,7 +5,7 @@ import random
 import re
 from itertools import pairwise
 
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 from duo_id.data.synthetic import DraftedTask, Piece
 
 HEAD = "Read these pages with care: parts of them have to be quoted afterwards.\n\n"
@@ -37,7 +37,7 @@ class CopyingTask(DraftedTask):
         questions = count * (len(self.question) + self.passage + len(self.answer_end))
         self.num_fixed = len(self.head) + len(self.text_end) + questions
         span = settings.depth_max - settings.depth_min
-        require(span > 0, f"data.depth_max={settings.depth_max} must exceed data.depth_min: passages need room")
+        check(span > 0, f"data.depth_max={settings.depth_max} must exceed data.depth_min: passages need room")
         self.need(
             self.num_fixed + math.ceil((2 * self.passage * count + 1) / span),  # twice, for a choice of places
             f"{count} passages with {settings.answer_tokens} tokens to copy",

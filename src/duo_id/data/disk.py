@@ -14,7 +14,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.common.documents import Count, Data, Line, checked, one_line, read_json
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 from duo_id.common.files import whole_folder
 from duo_id.common.integrity import check_sums
 from duo_id.data.samples import Sample, Task
@@ -90,7 +90,7 @@ class DiskTask:
             UserError: there is no such folder or split, its samples are not for this model, or a file is damaged.
         """
         path = Path(settings.path or "")
-        require(path.is_dir(), f"data.path={path}: no such folder; data_gen/ writes one")
+        check(path.is_dir(), f"data.path={path}: no such folder; data_gen/ writes one")
         check_sums(path, f"copy data.path={path} again or write it anew", (CARD, SPLITS, split))
         try:
             card = checked(_Card, read_json(path / CARD), path / CARD)
@@ -101,13 +101,13 @@ class DiskTask:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             raise UserError(f"data.path={path} is not a dataset written by data_gen/: {one_line(error)}") from error
         model, longest = card.settings.model.name, card.longest
-        require(
+        check(
             card.vocabulary == vocabulary_hash(tokenizer),
             f"data.path={path} was made with the vocabulary of model={model}, which is not "
             "this model's: choose that model or write the dataset anew",
         )
-        require(split in splits, f"data.path={path} has no {split} split, only {', '.join(splits)}")
-        require(
+        check(split in splits, f"data.path={path} has no {split} split, only {', '.join(splits)}")
+        check(
             length_limit is None or longest <= length_limit,
             f"data.path={path} has samples of {longest} tokens, and the model takes {length_limit}: "
             "write the dataset anew with a lower data.length_max",
@@ -147,10 +147,10 @@ def write_dataset(settings: DataGenSettings, tokenizer: PreTrainedTokenizerBase,
         UserError: the folder exists or cannot be written, or there are no samples to write.
     """
     out = Path(settings.out)
-    require(not out.exists(), f"out={out} exists: give another out or remove it")
+    check(not out.exists(), f"out={out} exists: give another out or remove it")
     counts = {"train": settings.n, "validation": settings.n_validation, "test": settings.n_test}
     counts = {split: count for split, count in counts.items() if count > 0}
-    require(bool(counts), f"n={settings.n}: there are no samples to write")
+    check(bool(counts), f"n={settings.n}: there are no samples to write")
     longest = 0
 
     def rows(split: str) -> Iterator[dict[str, Any]]:

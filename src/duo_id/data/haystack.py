@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 from duo_id.data.settings import HaystackSettings
 
 # What each split reads, in fractions of the stream. An evaluation has the splits development and test.
@@ -92,7 +92,7 @@ class Haystack:
             tokens = tokenize(tokenizer, self._text(start, size))
             if len(tokens) >= num_tokens:
                 return tokens[:num_tokens]
-            require(
+            check(
                 size < self.stop - self.start,
                 f"the haystack's {self.split} part holds about {len(tokens)} tokens, a sample asks for {num_tokens}: "
                 "lower data.length_max or give a longer one (data/haystack=file data.haystack.path=FILE); of an "
@@ -129,7 +129,7 @@ def load_haystack(settings: HaystackSettings, split: str) -> Haystack:
         UserError: the file, data set or column is missing, unreadable or without text, or kept for evaluation.
     """
     if settings.source == "library":
-        require(
+        check(
             split in HALVES,
             "data.haystack.source=library is kept for evaluation: train on data/haystack=embedded, file or hub",
         )
@@ -138,19 +138,19 @@ def load_haystack(settings: HaystackSettings, split: str) -> Haystack:
         documents = [topics[name] for name in sorted(topics)]
         return Haystack(documents, _lengths(documents), split)
     dataset = _open_file(settings) if settings.source == "file" else _open_hub(settings)
-    require(len(dataset) > 0, f"data.haystack.{_place(settings)} holds no documents")
-    require(
+    check(len(dataset) > 0, f"data.haystack.{_place(settings)} holds no documents")
+    check(
         settings.text_key in dataset.column_names,
         f"data.haystack.text_key={settings.text_key}: data.haystack.{_place(settings)} has the columns "
         f"{', '.join(dataset.column_names)}",
     )
     column = dataset.data.column(settings.text_key)
-    require(
+    check(
         pa.types.is_string(column.type) or pa.types.is_large_string(column.type),
         f"data.haystack.text_key={settings.text_key} of data.haystack.{_place(settings)} is {column.type}, not text",
     )
     num_bytes = pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64)
-    require(
+    check(
         int(num_bytes.sum()) > 0,
         f"data.haystack.text_key={settings.text_key} of data.haystack.{_place(settings)} holds no text",
     )
@@ -175,7 +175,7 @@ def _library() -> tuple[list[str], np.ndarray]:
     sources = (file.read_bytes() for file in sorted(files, key=lambda file: file.relative_to(root).parts))
     with _quick_parsing():
         found = dict.fromkeys(text for source in sources if long.search(source) for text in _docstrings(source))
-    require(bool(found), f"data.haystack.source=library: there are no docstrings in {root}, choose another source")
+    check(bool(found), f"data.haystack.source=library: there are no docstrings in {root}, choose another source")
     documents = list(found)
     return documents, _lengths(documents)
 
@@ -220,14 +220,14 @@ def _place(settings: HaystackSettings) -> str:
 def _open_file(settings: HaystackSettings) -> datasets.Dataset:
     """Memory-map a file, or all files of a folder; the paragraphs of a txt file are its documents."""
     path = Path(settings.path or "")
-    require(path.exists(), f"data.haystack.path={path}: no such file or folder")
+    check(path.exists(), f"data.haystack.path={path}: no such file or folder")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _builder(file))
     builders = {_builder(file) for file in files}
-    require(
+    check(
         len(builders) == 1 and None not in builders,
         f"data.haystack.path={path}: give a txt, jsonl, jsonl.zst or parquet file, or a folder of files of one kind",
     )
-    require(any(file.stat().st_size for file in files), f"data.haystack.path={path} is empty")
+    check(any(file.stat().st_size for file in files), f"data.haystack.path={path} is empty")
     (builder,) = builders
     options: dict[str, Any] = {"sample_by": "paragraph"} if builder == "text" else {}
     try:

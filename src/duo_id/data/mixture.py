@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.data.haystack import load_haystack
 from duo_id.data.samples import Sample
 from duo_id.data.settings import DataSettings
@@ -41,7 +41,7 @@ class MixtureTask:
             UserError: an unknown task, or one that cannot make samples with these settings.
         """
         for name in settings.mixture:
-            require(name in tasks, f"data.mixture.{name}: a mixture can have {', '.join(tasks)}")
+            check(name in tasks, f"data.mixture.{name}: a mixture can have {', '.join(tasks)}")
         haystack = load_haystack(settings.haystack, split)
         self.weights = {name: Fraction(str(weight)) for name, weight in settings.mixture.items() if weight > 0}
         self.tasks = {name: tasks[name](settings, tokenizer, split, length_limit, haystack) for name in self.weights}

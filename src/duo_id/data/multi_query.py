@@ -3,7 +3,7 @@
 import random
 from itertools import product
 
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.data.synthetic import DraftedTask, Piece, scatter
 from duo_id.data.words import NAMES, THINGS
 
@@ -35,7 +35,7 @@ class MultiQueryTask(DraftedTask):
         """
         self.things, self.names = self.part(THINGS), self.part(NAMES)
         count, words = self.settings.num_questions, self.settings.answer_words
-        require(
+        check(
             count <= len(self.things),
             f"data.num_questions={count} must be at most {len(self.things)} with data=multi_query",
         )

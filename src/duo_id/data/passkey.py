@@ -3,7 +3,7 @@
 import random
 from itertools import chain
 
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.data.synthetic import DraftedTask, Piece, scatter
 from duo_id.data.words import MAX_ORDINAL, ordinal
 
@@ -28,7 +28,7 @@ class PasskeyTask(DraftedTask):
             UserError: too many passkeys, for their ordinals or for the length.
         """
         count, words = self.settings.num_passkeys, self.settings.passkey_words
-        require(1 <= count <= MAX_ORDINAL, f"data.num_passkeys={count} must be between 1 and {MAX_ORDINAL}")
+        check(1 <= count <= MAX_ORDINAL, f"data.num_passkeys={count} must be between 1 and {MAX_ORDINAL}")
         self.head = self.start + self.tokens(INTRODUCTION)
         ordinals = [ordinal(number) for number in range(1, count + 1)]
         self.needles = [self.tokens(NEEDLE.format(ordinal=name)) for name in ordinals]

@@ -5,7 +5,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.data.copying import CopyingTask
 from duo_id.data.disk import DiskTask
 from duo_id.data.key_value import KeyValueTask
@@ -24,7 +24,7 @@ DRAFTED: dict[str, type[DraftedTask]] = {
     "multi_query": MultiQueryTask,
     "text": TextTask,
 }
-TASKS: dict[str, Callable[..., Task]] = {**DRAFTED, "mixture": partial(MixtureTask, DRAFTED), "disk": DiskTask}
+TRAINING_TASKS: dict[str, Callable[..., Task]] = {**DRAFTED, "mixture": partial(MixtureTask, DRAFTED), "disk": DiskTask}
 
 
 def make_task(
@@ -35,5 +35,5 @@ def make_task(
     Raises:
         UserError: there is no such task, or it cannot make samples with these settings.
     """
-    require(settings.task in TASKS, f"data.task={settings.task}: choose one of {', '.join(TASKS)}")
-    return TASKS[settings.task](settings, tokenizer, split, length_limit)
+    check(settings.task in TRAINING_TASKS, f"data.task={settings.task}: choose one of {', '.join(TRAINING_TASKS)}")
+    return TRAINING_TASKS[settings.task](settings, tokenizer, split, length_limit)

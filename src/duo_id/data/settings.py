@@ -14,7 +14,7 @@ from duo_id.common.config import (
     Weight,
     settings,
 )
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.models.settings import ModelSettings
 
 
@@ -32,15 +32,15 @@ class HaystackSettings:
 
     def __post_init__(self) -> None:
         """Check that the source has what it needs."""
-        require(self.source != "file" or bool(self.path), "data.haystack.source=file needs data.haystack.path=FILE")
-        require(self.source != "hub" or bool(self.id), "data.haystack.source=hub needs data.haystack.id=DATASET")
+        check(self.source != "file" or bool(self.path), "data.haystack.source=file needs data.haystack.path=FILE")
+        check(self.source != "hub" or bool(self.id), "data.haystack.source=hub needs data.haystack.id=DATASET")
 
 
 @settings("data")
 class DataSettings:
     """The samples that heads are identified on: see conf/data/."""
 
-    task: Text = "passkey"  # a name of `duo_id.data.registry.TASKS`
+    task: Text = "passkey"  # a name of `duo_id.data.registry.TRAINING_TASKS`
     path: Text | None = None  # disk: a folder written by data_gen/write.py
     mixture: dict[str, Weight] = field(default_factory=dict)  # mixture: the weight of each task
     haystack: HaystackSettings = field(default_factory=HaystackSettings)
@@ -64,20 +64,20 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         """Check what goes together; what depends on the tokenizer is checked where samples are made."""
-        require(self.task != "disk" or bool(self.path), "data=disk needs data.path=DIR, a folder written by data_gen/")
-        require(
+        check(self.task != "disk" or bool(self.path), "data=disk needs data.path=DIR, a folder written by data_gen/")
+        check(
             self.length_max is None or self.length_max >= self.length_min,
             f"data.length_max={self.length_max} must not be below data.length_min={self.length_min}",
         )
-        require(
+        check(
             self.curriculum == 0 or self.num_lengths > 1,
             f"data.curriculum={self.curriculum} needs data.num_lengths of at least 2: a single length cannot grow",
         )
-        require(
+        check(
             self.task != "mixture" or any(self.mixture.values()),
             "data=mixture needs a task with a positive weight, such as data.mixture.passkey=1",
         )
-        require(
+        check(
             self.depth_min <= self.depth_max,
             f"data.depth_min={self.depth_min} and data.depth_max={self.depth_max} must be fractions, in this order",
         )

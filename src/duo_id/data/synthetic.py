@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 from duo_id.data.haystack import Haystack, leading_tokens, load_haystack, tokenize
 from duo_id.data.samples import SPLITS, UNSCORED, Sample
 from duo_id.data.settings import DataSettings
@@ -79,7 +79,7 @@ class DraftedTask(ABC):
 
     def need(self, tokens: int, what: str, lower: str) -> None:
         """Refuse lengths below `tokens`, which `what` (a plural) needs unless the settings `lower` are lowered."""
-        require(
+        check(
             self.lengths[0] >= tokens,
             f"data.length_min={self.settings.length_min} is too short for {what}, which need {tokens} tokens: "
             f"raise it, or lower {lower}",
@@ -130,11 +130,11 @@ def _lengths(settings: DataSettings, limit: int | None) -> list[int]:
     longest = settings.length_max or limit
     if longest is None:
         raise UserError("the model names no limit of its context: give data.length_max")
-    require(
+    check(
         limit is None or longest <= limit,
         f"data.length_max={longest} exceeds the {limit} tokens that the model takes: lower it",
     )
-    require(
+    check(
         settings.length_min <= longest,
         f"data.length_min={settings.length_min} exceeds the {longest} tokens that the model takes: lower it",
     )

@@ -2,7 +2,7 @@
 
 import random
 
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.data.synthetic import DraftedTask, Piece
 
 
@@ -16,9 +16,7 @@ class TextTask(DraftedTask):
             UserError: no token is left to label, or questions are to be labelled.
         """
         score, skip = self.settings.score, self.settings.text_skip
-        require(
-            score == "answers", f"data.score={score}: text has no questions, choose answers, or data.mixture.text=0"
-        )
+        check(score == "answers", f"data.score={score}: text has no questions, choose answers, or data.mixture.text=0")
         self.skip = max(skip, len(self.start), 1)  # nothing stands before a first token that could tell it
         self.need(self.skip + 1, f"tokens after data.text_skip={skip}", "data.text_skip")
 

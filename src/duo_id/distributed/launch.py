@@ -13,8 +13,8 @@ import lightning
 import torch
 import torch.distributed as dist
 
-from duo_id.common.errors import UserError, require
-from duo_id.common.mistakes import built
+from duo_id.common.errors import UserError, check
+from duo_id.common.mistakes import instantiate
 from duo_id.distributed.ranks import Ranks
 
 
@@ -36,16 +36,16 @@ def launch(
     Raises:
         UserError: so many processes cannot share the work.
     """
-    require(
+    check(
         trainer.get("strategy", "auto") in ("auto", "ddp"),
         f"trainer.strategy={trainer.get('strategy')}: auto alone works; step.shard and step.sequence_parallel say how "
         "devices share the work",
     )
     about = "devices" if trainer.get("accelerator", "auto") == "auto" else "accelerator"
     kept = {key: value for key, value in trainer.items() if key != "callbacks"}  # they belong to the run's own
-    plan = built("trainer", kept, about=about, logger=False, enable_checkpointing=False)
+    plan = instantiate("trainer", kept, about=about, logger=False, enable_checkpointing=False)
     target = trainer.get("_target_")
-    require(isinstance(plan, lightning.Trainer), f"trainer._target_={target} is no Trainer: give lightning.Trainer")
+    check(isinstance(plan, lightning.Trainer), f"trainer._target_={target} is no Trainer: give lightning.Trainer")
     world = plan.world_size
     check_ranks(world, sequence, batch_size, samples)
     if world == 1:
@@ -77,7 +77,7 @@ def check_ranks(world: int, sequence: int, batch_size: int, samples: str = "data
     """Raise a `UserError`, with the nearest that works, unless `world` processes can share a step."""
     divisors = [size for size in range(1, world + 1) if world % size == 0]
     nearest = min(divisors, key=lambda size: abs(size - sequence))
-    require(
+    check(
         world % sequence == 0,
         f"step.sequence_parallel={sequence} does not divide the {world} processes of trainer.devices x "
         f"trainer.num_nodes: the nearest that does is step.sequence_parallel={nearest}",
@@ -85,7 +85,7 @@ def check_ranks(world: int, sequence: int, batch_size: int, samples: str = "data
     groups = world // sequence
     more = -(-batch_size // groups) * groups
     fits = next((size for size in divisors if size >= sequence and batch_size % (world // size) == 0), world)
-    require(
+    check(
         batch_size % groups == 0,
         f"{samples}={batch_size}, the samples of a step, does not divide among {groups} groups of processes: the "
         f"nearest that work are {samples}={more} and step.sequence_parallel={fits}",

@@ -69,7 +69,7 @@ class Ranks:
         dist.all_reduce(total)
         return total / self.world
 
-    def greatest(self, *values: float, device: torch.device) -> list[float]:
+    def reduce_max(self, *values: float, device: torch.device) -> list[float]:
         """Of each number the greatest that any process has.
 
         Args:
@@ -95,7 +95,7 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         return total
 
-    def agreed(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The first process's value of something that each might see otherwise, such as a clock."""
         if self.world == 1:
             return value
@@ -104,7 +104,7 @@ class Ranks:
         return values[0]
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def one_line_errors(self) -> Iterator[None]:
         """Turn what ends a process of several into one line.
 
         Raises:

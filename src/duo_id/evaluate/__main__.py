@@ -9,8 +9,8 @@ from omegaconf import DictConfig, open_dict
 
 from duo_id.common import cli
 from duo_id.common.config import parse
-from duo_id.evaluate.journal import RESULTS, SCORES
-from duo_id.evaluate.run import as_found, evaluate
+from duo_id.evaluate.journal import JOURNAL, RESULTS
+from duo_id.evaluate.run import evaluate, with_model_of_pattern
 from duo_id.evaluate.settings import EvaluateSettings
 
 
@@ -19,11 +19,11 @@ def main(config: DictConfig) -> None:
     config, folder, overrides = cli.start_run(config)
     if not config.resume:  # else the run has saved its model
         with open_dict(config):
-            config = as_found(config, overrides)
+            config = with_model_of_pattern(config, overrides)
     try:
         evaluate(parse(EvaluateSettings, config), folder)
     except (KeyboardInterrupt, OSError):
-        if (folder / SCORES).is_file():
+        if (folder / JOURNAL).is_file():
             cli.say(f"stopped; to go on: {cli.to_resume('evaluate', folder)}")
         raise
     cli.say(f"results: {folder / RESULTS}   figures: {folder / 'figures'}")

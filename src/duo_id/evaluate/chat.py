@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 from duo_id.data.haystack import leading_tokens, tokenize
 
 PLACEHOLDER = "What is the name of this place?"
@@ -38,7 +38,7 @@ def split_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
     Raises:
         UserError: there is no template, or it is none that a message can be put into token by token.
     """
-    require(bool(tokenizer.chat_template), f"chat_template=true: the model's tokenizer has none, {WITHOUT}")
+    check(bool(tokenizer.chat_template), f"chat_template=true: the model's tokenizer has none, {WITHOUT}")
     messages = [{"role": "user", "content": PLACEHOLDER}]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -47,12 +47,12 @@ def split_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
         raise UserError(
             f"chat_template=true: the model's template takes no single message ({reason}), {WITHOUT}"
         ) from error
-    require(
+    check(
         text.count(PLACEHOLDER) == 1,
         f"chat_template=true: the model's template gives a message {text.count(PLACEHOLDER)} times, {WITHOUT}",
     )
     before, after = (_special(tokenizer, piece) for piece in text.split(PLACEHOLDER))
-    require(
+    check(
         [*before, *tokenize(tokenizer, PLACEHOLDER), *after] == _special(tokenizer, text),
         f"chat_template=true: the model's template cannot be split cleanly from the message in it, {WITHOUT}",
     )

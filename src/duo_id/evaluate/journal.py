@@ -16,9 +16,9 @@ from duo_id.common.integrity import DIFFERS, sealed
 from duo_id.common.record import differences
 from duo_id.evaluate.contenders import Key
 from duo_id.evaluate.items import Item
-from duo_id.report.rows import SCHEMA, VERSION, Row, Scored
+from duo_id.report.rows import SCHEMA, VERSION, Scored, ScoredRow
 
-SCORES = "scores.jsonl"  # in a run folder: a header line, then one row a line
+JOURNAL = "scores.jsonl"  # in a run folder: a header line, then one row a line
 RESULTS = "results.json"
 ROW_AGAIN = "delete that line, and it is scored again"
 
@@ -43,16 +43,16 @@ class Journal:
     """
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
-        self.path = folder / SCORES
+        self.path = folder / JOURNAL
         self.header = {"schema": SCHEMA, "version": VERSION} | json.loads(json.dumps(header))
-        self._rows: dict[tuple[Any, ...], Row] = {}
+        self._rows: dict[tuple[Any, ...], ScoredRow] = {}
         if self.path.exists():
             self._read()
         else:
             write_text(self.path, json.dumps(sealed(self.header)) + "\n")
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ScoredRow]:
         """All rows, in the order in which they were first written."""
         return list(self._rows.values())
 
@@ -74,7 +74,7 @@ class Journal:
                 return False
         return True
 
-    def add(self, rows: Iterable[Row]) -> None:
+    def add(self, rows: Iterable[ScoredRow]) -> None:
         """Take rows in and write them to the disk before returning."""
         rows = list(rows)
         with open(self.path, "a", encoding="utf-8") as file:
@@ -128,12 +128,12 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     write_text(folder / RESULTS, head.removesuffix("[]\n}") + f"[\n  {rows}\n ]\n}}\n")
 
 
-def _told(key: str, header: Row, now: Row) -> str:
+def _told(key: str, header: ScoredRow, now: ScoredRow) -> str:
     """Where two headers differ under a key, and both values."""
     found = differences({key: header.get(key)}, {key: now.get(key)})
     return "; ".join(f"{name}={shown(old)}, not {shown(new)}" for name, (old, new) in list(found.items())[:2]) or key
 
 
-def _identity(row: Row) -> tuple[Any, ...]:
+def _identity(row: ScoredRow) -> tuple[Any, ...]:
     columns = ("task", "length", "index", "question", "kind", "heads", "sparsity", "seed")
     return tuple(row[column] for column in columns)

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from duo_id.common.errors import UserError
 from duo_id.evaluate.contenders import Contender
 from duo_id.evaluate.items import Item
-from duo_id.evaluate.metrics import cut, judge
+from duo_id.evaluate.metrics import first_answer, judge
 from duo_id.evaluate.reading import Answers
-from duo_id.report.rows import Row
+from duo_id.report.rows import ScoredRow
 
 BLOCK = 4096  # rows of logits that are in float32 at a time
 
@@ -25,7 +25,7 @@ def rows_of(
     full: Answers,
     tokenizer: PreTrainedTokenizerBase,
     ends: set[int],
-) -> list[Row]:
+) -> list[ScoredRow]:
     """The rows of one item.
 
     Args:
@@ -51,26 +51,26 @@ def rows_of(
     return rows
 
 
-def contender_columns(contender: Contender) -> Row:
+def contender_columns(contender: Contender) -> ScoredRow:
     """What tells a contender, as columns."""
     return dict(zip(("kind", "heads", "sparsity", "seed"), contender.key, strict=True))
 
 
 def judged(
     item: Item, number: int, generated: Sequence[int] | None, tokenizer: PreTrainedTokenizerBase, ends: set[int]
-) -> Row:
+) -> ScoredRow:
     """Score, exactness and text of a generated answer to question `number`; None where there is none."""
     if generated is None:
         return {"score": None, "exact": None, "text": None}
     end = next((place for place, token in enumerate(generated) if token in ends), len(generated))
-    text = cut(str(tokenizer.decode(list(generated[:end]))), item.stop)
+    text = first_answer(str(tokenizer.decode(list(generated[:end]))), item.stop)
     score = judge(item.metric, text, item.questions[number].references)
     return {"score": score, "exact": score == 1, "text": text}
 
 
 def rows_of_peers(
-    answers: Sequence[Row], items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, ends: set[int]
-) -> list[Row]:
+    answers: Sequence[ScoredRow], items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, ends: set[int]
+) -> list[ScoredRow]:
     """Rows like all others from what `read_answers` of `duo_id.evaluate.peers` returns.
 
     Where the answer stands inside the context, a peer holds what is before it alone; its bytes are told as the same
@@ -90,7 +90,7 @@ def rows_of_peers(
 
 
 @torch.no_grad()
-def compare_logits(logits: Tensor, full: Tensor, answer: Sequence[int]) -> Row:
+def compare_logits(logits: Tensor, full: Tensor, answer: Sequence[int]) -> ScoredRow:
     """Loss, KL from full attention and correct tokens of one answer.
 
     Args:

@@ -33,7 +33,7 @@ def judge(metric: str, text: str, references: Sequence[str]) -> float:
     return METRICS[metric](text, references)
 
 
-def cut(text: str, stop: str | None) -> str:
+def first_answer(text: str, stop: str | None) -> str:
     """A generated answer from its first line that is not blank, up to before `stop` (None: all of it)."""
     text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text)
     return text if stop is None else text.partition(stop)[0]

@@ -13,7 +13,7 @@ from duo_id import __version__
 from duo_id.attention.interface import attached
 from duo_id.common import cli
 from duo_id.common.config import plain
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 from duo_id.common.figures import save_figure
 from duo_id.common.foreign import model_of, told_model
 from duo_id.common.record import check_honoured, differences, keep_settings, read_settings, within
@@ -28,7 +28,7 @@ from duo_id.evaluate.published.registry import is_published, published_items
 from duo_id.evaluate.reading import end_tokens
 from duo_id.evaluate.runner import run
 from duo_id.evaluate.settings import EvaluateSettings
-from duo_id.evaluate.tasks.building import Builder
+from duo_id.evaluate.tasks.building import SampleBuilder
 from duo_id.evaluate.tasks.registry import make_items
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import load_model, weights_source
@@ -37,13 +37,13 @@ from duo_id.patterns.pattern import HeadPattern
 from duo_id.report.figures import figures
 from duo_id.report.leaderboard import leaderboards
 from duo_id.report.paired import paired_grids
-from duo_id.report.rows import Row
+from duo_id.report.rows import ScoredRow
 from duo_id.report.summary import SEED
 from duo_id.report.tables import results_table, terminal_table
 
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False}  # how others' texts are shown
 MEASURED = ("model", "data")  # settings that all scores of a run depend on
-UNTOLD = ("resume",)  # settings that say nothing about what was measured
+NOT_RECORDED = ("resume",)  # settings that say nothing about what was measured
 
 
 def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     """
     _check_resumed(settings, folder)
     name = pattern_name(settings.heads)
-    require(name not in settings.patterns, f"patterns.{name}: heads={settings.heads} has this name, choose another")
+    check(name not in settings.patterns, f"patterns.{name}: heads={settings.heads} has this name, choose another")
     sources = {name: settings.heads} | seeds_of(settings.patterns)
     patterns = {name: load_pattern(source) for name, source in sources.items()}
     model = load_model(settings.model, "cuda" if torch.cuda.is_available() else "cpu", settings.seed)
@@ -115,7 +115,7 @@ def seeds_of(sources: Mapping[str, str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, source in sources.items():
         matches = sorted(glob(source)) if "*" in source else [source]
-        require(bool(matches), f"patterns.{name}={source}: nothing there matches")
+        check(bool(matches), f"patterns.{name}={source}: nothing there matches")
         numbered = {f"{name}{SEED}{number}": match for number, match in enumerate(matches)}
         found |= numbered if "*" in source else {name: source}
     return found
@@ -129,7 +129,7 @@ def all_items(settings: EvaluateSettings, model: LanguageModel) -> list[Item]:
     items: list[Item] = []
     if generated:
         haystack = load_haystack(settings.data.haystack, settings.split)
-        builder = Builder(model.tokenizer, haystack, settings.split, template)
+        builder = SampleBuilder(model.tokenizer, haystack, settings.split, template)
         sizes = settings.lengths, settings.samples, settings.seed, model.max_length, settings.depths
         items += make_items(generated, builder, *sizes)
     if published:
@@ -138,20 +138,20 @@ def all_items(settings: EvaluateSettings, model: LanguageModel) -> list[Item]:
     return items
 
 
-def as_found(config: DictConfig, given: Sequence[str]) -> DictConfig:
+def with_model_of_pattern(config: DictConfig, given: Sequence[str]) -> DictConfig:
     """The config with the model that the pattern was found on, unless overrides say otherwise.
 
     Args:
         config: the composed config.
         given: the command line's overrides.
     """
-    require(isinstance(config.heads, str), f"heads={config.heads}: give a run folder or one of {list_patterns()}")
+    check(isinstance(config.heads, str), f"heads={config.heads}: give a run folder or one of {list_patterns()}")
     provenance, override = load_pattern(config.heads).provenance, f"heads={config.heads}"
     keys = [one.split("=")[0].lstrip("+").replace("/", ".") for one in given]
     found = None if "model" in keys else model_of(provenance, override)
     if found:
         typed = [key for key in keys if key.startswith("model.")]
-        require(
+        check(
             "model.id" in typed or not config.model.get("trust_remote_code"),
             f"model.trust_remote_code=true: {override} says whose code that is, model.id={found['id']}; to run it, "
             "give model.id too",
@@ -174,7 +174,7 @@ def _check_resumed(settings: EvaluateSettings, folder: Path) -> None:
 
 
 def _told(settings: EvaluateSettings) -> dict[str, Any]:
-    return {key: value for key, value in plain(settings).items() if key not in UNTOLD}
+    return {key: value for key, value in plain(settings).items() if key not in NOT_RECORDED}
 
 
 def _for_peers(settings: EvaluateSettings, model: LanguageModel, pattern: HeadPattern) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _for_peers(settings: EvaluateSettings, model: LanguageModel, pattern: HeadPa
     }
 
 
-def _contenders_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _contenders_of(rows: Sequence[ScoredRow]) -> list[dict[str, Any]]:
     """All who are named in rows, each once, with the longest of its notes."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:

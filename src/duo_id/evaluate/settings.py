@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Literal
 
 from duo_id.common.config import Count, Fraction, Positive, Seed, Several, Some, Text, settings
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.data.settings import HaystackSettings
 from duo_id.models.settings import ModelSettings
 
@@ -48,4 +48,4 @@ class EvaluateSettings:
         self.sparsity, self.lengths = sorted(set(self.sparsity)), sorted(set(self.lengths))
         taken = {"full", "random", *BASELINES}
         for name in self.patterns:
-            require(name not in taken, f"patterns.{name}: {name} means something else here, choose another name")
+            check(name not in taken, f"patterns.{name}: {name} means something else here, choose another name")

@@ -9,7 +9,7 @@ import sys
 
 from duo_id.common import cli
 from duo_id.common.errors import UserError
-from duo_id.common.stopping import status_of, stoppable, told
+from duo_id.common.stopping import describe_interrupt, status_of, stoppable
 
 
 @stoppable()
@@ -35,7 +35,7 @@ def main() -> None:
         cli.console.print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        cli.console.print(told(error))
+        cli.console.print(describe_interrupt(error))
         sys.exit(status_of(error))
 
 

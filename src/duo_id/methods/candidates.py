@@ -18,7 +18,7 @@ from duo_id.step.objectives import Outputs
 
 
 @dataclass(frozen=True)
-class Tree:
+class PrefixTree:
     """The distinct beginnings of some masks, layer by layer: those of one layer are the rows of its forward.
 
     Attributes:
@@ -37,13 +37,13 @@ class Tree:
         return sum(map(len, self.masks))
 
 
-def grow(masks: Tensor) -> Tree:
+def prefix_tree(masks: Tensor) -> PrefixTree:
     """The tree of (masks, layers, KV heads) bool CPU tensors.
 
     Masks that agree on layers 0 to l are one row up to layer l.
     """
     rows = torch.zeros(len(masks), dtype=torch.long)
-    tree = Tree([], [], [])
+    tree = PrefixTree([], [], [])
     for layer in masks.unbind(1):
         keys, found = torch.unique(torch.cat([rows[:, None], layer.long()], 1), dim=0, return_inverse=True)
         tree.masks.append(keys[:, 1:].bool())
@@ -53,10 +53,10 @@ def grow(masks: Tensor) -> Tree:
     return tree
 
 
-def apart(masks: Tensor) -> Tree:
+def separate_rows(masks: Tensor) -> PrefixTree:
     """The same where no mask shares anything: each is a row of its own from the first layer on."""
     rows = torch.arange(len(masks))
-    return Tree(list(masks.unbind(1)), [rows] * masks.shape[1], [rows] * masks.shape[1])
+    return PrefixTree(list(masks.unbind(1)), [rows] * masks.shape[1], [rows] * masks.shape[1])
 
 
 class UnsplitError(Exception):
@@ -110,10 +110,10 @@ class MaskLosses:
             losses.append((objective(student, teacher.outputs or student) * teacher.weights).sum())
         return torch.stack(losses).float().cpu()
 
-    def _outputs(self, masks: Tensor, batch: dict[str, Any]) -> tuple[Tree, Outputs]:
+    def _outputs(self, masks: Tensor, batch: dict[str, Any]) -> tuple[PrefixTree, Outputs]:
         """What the masks leave of a sample, and how they came there."""
         if self.splits:
-            tree = grow(masks)
+            tree = prefix_tree(masks)
             try:
                 with branching(self.distillation, tree):
                     return tree, self.distillation.outputs(batch, candidates=True)
@@ -121,7 +121,7 @@ class MaskLosses:
                 raise
             except (UnsplitError, LookupError, RuntimeError, ValueError) as error:
                 reason = error
-        tree = apart(masks)
+        tree = separate_rows(masks)
         repeated = {
             key: value.expand(len(masks), -1)
             for key, value in batch.items()
@@ -139,7 +139,7 @@ class MaskLosses:
 
 
 @contextmanager
-def branching(distillation: Distillation, tree: Tree, split: bool = True) -> Iterator[None]:
+def branching(distillation: Distillation, tree: PrefixTree, split: bool = True) -> Iterator[None]:
     """Let a forward of one sample split into the rows of a tree on its way through the gated layers.
 
     Args:
@@ -180,7 +180,7 @@ def _splitting(parents: Tensor, before: int) -> Any:
     return hook
 
 
-def _of_row(outputs: Outputs, row: int, tree: Tree) -> Outputs:
+def _of_row(outputs: Outputs, row: int, tree: PrefixTree) -> Outputs:
     """What one of the masks left, of outputs with a leading dimension of rows."""
     last = int(tree.rows[-1][row])
     layers = tuple(states[int(rows[row])] for states, rows in zip(outputs.layers, tree.rows, strict=False))  # if any

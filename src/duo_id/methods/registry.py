@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from duo_id.common.documents import Count, Data, Positive, checked, read_json
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
 from duo_id.data.samples import Sample
@@ -72,7 +72,7 @@ def mean_scores(subject: Subject, samples: Sequence[Sample], settings: ScoreSett
             with suppress(NoNeedleError):
                 found.append(SCORES[settings.name](subject, sample, settings))
             progress.advance(bar)
-    require(
+    check(
         bool(found),
         f"method={settings.name} needs samples whose answers stand in their contexts, and none of the method.samples="
         f"{settings.samples} is one: choose data=passkey",
@@ -141,7 +141,7 @@ def search_scores(
 
     heads, told = len(order.hints), dict[str, Any](samples=len(samples))
     streaming = round((settings.swap_at or 0.0) * heads)
-    require(
+    check(
         settings.swap_at is None or 0 < streaming < heads,
         f"method.swap_at={settings.swap_at} of {heads} heads leaves none to exchange",
     )

@@ -26,8 +26,8 @@ from duo_id.common.config import (
     settings,
     shown,
 )
-from duo_id.common.errors import UserError, require
-from duo_id.common.mistakes import built
+from duo_id.common.errors import UserError, check
+from duo_id.common.mistakes import instantiate
 from duo_id.methods.gates import GATES
 from duo_id.methods.penalties import PENALTIES
 from duo_id.step.objectives import check_weight, make_objective
@@ -73,7 +73,7 @@ class SaliencySettings(ScoreSettings):
     def __post_init__(self) -> None:
         """Check what goes together."""
         objective = make_objective(self.objective)
-        require(
+        check(
             self.kind == "fisher" or not objective.teacher or any(value < 1 for value in self.at),
             f"method.at={self.at}: at 1 the student is the teacher, so the gradient of method.objective="
             f"{self.objective} is 0 there; add smaller values, or choose method.objective=next_token or "
@@ -100,14 +100,14 @@ class SearchSettings(ScoreSettings):
         """Check what goes together."""
         make_objective(self.objective)
         _check_pair("between", self.between)
-        require(
+        check(
             self.start is not None or self.between == [0.0, 1.0],
             f"method.between={self.between} needs method.start: without one all heads are searched",
         )
         if self.max_swaps:
-            require(self.swap_at is not None, f"method.max_swaps={self.max_swaps} needs method.swap_at=SPARSITY")
+            check(self.swap_at is not None, f"method.max_swaps={self.max_swaps} needs method.swap_at=SPARSITY")
         if self.swap_at is not None:
-            require(self.max_swaps > 0, f"method.swap_at={self.swap_at} needs method.max_swaps=NUMBER, of exchanges")
+            check(self.max_swaps > 0, f"method.swap_at={self.swap_at} needs method.max_swaps=NUMBER, of exchanges")
         self.start = _typed_order("start", self.start, self)
 
 
@@ -142,15 +142,15 @@ class GateSettings(MethodSettings):
     def __post_init__(self) -> None:
         """Check that what is chosen makes sense together."""
         objective = make_objective(self.objective)
-        require(
+        check(
             bool(self.penalty) and isinstance(self.penalty, str | Mapping),
             f"method.penalty={shown(self.penalty)}: choose one of {', '.join(PENALTIES)}, or weights of several such "
             "as {l1: 1, binary: 0.1}",
         )
         for name, weight in self.penalties.items():
-            require(name in PENALTIES, f"method.penalty={shown(name)}: choose one of {', '.join(PENALTIES)}")
+            check(name in PENALTIES, f"method.penalty={shown(name)}: choose one of {', '.join(PENALTIES)}")
             check_weight(weight, f"method.penalty.{name}")
-        require(
+        check(
             self.blend != "teacher" or objective.teacher,
             f"method.blend=teacher needs a teacher pass, which method.objective={self.objective} does without: "
             "choose method.blend=student",
@@ -158,16 +158,16 @@ class GateSettings(MethodSettings):
         if self.gate == "nested":
             self._check_nested()
         self.prior = _typed_order("prior", self.prior, self)
-        require(
+        check(
             not isinstance(self.prior, GateSettings),
             "method@method.prior=NAME: nested and duo cannot be named, what has a part in the scores of gates is found "
             "without gates; for the order of others give the folder of their run, method.prior=DIR",
         )
         if "target" in self.penalties:
-            require(self.target_sparsity is not None, "method.penalty=target needs method.target_sparsity, a fraction")
-            require(self.reg_weight > 0, "method.penalty=target cannot reach its target with method.reg_weight=0")
+            check(self.target_sparsity is not None, "method.penalty=target needs method.target_sparsity, a fraction")
+            check(self.reg_weight > 0, "method.penalty=target cannot reach its target with method.reg_weight=0")
         else:
-            require(
+            check(
                 self.target_sparsity is None,
                 f"method.target_sparsity={self.target_sparsity} needs method.penalty=target: {self.penalty} cannot "
                 "reach a target",
@@ -175,12 +175,12 @@ class GateSettings(MethodSettings):
 
     def _check_nested(self) -> None:
         _check_pair("budgets", self.budgets)
-        require(
+        check(
             self.budgets[0] < 1 and self.budgets[1] > 0,
             f"method.budgets={self.budgets} never decides between heads: give sparsities such as "
             "method.budgets=[0.4,0.97]",
         )
-        require(
+        check(
             self.penalty == "l1" and self.reg_weight == 0,
             f"method.penalty={self.penalty} with method.reg_weight={self.reg_weight}: method.gate=nested has no "
             "penalty, since method.budgets say how many heads are open; choose method=nested without these, or another "
@@ -212,16 +212,16 @@ def method_settings(config: DictConfig | Mapping[str, Any]) -> MethodSettings:
         UserError: there is no such method, or a setting is unknown, of the wrong type or out of range.
     """
     given = contents(config)
-    require(isinstance(given, Mapping), f"method={shown(given)}: choose one of conf/method/")
+    check(isinstance(given, Mapping), f"method={shown(given)}: choose one of conf/method/")
     name = given.get("name")
     known = isinstance(name, str) and name in METHODS
-    require(known, f"method.name={shown(name)}: choose one of {', '.join(METHODS)}")
+    check(known, f"method.name={shown(name)}: choose one of {', '.join(METHODS)}")
     return parse(METHODS[str(name)], given)
 
 
 def _check_pair(key: str, values: list[float]) -> None:
     """Refuse what are not two fractions in ascending order."""
-    require(
+    check(
         len(values) == 2 and values[0] <= values[1],
         f"method.{key}={values} must be two fractions from 0 to 1, in this order",
     )
@@ -233,8 +233,8 @@ def make_optimizer(method: GateSettings, parameters: Iterable[torch.nn.Parameter
     Raises:
         UserError: it cannot be made, or is none.
     """
-    optimizer = built("method.optimizer", method.optimizer, parameters)
-    require(
+    optimizer = instantiate("method.optimizer", method.optimizer, parameters)
+    check(
         isinstance(optimizer, torch.optim.Optimizer),
         f"method.optimizer={shown(method.optimizer)} is no optimizer: give method.optimizer._target_, such as "
         "torch.optim.AdamW",
@@ -242,12 +242,12 @@ def make_optimizer(method: GateSettings, parameters: Iterable[torch.nn.Parameter
     return optimizer
 
 
-def by_name(key: str) -> str:
+def nested_override(key: str) -> str:
     """The override that puts another method at `method.KEY`; gates always have a place for their prior."""
     return f"{'' if key == 'prior' else '+'}method@method.{key}"
 
 
-def of_order(key: str, message: str) -> str:
+def name_nested_override(key: str, message: str) -> str:
     """What is wrong with the order in `method.KEY`, with the overrides that lead there.
 
     Its windows are those of the method.
@@ -259,14 +259,14 @@ def of_order(key: str, message: str) -> str:
 def _typed_order(key: str, given: Any, method: MethodSettings) -> Any:
     """An order that a method is given, typed and with the same windows where it is another method's settings."""
     if not isinstance(given, Mapping):
-        require(
+        check(
             given is None or isinstance(given, MethodSettings) or (isinstance(given, str) and bool(given.strip())),
-            f"method.{key}={given!r}: give the folder of a run, or another method, {by_name(key)}=NAME",
+            f"method.{key}={given!r}: give the folder of a run, or another method, {nested_override(key)}=NAME",
         )
         return given
     shared = {"sink_size": method.sink_size, "recent_size": method.recent_size}
     try:
         return method_settings({**given, **shared})
     except UserError as error:
-        named = of_order(key, str(error))
+        named = name_nested_override(key, str(error))
         raise UserError(named if named != str(error) else f"method.{key}.{error}") from error

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import no_init_weights, no_tie_weights
 
 from duo_id.common.config import shown
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 from duo_id.distributed.ranks import Ranks
 from duo_id.distributed.sharding import materialise, shard, sharding
 from duo_id.models.language_model import LanguageModel
@@ -49,7 +49,7 @@ def load_model(
         source = gguf[1] if gguf else getattr(model.config, "_commit_hash", None) or settings.id
     model.eval().requires_grad_(False)
     tokenizer, rows = load_tokenizer(settings), model.config.get_text_config().vocab_size
-    require(
+    check(
         settings.init != "random" or rows >= len(tokenizer),
         f"model.architecture.vocab_size={rows}: random weights read bytes, which take {len(tokenizer)} tokens",
     )

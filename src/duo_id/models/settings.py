@@ -10,7 +10,7 @@ from duo_id.common.config import (
     settings,
     shown,
 )
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 
 SIZES = {  # numbers of a model's shape that are never 0, whatever the family, and more than any has
     "hidden_size": 2**20,
@@ -41,13 +41,13 @@ class ModelSettings:
     def __post_init__(self) -> None:
         """Check what does not need the model."""
         self.name = self.name or self.id
-        require(
+        check(
             self.init == "pretrained" or bool(self.architecture),
             f"model.init=random needs the architecture's numbers, which model={self.name} does not have: "
             "give model.architecture",
         )
         kind = self.architecture.get("model_type")
-        require(
+        check(
             kind is None or (isinstance(kind, str) and bool(kind.strip())),
             f"model.architecture.model_type={shown(kind)} must be the name of one that transformers knows",
         )
@@ -60,14 +60,14 @@ def _check_sizes(shape: dict[str, Any], place: str) -> None:
     for key, value in shape.items():
         if key in SIZES and not (value is None and place == "model.config"):
             whole = isinstance(value, int) and not isinstance(value, bool)
-            require(
+            check(
                 whole and 1 <= value <= SIZES[key],
                 f"{place}.{key}={shown(value)} must be a whole number, at least 1 and at most {SIZES[key]}",
             )
         elif isinstance(value, dict):
             _check_sizes(value, f"{place}.{key}")
     heads, kv_heads = shape.get("num_attention_heads"), shape.get("num_key_value_heads")
-    require(
+    check(
         not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % max(kv_heads, 1) == 0,
         f"{place}.num_key_value_heads={kv_heads}: {heads} query heads do not divide among {kv_heads} KV heads",
     )

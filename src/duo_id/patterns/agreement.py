@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from rich.table import Table
 
 from duo_id.common.figures import UNGATED, draw_cells, hatch_ungated, number_heads, plain, style
-from duo_id.patterns.pattern import HeadPattern, places
+from duo_id.patterns.pattern import HeadPattern, normalized_ranks
 
 
 def agreement(patterns: Mapping[str, HeadPattern], sparsities: Sequence[float]) -> dict[str, pd.DataFrame]:
@@ -102,7 +102,7 @@ def plot_agreement(patterns: Mapping[str, HeadPattern], sparsities: Sequence[flo
 def _ranked(pattern: HeadPattern) -> np.ndarray:
     """The places in the pattern's order as (layers, KV heads) in [0, 1]; layers without gates are 1."""
     gated, ranks = list(pattern.gated_layers), np.ones(pattern.scores.shape)
-    ranks[gated] = places(pattern.scores[gated]).numpy()
+    ranks[gated] = normalized_ranks(pattern.scores[gated]).numpy()
     return ranks
 
 

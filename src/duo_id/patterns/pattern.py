@@ -196,14 +196,14 @@ def average(patterns: Sequence[HeadPattern]) -> HeadPattern:
     return replace(patterns[0], scores=scores, provenance=patterns[0].provenance | {"seeds": seeds})
 
 
-def places(scores: Tensor) -> Tensor:
+def normalized_ranks(scores: Tensor) -> Tensor:
     """Where each score stands in their order, from 0, the lowest, to 1; equal scores share a place. Of any shape."""
     _, which, counts = scores.unique(return_inverse=True, return_counts=True)
     middle = counts.cumsum(0) - (counts + 1) / 2
     return (middle / max(scores.numel() - 1, 1))[which]
 
 
-def weigh_in(pattern: HeadPattern, prior: HeadPattern, weight: float) -> HeadPattern:
+def mix_prior(pattern: HeadPattern, prior: HeadPattern, weight: float) -> HeadPattern:
     """Let an order that is known already have a part in what was found.
 
     Where a method hardly tells heads apart, its own samples decide by chance; another order, found otherwise, decides
@@ -224,7 +224,7 @@ def weigh_in(pattern: HeadPattern, prior: HeadPattern, weight: float) -> HeadPat
     prior.check_fits(layers, kv_heads, "the pattern")
     prior.check_scores(pattern.gated_layers)
     gated, scores = list(pattern.gated_layers), pattern.scores.clone()
-    scores[gated] = scores[gated].lerp(places(prior.scores[gated]), weight / (1 + weight))
+    scores[gated] = scores[gated].lerp(normalized_ranks(prior.scores[gated]), weight / (1 + weight))
     return replace(pattern, scores=scores)
 
 

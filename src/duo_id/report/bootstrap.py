@@ -22,7 +22,7 @@ FINE = 64  # draws of a scale to each that is kept, which are then evenly spread
 
 
 @dataclass(frozen=True)
-class Drawn:
+class BootstrapDraws:
     """The statistics of one group of rows, and draws about them.
 
     Attributes:
@@ -30,17 +30,17 @@ class Drawn:
         samples: how many there are.
         seeds: how many of patterns or masks.
         values: (1 + DRAWS,) of each statistic, the first of the rows themselves; NaN where nothing was measured.
-        certain: whether there is but one sample a task and one seed, so that draws tell nothing.
+        single_draw: whether there is but one sample a task and one seed, so that draws tell nothing.
     """
 
     key: dict[str, Any]
     samples: int
     seeds: int
     values: dict[str, np.ndarray]
-    certain: bool
+    single_draw: bool
 
 
-def draw(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> Iterator[Drawn]:
+def bootstrap(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> Iterator[BootstrapDraws]:
     """The statistics of each group of rows: those with the same samples, or seeds, take the same draws of them.
 
     Args:
@@ -70,21 +70,21 @@ def draw(rows: pd.DataFrame, by: Sequence[str], seed: int = 0) -> Iterator[Drawn
             means[f"relative_{name}"] = _ratio(means.pop(f"shared_{name}"), means.pop(f"full_{name}"))
         masks = len(np.unique(seeds[of_group]))
         key = dict(zip(by, names[of_group[0]], strict=True))
-        yield Drawn(key, sum(counts), masks, means, max(counts) == 1 and masks == 1)
+        yield BootstrapDraws(key, sum(counts), masks, means, max(counts) == 1 and masks == 1)
 
 
 def with_intervals(
-    drawn: Mapping[str, np.ndarray], certain: bool, limits: Mapping[str, tuple[float, float]] | None = None
+    drawn: Mapping[str, np.ndarray], single_draw: bool, limits: Mapping[str, tuple[float, float]] | None = None
 ) -> dict[str, float]:
     """Each statistic (1 + draws) as its value NAME and the ends NAME_low and NAME_high of its 95% interval.
 
     Args:
         drawn: the statistics.
-        certain: whether none has an interval.
+        single_draw: whether none has an interval.
         limits: of some, the least and the greatest value that there can be, at which their intervals end.
     """
     values = np.stack(list(drawn.values()), axis=1)
-    ends = np.full((2, len(drawn)), np.nan) if certain else _intervals(values[1:])
+    ends = np.full((2, len(drawn)), np.nan) if single_draw else _intervals(values[1:])
     row: dict[str, float] = {}
     for name, value, low, high in zip(drawn, values[0], *ends, strict=True):
         least, greatest = (limits or {}).get(name, (-np.inf, np.inf))

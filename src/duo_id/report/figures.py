@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from duo_id.common.figures import COLORS, DASHES, MARKERS, draw_cells, plain, style
 from duo_id.patterns.agreement import plot_agreement, plot_patterns
 from duo_id.report.leaderboard import averaged, seconds_of
-from duo_id.report.summary import CONTENDER, KINDS, METRICS, contenders, frame
+from duo_id.report.summary import CONTENDER, KINDS, REPORTED, contenders, frame
 from duo_id.report.tables import headline
 
 FULL: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 1.0}
@@ -65,12 +65,12 @@ def plot_budget(rows: pd.DataFrame, metric: str) -> Figure:
 
     Args:
         rows: of at least one contender beside full attention, which is the dashed line.
-        metric: one of `METRICS`.
+        metric: one of `REPORTED`.
     """
-    found, form = contenders(rows), METRICS[metric]
+    found, form = contenders(rows), REPORTED[metric]
     figure = Figure(figsize=(4.8, 3.8))
     axes = figure.subplots()
-    for kind, heads, look in looks(rows):
+    for kind, heads, look in line_styles(rows):
         points = _of(found, kind, heads).dropna(subset=[metric, "kept"]).sort_values("kept")
         if points.empty:
             continue
@@ -104,7 +104,7 @@ def plot_cost(rows: pd.DataFrame, seconds: Mapping[str, float]) -> Figure:
     figure = Figure(figsize=(max(4.2, 0.9 + 1.9 * len(panels)), 3.2))
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
     for axes, sparsity in zip(grid.flat, panels, strict=True):
-        for kind, heads, look in looks(rows):
+        for kind, heads, look in line_styles(rows):
             points = _of(found, kind, heads)
             points = points[points["sparsity"] == sparsity]
             if kind != "pattern" or heads not in seconds or points.empty:
@@ -116,7 +116,7 @@ def plot_cost(rows: pd.DataFrame, seconds: Mapping[str, float]) -> Figure:
         axes.set_title(f"{100 * sparsity:.4g}% stream", loc="left")
         axes.set_xscale("log")
         axes.grid(axis="y")
-    grid[0, 0].set_ylabel(METRICS["rise"].label)
+    grid[0, 0].set_ylabel(REPORTED["rise"].label)
     figure.supxlabel("time to find the heads (s)", fontsize=9)
     _legend(figure, grid[0, 0])
     return figure
@@ -131,10 +131,10 @@ def plot_tasks(rows: pd.DataFrame, metric: str | None = None) -> Figure:
         metric: relative to full attention; None: see `headline`.
     """
     metric = metric or headline(rows)
-    form, found = METRICS[metric], contenders(rows, ["task"])
+    form, found = REPORTED[metric], contenders(rows, ["task"])
     known = set(found.loc[found[metric].notna(), "task"])
     tasks = [task for task in rows["task"].unique() if task in known]
-    drawn = looks(rows)
+    drawn = line_styles(rows)
     panels = sparsities_of(found[found[metric].notna()]) or sparsities_of(rows)
     thick = 0.8 / len(drawn)
     height = 1.3 + max(1, len(tasks)) * max(0.35, 0.12 * len(drawn)) + 0.06 * len(drawn)
@@ -171,15 +171,15 @@ def plot_depths(rows: pd.DataFrame, task: str, metric: str = "score") -> Figure:
     Args:
         rows: some of which belong to the task.
         task: one whose questions lie at known depths.
-        metric: one of `METRICS` that is a percentage of at most 100.
+        metric: one of `REPORTED` that is a percentage of at most 100.
     """
-    rows, form = _with_depths(rows, task), METRICS[metric]
+    rows, form = _with_depths(rows, task), REPORTED[metric]
     found = contenders(rows, ["length", "depth"])
     known = found.loc[found[metric].notna(), CONTENDER].drop_duplicates()
     rows, found = (table.merge(known) for table in (rows, found))
     kept = contenders(rows).set_index(["heads", "sparsity"])["kept"]
     lengths, depths = sorted(found["length"].unique()), sorted(found["depth"].unique())
-    names = [("full", "full"), *((kind, heads) for kind, heads, _ in looks(rows))]
+    names = [("full", "full"), *((kind, heads) for kind, heads, _ in line_styles(rows))]
     panels = sparsities_of(rows) or [0.0]
     width, height = max(1.0, 0.34 * len(lengths)), max(0.6, 0.17 * len(depths))
     size = max(3.6, 1.2 + (width + 0.15) * len(panels)), 1.6 + (height + 0.3) * len(names)
@@ -233,20 +233,20 @@ def plot_position(rows: pd.DataFrame, task: str) -> Figure:
     figure = Figure(figsize=(max(4.2, 0.9 + 1.9 * len(panels)), 3.4))
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
     for axes, sparsity in zip(grid.flat, panels, strict=True):
-        for kind, heads, look in [("full", "full", FULL), *looks(rows)]:
+        for kind, heads, look in [("full", "full", FULL), *line_styles(rows)]:
             line = _of(found, kind, heads)
             chosen = line[(line["sparsity"] == sparsity) | (line["kind"] == "full")]
             chosen = chosen.sort_values("depth")
             axes.plot(100 * chosen["depth"], chosen["loss"], label=_label(heads), markersize=4, **look)
         axes.set_title(f"{100 * sparsity:.4g}% stream" if sparsity else "", loc="left")
         axes.grid(axis="y")
-    grid[0, 0].set_ylabel(f"{plain(task)}: {METRICS['loss'].label}")
+    grid[0, 0].set_ylabel(f"{plain(task)}: {REPORTED['loss'].label}")
     figure.supxlabel("place in the context (%)", fontsize=9)
     _legend(figure, grid[0, 0])
     return figure
 
 
-def looks(rows: pd.DataFrame) -> list[Look]:
+def line_styles(rows: pd.DataFrame) -> list[Look]:
     """Colour, marker and dashes of all contenders but full attention, patterns first."""
     names = rows.loc[rows["kind"] != "full", ["kind", "heads"]].drop_duplicates().itertuples(index=False)
     found: list[Look] = []

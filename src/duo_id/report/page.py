@@ -21,8 +21,8 @@ from duo_id.report.figures import figures, sparsities_of
 from duo_id.report.leaderboard import averaged, leaderboards
 from duo_id.report.paired import paired_grids
 from duo_id.report.rows import QUESTION, SAMPLE
-from duo_id.report.runs import Run, free_name, merge
-from duo_id.report.summary import METRICS, contender_of, frame, name_of
+from duo_id.report.runs import RunFolder, free_name, merge
+from duo_id.report.summary import REPORTED, contender_of, frame, name_of
 from duo_id.report.sweep_figures import sweep_figures
 from duo_id.report.sweeps import CAPTION, Sweep, grids
 from duo_id.report.tables import Cell, Grid, contender_grid, headline, middle, task_grid
@@ -46,7 +46,7 @@ Picture = dict[str, Any]
 
 
 def report(
-    runs: Sequence[Run],
+    runs: Sequence[RunFolder],
     shown: Callable[[str], None] = lambda text: None,
     sweeps: Sequence[Sweep] = (),
     reference: str | None = None,
@@ -64,7 +64,7 @@ def report(
         UserError: a run holds a broken head pattern, or something else than numbers where numbers belong, or none of
             the evaluations has the reference.
     """
-    models: dict[tuple[str, ...], list[Run]] = {}
+    models: dict[tuple[str, ...], list[RunFolder]] = {}
     for run in runs:
         models.setdefault(tuple(str(run.model.get(key)) for key in ("name", "id", "revision")), []).append(run)
     merged = {model: merge([run.results for run in of_model if run.results]) for model, of_model in models.items()}
@@ -139,7 +139,7 @@ def _sweep(sweep: Sweep, picture: Pictures) -> dict[str, Any]:
 
 def _section(
     title: str,
-    runs: Sequence[Run],
+    runs: Sequence[RunFolder],
     evaluations: Sequence[Mapping[str, Any]],
     picture: Pictures,
     reference: str | None,
@@ -193,7 +193,7 @@ def _evaluation(results: Mapping[str, Any], picture: Pictures, reference: str | 
         "leaderboards": leaderboards(results) | paired_grids(results, reference),
         "tables": [
             (
-                f"{METRICS[metric].label}, {100 * sparsity:.4g}% of the KV heads stream",
+                f"{REPORTED[metric].label}, {100 * sparsity:.4g}% of the KV heads stream",
                 task_grid(rows, metric, sparsity),
             )
             for sparsity in sparsities
@@ -215,7 +215,7 @@ def _answers(rows: pd.DataFrame, sparsity: float) -> Grid | None:
         same = of_task[(of_task[order] == first[order]).all(axis=1)].drop_duplicates(["kind", "heads"])
         for row in same.head(ANSWERS).to_dict("records"):
             text, mark = str(row["text"]), "right" if row["exact"] == 1 else "wrong"
-            judged = Cell(f"{mark}, {METRICS['score'].text(row['score'])}%", row["score"], look=mark)
+            judged = Cell(f"{mark}, {REPORTED['score'].text(row['score'])}%", row["score"], look=mark)
             shown = Cell(text[:ANSWER] + "…" * (len(text) > ANSWER), look="answer")
             lines.append([Cell(str(task)), Cell(name_of(row["kind"], row["heads"])), judged, shown])
     return Grid(["task", "heads", "judged", "generated answer"], {"": lines}) if lines else None
@@ -237,7 +237,7 @@ def _patterns(contents: Mapping[str, Any], picture: Pictures) -> list[Picture]:
     return found
 
 
-def _training(run: Run, picture: Pictures) -> dict[str, Any]:
+def _training(run: RunFolder, picture: Pictures) -> dict[str, Any]:
     summary, seconds = run.summary, run.summary.get("seconds")
     scored: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in summary.get("results") or []:
@@ -246,7 +246,7 @@ def _training(run: Run, picture: Pictures) -> dict[str, Any]:
     for (heads, sparsity), rows in sorted(scored.items(), key=lambda line: line[0][1]):
         metrics = {"loss": "answer_loss", "accuracy": "token_accuracy", "exact": "exact_answers"}
         means = {name: _mean([row.get(key) for row in rows]) for name, key in metrics.items()}
-        cells = [Cell(METRICS[name].text(value), value) for name, value in means.items()]
+        cells = [Cell(REPORTED[name].text(value), value) for name, value in means.items()]
         name = name_of("full" if heads == "full" else "", heads, len(rows))
         lines.append([Cell(name), Cell(f"{100 * sparsity:.4g}", sparsity), *cells])
     headings = ["heads", "stream\n%", "answer\nloss", "token\naccuracy %", "exact\nanswers %"]
@@ -273,7 +273,7 @@ def _mean(values: Sequence[float | None]) -> float:
     return sum(known) / len(known) if len(known) == len(values) else float("nan")
 
 
-def _course(run: Run, picture: Pictures) -> list[Picture]:
+def _course(run: RunFolder, picture: Pictures) -> list[Picture]:
     """The curves of training; methods without training have logged the layers of what they found alone."""
     if run.metrics is None or not any(column.startswith(("train/", "val/")) for column in run.metrics):
         return []

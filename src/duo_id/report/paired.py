@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 
 from duo_id.common.errors import UserError
-from duo_id.report.bootstrap import Drawn, draw, with_intervals
+from duo_id.report.bootstrap import BootstrapDraws, bootstrap, with_intervals
 from duo_id.report.rows import QUESTION
-from duo_id.report.summary import CONTENDER, METRICS, Metric, contender_of, frame, name_of
+from duo_id.report.summary import CONTENDER, REPORTED, Metric, contender_of, frame, name_of
 from duo_id.report.tables import Cell, Grid, interval_cell
 
-FORMS = {"rise": METRICS["rise"], "kl": METRICS["kl"], "ratio": Metric("ratio", 2)}
+FORMS = {"rise": REPORTED["rise"], "kl": REPORTED["kl"], "ratio": Metric("ratio", 2)}
 TITLES = {
     "rise": "Rise in answer loss less that of {} (nats a token)",
     "ratio": "Rise in answer loss as a multiple of that of {}",
@@ -56,7 +56,7 @@ def paired(rows: pd.DataFrame, reference: str, by: Sequence[str] = (), seed: int
         for shared, others in alike.items():
             among = rows.loc[[*rows.index[full], *beside, *others]]
             among = among[asked[among.index].isin(shared)]
-            found += _compared(list(draw(among, [*CONTENDER, *by], seed)), reference, by) if shared else []
+            found += _compared(list(bootstrap(among, [*CONTENDER, *by], seed)), reference, by) if shared else []
     columns = [*CONTENDER, *by, "samples"]
     columns += [f"{name}{end}" for name in FORMS for end in ("", "_low", "_high")]
     return pd.DataFrame(found, columns=columns).sort_values([*CONTENDER, *by]).reset_index(drop=True)
@@ -97,13 +97,13 @@ def paired_grids(results: Mapping[str, Any], reference: str | None = None) -> di
     return found | {title: _grid(headings, means.index, sparsities, counted, seeds)}
 
 
-def _compared(drawn: Sequence[Drawn], reference: str, by: Sequence[str]) -> list[dict[str, Any]]:
+def _compared(drawn: Sequence[BootstrapDraws], reference: str, by: Sequence[str]) -> list[dict[str, Any]]:
     """The contenders among the groups of one sparsity less the reference among them."""
 
-    def place(one: Drawn) -> tuple[Any, ...]:
+    def place(one: BootstrapDraws) -> tuple[Any, ...]:
         return tuple(one.key[column] for column in by)
 
-    def is_reference(one: Drawn) -> bool:
+    def is_reference(one: BootstrapDraws) -> bool:
         return (one.key["kind"], one.key["heads"]) == ("pattern", reference)
 
     references = {place(one): one for one in drawn if is_reference(one)}
@@ -113,14 +113,14 @@ def _compared(drawn: Sequence[Drawn], reference: str, by: Sequence[str]) -> list
             continue
         beside = references[place(one)]
         rise, theirs = one.values["rise"], beside.values["rise"]
-        certain = one.certain and beside.certain
-        above = np.nanpercentile(theirs[1:], 2.5) > 0 if not certain else theirs[0] > 0
+        single_draw = one.single_draw and beside.single_draw
+        above = np.nanpercentile(theirs[1:], 2.5) > 0 if not single_draw else theirs[0] > 0
         statistics = {
             "rise": rise - theirs,
             "kl": one.values["kl"] - beside.values["kl"],
             "ratio": np.where(theirs > 0, rise, np.nan) / theirs if above else np.full(len(rise), np.nan),
         }
-        found.append(one.key | {"samples": one.samples} | with_intervals(statistics, certain))
+        found.append(one.key | {"samples": one.samples} | with_intervals(statistics, single_draw))
     return found
 
 

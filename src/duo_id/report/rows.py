@@ -5,7 +5,7 @@ from typing import Any, Literal
 from duo_id.common.documents import Count, Data, Line, Share, Tokens
 
 SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
-Row = dict[str, Any]  # what is known of one answer of one contender, see `duo_id.evaluate.judging`
+ScoredRow = dict[str, Any]  # what is known of one answer of one contender, see `duo_id.evaluate.judging`
 SAMPLE = ["task", "length", "index"]  # columns of a row that name a context, which its questions share
 QUESTION = [*SAMPLE, "question"]
 

@@ -21,7 +21,7 @@ IDENTITY = [*QUESTION, *CONTENDER, "seed"]  # of a row
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """What a run folder holds.
 
     Attributes:
@@ -41,7 +41,7 @@ class Run:
     patterns: dict[str, Any] = field(default_factory=dict)
 
 
-def read_run(path: str | Path) -> Run:
+def read_run(path: str | Path) -> RunFolder:
     """What a report needs of a run.
 
     Args:
@@ -55,12 +55,12 @@ def read_run(path: str | Path) -> Run:
         raise UserError(f"{path} is missing: give run folders of evaluate or train")
     if path.is_file() or (path / "results.json").exists() or not (path / "summary.json").exists():
         results = load_results(path)
-        return Run(pattern_name(path), results["model"], results, patterns=results["patterns"])
+        return RunFolder(pattern_name(path), results["model"], results, patterns=results["patterns"])
     summary = read_object(path / "summary.json")
     checked(Summary, summary, path / "summary.json")
     metrics = read_metrics(path) if any(path.glob("metrics/version_*/metrics.csv")) else None
     name = pattern_name(path).encode("utf-8", "replace").decode()  # a folder's name may hold any bytes
-    return Run(name, summary["model"], None, summary, metrics, {name: contents_of(load_pattern(path))})
+    return RunFolder(name, summary["model"], None, summary, metrics, {name: contents_of(load_pattern(path))})
 
 
 def merge(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from duo_id.common.documents import FIRST, LARGEST_ROWS, Count, Data, Line, chec
 from duo_id.common.errors import UserError
 from duo_id.patterns.files import pattern_from_json
 from duo_id.patterns.provenance import Model
-from duo_id.report.bootstrap import draw, with_intervals
+from duo_id.report.bootstrap import bootstrap, with_intervals
 from duo_id.report.rows import QUESTION, SCHEMA, VERSION, Scored
 
 CONTENDER = ["kind", "heads", "sparsity"]  # random masks of all seeds are one
@@ -39,7 +39,7 @@ class Metric:
         return 100 * value if self.percent else value
 
 
-METRICS = {
+REPORTED = {
     "kept": Metric("KV kept (%)", 1, True),
     "loss": Metric("answer loss (nats)", 3),
     "rise": Metric("rise in loss (nats)", 3),
@@ -57,7 +57,7 @@ LIMITS = dict.fromkeys(("accuracy", "exact", "score"), SHARE) | dict.fromkeys(
 )  # what no metric can be beyond
 
 
-class Contender(Data):
+class ContenderEntry(Data):
     """Who is compared, as far as pages tell of it."""
 
     kind: Line
@@ -70,7 +70,7 @@ class Results(Data):
 
     model: Model
     patterns: dict[Line, dict[str, Any]]
-    contenders: list[Contender]
+    contenders: list[ContenderEntry]
     settings: dict[str, Any]
     versions: dict[str, Line | None]
     rows: Annotated[list[Scored], FIRST]
@@ -155,13 +155,13 @@ def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) 
         seed: of the draws.
 
     Returns:
-        one row a group, ascending, with the columns `by`, `samples`, `seeds` and, for each of `METRICS`, its value
+        one row a group, ascending, with the columns `by`, `samples`, `seeds` and, for each of `REPORTED`, its value
         and the ends of its interval: `loss`, `loss_low`, `loss_high`, ...; NaN where nothing was measured.
     """
     found = []
-    for group in draw(rows, by, seed):
+    for group in bootstrap(rows, by, seed):
         row = group.key | {"samples": group.samples, "seeds": group.seeds}
-        found.append(row | with_intervals({name: group.values[name] for name in METRICS}, group.certain, LIMITS))
+        found.append(row | with_intervals({name: group.values[name] for name in REPORTED}, group.single_draw, LIMITS))
     return pd.DataFrame(found)
 
 

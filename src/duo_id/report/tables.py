@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from duo_id.report.summary import METRICS, Metric, contenders, frame, name_of
+from duo_id.report.summary import REPORTED, Metric, contenders, frame, name_of
 
 SHOWN = ("kept", "loss", "rise", "kl", "accuracy", "exact", "relative_score")  # of each contender
 HEADINGS = {  # two short lines, so that the table fits a terminal
@@ -77,14 +77,14 @@ def task_table(
     Args:
         results: as in results.json, or its rows as `frame` gives them.
         title: above the table.
-        metric: one of `duo_id.report.summary.METRICS`; None: see `headline`.
+        metric: one of `duo_id.report.summary.REPORTED`; None: see `headline`.
         sparsity: of the contenders; None: the one nearest to a half.
     """
     rows = _rows(results)
     metric = metric or headline(rows)
     chosen = middle(rows) if sparsity is None else sparsity
     title += f": {100 * chosen:.4g}% of the KV heads stream" if chosen else ""
-    caption = f"{METRICS[metric].label}; ±: half of the 95% interval over samples"
+    caption = f"{REPORTED[metric].label}; ±: half of the 95% interval over samples"
     return terminal_table(task_grid(rows, metric, chosen), title, caption)
 
 
@@ -108,7 +108,7 @@ def task_grid(rows: pd.DataFrame, metric: str, sparsity: float) -> Grid:
     across = found.drop_duplicates(["kind", "heads", "sparsity"])
     headings = ["task"]
     for row in across.to_dict("records"):
-        absolute = f"\n{METRICS[OF_FULL[metric]].label}" if row["kind"] == "full" and metric in OF_FULL else ""
+        absolute = f"\n{REPORTED[OF_FULL[metric]].label}" if row["kind"] == "full" and metric in OF_FULL else ""
         headings.append(name_of(row["kind"], row["heads"], row["seeds"]) + absolute)
     lines = []
     for task in rows["task"].unique():
@@ -125,7 +125,7 @@ def task_grid(rows: pd.DataFrame, metric: str, sparsity: float) -> Grid:
 
 def metric_cell(row: Mapping[str, Any], metric: str) -> Cell:
     """The cell of one metric of a row of `summarise`; a dash where nothing was measured."""
-    return interval_cell(row, metric, METRICS[metric])
+    return interval_cell(row, metric, REPORTED[metric])
 
 
 def interval_cell(row: Mapping[str, Any], name: str, form: Metric) -> Cell:

@@ -13,7 +13,7 @@ import torch.fx.experimental._config as shapes
 from transformers import AttentionInterface, PreTrainedModel
 
 from duo_id.attention.interface import IMPLEMENTATION, attention_forward
-from duo_id.attention.layers import AttentionLayer, beside, blocks
+from duo_id.attention.layers import AttentionLayer, blocks, norms_and_mlp
 
 
 @contextmanager
@@ -33,7 +33,9 @@ def compiled_parts(
         dynamic: one graph for all lengths, instead of one for each.
         backend: of torch.compile.
     """
-    parts = [part for layer, block in zip(layers, blocks(model, layers), strict=True) for part in beside(block, layer)]
+    parts = [
+        part for layer, block in zip(layers, blocks(model, layers), strict=True) for part in norms_and_mlp(block, layer)
+    ]
     if attention:
         parts += [layer.module for layer in layers]
         AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(attention_forward))

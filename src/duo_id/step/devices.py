@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.distributed.ranks import Ranks
 from duo_id.step.memory import Costs, Plan, available, libraries, weight_bytes
 from duo_id.step.recompute import FIXED, Keep
@@ -39,12 +39,12 @@ def shared_step(
     Raises:
         UserError: a device has not that much memory, or the step is for one device alone.
     """
-    require(not step.cuda_graphs, "step.cuda_graphs=true works on 1 device alone")
-    require(step.shape == "fast", f"step.shape={step.shape} works on 1 device alone")
+    check(not step.cuda_graphs, "step.cuda_graphs=true works on 1 device alone")
+    check(step.shape == "fast", f"step.shape={step.shape} works on 1 device alone")
     costs = calculated_costs(model, ranks, device, teacher_outputs)
     budget = available(step.memory, device)
     if budget is not None:  # that of the fullest device
-        budget = -int(ranks.greatest(-budget, device=device)[0])
+        budget = -int(ranks.reduce_max(-budget, device=device)[0])
     return fitted(step, costs, ranks.tokens(tokens, samples), budget)
 
 
@@ -63,7 +63,7 @@ def fitted(step: StepSettings, costs: Costs, tokens: int, budget: int | None) ->
         UserError: that is not enough.
     """
     levels = {step.memory: FIXED[step.memory]} if step.memory in FIXED else {step.memory: Keep.ALL} | FIXED
-    plans = {memory: costs.keeping([level] * len(costs.kept), tokens, budget) for memory, level in levels.items()}
+    plans = {memory: costs.plan_for([level] * len(costs.kept), tokens, budget) for memory, level in levels.items()}
     *_, least = plans.values()
     least.check()
     fitting = [memory for memory, plan in plans.items() if plan.fits]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from duo_id.attention.blends import BLENDS, Blend
 from duo_id.attention.functions import AttendFunction, Backends, gated_heads, recording_heads, streaming_heads
 from duo_id.attention.interface import bound, bound_functions
-from duo_id.attention.last_layer import AtRows, few, last_layer
+from duo_id.attention.last_layer import AtRows, last_layer, worth_splitting
 from duo_id.attention.layers import AttentionLayer, blocks
 from duo_id.attention.window import Window
 from duo_id.common.errors import UserError
@@ -152,7 +152,7 @@ class Distillation:
         if logits or self.objective.logits or self.far:  # teacher and student alike, for blends with the teacher's
             rows = torch.cat([rows, (rows - 1) % tokens])
         whole = samples == 1 and batch.get("attention_mask") is None and self.model.ranks.group is None
-        if self.last is None or not whole or not few(rows, tokens):
+        if self.last is None or not whole or not worth_splitting(rows, tokens):
             yield
             return
         function = bound_functions([self.last])[self.last.index]

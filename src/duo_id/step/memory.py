@@ -108,7 +108,7 @@ class Costs:
     exchanged: float = 0.0
     reserve: int = 0
 
-    def keeping(self, levels: Sequence[Keep], tokens: int, budget: int | None) -> Plan:
+    def plan_for(self, levels: Sequence[Keep], tokens: int, budget: int | None) -> Plan:
         """The plan in which layers keep these levels, whether it fits into `budget` bytes or not."""
         activations = tokens * (self.other + sum(row[level] for row, level in zip(self.kept, levels, strict=True)))
         buffers = tokens * (2 * max(row[Keep.ALL] for row in self.kept) + self.exchanged) + self.reserve
@@ -135,7 +135,7 @@ class MeasuredCosts(Costs):
             UserError: not even the least fits.
         """
         layers = len(self.kept)
-        smallest = self.keeping([Keep.INPUT] * layers, tokens, budget)
+        smallest = self.plan_for([Keep.INPUT] * layers, tokens, budget)
         smallest.check()
         room = inf if budget is None else (1 - smallest.spared) * budget - smallest.total
         beyond = [[row[level] - row[Keep.INPUT] for level in Keep] for row in self.kept]
@@ -147,7 +147,7 @@ class MeasuredCosts(Costs):
         starts = [0, *best, layers]
         runs = zip(reversed(Keep), pairwise(starts), strict=True)
         levels = [level for level, (start, end) in runs for _ in range(start, end)]
-        return self.keeping(levels, tokens, budget)
+        return self.plan_for(levels, tokens, budget)
 
 
 def _of_runs(table: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class MemoryPlanner:
         """Take what is planned for: the layers, what they cost, and the bytes that there are (None: no limit)."""
         self.recomputation, self.plan = recomputation, lru_cache(maxsize=None)(lambda n: costs.plan(n, budget))
 
-    def arrange(self, tokens: int) -> Plan:
+    def apply_plan(self, tokens: int) -> Plan:
         """Let the layers keep what the plan for a step of `tokens` tokens says."""
         plan = self.plan(tokens)
         self.recomputation.levels[:] = plan.levels

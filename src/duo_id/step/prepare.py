@@ -9,11 +9,11 @@ from duo_id.step.memory import MemoryPlanner, Plan, available, measure_costs
 from duo_id.step.recompute import FIXED, Keep, recomputed
 from duo_id.step.settings import StepSettings
 
-Arrange = Callable[[int], Plan | None]
+ApplyPlan = Callable[[int], Plan | None]
 
 
 @contextmanager
-def prepared(distillation: Distillation, step: StepSettings) -> Iterator[Arrange]:
+def prepared(distillation: Distillation, step: StepSettings) -> Iterator[ApplyPlan]:
     """Compile the model and let it recompute as the settings say, for a block.
 
     Yields:
@@ -35,4 +35,4 @@ def prepared(distillation: Distillation, step: StepSettings) -> Iterator[Arrange
             yield lambda tokens: None
             return
         assert recomputation is not None
-        yield MemoryPlanner(recomputation, measure_costs(distillation, recomputation), budget).arrange
+        yield MemoryPlanner(recomputation, measure_costs(distillation, recomputation), budget).apply_plan

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from duo_id.attention.interface import bound, bound_functions
-from duo_id.attention.layers import AttentionLayer, beside, layer_list
+from duo_id.attention.layers import AttentionLayer, layer_list, norms_and_mlp
 from duo_id.attention.memo import Memo
 
 
@@ -53,7 +53,7 @@ class Recomputation:
         """Each module that can be computed again, its layer's place, and the levels at which it is."""
         for place, (block, inside) in enumerate(zip(self.blocks, self.attention, strict=True)):
             yield block, place, (Keep.OUTPUT, Keep.INPUT)
-            for part in beside(block, inside[0]) if inside else []:
+            for part in norms_and_mlp(block, inside[0]) if inside else []:
                 yield part, place, (Keep.ATTENTION,)
 
 

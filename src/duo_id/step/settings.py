@@ -13,7 +13,7 @@ from duo_id.common.config import (
     one_of,
     settings,
 )
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.step.budget import memory_bytes
 
 
@@ -39,7 +39,7 @@ class StepSettings:
 
     def __post_init__(self) -> None:
         """Check what goes together."""
-        require(
+        check(
             self.shape == "fast" or self.memory == "least",
             f"step.shape=paper needs step.memory=least, not {self.memory}: step=paper_shape sets both",
         )

@@ -16,7 +16,7 @@ from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.pattern import HeadMask, HeadPattern, random_like
 from duo_id.train.scoring import Score, score, total
 
-METRICS = ("answer_loss", "token_accuracy", "exact_answers")
+COMPARED = ("answer_loss", "token_accuracy", "exact_answers")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Result:
 
         Each sample has one vote: a text of many labelled tokens weighs as much as a short answer.
         """
-        metrics = {metric: mean(getattr(one, metric) for one in self.samples) for metric in METRICS}
+        metrics = {metric: mean(getattr(one, metric) for one in self.samples) for metric in COMPARED}
         told = {"heads": self.heads, "sparsity": self.sparsity, "seed": self.seed}
         return told | metrics | asdict(total(self.samples))
 

@@ -20,7 +20,7 @@ from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.window import Window
 from duo_id.common.config import plain, shown
 from duo_id.common.documents import printable
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 from duo_id.common.mistakes import as_typed
 from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, with_scored
 from duo_id.methods.gates import GATES
@@ -31,7 +31,7 @@ from duo_id.patterns.pattern import HeadPattern, TieWarning
 from duo_id.step.cuda_graphs import GraphedLoss
 from duo_id.step.objectives import make_objective
 from duo_id.step.paper_shape import SHAPES
-from duo_id.step.prepare import Arrange
+from duo_id.step.prepare import ApplyPlan
 from duo_id.step.settings import StepSettings
 from duo_id.train.checkpoints import CHECKPOINT
 from duo_id.train.restoring import keep_fitting
@@ -82,7 +82,7 @@ class GateTraining(lightning.LightningModule):
             seed: of gates that are drawn.
         """
         super().__init__()
-        require(
+        check(
             method.gate != "nested" or len(layers) * layers[0].kv_heads > 1,
             "method.gate=nested: a single head has a gate, and there is nothing to order; method=duo trains its gate",
         )
@@ -103,7 +103,7 @@ class GateTraining(lightning.LightningModule):
         )
         self.penalties = torch.nn.ModuleDict({name: self._penalty(name) for name in method.penalties})
         self.distill = GraphedLoss(self.distillation.loss) if step.cuda_graphs else self.distillation.loss
-        self.arrange: Arrange = lambda tokens: None  # lets layers keep what a step's memory allows
+        self.apply_plan: ApplyPlan = lambda tokens: None  # lets layers keep what a step's memory allows
         self.interrupted = 0  # the signal that asked for the end
         self._finite = torch.tensor(True)
         self._full_scores: dict[int, Score] = {}
@@ -143,7 +143,7 @@ class GateTraining(lightning.LightningModule):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """Distillation loss plus the penalty on the gates; the mean over ranks of it and its gradient is the step's."""
-        self.arrange(batch["input_ids"].numel())
+        self.apply_plan(batch["input_ids"].numel())
         alpha, openness = self.gates.alpha(), self.gates.openness()
         distill, penalty = self.distill(alpha, batch), self.penalty(openness)
         loss = distill + self.method.reg_weight * penalty

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.window import Window
-from duo_id.common.errors import UserError, require
-from duo_id.common.mistakes import built
+from duo_id.common.errors import UserError, check
+from duo_id.common.mistakes import instantiate
 from duo_id.common.stopping import stop
 from duo_id.data.datamodule import SampleModule
 from duo_id.data.samples import Sample
@@ -29,12 +29,12 @@ from duo_id.methods.settings import (
     SaliencySettings,
     ScoreSettings,
     SearchSettings,
-    by_name,
-    of_order,
+    name_nested_override,
+    nested_override,
 )
 from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.files import load_pattern
-from duo_id.patterns.pattern import HeadPattern, weigh_in
+from duo_id.patterns.pattern import HeadPattern, mix_prior
 from duo_id.step.objectives import make_objective
 from duo_id.step.prepare import prepared
 from duo_id.step.settings import StepSettings
@@ -102,7 +102,7 @@ def identify(method: MethodSettings, run: Run) -> HeadPattern:
         return _trained(method, run)
     ranks, devices = run.model.ranks, run.settings.trainer.get("devices")
     alike = ranks.group is None and not isinstance(method, SearchSettings)  # each process finds the same
-    require(
+    check(
         ranks.world == 1 or alike,
         f"trainer.devices={devices}: method={method.name} works on 1 device; on several do trained gates, and without "
         "step.sequence_parallel all but searches",
@@ -133,8 +133,8 @@ def _within_memory(
         yield
         return
     distillation = subject.distillation(make_objective(method.objective), method.tokens)
-    with prepared(distillation, replace(step, compile=False)) as arrange:  # a few passes do not pay for compiling
-        arrange(max(len(sample["input_ids"]) for sample in samples))
+    with prepared(distillation, replace(step, compile=False)) as apply_plan:  # a few passes do not pay for compiling
+        apply_plan(max(len(sample["input_ids"]) for sample in samples))
         yield
 
 
@@ -148,13 +148,13 @@ def _order(key: str, given: Any, run: Run) -> HeadPattern | None:
         try:
             return identify(given, replace(run, folder=run.folder / key, accepted=accepted))
         except UserError as error:
-            raise UserError(of_order(key, str(error))) from error
+            raise UserError(name_nested_override(key, str(error))) from error
     try:
         pattern = load_pattern(str(given))
         pattern.check_fits(run.model.num_layers, run.layers[0].kv_heads, run.model.name)
         pattern.check_scores(layer.index for layer in run.layers)
     except UserError as error:
-        known = f"; the method of that name is {by_name(key)}={given}" if given in METHODS else ""
+        known = f"; the method of that name is {nested_override(key)}={given}" if given in METHODS else ""
         raise UserError(f"method.{key}={given}: {error}{known}") from error
     return pattern
 
@@ -174,7 +174,7 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
     steps, checkpoint, timer = settings.trainer["max_steps"], run.folder / CHECKPOINT, Timer()
     given = _callbacks(settings) if method is settings.method else []  # not of one that comes before it
     bar = settings.trainer.get("enable_progress_bar", True) and not any(isinstance(one, ProgressBar) for one in given)
-    trainer = built(
+    trainer = instantiate(
         "trainer",
         # The stream of samples has no end, and ranks are told apart where samples are made.
         {"limit_train_batches": steps} | settings.trainer | {"use_distributed_sampler": False},
@@ -200,9 +200,9 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
     before = str(checkpoint) if settings.resume and checkpoint.is_file() else None
     gates = GateTraining(run.model, run.layers, method, settings.step, steps, settings.sparsity, run.seed)
     longest = settings.data.length_max or run.model.max_length
-    with prepared(gates.distillation, settings.step) as gates.arrange:
+    with prepared(gates.distillation, settings.step) as gates.apply_plan:
         if longest is not None and settings.data.task != "disk":  # else each step says when it does not fit
-            plan = gates.arrange(longest * settings.data.batch_size)
+            plan = gates.apply_plan(longest * settings.data.batch_size)
             if plan is not None:
                 run.console.print(str(plan), soft_wrap=True, highlight=False, markup=False)
         try:
@@ -218,7 +218,7 @@ def _trained(method: GateSettings, run: Run) -> HeadPattern:
     if gates.interrupted:
         stop(gates.interrupted)
     pattern = gates.pattern(steps=trainer.global_step, seconds_before=_before(timer))
-    return pattern if prior is None else weigh_in(pattern, prior, method.prior_weight)
+    return pattern if prior is None else mix_prior(pattern, prior, method.prior_weight)
 
 
 def _callbacks(settings: TrainSettings) -> list[Callback]:
@@ -226,7 +226,7 @@ def _callbacks(settings: TrainSettings) -> list[Callback]:
     found = []
     for place, one in enumerate(settings.trainer.get("callbacks") or []):
         known = isinstance(one, Mapping) and "_target_" in one
-        callback = built(f"trainer.callbacks.{place}", one) if known else None
+        callback = instantiate(f"trainer.callbacks.{place}", one) if known else None
         if not isinstance(callback, Callback):
             raise UserError(
                 f"trainer.callbacks: {one} is no callback; give [{{_target_: MODULE.CLASS}}], a class of Lightning's "

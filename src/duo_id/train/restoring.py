@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.connectors import checkpoint_connector
 from pydantic import Field
 
 from duo_id.common.documents import Count, Data, Line, Positive, checked, one_line, shown
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 from duo_id.common.foreign import walk
 
 MOST = 2**53  # of a count
@@ -80,12 +80,12 @@ def keep_fitting(checkpoint: dict[str, Any], training: lightning.LightningModule
         loop = _alike(checkpoint["loops"].get("fit_loop"), trainer.fit_loop.state_dict(), "loops.fit_loop")
         checkpoint["loops"] = {"fit_loop": loop}
         progress = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
-        require(progress["completed"] == step, f"global_step={step}, where loops have {progress['completed']} steps")
+        check(progress["completed"] == step, f"global_step={step}, where loops have {progress['completed']} steps")
         _keep_optimizer(checkpoint, training.configure_optimizers(), step)
         if (data := trainer.datamodule) is not None:  # type: ignore[attr-defined]
             key = type(data).__qualname__
             found = checked(_Position, checkpoint.get(key), "it", under=key)
-            require(found.global_step == step, f"global_step={step}, where {key} has {found.global_step}")
+            check(found.global_step == step, f"global_step={step}, where {key} has {found.global_step}")
     except UserError as error:
         raise misfit(trainer.ckpt_path, error) from None
 
@@ -116,25 +116,25 @@ def _alike(found: Any, ours: Any, place: str, finite: bool = False, counts: bool
     if isinstance(ours, torch.Tensor):
         fits = isinstance(found, torch.Tensor) and found.layout == torch.strided and not found.is_meta
         fits = fits and (found.shape, found.dtype) == (ours.shape, ours.dtype)
-        require(fits, f"{place} is no tensor of {ours.dtype}, {list(ours.shape)}")
+        check(fits, f"{place} is no tensor of {ours.dtype}, {list(ours.shape)}")
         whole = found.isfinite().all() if finite or (counts and not found.ndim) else True
-        require(bool(whole), f"{place} holds what is no number")
-        require(not counts or found.ndim > 0 or bool(found >= 0), f"{place} is negative")
+        check(bool(whole), f"{place} holds what is no number")
+        check(not counts or found.ndim > 0 or bool(found >= 0), f"{place} is negative")
         return found
     if isinstance(ours, Mapping):
-        require(isinstance(found, Mapping), f"{place} is no mapping")
+        check(isinstance(found, Mapping), f"{place} is no mapping")
         for key in ours:
-            require(key in found, f"{place} lacks {key}")
+            check(key in found, f"{place} lacks {key}")
         return {key: _alike(found[key], one, f"{place}.{key}", finite, counts) for key, one in ours.items()}
-    require(type(found) is type(ours), f"{place}={shown(found)} is not of type {type(ours).__name__}")
+    check(type(found) is type(ours), f"{place}={shown(found)} is not of type {type(ours).__name__}")
     if isinstance(ours, list | tuple):
-        require(len(found) == len(ours), f"{place} has {len(found)} values, not {len(ours)}")
+        check(len(found) == len(ours), f"{place} has {len(found)} values, not {len(ours)}")
         both = zip(found, ours, strict=True)
         return type(ours)([_alike(one, other, f"{place}.{at}", finite, counts) for at, (one, other) in enumerate(both)])
     if isinstance(ours, int) and not isinstance(ours, bool):
-        require(0 <= found <= MOST, f"{place}={shown(found)} is no count")
+        check(0 <= found <= MOST, f"{place}={shown(found)} is no count")
     elif isinstance(ours, float):
-        require(isfinite(found), f"{place}={found} is no number")
+        check(isfinite(found), f"{place}={found} is no number")
     return found
 
 
@@ -144,27 +144,27 @@ def _keep_optimizer(checkpoint: dict[str, Any], made: Any, step: int) -> None:
     place, found = "optimizer_states.0", checkpoint["optimizer_states"][0]
     schedule, groups = scheduler.state_dict(), optimizer.state_dict()["param_groups"]
     told = found.get("param_groups")
-    require(isinstance(told, list) and len(told) == len(groups), f"{place}.param_groups has no {len(groups)} values")
+    check(isinstance(told, list) and len(told) == len(groups), f"{place}.param_groups has no {len(groups)} values")
     for at, (group, ours) in enumerate(zip(told, groups, strict=True)):
         where = f"{place}.param_groups.{at}"
-        require(isinstance(group, Mapping), f"{where} is no mapping")
+        check(isinstance(group, Mapping), f"{where} is no mapping")
         for key, value in ours.items():
             if key != "lr" and key in group:
                 same = type(group[key]) is type(value) and group[key] == value
-                require(same, f"{where}.{key}={shown(group[key])}, this run has {shown(value)}")
+                check(same, f"{where}.{key}={shown(group[key])}, this run has {shown(value)}")
         lr = group.get("lr")
-        require(isinstance(lr, float) and 0 <= lr < float("inf"), f"{where}.lr={shown(lr)} is no learning rate")
+        check(isinstance(lr, float) and 0 <= lr < float("inf"), f"{where}.lr={shown(lr)} is no learning rate")
         ours["lr"] = lr
     states = found.get("state")
     if isinstance(optimizer, torch.optim.LBFGS):  # whose lists grow
-        require(_numbers(states), f"{place}.state holds more than numbers")
+        check(_numbers(states), f"{place}.state holds more than numbers")
     else:
         ours = _first_states(optimizer) if step else optimizer.state_dict()["state"]
         states = _alike(states, ours, f"{place}.state", counts=True)
     checkpoint["optimizer_states"] = [{"state": states, "param_groups": groups}]
 
     told = _alike(checkpoint["lr_schedulers"][0], schedule, "lr_schedulers.0")
-    require(told["last_epoch"] == step, f"global_step={step}, where lr_schedulers.0 has {told['last_epoch']}")
+    check(told["last_epoch"] == step, f"global_step={step}, where lr_schedulers.0 has {told['last_epoch']}")
     rates = [group["lr"] for group in groups]
     checkpoint["lr_schedulers"] = [
         schedule | {"last_epoch": step, "_step_count": step + 1, "_is_initial": False, "_last_lr": rates}
@@ -189,7 +189,7 @@ def _states(callbacks: Iterable[Callback], found: Mapping[str, Any]) -> Iterable
         if key not in found or isinstance(callback, Checkpoint):
             continue
         state, place = found[key], f"callbacks.{key}"
-        require(isinstance(state, Mapping), f"{place} is no mapping")
+        check(isinstance(state, Mapping), f"{place} is no mapping")
         if type(callback) is Timer:
             yield key, checked(_Clock, state, "it", under=place).model_dump()
         elif type(callback) is EarlyStopping:
@@ -197,7 +197,7 @@ def _states(callbacks: Iterable[Callback], found: Mapping[str, Any]) -> Iterable
             ours = {name: one for name, one in ours.items() if name in state and name != "stopping_reason_message"}
             yield key, _alike(state, ours, place)
         else:
-            require(_numbers(state), f"{place} holds more than numbers")
+            check(_numbers(state), f"{place} holds more than numbers")
             yield key, state
 
 

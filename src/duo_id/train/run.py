@@ -16,7 +16,7 @@ from duo_id.attention.blends import BLENDS
 from duo_id.attention.interface import attached
 from duo_id.common import cli
 from duo_id.common.config import plain
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.common.figures import save_figure
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
@@ -55,7 +55,11 @@ CHANGEABLE = (
     "data.num_workers",
 )  # done anew, or without a trace in heads
 MEANTIME = ("step", "trainer")  # what a resumed run may change for the steps to come, which provenance tells
-UNTOLD = ("logger", "resume", "checkpoint_seconds")  # settings that say nothing about what was found, only about a disk
+NOT_RECORDED = (
+    "logger",
+    "resume",
+    "checkpoint_seconds",
+)  # settings that say nothing about what was found, only about a disk
 
 
 def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict[str, Any]:
@@ -81,11 +85,11 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
         settings.trainer, settings.step.sequence_parallel, settings.step.shard, settings.data.batch_size
     )
     cli.console.quiet = not ranks.first
-    folder = Path(ranks.agreed(str(folder)))
+    folder = Path(ranks.broadcast(str(folder)))
     asked, earlier = plain(settings), _check_resumed(settings, folder)
     used = _used(earlier, asked, folder)
     before = _before(earlier, asked | used)
-    with ranks.watched():
+    with ranks.one_line_errors():
         if ranks.world > 1:
             settings = _shared(settings, device, ranks, folder)
         model = load_model(settings.model, device, settings.seed, ranks)
@@ -97,7 +101,7 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
             validation = run.data().samples("validation", settings.comparison.samples) if in_sweep else []
             found = {
                 "model": model.describe(layers),
-                "settings": {key: value for key, value in (plain(settings) | used).items() if key not in UNTOLD},
+                "settings": {key: value for key, value in (plain(settings) | used).items() if key not in NOT_RECORDED},
                 "versions": cli.versions(),
             }
             if before:
@@ -149,11 +153,11 @@ def _check_resumed(settings: TrainSettings, folder: Path) -> Earlier:
         method, repeats = earlier.get("method"), earlier.get("repeats", settings.repeats)
         name = method.get("name") if isinstance(method, dict) else None
         refused = f"resume={settings.resume} is a run of"
-        require(
+        check(
             name in (None, settings.method.name),
             f"method={settings.method.name}: {refused} method={name}; leave out resume",
         )
-        require(
+        check(
             (repeats == 1) == (settings.repeats == 1),
             f"repeats={settings.repeats}: {refused} repeats={repeats}, whose heads would be replaced; leave out resume",
         )
@@ -163,7 +167,7 @@ def _check_resumed(settings: TrainSettings, folder: Path) -> Earlier:
                 _found_before(place, settings)
     if not begun:
         return {}, {}
-    free = [*UNTOLD, *CHANGEABLE, *MEANTIME, "method.prior_weight", "method.batch_tokens"]
+    free = [*NOT_RECORDED, *CHANGEABLE, *MEANTIME, "method.prior_weight", "method.batch_tokens"]
     if not any((place / "prior" / ORDER).is_file() for place in begun) or not isinstance(now["method"]["prior"], dict):
         free.append("method.prior")  # which is found, or read, once more
     found = {key: values for key, values in differences(earlier, now).items() if not within(key, free)}
@@ -261,7 +265,7 @@ def _found_before(folder: Path, settings: TrainSettings) -> HeadPattern:
     found = {
         key: values
         for key, values in found.items()
-        if key in STEPS or not within(key, [*UNTOLD, *CHANGEABLE, *MEANTIME])
+        if key in STEPS or not within(key, [*NOT_RECORDED, *CHANGEABLE, *MEANTIME])
     }
     told = f"resume={settings.resume}: {folder.name} was found"
     check_honoured(found, told, "and a mean of both would mean nothing")

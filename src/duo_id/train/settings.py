@@ -18,19 +18,16 @@ from duo_id.common.config import (
     Text,
     contents,
     parse,
-    plain,
     settings,
     shown,
 )
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.common.mistakes import check_named
 from duo_id.data.settings import DataSettings
 from duo_id.methods.settings import GateSettings, MethodSettings, make_optimizer, method_settings
 from duo_id.models.settings import ModelSettings
 from duo_id.step.settings import StepSettings
 from duo_id.train.trainer import Trainer, check_run
-
-__all__ = ["parse", "plain", "require"]
 
 
 @settings("comparison")
@@ -65,16 +62,16 @@ class TrainSettings:
         """Check what depends on several groups."""
         self.sparsity = sorted(set(self.sparsity))
         window = self.method.sink_size + self.method.recent_size
-        require(
+        check(
             self.data.task == "disk" or window < self.data.length_min,
             f"method.sink_size + method.recent_size = {window} must be below data.length_min={self.data.length_min}, "
             "or nothing lies outside the window",
         )
-        require(
+        check(
             not self.step.cuda_graphs or self.data.batch_size == 1,
             f"step.cuda_graphs=true needs data.batch_size=1, not {self.data.batch_size}: padding would be looked at",
         )
-        require(
+        check(
             self.seed + self.repeats <= 2**32,
             f"repeats={self.repeats}: the last seed, from seed={self.seed} on, is too large",
         )
@@ -82,7 +79,7 @@ class TrainSettings:
         self.logger = {name: one for name, one in self.logger.items() if one}
         for name, one in self.logger.items():
             target = one.get("_target_") if one else None
-            require(
+            check(
                 isinstance(target, str) and bool(target),
                 f"logger.{name}._target_={shown(target)} must name a class: choose logger=csv, tensorboard or wandb",
             )
@@ -99,7 +96,7 @@ def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
     given = dict(contents(config))
     given["method"] = method_settings(given.get("method", {}))
     settings = parse(TrainSettings, given)
-    require(
+    check(
         isinstance(settings.method, GateSettings) or not settings.trainer.get("callbacks"),
         f"trainer.callbacks: method={settings.method.name} trains nothing that they could be called at",
     )
@@ -107,7 +104,7 @@ def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
         make_optimizer(settings.method, [torch.nn.Parameter(torch.zeros(1))])  # told now, not once a model is loaded
     for name, one in settings.logger.items():
         check_named(f"logger.{name}._target_", (one or {}).get("_target_"))
-    require(
+    check(
         settings.repeats == 1 or getattr(settings.method, "swap_at", None) is None,
         f"repeats={settings.repeats}: heads are exchanged (method.swap_at) in the mask of one run; the mean of several "
         "has another",

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
-from duo_id.common.mistakes import built
+from duo_id.common.mistakes import instantiate
 from duo_id.patterns.pattern import HeadPattern, TieWarning
 from duo_id.patterns.plots import plot_gates
 
@@ -115,7 +115,7 @@ def _logger(name: str, settings: dict[str, Any], folder: Path) -> Logger:
             write_text(path, uuid.uuid4().hex[:8])
         settings["id"] = path.read_text(encoding="utf-8").strip()
     try:
-        return built(f"logger.{name}", settings, save_dir=str(folder))
+        return instantiate(f"logger.{name}", settings, save_dir=str(folder))
     except UserError as error:
         ours = str(settings.get("_target_")).startswith("lightning.")  # which is there, so what it needs is not
         if not (ours and isinstance(error.__cause__, ImportError)):

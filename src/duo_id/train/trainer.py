@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, with_co
 from typing_extensions import TypedDict
 
 from duo_id.common.config import LARGEST, Count, Named, Positive, PositiveWeight, Text, Whole, check_line, shown
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 
 OURS = {  # arguments that a run gives itself or does without, and what to give instead
     "logger": "choose logger=csv, tensorboard or wandb, or ~logger for none",
@@ -124,19 +124,17 @@ Trainer = Annotated[TrainerSettings, BeforeValidator(_ours)]
 def check_run(given: TrainerSettings) -> None:
     """Raise a `UserError` unless a training run can go on under these arguments; one callback becomes a list."""
     steps, precision = given.get("max_steps"), given.get("precision", "32-true")
-    require(steps is not None, "trainer.max_steps: its value is missing, give trainer.max_steps=VALUE")
-    require(
+    check(steps is not None, "trainer.max_steps: its value is missing, give trainer.max_steps=VALUE")
+    check(
         precision in (32, "32", "32-true") and not isinstance(precision, bool),
         f"trainer.precision={shown(precision)}: gates stay float32; what the model computes in is model.dtype",
     )
-    require(
-        given.get("accumulate_grad_batches", 1) == 1, "trainer.accumulate_grad_batches: use data.batch_size instead"
-    )
+    check(given.get("accumulate_grad_batches", 1) == 1, "trainer.accumulate_grad_batches: use data.batch_size instead")
     callbacks = given.get("callbacks")
     if callbacks is not None and not isinstance(callbacks, list):
         given["callbacks"] = [callbacks]
     for one in given.get("callbacks") or []:
-        require(
+        check(
             isinstance(one, Mapping) and isinstance(one.get("_target_"), str),
             f"trainer.callbacks: {shown(one)} is no callback; give [{{_target_: MODULE.CLASS}}], a class of "
             "Lightning's Callback",

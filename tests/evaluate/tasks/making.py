@@ -12,8 +12,8 @@ from duo_id.data.haystack import Haystack, load_haystack
 from duo_id.data.settings import HaystackSettings
 from duo_id.evaluate.chat import Chat, plain
 from duo_id.evaluate.items import SPLITS, Item
-from duo_id.evaluate.tasks.building import Builder
-from duo_id.evaluate.tasks.registry import TASKS, make_items
+from duo_id.evaluate.tasks.building import SampleBuilder
+from duo_id.evaluate.tasks.registry import EVALUATION_TASKS, make_items
 from duo_id.models.loading import byte_tokenizer, load_tokenizer, weights_source
 from duo_id.models.settings import ModelSettings
 from tests.data.conftest import TOKENIZERS, metaspace
@@ -46,10 +46,10 @@ def whole_metaspace() -> PreTrainedTokenizerBase:
 
 def builder_of(
     name: str = "bytes", split: str = "test", chat: Chat | None = None, haystack: Haystack | None = None
-) -> Builder:
+) -> SampleBuilder:
     tokenizer = tokenizer_of(name)
     haystack = haystack or load_haystack(HaystackSettings(source="library"), split)
-    return Builder(tokenizer, haystack, split, chat or plain(tokenizer))
+    return SampleBuilder(tokenizer, haystack, split, chat or plain(tokenizer))
 
 
 @cache
@@ -72,4 +72,6 @@ def text(tokens: tuple[int, ...], tokenizer: str = "bytes") -> str:
     return str(tokenizer_of(tokenizer).decode(list(tokens)))
 
 
-ASKED = [name for name in TASKS if name not in ("language", "rare-ngrams")]  # tasks with questions after the context
+ASKED = [
+    name for name in EVALUATION_TASKS if name not in ("language", "rare-ngrams")
+]  # tasks with questions after the context

@@ -8,12 +8,12 @@ from duo_id.common.errors import UserError
 from duo_id.evaluate.chat import Chat, plain, split_chat
 from duo_id.evaluate.items import SPLITS
 from duo_id.evaluate.metrics import METRICS
-from duo_id.evaluate.tasks.registry import GROUPS, TASKS, expand, make_items, room
+from duo_id.evaluate.tasks.registry import EVALUATION_TASKS, GROUPS, expand, make_items, room
 from tests.evaluate.tasks.making import AFTER, ASKED, LENGTHS, builder_of, items_of, text, tokenizer_of
 
 MATRIX = pytest.mark.parametrize("tokenizer", LENGTHS)
 BOTH = pytest.mark.parametrize("split", SPLITS)
-ALL = pytest.mark.parametrize("task", TASKS)
+ALL = pytest.mark.parametrize("task", EVALUATION_TASKS)
 
 
 @ALL
@@ -22,7 +22,7 @@ ALL = pytest.mark.parametrize("task", TASKS)
 def test_contexts_have_the_exact_length_and_leave_room_for_the_answer(task: str, split: str, tokenizer: str) -> None:
     builder = builder_of(tokenizer, split)
     (item,) = items_of(task, tokenizer, split)
-    free = room(TASKS[task], builder)
+    free = room(EVALUATION_TASKS[task], builder)
     assert item.task == task
     assert len(item.context) + free == item.length
     assert item.length == LENGTHS[tokenizer] or task == "short"
@@ -102,19 +102,19 @@ def test_chat_stands_around_context_and_question(task: str) -> None:
         assert asked.startswith("\n\n")
         assert not asked.endswith("\n")
         assert beginning
-    assert len(item.context) + room(TASKS[task], builder_of(chat=chat)) == item.length
+    assert len(item.context) + room(EVALUATION_TASKS[task], builder_of(chat=chat)) == item.length
 
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_contexts_begin_as_the_tokenizer_wants(name: str) -> None:
     first = plain(tokenizer_of(name)).before
     assert bool(first) == (name not in ("smollm2",))
-    assert all(items_of(task, name)[0].context[: len(first)] == first for task in TASKS)
+    assert all(items_of(task, name)[0].context[: len(first)] == first for task in EVALUATION_TASKS)
 
 
 def test_all_tasks_fit_in_512_tokens_with_a_chat_template() -> None:
     items = make_items(["all"], builder_of("smollm2", chat=split_chat(tokenizer_of("smollm2"))), [512], 2, 0, None, 5)
-    assert len(items) == 2 * len(TASKS)
+    assert len(items) == 2 * len(EVALUATION_TASKS)
 
 
 def test_short_is_short_and_there_once_a_sample() -> None:
@@ -124,8 +124,8 @@ def test_short_is_short_and_there_once_a_sample() -> None:
 
 def test_groups_and_names_expand_once_in_their_order() -> None:
     assert [task.name for task in expand(["needle", "copying", "needle-words"])] == [*GROUPS["needle"], "copying"]
-    assert [task.name for task in expand(["all"])] == list(TASKS)
-    assert {name for group in GROUPS.values() for name in group} == TASKS.keys()
+    assert [task.name for task in expand(["all"])] == list(EVALUATION_TASKS)
+    assert {name for group in GROUPS.values() for name in group} == EVALUATION_TASKS.keys()
     assert len(GROUPS["ruler"]) == 7
 
 
@@ -152,7 +152,7 @@ def test_wrong_settings_are_named(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("task", [name for name in TASKS if name != "short"])
+@pytest.mark.parametrize("task", [name for name in EVALUATION_TASKS if name != "short"])
 def test_too_short_lengths_say_what_is_needed(task: str) -> None:
     needed = 10
     while not (refused := refusal(task, needed)).startswith("made"):
@@ -172,6 +172,6 @@ def refusal(task: str, length: int) -> str:
 
 
 def test_a_tokenizer_with_longer_questions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duo_id.evaluate.tasks.building.Builder.scaled", lambda _, tokens: tokens)
+    monkeypatch.setattr("duo_id.evaluate.tasks.building.SampleBuilder.scaled", lambda _, tokens: tokens)
     with pytest.raises(UserError, match=r"a question of copying takes .* more than the 96 that are set aside"):
         make_items(["copying"], builder_of(), [2600], 1, 0, None, 3)

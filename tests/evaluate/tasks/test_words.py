@@ -9,7 +9,7 @@ from duo_id.data.registry import DRAFTED
 from duo_id.data.words import NAMES, THINGS, WORDS
 from duo_id.evaluate.items import SPLITS
 from duo_id.evaluate.tasks import lookup, needles, ruler
-from duo_id.evaluate.tasks.registry import TASKS
+from duo_id.evaluate.tasks.registry import EVALUATION_TASKS
 from duo_id.evaluate.tasks.words import VOCABULARIES
 from tests.evaluate.tasks.making import builder_of, items_of, text
 
@@ -95,7 +95,7 @@ def test_templates_are_sentences() -> None:
                 assert "  " not in sentence
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVALUATION_TASKS)
 def test_splits_share_no_line_of_their_samples(task: str) -> None:
     """Neither words nor sentences nor haystack; short lines of the haystack such as "Returns True" are no text."""
     lines, shortest = [], 15 if task == "short" else 30

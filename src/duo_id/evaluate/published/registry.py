@@ -9,13 +9,13 @@ from duo_id.evaluate.chat import Chat, plain
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.published.building import Builder
 from duo_id.evaluate.published.longbench import DATA_SETS, V2, read_longbench, read_longbench_v2
-from duo_id.evaluate.published.ruler import TASKS, read_ruler
+from duo_id.evaluate.published.ruler import RULER_TASKS, read_ruler
 
 LONGBENCH, RULER = "longbench", "ruler-data"
 PUBLISHED = {
     LONGBENCH: [f"{LONGBENCH}/{name}" for name in DATA_SETS],
     V2: [V2],
-    RULER: [f"{RULER}/{name}" for name in TASKS],
+    RULER: [f"{RULER}/{name}" for name in RULER_TASKS],
 }
 
 

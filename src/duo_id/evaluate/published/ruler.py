@@ -12,7 +12,7 @@ HUB = "simonjegou/ruler"  # the data set that NVIDIA/kvpress evaluates on: 4096,
 # Metric and new tokens of the authors' constants.py, and the 13 tasks of their synthetic.yaml.
 FORMS = {"niah": Form("all", 128), "vt": Form("all", 30), "cwe": Form("all", 120), "fwe": Form("all", 50)}
 FORMS["qa"] = Form("any", 32)
-TASKS = (
+RULER_TASKS = (
     "niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3 niah_multivalue "
     "niah_multiquery vt cwe fwe qa_1 qa_2"
 ).split()

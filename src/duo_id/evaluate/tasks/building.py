@@ -9,7 +9,7 @@ from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.data.haystack import Haystack, tokenize
 from duo_id.evaluate.chat import Chat
 from duo_id.evaluate.items import Question
@@ -33,7 +33,7 @@ class TooShort(Exception):
 
 
 @dataclass(frozen=True)
-class Builder:
+class SampleBuilder:
     """What all samples of an evaluation share.
 
     Attributes:
@@ -85,7 +85,7 @@ class Draft:
         depths: how many needles the tasks that go over a grid of depths hide.
     """
 
-    builder: Builder
+    builder: SampleBuilder
     rng: random.Random
     size: int
     depths: int
@@ -120,7 +120,7 @@ class Draft:
             UserError: there are not so many.
         """
         found = list(islice((text for text in candidates if not self.contains(text)), count))
-        require(
+        check(
             len(found) == count,
             f"a context needs {count} names that its haystack does not contain, but there are only {len(found)}: "
             "lower depths or choose another data.haystack",

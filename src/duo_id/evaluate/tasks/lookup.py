@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import chain, islice
 
-from duo_id.common.errors import require
+from duo_id.common.errors import check
 from duo_id.evaluate.tasks.building import BLANK_LINE, LINE, Draft, Made, one_of_each_part
 
 ASKED = 4  # questions of a context
@@ -105,7 +105,7 @@ def copying(draft: Draft) -> Made:
     size = builder.scaled(PASSAGE)
     names = [name.capitalize() for name in builder.words.made_up(draft.rng, 3 * PASSAGES)]
     passages = list(islice(_passages(draft, size), PASSAGES))
-    require(
+    check(
         len(passages) == PASSAGES,
         "the haystack repeats itself, copying finds no passage that stands in it once: leave copying out of tasks or "
         "give another data.haystack",

@@ -4,17 +4,17 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from duo_id.common.errors import UserError, require
+from duo_id.common.errors import UserError, check
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.tasks import language, lookup, needles, ruler
-from duo_id.evaluate.tasks.building import Builder, Draft, Made, TooShort
+from duo_id.evaluate.tasks.building import Draft, Made, SampleBuilder, TooShort
 
 ROOM = 96  # of almost all tasks, so that contexts of all of them have one size and can be read together
 SHORT = 64  # tokens of a sample of the task short, beside those of the chat template
 
 
 @dataclass(frozen=True)
-class Task:
+class EvaluationTask:
     """A task and the sizes of its questions, in tokens of an ordinary tokenizer.
 
     Attributes:
@@ -36,58 +36,60 @@ class Task:
     length: int | None = None
 
 
-TASKS = {
+EVALUATION_TASKS = {
     task.name: task
     for task in (
-        Task("needle-words", needles.needle_words, 14),
-        Task("needle-numbers", needles.needle_numbers, 10),
-        Task("needle-sentences", needles.needle_sentences, 30),
-        Task("passkeys", needles.passkeys, 10),
-        Task("ruler-single", ruler.single, 10),
-        Task("ruler-multikey", ruler.multikey, 10),
-        Task("ruler-multivalue", ruler.multivalue, 36, "all"),
-        Task("ruler-multiquery", ruler.multiquery, 36, "all"),
-        Task("ruler-variables", ruler.variables, 32, "all"),
-        Task("ruler-common-words", ruler.common_words, 44, "all"),
-        Task("ruler-frequent-words", ruler.frequent_words, 20, "all"),
-        Task("json-lookup", lookup.json_lookup, 8, stop='"'),
-        Task("copying", lookup.copying, 28),
-        Task("list-reorder", lookup.list_reorder, 28),
-        Task("classification", lookup.classification, 8),
-        Task("language", language.language, room=0),
-        Task("rare-ngrams", language.rare_ngrams, room=0),
-        Task("short", lookup.short, 5, room=24, length=SHORT),
+        EvaluationTask("needle-words", needles.needle_words, 14),
+        EvaluationTask("needle-numbers", needles.needle_numbers, 10),
+        EvaluationTask("needle-sentences", needles.needle_sentences, 30),
+        EvaluationTask("passkeys", needles.passkeys, 10),
+        EvaluationTask("ruler-single", ruler.single, 10),
+        EvaluationTask("ruler-multikey", ruler.multikey, 10),
+        EvaluationTask("ruler-multivalue", ruler.multivalue, 36, "all"),
+        EvaluationTask("ruler-multiquery", ruler.multiquery, 36, "all"),
+        EvaluationTask("ruler-variables", ruler.variables, 32, "all"),
+        EvaluationTask("ruler-common-words", ruler.common_words, 44, "all"),
+        EvaluationTask("ruler-frequent-words", ruler.frequent_words, 20, "all"),
+        EvaluationTask("json-lookup", lookup.json_lookup, 8, stop='"'),
+        EvaluationTask("copying", lookup.copying, 28),
+        EvaluationTask("list-reorder", lookup.list_reorder, 28),
+        EvaluationTask("classification", lookup.classification, 8),
+        EvaluationTask("language", language.language, room=0),
+        EvaluationTask("rare-ngrams", language.rare_ngrams, room=0),
+        EvaluationTask("short", lookup.short, 5, room=24, length=SHORT),
     )
 }
 GROUPS = {
-    "all": tuple(TASKS),
-    "needle": tuple(name for name in TASKS if name.startswith("needle-")),
-    "ruler": tuple(name for name in TASKS if name.startswith("ruler-")),
+    "all": tuple(EVALUATION_TASKS),
+    "needle": tuple(name for name in EVALUATION_TASKS if name.startswith("needle-")),
+    "ruler": tuple(name for name in EVALUATION_TASKS if name.startswith("ruler-")),
     "lookup": ("passkeys", "json-lookup", "copying", "list-reorder", "classification"),
     "text": ("language", "rare-ngrams"),
 }
 
 
-def expand(names: Sequence[str]) -> list[Task]:
+def expand(names: Sequence[str]) -> list[EvaluationTask]:
     """The tasks that are named, by themselves or as a group, each once.
 
     Raises:
         UserError: a name is neither a task's nor a group's.
     """
-    known = ", ".join((*GROUPS, *TASKS))
+    known = ", ".join((*GROUPS, *EVALUATION_TASKS))
     for name in names:
-        require(name in GROUPS or name in TASKS, f"tasks: there is no {name}, choose among {known}")
-    return [TASKS[task] for task in dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,)))]
+        check(name in GROUPS or name in EVALUATION_TASKS, f"tasks: there is no {name}, choose among {known}")
+    return [
+        EVALUATION_TASKS[task] for task in dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,)))
+    ]
 
 
-def room(task: Task, builder: Builder) -> int:
+def room(task: EvaluationTask, builder: SampleBuilder) -> int:
     """Tokens that a context of `task` leaves free for what follows it."""
     return builder.scaled(task.room) + len(builder.chat.after) if task.room else 0
 
 
 def make_items(
     names: Sequence[str],
-    builder: Builder,
+    builder: SampleBuilder,
     lengths: Sequence[int],
     samples: int,
     seed: int,
@@ -108,9 +110,9 @@ def make_items(
     Raises:
         UserError: there is no such task, or a length is more than the model takes or less than a task needs.
     """
-    require(1 <= depths <= needles.MOST, f"depths={depths} must be between 1 and {needles.MOST}")
+    check(1 <= depths <= needles.MOST, f"depths={depths} must be between 1 and {needles.MOST}")
     for length in lengths:
-        require(
+        check(
             limit is None or length <= limit,
             f"lengths={list(lengths)}: {length} exceeds the {limit} tokens that the model takes",
         )
@@ -123,7 +125,7 @@ def make_items(
     ]
 
 
-def _item(task: Task, builder: Builder, length: int, index: int, seed: int, depths: int) -> Item:
+def _item(task: EvaluationTask, builder: SampleBuilder, length: int, index: int, seed: int, depths: int) -> Item:
     free = room(task, builder)
     rng = random.Random(f"{seed}:{builder.split}:{task.name}:{length}:{index}")
     draft = Draft(builder, rng, length - free, depths)
@@ -140,7 +142,7 @@ def _item(task: Task, builder: Builder, length: int, index: int, seed: int, dept
     new = builder.scaled(task.max_new_tokens) if task.max_new_tokens else 0
     for question in questions:
         needed = len(question.prompt) + max(len(question.answer), new) if question.place is None else 0
-        require(
+        check(
             needed <= free,
             f"tasks: a question of {task.name} takes {needed} tokens of this model's tokenizer, more than the {free} "
             "that are set aside: leave the task out",

@@ -105,7 +105,7 @@ def recognise(path: Path) -> str:
     return named[path.suffix]
 
 
-def lost(pattern: HeadPattern, name: str, options: Options) -> list[str]:
+def lost_parts(pattern: HeadPattern, name: str, options: Options) -> list[str]:
     """What of a pattern the format `name` cannot hold, in words."""
     if FORMATS[name].whole:
         return []
