@@ -51,7 +51,7 @@ def test_rows_are_spread_to_their_places_and_get_their_gradients_once() -> None:
 
 
 def loss_and_gradient(distillation: Distillation, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    layers = distillation.layers
+    layers = distillation.gated_model.layers
     alpha = gates_of(len(layers), layers[0].kv_heads).requires_grad_()
     loss = distillation.loss(alpha, batch)
     return loss.detach(), torch.autograd.grad(loss, alpha)[0]
@@ -60,8 +60,8 @@ def loss_and_gradient(distillation: Distillation, batch: dict[str, Any]) -> tupl
 @contextmanager
 def seen_by_the_last(distillation: Distillation, mlp: str = "mlp") -> Iterator[dict[str, set[int]]]:
     """How many tokens the MLP of the last block, and how many queries its attention, are given."""
-    layer, seen = distillation.layers[-1], {"mlp": set[int](), "queries": set[int]()}
-    block = distillation.model.model.get_submodule(layer.name.rsplit(".", 1)[0])
+    layer, seen = distillation.gated_model.layers[-1], {"mlp": set[int](), "queries": set[int]()}
+    block = distillation.gated_model.model.model.get_submodule(layer.name.rsplit(".", 1)[0])
     inner = next(module for name, module in block.get_submodule(mlp).named_modules() if name)
     hook = inner.register_forward_pre_hook(lambda module, given: seen["mlp"].add(given[0].shape[1]))
     plain = AtRows.__call__
@@ -100,7 +100,7 @@ def test_a_step_is_the_same_and_its_last_layer_computes_the_scored_tokens_alone(
 def test_whatever_the_blend_and_the_way(blend: str, tokens: str, how: str, make_model: MakeModel) -> None:
     model, batch = make_model("llama"), batch_of(random_sample(130, 1, SCORED))
     with distilling(model, "kl", blend, tokens) as distillation:
-        layers, last = distillation.layers, distillation.last
+        layers, last = distillation.gated_model.layers, distillation.last
         distillation.last = None
         expected = loss_and_gradient(distillation, batch)
         distillation.last = last
@@ -138,8 +138,8 @@ def test_a_model_that_ends_in_another_layer_is_left_alone(make_model: MakeModel)
     model = make_model("gemma3_text", **HYBRID)
     with distilling(model) as distillation:
         assert distillation.last is None
-        assert last_layer(model, distillation.layers) is None
-        functions = [getattr(layer.module, BOUND) for layer in distillation.layers]
+        assert last_layer(model, distillation.gated_model.layers) is None
+        functions = [getattr(layer.module, BOUND) for layer in distillation.gated_model.layers]
         assert not any(isinstance(function, AtRows) for function in functions)
 
 

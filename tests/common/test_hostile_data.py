@@ -22,8 +22,8 @@ from duo_id.evaluate.journal import JOURNAL, Journal
 from duo_id.evaluate.peers import read_answers, write_samples
 from duo_id.evaluate.published.longbench import read_longbench, read_longbench_v2
 from duo_id.evaluate.published.ruler import read_ruler
-from duo_id.methods.registry import _read as read_search
-from duo_id.methods.search import Order
+from duo_id.methods.head_order import Order
+from duo_id.methods.search import _read as read_search
 from duo_id.models.loading import meta_model
 from duo_id.models.settings import ModelSettings
 from duo_id.patterns.agreement import agreement, agreement_table

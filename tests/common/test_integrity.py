@@ -27,8 +27,8 @@ from duo_id.data.samples import Sample
 from duo_id.data.settings import DataGenSettings, DataSettings
 from duo_id.evaluate.items import Item, Question
 from duo_id.evaluate.journal import JOURNAL, RESULTS, Journal, write_results
-from duo_id.methods.registry import ORDER, _read
-from duo_id.methods.search import Order
+from duo_id.methods.head_order import Order
+from duo_id.methods.search import ORDER, _read
 from duo_id.models.loading import byte_tokenizer
 from duo_id.models.settings import ModelSettings
 from duo_id.patterns.files import TABLES, load_pattern, save_pattern

@@ -1,4 +1,4 @@
-"""Subjects: tiny models ready to be scored, and needles in random tokens."""
+"""Tiny models with gates, ready to be scored, and needles in random tokens."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,12 +14,12 @@ from duo_id.attention.functions import Backends
 from duo_id.attention.interface import attached
 from duo_id.attention.window import Window
 from duo_id.data.samples import UNSCORED, Sample
-from duo_id.methods.gated_model import Subject
 from duo_id.methods.settings import AttentionSettings
+from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
 
 WINDOW = Window(3, 8)
-MakeSubject = Callable[..., AbstractContextManager[Subject]]
+MakeGatedModel = Callable[..., AbstractContextManager[GatedModel]]
 
 
 def one_word_tokenizer() -> PreTrainedTokenizerFast:
@@ -30,11 +30,11 @@ def one_word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @contextmanager
-def subject_of(model: PreTrainedModel, window: Window = WINDOW) -> Iterator[Subject]:
+def gated_model_of(model: PreTrainedModel, window: Window = WINDOW) -> Iterator[GatedModel]:
     """A model, attached while the block lasts."""
     wrapped = LanguageModel(model, one_word_tokenizer(), "tiny", "tiny", None, "random")
     with attached(model, Backends()) as layers:
-        yield Subject(wrapped, layers, window, Backends())
+        yield GatedModel(wrapped, layers, window, Backends())
 
 
 def settings(reduction: str = "max") -> AttentionSettings:

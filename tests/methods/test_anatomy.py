@@ -13,7 +13,7 @@ from duo_id.common.errors import UserError
 from duo_id.data.samples import Sample
 from duo_id.methods.anatomy import answer_attention, attention_shares, plot_attention, plot_shares
 from duo_id.patterns.pattern import HeadPattern
-from tests.methods.conftest import haystack, subject_of
+from tests.methods.conftest import gated_model_of, haystack
 from tests.support.dense import dense_attention
 
 
@@ -26,9 +26,9 @@ def test_weights_of_the_answers_queries(
     queries = [59, 60, 61, 62, 84, 85, 86]
     with dense_attention(model) as seen:
         model(sample["input_ids"][None], use_cache=False)
-    with subject_of(model) as subject:
-        found = answer_attention(subject, sample, heads)
-        kv_heads = subject.shape[1]
+    with gated_model_of(model) as gated_model:
+        found = answer_attention(gated_model, sample, heads)
+        kv_heads = gated_model.shape[1]
     assert list(found) == (heads or [(layer, head) for layer in range(3) for head in range(kv_heads)])
     for (layer, head), weight in found.items():
         expected = seen.weights[layer][:, queries].unflatten(0, (kv_heads, -1))[head].mean(0)
@@ -36,8 +36,11 @@ def test_weights_of_the_answers_queries(
 
 
 def test_a_head_that_does_not_exist_is_named(make_model: Callable[..., PreTrainedModel]) -> None:
-    with subject_of(make_model("llama")) as subject, pytest.raises(UserError, match=r"^layer 3 has no KV head 0 "):
-        answer_attention(subject, haystack(60, (20, 40, 3)), [(0, 0), (3, 0)])
+    with (
+        gated_model_of(make_model("llama")) as gated_model,
+        pytest.raises(UserError, match=r"^layer 3 has no KV head 0 "),
+    ):
+        answer_attention(gated_model, haystack(60, (20, 40, 3)), [(0, 0), (3, 0)])
 
 
 def by_hand() -> tuple[dict[tuple[int, int], torch.Tensor], Sample]:

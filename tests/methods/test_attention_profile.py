@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from duo_id.methods.attention_profile import attention_profile
-from tests.methods.conftest import WINDOW, grouped, haystack, settings, subject_of
+from tests.methods.conftest import WINDOW, gated_model_of, grouped, haystack, settings
 from tests.support.dense import dense_attention
 from tests.support.planted import random_sample
 
@@ -20,9 +20,9 @@ def test_profile_is_the_mass_outside_the_window(
     model, sample = make_model(family), random_sample(90, 1, scored)
     with dense_attention(model) as seen:
         model(sample["input_ids"][None], use_cache=False)
-    with subject_of(model) as subject:
-        found = attention_profile(subject, sample, settings(reduction))
-        kv_heads = subject.shape[1]
+    with gated_model_of(model) as gated_model:
+        found = attention_profile(gated_model, sample, settings(reduction))
+        kv_heads = gated_model.shape[1]
     for layer in range(3):
         total = torch.zeros(4)
         for labelled in range(90 - scored, 90):
@@ -36,14 +36,14 @@ def test_profile_is_the_mass_outside_the_window(
 
 def test_labels_alone_say_which_queries(make_model: Callable[..., PreTrainedModel]) -> None:
     sample = haystack(60, (20, 40, 3))
-    with subject_of(make_model("llama")) as subject:
-        found = attention_profile(subject, sample, settings())
+    with gated_model_of(make_model("llama")) as gated_model:
+        found = attention_profile(gated_model, sample, settings())
         sample["answers"] = torch.zeros_like(sample["answers"])
-        assert torch.equal(attention_profile(subject, sample, settings()), found)
+        assert torch.equal(attention_profile(gated_model, sample, settings()), found)
         sample["labels"][:30] = sample["input_ids"][:30]
-        assert not torch.equal(attention_profile(subject, sample, settings()), found)
+        assert not torch.equal(attention_profile(gated_model, sample, settings()), found)
 
 
 def test_within_the_window_there_is_nothing(make_model: Callable[..., PreTrainedModel]) -> None:
-    with subject_of(make_model("llama")) as subject:
-        assert not attention_profile(subject, random_sample(8, 1, 8), settings()).any()
+    with gated_model_of(make_model("llama")) as gated_model:
+        assert not attention_profile(gated_model, random_sample(8, 1, 8), settings()).any()

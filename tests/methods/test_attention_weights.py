@@ -12,7 +12,7 @@ from duo_id.attention.interface import bound_functions
 from duo_id.attention.softmax import Softmax
 from duo_id.methods.anatomy import answer_attention
 from duo_id.methods.attention_weights import ROWS, score_attention, weights
-from tests.methods.conftest import grouped, haystack, subject_of
+from tests.methods.conftest import gated_model_of, grouped, haystack
 from tests.step.test_distillation import HYBRID
 from tests.support.dense import dense_attention
 from tests.support.tiny import FAMILIES, tiny_model
@@ -45,12 +45,12 @@ def test_weights_are_those_of_the_full_matrix(
         found.append(torch.cat([part for _, part in parts], 1))
         return found[-1][:, -1, 0]
 
-    with subject_of(model) as subject:
-        before = bound_functions(subject.layers)
-        scores = score_attention(subject, ids, torch.tensor(queries), keep, "max")
-        assert bound_functions(subject.layers) == before
-        layers = [layer.index for layer in subject.layers]
-        shape = subject.shape
+    with gated_model_of(model) as gated_model:
+        before = bound_functions(gated_model.layers)
+        scores = score_attention(gated_model, ids, torch.tensor(queries), keep, "max")
+        assert bound_functions(gated_model.layers) == before
+        layers = [layer.index for layer in gated_model.layers]
+        shape = gated_model.shape
     assert scores.shape == shape
     assert len(found) == len(layers)
     for index, own in zip(layers, found, strict=True):
@@ -67,10 +67,10 @@ def test_layers_that_share_keys_are_query_heads_of_these(reduction: str) -> None
     def last(rows: Rows) -> Tensor:
         return torch.cat([part for _, part in rows], 1)[:, -1, 3]
 
-    with subject_of(model) as subject:
-        assert [layer.index for layer in subject.layers] == [1]
-        scores = score_attention(subject, ids, torch.tensor([5, 20]), last, reduction)
-        attention = answer_attention(subject, haystack(30, (5, 20, 2)), [(1, 0)])[(1, 0)]
+    with gated_model_of(model) as gated_model:
+        assert [layer.index for layer in gated_model.layers] == [1]
+        scores = score_attention(gated_model, ids, torch.tensor([5, 20]), last, reduction)
+        attention = answer_attention(gated_model, haystack(30, (5, 20, 2)), [(1, 0)])[(1, 0)]
     heads = torch.cat([seen.weights[layer][:, 20, 3].unflatten(0, (2, -1)) for layer in (1, 3)], 1)
     torch.testing.assert_close(scores[0], heads.amax(1) if reduction == "max" else heads.mean(1), rtol=1e-4, atol=1e-6)
     assert attention.shape == (2, 30)
@@ -87,9 +87,9 @@ def test_query_heads_become_kv_heads(family: str, reduction: str, make_model: Ma
     def on_the_second(rows: Rows) -> Tensor:
         return sum(part[:, :, 1].sum(-1) for _, part in rows)  # type: ignore[return-value]
 
-    with subject_of(model) as subject:
-        found = score_attention(subject, ids, torch.arange(30), on_the_second, reduction)
-        kv_heads = subject.shape[1]
+    with gated_model_of(model) as gated_model:
+        found = score_attention(gated_model, ids, torch.arange(30), on_the_second, reduction)
+        kv_heads = gated_model.shape[1]
     columns = [seen.weights[layer][:, :, 1].sum(-1) for layer in range(3)]
     expected = torch.stack([grouped(column, kv_heads, reduction) for column in columns])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -116,10 +116,10 @@ def test_the_model_sees_all_while_it_is_watched(make_model: MakeModel) -> None:
     model = make_model("llama")
     ids = torch.randint(3, 96, (30,), generator=torch.Generator().manual_seed(1))
     states = []
-    with subject_of(model) as subject:
-        expected = subject.model.hidden_states({"input_ids": ids[None]})
+    with gated_model_of(model) as gated_model:
+        expected = gated_model.model.hidden_states({"input_ids": ids[None]})
         hook = model.base_model.register_forward_hook(lambda *given: states.append(given[-1].last_hidden_state))
-        score_attention(subject, ids, torch.tensor([4]), lambda rows: next(rows)[1][:, 0, 0], "max")
+        score_attention(gated_model, ids, torch.tensor([4]), lambda rows: next(rows)[1][:, 0, 0], "max")
         hook.remove()
     assert torch.equal(states[0], expected)
 
@@ -128,8 +128,8 @@ def test_what_is_watched_is_unwatched_after_an_exception(make_model: MakeModel) 
     def fails(rows: Rows) -> Tensor:
         raise RuntimeError("on purpose")
 
-    with subject_of(make_model("llama")) as subject:
-        before = bound_functions(subject.layers)
+    with gated_model_of(make_model("llama")) as gated_model:
+        before = bound_functions(gated_model.layers)
         with pytest.raises(RuntimeError, match="on purpose"):
-            score_attention(subject, torch.arange(3, 20), torch.tensor([4]), fails, "max")
-        assert bound_functions(subject.layers) == before
+            score_attention(gated_model, torch.arange(3, 20), torch.tensor([4]), fails, "max")
+        assert bound_functions(gated_model.layers) == before

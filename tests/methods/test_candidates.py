@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 from duo_id.attention.functions import Backends, masked_layers
 from duo_id.attention.interface import bound, bound_functions
 from duo_id.common.errors import UserError
+from duo_id.data.samples import batch_of_one
 from duo_id.methods.candidates import MaskLosses, prefix_tree
-from duo_id.methods.gated_model import Subject
+from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.pattern import HeadMask
+from duo_id.step.distillation import Distillation
 from duo_id.step.objectives import OBJECTIVES, Objective, make_objective
-from tests.methods.conftest import WINDOW, subject_of
+from tests.methods.conftest import WINDOW, gated_model_of
 from tests.step.test_distillation import HYBRID
 from tests.support import families
 from tests.support.dense import dense_attention, plain_outputs, slow_objective
@@ -38,21 +40,21 @@ def drawn(count: int, shape: tuple[int, int], seed: int = 0) -> Tensor:
     return masks
 
 
-def one_by_one(subject: Subject, masks: Tensor, objective: Objective, tokens: str = "labelled") -> Tensor:
+def one_by_one(gated_model: GatedModel, masks: Tensor, objective: Objective, tokens: str = "labelled") -> Tensor:
     """Mean over the samples, with the package's own forward under one mask."""
-    distillation, found = subject.distillation(objective, tokens), []
-    gated = [layer.index for layer in subject.layers]
-    batches = [subject.batch(sample) for sample in SAMPLES]
+    distillation, found = Distillation(gated_model, objective, tokens), []
+    gated = [layer.index for layer in gated_model.layers]
+    batches = [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
     teachers = [distillation.teacher(batch) for batch in batches]
     for mask in masks:
-        retrieval = torch.ones(subject.model.num_layers, subject.shape[1], dtype=torch.bool)
+        retrieval = torch.ones(gated_model.model.num_layers, gated_model.shape[1], dtype=torch.bool)
         retrieval[gated] = mask
         functions = masked_layers(
-            subject.layers, HeadMask(retrieval, WINDOW.sink_size, WINDOW.recent_size, tuple(gated)), Backends()
+            gated_model.layers, HeadMask(retrieval, WINDOW.sink_size, WINDOW.recent_size, tuple(gated)), Backends()
         )
         total = torch.zeros(())
         for batch, teacher in zip(batches, teachers, strict=True):
-            with torch.no_grad(), bound(subject.layers, functions):
+            with torch.no_grad(), bound(gated_model.layers, functions):
                 student = distillation.outputs(batch)
             total = total + (objective(student, teacher.outputs or student) * teacher.weights).sum()
         found.append(total / len(SAMPLES))
@@ -64,11 +66,11 @@ def one_by_one(subject: Subject, masks: Tensor, objective: Objective, tokens: st
 def test_losses_equal_each_mask_alone(
     family: str, changes: dict[str, Any], objective: str, make_model: MakeModel
 ) -> None:
-    with subject_of(make_model(family, **changes)) as subject:
-        masks = drawn(12, subject.shape)
-        expected = one_by_one(subject, masks, OBJECTIVES[objective])
-        distillation = subject.distillation(OBJECTIVES[objective], "labelled")
-        batches = [subject.batch(sample) for sample in SAMPLES]
+    with gated_model_of(make_model(family, **changes)) as gated_model:
+        masks = drawn(12, gated_model.shape)
+        expected = one_by_one(gated_model, masks, OBJECTIVES[objective])
+        distillation = Distillation(gated_model, OBJECTIVES[objective], "labelled")
+        batches = [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
         for batch_tokens in (10_000, 120, 1):  # all at once, three at a time, one at a time
             losses = MaskLosses(distillation, batches, batch_tokens)
             found = losses(masks)
@@ -89,35 +91,39 @@ def test_losses_equal_plain_forwards_with_dense_masks(objective: str, make_model
             with dense_attention(model, WINDOW.sink_size, WINDOW.recent_size, dict(enumerate(mask.float()))):
                 student = plain_outputs(model, sample, [0, 1, 2])
             expected[number] += slow_objective(objective, student, teacher).mean() / 2
-    with subject_of(model) as subject:
-        batches = [subject.batch(sample) for sample in SAMPLES]
-        losses = MaskLosses(subject.distillation(OBJECTIVES[objective], "labelled"), batches, 10_000)
+    with gated_model_of(model) as gated_model:
+        batches = [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
+        losses = MaskLosses(Distillation(gated_model, OBJECTIVES[objective], "labelled"), batches, 10_000)
         torch.testing.assert_close(losses(masks), expected, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("objective", [{"kl": 0.5, "layer_l2": 2.0}, {"next_token": 1.0}], ids=str)
 def test_mixtures_and_far_tokens(objective: dict[str, float], make_model: MakeModel) -> None:
     made = make_objective(objective)
-    with subject_of(make_model("llama")) as subject:
-        masks, batches = drawn(6, subject.shape), [subject.batch(sample) for sample in SAMPLES]
+    with gated_model_of(make_model("llama")) as gated_model:
+        masks, batches = drawn(6, gated_model.shape), [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
         for tokens in ("labelled", "far"):
-            losses = MaskLosses(subject.distillation(made, tokens), batches, 100)
-            expected = one_by_one(subject, masks, made, tokens)
+            losses = MaskLosses(Distillation(gated_model, made, tokens), batches, 100)
+            expected = one_by_one(gated_model, masks, made, tokens)
             torch.testing.assert_close(losses(masks), expected, rtol=1e-4, atol=2e-6)
 
 
 def test_models_that_cannot_leave_logits_out(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    with subject_of(make_model("llama")) as subject:
-        masks, batches = drawn(6, subject.shape), [subject.batch(sample) for sample in SAMPLES]
-        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), batches, 10_000)
+    with gated_model_of(make_model("llama")) as gated_model:
+        masks, batches = drawn(6, gated_model.shape), [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
+        losses = MaskLosses(Distillation(gated_model, OBJECTIVES["kl"], "labelled"), batches, 10_000)
         expected = losses(masks)
-        monkeypatch.setattr(type(subject.model), "keeps_logits", False)
+        monkeypatch.setattr(type(gated_model.model), "keeps_logits", False)
         torch.testing.assert_close(losses(masks), expected)
 
 
 def test_open_masks_cost_nothing(make_model: MakeModel) -> None:
-    with subject_of(make_model("llama")) as subject:
-        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), [subject.batch(SAMPLES[0])], 10_000)
+    with gated_model_of(make_model("llama")) as gated_model:
+        losses = MaskLosses(
+            Distillation(gated_model, OBJECTIVES["kl"], "labelled"),
+            [batch_of_one(SAMPLES[0], gated_model.device)],
+            10_000,
+        )
         masks = torch.ones(2, 3, 2, dtype=torch.bool)
         masks[1] = False
         open_loss, closed_loss = losses(masks).tolist()
@@ -158,9 +164,9 @@ def test_forwards_are_counted(make_model: MakeModel) -> None:
     closing_one = torch.ones(6, 6, dtype=torch.bool)
     closing_one[range(6), range(6)] = False
     masks = closing_one.view(6, 3, 2)  # layer 0: 3 rows; layer 1: those and 2; layer 2: one for each mask
-    with subject_of(make_model("llama")) as subject:
-        batches = [subject.batch(sample) for sample in SAMPLES]
-        losses = MaskLosses(subject.distillation(OBJECTIVES["hidden_l2"], "labelled"), batches, 10_000)
+    with gated_model_of(make_model("llama")) as gated_model:
+        batches = [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
+        losses = MaskLosses(Distillation(gated_model, OBJECTIVES["hidden_l2"], "labelled"), batches, 10_000)
         assert losses.forwards == 0, "the teacher's are not counted"
         losses(masks)
         assert losses.forwards == pytest.approx(2 * (3 + 5 + 6) / 3)
@@ -174,10 +180,10 @@ def test_forwards_are_counted(make_model: MakeModel) -> None:
         assert apart.forwards == pytest.approx(2 * 6), "nothing is shared one by one"
 
 
-def rows_computed(subject: Subject, run: Callable[[], Any]) -> list[int]:
+def rows_computed(gated_model: GatedModel, run: Callable[[], Any]) -> list[int]:
     """How many rows went through each transformer block."""
-    rows = [0] * subject.model.num_layers
-    blocks: Any = subject.model.model.base_model.layers
+    rows = [0] * gated_model.model.num_layers
+    blocks: Any = gated_model.model.model.base_model.layers
 
     def counting(index: int) -> Callable[..., None]:
         return lambda module, given, out: rows.__setitem__(index, rows[index] + len(out))
@@ -195,19 +201,25 @@ def rows_computed(subject: Subject, run: Callable[[], Any]) -> list[int]:
 def test_the_forward_has_no_more_rows_than_the_tree(
     family: str, changes: dict[str, Any], rows: list[int], make_model: MakeModel
 ) -> None:
-    with subject_of(make_model(family, **changes)) as subject:
-        heads = subject.shape[0] * subject.shape[1]
-        masks = ~torch.eye(heads, dtype=torch.bool).view(heads, *subject.shape)
-        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), [subject.batch(SAMPLES[0])], 10_000)
-        assert rows_computed(subject, lambda: losses(masks)) == rows
+    with gated_model_of(make_model(family, **changes)) as gated_model:
+        heads = gated_model.shape[0] * gated_model.shape[1]
+        masks = ~torch.eye(heads, dtype=torch.bool).view(heads, *gated_model.shape)
+        losses = MaskLosses(
+            Distillation(gated_model, OBJECTIVES["kl"], "labelled"),
+            [batch_of_one(SAMPLES[0], gated_model.device)],
+            10_000,
+        )
+        assert rows_computed(gated_model, lambda: losses(masks)) == rows
 
 
 def test_no_forward_holds_more_tokens_than_told(make_model: MakeModel) -> None:
-    with subject_of(make_model("llama")) as subject:
-        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), [subject.batch(SAMPLES[0])], 130)
+    with gated_model_of(make_model("llama")) as gated_model:
+        losses = MaskLosses(
+            Distillation(gated_model, OBJECTIVES["kl"], "labelled"), [batch_of_one(SAMPLES[0], gated_model.device)], 130
+        )
         seen: list[int] = []
-        hook = subject.model.model.base_model.register_forward_hook(lambda *given: seen.append(len(given[-1][0])))
-        losses(drawn(12, subject.shape, seed=4))
+        hook = gated_model.model.model.base_model.register_forward_hook(lambda *given: seen.append(len(given[-1][0])))
+        losses(drawn(12, gated_model.shape, seed=4))
         hook.remove()
     assert sum(seen) == len(torch.unique(drawn(12, (3, 2), seed=4).flatten(1), dim=0))
     assert max(seen) == 3
@@ -216,23 +228,26 @@ def test_no_forward_holds_more_tokens_than_told(make_model: MakeModel) -> None:
 def test_nothing_stays_hooked_or_bound_and_memory_is_a_users_error(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with subject_of(make_model("llama")) as subject:
-        distillation = subject.distillation(OBJECTIVES["layer_l2"], "labelled")
-        losses, before = MaskLosses(distillation, [subject.batch(SAMPLES[0])], 200), bound_functions(subject.layers)
-        hooks = hooks_of(subject.model.model)
+    with gated_model_of(make_model("llama")) as gated_model:
+        distillation = Distillation(gated_model, OBJECTIVES["layer_l2"], "labelled")
+        losses, before = (
+            MaskLosses(distillation, [batch_of_one(SAMPLES[0], gated_model.device)], 200),
+            bound_functions(gated_model.layers),
+        )
+        hooks = hooks_of(gated_model.model.model)
 
         def fails(*_: Any, **__: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory,\nas it says in many lines")
 
-        hook = subject.model.model.model.layers[2].mlp.register_forward_pre_hook(fails)
+        hook = gated_model.model.model.model.layers[2].mlp.register_forward_pre_hook(fails)
         with pytest.raises(UserError, match=r"5 candidates of 40 tokens.*method\.batch_tokens=200$") as error:
-            losses(drawn(12, subject.shape))
+            losses(drawn(12, gated_model.shape))
         assert "\n" not in str(error.value)
         hook.remove()
-        assert bound_functions(subject.layers) == before
-        assert hooks_of(subject.model.model) == hooks
-        losses(drawn(3 + 4, subject.shape))
-        assert bound_functions(subject.layers) == before
+        assert bound_functions(gated_model.layers) == before
+        assert hooks_of(gated_model.model.model) == hooks
+        losses(drawn(3 + 4, gated_model.shape))
+        assert bound_functions(gated_model.layers) == before
 
 
 SHARED = ["llama", "qwen3_next"]
@@ -259,24 +274,24 @@ def test_losses_of_any_family_equal_each_mask_alone(family: str) -> None:
     model = family_model(family)
     with ExitStack() as stack:
         try:
-            subject = stack.enter_context(subject_of(model))
+            gated_model = stack.enter_context(gated_model_of(model))
         except UserError as error:
             pytest.skip(str(error))
-        masks = drawn(7, subject.shape)
-        batches = [subject.batch(sample) for sample in SAMPLES]
-        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), batches, 1000)
-        expected = one_by_one(subject, masks, OBJECTIVES["kl"])
+        masks = drawn(7, gated_model.shape)
+        batches = [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
+        losses = MaskLosses(Distillation(gated_model, OBJECTIVES["kl"], "labelled"), batches, 1000)
+        expected = one_by_one(gated_model, masks, OBJECTIVES["kl"])
         torch.testing.assert_close(losses(masks), expected, rtol=1e-3, atol=1e-6)
     assert losses.splits == (family not in UNSPLIT)
     assert losses.splits or losses.forwards == len(SAMPLES) * len(masks.unique(dim=0))
 
 
 def test_a_model_whose_rows_cannot_split_is_told_once(recwarn: pytest.WarningsRecorder) -> None:
-    with subject_of(family_model("gpt_bigcode")) as subject:
-        batches = [subject.batch(sample) for sample in SAMPLES]
-        losses = MaskLosses(subject.distillation(OBJECTIVES["kl"], "labelled"), batches, 1000)
+    with gated_model_of(family_model("gpt_bigcode")) as gated_model:
+        batches = [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
+        losses = MaskLosses(Distillation(gated_model, OBJECTIVES["kl"], "labelled"), batches, 1000)
         recwarn.clear()
         for _ in range(3):
-            losses(drawn(5, subject.shape))
+            losses(drawn(5, gated_model.shape))
     (warning,) = [one for one in recwarn if "one by one" in str(one.message)]
     assert "\n" not in str(warning.message)

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from duo_id.methods.query_score import BEFORE, query_score
-from tests.methods.conftest import grouped, haystack, settings, subject_of
+from tests.methods.conftest import gated_model_of, grouped, haystack, settings
 from tests.support.dense import dense_attention
 
 CASES = {
@@ -37,8 +37,8 @@ def test_score_is_the_mass_from_the_question_to_the_answers_sentence(
         ids[[60 + 18 * i for i in range(6)]] = ids[:6].clone()
     with dense_attention(model) as seen:
         model(ids[None], use_cache=False)
-    with subject_of(model) as subject:
-        found = query_score(subject, sample, settings(reduction))
+    with gated_model_of(model) as gated_model:
+        found = query_score(gated_model, sample, settings(reduction))
     for layer in range(3):
         total, asked = torch.zeros(4), 0
         for _, queries, keys in CASES[case]:

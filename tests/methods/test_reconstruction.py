@@ -10,7 +10,7 @@ from duo_id.attention.window import Window
 from duo_id.common.errors import UserError
 from duo_id.data.haystack import tokenize
 from duo_id.methods.reconstruction import REQUEST, reconstruction
-from tests.methods.conftest import WINDOW, grouped, one_word_tokenizer, settings, subject_of
+from tests.methods.conftest import WINDOW, gated_model_of, grouped, one_word_tokenizer, settings
 from tests.support.dense import dense_attention
 from tests.support.planted import random_sample
 
@@ -28,8 +28,8 @@ def test_score_is_the_most_that_lost_tokens_get_while_the_text_is_repeated(
     assert len(ids) <= limit
     with dense_attention(model) as seen:
         model(ids[None], use_cache=False)
-    with subject_of(model, window) as subject:
-        found = reconstruction(subject, sample, settings(reduction))
+    with gated_model_of(model, window) as gated_model:
+        found = reconstruction(gated_model, sample, settings(reduction))
     for layer in range(3):
         most = torch.zeros(4, kept)
         for given in range(kept + ASKED, len(ids)):
@@ -51,13 +51,13 @@ def test_texts_that_no_window_loses_are_refused(
 ) -> None:
     model = make_model("llama", max_position_embeddings=limit)
     with (
-        subject_of(model, window) as subject,
+        gated_model_of(model, window) as gated_model,
         pytest.raises(UserError, match=r"data\.length_min.*recent_size") as error,
     ):
-        reconstruction(subject, random_sample(tokens, 1), settings())
+        reconstruction(gated_model, random_sample(tokens, 1), settings())
     assert "\n" not in str(error.value)
 
 
 def test_one_token_more_is_enough(make_model: Callable[..., PreTrainedModel]) -> None:
-    with subject_of(make_model("llama"), Window(0, 40)) as subject:
-        assert reconstruction(subject, random_sample(41 - ASKED, 1), settings()).min() > 0
+    with gated_model_of(make_model("llama"), Window(0, 40)) as gated_model:
+        assert reconstruction(gated_model, random_sample(41 - ASKED, 1), settings()).min() > 0

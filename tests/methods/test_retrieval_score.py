@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from duo_id.common.errors import UserError
 from duo_id.methods import attention_weights
 from duo_id.methods.retrieval_score import retrieval_score
-from tests.methods.conftest import grouped, haystack, settings, subject_of
+from tests.methods.conftest import gated_model_of, grouped, haystack, settings
 from tests.support.dense import dense_attention
 from tests.support.planted import planted_model, planted_sample, random_sample
 
@@ -33,8 +33,8 @@ def test_score_is_how_often_the_copied_token_is_attended_to_most(
             layer.self_attn.q_proj.weight.data.copy_(layer.self_attn.k_proj.weight.repeat(2, 1) * sharpness)
         with dense_attention(model) as seen:
             model(ids[None], use_cache=False)
-        with subject_of(model) as subject:
-            found = retrieval_score(subject, sample, settings(reduction))
+        with gated_model_of(model) as gated_model:
+            found = retrieval_score(gated_model, sample, settings(reduction))
         total, mass = [0, 0], torch.zeros(3, 4)
         for layer in range(3):
             hits = torch.zeros(4)
@@ -55,9 +55,9 @@ def test_score_is_how_often_the_copied_token_is_attended_to_most(
 @pytest.mark.parametrize(("layer", "kv_head"), [(0, 1), (2, 0)])
 def test_the_planted_head_copies_always(layer: int, kv_head: int, make_model: MakeModel) -> None:
     model = planted_model(make_model, layer, kv_head)
-    with subject_of(model) as subject:
-        scores = [retrieval_score(subject, planted_sample(seed, True), settings())[0] for seed in range(4)]
-        halves = [retrieval_score(subject, planted_sample(seed, True), settings("mean"))[0] for seed in range(4)]
+    with gated_model_of(model) as gated_model:
+        scores = [retrieval_score(gated_model, planted_sample(seed, True), settings())[0] for seed in range(4)]
+        halves = [retrieval_score(gated_model, planted_sample(seed, True), settings("mean"))[0] for seed in range(4)]
     assert torch.stack(scores)[:, layer, kv_head].tolist() == [1, 1, 1, 1]
     mean = torch.stack(halves).mean(0)
     assert 0.5 <= mean[layer, kv_head] <= 1, "one of its two query heads copies"
@@ -66,5 +66,5 @@ def test_the_planted_head_copies_always(layer: int, kv_head: int, make_model: Ma
 def test_samples_without_needles_are_refused(make_model: MakeModel) -> None:
     sample = random_sample(20, 1)
     sample["input_ids"][:-5] = 2
-    with subject_of(make_model("llama")) as subject, pytest.raises(UserError, match="stand in their contexts"):
-        retrieval_score(subject, sample, settings())
+    with gated_model_of(make_model("llama")) as gated_model, pytest.raises(UserError, match="stand in their contexts"):
+        retrieval_score(gated_model, sample, settings())

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from duo_id.data.samples import batch_of_one
 from duo_id.methods import saliency as module
 from duo_id.methods.saliency import saliency
 from duo_id.methods.settings import SaliencySettings
+from duo_id.step.distillation import Distillation
 from duo_id.step.objectives import OBJECTIVES, make_objective
-from tests.methods.conftest import WINDOW, subject_of
+from tests.methods.conftest import WINDOW, gated_model_of
 from tests.support.dense import dense_attention, plain_outputs
 from tests.support.planted import random_sample
 
@@ -30,21 +32,21 @@ def test_gradient_is_what_closing_each_gate_a_little_costs(
     """By central differences in float64, at one value and as the mean over several."""
     model, sample = make_model("gpt_neox").double(), random_sample(40, 1, 6)
     asked = [0.3, 0.8]
-    with subject_of(model) as subject:
-        found = saliency(subject, sample, of(objective=objective, at=asked))
-        single = [saliency(subject, sample, of(objective=objective, at=[value])) for value in asked]
+    with gated_model_of(model) as gated_model:
+        found = saliency(gated_model, sample, of(objective=objective, at=asked))
+        single = [saliency(gated_model, sample, of(objective=objective, at=[value])) for value in asked]
         monkeypatch.setattr(Tensor, "float", lambda self: self)  # objectives would round to float32
-        distillation = subject.distillation(make_objective(objective), "labelled")
-        batch = subject.batch(sample)
+        distillation = Distillation(gated_model, make_objective(objective), "labelled")
+        batch = batch_of_one(sample, gated_model.device)
         expected = []
         for value in asked:
-            slopes = torch.zeros(subject.shape, dtype=torch.float64)
+            slopes = torch.zeros(gated_model.shape, dtype=torch.float64)
             for place in range(slopes.numel()):
                 step = torch.zeros(slopes.numel(), dtype=torch.float64)
                 step[place] = 1e-4
                 with torch.no_grad():
                     closed, opened = (
-                        distillation.loss((value + sign * step).view(subject.shape), batch) for sign in (-1, 1)
+                        distillation.loss((value + sign * step).view(gated_model.shape), batch) for sign in (-1, 1)
                     )
                 slopes.view(-1)[place] = (closed - opened) / 2e-4
             expected.append(slopes)
@@ -84,11 +86,11 @@ def test_fisher_is_the_expectation_over_all_labels(
         curvature = torch.diag(chance) - torch.outer(chance, chance)
         gauss_newton += torch.einsum("vlh,vw,wlh->lh", slopes, curvature, slopes) / 4
     torch.testing.assert_close(brute, gauss_newton, rtol=1e-3, atol=1e-7)
-    with subject_of(model) as subject:
-        few = saliency(subject, sample, of(kind="fisher", at=[at]))
-        assert torch.equal(few, saliency(subject, sample, of(kind="fisher", at=[at]))), "the same every time"
+    with gated_model_of(model) as gated_model:
+        few = saliency(gated_model, sample, of(kind="fisher", at=[at]))
+        assert torch.equal(few, saliency(gated_model, sample, of(kind="fisher", at=[at]))), "the same every time"
         monkeypatch.setattr(module, "DRAWS", 1000)
-        many = saliency(subject, sample, of(kind="fisher", at=[at]))
+        many = saliency(gated_model, sample, of(kind="fisher", at=[at]))
     torch.testing.assert_close(many, brute, rtol=0.25, atol=0)  # the error of squares is about sqrt(2 / 1000)
     assert brute.max() > 3 * brute.min(), "heads that cannot be mixed up tell nothing"
     assert (few >= 0).all()
@@ -96,17 +98,17 @@ def test_fisher_is_the_expectation_over_all_labels(
 
 def test_fisher_takes_the_mean_over_at(make_model: MakeModel) -> None:
     sample = random_sample(40, 1, 4)
-    with subject_of(make_model("llama")) as subject:
-        parts = [saliency(subject, sample, of(kind="fisher", at=[value])) for value in (1.0, 0.5)]
-        both = saliency(subject, sample, of(kind="fisher", at=[1.0, 0.5]))
+    with gated_model_of(make_model("llama")) as gated_model:
+        parts = [saliency(gated_model, sample, of(kind="fisher", at=[value])) for value in (1.0, 0.5)]
+        both = saliency(gated_model, sample, of(kind="fisher", at=[1.0, 0.5]))
     torch.testing.assert_close(both, (parts[0] + parts[1]) / 2)
 
 
 def test_far_tokens_alone_can_be_asked_for(make_model: MakeModel) -> None:
     sample = random_sample(60, 3, 30)
-    with subject_of(make_model("llama")) as subject:
-        found = {tokens: saliency(subject, sample, of(at=[0.5], tokens=tokens)) for tokens in ("labelled", "far")}
+    with gated_model_of(make_model("llama")) as gated_model:
+        found = {tokens: saliency(gated_model, sample, of(at=[0.5], tokens=tokens)) for tokens in ("labelled", "far")}
         alpha = torch.full((3, 2), 0.5, requires_grad=True)
-        loss = subject.distillation(OBJECTIVES["kl"], "far").loss(alpha, subject.batch(sample))
+        loss = Distillation(gated_model, OBJECTIVES["kl"], "far").loss(alpha, batch_of_one(sample, gated_model.device))
         torch.testing.assert_close(found["far"], -torch.autograd.grad(loss, alpha)[0])
     assert (found["far"] - found["labelled"]).abs().max() > 1e-4

@@ -1,288 +1,202 @@
-"""Searches over masks, on losses made by hand, against naive loops and enumeration."""
+"""Searches find the planted head, and can be resumed."""
 
-import itertools
-from collections.abc import Callable, Sequence
+import io
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from duo_id.methods.search import STRATEGIES, Order, eliminate, from_scores, select, swap
+from duo_id.common.errors import UserError
+from duo_id.common.integrity import MARK, SEAL, unsealed
+from duo_id.data.samples import Sample
+from duo_id.methods import search as module
+from duo_id.methods.candidates import MaskLosses
+from duo_id.methods.search import ORDER, search
+from duo_id.methods.settings import SearchSettings
+from duo_id.models.gated_model import GatedModel
+from duo_id.patterns.pattern import HeadPattern
+from tests.methods.conftest import gated_model_of
+from tests.step.test_distillation import HYBRID
+from tests.support.planted import HEADS, assert_first, planted_model, planted_sample, random_sample
 
-Losses = Callable[[Tensor], Tensor]
-COSTS = [0.5, 0.1, 0.9, 0.3, 0.7, 0.2]  # of six heads, 2 x 3
-
-
-def additive(masks: Tensor) -> Tensor:
-    """What each streaming head costs, added up."""
-    return ((~masks).flatten(1) * torch.tensor(COSTS)).sum(1)
-
-
-def entangled(seed: int, heads: int = 6) -> Losses:
-    """Costs that depend on every pair of streaming heads, and a little on each whole mask."""
-    generator = torch.Generator().manual_seed(seed)
-    pairs = torch.randn(heads, heads, generator=generator)
-    own = torch.rand(heads, generator=generator) + 1
-    table = torch.rand(2**heads, generator=generator) * 0.1
-
-    def losses(masks: Tensor) -> Tensor:
-        closed = (~masks).flatten(1).float()
-        whole = table[(closed.long() * 2 ** torch.arange(heads)).sum(1)]
-        return closed @ own + ((closed @ pairs) * closed).sum(1) + whole
-
-    return losses
+MakeModel = Callable[..., PreTrainedModel]
+CONSOLE = Console(file=io.StringIO())
+WINDOW: dict[str, Any] = {"sink_size": 3, "recent_size": 8}
 
 
-def cost(losses: Losses, streaming: Sequence[int], shape: tuple[int, int] = (2, 3)) -> float:
-    mask = torch.tensor([head not in streaming for head in range(shape[0] * shape[1])])
-    return losses(mask.view(1, *shape)).item()
+def searching(**changes: Any) -> SearchSettings:
+    return SearchSettings("search", **({**WINDOW, "batch_tokens": 1000} | changes))
 
 
-def nothing(order: Order) -> None:
-    pass
+def samples() -> list[Sample]:
+    return [random_sample(40, 1), random_sample(31, 2)]
 
 
-def searched(strategy: str, losses: Losses, shape: tuple[int, int] = (2, 3), at_once: int = 1) -> Order:
-    order = Order(shape)
-    STRATEGIES[strategy](order, losses, at_once, nothing)
-    return order
+def searched(gated_model: GatedModel, folder: Path, pattern: HeadPattern | None = None, **changes: Any) -> Any:
+    found = search(gated_model, samples(), searching(**changes), pattern, folder, CONSOLE)
+    return found.scores[[layer.index for layer in gated_model.layers]], found.provenance
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3, 4, 6, 9])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_additive_costs_give_the_exact_order(strategy: str, at_once: int) -> None:
-    order = searched(strategy, additive, at_once=at_once)
-    ranked = torch.tensor(COSTS).argsort().tolist()
-    assert order.all == ranked
-    assert order.open == []
-    assert order.scores().flatten().argsort().tolist() == ranked
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_elimination_is_greedy(seed: int) -> None:
-    losses, expected = entangled(seed), list[int]()
-    while len(expected) < 6:
-        left = [head for head in range(6) if head not in expected]
-        expected.append(min(left, key=lambda head: cost(losses, [*expected, head])))
-    assert searched("elimination", losses).all == expected
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_selection_is_greedy(seed: int) -> None:
-    losses, opened = entangled(seed), list[int]()
-    while len(opened) < 6:
-        left = [head for head in range(6) if head not in opened]
-        opened.insert(0, min(left, key=lambda head: cost(losses, [other for other in left if other != head])))
-    assert searched("selection", losses).all == opened
-
-
-def test_the_two_differ() -> None:
-    assert any(searched("elimination", entangled(s)).all != searched("selection", entangled(s)).all for s in range(8))
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("at_once", [2, 4])
-def test_several_heads_a_round_are_the_cheapest_by_themselves(seed: int, at_once: int) -> None:
-    losses, expected, opened = entangled(seed), list[int](), list[int]()
-    while left := [head for head in range(6) if head not in expected]:
-        expected += sorted(left, key=lambda head: cost(losses, [*expected, head]))[:at_once]
-    while left := [head for head in range(6) if head not in opened]:
-        by_gain = sorted(left, key=lambda head: -cost(losses, [o for o in left if o != head]))
-        opened[:0] = by_gain[-at_once:]
-    assert searched("elimination", losses, at_once=at_once).all == expected
-    assert searched("selection", losses, at_once=at_once).all == opened
-
-
-def test_how_many_masks_are_tried() -> None:
-    for strategy in STRATEGIES:
-        for at_once, expected in ((1, [6, 5, 4, 3, 2]), (2, [6, 4, 2]), (4, [6, 2]), (5, [6])):
-            tried: list[int] = []
-
-            def losses(masks: Tensor, tried: list[int] = tried) -> Tensor:
-                tried.append(len(masks))
-                return additive(masks)
-
-            searched(strategy, losses, at_once=at_once)
-            assert tried == expected, "the last head alone needs no trying"
-
-
-def test_equal_costs_go_by_number() -> None:
-    """As in `HeadPattern`: of two equal heads the first streams first."""
-    for strategy in STRATEGIES:
-        assert searched(strategy, lambda masks: torch.zeros(len(masks))).all == list(range(6))
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (4, 5)])
-def test_orders_are_permutations_and_scores_a_total_order(strategy: str, shape: tuple[int, int]) -> None:
-    heads = shape[0] * shape[1]
-    order = Order(shape)
-    assert order.all == list(range(heads))
-
-    def look(order: Order) -> None:
-        assert sorted(order.all) == list(range(heads))
-        scores = order.scores()
-        assert scores.shape == shape
-        assert len(set(scores.flatten().tolist())) == heads
-        assert 0 <= scores.min() <= scores.max() <= 1
-        assert scores.flatten()[order.all].diff().gt(0).all()
-
-    look(order)
-    generator = torch.Generator().manual_seed(0)
-    STRATEGIES[strategy](order, lambda masks: torch.rand(len(masks), generator=generator), 2, look)
-    look(order)
-
-
-def test_masks() -> None:
-    order = Order((2, 3))
-    assert order.mask([]).all()
-    assert order.mask([4, 0]).tolist() == [[False, True, True], [True, False, True]]
-
-
-def test_from_scores_leaves_open_what_lies_between() -> None:
-    scores = torch.tensor([[0.9, 0.1, 0.5], [0.5, 0.2, 0.7]])
-    whole = [1, 4, 2, 3, 5, 0]
-    order = from_scores(scores, [0.0, 1.0])
-    assert (order.shape, order.first, order.open, order.last) == ((2, 3), [], whole, [])
-    order = from_scores(scores, [1 / 3, 5 / 6])
-    assert (order.first, order.open, order.last) == ([1, 4], [2, 3, 5], [0])
-    assert order.all == whole
-    assert order.scores().flatten().argsort().tolist() == whole
-    order = from_scores(scores, [0.5, 0.5])
-    assert (order.first, order.open, order.last) == (whole[:3], [], whole[3:])
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_only_heads_between_are_searched_beside_the_settled_ones(seed: int) -> None:
-    losses, scores = entangled(seed), torch.tensor([[0.9, 0.1, 0.5], [0.5, 0.2, 0.7]])
-    first, between, last = [1], [4, 2, 3, 5], [0]
-    tried: list[Tensor] = []
-
-    def watched(masks: Tensor) -> Tensor:
-        tried.append(masks)
-        return losses(masks)
-
-    order = from_scores(scores, [1 / 6, 5 / 6])
-    eliminate(order, watched, 1, nothing)
-    expected = list(first)
-    while len(expected) < 5:
-        left = [head for head in sorted(between) if head not in expected]
-        expected.append(min(left, key=lambda head: cost(losses, [*expected, head])))
-    assert order.all == expected + last
-    order = from_scores(scores, [1 / 6, 5 / 6])
-    select(order, watched, 1, nothing)
-    opened: list[int] = []
-    while len(opened) < 4:
-        left = [head for head in between if head not in opened]
-        streaming = [*first, *left]
-        opened.insert(0, min(left, key=lambda head: cost(losses, [o for o in streaming if o != head])))
-    assert order.all == first + opened + last
-    everything = torch.cat(tried).flatten(1)
-    assert not everything[:, 1].any(), "settled as streaming"
-    assert everything[:, 0].all(), "settled as retrieval"
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_an_interrupted_search_leaves_the_order_so_far_and_can_go_on(strategy: str) -> None:
-    losses, calls, saved = entangled(3), [0], list[list[int]]()
-
-    def stops(masks: Tensor) -> Tensor:
-        calls[0] += 1
-        if calls[0] == 3:
-            raise KeyboardInterrupt
-        return losses(masks)
-
-    order = Order((2, 3))
-    with pytest.raises(KeyboardInterrupt):
-        STRATEGIES[strategy](order, stops, 1, lambda order: saved.append(order.all))
-    assert len(saved) == 2
-    assert len(order.open) == 4
-    assert order.all == saved[-1]
-    undisturbed = searched(strategy, losses)
-    settled = order.first if strategy == "elimination" else order.last
-    expected = undisturbed.all[:2] if strategy == "elimination" else undisturbed.all[-2:]
-    assert settled == expected
-    by_hint = sorted(order.open, key=lambda head: order.hints[head].item())
-    assert order.open == by_hint, "the rest stands in the order of the last round"
-    assert len(set(order.scores().flatten().tolist())) == 6
-    STRATEGIES[strategy](order, losses, 1, nothing)
-    assert order.all == undisturbed.all
-
-
-def naive_swap(losses: Losses, closed: list[int], most: int, width: int) -> list[int]:
-    """The heads that stream in the end: pairs of the promising, the best of all while it helps."""
-    for _ in range(most):
-        opened = [head for head in range(6) if head not in closed]
-        into = sorted(closed, key=lambda head: cost(losses, [o for o in closed if o != head]))[:width]
-        out = sorted(opened, key=lambda head: cost(losses, [*closed, head]))[:width]
-        tried = [[*(o for o in closed if o != mine), theirs] for mine in into for theirs in out]
-        best = min(tried, key=lambda heads: cost(losses, heads))
-        if cost(losses, best) >= cost(losses, closed):
-            break
-        closed = best
-    return sorted(closed)
-
-
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("streaming", [1, 3, 5])
-@pytest.mark.parametrize("width", [1, 2, 6])
-@pytest.mark.parametrize("most", [1, 20])
-def test_exchanges_are_the_best_of_those_tried_and_never_worsen(
-    seed: int, streaming: int, width: int, most: int
+@pytest.mark.parametrize(("layer", "kv_head"), HEADS)
+@pytest.mark.parametrize(
+    ("strategy", "objective"), [("elimination", "kl"), ("selection", "kl"), ("elimination", "hidden_l2")]
+)
+def test_searches_rank_the_planted_head_first(
+    strategy: str, objective: str, layer: int, kv_head: int, make_model: MakeModel, tmp_path: Path
 ) -> None:
-    losses = entangled(seed)
-    order = Order((2, 3), list(range(6)))
-    values = [cost(losses, order.all[:streaming])]
-
-    def look(order: Order) -> None:
-        assert sorted(order.all) == list(range(6))
-        values.append(cost(losses, order.all[:streaming]))
-
-    swap(order, losses, streaming, most, width, look)
-    assert order.swaps == len(values) - 1 <= most
-    assert all(after < before for before, after in itertools.pairwise(values))
-    assert sorted(order.all[:streaming]) == naive_swap(losses, list(range(streaming)), most, width)
-    if not order.swaps:
-        assert order.all == list(range(6))
+    settings = searching(strategy=strategy, objective=objective)
+    with gated_model_of(planted_model(make_model, layer, kv_head)) as gated_model:
+        samples = [planted_sample(seed, objective == "kl") for seed in range(3)]
+        pattern = search(gated_model, samples, settings, None, tmp_path, CONSOLE)
+    scores, told = pattern.scores, pattern.provenance
+    assert_first(scores, layer, kv_head)
+    torch.testing.assert_close(scores.flatten().sort().values, torch.linspace(0, 1, 6))
+    assert told["samples"] == 3
+    assert told["forwards"] > 0
+    assert "budget" not in told
 
 
-@pytest.mark.parametrize("streaming", range(1, 6))
-def test_exchanges_reach_the_optimum_where_single_ones_lead_there(streaming: int) -> None:
-    start = torch.tensor(COSTS).argsort(descending=True).tolist()  # the worst order
-    order = Order((2, 3), start)
-    swap(order, additive, streaming, 20, 6, nothing)
-    best = min(itertools.combinations(range(6), streaming), key=lambda heads: cost(additive, heads))
-    assert sorted(order.all[:streaming]) == sorted(best)
-    assert order.swaps == len(set(start[:streaming]) - set(best)), "no exchange is wasted"
+@pytest.mark.parametrize("strategy", ["elimination", "selection"])
+@pytest.mark.parametrize("stop_at", range(1, 12))
+def test_a_resumed_search_ends_as_an_undisturbed_one(
+    strategy: str, stop_at: int, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in any round, of the search or of the exchanges behind it."""
+    changes: dict[str, Any] = {"strategy": strategy, "swap_at": 0.5, "max_swaps": 1, "swap_width": 3}
+    plain, calls = MaskLosses.__call__, [0]
+
+    def crooked(self: MaskLosses, masks: Tensor) -> Tensor:
+        """Losses with which there is something to exchange."""
+        calls[0] += 1
+        if calls[0] == stop_at:
+            raise KeyboardInterrupt
+        closed = (~masks).flatten(1).float()
+        together = closed[:, 1] * closed[:, 2] * closed[:, 5] * (closed.sum(1) == 3)
+        return plain(self, masks) * 0.01 + closed @ torch.arange(6.0) - 20 * together
+
+    monkeypatch.setattr(MaskLosses, "__call__", crooked)
+    with gated_model_of(make_model("llama")) as gated_model:
+        (tmp_path / "stopped").mkdir()
+        with suppress(KeyboardInterrupt):  # the last ones find it over
+            searched(gated_model, tmp_path / "stopped", **changes)
+        calls[0] = stop_at
+        scores, told = searched(gated_model, tmp_path / "stopped", **changes)
+        again, told_again = searched(gated_model, tmp_path / "stopped", **changes)
+        (tmp_path / "whole").mkdir()
+        expected, expected_told = searched(gated_model, tmp_path / "whole", **changes)
+    assert torch.equal(scores, expected)
+    assert torch.equal(again, expected), "one that is over stays as it is"
+    assert told["swaps"] == told_again["swaps"] == expected_told["swaps"] == 1
+    assert told["budget"] == 0.5
+    states = [json.loads((tmp_path / name / ORDER).read_text()) for name in ("stopped", "whole")]
+    assert all(state.pop("seconds") > 0 for state in states)
+    assert all(state.pop(SEAL).startswith(MARK) for state in states), "of the seconds too, which differ"
+    assert states[0] == states[1]
 
 
-def test_an_exchanged_head_takes_the_others_place() -> None:
-    order = Order((2, 3), [2, 1, 5, 3, 0, 4])  # head 2 costs most of those that stream, head 3 least of the others
-    swap(order, additive, 3, 1, 6, nothing)
-    assert order.all == [3, 1, 5, 2, 0, 4]
-    assert (order.first, order.last) == ([3, 1, 5], [2, 0, 4])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "3",
+        "{}",
+        '{"shape": [3, 2], "first": [], "last": []}',
+        '{"shape": 3, "first": [], "last": [], "hints": [0, 0, 0, 0, 0, 0], "swaps": 0}',
+        '{"shape": [3, 2], "first": null, "last": [], "hints": [0, 0, 0, 0, 0, 0], "swaps": 0}',
+        '{"shape": [3, 2], "first": [], "last": [], "hints": {}, "swaps": 0}',
+        '{"shape": [3, 2], "first": [], "last": [], "hints": ["a"], "swaps": 0}',
+        '{"shape": [3, 2], "first": [], "last": [], "hints": [0, 0], "swaps": 0}',
+        '{"shape": [3, 2], "first": [77], "last": [], "hints": [0, 0, 0, 0, 0, 0], "swaps": 0}',
+        '{"shape": [3, 2], "first": [1, 1], "last": [], "hints": [0, 0, 0, 0, 0, 0], "swaps": 0}',
+        '{"shape": [3, 2], "first": [1], "last": [1], "hints": [0, 0, 0, 0, 0, 0], "swaps": 0}',
+        '{"shape": [3, 2], "first": ["1"], "last": [], "hints": [0, 0, 0, 0, 0, 0], "swaps": 0}',
+        '{"shape": [3, 2], "first": [[1]], "last": [], "hints": [0, 0, 0, 0, 0, 0], "swaps": 0}',
+        '{"shape": [3, 2], "first": [], "last": [], "hints": [0, 0, 0, 0, 0, 0], "swaps": 0, "seconds": null}',
+        "\xff\xfe",
+    ],
+)
+def test_a_broken_search_json_is_one_line(text: str, make_model: MakeModel, tmp_path: Path) -> None:
+    (tmp_path / ORDER).write_bytes(text.encode("latin-1"))
+    with (
+        gated_model_of(make_model("llama")) as gated_model,
+        pytest.raises(UserError, match=r"^resume: .*search\.json") as error,
+    ):
+        searched(gated_model, tmp_path)
+    assert "\n" not in str(error.value)
+    assert "delete it to start anew" in str(error.value)
 
 
-@pytest.mark.parametrize("streaming", [0, 6])
-def test_with_nothing_on_one_side_there_is_nothing_to_exchange(streaming: int) -> None:
-    order = Order((2, 3), [2, 1, 5, 3, 0, 4])
-    swap(order, additive, streaming, 5, 6, nothing)
-    assert (order.all, order.swaps) == ([2, 1, 5, 3, 0, 4], 0)
+def test_a_start_settles_the_heads_outside_and_hybrid_models_take_their_gated_rows(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    kv_heads = 2
+    scores = torch.tensor([[0.1, 0.8], [1.0, 1.0], [0.6, 0.3], [1.0, 1.0]])
+    start = HeadPattern(scores, 3, 8, gated_layers=(0, 2))
+    with gated_model_of(make_model("gemma3_text", **HYBRID)) as gated_model:
+        assert gated_model.shape == (2, kv_heads)
+        found, _ = searched(gated_model, tmp_path, start, start="any", between=[0.25, 0.75])
+        (tmp_path / "none").mkdir()
+        settled, _ = searched(gated_model, tmp_path / "none", start, start="any", between=[0.5, 0.5])
+    assert found.flatten()[0] == 0
+    assert found.flatten()[1] == 1
+    assert settled.flatten().argsort().tolist() == [0, 3, 2, 1]
 
 
-def test_exchanges_go_on_where_they_stopped() -> None:
-    losses, start = additive, torch.tensor(COSTS).argsort(descending=True).tolist()  # all three that stream would go
-    whole, parts = Order((2, 3), list(start)), Order((2, 3), list(start))
-    swap(whole, losses, 3, 2, 6, nothing)
-    assert whole.swaps == 2
-    swap(parts, losses, 3, 1, 6, nothing)
-    swap(parts, losses, 3, 2, 6, nothing)
-    assert (parts.all, parts.swaps) == (whole.all, 2)
-    swap(parts, losses, 3, 2, 6, nothing)
-    assert (parts.all, parts.swaps) == (whole.all, 2), "as many as were asked for, however often it is gone on with"
+@pytest.mark.parametrize("sparsity", [0.05, 0.95])
+def test_a_budget_of_no_head_or_all_is_refused(sparsity: float, make_model: MakeModel, tmp_path: Path) -> None:
+    with (
+        gated_model_of(make_model("llama")) as gated_model,
+        pytest.raises(UserError, match=r"swap_at=.* of 6 heads leaves none"),
+    ):
+        searched(gated_model, tmp_path, swap_at=sparsity, max_swaps=3)
 
 
-def test_heads_that_cost_the_same_are_not_exchanged() -> None:
-    order = Order((2, 3), list(range(6)))
-    swap(order, lambda masks: torch.ones(len(masks)), 3, 5, 6, nothing)
-    assert (order.all, order.swaps) == (list(range(6)), 0)
+def test_an_order_of_another_model_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    with gated_model_of(make_model("llama")) as gated_model:
+        searched(gated_model, tmp_path)
+    state = unsealed(json.loads((tmp_path / ORDER).read_text()))
+    assert set(state) == {"shape", "first", "last", "hints", "swaps", "seconds"}
+    with (
+        gated_model_of(make_model("llama", num_hidden_layers=2)) as other,
+        pytest.raises(UserError, match=r"orders \(3, 2\) heads, this model has \(2, 2\)"),
+    ):
+        searched(other, tmp_path)
+
+
+def test_candidates_fill_what_the_device_has(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with gated_model_of(make_model("llama")) as gated_model:
+        assert module.fitting_batch_tokens(gated_model, 0.5) == module.CPU_BATCH_TOKENS
+        monkeypatch.setattr(GatedModel, "device", torch.device("cuda"))
+        for logits, width in ((0.0, 12 * 32 + 4 * 48), (0.25, 12 * 32 + 4 * 48 + 24)):
+            free = 3 * width * 4 * 500 + 7  # a third of it, in float32, holds 500 tokens
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+            assert module.fitting_batch_tokens(gated_model, logits) == 500
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+        assert module.fitting_batch_tokens(gated_model, 1.0) == 1
+
+
+@pytest.mark.parametrize("asked", [None, 77])
+def test_candidates_fill_what_is_asked_for(
+    asked: int | None, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    class Watched(MaskLosses):
+        def __call__(self, masks: Tensor) -> Tensor:
+            seen.append(self.batch_tokens)
+            return super().__call__(masks)
+
+    monkeypatch.setattr(module, "MaskLosses", Watched)
+    with gated_model_of(make_model("llama")) as gated_model:
+        searched(gated_model, tmp_path, batch_tokens=asked)
+    assert set(seen) == {asked or module.CPU_BATCH_TOKENS}

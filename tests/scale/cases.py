@@ -22,6 +22,7 @@ from duo_id.common.files import atomic_path
 from duo_id.data.samples import collate
 from duo_id.distributed.ranks import Ranks
 from duo_id.methods.settings import GateSettings
+from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import load_model
 from duo_id.models.settings import ModelSettings
@@ -105,7 +106,9 @@ def loaded(case: Case, ranks: Ranks, device: str) -> Iterator[tuple[LanguageMode
         recomputed(model.model, layers, case.recompute) if case.recompute else nullcontext(),
     ):
         settings = StepSettings(streaming_backend=BACKENDS.streaming)
-        training = GateTraining(model, layers, GateSettings(name="duo", **method), settings, 10, [0.5]).to(device)
+        settings_of_method = GateSettings(name="duo", **method)
+        gated_model = GatedModel(model, layers, settings_of_method.window, BACKENDS)
+        training = GateTraining(gated_model, settings_of_method, settings, 10, [0.5]).to(device)
         gates = training.gates.weight
         gates.data.copy_(torch.linspace(0.1, 0.9, gates.numel()).view_as(gates))
         yield model, training

@@ -20,7 +20,7 @@ HIDDEN = 32  # of the tiny models
 
 
 def loss_and_gradient(distillation: Distillation, length: int) -> tuple[Tensor, Tensor]:
-    layers = distillation.layers
+    layers = distillation.gated_model.layers
     alpha = gates_of(len(layers), layers[0].kv_heads).requires_grad_()
     loss = distillation.loss(alpha, batch_of(random_sample(length, length)))
     (gradient,) = torch.autograd.grad(loss, alpha)
@@ -40,7 +40,7 @@ def test_graphs_grow_neither_with_layers_nor_with_lengths(
         model, counter = make_model(family, num_hidden_layers=layers), CompileCounter()
         with (
             distilling(model, "hidden_l2") as distillation,
-            compiled_parts(model, distillation.layers, attention=True, backend=counter),
+            compiled_parts(model, distillation.gated_model.layers, attention=True, backend=counter),
         ):
             for length in lengths:
                 loss_and_gradient(distillation, length)
@@ -63,7 +63,7 @@ def test_compiled_layers_give_the_same_gradients(objective: str, make_model: Cal
         counter = CompileCounterWithBackend("aot_eager")
         with (
             torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
-            compiled_parts(model, distillation.layers, attention=True, backend=counter),
+            compiled_parts(model, distillation.gated_model.layers, attention=True, backend=counter),
         ):
             for blend in BLENDS:
                 distillation.blend = BLENDS[blend]

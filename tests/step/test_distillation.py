@@ -16,6 +16,7 @@ from duo_id.attention.layers import BOUND
 from duo_id.attention.window import Window
 from duo_id.common.errors import UserError
 from duo_id.data.samples import Sample, collate, with_scored
+from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
 from duo_id.step.distillation import Distillation
@@ -43,7 +44,7 @@ def distilling(
     wrapped = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
     with attached(model, Backends()) as layers:
         chosen = OBJECTIVES[objective]
-        yield Distillation(wrapped, layers, WINDOW, Backends(), chosen, tokens, BLENDS[blend])
+        yield Distillation(GatedModel(wrapped, layers, WINDOW, Backends()), chosen, tokens, BLENDS[blend])
 
 
 def batch_of(*samples: Sample, side: str = "right") -> dict[str, Any]:
@@ -71,7 +72,7 @@ def test_loss_and_gradient_equal_a_slow_computation(
 ) -> None:
     model, sample = make_model(family, **changes), random_sample(40, 1, 7)
     with distilling(model, objective, blend) as distillation:
-        layers = distillation.layers
+        layers = distillation.gated_model.layers
         indices = [layer.index for layer in layers]
         alpha = gates_of(len(layers), layers[0].kv_heads).requires_grad_()
         loss = distillation.loss(alpha, batch_of(sample))
@@ -257,7 +258,7 @@ def test_recomputation_changes_no_objective(objective: str, blend: str, make_mod
     with distilling(model, objective, blend) as distillation:
         loss = distillation.loss(alpha, batch)
         expected = (loss, *torch.autograd.grad(loss, alpha))
-        with recomputed(model, distillation.layers):
+        with recomputed(model, distillation.gated_model.layers):
             loss = distillation.loss(alpha, batch)
             found = (loss, *torch.autograd.grad(loss, alpha))
     torch.testing.assert_close(found, expected)
@@ -272,7 +273,7 @@ def test_nothing_stays_hooked_or_bound_after_an_exception(where: str, blend: str
         raise RuntimeError("on purpose")
 
     with distilling(model, "layer_l2", blend) as distillation:
-        functions, hooks = bound_functions(distillation.layers), hooks_of(model)
+        functions, hooks = bound_functions(distillation.gated_model.layers), hooks_of(model)
         teacher = distillation.teacher(batch)
         block = model.model.layers[1]
         spoiled = []
@@ -287,7 +288,7 @@ def test_nothing_stays_hooked_or_bound_after_an_exception(where: str, blend: str
                 distillation.teacher(batch)
         for hook in spoiled:
             hook.remove()
-        assert bound_functions(distillation.layers) == functions
+        assert bound_functions(distillation.gated_model.layers) == functions
         assert hooks_of(model) == hooks
     assert not hooks_of(model)
     assert not any(hasattr(module, BOUND) for module in model.modules())
@@ -304,7 +305,7 @@ def test_gate_gradients_equal_finite_differences(
     monkeypatch.setattr(Tensor, "float", lambda self: self)  # objectives would round to float32
     with distilling(model, objective, tokens=tokens) as distillation:
         teacher = distillation.teacher(batch)
-        alpha = gates_of(3, distillation.layers[0].kv_heads).double().requires_grad_()
+        alpha = gates_of(3, distillation.gated_model.layers[0].kv_heads).double().requires_grad_()
         loss = distillation.loss(alpha, batch, teacher)
         assert loss.dtype == torch.float64
         (found,) = torch.autograd.grad(loss, alpha)

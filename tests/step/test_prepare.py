@@ -20,7 +20,7 @@ from tests.support.planted import random_sample
 
 
 def step(distillation: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    layers = distillation.layers
+    layers = distillation.gated_model.layers
     alpha = gates_of(len(layers), layers[0].kv_heads).requires_grad_()
     loss = distillation.loss(alpha, batch)
     return loss.detach(), *torch.autograd.grad(loss, alpha)
@@ -35,10 +35,7 @@ def test_the_published_shape_is_the_same_step(
     model = make_model(family)
     with distilling(model, objective, blend, tokens) as distillation:
         paper = PaperShape(
-            distillation.model,
-            distillation.layers,
-            distillation.window,
-            distillation.backends,
+            distillation.gated_model,
             distillation.objective,
             tokens,
             distillation.blend,

@@ -21,6 +21,7 @@ from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.window import Window
 from duo_id.common.errors import UserError
 from duo_id.data.samples import with_scored
+from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.tokenizers import byte_tokenizer
 from duo_id.step.distillation import Distillation
@@ -208,7 +209,7 @@ def check_step(model: PreTrainedModel, layers: list[AttentionLayer], ids: Tensor
     wrapped = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
     batch = with_scored({"input_ids": ids, "labels": ids, "attention_mask": None})
     for objective in ("kl", "hidden_l2"):
-        distillation = Distillation(wrapped, layers, WINDOW, Backends(), OBJECTIVES[objective])
+        distillation = Distillation(GatedModel(wrapped, layers, WINDOW, Backends()), OBJECTIVES[objective])
         for value, low, high in ((1.0, -1e-5, 1e-4), (0.5, 1e-9, torch.inf)):
             loss = distillation.loss(torch.full((len(layers), layers[0].kv_heads), value), batch).item()
             assert low <= loss <= high, f"{objective} of gates at {value}: {loss}"

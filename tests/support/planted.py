@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from duo_id.data.samples import UNSCORED, Sample
 
+HEADS = [(0, 1), (1, 0), (2, 1)]  # layer and KV head that are planted
 PAYLOADS, QUERY, FILLERS = range(3, 11), 11, range(12, 96)
 
 
@@ -60,3 +61,12 @@ def sample_of(ids: Tensor, scored: int) -> Sample:
     labels = torch.full_like(ids, UNSCORED)
     labels[-scored:] = ids[-scored:]
     return Sample(input_ids=ids, labels=labels, answers=(labels != UNSCORED).long())
+
+
+def assert_first(scores: Tensor, layer: int, kv_head: int) -> None:
+    """The planted head has the highest score, by a margin."""
+    assert scores.shape == (3, 2)
+    assert scores.dtype == torch.float32
+    assert int(scores.argmax()) == layer * 2 + kv_head, scores
+    ranked = scores.flatten().sort().values
+    assert ranked[-1] - ranked[-2] > 0.02 * ranked[-1], scores

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from duo_id.attention.interface import attached
 from duo_id.methods.settings import GateSettings
+from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
 from duo_id.step.prepare import prepared
@@ -78,6 +79,7 @@ def tiny_training(
     model = tiny_model(**{"family": "llama"} | changes).to(device)
     language_model = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
     with attached(model, step.backends) as layers:
-        training = GateTraining(language_model, layers, method, step, 10, [0.5]).to(device)
+        gated_model = GatedModel(language_model, layers, method.window, step.backends)
+        training = GateTraining(gated_model, method, step, 10, [0.5]).to(device)
         with prepared(training.distillation, step) as training.apply_plan:
             yield training

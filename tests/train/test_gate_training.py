@@ -80,10 +80,12 @@ def student_hidden(training: GateTraining, batch: dict[str, Any]) -> Tensor:
     from duo_id.attention.functions import gated_heads
 
     gated = {
-        layer.index: gated_heads(row, Window(2, 8), training.distillation.blend, training.distillation.backends)
-        for layer, row in zip(training.layers, training.gates.alpha(), strict=True)
+        layer.index: gated_heads(
+            row, Window(2, 8), training.distillation.blend, training.distillation.gated_model.backends
+        )
+        for layer, row in zip(training.gated_model.layers, training.gates.alpha(), strict=True)
     }
-    with bound(training.layers, gated):
+    with bound(training.gated_model.layers, gated):
         return training.language_model.hidden_states(batch)
 
 

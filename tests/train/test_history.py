@@ -22,7 +22,8 @@ def train(folder: Path, first: int, last: int, steps: int, broken: int | None = 
     history, trainer = GateHistory(folder), SimpleNamespace(global_step=first, max_steps=steps, is_global_zero=True)
     nan = torch.full((2, 2), torch.nan)
     gates = SimpleNamespace(scores=lambda: nan if trainer.global_step == broken else gates_at(trainer.global_step))
-    module = SimpleNamespace(gates=gates, layers=[SimpleNamespace(index=index) for index in LAYERS])
+    gated_model = SimpleNamespace(layers=[SimpleNamespace(index=index) for index in LAYERS])
+    module = SimpleNamespace(gates=gates, gated_model=gated_model)
     history.on_train_start(trainer, module)
     for step in range(first + 1, last + 1):
         trainer.global_step = step

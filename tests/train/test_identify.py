@@ -21,7 +21,7 @@ from duo_id.patterns.pattern import HeadPattern, normalized_ranks
 from duo_id.step import recompute
 from duo_id.step.memory import MemoryPlanner, Plan
 from duo_id.step.recompute import Keep
-from duo_id.train import identify
+from duo_id.train import fit_gates
 from duo_id.train.checkpoints import CHECKPOINT
 from duo_id.train.gate_training import GateTraining
 from duo_id.train.plots import read_metrics
@@ -40,7 +40,7 @@ def test_several_seeds_are_one_run_whose_scores_are_averaged(tmp_path: Path, mon
         seeds.append(training.gates.seed)
         return training
 
-    monkeypatch.setattr(identify, "GateTraining", noted)
+    monkeypatch.setattr(fit_gates, "GateTraining", noted)
     finished = run_command("train", *QUICK, *SMALL, "repeats=2", "seed=3", folder=tmp_path)
     assert finished.status == 0, finished.output
     assert seeds == [3, 4]
@@ -170,7 +170,7 @@ def test_seconds_before_are_those_of_the_checkpoint_alone(monkeypatch: pytest.Mo
     timer.on_train_start(Mock(), Mock())
     timer.on_train_end(Mock(), Mock())
     assert timer.time_elapsed() == 1007
-    assert identify._before(timer) == 1000
+    assert fit_gates._seconds_before(timer) == 1000
 
 
 def test_the_seconds_of_resumed_gates_are_those_of_all_parts(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.benchmark.timing import Stopwatch, Timing, release, timed, unless_out_of_memory, with_peak
 from duo_id.common.errors import UserError
 from duo_id.data.samples import UNSCORED, shared_weights, split_batch, with_scored
+from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
 from duo_id.step.devices import shared_step
 from duo_id.step.objectives import OBJECTIVES
@@ -130,12 +131,10 @@ class StepBench:
                 model.model, step, ranks, self.device, context, settings.batch_size, BLENDS[blend].needs_teacher
             )
             told["plan"] = str(plan)
-        distillation = SHAPES[step.shape](
-            model, layers, self.window, step.backends, OBJECTIVES["hidden_l2"], blend=BLENDS[blend]
-        )
+        gated_model = GatedModel(model, layers, self.window, step.backends)
+        distillation = SHAPES[step.shape](gated_model, OBJECTIVES["hidden_l2"], blend=BLENDS[blend])
         batch = self._batch(context)
-        shape = len(layers), layers[0].kv_heads
-        alpha = torch.full(shape, 0.5, device=self.device, requires_grad=True)
+        alpha = torch.full(gated_model.shape, 0.5, device=self.device, requires_grad=True)
 
         def run() -> Tensor:
             return ranks.mean(torch.autograd.grad(distillation.loss(alpha, batch), alpha)[0])

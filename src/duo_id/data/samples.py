@@ -119,6 +119,12 @@ def with_scored(batch: Mapping[str, Any], least: int = 0) -> dict[str, Any]:
     return {**batch, "scored": pad(found, (0, gap)), "weights": pad(weights, (0, gap))}
 
 
+def batch_of_one(sample: Sample, device: torch.device) -> dict[str, Any]:
+    """One sample as a batch on a device, with what `with_scored` adds."""
+    batch = with_scored(collate([sample], 0, "right"))
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
 def shared_weights(weights: Tensor, ranks: Ranks) -> Tensor:
     """Weights with which each scored token of all ranks counts the same, in the mean of their losses.
 

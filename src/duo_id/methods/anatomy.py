@@ -20,19 +20,21 @@ from duo_id.common.errors import UserError
 from duo_id.common.figures import COLORS, GATES, style
 from duo_id.data.samples import Sample
 from duo_id.methods.attention_weights import weights
-from duo_id.methods.gated_model import Subject
 from duo_id.methods.needles import needles
+from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.pattern import HeadPattern
 
 Head = tuple[int, int]  # layer, KV head
 PARTS = {"needle": COLORS[1], "elsewhere": "#BBBBBB", "recent": COLORS[4], "sink": COLORS[0]}  # of a context
 
 
-def answer_attention(subject: Subject, sample: Sample, heads: Collection[Head] | None = None) -> dict[Head, Tensor]:
+def answer_attention(
+    gated_model: GatedModel, sample: Sample, heads: Collection[Head] | None = None
+) -> dict[Head, Tensor]:
     """Attention weights of full attention from the tokens that predict the answers; no other queries are computed.
 
     Args:
-        subject: the model.
+        gated_model: the model.
         sample: whose answers stand in its context.
         heads: which ones; None: all of the gated layers.
 
@@ -43,13 +45,13 @@ def answer_attention(subject: Subject, sample: Sample, heads: Collection[Head] |
     Raises:
         UserError: a head does not exist, or an answer stands nowhere in the context.
     """
-    known = [(layer.index, head) for layer in subject.layers for head in range(layer.kv_heads)]
+    known = [(layer.index, head) for layer in gated_model.layers for head in range(layer.kv_heads)]
     chosen = known if heads is None else list(heads)
     if missing := [head for head in chosen if head not in known]:
         layer, head = missing[0]
         raise UserError(f"layer {layer} has no KV head {head} with a gate: they are {known[0]} to {known[-1]}")
-    ids = sample["input_ids"].to(subject.device)
-    queries = torch.cat([answer for answer, _ in needles(sample)]).to(subject.device) - 1
+    ids = sample["input_ids"].to(gated_model.device)
+    queries = torch.cat([answer for answer, _ in needles(sample)]).to(gated_model.device) - 1
     found: dict[Head, list[Tensor]] = {head: [] for head in chosen}
 
     def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, layer: int) -> Tensor:
@@ -57,11 +59,11 @@ def answer_attention(subject: Subject, sample: Sample, heads: Collection[Head] |
         of_head = rows.unflatten(0, (key.shape[1], -1)).mean(1).cpu()
         for head in (head for head in chosen if head[0] == layer):
             found[head].append(of_head[head[1]])  # once more for each layer that shares the keys
-        return full_attention(query, key, value, softmax, subject.backends.full)
+        return full_attention(query, key, value, softmax, gated_model.backends.full)
 
     watching: dict[int, AttendFunction] = {layer: partial(attend, layer=layer) for layer, _ in chosen}
-    with torch.no_grad(), bound(subject.layers, watching):
-        subject.model.hidden_states({"input_ids": ids[None]})
+    with torch.no_grad(), bound(gated_model.layers, watching):
+        gated_model.model.hidden_states({"input_ids": ids[None]})
     return {head: torch.stack(parts).mean(0) for head, parts in found.items()}
 
 

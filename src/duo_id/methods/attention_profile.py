@@ -7,15 +7,16 @@ from torch import Tensor
 
 from duo_id.data.samples import UNSCORED, Sample
 from duo_id.methods.attention_weights import score_attention
-from duo_id.methods.gated_model import Subject
+from duo_id.methods.sample_scores import mean_over_samples
 from duo_id.methods.settings import AttentionSettings
+from duo_id.models.gated_model import GatedModel
 
 
-def attention_profile(subject: Subject, sample: Sample, settings: AttentionSettings) -> Tensor:
+def attention_profile(gated_model: GatedModel, sample: Sample, settings: AttentionSettings) -> Tensor:
     """Mean attention mass that falls outside sink and window, from the tokens that predict the labelled ones.
 
     Args:
-        subject: the model.
+        gated_model: the model.
         sample: a training sample.
         settings: of the method.
 
@@ -28,8 +29,11 @@ def attention_profile(subject: Subject, sample: Sample, settings: AttentionSetti
         total = torch.zeros(())
         for places, weights in rows:
             keys = torch.arange(weights.shape[-1], device=weights.device)
-            far = ~subject.window.sees(places[:, None], keys)
+            far = ~gated_model.window.sees(places[:, None], keys)
             total = total.to(weights) + (weights * far).sum((1, 2))
         return total / len(queries)
 
-    return score_attention(subject, sample["input_ids"], queries.clamp(min=0), distant, settings.reduction)
+    return score_attention(gated_model, sample["input_ids"], queries.clamp(min=0), distant, settings.reduction)
+
+
+find = mean_over_samples(attention_profile)

@@ -9,37 +9,40 @@ from duo_id.attention.full import full_attention
 from duo_id.attention.functions import AttendFunction
 from duo_id.attention.interface import bound
 from duo_id.attention.softmax import Softmax
-from duo_id.methods.gated_model import Subject
+from duo_id.models.gated_model import GatedModel
 
 ROWS = 64  # queries whose weights are held at the same time
 Reduce = Callable[[Iterator[tuple[Tensor, Tensor]]], Tensor]
 
 
-def score_attention(subject: Subject, ids: Tensor, queries: Tensor, reduce: Reduce, reduction: str) -> Tensor:
+def score_attention(gated_model: GatedModel, ids: Tensor, queries: Tensor, reduce: Reduce, reduction: str) -> Tensor:
     """Scores from the attention weights of full attention: (..., gated layers, KV heads) float32 CPU.
 
     Args:
-        subject: the model.
+        gated_model: the model.
         ids: (tokens,), one text.
         queries: (n,) positions whose queries are looked at.
         reduce: from the queries and their weights, some at a time, (queries,) and (heads, queries, tokens) float32, to
             one value or several a query head, (..., heads).
         reduction: how the query heads of a KV head become one: max | mean.
     """
-    found: dict[int, list[Tensor]] = {layer.index: [] for layer in subject.layers}
-    queries = queries.to(subject.device)
+    found: dict[int, list[Tensor]] = {layer.index: [] for layer in gated_model.layers}
+    queries = queries.to(gated_model.device)
 
     def watching(index: int) -> AttendFunction:
         def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
             values = reduce(weights(query, key, queries, softmax))
             found[index].append(values.unflatten(-1, (key.shape[1], -1)))  # once more for each layer that shares keys
-            return full_attention(query, key, value, softmax, subject.backends.full)
+            return full_attention(query, key, value, softmax, gated_model.backends.full)
 
         return attend
 
-    with torch.no_grad(), bound(subject.layers, {layer.index: watching(layer.index) for layer in subject.layers}):
-        subject.model.hidden_states({"input_ids": ids.to(subject.device)[None]})
-    heads = [torch.cat(found[layer.index], -1) for layer in subject.layers]
+    with (
+        torch.no_grad(),
+        bound(gated_model.layers, {layer.index: watching(layer.index) for layer in gated_model.layers}),
+    ):
+        gated_model.model.hidden_states({"input_ids": ids.to(gated_model.device)[None]})
+    heads = [torch.cat(found[layer.index], -1) for layer in gated_model.layers]
     return torch.stack([x.amax(-1) if reduction == "max" else x.mean(-1) for x in heads], -2).float().cpu()
 
 

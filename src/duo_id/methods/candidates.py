@@ -147,12 +147,14 @@ def branching(distillation: Distillation, tree: PrefixTree, split: bool = True) 
         tree: the rows.
         split: whether the forward begins with one row, and not with all.
     """
-    layers = distillation.layers
+    layers = distillation.gated_model.layers
     functions = {
-        layer.index: masked_rows(mask, distillation.window, distillation.backends)
+        layer.index: masked_rows(mask, distillation.gated_model.window, distillation.gated_model.backends)
         for layer, mask in zip(layers, tree.masks, strict=True)
     }
-    around = zip(blocks(distillation.model.model, layers), tree.parents, [1, *map(len, tree.parents)], strict=False)
+    around = zip(
+        blocks(distillation.gated_model.model.model, layers), tree.parents, [1, *map(len, tree.parents)], strict=False
+    )
     hooks = [
         block.register_forward_pre_hook(_splitting(parents, before), with_kwargs=True)
         for block, parents, before in around

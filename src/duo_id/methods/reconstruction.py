@@ -9,20 +9,21 @@ from duo_id.common.errors import UserError
 from duo_id.data.haystack import tokenize
 from duo_id.data.samples import Sample
 from duo_id.methods.attention_weights import score_attention
-from duo_id.methods.gated_model import Subject
+from duo_id.methods.sample_scores import mean_over_samples
 from duo_id.methods.settings import AttentionSettings
+from duo_id.models.gated_model import GatedModel
 
 REQUEST = "\n\nThe whole text again, word for word:\n\n"
 
 
-def reconstruction(subject: Subject, sample: Sample, settings: AttentionSettings) -> Tensor:
+def reconstruction(gated_model: GatedModel, sample: Sample, settings: AttentionSettings) -> Tensor:
     """The most attention that each token of a text gets while the text is given again, mean over the tokens.
 
     Only tokens that a window would have lost count. Source: the importance of KVzip, Kim et al. 2025, arXiv 2505.23416,
     section 3, there of single entries, here of a head.
 
     Args:
-        subject: the model.
+        gated_model: the model.
         sample: a training sample; as much of it as fits twice is repeated.
         settings: of the method.
 
@@ -32,8 +33,8 @@ def reconstruction(subject: Subject, sample: Sample, settings: AttentionSettings
     Raises:
         UserError: too little fits for anything to lie outside the window.
     """
-    request = torch.tensor(tokenize(subject.model.tokenizer, REQUEST))
-    limit, window = subject.model.max_length, subject.window
+    request = torch.tensor(tokenize(gated_model.model.tokenizer, REQUEST))
+    limit, window = gated_model.model.max_length, gated_model.window
     text = sample["input_ids"]
     if limit is not None:
         text = text[: max(limit - len(request), 0) // 2]
@@ -53,4 +54,7 @@ def reconstruction(subject: Subject, sample: Sample, settings: AttentionSettings
             most = torch.maximum(most.to(weights), (weights[:, :, : len(text)] * far).amax(1))
         return most[:, window.sink_size :].mean(-1)
 
-    return score_attention(subject, ids, queries, looked_at, settings.reduction)
+    return score_attention(gated_model, ids, queries, looked_at, settings.reduction)
+
+
+find = mean_over_samples(reconstruction)

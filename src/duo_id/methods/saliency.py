@@ -1,17 +1,35 @@
 """First-order saliency: what closing each gate a little costs, for all heads from one backward pass."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from duo_id.data.samples import Sample
-from duo_id.methods.gated_model import Subject
+from duo_id.data.datamodule import SampleModule
+from duo_id.data.samples import Sample, batch_of_one
+from duo_id.methods.run import Run
+from duo_id.methods.sample_scores import mean_scores
 from duo_id.methods.settings import SaliencySettings
-from duo_id.step.objectives import make_objective
+from duo_id.models.gated_model import GatedModel
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.step.distillation import Distillation
+from duo_id.step.prepare import prepared
 
 DRAWS = 4  # of labels, from one forward
 
 
-def saliency(subject: Subject, sample: Sample, settings: SaliencySettings) -> Tensor:
+def find(gated_model: GatedModel, samples: SampleModule, settings: SaliencySettings, run: Run) -> HeadPattern:
+    """The mean over samples, while layers keep what the memory holds of the longest one for the backward pass."""
+    run.accepted()
+    chosen = samples.samples("train", settings.samples)
+    distillation = Distillation(gated_model, settings.resolved_objective, settings.tokens)
+    step = replace(run.step, compile=False)  # a few passes do not pay for compiling
+    with prepared(distillation, step) as apply_plan:
+        apply_plan(max(len(sample["input_ids"]) for sample in chosen))
+        return gated_model.pattern(mean_scores(saliency, gated_model, chosen, settings, run.console))
+
+
+def saliency(gated_model: GatedModel, sample: Sample, settings: SaliencySettings) -> Tensor:
     """How much the objective rises as each gate closes, by its slope where all gates stand at the same value.
 
     `kind=gradient`: minus the gradient, mean over `at` (along a path from 1 to 0 this would be the integrated gradient,
@@ -19,19 +37,19 @@ def saliency(subject: Subject, sample: Sample, settings: SaliencySettings) -> Te
     curvature of the KL divergence at its minimum, where its gradient is 0; from labels drawn from the model.
 
     Args:
-        subject: the model.
+        gated_model: the model.
         sample: a training sample.
         settings: of the method.
 
     Returns:
         (gated layers, KV heads), of any scale.
     """
-    batch = subject.batch(sample)
-    distillation = subject.distillation(make_objective(settings.objective), settings.tokens)
+    batch = batch_of_one(sample, gated_model.device)
+    distillation = Distillation(gated_model, settings.resolved_objective, settings.tokens)
     teacher = distillation.teacher(batch)
     found = []
     for value in settings.at:
-        alpha = torch.full(subject.shape, value, device=subject.device, requires_grad=True)
+        alpha = torch.full(gated_model.shape, value, device=gated_model.device, requires_grad=True)
         if settings.kind == "gradient":
             loss = distillation.loss(alpha, batch, teacher)
             found.append(-torch.autograd.grad(loss, alpha)[0])

@@ -1,147 +1,141 @@
-"""Search over masks: heads closed or opened one after the other, and exchanged, by what that costs."""
+"""Search over masks, resumable: each decision is kept in the run folder."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from pydantic import Field
+from rich.console import Console
 
-Losses = Callable[[Tensor], Tensor]  # of masks (n, layers, KV heads): (n,)
+from duo_id.common.documents import Count, Data, Positive, checked, read_json
+from duo_id.common.errors import UserError, check
+from duo_id.common.files import write_text
+from duo_id.common.integrity import sealed
+from duo_id.common.progress import progress_bar
+from duo_id.data.datamodule import SampleModule
+from duo_id.data.samples import Sample, batch_of_one
+from duo_id.methods.candidates import MaskLosses
+from duo_id.methods.head_order import STRATEGIES, Order, from_scores, swap
+from duo_id.methods.run import Run
+from duo_id.methods.settings import SearchSettings
+from duo_id.models.gated_model import GatedModel
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.step.distillation import Distillation
 
-
-@dataclass
-class Order:
-    """The heads in the order in which they stream: what a search has decided so far.
-
-    Heads are numbered layer by layer.
-
-    Attributes:
-        shape: gated layers and KV heads.
-        first: heads that stream first, in this order.
-        last: heads that stream last, in this order: the last of them is the last to stream.
-        hints: (heads,) what to order the rest by, ascending, should the search end here.
-        swaps: how many heads have been exchanged.
-    """
-
-    shape: tuple[int, int]
-    first: list[int] = field(default_factory=list)
-    last: list[int] = field(default_factory=list)
-    hints: Tensor = field(default_factory=lambda: torch.empty(0))
-    swaps: int = 0
-
-    def __post_init__(self) -> None:
-        """Begin with no hints."""
-        if not len(self.hints):
-            self.hints = torch.zeros(self.shape[0] * self.shape[1])
-
-    @property
-    def open(self) -> list[int]:
-        """Heads that are not decided about, in the order of the hints."""
-        decided = {*self.first, *self.last}
-        return [head for head in self.hints.argsort(stable=True).tolist() if head not in decided]
-
-    @property
-    def all(self) -> list[int]:
-        """All heads, the first to stream first."""
-        return [*self.first, *self.open, *self.last]
-
-    def scores(self) -> Tensor:
-        """(layers, KV heads) in [0, 1]: a head's place in the order."""
-        ranks = torch.empty(len(self.hints))
-        ranks[self.all] = torch.linspace(0, 1, len(self.hints))
-        return ranks.view(self.shape)
-
-    def mask(self, streaming: Sequence[int]) -> Tensor:
-        """(layers, KV heads) bool: False for the heads that stream."""
-        retrieval = torch.ones(len(self.hints), dtype=torch.bool)
-        retrieval[list(streaming)] = False
-        return retrieval.view(self.shape)
+ORDER = "search.json"  # in a run folder: how far a search has come
+CPU_BATCH_TOKENS = 16384
 
 
-def from_scores(scores: Tensor, between: Sequence[float]) -> Order:
-    """An order that a pattern has settled but for the heads between two sparsities.
+class _Searched(Data):
+    """What `ORDER` holds."""
+
+    shape: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    first: list[Count]
+    last: list[Count]
+    hints: list[float]
+    swaps: Count = 0
+    seconds: Positive = 0.0
+
+
+def find(gated_model: GatedModel, samples: SampleModule, settings: SearchSettings, run: Run) -> HeadPattern:
+    """Search over masks: the scores are the ranks of the heads in the order that it ends with."""
+    run.accepted()
+    chosen = samples.samples("train", settings.samples)
+    if not run.resume:
+        (run.folder / ORDER).unlink(missing_ok=True)  # of another run in this folder
+    return search(gated_model, chosen, settings, run.order(), run.folder, run.console)
+
+
+def search(
+    gated_model: GatedModel,
+    samples: Sequence[Sample],
+    settings: SearchSettings,
+    start: HeadPattern | None,
+    folder: Path,
+    console: Console,
+) -> HeadPattern:
+    """The pattern of a search over some samples, with its counts as provenance.
 
     Args:
-        scores: (layers, KV heads) of the pattern, gated layers alone.
-        between: two fractions of the heads.
+        gated_model: the model.
+        samples: on which masks are compared.
+        settings: of the search.
+        start: a pattern whose order holds for the heads that are not searched.
+        folder: where `search.json` keeps the order so far, from which a resumed search continues.
+        console: shows the progress.
+
+    Returns:
+        its scores in [0, 1].
+
+    Raises:
+        UserError: candidates do not fit the memory, or the saved order is one of another model.
     """
-    ranked = scores.flatten().argsort(stable=True).tolist()
-    low, high = (round(fraction * len(ranked)) for fraction in between)
-    hints = torch.empty(len(ranked))
-    hints[ranked] = torch.linspace(0, 1, len(ranked))
-    layers, heads = scores.shape
-    return Order((layers, heads), ranked[:low], ranked[high:], hints)
+    order = Order(gated_model.shape)
+    if start is not None:
+        order = from_scores(start.scores[[layer.index for layer in gated_model.layers]], settings.between)
+    path, before, began = folder / ORDER, 0.0, time.perf_counter()
+    if path.is_file():
+        order, before = _read(path, order)
+
+    def decided(order: Order) -> None:
+        state = {"shape": order.shape, "first": order.first, "last": order.last, "hints": order.hints.tolist()}
+        seconds = before + time.perf_counter() - began
+        write_text(path, json.dumps(sealed(state | {"swaps": order.swaps, "seconds": seconds})))
+        progress.update(bar, completed=order.swaps or heads - len(order.open))
+
+    heads, provenance = len(order.hints), dict[str, Any](samples=len(samples))
+    streaming = round((settings.swap_at or 0.0) * heads)
+    check(
+        settings.swap_at is None or 0 < streaming < heads,
+        f"method.swap_at={settings.swap_at} of {heads} heads leaves none to exchange",
+    )
+    distillation = Distillation(gated_model, settings.resolved_objective, settings.tokens)
+    with progress_bar(console) as progress:
+        bar = progress.add_task(settings.strategy, total=heads, completed=heads - len(order.open))
+        batches = [batch_of_one(sample, gated_model.device) for sample in samples]
+        share = max(len(batch["scored"]) / batch["input_ids"].shape[1] for batch in batches)
+        fitting = fitting_batch_tokens(gated_model, share if distillation.objective.logits else 0.0)
+        losses = MaskLosses(distillation, batches, settings.batch_tokens or fitting)
+        STRATEGIES[settings.strategy](order, losses, settings.heads_per_round, decided)
+        if settings.swap_at is not None:
+            progress.update(bar, description="exchanging heads", total=settings.max_swaps, completed=0)
+            swap(order, losses, streaming, settings.max_swaps, settings.swap_width, decided)
+            provenance |= {"swaps": order.swaps, "budget": settings.swap_at}
+    provenance |= {"forwards": round(losses.forwards, 1), "seconds_before": before}
+    return gated_model.pattern(order.scores(), **provenance)
 
 
-def eliminate(order: Order, losses: Losses, heads_per_round: int, decided: Callable[[Order], None]) -> None:
-    """Greedy elimination: in each round the heads that cost least by streaming, beside those that do already, follow.
+def fitting_batch_tokens(gated_model: GatedModel, logits: float) -> int:
+    """Tokens of candidates that a forward may hold: what takes about a third of a GPU's free memory.
 
     Args:
-        order: is filled from the front.
-        losses: of masks.
-        heads_per_round: how many follow in a round.
-        decided: called after each round.
+        gated_model: the model.
+        logits: the fraction of the tokens whose logits are computed.
     """
-    while open_heads := order.open:
-        if len(open_heads) > 1:
-            found = losses(torch.stack([order.mask([*order.first, head]) for head in open_heads]))
-            order.hints[open_heads] = found
-        order.first += order.open[:heads_per_round]
-        decided(order)
+    if gated_model.device.type != "cuda":
+        return CPU_BATCH_TOKENS
+    config = gated_model.model.model.config.get_text_config()
+    width = 12 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    width += round(logits * config.vocab_size)
+    free = torch.cuda.mem_get_info(gated_model.device)[0]
+    return max(1, int(free / 3 / width / gated_model.model.model.dtype.itemsize))
 
 
-def select(order: Order, losses: Losses, heads_per_round: int, decided: Callable[[Order], None]) -> None:
-    """Forward selection: from all heads streaming on, those that gain most by seeing all are opened.
-
-    Args:
-        order: is filled from the back.
-        losses: of masks.
-        heads_per_round: how many are opened in a round.
-        decided: called after each round.
-    """
-    while open_heads := order.open:
-        if len(open_heads) > 1:
-            streaming = [*order.first, *open_heads]
-            masks = [order.mask([other for other in streaming if other != head]) for head in open_heads]
-            order.hints[open_heads] = -losses(torch.stack(masks))
-        order.last[:0] = order.open[-heads_per_round:]
-        decided(order)
-
-
-def swap(order: Order, losses: Losses, streaming: int, most: int, width: int, decided: Callable[[Order], None]) -> None:
-    """Exchange heads across a budget for as long as that helps.
-
-    In each round the `width` streaming heads that would gain most by seeing all are tried with the `width` others that
-    would cost least by streaming; the best pair changes places.
-
-    Args:
-        order: of all heads; changed in place.
-        losses: of masks.
-        streaming: how many heads stream.
-        most: exchanges at most, those that the order already counts among them.
-        width: see above.
-        decided: called after each exchange.
-    """
-    ranked = order.all
-    closed, opened = ranked[:streaming], ranked[streaming:]
-    if not closed or not opened or order.swaps >= most:
-        return
-    best = float(losses(order.mask(closed)[None]))
-    while order.swaps < most:
-        without = losses(torch.stack([order.mask([other for other in closed if other != head]) for head in closed]))
-        added = losses(torch.stack([order.mask([*closed, head]) for head in opened]))
-        into = [closed[place] for place in without.argsort(stable=True)[:width].tolist()]
-        out = [opened[place] for place in added.argsort(stable=True)[:width].tolist()]
-        pairs = [(mine, theirs) for mine in into for theirs in out]
-        masks = [order.mask([theirs, *(head for head in closed if head != mine)]) for mine, theirs in pairs]
-        found = losses(torch.stack(masks))
-        if float(found.min()) >= best:
-            return
-        best = float(found.min())
-        mine, theirs = pairs[int(found.argmin())]
-        closed[closed.index(mine)], opened[opened.index(theirs)] = theirs, mine
-        order.first, order.last, order.swaps = closed, opened, order.swaps + 1
-        decided(order)
-
-
-STRATEGIES = {"elimination": eliminate, "selection": select}
+def _read(path: Path, expected: Order) -> tuple[Order, float]:
+    """An order so far, and the seconds that it took."""
+    try:
+        state = checked(_Searched, read_json(path), path)
+    except UserError as error:
+        raise UserError(f"resume: {error}: delete it to start anew") from error
+    hints = torch.tensor(state.hints)
+    order = Order((state.shape[0], state.shape[1]), state.first, state.last, hints, state.swaps)
+    whole = len(hints) == math.prod(order.shape) and sorted(order.all) == list(range(len(hints)))
+    if order.shape != expected.shape:
+        raise UserError(f"resume: {path} orders {order.shape} heads, this model has {expected.shape}")
+    if not whole:
+        raise UserError(f"resume: {path} does not name each head once: delete it to start anew")
+    return order, state.seconds

@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from omegaconf import DictConfig
 from pydantic import Field
 
 from duo_id.attention.blends import BLENDS
+from duo_id.attention.window import Window
 from duo_id.common.config import (
     Count,
     Fraction,
@@ -30,7 +31,7 @@ from duo_id.common.errors import UserError, check
 from duo_id.common.mistakes import instantiate
 from duo_id.methods.gates import GATES
 from duo_id.methods.penalties import PENALTIES
-from duo_id.step.objectives import check_weight, make_objective
+from duo_id.step.objectives import Objective, check_weight, make_objective
 
 
 @settings("method")
@@ -40,6 +41,24 @@ class MethodSettings:
     name: Text
     sink_size: Count  # tokens
     recent_size: Positive  # tokens, the query's own among them
+
+    devices: ClassVar[Literal["one", "replicas", "shared"]] = "replicas"  # which each find the same, or share the work
+
+    @property
+    def window(self) -> Window:
+        """What streaming heads see."""
+        return Window(self.sink_size, self.recent_size)
+
+
+class _Distilled:
+    """Methods that measure how far a model with gates or masks is from its full attention."""
+
+    objective: Any
+
+    @property
+    def resolved_objective(self) -> Objective:
+        """What `objective` names."""
+        return make_objective(self.objective)
 
 
 COLDEST = 1e-3  # the least temperature of gates
@@ -62,7 +81,7 @@ class AttentionSettings(ScoreSettings):
 
 
 @settings("method")
-class SaliencySettings(ScoreSettings):
+class SaliencySettings(_Distilled, ScoreSettings):
     """How much an objective changes with each gate, from backward passes."""
 
     kind: Literal["gradient", "fisher"] = "gradient"
@@ -72,7 +91,7 @@ class SaliencySettings(ScoreSettings):
 
     def __post_init__(self) -> None:
         """Check what goes together."""
-        objective = make_objective(self.objective)
+        objective = self.resolved_objective
         check(
             self.kind == "fisher" or not objective.teacher or any(value < 1 for value in self.at),
             f"method.at={self.at}: at 1 the student is the teacher, so the gradient of method.objective="
@@ -82,8 +101,10 @@ class SaliencySettings(ScoreSettings):
 
 
 @settings("method")
-class SearchSettings(ScoreSettings):
+class SearchSettings(_Distilled, ScoreSettings):
     """Trying masks: heads are closed or opened one after the other by what that costs."""
+
+    devices = "one"
 
     strategy: Literal["elimination", "selection"] = "elimination"
     objective: Named = "kl"
@@ -98,7 +119,7 @@ class SearchSettings(ScoreSettings):
 
     def __post_init__(self) -> None:
         """Check what goes together."""
-        make_objective(self.objective)
+        _ = self.resolved_objective
         _check_pair("between", self.between)
         check(
             self.start is not None or self.between == [0.0, 1.0],
@@ -112,8 +133,10 @@ class SearchSettings(ScoreSettings):
 
 
 @settings("method")
-class GateSettings(MethodSettings):
+class GateSettings(_Distilled, MethodSettings):
     """How gates are trained. Each of blend, gate, penalty and objective names one small function or class."""
+
+    devices = "shared"
 
     blend: Annotated[Text, one_of(BLENDS)] = "student"
     gate: Annotated[Text, one_of(GATES)] = "clamp"
@@ -141,7 +164,7 @@ class GateSettings(MethodSettings):
 
     def __post_init__(self) -> None:
         """Check that what is chosen makes sense together."""
-        objective = make_objective(self.objective)
+        objective = self.resolved_objective
         check(
             bool(self.penalty) and isinstance(self.penalty, str | Mapping),
             f"method.penalty={shown(self.penalty)}: choose one of {', '.join(PENALTIES)}, or weights of several such "

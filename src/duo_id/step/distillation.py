@@ -1,6 +1,6 @@
 """A frozen model beside its full attention: what training, saliency and search all measure."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from duo_id.attention.blends import BLENDS, Blend
-from duo_id.attention.functions import AttendFunction, Backends, gated_heads, recording_heads, streaming_heads
+from duo_id.attention.functions import AttendFunction, gated_heads, recording_heads, streaming_heads
 from duo_id.attention.interface import bound, bound_functions
 from duo_id.attention.last_layer import AtRows, last_layer, worth_splitting
-from duo_id.attention.layers import AttentionLayer, blocks
-from duo_id.attention.window import Window
+from duo_id.attention.layers import blocks
 from duo_id.common.errors import UserError
-from duo_id.models.language_model import LanguageModel
+from duo_id.models.gated_model import GatedModel
 from duo_id.step.objectives import OBJECTIVES, Objective, Outputs
 
 Batch = Mapping[str, Any]  # with what `duo_id.data.samples.with_scored` adds
@@ -41,10 +40,7 @@ class Distillation:
 
     def __init__(
         self,
-        model: LanguageModel,
-        layers: Sequence[AttentionLayer],
-        window: Window,
-        backends: Backends,
+        gated_model: GatedModel,
         objective: Objective,
         tokens: str = "labelled",
         blend: Blend = BLENDS["student"],
@@ -52,23 +48,19 @@ class Distillation:
         """Take the parts.
 
         Args:
-            model: the frozen model, attached (`duo_id.attention.interface.attached`).
-            layers: its layers that get gates.
-            window: what streaming heads see.
-            backends: implementations of attention.
+            gated_model: the frozen model.
             objective: what is compared, token by token.
             tokens: what a scored token counts: `labelled`: each the same; `far`: as much as its loss falls by seeing
                 more than the windows, for then plain text without a template tells which heads must look far.
             blend: which full attention enters gated heads.
         """
-        if blend.needs_teacher and any(layer.sharers for layer in layers):
+        if blend.needs_teacher and any(layer.sharers for layer in gated_model.layers):
             raise UserError(
                 "method.blend=teacher: layers of this model share keys, so that a gate has several outputs of the "
                 "teacher; use method.blend=student"
             )
-        self.model, self.layers, self.window, self.backends = model, layers, window, backends
-        self.objective, self.far, self.blend = objective, tokens == "far", blend
-        self.last = last_layer(model.model, layers)
+        self.gated_model, self.objective, self.far, self.blend = gated_model, objective, tokens == "far", blend
+        self.last = last_layer(gated_model.model.model, gated_model.layers)
 
     def loss(self, alpha: Tensor, batch: Batch, teacher: Teacher | None = None) -> Tensor:
         """The objective under gates, weighted over the scored tokens: a scalar.
@@ -86,11 +78,15 @@ class Distillation:
         """What the gated model leaves of a batch: arguments as of `loss` and `outputs`."""
         gated = {
             layer.index: gated_heads(
-                row[layer.own], self.window, self.blend, self.backends, teacher.attention.get(layer.index)
+                row[layer.own],
+                self.gated_model.window,
+                self.blend,
+                self.gated_model.backends,
+                teacher.attention.get(layer.index),
             )
-            for layer, row in zip(self.layers, alpha, strict=True)
+            for layer, row in zip(self.gated_model.layers, alpha, strict=True)
         }
-        with bound(self.layers, gated):
+        with bound(self.gated_model.layers, gated):
             return self.outputs(batch, logits)
 
     @torch.no_grad()
@@ -99,10 +95,13 @@ class Distillation:
         attention: dict[int, Tensor] = {}
         record: dict[int, AttendFunction] = {}
         if self.blend.needs_teacher:
-            record = {layer.index: recording_heads(attention, layer.index, self.backends) for layer in self.layers}
+            record = {
+                layer.index: recording_heads(attention, layer.index, self.gated_model.backends)
+                for layer in self.gated_model.layers
+            }
         outputs = None
         if self.objective.teacher or self.blend.needs_teacher or self.far:
-            with bound(self.layers, record):
+            with bound(self.gated_model.layers, record):
                 outputs = self.outputs(batch, logits=self.objective.logits or self.far)
         weights = batch["weights"]
         if self.far:
@@ -124,11 +123,11 @@ class Distillation:
         with nullcontext() if candidates else self._last_at_scored(batch, logits), self._caught() as (hidden, layers):
             found = None
             if not logits:
-                self.model.hidden_states(dict(batch))
+                self.gated_model.model.hidden_states(dict(batch))
             elif candidates:
-                found = self.model.logits(dict(batch), (scored - 1) % tokens)
+                found = self.gated_model.model.logits(dict(batch), (scored - 1) % tokens)
             else:
-                found = self.model.predictions(dict(batch), scored)
+                found = self.gated_model.model.predictions(dict(batch), scored)
 
         def pick(states: Tensor) -> Tensor:
             return states[:, scored] if candidates else states.flatten(0, 1)[scored]
@@ -139,11 +138,14 @@ class Distillation:
     @torch.no_grad()
     def _far_weights(self, batch: Batch, full: Outputs) -> Tensor:
         loss = OBJECTIVES["next_token"]
-        streaming = {layer.index: streaming_heads(self.window, self.backends) for layer in self.layers}
-        with bound(self.layers, streaming):
+        streaming = {
+            layer.index: streaming_heads(self.gated_model.window, self.gated_model.backends)
+            for layer in self.gated_model.layers
+        }
+        with bound(self.gated_model.layers, streaming):
             near = self.outputs(batch, logits=True)
         gain = (loss(near, near) - loss(full, full)).clamp(min=0) * batch["weights"]
-        return gain / self.model.ranks.mean(gain.sum()).clamp(min=1e-12)
+        return gain / self.gated_model.model.ranks.mean(gain.sum()).clamp(min=1e-12)
 
     @contextmanager
     def _last_at_scored(self, batch: Batch, logits: bool) -> Iterator[None]:
@@ -151,7 +153,7 @@ class Distillation:
         (samples, tokens), rows = batch["input_ids"].shape, batch["scored"]
         if logits or self.objective.logits or self.far:  # teacher and student alike, for blends with the teacher's
             rows = torch.cat([rows, (rows - 1) % tokens])
-        whole = samples == 1 and batch.get("attention_mask") is None and self.model.ranks.group is None
+        whole = samples == 1 and batch.get("attention_mask") is None and self.gated_model.model.ranks.group is None
         if self.last is None or not whole or not worth_splitting(rows, tokens):
             yield
             return
@@ -164,10 +166,13 @@ class Distillation:
         """The last hidden states, and those behind each gated layer, of the forward in the block."""
         hidden: list[Tensor] = []
         layers: list[Tensor] = []
-        trunk = self.model.trunk
+        trunk = self.gated_model.model.trunk
         hooks = [trunk.register_forward_hook(lambda module, given, out: hidden.append(out.last_hidden_state))]
         if self.objective.layers:
-            hooks += [block.register_forward_hook(_append(layers)) for block in blocks(self.model.model, self.layers)]
+            hooks += [
+                block.register_forward_hook(_append(layers))
+                for block in blocks(self.gated_model.model.model, self.gated_model.layers)
+            ]
         try:
             yield hidden, layers
         finally:

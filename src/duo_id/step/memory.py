@@ -209,8 +209,8 @@ def weight_bytes(module: nn.Module) -> int:
 
 def measure_costs(distillation: Distillation, recomputation: Recomputation) -> MeasuredCosts:
     """Count what a step keeps, in a short pass at each level."""
-    model, window = distillation.model.model, distillation.window
-    device, layers = model.device, distillation.layers
+    model, window = distillation.gated_model.model.model, distillation.gated_model.window
+    device, layers = model.device, distillation.gated_model.layers
     tokens = window.sink_size + window.recent_size + PROBED_BEYOND
     ids = (torch.arange(tokens, device=device) % model.config.get_text_config().vocab_size)[None]
     scored = torch.arange(tokens - 1, tokens, device=device)
@@ -238,7 +238,7 @@ def _count(
     distillation: Distillation, recomputation: Recomputation, alpha: Tensor, batch: dict[str, Any]
 ) -> tuple[list[int], int]:
     """Bytes kept by each layer, and by all else; each tensor counts once, where it is first kept."""
-    model = distillation.model.model
+    model = distillation.gated_model.model.model
     seen = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers(), alpha)}
     inside, outside = [0] * len(recomputation.blocks), [0]
     place: list[int | None] = [None]

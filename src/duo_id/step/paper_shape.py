@@ -28,8 +28,10 @@ class PaperShape(Distillation):
             "attention_mask": None if mask is None else torch.cat([mask, mask]),
             "scored": torch.cat([scored, scored + ids.numel()]),
         }
-        gated = {layer.index: self._halves(row, len(ids)) for layer, row in zip(self.layers, alpha, strict=True)}
-        with bound(self.layers, gated):
+        gated = {
+            layer.index: self._halves(row, len(ids)) for layer, row in zip(self.gated_model.layers, alpha, strict=True)
+        }
+        with bound(self.gated_model.layers, gated):
             outputs = self.outputs(both)
         full, student = _split(outputs)
         weights = self._far_weights(batch, self.teacher(batch).outputs or full) if self.far else batch["weights"]
@@ -39,8 +41,10 @@ class PaperShape(Distillation):
         """A layer in which the first `samples` of the batch attend in full, and the others by the gates."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-            full = full_attention(query[:samples], key[:samples], value[:samples], softmax, self.backends.full)
-            gated = gated_heads(alpha, self.window, self.blend, self.backends, full.detach())
+            full = full_attention(
+                query[:samples], key[:samples], value[:samples], softmax, self.gated_model.backends.full
+            )
+            gated = gated_heads(alpha, self.gated_model.window, self.blend, self.gated_model.backends, full.detach())
             return torch.cat([full, gated(query[samples:], key[samples:], value[samples:], softmax)])
 
         return attend

@@ -22,10 +22,10 @@ def prepared(distillation: Distillation, step: StepSettings) -> Iterator[ApplyPl
     Raises:
         UserError: the memory's budget cannot be read; by what is yielded: it is not enough.
     """
-    model, layers = distillation.model.model, distillation.layers
+    model, layers = distillation.gated_model.model.model, distillation.gated_model.layers
     keep = FIXED.get(step.memory, Keep.ALL)
     # Several ranks must do the same, and what each has of the weights comes and goes: see `duo_id.step.devices`.
-    planned = step.memory not in FIXED and distillation.model.ranks.world == 1
+    planned = step.memory not in FIXED and distillation.gated_model.model.ranks.world == 1
     budget = available(step.memory, model.device) if planned else None
     with (
         compiled_parts(model, layers, attention=True) if step.compile else nullcontext(),

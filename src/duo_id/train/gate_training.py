@@ -16,8 +16,6 @@ from torch import Tensor
 from duo_id.attention.blends import BLENDS
 from duo_id.attention.functions import masked_layers
 from duo_id.attention.interface import bound
-from duo_id.attention.layers import AttentionLayer
-from duo_id.attention.window import Window
 from duo_id.common.config import plain, shown
 from duo_id.common.documents import printable
 from duo_id.common.errors import UserError, check
@@ -26,10 +24,10 @@ from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, w
 from duo_id.methods.gates import GATES
 from duo_id.methods.penalties import PENALTIES, TargetSparsity
 from duo_id.methods.settings import GateSettings, make_optimizer
+from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.pattern import HeadPattern, TieWarning
 from duo_id.step.cuda_graphs import GraphedLoss
-from duo_id.step.objectives import make_objective
 from duo_id.step.paper_shape import SHAPES
 from duo_id.step.prepare import ApplyPlan
 from duo_id.step.settings import StepSettings
@@ -62,8 +60,7 @@ class GateTraining(lightning.LightningModule):
 
     def __init__(
         self,
-        model: LanguageModel,
-        layers: Sequence[AttentionLayer],
+        gated_model: GatedModel,
         method: GateSettings,
         step: StepSettings,
         steps: int,
@@ -73,8 +70,7 @@ class GateTraining(lightning.LightningModule):
         """Make the gates.
 
         Args:
-            model: the frozen model, attached (`duo_id.attention.interface.attached`).
-            layers: its layers that get gates.
+            gated_model: the frozen model.
             method: settings of the method.
             step: how a step is computed.
             steps: how many optimizer steps the learning rate is planned for.
@@ -83,24 +79,14 @@ class GateTraining(lightning.LightningModule):
         """
         super().__init__()
         check(
-            method.gate != "nested" or len(layers) * layers[0].kv_heads > 1,
+            method.gate != "nested" or math.prod(gated_model.shape) > 1,
             "method.gate=nested: a single head has a gate, and there is nothing to order; method=duo trains its gate",
         )
-        self.language_model, self.layers = model, layers
-        self.method, self.step, self.steps, self.sparsities = method, step, steps, sparsities
-        self.window = Window(method.sink_size, method.recent_size)
-        self.distillation = SHAPES[step.shape](
-            model,
-            layers,
-            self.window,
-            step.backends,
-            make_objective(method.objective),
-            method.tokens,
-            BLENDS[method.blend],
-        )
-        self.gates = GATES[method.gate](
-            len(layers), layers[0].kv_heads, method.initial, method.temperature, seed, method.budgets
-        )
+        self.gated_model, self.method, self.step = gated_model, method, step
+        self.steps, self.sparsities = steps, sparsities
+        objective, blend = method.resolved_objective, BLENDS[method.blend]
+        self.distillation = SHAPES[step.shape](gated_model, objective, method.tokens, blend)
+        self.gates = GATES[method.gate](*gated_model.shape, method.initial, method.temperature, seed, method.budgets)
         self.penalties = torch.nn.ModuleDict({name: self._penalty(name) for name in method.penalties})
         self.distill = GraphedLoss(self.distillation.loss) if step.cuda_graphs else self.distillation.loss
         self.apply_plan: ApplyPlan = lambda tokens: None  # lets layers keep what a step's memory allows
@@ -108,6 +94,11 @@ class GateTraining(lightning.LightningModule):
         self._finite = torch.tensor(True)
         self._full_scores: dict[int, Score] = {}
         self._clock = time.perf_counter()
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The frozen model, which is no module of this one."""
+        return self.gated_model.model
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The configured optimizer over the gates, with a rise and a fall of the learning rate."""
@@ -181,7 +172,7 @@ class GateTraining(lightning.LightningModule):
         self._stop_unless_finite()
 
     def teardown(self, stage: str) -> None:
-        """Let the next run of the same process have the memory, for modules and trainers go round in circles."""
+        """Free the memory now: reference cycles between module and trainer delay garbage collection."""
         if isinstance(self.distill, GraphedLoss):
             self.distill.release()
 
@@ -207,18 +198,14 @@ class GateTraining(lightning.LightningModule):
         for sparsity in self.sparsities:
             with warnings.catch_warnings(action="ignore", category=TieWarning):  # of gates on their way
                 mask = pattern.binarize(sparsity=sparsity)
-            with bound(self.layers, masked_layers(self.layers, mask, self.step.backends)):
+            layers = self.gated_model.layers
+            with bound(layers, masked_layers(layers, mask, self.gated_model.backends)):
                 shown |= _shown(f"{100 * sparsity:g}", score(self.language_model, sample))
         self.log_dict({f"val/{key}": value for key, value in shown.items()}, batch_size=1)
 
     def pattern(self, **provenance: Any) -> HeadPattern:
-        """The gates at present as a head pattern; layers without gates are rows of 1."""
-        scores = torch.ones(self.language_model.num_layers, self.layers[0].kv_heads)
-        gated = [layer.index for layer in self.layers]
-        scores[gated] = self.gates.scores().float().cpu()
-        return HeadPattern(
-            scores, self.window.sink_size, self.window.recent_size, gated_layers=tuple(gated), provenance=provenance
-        )
+        """The gates at present as a head pattern."""
+        return self.gated_model.pattern(self.gates.scores(), **provenance)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which model the gates belong to; gates that are no numbers are never saved."""

@@ -57,7 +57,7 @@ class GateHistory(lightning.Callback):
             return  # training says what to do about it
         self.rows[trainer.global_step] = {
             f"{layer.index}.{head}": value
-            for layer, row in zip(pl_module.layers, scores.tolist(), strict=True)
+            for layer, row in zip(pl_module.gated_model.layers, scores.tolist(), strict=True)
             for head, value in enumerate(row)
         }
         if trainer.is_global_zero:

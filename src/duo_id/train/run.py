@@ -30,8 +30,10 @@ from duo_id.common.record import (
 )
 from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
-from duo_id.methods.registry import ORDER
+from duo_id.methods.search import ORDER
 from duo_id.methods.settings import GateSettings
+from duo_id.models.gated_model import GatedModel
+from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import dtype_of, load_model, meta_model
 from duo_id.patterns.agreement import agreement_table
 from duo_id.patterns.files import HEADS, load_pattern, save_pattern
@@ -40,7 +42,8 @@ from duo_id.patterns.plots import plot_gates
 from duo_id.step.devices import shared_step
 from duo_id.train.checkpoints import CHECKPOINT
 from duo_id.train.comparison import check_window, compare, found_loss, results_table
-from duo_id.train.identify import Run, identify
+from duo_id.train.fit_gates import TrainRun, sample_module
+from duo_id.train.identify import identify
 from duo_id.train.plots import plot_training, read_metrics
 from duo_id.train.settings import TrainSettings
 from duo_id.train.tracking import log_config, log_gates, log_heads, tracked
@@ -95,10 +98,20 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
         model = load_model(settings.model, device, settings.seed, ranks)
         with attached(model.model, settings.step.backends, ranks.group) as layers:
             accepted = partial(keep_settings, folder, asked | used, before) if ranks.first else lambda: None
-            run = Run(settings, model, layers, folder, settings.seed, accepted, cli.console)
-            test = run.data().samples("test", settings.comparison.samples)
+            gated_model = GatedModel(model, layers, method.window, settings.step.backends)
+            run = TrainRun(
+                settings=settings,
+                seed=settings.seed,
+                folder=folder,
+                resume=bool(settings.resume),
+                step=settings.step,
+                console=cli.console,
+                accepted=accepted,
+            )
+            samples = sample_module(model, settings, settings.seed)
+            test = samples.samples("test", settings.comparison.samples)
             check_window(test, method.sink_size, method.recent_size)
-            validation = run.data().samples("validation", settings.comparison.samples) if in_sweep else []
+            validation = samples.samples("validation", settings.comparison.samples) if in_sweep else []
             found = {
                 "model": model.describe(layers),
                 "settings": {key: value for key, value in (plain(settings) | used).items() if key not in NOT_RECORDED},
@@ -107,7 +120,7 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
             if before:
                 found["before"] = before
             loaded = time.perf_counter()
-            patterns = _identify_repeatedly(run, found)
+            patterns = _identify_repeatedly(gated_model, run, found)
             identified = time.perf_counter()
         pattern = average(list(patterns.values()))
         sparsities = _sparsities(settings, pattern)
@@ -216,10 +229,11 @@ def _shared(settings: TrainSettings, device: torch.device, ranks: Ranks, folder:
     return replace(settings, step=step)
 
 
-def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPattern]:
+def _identify_repeatedly(gated_model: GatedModel, run: TrainRun, found: dict[str, Any]) -> dict[str, HeadPattern]:
     """A pattern for each seed, by its name; several have a folder each, where a resumed run finds what is done.
 
     Args:
+        gated_model: the model.
         run: of the first seed.
         found: provenance that all share.
     """
@@ -228,34 +242,33 @@ def _identify_repeatedly(run: Run, found: dict[str, Any]) -> dict[str, HeadPatte
         folder = run.folder if settings.repeats == 1 else run.folder / f"seed-{seed}"
         if settings.repeats > 1 and (folder / "heads" / HEADS).is_file():
             patterns[f"seed {seed}"] = _found_before(folder, settings)
-            _draw_training(run, folder, again=False)
+            _draw_training(gated_model.model, settings, folder, again=False)
             continue
-        with tracked(settings.logger if run.model.ranks.first else {}, folder) as loggers:
+        with tracked(settings.logger if gated_model.model.ranks.first else {}, folder) as loggers:
             known = found | {"seed": seed}
             accepted = partial(_accepted, run, loggers, known)
             began = time.perf_counter()
-            pattern = identify(
-                settings.method, replace(run, folder=folder, seed=seed, accepted=accepted, loggers=loggers)
-            )
+            of_seed = replace(run, folder=folder, seed=seed, accepted=accepted, loggers=loggers)
+            pattern = identify(gated_model, settings.method, of_seed)
             told = dict(pattern.provenance)
             took = {"seconds": time.perf_counter() - began + told.pop("seconds_before", 0.0)}
             pattern = replace(pattern, provenance=known | took | told)
             sparsities = _sparsities(settings, pattern)
-            if run.model.ranks.first:
+            if gated_model.model.ranks.first:
                 save_pattern(pattern, folder / "heads", sparsities)
             if not isinstance(settings.method, GateSettings):
                 log_gates(loggers, pattern, sparsities, step=0)
             log_heads(loggers, folder / "heads")
-        _draw_training(run, folder)
+        _draw_training(gated_model.model, settings, folder)
         patterns[f"seed {seed}"] = pattern
     return patterns
 
 
-def _draw_training(run: Run, folder: Path, again: bool = True) -> None:
+def _draw_training(model: LanguageModel, settings: TrainSettings, folder: Path, again: bool = True) -> None:
     """The figure of how gates were trained in a folder; not `again`: only if that was cut off before it."""
-    figure, trained = folder / "figures" / "training.png", isinstance(run.settings.method, GateSettings)
-    if run.model.ranks.first and trained and "csv" in run.settings.logger and (again or not figure.is_file()):
-        save_figure(plot_training(read_metrics(folder), title=f"Training gates of {run.model.name}"), figure)
+    figure, trained = folder / "figures" / "training.png", isinstance(settings.method, GateSettings)
+    if model.ranks.first and trained and "csv" in settings.logger and (again or not figure.is_file()):
+        save_figure(plot_training(read_metrics(folder), title=f"Training gates of {model.name}"), figure)
 
 
 def _found_before(folder: Path, settings: TrainSettings) -> HeadPattern:
@@ -272,7 +285,7 @@ def _found_before(folder: Path, settings: TrainSettings) -> HeadPattern:
     return pattern
 
 
-def _accepted(run: Run, loggers: Sequence[Logger], known: dict[str, Any]) -> None:
+def _accepted(run: TrainRun, loggers: Sequence[Logger], known: dict[str, Any]) -> None:
     run.accepted()
     log_config(loggers, known)
 

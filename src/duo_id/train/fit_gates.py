@@ -1,0 +1,129 @@
+"""`method=duo` and `method=nested`: gates, trained by Lightning."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ProgressBar, Timer
+from lightning.pytorch.loggers import Logger
+
+from duo_id.common.errors import UserError
+from duo_id.common.mistakes import instantiate
+from duo_id.common.stopping import stop
+from duo_id.data.datamodule import SampleModule
+from duo_id.methods.run import Run
+from duo_id.methods.settings import GateSettings
+from duo_id.models.gated_model import GatedModel
+from duo_id.models.language_model import LanguageModel
+from duo_id.patterns.pattern import HeadPattern, mix_prior
+from duo_id.step.prepare import prepared
+from duo_id.train.checkpoints import CHECKPOINT, AtomicCheckpointIO, LastCheckpoint
+from duo_id.train.gate_training import GateTraining
+from duo_id.train.history import GateHistory
+from duo_id.train.progress import TrainingBar
+from duo_id.train.restoring import misfit, while_restoring
+from duo_id.train.settings import TrainSettings
+from duo_id.train.tracking import GateTracking
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun(Run):
+    """A run of the command.
+
+    Attributes:
+        settings: all of them.
+        loggers: get what training logs.
+    """
+
+    settings: TrainSettings
+    loggers: Sequence[Logger] = ()
+
+
+def sample_module(model: LanguageModel, settings: TrainSettings, seed: int) -> SampleModule:
+    """The samples of a seed."""
+    held_out = settings.comparison.validation_samples
+    return SampleModule(
+        settings.data, model.tokenizer, seed, model.max_length, num_validation=held_out, ranks=model.ranks
+    )
+
+
+def find(gated_model: GatedModel, samples: SampleModule, method: GateSettings, run: TrainRun) -> HeadPattern:
+    """The gates that training ends with, and a prior's part in them."""
+    settings, timer = run.settings, Timer()
+    trainer = _trainer(method, run, [*([GateHistory(run.folder)] if gated_model.model.ranks.first else []), timer])
+    prior = _prior(run)
+    checkpoint = run.folder / CHECKPOINT
+    resumed = str(checkpoint) if run.resume and checkpoint.is_file() else None
+    steps = settings.trainer["max_steps"]
+    gates = GateTraining(gated_model, method, run.step, steps, settings.sparsity, run.seed)
+    longest = settings.data.length_max or gated_model.model.max_length
+    with prepared(gates.distillation, run.step) as gates.apply_plan:
+        if longest is not None and settings.data.task != "disk":  # else each step says when it does not fit
+            plan = gates.apply_plan(longest * settings.data.batch_size)
+            if plan is not None:
+                run.console.print(str(plan), soft_wrap=True, highlight=False, markup=False)
+        try:
+            trainer.fit(gates, datamodule=samples, ckpt_path=resumed, weights_only=True)
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning makes an exit of it, with status 1
+                raise end.__context__ from None
+            raise
+        except Exception as error:  # whatever Lightning stumbles over in a checkpoint
+            if resumed is None or isinstance(error, UserError) or not while_restoring(error):
+                raise
+            raise misfit(resumed, error) from error
+    if gates.interrupted:
+        stop(gates.interrupted)
+    pattern = gates.pattern(steps=trainer.global_step, seconds_before=_seconds_before(timer))
+    return pattern if prior is None else mix_prior(pattern, prior, method.prior_weight)
+
+
+def _trainer(method: GateSettings, run: TrainRun, callbacks: Sequence[Callback]) -> Trainer:
+    """The trainer of the settings, with the user's callbacks and ours."""
+    settings = run.settings
+    theirs = _callbacks(settings) if method is settings.method else []  # not for a method that comes before it
+    ours = [*callbacks, GateTracking(settings.sparsity), LambdaCallback(on_train_start=lambda *_: run.accepted())]
+    if not settings.trainer.get("fast_dev_run"):
+        ours.append(LastCheckpoint(run.folder, settings.checkpoint_seconds))
+    if settings.trainer.get("enable_progress_bar", True) and not any(isinstance(x, ProgressBar) for x in theirs):
+        ours.append(TrainingBar())
+    trainer: Trainer = instantiate(
+        "trainer",
+        # The stream of samples has no end, and ranks are told apart where samples are made.
+        {"limit_train_batches": settings.trainer["max_steps"]} | settings.trainer | {"use_distributed_sampler": False},
+        about="callbacks" if theirs else "_target_",
+        logger=list(run.loggers),
+        callbacks=[*ours, *theirs],
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(run.folder),
+    )
+    return trainer
+
+
+def _prior(run: TrainRun) -> HeadPattern | None:
+    """The pattern whose order has a part in the scores; an error says how to do without it."""
+    try:
+        return run.order()
+    except UserError as error:
+        raise UserError(f"{error}; method.prior=null does without") from error
+
+
+def _callbacks(settings: TrainSettings) -> list[Callback]:
+    """The user's own, of `trainer.callbacks`."""
+    callbacks = []
+    for index, described in enumerate(settings.trainer.get("callbacks") or []):
+        is_object = isinstance(described, Mapping) and "_target_" in described
+        callback = instantiate(f"trainer.callbacks.{index}", described) if is_object else None
+        if not isinstance(callback, Callback):
+            raise UserError(
+                f"trainer.callbacks: {described} is no callback; give [{{_target_: MODULE.CLASS}}], a class of "
+                "Lightning's Callback"
+            )
+        callbacks.append(callback)
+    return callbacks
+
+
+def _seconds_before(timer: Timer) -> float:
+    """Seconds of training in earlier parts of a resumed run, as its checkpoint told."""
+    start, end = timer.start_time(), timer.end_time()
+    return timer.time_elapsed() - (0.0 if start is None or end is None else end - start)
