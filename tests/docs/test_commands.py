@@ -209,7 +209,7 @@ def try_page(page: Path, folder: Path) -> None:
                     exec(code, names)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_what_a_page_says_works(page: Path, stage: Path) -> None:
     try_page(page, stage)
 
