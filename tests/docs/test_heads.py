@@ -1,4 +1,4 @@
-"""The heads of docs/heads/ are those that identification.md speaks of, and its figures are drawn from evaluations."""
+"""The heads in results/heads/ are those of docs/lab/identification.md; its figures are drawn from evaluations."""
 
 import re
 from dataclasses import replace
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from duo_id import load_pattern
-from tests.docs.test_site import DOCS, drawing
+from tests.docs.test_site import DOCS, RESULTS, drawing
 from tests.evaluate.saved import a_pattern, line_up, save, saved_results
 
-HEADS = DOCS / "heads"
+HEADS = RESULTS / "heads"
 SEEDS = sorted(path.parent.relative_to(HEADS) for path in HEADS.glob("*/seed-*/heads.json"))
 
 

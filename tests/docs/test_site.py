@@ -26,7 +26,7 @@ from duo_id.common.figures import save_figure
 from tests.report.test_page import CHROMIUM, FLAGS
 
 ROOT = Path(__file__).parents[2]
-DOCS, PICTURE = ROOT / "docs", "two-heads.png"
+DOCS, RESULTS, PICTURE = ROOT / "docs", ROOT / "results", "two-heads.png"
 CONFIG = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]
 WARNING = re.compile(r"(?i)\b(warning|error)\b")
 # Acts as a reader on every page: tells its title, heading and what was loaded, and on the front page goes on to the
@@ -170,8 +170,8 @@ def test_a_browser_finds_its_way(served: tuple[str, Queue[dict[str, Any]]], tmp_
 
 
 def drawing(name: str) -> ModuleType:
-    """A script of docs/figures/."""
-    spec = util.spec_from_file_location(name, DOCS / "figures" / f"{name}.py")
+    """A script of results/figures/."""
+    spec = util.spec_from_file_location(name, RESULTS / "figures" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = util.module_from_spec(spec)

@@ -1,7 +1,7 @@
-"""Draws the figures of identification.md: `python docs/figures/identification.py RUN ...`, folders of evaluations.
+"""Draws docs/figures/identification-*.png: `python results/figures/identification.py RUN ...`, evaluation folders.
 
-The evaluations are of the heads in docs/heads, named as the folders there, on the tasks, lengths and sparsities that
-identification.md says. Several runs may share the work, by tasks or by heads.
+The runs evaluate the heads in results/heads under the names of the folders there, on the tasks, lengths and sparsities
+of docs/lab/identification.md. Several runs may share the work, by tasks or by heads.
 """
 
 import sys
@@ -18,7 +18,7 @@ from duo_id.report.leaderboard import averaged
 from duo_id.report.runs import merge
 from duo_id.report.summary import contender_of, frame, load_results
 
-FIGURES = Path(__file__).parent
+FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 BESIDE = ("published", "kvpress", "best")  # of the good ones: bar by bar for each task
 GOOD = ("best", "search", "fisher-mixture", "kvpress", "reconstruction", "query", "published")  # the better first
 SPARSITIES = (0.5, 0.75)
