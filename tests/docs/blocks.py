@@ -7,7 +7,7 @@ A block is marked by a comment in the line above it, which no reader sees:
     <!-- tested: tests/test_x.py::test_y -->  that test runs it
     <!-- file: my_module.py -->               a file that later commands of the page use
 
-A single command is marked where its own comment in the shell speaks of a GPU or the hub.
+A single command is marked by a comment in the shell that mentions a GPU or the hub.
 """
 
 import re
@@ -22,7 +22,7 @@ ELSEWHERE = re.compile(r"\b(gpu|hub)\b", re.I)
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: where it stands, its mark or an empty text, and what is in it."""
+    """One fenced block: its location, its mark or an empty string, and its text."""
 
     page: Path
     line: int  # of its first line of text
@@ -38,11 +38,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """One command line: where it stands, its words, and whether a machine like this one can run it."""
+    """One command line: its location, its words, and whether it needs a GPU or a hub."""
 
-    place: str
+    location: str
     words: tuple[str, ...]
-    elsewhere: bool  # on a GPU or with a hub
+    elsewhere: bool  # it needs a GPU or a hub
 
     @property
     def module(self) -> str:
@@ -60,13 +60,13 @@ def blocks(page: Path) -> list[Block]:
     """All fenced blocks of a page, in order."""
     text = page.read_text()
     return [
-        Block(page, text[: found.start("text")].count("\n") + 1, found["mark"] or "", found["language"], found["text"])
-        for found in FENCE.finditer(text)
+        Block(page, text[: match.start("text")].count("\n") + 1, match["mark"] or "", match["language"], match["text"])
+        for match in FENCE.finditer(text)
     ]
 
 
 def commands(block: Block) -> Iterator[Command]:
-    """The commands of a block; a backslash at the end goes on in the next line, variables in front are left out."""
+    """The commands of a block; a trailing backslash continues the line, leading variables are dropped."""
     line = block.line
     for text in re.split(r"(?<!\\)\n", block.text):
         words = shlex.split(text.replace("\\\n", " "), comments=True)

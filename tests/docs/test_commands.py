@@ -35,7 +35,7 @@ RUN, EVALUATION, MODEL = "outputs/train/DATE/TIME", "outputs/evaluate/DATE/TIME"
 SCRIPTS = {"data_gen/write.py": "data_gen"}
 TINY = {  # what makes a command a matter of a second or two
     "train": [
-        *QUICK[2:],  # its model and task are the commands' own
+        *QUICK[2:],  # its model and task come from the commands
         *("data.length_min=900", "data.length_max=1000", "trainer.max_steps=1", "sparsity=[0.5]"),
         *("comparison.samples=1", "comparison.validation_samples=0", "comparison.random_masks=0"),
     ],
@@ -95,7 +95,7 @@ def tiny() -> Any:
 
 @pytest.fixture
 def stage(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of it for one page, where modules are found as if Python had been started there."""
+    """A copy of it for one page, where modules are importable as if Python had been started there."""
     shutil.copytree(base, tmp_path / "stage", symlinks=True)
     monkeypatch.syspath_prepend(tmp_path / "stage")
     before = set(sys.modules)
@@ -116,22 +116,22 @@ def _values(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [str(override.input_line)]
     value: Any = override.value()
-    found = [str(value.start)] if override.is_interval_sweep() else list(override.sweep_string_iterator())
-    return [f"{override.get_key_element()}={value}" for value in found]
+    values = [str(value.start)] if override.is_interval_sweep() else list(override.sweep_string_iterator())
+    return [f"{override.get_key_element()}={text}" for text in values]
 
 
-def compose(name: str, overrides: list[str], place: str, folder: Path) -> Any:
-    """The typed settings of a command, or a failure that says where it stands."""
-    found: list[Any] = []
+def compose(name: str, overrides: list[str], location: str, folder: Path) -> Any:
+    """The typed settings of a command, or a failure that names its location."""
+    parsed: list[Any] = []
     schema = SCHEMAS[name]
 
     def read(config: DictConfig) -> None:
-        config, *_ = cli.start_run(config)  # with what a resumed run was given
-        found.append(train_settings(config) if schema is TrainSettings else parse(schema, config))
+        config, *_ = cli.start_run(config)  # with the settings of a resumed run
+        parsed.append(train_settings(config) if schema is TrainSettings else parse(schema, config))
 
     finished = run_command(name, *overrides, folder=folder, command=read)
-    assert finished.status == 0, f"{place}: {finished.output}"
-    return found[0]
+    assert finished.status == 0, f"{location}: {finished.output}"
+    return parsed[0]
 
 
 def of_hub(settings: Any, folder: Path) -> bool:
@@ -143,37 +143,37 @@ def of_hub(settings: Any, folder: Path) -> bool:
 
 def check(command: Command, block: Block, folder: Path) -> None:
     """Fail unless the command could work: files, targets, extras, modules and settings exist; run it if possible."""
-    first, place = command.words[0], command.place
+    first, location = command.words[0], command.location
     if block.tested:
         path, _, name = block.tested.partition("::")
-        assert (ROOT / path).is_file(), f"{place}: there is no {path}"
-        assert f"def {name}(" in (ROOT / path).read_text(), f"{place}: there is no {name} in {path}"
+        assert (ROOT / path).is_file(), f"{location}: there is no {path}"
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{location}: there is no {name} in {path}"
     script = next((word for word in command.words if word.endswith(".py")), "")
-    assert not script or (ROOT / script).is_file() or (folder / script).is_file(), f"{place}: there is no {script}"
+    assert not script or (ROOT / script).is_file() or (folder / script).is_file(), f"{location}: there is no {script}"
     if command.module:
         places = [ROOT / "src" / "duo_id" / name for name in (f"{command.module}.py", f"{command.module}/__main__.py")]
-        assert any(path.is_file() for path in places), f"{place}: there is no {command.module}"
+        assert any(path.is_file() for path in places), f"{location}: there is no {command.module}"
     name = SCRIPTS.get(script, command.module)
     if name in SCHEMAS:
-        settings = [compose(name, overrides, place, folder) for overrides in jobs(command.arguments)]
+        settings = [compose(name, overrides, location, folder) for overrides in jobs(command.arguments)]
         if not (command.elsewhere or block.tested or of_hub(settings[0], folder)):
-            run(name, jobs(command.arguments)[0], place, folder)
+            run(name, jobs(command.arguments)[0], location, folder)
     elif name == "report" and not block.tested:
-        given = [word for word in command.arguments if not word.startswith("reference=")]  # a run of training has none
+        arguments = [word for word in command.arguments if not word.startswith("reference=")]  # training runs have none
         with chdir(folder), redirect_stdout(StringIO()):
-            import_module("duo_id.report.__main__").main(given)
+            import_module("duo_id.report.__main__").main(arguments)
     elif first == "make":
-        assert re.search(rf"^{command.words[1]}:", (ROOT / "Makefile").read_text(), re.M), f"{place}: no such target"
+        assert re.search(rf"^{command.words[1]}:", (ROOT / "Makefile").read_text(), re.M), f"{location}: no such target"
     elif first == "pip":
-        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         extras = {extra for word in command.words for extra in re.findall(r"duo_id\[([\w,-]+)\]", word)}
-        assert {part for extra in extras for part in extra.split(",")} <= known.keys(), f"{place}: no such extra"
+        assert {part for extra in extras for part in extra.split(",")} <= declared.keys(), f"{location}: no such extra"
     else:
-        said = command.elsewhere or block.tested or first in SHELL
-        assert said, f"{place}: {' '.join(command.words)} is run by no test: see tests/docs/blocks.py"
+        covered = command.elsewhere or block.tested or first in SHELL
+        assert covered, f"{location}: {' '.join(command.words)} is run by no test: see tests/docs/blocks.py"
 
 
-def run(name: str, overrides: list[str], place: str, folder: Path) -> None:
+def run(name: str, overrides: list[str], location: str, folder: Path) -> None:
     """Run a command for real, at tiny size."""
     resumed = any(override.startswith("resume=") for override in overrides)
     if f"model.id={MODEL}" not in overrides:
@@ -186,7 +186,7 @@ def run(name: str, overrides: list[str], place: str, folder: Path) -> None:
         command = scripts() if name == "data_gen" else None
         where = [] if resumed else [f"hydra.run.dir=runs/{len(done)}"]
         finished = run_command(*words, *where, folder=folder, command=command)
-        assert finished.status == 0, f"{place}: {finished.output}"
+        assert finished.status == 0, f"{location}: {finished.output}"
         done.add(words)
 
 
@@ -209,7 +209,7 @@ def try_page(page: Path, folder: Path) -> None:
                     exec(code, names)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_what_a_page_says_works(page: Path, stage: Path) -> None:
     try_page(page, stage)
 
@@ -228,7 +228,7 @@ def test_what_a_page_says_works(page: Path, stage: Path) -> None:
         ("nosuch", "is run by no test"),
     ],
 )
-def test_what_does_not_work_is_told(text: str, message: str, stage: Path, tmp_path: Path) -> None:
+def test_what_does_not_work_is_reported(text: str, message: str, stage: Path, tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(f"# Page\n\n```bash\n{text}\n```\n")
     with pytest.raises(AssertionError, match=f"(?s){message}"):
         try_page(tmp_path / "page.md", stage)

@@ -1,4 +1,4 @@
-"""The heads of docs/heads/ are those that identification.md speaks of, and its figures are drawn from evaluations."""
+"""The heads in results/heads/ are those of docs/lab/identification.md; its figures are drawn from evaluations."""
 
 import re
 from dataclasses import replace
@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from duo_id import load_pattern
-from tests.docs.test_site import DOCS, drawing
+from tests.docs.test_site import DOCS, RESULTS, drawing
 from tests.evaluate.saved import a_pattern, line_up, save, saved_results
 
-HEADS = DOCS / "heads"
+HEADS = RESULTS / "heads"
 SEEDS = sorted(path.parent.relative_to(HEADS) for path in HEADS.glob("*/seed-*/heads.json"))
 
 
 @pytest.mark.parametrize("seed", SEEDS, ids=str)
-def test_found_heads_say_how_they_were_found(seed: Path) -> None:
+def test_heads_record_their_provenance(seed: Path) -> None:
     pattern = load_pattern(HEADS / seed)
     pattern.check_fits(30, 3, "SmolLM2-135M-Instruct")
     assert (pattern.sink_size, pattern.recent_size) == (64, 256)
@@ -50,10 +50,10 @@ def test_the_figures_are_drawn_from_evaluations(tmp_path: Path, monkeypatch: pyt
     assert all((DOCS / "figures" / f"identification-{name}.png").is_file() for name in drawn)
 
 
-def test_the_fastest_seed_tells_the_time() -> None:
+def test_the_fastest_seed_counts() -> None:
     timed = {name: {"provenance": {"seconds": seconds}} for name, seconds in {"a#0": 3.0, "a#1": 2.0, "b": 5.0}.items()}
-    found = drawing("identification").least_seconds(timed | {"c": {"provenance": {}}})
-    assert found == {"a": 2.0, "b": 5.0}
+    fastest = drawing("identification").least_seconds(timed | {"c": {"provenance": {}}})
+    assert fastest == {"a": 2.0, "b": 5.0}
 
 
 def test_evaluations_of_other_heads_draw_nothing(tmp_path: Path) -> None:

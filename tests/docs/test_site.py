@@ -26,26 +26,26 @@ from duo_id.common.figures import save_figure
 from tests.report.test_page import CHROMIUM, FLAGS
 
 ROOT = Path(__file__).parents[2]
-DOCS, PICTURE = ROOT / "docs", "two-heads.png"
+DOCS, RESULTS, PICTURE = ROOT / "docs", ROOT / "results", "two-heads.png"
 CONFIG = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]
 WARNING = re.compile(r"(?i)\b(warning|error)\b")
-# Acts as a reader on every page: tells its title, heading and what was loaded, and on the front page goes on to the
-# quickstart by the navigation.
+# Acts as a reader on every page: reports its title, heading and what was loaded, and on the front page follows the
+# navigation to the quickstart.
 SCRIPT = """<script>addEventListener("load", async () => {
   const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
   const heading = document.querySelector("article h1").firstChild.textContent;
-  await fetch("/told", {method: "POST", body: JSON.stringify({title: document.title, heading, loaded})});
+  await fetch("/reports", {method: "POST", body: JSON.stringify({title: document.title, heading, loaded})});
   if (document.title.startsWith("Home")) document.querySelector("nav a[href$='quickstart.html']").click();
 });</script></body>"""
 
 
 def pages(nav: list[dict[str, Any]]) -> list[str]:
     """The files that a navigation leads to."""
-    found: list[str] = []
+    names: list[str] = []
     for entry in nav:
         for value in entry.values():
-            found += pages(value) if isinstance(value, list) else [value]
-    return found
+            names += pages(value) if isinstance(value, list) else [value]
+    return names
 
 
 def build(root: Path) -> subprocess.CompletedProcess:
@@ -58,7 +58,7 @@ def build(root: Path) -> subprocess.CompletedProcess:
 
 
 def copy_to(root: Path) -> Path:
-    """What the site is made from, at another place, so that nothing is written here."""
+    """Copies the sources of the site, so that nothing is written here."""
     shutil.copy(ROOT / "zensical.toml", root)
     shutil.copytree(DOCS, root / "docs")
     (root / "src").symlink_to(ROOT / "src")
@@ -81,6 +81,12 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert sorted(pages(CONFIG["nav"])) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
+def test_lab_notes_are_the_last_section() -> None:
+    lab = sorted(path.relative_to(DOCS).as_posix() for path in (DOCS / "lab").glob("*.md"))
+    assert sorted(CONFIG["nav"][-1]) == ["Lab notes"]
+    assert sorted(pages(CONFIG["nav"][-1:])) == lab
+
+
 def test_every_page_is_built_and_searched(site: Path) -> None:
     built = {path.relative_to(site).with_suffix(".md").as_posix() for path in site.rglob("*.html")}
     assert built == {*pages(CONFIG["nav"]), "404.md"}
@@ -92,8 +98,8 @@ def test_every_page_is_built_and_searched(site: Path) -> None:
 @pytest.mark.parametrize("name", duo_id.__all__)
 def test_the_api_page_has_every_public_name(name: str, site: Path) -> None:
     text = (site / "api.html").read_text()
-    (found,) = re.findall(rf'<h\d id="(duo_id\.[\w.]+\.{name})"', text)
-    module, _, _ = found.rpartition(".")
+    (path,) = re.findall(rf'<h\d id="(duo_id\.[\w.]+\.{name})"', text)
+    module, _, _ = path.rpartition(".")
     assert getattr(import_module(module), name) is getattr(duo_id, name)
 
 
@@ -119,7 +125,7 @@ def test_a_broken_link_fails_the_build(tmp_path: Path) -> None:
 class Handler(SimpleHTTPRequestHandler):
     """Serves the site with the script on its pages."""
 
-    told: Queue[dict[str, Any]]
+    reports: Queue[dict[str, Any]]
 
     def do_GET(self) -> None:
         """A file."""
@@ -133,8 +139,8 @@ class Handler(SimpleHTTPRequestHandler):
         return None
 
     def do_POST(self) -> None:
-        """What the script tells."""
-        self.told.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        """A report of the script."""
+        self.reports.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.send_response(204)
         self.end_headers()
 
@@ -144,22 +150,22 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def served(site: Path) -> Iterator[tuple[str, Queue[dict[str, Any]]]]:
-    """The address of the served site, and what a browser tells from there."""
-    told: Queue[dict[str, Any]] = Queue()
-    handler = partial(type("Telling", (Handler,), {"told": told}), directory=str(site))
+    """The address of the served site, and what a browser reports from there."""
+    reports: Queue[dict[str, Any]] = Queue()
+    handler = partial(type("Reporting", (Handler,), {"reports": reports}), directory=str(site))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/", told
+        yield f"http://127.0.0.1:{server.server_port}/", reports
         server.shutdown()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_a_browser_finds_its_way(served: tuple[str, Queue[dict[str, Any]]], tmp_path: Path) -> None:
-    address, told = served
+    address, reports = served
     command = [str(CHROMIUM), *FLAGS, "--remote-debugging-port=0", f"--user-data-dir={tmp_path}"]
     with subprocess.Popen([*command, f"{address}index.html"], stderr=subprocess.DEVNULL) as browser:
         try:
-            home, quickstart = told.get(timeout=120), told.get(timeout=120)
+            home, quickstart = reports.get(timeout=120), reports.get(timeout=120)
         finally:
             browser.terminate()
     assert (home["title"], home["heading"]) == ("Home - duo_id", "duo_id")
@@ -170,8 +176,8 @@ def test_a_browser_finds_its_way(served: tuple[str, Queue[dict[str, Any]]], tmp_
 
 
 def drawing(name: str) -> ModuleType:
-    """A script of docs/figures/."""
-    spec = util.spec_from_file_location(name, DOCS / "figures" / f"{name}.py")
+    """A script of results/figures/."""
+    spec = util.spec_from_file_location(name, RESULTS / "figures" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = util.module_from_spec(spec)

@@ -1,7 +1,7 @@
-"""Draws the figures of identification.md: `python docs/figures/identification.py RUN ...`, folders of evaluations.
+"""Draws docs/figures/identification-*.png: `python results/figures/identification.py RUN ...`, evaluation folders.
 
-The evaluations are of the heads in docs/heads, named as the folders there, on the tasks, lengths and sparsities that
-identification.md says. Several runs may share the work, by tasks or by heads.
+The runs evaluate the heads in results/heads under the names of the folders there, on the tasks, lengths and sparsities
+of docs/lab/identification.md. Several runs may share the work, by tasks or by heads.
 """
 
 import sys
@@ -18,9 +18,9 @@ from duo_id.report.leaderboard import averaged
 from duo_id.report.runs import merge
 from duo_id.report.summary import contender_of, frame, load_results
 
-FIGURES = Path(__file__).parent
-BESIDE = ("published", "kvpress", "best")  # of the good ones: bar by bar for each task
-GOOD = ("best", "search", "fisher-mixture", "kvpress", "reconstruction", "query", "published")  # the better first
+FIGURES = Path(__file__).parents[2] / "docs" / "figures"
+COMPARED = ("published", "kvpress", "best")  # bar by bar for each task
+GOOD = ("best", "search", "fisher-mixture", "kvpress", "reconstruction", "query", "published")  # best first
 SPARSITIES = (0.5, 0.75)
 
 
@@ -36,7 +36,7 @@ def draw(results: Mapping[str, Any]) -> dict[str, Figure]:
     patterns = averaged(results["patterns"])
     ranked = {name: patterns[name] for name in GOOD}
     return {
-        "tasks": plot_tasks(rows[full | rows["heads"].isin(BESIDE) & rows["sparsity"].isin(SPARSITIES)], "rise"),
+        "tasks": plot_tasks(rows[full | rows["heads"].isin(COMPARED) & rows["sparsity"].isin(SPARSITIES)], "rise"),
         "budget": plot_budget(measured, "rise"),
         "cost": plot_cost(rows[full | rows["sparsity"].isin(SPARSITIES)], least_seconds(results["patterns"])),
         "agreement": plot_agreement(ranked, SPARSITIES),
@@ -45,23 +45,23 @@ def draw(results: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def least_seconds(patterns: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The time of each contender's fastest seed, since others may have shared the GPU or compiled."""
-    found: dict[str, float] = {}
+    """The time of each contender's fastest seed, since the others may have shared the GPU or compiled."""
+    fastest: dict[str, float] = {}
     for name, pattern in patterns.items():
         seconds, heads = pattern["provenance"].get("seconds"), contender_of(name)
         if seconds:
-            found[heads] = min(seconds, found.get(heads, seconds))
-    return found
+            fastest[heads] = min(seconds, fastest.get(heads, seconds))
+    return fastest
 
 
 def main(runs: Sequence[str]) -> None:
     """Draw them from saved evaluations, which together must be one."""
-    found = merge([load_results(run) for run in runs])
-    known = {contender_of(name) for results in found for name in results["patterns"]}
-    missing = sorted(set(GOOD) - known)
-    if missing or len(found) != 1:
+    merged = merge([load_results(run) for run in runs])
+    contenders = {contender_of(name) for results in merged for name in results["patterns"]}
+    missing = sorted(set(GOOD) - contenders)
+    if missing or len(merged) != 1:
         sys.exit(f"give evaluations of the same samples; these lack {', '.join(missing) or 'nothing, but differ'}")
-    (results,) = found
+    (results,) = merged
     for name, figure in draw(results).items():
         save_figure(figure, FIGURES / f"identification-{name}.png")
 

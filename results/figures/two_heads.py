@@ -1,4 +1,4 @@
-"""Draws docs/figures/two-heads.png: `python docs/figures/two_heads.py` from the root of the repository."""
+"""Draws docs/figures/two-heads.png: `python results/figures/two_heads.py`."""
 
 from pathlib import Path
 
@@ -62,4 +62,4 @@ def _cells(axes: Axes, values: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    save_figure(draw(), Path(__file__).with_name("two-heads.png"))
+    save_figure(draw(), Path(__file__).parents[2] / "docs" / "figures" / "two-heads.png")
