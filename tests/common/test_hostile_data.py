@@ -20,8 +20,7 @@ from duo_id.common.record import differences, read_settings, told_settings
 from duo_id.evaluate.contenders import contenders
 from duo_id.evaluate.journal import JOURNAL, Journal
 from duo_id.evaluate.peers import read_answers, write_samples
-from duo_id.evaluate.published.longbench import read_longbench, read_longbench_v2
-from duo_id.evaluate.published.ruler import read_ruler
+from duo_id.evaluate.tasks.ruler_files import read_ruler
 from duo_id.methods.head_order import Order
 from duo_id.methods.search import _read as read_search
 from duo_id.models.loading import meta_model
@@ -156,11 +155,6 @@ def results(folder: Path) -> dict[str, Any]:
     return made | {"rows": [row for row in made["rows"] if row["question"] == 0]}
 
 
-def asked(**changes: Any) -> dict[str, Any]:
-    return {"input": "Who?", "context": "Ada.", "answers": ["Ada"], "length": 1, "all_classes": None} | changes
-
-
-CHOICE = {"context": "Ada.", "question": "Who?", "answer": "A"} | {f"choice_{x}": x for x in "ABCD"}
 GIVEN = {
     "task": "vt",
     "max_new_tokens": 9,
@@ -171,10 +165,6 @@ GIVEN = {
 }
 WRITTEN = {"task": "vt", "max_new_tokens": 9, "input": "A.\nQ?", "outputs": ["1"], "answer_prefix": "It is", "index": 3}
 QUERY_HEADS = {f"{layer}-{head}": [0.5, 1] for layer in range(2) for head in range(4)}
-
-
-def use_longbench(name: str) -> Callable[[Path], Any]:
-    return lambda path: read_longbench(name, str(path.parent))
 
 
 def use_ruler(path: Path) -> None:
@@ -269,21 +259,6 @@ CASES = {
         UNSAID | NUMBERS | TEXTS | {RATES: "for tables of the run itself"},
     ),
     "steps": Case("results.json", lambda folder: RUN, baseline, NUMBERS | UNSAID | UNUSED, says="compare="),
-    "longbench": Case(
-        "qasper.jsonl",
-        lambda folder: [asked(), asked()],
-        use_longbench("qasper"),
-        NUMBERS | TEXTS | {r"\d\.(length|all_classes)=.*": "not looked at"},
-        lines=True,
-    ),
-    "classes": Case(
-        "trec.jsonl",
-        lambda folder: [asked(all_classes=["a", "b"])],
-        use_longbench("trec"),
-        NUMBERS | TEXTS | {r"\d\.length=.*": "not looked at"},
-        lines=True,
-    ),
-    "longbench-2": Case("data.json", lambda folder: [CHOICE], lambda path: read_longbench_v2(str(path.parent))),
     "ruler": Case("4096.jsonl", lambda folder: [GIVEN], use_ruler, UNSAID | NUMBERS | TEXTS, True, "4096|lengths="),
     "ruler-scripts": Case(
         "4096.jsonl",

@@ -83,19 +83,14 @@ FORMATS = (
     Format("BENCHMARK/results.json", "json", "plotted_benchmark", ("BENCHMARK/results.json",), EVERY),
     Format("SEARCH/.lock", "json", "resumed_training", ("SEARCH",), EVERY, ("SEARCH",)),
     Format(
-        "PUBLISHED/qasper.jsonl", "jsonl", "published", ("PUBLISHED", "longbench/qasper"), EVERY, ("longbench/qasper",)
-    ),
-    Format("PUBLISHED/dataset2maxlen.json", "json", "published", ("PUBLISHED", "longbench/qasper"), EVERY),
-    Format("PUBLISHED/data.json", "json", "published", ("PUBLISHED", "longbench-v2"), EVERY, ("longbench-v2",)),
-    Format("PUBLISHED/hotpotqa.parquet", "bytes", "published", ("PUBLISHED", "longbench/hotpotqa"), EVERY),
-    Format(
-        "PUBLISHED/2000/niah_single_1/test.jsonl",
+        "RULER/2000/niah_single_1/test.jsonl",
         "jsonl",
-        "published",
-        ("PUBLISHED", "ruler-data/niah_single_1"),
+        "ruler",
+        ("RULER", "ruler-data/niah_single_1"),
         EVERY,
         ("ruler-data/niah_single_1",),
     ),
+    Format("RULER/2000/test.parquet", "bytes", "ruler", ("RULER", "ruler-data/vt"), EVERY),
     Format("DATASET/card.json", "json", "dataset", ("DATASET",), ("settings",), ("DATASET",)),
     Format("DATASET/dataset_dict.json", "json", "dataset", ("DATASET",), (), ("DATASET",)),
     Format("DATASET/train/state.json", "json", "dataset", ("DATASET",), (), ("DATASET",)),

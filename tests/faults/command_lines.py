@@ -130,8 +130,8 @@ heads=HEADS model=smollm2-135m
 heads=HEADS patterns={a:OTHER_HEADS}
 heads=HEADS patterns={HEADS:RUN}
 tasks=[ruler-data/niah_single_1] data.path=EMPTY
-tasks=[longbench/qasper] data.path=FILE
-tasks=[longbench/qasper] data.path=not/there
+tasks=[ruler-data/vt] data.path=FILE
+tasks=[ruler-data/vt] data.path=not/there
 data.haystack.source=file data.haystack.path=EMPTY
 chat_template=true model=tiny
 resume=EVALUATION seed=3

@@ -117,18 +117,10 @@ def make_others(folder: str) -> None:
     (place / "TEXTS" / "text.jsonl").write_text(rows)
     (place / "TEXTS" / "text.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(rows.encode()))
     pd.DataFrame({"text": texts}).to_parquet(place / "TEXTS" / "text.parquet")
-    asked = {"input": "Who built it?", "context": texts[0], "answers": ["Ada"], "all_classes": None, "_id": "1"}
-    letters = {f"choice_{letter}": letter for letter in "ABCD"}
-    choices = {"question": "Who built it?", "answer": "A", "context": texts[0]} | letters
     needle = {"input": f"{texts[0]}\nWhich number?", "outputs": ["7"], "answer_prefix": ""}
-    shutil.copytree(place / "EMPTY", place / "PUBLISHED")
-    (place / "PUBLISHED" / "qasper.jsonl").write_text("".join(json.dumps(asked | {"_id": str(n)}) + "\n" for n in "12"))
-    (place / "PUBLISHED" / "data.json").write_text(json.dumps([choices, choices]))
-    (place / "PUBLISHED" / "2000" / "niah_single_1").mkdir(parents=True)
-    (place / "PUBLISHED" / "2000" / "niah_single_1" / "test.jsonl").write_text(json.dumps(needle) + "\n")
-    pd.DataFrame([asked]).to_parquet(place / "PUBLISHED" / "hotpotqa.parquet")
-    (place / "PUBLISHED" / "dataset2maxlen.json").write_text(json.dumps({"qasper": 12}))
-
+    (place / "RULER" / "2000" / "niah_single_1").mkdir(parents=True)
+    (place / "RULER" / "2000" / "niah_single_1" / "test.jsonl").write_text(json.dumps(needle) + "\n")
+    pd.DataFrame([needle | {"task": "vt"}]).to_parquet(place / "RULER" / "2000" / "test.parquet")
     (place / "TASKS").mkdir()
     (place / "TASKS" / "task.jsonl").write_text(
         json.dumps({"text": "The sky is", "choices": [" blue", " red"], "right": 0})

@@ -137,13 +137,13 @@ def plotted_benchmark(path: str) -> Any:
 
 
 @reader
-def published(path: str, name: str) -> Any:
+def ruler(path: str, name: str) -> Any:
     from duo_id.evaluate.chat import plain
-    from duo_id.evaluate.published.registry import published_items
+    from duo_id.evaluate.tasks.ruler_data import ruler_items
     from duo_id.models.loading import byte_tokenizer
 
     tokenizer = byte_tokenizer()
-    items = published_items([name], path, tokenizer, plain(tokenizer), None, [2000], 5)
+    items = ruler_items([name], path, tokenizer, plain(tokenizer), None, [2000], 5)
     return [item.to_json() for item in items]
 
 

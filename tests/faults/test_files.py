@@ -10,7 +10,7 @@ from tests.faults.broken_files import EVERY, FORMATS, Format, file_trials, tried
 from tests.faults.mutations import BYTES, STANDINS, TEXT, break_file, broken_json
 from tests.faults.worker import Worker
 
-QUICK = ("heads", "foreign", "published", "haystack", "weights")  # readers
+QUICK = ("heads", "foreign", "ruler", "haystack", "weights")  # readers
 SHORT = [form for form in FORMATS if form.reader in QUICK and form.file.partition("/")[0] != "RUN"]
 KNOWN: dict[Format, str] = {}
 

@@ -231,6 +231,11 @@ def test_the_default_model_is_the_patterns_own(tmp_path: Path, pattern: HeadPatt
             "^--model_args mixed_precision_dtype=bf16",
         ),
         ({"heads": "", "pretrained": "x", "mixed_precision_dtype": "auto"}, "=auto is no type of torch"),
+        ({"heads": "", "model": "tiny", "truncation_side": "right"}, "truncation_side=right: choose left or middle"),
+        (
+            {"heads": "", "model": "tiny", "truncation_side": "middle", "truncation": True},
+            "truncation_side=middle,truncation=True: give one of them",
+        ),
     ],
 )
 def test_mistakes_are_named(folder: Path, arguments: dict[str, Any], error: str) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from duo_id.common.errors import UserError
 from duo_id.evaluate.contenders import Contender
 from duo_id.evaluate.items import Item
-from duo_id.evaluate.metrics import first_answer, judge
+from duo_id.evaluate.metrics import METRICS, first_answer
 from duo_id.evaluate.reading import Answers
 from duo_id.report.rows import ScoredRow
 
@@ -64,7 +64,7 @@ def judged(
         return {"score": None, "exact": None, "text": None}
     end = next((place for place, token in enumerate(generated) if token in ends), len(generated))
     text = first_answer(str(tokenizer.decode(list(generated[:end]))), item.stop)
-    score = judge(item.metric, text, item.questions[number].references)
+    score = METRICS[item.metric](text, item.questions[number].references)
     return {"score": score, "exact": score == 1, "text": text}
 
 

@@ -24,12 +24,12 @@ from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal, write_results
 from duo_id.evaluate.judging import rows_of_peers
 from duo_id.evaluate.peers import SAMPLES, read_answers, write_samples
-from duo_id.evaluate.published.registry import is_published, published_items
 from duo_id.evaluate.reading import end_tokens
 from duo_id.evaluate.runner import run
 from duo_id.evaluate.settings import EvaluateSettings
 from duo_id.evaluate.tasks.building import SampleBuilder
 from duo_id.evaluate.tasks.registry import make_items
+from duo_id.evaluate.tasks.ruler_data import is_ruler_data, ruler_items
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import load_model, weights_source
 from duo_id.patterns.files import contents_of, list_patterns, load_pattern, pattern_name
@@ -122,9 +122,9 @@ def seeds_of(sources: Mapping[str, str]) -> dict[str, str]:
 
 
 def all_items(settings: EvaluateSettings, model: LanguageModel) -> list[Item]:
-    """All that is asked: generated tasks, and those of published benchmarks."""
+    """All that is asked: generated tasks, and those of RULER's published data."""
     template = (chat.split_chat if settings.chat_template else chat.plain)(model.tokenizer)
-    published = [name for name in settings.tasks if is_published(name)]
+    published = [name for name in settings.tasks if is_ruler_data(name)]
     generated = [name for name in settings.tasks if name not in published]
     items: list[Item] = []
     if generated:
@@ -134,7 +134,7 @@ def all_items(settings: EvaluateSettings, model: LanguageModel) -> list[Item]:
         items += make_items(generated, builder, *sizes)
     if published:
         where = settings.data.path, model.tokenizer, template, model.max_length
-        items += published_items(published, *where, settings.lengths, settings.samples)
+        items += ruler_items(published, *where, settings.lengths, settings.samples)
     return items
 
 

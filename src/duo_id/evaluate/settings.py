@@ -13,10 +13,10 @@ BASELINES = ("streaming", "window")
 
 @settings("data")
 class EvaluationDataSettings:
-    """The text that generated tasks are made of, and where published benchmarks lie."""
+    """The text that generated tasks are made of, and where RULER's published data lies."""
 
     haystack: HaystackSettings = field(default_factory=HaystackSettings)
-    path: Text | None = None  # a folder with the files of a published benchmark; null: the hub
+    path: Text | None = None  # a folder with the files of ruler-data; null: the hub
 
 
 @settings("")

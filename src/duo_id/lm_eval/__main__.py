@@ -8,8 +8,14 @@ if __name__ == "__main__":
 import sys
 
 from duo_id.common import cli
+from duo_id.common.documents import one_line
 from duo_id.common.errors import UserError
 from duo_id.common.stopping import describe_interrupt, status_of, stoppable
+
+ADVICE = {
+    ImportError: "pip install 'duo_id[lm-eval]', or what else the task asks for",
+    ConnectionError: "a local copy can stand in for a data set, see docs/benchmarks.md",
+}
 
 
 @stoppable()
@@ -23,16 +29,12 @@ def main() -> None:
         from lm_eval.__main__ import cli_evaluate
 
         from duo_id.lm_eval.model import register
-    except ImportError as error:
-        cli.console.print(
-            f"error: lm-eval cannot be imported ({error}): pip install 'duo_id[lm-eval]'", markup=False, soft_wrap=True
-        )
-        sys.exit(2)
-    register()
-    try:
+
+        register()
         cli_evaluate()
-    except UserError as error:
-        cli.console.print(f"error: {error}", markup=False, soft_wrap=True)
+    except (UserError, ImportError, ConnectionError) as error:
+        advice = (text for kind, text in ADVICE.items() if isinstance(error, kind))
+        cli.console.print(": ".join(("error", one_line(error, 1000), *advice)), markup=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt as error:
         cli.console.print(describe_interrupt(error))

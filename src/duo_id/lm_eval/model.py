@@ -1,6 +1,7 @@
 """lm-eval's Hugging Face model under a head mask, so that any of its tasks can be scored with one."""
 
 import inspect
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -8,10 +9,12 @@ from typing import Any, get_args
 import torch
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import truncate_tokens
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from duo_id.common.config import conf_dir, parse
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, check
 from duo_id.common.foreign import model_of, told_model
 from duo_id.deploy.install import install
 from duo_id.models.loading import load_model
@@ -20,8 +23,10 @@ from duo_id.patterns.files import load_pattern
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.tables import as_float
 
+log = logging.getLogger(__name__)
 NAME = "duo_id"  # what lm-eval calls the class
 DTYPES = get_args(ModelSettings.__annotations__["dtype"])
+Request = tuple[tuple[str, str], list[int], list[int]]  # context and continuation: as text, and the tokens of each
 
 
 class DuoLM(HFLM):
@@ -39,6 +44,7 @@ class DuoLM(HFLM):
         pretrained: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
+        truncation_side: str = "left",
         **options: Any,
     ) -> None:
         """Load the model and put it under the mask.
@@ -50,6 +56,8 @@ class DuoLM(HFLM):
             pretrained: a hub id or local folder instead, which HFLM loads with all its options.
             dtype: of the weights; auto: with `model` float32 on the CPU, else bfloat16, with `pretrained` as stored.
             device: by default cuda, where there is one.
+            truncation_side: what a prompt longer than the model takes loses. left: its beginning, as with HFLM; middle:
+                each prompt its own middle, as LongBench's authors do (Bai et al. 2023, arXiv 2308.14508, section 4.1).
             options: HFLM's own, such as batch_size and max_length; those of loading only with `pretrained`.
 
         Raises:
@@ -65,6 +73,10 @@ class DuoLM(HFLM):
             raise UserError(f"--model_args sparsity={sparsity} is not a number")
         mask = pattern.binarize(sparsity=fraction)
         _check(options, pretrained)
+        sides = f"--model_args truncation_side={truncation_side}"
+        check(truncation_side in ("left", "middle"), f"{sides}: choose left or middle")
+        check(truncation_side == "left" or not options.get("truncation"), f"{sides},truncation=True: give one of them")
+        self.truncation_side = truncation_side
         if dtype not in DTYPES and pretrained is None:
             raise UserError(f"--model_args dtype={dtype}: choose {', '.join(DTYPES)}")
         if device is None or (str(device).startswith("cuda") and not torch.cuda.is_available()):  # as HFLM does
@@ -81,6 +93,7 @@ class DuoLM(HFLM):
         install(self.model, mask)
         sizes = {"sink_size": mask.sink_size, "recent_size": mask.recent_size}
         self.mask_info: dict[str, Any] = {"heads": heads, "sparsity": mask.sparsity, **sizes}
+        self.mask_info["truncation_side"] = truncation_side
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "DuoLM":
@@ -93,6 +106,37 @@ class DuoLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes down of the model, with the mask."""
         return super().get_model_info() | self.mask_info
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and attention mask of prompts to generate from, (prompts, tokens); see HFLM for the arguments."""
+        if self.truncation_side == "left" or left_truncate_len is None:
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        prompts = [self._without_middle(self.tok_encode(text), left_truncate_len) for text in strings]
+        batch = self.tokenizer.pad({"input_ids": prompts}, padding_side=padding_side, return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"]
+
+    def _loglikelihood_tokens(self, requests: list[Request], *args: Any, **options: Any) -> list[tuple[float, bool]]:
+        if self.truncation_side == "middle":
+            most = self.max_length + 1  # the last token is predicted, not read
+            requests = [
+                (text, self._without_middle(context, most - len(continuation)), continuation)
+                for text, context, continuation in requests
+            ]
+        return super()._loglikelihood_tokens(requests, *args, **options)
+
+    @staticmethod
+    def _without_middle(tokens: list[int], most: int) -> list[int]:
+        """The two ends of a prompt of more than `most` tokens, else all of it."""
+        if len(tokens) <= most:
+            return tokens
+        log.warning("a prompt of %d tokens loses its middle: %d fit the model", len(tokens), most)
+        return truncate_tokens(tokens, most, side="middle")
 
 
 def register() -> None:

@@ -8,9 +8,11 @@ from duo_id.common.errors import UserError, check
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.tasks import language, lookup, needles, ruler
 from duo_id.evaluate.tasks.building import Draft, Made, SampleBuilder, TooShort
+from duo_id.evaluate.tasks.ruler_data import RULER_DATA
 
 ROOM = 96  # of almost all tasks, so that contexts of all of them have one size and can be read together
 SHORT = 64  # tokens of a sample of the task short, beside those of the chat template
+LONGBENCH = "python -m duo_id.lm_eval --model duo_id --model_args heads=RUN,sparsity=0.5 --tasks longbench"
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,10 @@ def expand(names: Sequence[str]) -> list[EvaluationTask]:
     Raises:
         UserError: a name is neither a task's nor a group's.
     """
-    known = ", ".join((*GROUPS, *EVALUATION_TASKS))
+    choices = ", ".join((*GROUPS, *EVALUATION_TASKS, RULER_DATA))
     for name in names:
-        check(name in GROUPS or name in EVALUATION_TASKS, f"tasks: there is no {name}, choose among {known}")
+        check(not name.startswith("longbench"), f"tasks={name}: LongBench is run by lm-eval: {LONGBENCH}")
+        check(name in GROUPS or name in EVALUATION_TASKS, f"tasks: there is no {name}, choose among {choices}")
     return [
         EVALUATION_TASKS[task] for task in dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,)))
     ]

@@ -1,1 +1,0 @@
-"""Published long-context benchmarks, read as their authors publish them."""
