@@ -37,7 +37,7 @@ lint: $(installed)  ## Check style and types
 	$(bin)/ruff format --check
 	$(bin)/mypy
 
-format: $(installed)  ## Mend what ruff can mend
+format: $(installed)  ## Fix what ruff can fix
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
 
