@@ -64,5 +64,7 @@ def test_kept_tokens_by_hand() -> None:
 def test_a_window_as_long_as_the_context_is_refused() -> None:
     items = [Item("t", 30, 0, (1,) * size, (Question((1,), (1,)),)) for size in (10, 20)]
     check_windows({"other": OTHER}, items)
-    with pytest.raises(UserError, match=r"longest context has 20 tokens, which all fit in the window of found .* raise lengths"):
+    with pytest.raises(
+        UserError, match=r"longest context has 20 tokens, which all fit in the window of found .* raise lengths"
+    ):
         check_windows({"other": OTHER, "found": FOUND}, items)
