@@ -16,7 +16,7 @@ from duo_id.models.loading import load_tokenizer
 
 
 def generate(config: DictConfig) -> None:
-    """Write the dataset that the config describes.
+    """Write the data set that the config describes.
 
     Raises:
         UserError: the settings do not fit together, or `out` exists.

@@ -1,7 +1,7 @@
 """`python peers/run.py RUN_FOLDER key=value`: the questions of an evaluation under kvpress's token eviction.
 
-It reads `samples.jsonl` of the run folder and writes `answers-PRESS.jsonl` beside it, which duo_id judges. It knows
-duo_id by these files alone, since kvpress wants an older transformers.
+It reads `samples.jsonl` in the run folder and writes `answers-PRESS.jsonl` next to it, which duo_id judges. These files
+are its only connection to duo_id, since kvpress needs an older transformers.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from answers import ANSWERS_SCHEMA, VERSION, Answers, Json, Mistake, load_samples
+from answers import ANSWERS_SCHEMA, VERSION, Answers, Json, UsageError, load_samples
 from presses import PEERS, SHARED_NOTE, Budget
 from reading import compare, force, generate, read
 from rich.console import Console
@@ -27,7 +27,7 @@ USAGE = "python peers/run.py RUN_FOLDER [presses=snapkv,tova] [sparsity=0.5] [sa
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 console = Console()
 
-Todo = list[tuple[str, float]]  # presses and sparsities
+Pending = list[tuple[str, float]]  # presses and sparsities
 
 
 @dataclass
@@ -57,15 +57,15 @@ def parse(arguments: Sequence[str]) -> Options:
     """The command line, checked.
 
     Raises:
-        Mistake: it cannot be understood.
+        UsageError: it is not valid.
     """
     folders = [argument for argument in arguments if "=" not in argument]
     if len(folders) != 1:
-        raise Mistake(f"give one run folder: {USAGE}")
+        raise UsageError(f"give one run folder: {USAGE}")
     options = Options(Path(folders[0]), [name for name in PEERS if name != "kvzip"])
     readers: dict[str, Callable[[str], Any]] = {
         "presses": lambda text: text.split(","),
-        "sparsity": lambda text: [float(part) for part in text.strip("[]").split(",")],
+        "sparsity": lambda text: [float(number) for number in text.strip("[]").split(",")],
         "samples": int,
         "tasks": lambda text: text.split(","),
         "generate": lambda text: {"true": True, "false": False}[text.lower()],
@@ -76,14 +76,14 @@ def parse(arguments: Sequence[str]) -> Options:
         if not equals:
             continue
         if key not in readers:
-            raise Mistake(f"{key}= is no option, these are: {', '.join(readers)}")
+            raise UsageError(f"{key}= is not an option, choose among {', '.join(readers)}")
         try:
             setattr(options, key, readers[key](value))
         except (ValueError, KeyError):
-            raise Mistake(f"{argument} cannot be understood: {USAGE}") from None
+            raise UsageError(f"{argument} is not a valid value: {USAGE}") from None
     for name in options.presses:
         if name not in PEERS:
-            raise Mistake(f"presses={name}: choose among {', '.join(PEERS)}")
+            raise UsageError(f"presses={name}: choose among {', '.join(PEERS)}")
     return options
 
 
@@ -104,56 +104,57 @@ class Examiner:
     generates: bool
 
     def reference(self, item: Json) -> dict[int, tuple[list[Tensor], int]]:
-        """Of full attention: logits of each question's answer and bytes of the cache, by the context's length."""
-        found = {}
+        """Full attention's logits of each question's answer, and bytes of its cache, by context length."""
+        references = {}
         for tokens, questions in contexts(item).items():
-            held = read(self.model, item["context"][:tokens], None)
-            logits = [force(self.model, held, prompt, asked["answer"]) for _, prompt, asked in questions]
-            found[tokens] = logits, held.bytes
-        return found
+            cache = read(self.model, item["context"][:tokens], None)
+            logits = [force(self.model, cache, prompt, question["answer"]) for _, prompt, question in questions]
+            references[tokens] = logits, cache.bytes
+        return references
 
     def answer(self, item: Json, name: str, sparsity: float, reference: dict[int, tuple[list[Tensor], int]]) -> Json:
-        """The line of one item, press and sparsity."""
+        """The answers line of one item, press and sparsity."""
         share = self.header["shares"][self.header["sparsities"].index(sparsity)]
         windows = self.header["sink_size"], self.header["recent_size"]
-        answered: dict[int, Json] = {}
+        answers_by_number: dict[int, Json] = {}
         for tokens, questions in contexts(item).items():
             budget = Budget(tokens, share, *windows, self.header["chat_template"])
-            held = read(self.model, item["context"][:tokens], PEERS[name].make(budget), PEERS[name].eager)
+            cache = read(self.model, item["context"][:tokens], PEERS[name].make(budget), PEERS[name].eager)
             full, full_bytes = reference[tokens]
-            for (number, prompt, asked), logits in zip(questions, full, strict=True):
-                measured = compare(force(self.model, held, prompt, asked["answer"]), logits, asked["answer"])
+            for (number, prompt, question), logits in zip(questions, full, strict=True):
+                measured = compare(force(self.model, cache, prompt, question["answer"]), logits, question["answer"])
                 generated = None
-                if self.generates and item["max_new_tokens"] and asked["place"] is None:
+                if self.generates and item["max_new_tokens"] and question["place"] is None:
                     limits = item["max_new_tokens"], item["stop"]
-                    generated = generate(self.model, self.tokenizer, held, prompt, *limits)
-                sizes = {"bytes": held.bytes, "full_bytes": full_bytes}
-                answered[number] = {"question": number} | measured | {"generated": generated} | sizes
-        return _origin(item, sparsity) | {"questions": [answered[number] for number in sorted(answered)]}
+                    generated = generate(self.model, self.tokenizer, cache, prompt, *limits)
+                sizes = {"bytes": cache.bytes, "full_bytes": full_bytes}
+                answers_by_number[number] = {"question": number} | measured | {"generated": generated} | sizes
+        return _line_key(item, sparsity) | {"questions": [answer for _, answer in sorted(answers_by_number.items())]}
 
 
 def contexts(item: Json) -> dict[int, list[tuple[int, list[int], Json]]]:
-    """The questions by the length of the context that is read before them: number, prompt and question.
+    """The questions by the length of context read before them: number, prompt and question.
 
-    Where an answer stands inside the context, only what is before it is read, and the last token of that is the prompt.
+    For an answer inside the context, only the tokens before it are read, and the last of these is the prompt.
     """
-    found: dict[int, list[tuple[int, list[int], Json]]] = {}
-    for number, asked in enumerate(item["questions"]):
-        place, context = asked["place"], item["context"]
-        tokens = len(context) if place is None else place - 1
+    by_length: dict[int, list[tuple[int, list[int], Json]]] = {}
+    for number, question in enumerate(item["questions"]):
+        start, context = question["place"], item["context"]
+        tokens = len(context) if start is None else start - 1
         if tokens < 1:
             raise ValueError(f"question {number} leaves no context to read")
-        found.setdefault(tokens, []).append((number, asked["prompt"] if place is None else [context[tokens]], asked))
-    return found
+        prompt = question["prompt"] if start is None else [context[tokens]]
+        by_length.setdefault(tokens, []).append((number, prompt, question))
+    return by_length
 
 
-def examine(examiner: Examiner, todo: Sequence[tuple[Json, Todo]], files: dict[str, Answers]) -> int:
-    """Answer all items; the number of failures, each of which is told and leaves the others alone."""
-    failures, told = 0, set()
+def examine(examiner: Examiner, pending: Sequence[tuple[Json, Pending]], files: dict[str, Answers]) -> int:
+    """Answer all items; returns the number of failures, which are reported and do not stop the others."""
+    failures, reported = 0, set()
     columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=sum(len(item["context"]) * len(missing) for item, missing in todo))
-        for item, missing in todo:
+        bar = progress.add_task("", total=sum(len(item["context"]) * len(missing) for item, missing in pending))
+        for item, missing in pending:
             reference = None
             for name, sparsity in missing:
                 progress.update(bar, description=f"{item['task']} at {item['length']}: {name}")
@@ -161,21 +162,21 @@ def examine(examiner: Examiner, todo: Sequence[tuple[Json, Todo]], files: dict[s
                 try:
                     reference = reference or examiner.reference(item)
                     line = examiner.answer(item, name, sparsity, reference)
-                except Exception as error:  # whatever a press may raise, and what does not fit the memory
+                except Exception as error:  # presses may raise anything, or run out of memory
                     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
                 if reason:
                     failures += 1
-                    torch.cuda.empty_cache()  # here no traceback holds tensors any more
-                    line = _origin(item, sparsity) | {"error": reason}
-                    if (name, reason) not in told:
-                        told.add((name, reason))
+                    torch.cuda.empty_cache()  # here, where no traceback keeps tensors alive
+                    line = _line_key(item, sparsity) | {"error": reason}
+                    if (name, reason) not in reported:
+                        reported.add((name, reason))
                         console.print(f"{name} failed on {item['task']} at {item['length']}: {escape(reason)}")
                 files[name].add(line)
                 progress.advance(bar, len(item["context"]))
     return failures
 
 
-def _origin(item: Json, sparsity: float) -> Json:
+def _line_key(item: Json, sparsity: float) -> Json:
     return {key: item[key] for key in ("task", "length", "index")} | {"sparsity": sparsity}
 
 
@@ -183,7 +184,7 @@ def load_model(header: Json, device: str) -> tuple[PreTrainedModel, PreTrainedTo
     """The model and tokenizer that the samples were made for.
 
     Raises:
-        Mistake: they cannot be loaded.
+        UsageError: they cannot be loaded.
     """
     source, options = header["model"], {"revision": header["revision"]}
     try:
@@ -191,16 +192,16 @@ def load_model(header: Json, device: str) -> tuple[PreTrainedModel, PreTrainedTo
         dtype, target = getattr(torch, header["dtype"]), {"": torch.device(device)}
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=target, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise Mistake(f"the model {source} cannot be loaded on {device}: {' '.join(str(error).split())}") from None
+        raise UsageError(f"the model {source} cannot be loaded on {device}: {' '.join(str(error).split())}") from None
     return model.eval().requires_grad_(False), tokenizer
 
 
 def run(options: Options) -> int:
-    """Answer what is not answered yet; the number of failures."""
+    """Answer what is still unanswered; returns the number of failures."""
     header, items, digest = load_samples(options.folder, options.tasks, options.samples)
     for value in options.sparsity or []:
         if value not in header["sparsities"]:
-            raise Mistake(f"sparsity={value} is not among those of the samples: {header['sparsities']}")
+            raise UsageError(f"sparsity={value} is not among those of the samples: {header['sparsities']}")
     sparsities = options.sparsity or header["sparsities"]
     generates = header["generate"] if options.generate is None else options.generate
     versions = {name: version(name) for name in ("kvpress", "transformers", "torch")}
@@ -210,33 +211,33 @@ def run(options: Options) -> int:
         shared = {"schema": ANSWERS_SCHEMA, "version": VERSION, "samples": digest, "press": name}
         notes = {"settings": peer.settings(), "note": f"{SHARED_NOTE}; {peer.note}", "versions": versions}
         files[name] = Answers(options.folder / f"answers-{name}.jsonl", shared | notes)
-    todo: list[tuple[Json, Todo]] = []
+    pending: list[tuple[Json, Pending]] = []
     for item in items:
         pairs = [(name, sparsity) for name in files for sparsity in sparsities]
         missing = [pair for pair in pairs if not files[pair[0]].has(item, pair[1], generates)]
         if missing:
-            todo.append((item, missing))
-    if not todo:
+            pending.append((item, missing))
+    if not pending:
         return 0
-    return examine(Examiner(*load_model(header, options.device), header, generates), todo, files)
+    return examine(Examiner(*load_model(header, options.device), header, generates), pending, files)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; the exit status: 2 for a mistake of the user, 130 after Ctrl-C."""
+    """Run the command; returns the exit status, 2 for a usage error, 130 after Ctrl-C."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("kvpress").setLevel(logging.ERROR)
     try:
         options = parse(arguments)
         failures = run(options)
-    except Mistake as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk
-        print(f"error: {error}; the same command goes on", file=sys.stderr)
+        print(f"error: {error}; repeat the command to resume", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; repeat the command to resume", file=sys.stderr)
         return 130
     lost = f", {failures} failed" if failures else ""
     console.print(f"answers: {options.folder}/answers-*.jsonl{lost}", soft_wrap=True)

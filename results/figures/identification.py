@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from duo_id.common.figures import save_figure
 from duo_id.patterns.agreement import plot_agreement, plot_patterns
 from duo_id.report.figures import plot_budget, plot_cost, plot_tasks
-from duo_id.report.leaderboard import averaged
+from duo_id.report.leaderboard import average_over_seeds
 from duo_id.report.runs import merge
 from duo_id.report.summary import contender_of, frame, load_results
 
@@ -33,7 +33,7 @@ def draw(results: Mapping[str, Any]) -> dict[str, Figure]:
     rows = frame(results)
     full = rows["kind"] == "full"
     measured = rows[full | rows["heads"].isin(GOOD)]
-    patterns = averaged(results["patterns"])
+    patterns = average_over_seeds(results["patterns"])
     ranked = {name: patterns[name] for name in GOOD}
     return {
         "tasks": plot_tasks(rows[full | rows["heads"].isin(COMPARED) & rows["sparsity"].isin(SPARSITIES)], "rise"),

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from duo_id.attention.functions import Backends
 from duo_id.attention.interface import routed
 from duo_id.attention.layers import AttentionLayer
-from duo_id.benchmark.caches import Bench
+from duo_id.benchmark.caches import CacheBench
 from duo_id.benchmark.ceilings import Ceilings
 from duo_id.benchmark.roofline import workload
 from duo_id.benchmark.settings import BenchmarkSettings
@@ -36,10 +36,10 @@ def layers_of(model: PreTrainedModel) -> list[AttentionLayer]:
 
 def make_bench(
     model: PreTrainedModel, announce: Callable[[str], None] = lambda phase: None, **changes: object
-) -> Bench:
+) -> CacheBench:
     sizes = {"task": "decode", "context": [20, 50], "chunk_size": [8], "sparsity": [0.5], "repeats": 3, "warmup": 1}
     settings = BenchmarkSettings(
         **{"model": ModelSettings("tiny"), "sink_size": SINK, "recent_size": RECENT, **sizes, **changes}
     )
     layers = layers_of(model)
-    return Bench(settings, model, layers, workload(model, layers), Ceilings(1e9, 1e10), announce)
+    return CacheBench(settings, model, layers, workload(model, layers), Ceilings(1e9, 1e10), announce)

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from duo_id.benchmark.tables import compared
+from duo_id.benchmark.tables import with_gains
 
 
 def row(attention: str, sparsity: float, context: int, ms: float | None, peak: int, **changes: Any) -> dict[str, Any]:
     """A row of results.json; `ms` None: out of memory."""
     fits = ms is not None
-    found = {
+    columns = {
         "attention": attention,
         "sparsity": sparsity,
         "context": context,
@@ -21,23 +21,23 @@ def row(attention: str, sparsity: float, context: int, ms: float | None, peak: i
         "floor_ms": context / 1e3 * (1 - sparsity) + 1,
     }
     if ms is not None:
-        found |= {"ms": ms, "ms_min": ms * 0.9, "ms_max": ms * 1.1, "tokens_per_s": 1e3 / ms, "over_floor": 1.1}
-    return found | changes
+        columns |= {"ms": ms, "ms_min": ms * 0.9, "ms_max": ms * 1.1, "tokens_per_s": 1e3 / ms, "over_floor": 1.1}
+    return columns | changes
 
 
 def results(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What results.json holds, as far as tables and figures look at it."""
+    """The contents of results.json, as far as tables and figures read it."""
     return {
         "task": task,
         "model": {"name": "a model"},
         "device": "a device",
         "ceilings": {"bandwidth": 4e12, "flops": 7e14},
-        "rows": compared(rows),
+        "rows": with_gains(rows),
     }
 
 
 def decode() -> dict[str, Any]:
-    """Two baselines, masks at two sparsities, two contexts, of which full attention fits one."""
+    """Two baselines, masks at two sparsities, two contexts; full attention runs out of memory at one."""
     rows = [
         row("full", 0.0, 1000, 8.0, 9 * 2**30),
         row("full", 0.0, 2000, None, 0),

@@ -1,4 +1,4 @@
-"""Rows of each task, and rows where the memory was not enough."""
+"""Rows of each task, and rows that ran out of memory."""
 
 from typing import Any
 
@@ -78,7 +78,7 @@ def test_out_of_memory_is_a_row_and_the_rest_goes_on(task: str, monkeypatch: pyt
 
 
 def test_memory_that_runs_out_while_timing_leaves_the_shorter_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = caches.captured
+    plain = caches.capture_graph
     calls = [0]
 
     def instead(step, device):
@@ -87,7 +87,7 @@ def test_memory_that_runs_out_while_timing_leaves_the_shorter_contexts(monkeypat
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(step, device)
 
-    monkeypatch.setattr(caches, "captured", instead)
+    monkeypatch.setattr(caches, "capture_graph", instead)
     rows = {row["context"]: row["status"] for row in rows_of(StaticAttention)}
     assert rows == {50: "OOM", 20: "ok"}
 
@@ -106,21 +106,21 @@ def test_a_prefill_that_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_phase_is_announced_with_its_subject() -> None:
-    said: list[str] = []
+    announced: list[str] = []
     model = tiny_model("llama")
-    bench = make_bench(model, said.append, context=[20])
+    bench = make_bench(model, announced.append, context=[20])
     list(bench.rows(DualAttention(named(model), layers_of(model), 1, mask())))
-    assert said[0] == "duo, 50% stream, 20 tokens: memory"
-    assert said[-1] == "duo, 50% stream, 20 tokens: measure"
+    assert announced[0] == "duo, 50% stream, 20 tokens: memory"
+    assert announced[-1] == "duo, 50% stream, 20 tokens: measure"
 
 
 def test_norms_and_mlps_are_compiled_and_released_again() -> None:
     model = tiny_model("llama")
     with compiled_parts(model, layers_of(model)):
-        compiled = {name for name, part in model.named_modules() if "forward" in part.__dict__}
+        compiled = {name for name, module in model.named_modules() if "forward" in module.__dict__}
     block = ("mlp", "input_layernorm", "post_attention_layernorm")
-    assert compiled == {f"model.layers.{index}.{part}" for index in range(3) for part in block}
-    assert all("forward" not in part.__dict__ for part in model.modules())
+    assert compiled == {f"model.layers.{index}.{module}" for index in range(3) for module in block}
+    assert all("forward" not in module.__dict__ for module in model.modules())
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Every contender computes what the plain model does: nothing is measured that would give other tokens."""
+"""Every contender computes what the plain model does, so that benchmarks measure only correct code."""
 
 from functools import partial
 
@@ -39,10 +39,10 @@ def random_ids(tokens: int) -> torch.Tensor:
 def stored(chosen: CacheContender, cache: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The filled slots of each layer, all of whose heads are retrieval heads."""
     if isinstance(cache, DualCache):
-        found = [(layer.full.key, layer.full.value) for layer in cache.dual_layers]
+        pairs = [(layer.full.key, layer.full.value) for layer in cache.dual_layers]
     else:
-        found = [(layer.keys, layer.values) for layer in cache.layers]
-    return [(key[:, :, :CONTEXT].clone(), value[:, :, :CONTEXT].clone()) for key, value in found]
+        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    return [(key[:, :, :CONTEXT].clone(), value[:, :, :CONTEXT].clone()) for key, value in pairs]
 
 
 @torch.no_grad()
@@ -87,8 +87,8 @@ def test_steps_go_on_where_the_host_counts_them() -> None:
     with chosen.installed():
         cache = chosen.new_cache(CONTEXT)
         chosen.clear(cache)
-        given = {cache_argument(model): cache}
-        parts = [model(ids[:, i : i + 1], use_cache=True, **given).logits for i in range(CONTEXT)]
+        cache_arguments = {cache_argument(model): cache}
+        parts = [model(ids[:, i : i + 1], use_cache=True, **cache_arguments).logits for i in range(CONTEXT)]
     torch.testing.assert_close(torch.cat(parts, 1), model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -110,28 +110,28 @@ def test_a_step_runs_as_often_as_there_are_slots(kind: str) -> None:
 
 def test_the_model_is_as_it_was_afterwards() -> None:
     model = tiny_model("llama")
-    before = model.config._attn_implementation
+    implementation = model.config._attn_implementation
     for kind in FULL:
         with contender(kind, model).installed():
-            assert model.config._attn_implementation != before
-        assert model.config._attn_implementation == before
+            assert model.config._attn_implementation != implementation
+        assert model.config._attn_implementation == implementation
 
 
 def test_no_mask_is_made_for_the_baseline() -> None:
     model = tiny_model("llama")
-    chosen, seen = contender("static", model), []
+    chosen, masks = contender("static", model), []
     with chosen.installed():
         ours = AttentionInterface()[static_attention.IMPLEMENTATION]
 
         def note(module, query, key, value, attention_mask, **options):
-            seen.append(attention_mask)
+            masks.append(attention_mask)
             return ours(module, query, key, value, attention_mask, **options)
 
         AttentionInterface.register(static_attention.IMPLEMENTATION, note)
         cache = chosen.new_cache(CONTEXT)
         chosen.clear(cache)
         model(random_ids(4), use_cache=True, **{cache_argument(model): cache})
-    assert seen == [None] * 3
+    assert masks == [None] * 3
 
 
 def test_bytes_are_those_of_the_slots() -> None:
@@ -162,11 +162,11 @@ def test_the_baseline_compiles_once_for_all_contexts() -> None:
             chosen.fill(cache, context)
             past = [[x[:, :, :context].clone() for x in (layer.keys, layer.values)] for layer in cache.layers]
             logits = decode_step(chosen, forward, cache, context, random_ids(1))()
-            again = chosen.new_cache(context + 1)
-            for layer, (key, value) in zip(again.layers, past, strict=True):
+            second_cache = chosen.new_cache(context + 1)
+            for layer, (key, value) in zip(second_cache.layers, past, strict=True):
                 layer.keys[:, :, :context], layer.values[:, :, :context] = key, value
                 layer.cumulative_length.fill_(context)
-            expected = decode_step(chosen, model, again, context, random_ids(1))()
+            expected = decode_step(chosen, model, second_cache, context, random_ids(1))()
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
     assert len(graphs) == 1

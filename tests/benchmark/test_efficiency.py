@@ -1,4 +1,4 @@
-"""Which runs several devices can be compared with."""
+"""Which runs can be the baseline of several devices."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ RUN: dict[str, Any] = {
 
 
 def baseline(run: Path, groups: int = 1, **changes: Any) -> dict[tuple[int, str], float]:
-    """What a run with other settings than those of the run on one device reads of it."""
+    """The baseline that a run with changed settings reads from the run on one device."""
     return read_baseline(replace(SETTINGS, compare=str(run), **changes), torch.device("cpu"), "H", groups)
 
 
@@ -44,16 +44,16 @@ def test_our_step_on_one_device_counts(tmp_path: Path) -> None:
 
 def test_devices_may_share_samples_or_take_some_each(tmp_path: Path) -> None:
     saved(tmp_path)
-    others = {"trainer": {"devices": 8}, "seed": 3, "repeats": 9, "profile": True, "compile": False}
-    assert baseline(tmp_path, 8, batch_size=8, **others)
-    assert baseline(tmp_path, 4, batch_size=4, step=StepSettings(sequence_parallel=2), **others)
+    changes = {"trainer": {"devices": 8}, "seed": 3, "repeats": 9, "profile": True, "compile": False}
+    assert baseline(tmp_path, 8, batch_size=8, **changes)
+    assert baseline(tmp_path, 4, batch_size=4, step=StepSettings(sequence_parallel=2), **changes)
 
 
 def test_what_one_device_did_not_measure_is_not_compared(tmp_path: Path) -> None:
-    """There is no row of it there, or its memory did not suffice."""
+    """The baseline has no row for it, or ran out of memory."""
     saved(tmp_path, rows=[ROW, {"step": "ours", "status": "OOM", "blend": "student", "context": 65536}])
-    found = baseline(tmp_path, context=[32768, 65536], blend=["student", "teacher"])
-    assert found.keys() == {(32768, "student")}
+    speeds = baseline(tmp_path, context=[32768, 65536], blend=["student", "teacher"])
+    assert speeds.keys() == {(32768, "student")}
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_what_one_device_did_not_measure_is_not_compared(tmp_path: Path) -> None
         ({"devices": 2}, "measured on 2 x H with m; efficiency is against 1 x H with m"),
         ({"device": "other"}, "measured on 1 x other with m; efficiency is against 1 x H with m"),
         ({"model": {"name": "n"}}, "measured on 1 x H with n"),
-        ({"rows": None}, "no results of task=train_step can be read there"),
-        ({"settings": {}}, "no results of task=train_step can be read there"),
-        ({"settings": plain(replace(SETTINGS, task="decode"))}, r"can be read there \(task=decode\)"),
+        ({"rows": None}, "cannot be read as results of task=train_step"),
+        ({"settings": {}}, "cannot be read as results of task=train_step"),
+        ({"settings": plain(replace(SETTINGS, task="decode"))}, r"cannot be read .* \(task=decode\)"),
     ],
 )
 def test_others_are_refused_in_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_others_are_refused_in_one_line(change: dict[str, Any], message: str, tm
 def test_what_cannot_be_read_is_refused(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "results.json").write_text(text)
-    with pytest.raises(UserError, match=rf"^compare={tmp_path}: no results of task=train_step can be read there"):
+    with pytest.raises(UserError, match=rf"^compare={tmp_path}: cannot be read as results of task=train_step"):
         baseline(tmp_path)
 
 
@@ -102,12 +102,12 @@ def test_what_cannot_be_read_is_refused(text: str | None, tmp_path: Path) -> Non
     ],
 )
 def test_other_work_is_refused_by_its_override(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"^compare={tmp_path}: {message}, which is other work$"):
+    with pytest.raises(UserError, match=rf"^compare={tmp_path}: steps do different work, {message}$"):
         baseline(saved(tmp_path), **change)
 
 
 def test_text_of_another_run_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a list is due, which a single text stands for."""
+    """Also where a list is expected, which a single string may replace."""
     monkeypatch.setenv("DUO_ID_SECRET", "s3cr3t")
     saved(tmp_path, settings=RUN["settings"] | {"blend": "${oc.env:DUO_ID_SECRET}"})
     with pytest.raises(UserError, match="blend=") as error:

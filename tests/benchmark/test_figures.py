@@ -1,4 +1,4 @@
-"""Figures show what was saved: curves of time and memory, floors dashed, and where memory ran out."""
+"""Figures show what was saved: curves of time and memory, dashed floors, and OOM marks."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ from tests.benchmark import saved
 def curves(panel: Axes, dash: str) -> list[dict[float, float]]:
     """The lines of a panel drawn with this dash, without gaps."""
     lines = [line for line in panel.lines if line.get_linestyle() == dash and len(line.get_xdata())]
-    found = [dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in lines]
-    return [{x: y for x, y in line.items() if y == y} for line in found]
+    curves_by_label = [dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in lines]
+    return [{x: y for x, y in line.items() if y == y} for line in curves_by_label]
 
 
 def test_decode_over_context_has_both_panels_and_floors() -> None:

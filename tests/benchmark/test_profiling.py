@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by a trace that is made by hand."""
+"""Where the time of a step goes, from a handmade trace."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_communication_that_nothing_hides_is_exposed() -> None:
         kernel("Memset (Device)", 0, 1, cat="gpu_memset"),
         kernel("nvjet_tst_128x256_64x4", 10, 14),
         kernel("ncclDevKernel_AllGather_RING_LL", 12, 18),  # 2 hidden
-        kernel("ncclDevKernel_SendRecv", 17, 20),  # 1 beside the other, 1 hidden
+        kernel("ncclDevKernel_SendRecv", 17, 20),  # 1 overlaps the other, 1 hidden
         kernel("cudnn_generated_sdpa_fprop", 19, 25),
         kernel("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 28, 30),
         kernel("ncclDevKernel_SendRecv", 21, 22),  # all hidden

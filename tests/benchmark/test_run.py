@@ -1,4 +1,4 @@
-"""The command benchmark from end to end on a tiny model: what a run leaves, and what it refuses."""
+"""The benchmark command end to end on a tiny model: its output, and what it refuses."""
 
 import json
 import re
@@ -30,7 +30,7 @@ SMALL = [
     "sparsity=[0.5,1]",
     "repeats=2",
 ]
-TASKS = ("decode", "prefill", "memory")  # train_step has tests of its own
+TASKS = ("decode", "prefill", "memory")  # train_step has its own tests
 COUNTS = {"decode": 4 * 2, "prefill": 3 * 4, "memory": 3 * 2}  # contenders times sizes
 
 
@@ -123,7 +123,7 @@ def test_a_pattern_brings_its_heads_and_windows(tmp_path: Path) -> None:
         (["warmup=-1"], "warmup=-1 must be at least 0"),
         (["recent_size=0"], "recent_size=0 must be at least 1"),
         (["sink_size=-1"], "sink_size=-1 must be at least 0"),
-        (["recent_size=1000"], "lies within the window of sink_size + recent_size = 1004: give a longer one"),
+        (["recent_size=1000"], "fits in the window of sink_size + recent_size = 1004: give a longer one"),
         (["seed=-1"], "seed=-1"),
         (["heads=SmolLM2-135M-Instruct"], "30 layers x 3 KV heads, but tiny has 3 layers x 2 KV heads"),
         (["heads=nowhere"], "nowhere"),
@@ -183,8 +183,8 @@ def test_presets_hold_overrides_alone(preset: str, tmp_path: Path) -> None:
 def test_settings_have_no_key_without_a_place_in_conf(tmp_path: Path) -> None:
     base: list[DictConfig] = []
     run_command("benchmark", folder=tmp_path, command=base.append)
-    written = OmegaConf.to_container(base[0])
-    assert BenchmarkSettings.__dataclass_fields__.keys() == written.keys() - {"preset"}
+    in_conf = OmegaConf.to_container(base[0])
+    assert BenchmarkSettings.__dataclass_fields__.keys() == in_conf.keys() - {"preset"}
 
 
 def test_the_docs_name_every_preset_and_no_other() -> None:

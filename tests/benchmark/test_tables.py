@@ -1,11 +1,11 @@
-"""Gains are against the better baseline of the same place; tables hold them and fit a terminal."""
+"""Gains are over the better baseline at the same sizes; tables show them and fit a terminal."""
 
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
-from duo_id.benchmark.tables import compared, memory, results_tables
+from duo_id.benchmark.tables import memory, results_tables, with_gains
 from tests.benchmark import saved
 
 
@@ -33,12 +33,12 @@ def test_nothing_is_gained_over_what_did_not_fit_but_floors_compare() -> None:
 
 def test_rows_of_other_sizes_are_no_baseline() -> None:
     rows = [saved.row("full", 0.0, 1000, 8.0, 2**31, batch_size=2), saved.row("duo", 0.5, 1000, 2.0, 2**31)]
-    assert compared(rows)[1]["speedup"] is None
+    assert with_gains(rows)[1]["speedup"] is None
 
 
 def test_comparing_again_changes_nothing() -> None:
     rows = saved.decode()["rows"]
-    assert compared(rows) == rows
+    assert with_gains(rows) == rows
 
 
 def test_without_a_peak_weights_and_cache_count() -> None:

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from duo_id.benchmark.timing import Stopwatch, Timing, captured, timed, unless_out_of_memory, with_peak
+from duo_id.benchmark.timing import Stopwatch, Timing, capture_graph, measure_peak, none_if_out_of_memory, time_runs
 
 CPU = torch.device("cpu")
 
@@ -16,7 +16,7 @@ def test_the_median_stands_beside_the_spread() -> None:
 
 def test_warm_ups_are_not_measured_and_each_run_is_prepared() -> None:
     order: list[str] = []
-    timing = timed(lambda: order.append("run"), CPU, 2, warmup=1, before=lambda: order.append("before"))
+    timing = time_runs(lambda: order.append("run"), CPU, 2, warmup=1, before=lambda: order.append("before"))
     assert order == ["before", "run"] * 3
     assert len(timing.runs) == 2
 
@@ -25,8 +25,8 @@ def test_on_the_cpu_nothing_is_captured_and_no_peak_counted() -> None:
     def step() -> str:
         return "done"
 
-    assert captured(step, CPU) is step
-    assert with_peak(step, CPU) == ("done", None)
+    assert capture_graph(step, CPU) is step
+    assert measure_peak(step, CPU) == ("done", None)
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,15 @@ def test_on_the_cpu_nothing_is_captured_and_no_peak_counted() -> None:
     ],
 )
 def test_out_of_memory_gives_back_what_was_held(error: Exception) -> None:
-    held: list[weakref.ref[torch.Tensor]] = []
+    references: list[weakref.ref[torch.Tensor]] = []
 
     def run() -> None:
         tensor = torch.ones(3)
-        held.append(weakref.ref(tensor))
+        references.append(weakref.ref(tensor))
         raise type(error)(*error.args)
 
-    assert unless_out_of_memory(run) is None
-    assert held[0]() is None
+    assert none_if_out_of_memory(run) is None
+    assert references[0]() is None
 
 
 def test_other_errors_are_not_hidden() -> None:
@@ -54,16 +54,16 @@ def test_other_errors_are_not_hidden() -> None:
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        unless_out_of_memory(run)
+        none_if_out_of_memory(run)
 
 
 def test_the_stopwatch_adds_up_phases_and_announces_them() -> None:
-    said: list[str] = []
-    watch = Stopwatch(said.append)
+    announced: list[str] = []
+    watch = Stopwatch(announced.append)
     for name in ("fill", "measure", "fill"):
         with watch.phase(name):
             pass
-    assert said == ["fill", "measure", "fill"]
+    assert announced == ["fill", "measure", "fill"]
     assert watch.take().keys() == {"fill", "measure"}
     assert watch.take() == {}
 
@@ -71,14 +71,14 @@ def test_the_stopwatch_adds_up_phases_and_announces_them() -> None:
 @pytest.mark.gpu
 def test_a_captured_step_runs_again_and_again_and_is_timed() -> None:
     device, count = torch.device("cuda"), torch.zeros((), device="cuda")
-    run = captured(lambda: count.add_(1), device)
-    before = int(count)
-    assert len(timed(run, device, 4, warmup=2).runs) == 4
-    assert int(count) == before + 6
+    run = capture_graph(lambda: count.add_(1), device)
+    count_before = int(count)
+    assert len(time_runs(run, device, 4, warmup=2).runs) == 4
+    assert int(count) == count_before + 6
 
 
 @pytest.mark.gpu
 def test_the_peak_counts_what_was_freed_again() -> None:
-    _, peak = with_peak(lambda: torch.empty(2**24, device="cuda").sum().item(), torch.device("cuda"))
+    _, peak = measure_peak(lambda: torch.empty(2**24, device="cuda").sum().item(), torch.device("cuda"))
     assert peak is not None
     assert peak >= 2**26

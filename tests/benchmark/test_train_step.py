@@ -1,4 +1,4 @@
-"""The benchmark of training steps from end to end on a tiny model, and its floor by hand."""
+"""The benchmark of training steps end to end on a tiny model, and its floor by hand."""
 
 import json
 from pathlib import Path
@@ -31,8 +31,17 @@ def saved(folder: Path) -> dict[str, Any]:
 
 def bench(**changes: Any) -> StepBench:
     sizes = {"task": "train_step", "context": [100], "chunk_size": [8], "sparsity": [0.5], "repeats": 1, "warmup": 0}
-    given = {"model": ModelSettings("tiny"), "sink_size": 4, "recent_size": 8, "blend": ["student"], **sizes, **changes}
-    return StepBench(BenchmarkSettings(**given), named(tiny_model("llama")), Ceilings(1.0, 1e6), Path(), lambda _: None)
+    values = {
+        "model": ModelSettings("tiny"),
+        "sink_size": 4,
+        "recent_size": 8,
+        "blend": ["student"],
+        **sizes,
+        **changes,
+    }
+    return StepBench(
+        BenchmarkSettings(**values), named(tiny_model("llama")), Ceilings(1.0, 1e6), Path(), lambda _: None
+    )
 
 
 def test_both_steps_are_measured_side_by_side(tmp_path: Path) -> None:
@@ -99,15 +108,15 @@ def test_the_loss_looks_at_the_end_of_every_sample() -> None:
         (["blend=[]"], "blend=[] must be a list of at least one value"),
         (["step.memory=lots"], "step.memory=lots: choose auto, outputs, least, or a budget such as 60GiB"),
         (["step.memory=0.01MiB", "context=60"], "step.memory: a step of 60 tokens needs at least"),
-        (["context=1000000"], "context=1000000: tiny is made for"),
+        (["context=1000000"], "context=1000000: tiny supports"),
         (["data.length=0"], "data.length=0 must be at least 1"),
         (["trainer.devices=2", "trainer.accelerator=cpu"], "batch_size=1, the samples of a step, does not divide"),
         (["step.sequence_parallel=2"], "step.sequence_parallel=2 does not divide the 1 processes"),
         (["task=decode", "trainer.devices=2"], "trainer.devices=2: task=decode works on 1 device"),
-        (["context=[12,60]"], "sink_size + recent_size = 12 must be below context=12, or nothing lies outside"),
+        (["context=[12,60]"], "sink_size + recent_size = 12 must be below context=12, or the window hides nothing"),
         (["step.cuda_graphs=true"], "step.cuda_graphs=true: task=train_step measures steps without a graph"),
         (["heads=nowhere"], "heads=nowhere: task=train_step trains the gates of all heads"),
-        (["context=60", "compare=nowhere"], "compare=nowhere: no results of task=train_step can be read there"),
+        (["context=60", "compare=nowhere"], "compare=nowhere: cannot be read as results of task=train_step"),
     ],
 )
 def test_mistakes_are_one_line(overrides: list[str], message: str, tmp_path: Path) -> None:
@@ -117,7 +126,7 @@ def test_mistakes_are_one_line(overrides: list[str], message: str, tmp_path: Pat
 def test_a_run_to_compare_with_is_read_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(*given: Any) -> None:
+    def load(*args: Any) -> None:
         raise AssertionError("loaded")
 
     monkeypatch.setattr(benchmark, "load_model", load)
@@ -125,7 +134,7 @@ def test_a_run_to_compare_with_is_read_before_the_model_is_loaded(
 
 
 def test_a_longer_sequence_than_the_model_is_made_for_is_refused() -> None:
-    with pytest.raises(UserError, match=r"context=600: tiny is made for 512 tokens"):
+    with pytest.raises(UserError, match=r"context=600: tiny supports 512 tokens"):
         bench(context=[600])
 
 
@@ -177,7 +186,7 @@ def test_a_step_waits_for_nothing(blend: str) -> None:
 @pytest.mark.parametrize("blend", ["student", "teacher"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_keeps_its_budget(blend: str, compiled: bool) -> None:
-    """Between what everything takes and what the least takes; a reserve of 1 GiB is part of the budget."""
+    """Between keeping everything and keeping the minimum; the budget includes a reserve of 1 GiB."""
     from duo_id.step.prepare import prepared
     from duo_id.step.recompute import Keep
     from duo_id.step.settings import StepSettings

@@ -30,8 +30,8 @@ from duo_id.patterns.files import SHIPPED, contents_of, duo_config, load_pattern
 from duo_id.patterns.formats.options import Options
 from duo_id.patterns.formats.registry import FORMATS, lost_parts, read_any
 from duo_id.patterns.sharing import model_card
-from duo_id.report.leaderboard import averaged, leaderboards, seconds_of, touched
-from duo_id.report.page import Pictures, _training, report
+from duo_id.report.leaderboard import average_over_seeds, in_family_tasks, leaderboards, seconds_of
+from duo_id.report.page import FigureEmbedder, _training, report
 from duo_id.report.runs import merge, read_run
 from duo_id.report.summary import frame, load_results
 from duo_id.report.sweeps import grids, read_sweep
@@ -63,9 +63,9 @@ def use_heads(path: Path) -> None:
     contenders({"a": pattern}, [0.5], 1, ["streaming"], 0)
     told = {"a": contents_of(pattern), "b": contents_of(pattern)}
     (
-        touched(told.values()),
+        in_family_tasks(told.values()),
         seconds_of(told),
-        averaged(told),
+        average_over_seeds(told),
         duo_config(pattern, {}),
         pattern.holds_gates,
         repr(pattern),
@@ -86,7 +86,7 @@ def use_results(path: Path) -> None:
 
 def use_summary(path: Path) -> None:
     run = read_run(path.parent)
-    _training(run, Pictures(lambda text: None))
+    _training(run, FigureEmbedder(lambda text: None))
     grids(read_sweep(path.parents[1]))
 
 

@@ -310,7 +310,7 @@ def test_a_damaged_row_is_named_and_scored_again_without_it(tmp_path: Path) -> N
     path = tmp_path / JOURNAL
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines).replace('"loss": 3.5', '"loss": 3.4'))
-    with pytest.raises(UserError, match=r"scores\.jsonl, line 4 .*; delete that line, and it is scored again\)$"):
+    with pytest.raises(UserError, match=r"scores\.jsonl, line 4 .*; delete that line to score it again\)$"):
         Journal(tmp_path, {"seed": 0})
     path.write_text("".join(lines[:3] + lines[4:]))
     assert [row["question"] for row in Journal(tmp_path, {"seed": 0}).rows] == [0, 1, 3, 4]

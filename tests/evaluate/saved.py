@@ -1,4 +1,4 @@
-"""Results of an evaluation that never took place, plausible enough for tables, figures and pages."""
+"""Made-up results of an evaluation, plausible enough for tables, figures and pages."""
 
 import json
 from pathlib import Path
@@ -36,17 +36,17 @@ def a_pattern(seed: int = 0, layers: int = 4, kv_heads: int = 2) -> HeadPattern:
 def line_up(
     patterns: tuple[str, ...] = ("found",), sparsities: tuple[float, ...] = SPARSITIES, peers: bool = True
 ) -> list[dict[str, Any]]:
-    """Full attention, patterns and, with `peers`, all that they are compared with."""
-    compared = [("full", "full", 0.0, None)]
+    """Full attention, patterns and, with `peers`, all their baselines."""
+    lineup = [("full", "full", 0.0, None)]
     for sparsity in sparsities:
-        compared += [("pattern", name, sparsity, None) for name in patterns]
+        lineup += [("pattern", name, sparsity, None) for name in patterns]
         if peers:
-            compared += [("baseline", "random", sparsity, seed) for seed in range(5)]
-            compared += [("baseline", name, sparsity, None) for name in ("streaming", "window")]
-            compared += [("eviction", "snapkv", sparsity, None)]
+            lineup += [("baseline", "random", sparsity, seed) for seed in range(5)]
+            lineup += [("baseline", name, sparsity, None) for name in ("streaming", "window")]
+            lineup += [("eviction", "snapkv", sparsity, None)]
     keys = ("kind", "heads", "sparsity", "seed")
     notes = {"snapkv": "question not seen while evicting", "streaming": "sink 16, latest tokens at equal bytes"}
-    return [dict(zip(keys, key, strict=True)) | {"note": notes.get(key[1], "")} for key in compared]
+    return [dict(zip(keys, key, strict=True)) | {"note": notes.get(key[1], "")} for key in lineup]
 
 
 def saved_results(
@@ -57,7 +57,7 @@ def saved_results(
     patterns: dict[str, HeadPattern] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """What `results.json` of an evaluation holds, a function of the arguments alone.
+    """The contents of `results.json` of an evaluation, a function of the arguments only.
 
     Args:
         samples: of each task and length.
@@ -68,7 +68,7 @@ def saved_results(
         changes: other values of top-level keys.
     """
     patterns = {"found": a_pattern()} if patterns is None else patterns
-    compared = line_up(tuple(patterns)) if contenders is None else contenders
+    lineup = line_up(tuple(patterns)) if contenders is None else contenders
     random = np.random.default_rng(0)
     rows = []
     for task in tasks:
@@ -78,15 +78,15 @@ def saved_results(
                 ease = random.normal(0, 0.1)
                 for question, depth in enumerate(depths):
                     noise, draw = random.normal(0, 0.05), random.random()
-                    for contender in compared:
-                        one = _row(task, length, index, question, depth, contender, ease + noise, draw)
-                        rows.append(one)
+                    for contender in lineup:
+                        row = _row(task, length, index, question, depth, contender, ease + noise, draw)
+                        rows.append(row)
     return {
         "schema": "duo_id/results",
         "version": 1,
         "model": MODEL,
         "patterns": {name: contents_of(pattern) for name, pattern in patterns.items()},
-        "contenders": compared,
+        "contenders": lineup,
         "chat_template": False,
         "split": "test",
         "seed": 0,
@@ -117,8 +117,8 @@ def _row(
     sparsity, tokens = contender["sparsity"], 20 if task == "language" else 6
     harm = HARM.get(contender["heads"], 0.5) * sparsity**2 * (1 + 0.05 * (contender["seed"] or 0))
     harm *= 1 + 0.5 * (length / 2000) - (depth or 0.5) * 0.6
-    own = harm > 0 and (index * 7 + question * 3) % 5 / 50
-    loss = 0.4 + {"language": 2.0}.get(task, 0.0) + harm * (1 if task != "language" else 0.1) + noise + own
+    wrong = harm > 0 and (index * 7 + question * 3) % 5 / 50
+    loss = 0.4 + {"language": 2.0}.get(task, 0.0) + harm * (1 if task != "language" else 0.1) + noise + wrong
     chance = float(np.exp(-harm) * 0.9)
     right = draw < chance
     generated = task != "language"

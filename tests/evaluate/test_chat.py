@@ -30,10 +30,10 @@ def test_a_message_stands_between_the_two_parts() -> None:
 def test_parts_and_message_are_the_tokens_of_the_whole(message: str) -> None:
     tokenizer = with_template(USER + ANSWER)
     chat = split_chat(tokenizer)
-    whole = tokenizer.apply_chat_template(
+    templated = tokenizer.apply_chat_template(
         [{"role": "user", "content": "@"}], add_generation_prompt=True, tokenize=False
     )
-    before, after = whole.split("@")
+    before, after = templated.split("@")
     assert tokenizer.decode(chat.before) == before
     assert tokenizer.decode(chat.after) == after
     ids = [*chat.before, *tokenize(tokenizer, message), *chat.after]
@@ -53,18 +53,18 @@ def test_the_embedded_models_template_is_split() -> None:
     ("template", "message"),
     [
         (None, "has none"),
-        ("{{ raise_exception('only\nsystem messages') }}", r"takes no single message \(only system messages\)"),
-        ("{{ messages[0]['content'", "takes no single message"),
-        (USER + USER, "gives a message 2 times"),
-        ("<s>", "gives a message 0 times"),
-        ("{{ messages[0]['content'] | upper }}", "gives a message 0 times"),
+        ("{{ raise_exception('only\nsystem messages') }}", r"rejects a single user message \(only system messages\)"),
+        ("{{ messages[0]['content'", "rejects a single user message"),
+        (USER + USER, "repeats a message 2 times"),
+        ("<s>", "repeats a message 0 times"),
+        ("{{ messages[0]['content'] | upper }}", "repeats a message 0 times"),
         ("so{{ messages[0]['content'].strip() }}", None),
     ],
 )
 def test_templates_that_do_not_work_are_refused(template: str | None, message: str | None) -> None:
     if message is None:
         tokenizer = metaspace()  # every piece of text gets a space of its own
-        tokenizer.chat_template, message = template, "cannot be split cleanly"
+        tokenizer.chat_template, message = template, "does not tokenize separately"
     else:
         tokenizer = with_template(template)
     with pytest.raises(UserError, match=message) as caught:

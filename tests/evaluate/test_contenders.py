@@ -1,4 +1,4 @@
-"""What is compared: names, budgets in bytes, windows; and that a pattern's window leaves something out."""
+"""Contenders: names, budgets in bytes, windows; and a pattern's window must be shorter than the contexts."""
 
 import pytest
 import torch
@@ -14,24 +14,24 @@ TOKENS = 1000
 
 
 def test_all_contenders_are_named_once() -> None:
-    found = contenders({"found": FOUND, "other": OTHER}, [0.25, 0.5], 2, ["streaming", "window"], 7)
-    assert [contender.key for contender in found] == [
+    lineup = contenders({"found": FOUND, "other": OTHER}, [0.25, 0.5], 2, ["streaming", "window"], 7)
+    assert [contender.key for contender in lineup] == [
         ("full", "full", 0.0, None),
         *[("pattern", name, sparsity, None) for name in ("found", "other") for sparsity in (0.25, 0.5)],
         *[("baseline", "random", sparsity, seed) for sparsity in (0.25, 0.5) for seed in (7, 8)],
         *[("baseline", name, sparsity, None) for name in ("streaming", "window") for sparsity in (0.25, 0.5, 1.0)],
     ]
-    masks = {contender.key: contender.mask(TOKENS) for contender in found}
+    masks = {contender.key: contender.mask(TOKENS) for contender in lineup}
     assert bool(masks["full", "full", 0.0, None].retrieval.all())
     assert masks["pattern", "other", 0.5, None] == OTHER.binarize(sparsity=0.5)
     assert masks["baseline", "random", 0.5, 8] == random_mask(3, 2, 0.5, 8, sink_size=4, recent_size=16)
-    assert all(contender.describe()["heads"] == contender.heads for contender in found)
+    assert all(contender.describe()["heads"] == contender.heads for contender in lineup)
 
 
 @pytest.mark.parametrize("tokens", [10, 20, 21, 1000])
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 1.0])
 def test_baselines_have_the_bytes_of_the_mask(sparsity: float, tokens: int) -> None:
-    found = {
+    by_key = {
         contender.key: contender
         for contender in contenders({"found": FOUND}, [0.25, 0.5], 0, ["streaming", "window"], 0)
     }
@@ -39,11 +39,11 @@ def test_baselines_have_the_bytes_of_the_mask(sparsity: float, tokens: int) -> N
     streaming = int((~mask.retrieval).sum())
     budget = (6 - streaming) * tokens + streaming * min(tokens, 20)
     for name, sink in (("streaming", 4), ("window", 0)):
-        same = found["baseline", name, sparsity, None].mask(tokens)
-        assert not same.retrieval.any()
-        assert same.sink_size == sink
-        held = 6 * min(tokens, same.sink_size + same.recent_size)
-        assert abs(held - budget) <= 3, "half a token a head"
+        baseline = by_key["baseline", name, sparsity, None].mask(tokens)
+        assert not baseline.retrieval.any()
+        assert baseline.sink_size == sink
+        tokens_kept = 6 * min(tokens, baseline.sink_size + baseline.recent_size)
+        assert abs(tokens_kept - budget) <= 3, "half a token a head"
 
 
 def test_layers_without_gates_are_left_alone() -> None:
@@ -64,5 +64,7 @@ def test_kept_tokens_by_hand() -> None:
 def test_a_window_as_long_as_the_context_is_refused() -> None:
     items = [Item("t", 30, 0, (1,) * size, (Question((1,), (1,)),)) for size in (10, 20)]
     check_windows({"other": OTHER}, items)
-    with pytest.raises(UserError, match=r"longest context has 20 tokens, of which found .* raise lengths"):
+    with pytest.raises(
+        UserError, match=r"longest context has 20 tokens, which all fit in the window of found .* raise lengths"
+    ):
         check_windows({"other": OTHER, "found": FOUND}, items)

@@ -1,4 +1,4 @@
-"""What is scored stays: through a kill in mid-line, on resuming, and never under another version or other settings."""
+"""Scores persist: through a kill in mid-line and on resuming, but never under another version or other settings."""
 
 import json
 from dataclasses import replace
@@ -18,10 +18,10 @@ KEY = ("baseline", "random", 0.25, 3)
 
 
 def row(question: int, text: str | None = None, **changes: Any) -> dict[str, Any]:
-    who = dict(zip(("kind", "heads", "sparsity", "seed"), KEY, strict=True))
+    contender = dict(zip(("kind", "heads", "sparsity", "seed"), KEY, strict=True))
     row = {"task": "t", "length": 100, "index": 0, "sample": ITEM.digest, "question": question}
     measured = {"depth": None, "kl": 0.5, "tokens": 2, "correct": 1, "score": None, "exact": None, "bytes": 9}
-    return row | who | {"text": text, "loss": 1.5} | measured | changes
+    return row | contender | {"text": text, "loss": 1.5} | measured | changes
 
 
 @pytest.mark.parametrize(
@@ -53,26 +53,26 @@ def test_rows_are_there_after_the_process_has_gone(tmp_path: Path) -> None:
     journal.add([row(0)])
     assert not journal.has(ITEM, KEY, False), "one question is missing"
     journal.add([row(1)])
-    again = Journal(tmp_path, {"seed": 0, "model": {"name": "m"}})
-    assert again.rows == journal.rows == [row(0), row(1)]
-    assert again.has(ITEM, KEY, False)
-    assert not again.has(ITEM, KEY, True), "nothing was generated"
-    assert not again.has(ITEM, ("baseline", "random", 0.25, 4), False)
+    reopened = Journal(tmp_path, {"seed": 0, "model": {"name": "m"}})
+    assert reopened.rows == journal.rows == [row(0), row(1)]
+    assert reopened.has(ITEM, KEY, False)
+    assert not reopened.has(ITEM, KEY, True), "nothing was generated"
+    assert not reopened.has(ITEM, ("baseline", "random", 0.25, 4), False)
 
 
 def test_a_generated_answer_takes_the_place_of_a_row_without(tmp_path: Path) -> None:
     journal = Journal(tmp_path, {})
     journal.add([row(0), row(1)])
     journal.add([row(0, "an answer"), row(1)])
-    for one in (journal, Journal(tmp_path, {})):
-        assert one.rows == [row(0, "an answer"), row(1)]
-        assert one.has(ITEM, KEY, True)
+    for opened in (journal, Journal(tmp_path, {})):
+        assert opened.rows == [row(0, "an answer"), row(1)]
+        assert opened.has(ITEM, KEY, True)
 
 
 def test_a_sample_that_was_another_one_is_refused(tmp_path: Path) -> None:
     Journal(tmp_path, {}).add([row(0), row(1)])
     changed = replace(ITEM, context=(1,) * 8 + (2,))
-    with pytest.raises(UserError, match="another sample 0 of t at 100 tokens"):
+    with pytest.raises(UserError, match=r"sample 0 of t at 100 tokens in .* differs"):
         Journal(tmp_path, {}).has(changed, KEY, False)
 
 
@@ -82,8 +82,8 @@ def test_a_torn_line_is_dropped(torn: str, tmp_path: Path) -> None:
     journal.add([row(0)])
     with open(tmp_path / JOURNAL, "a") as file:
         file.write(torn)
-    again = Journal(tmp_path, {"seed": 0})
-    again.add([row(1)])
+    reopened = Journal(tmp_path, {"seed": 0})
+    reopened.add([row(1)])
     assert Journal(tmp_path, {"seed": 0}).rows == [row(0), row(1)]
 
 
@@ -110,8 +110,8 @@ def test_other_settings_and_versions_are_refused(tmp_path: Path) -> None:
 def test_results_are_json_and_parquet(tmp_path: Path) -> None:
     rows = [row(0, 'with "quotes"\nand lines'), row(1)]
     write_results(tmp_path, {"seed": 0, "rows": rows})
-    found = unsealed(json.loads((tmp_path / RESULTS).read_text()))
-    assert found == {"schema": "duo_id/results", "version": 1, "seed": 0, "rows": rows}
+    saved = unsealed(json.loads((tmp_path / RESULTS).read_text()))
+    assert saved == {"schema": "duo_id/results", "version": 1, "seed": 0, "rows": rows}
     table = pd.read_parquet(tmp_path / "results.parquet")
     assert table["question"].tolist() == [0, 1]
     assert table["text"].tolist()[0] == rows[0]["text"]

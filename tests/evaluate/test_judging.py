@@ -1,4 +1,4 @@
-"""Rows by hand: loss, KL, correct tokens, and what a generated answer is worth."""
+"""Rows by hand: loss, KL, correct tokens, and scores of generated answers."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from duo_id.common.errors import UserError
 from duo_id.evaluate.contenders import Contender
 from duo_id.evaluate.items import Item, Question
-from duo_id.evaluate.judging import compare_logits, judged, rows_of, rows_of_peers
+from duo_id.evaluate.judging import compare_logits, judge_generated, peer_rows, score_rows
 from duo_id.evaluate.reading import Answers
 from duo_id.models.loading import byte_tokenizer
 
@@ -19,21 +19,21 @@ def logits(*rows: tuple[float, ...]) -> torch.Tensor:
 
 
 def test_loss_kl_and_correct_tokens_by_hand() -> None:
-    here, full = logits((0.5, 0.25, 0.25), (0.25, 0.5, 0.25)), logits((0.25, 0.5, 0.25), (0.25, 0.5, 0.25))
-    found = compare_logits(here, full, [0, 2])
-    assert found["loss"] == pytest.approx(math.log(2) + math.log(4))
-    assert found["kl"] == pytest.approx(0.25 * math.log(0.5) + 0.5 * math.log(2)), "KL(full || here)"
-    assert (found["tokens"], found["correct"]) == (2, 1)
+    masked, full = logits((0.5, 0.25, 0.25), (0.25, 0.5, 0.25)), logits((0.25, 0.5, 0.25), (0.25, 0.5, 0.25))
+    metrics = compare_logits(masked, full, [0, 2])
+    assert metrics["loss"] == pytest.approx(math.log(2) + math.log(4))
+    assert metrics["kl"] == pytest.approx(0.25 * math.log(0.5) + 0.5 * math.log(2)), "KL(full || masked)"
+    assert (metrics["tokens"], metrics["correct"]) == (2, 1)
     itself = compare_logits(full, full, [1, 1])
     assert (itself["kl"], itself["correct"]) == (0, 2)
 
 
 def test_long_answers_are_the_sum_of_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    here, full = torch.randn(2, 10, 7, generator=torch.Generator().manual_seed(0))
+    masked, full = torch.randn(2, 10, 7, generator=torch.Generator().manual_seed(0))
     answer = [i % 7 for i in range(10)]
-    whole = compare_logits(here, full, answer)
+    unblocked = compare_logits(masked, full, answer)
     monkeypatch.setattr("duo_id.evaluate.judging.BLOCK", 3)
-    assert compare_logits(here, full, answer) == pytest.approx(whole)
+    assert compare_logits(masked, full, answer) == pytest.approx(unblocked)
 
 
 def test_generated_answers_are_cut_and_judged() -> None:
@@ -41,35 +41,37 @@ def test_generated_answers_are_cut_and_judged() -> None:
     item = Item("t", 100, 0, (1,), (Question((1,), (1,), ("red", "blue")),), "all", 20)
     write = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     eos = tokenizer.eos_token_id
-    assert judged(item, 0, write(" red and blue"), tokenizer, {eos}) == {
+    assert judge_generated(item, 0, write(" red and blue"), tokenizer, {eos}) == {
         "score": 1, "exact": True, "text": " red and blue",
     }  # fmt: skip
-    assert judged(item, 0, write(" red\nblue"), tokenizer, {eos})["score"] == 0.5, "the line ends the answer"
-    assert judged(item, 0, [*write(" red"), eos, *write(" blue")], tokenizer, {eos})["exact"] is False
-    assert judged(item, 0, None, tokenizer, {eos}) == {"score": None, "exact": None, "text": None}
+    assert judge_generated(item, 0, write(" red\nblue"), tokenizer, {eos})["score"] == 0.5, "the line ends the answer"
+    assert judge_generated(item, 0, [*write(" red"), eos, *write(" blue")], tokenizer, {eos})["exact"] is False
+    assert judge_generated(item, 0, None, tokenizer, {eos}) == {"score": None, "exact": None, "text": None}
 
 
 def test_rows_say_who_was_asked_what() -> None:
     questions = (Question((1,), (0,), ("a",), depth=0.5), Question((), (1,), place=3))
     item = Item("needle", 100, 7, (1,) * 9, questions, "exact", 5)
     answers = Answers([logits((0.5, 0.5)), logits((0.25, 0.75))], [byte_tokenizer()("a")["input_ids"][1:], None], 640)
-    one, two = rows_of(Contender("baseline", "random", 0.25, 3), item, answers, answers, byte_tokenizer(), set())
-    assert {key: one[key] for key in ("task", "length", "index", "question", "depth")} == {
+    first, second = score_rows(
+        Contender("baseline", "random", 0.25, 3), item, answers, answers, byte_tokenizer(), set()
+    )
+    assert {key: first[key] for key in ("task", "length", "index", "question", "depth")} == {
         "task": "needle", "length": 100, "index": 7, "question": 0, "depth": 0.5,
     }  # fmt: skip
-    assert (one["kind"], one["heads"], one["sparsity"], one["seed"], one["bytes"]) == (
+    assert (first["kind"], first["heads"], first["sparsity"], first["seed"], first["bytes"]) == (
         "baseline",
         "random",
         0.25,
         3,
         640,
     )
-    assert (one["score"], one["exact"], two["score"], two["text"]) == (1, True, None, None)
-    assert two["loss"] == pytest.approx(-math.log(0.75))
-    assert one.keys() == two.keys()
+    assert (first["score"], first["exact"], second["score"], second["text"]) == (1, True, None, None)
+    assert second["loss"] == pytest.approx(-math.log(0.75))
+    assert first.keys() == second.keys()
     broken = Answers([torch.full((1, 2), torch.nan)] * 2, [None, None], 640)
     with pytest.raises(UserError, match=r"needle at 100 tokens .* under full: .*model\.dtype=float32"):
-        rows_of(Contender("full", "full", 0.0, None), item, broken, broken, byte_tokenizer(), set())
+        score_rows(Contender("full", "full", 0.0, None), item, broken, broken, byte_tokenizer(), set())
 
 
 def test_answers_of_peers_become_rows() -> None:
@@ -77,17 +79,17 @@ def test_answers_of_peers_become_rows() -> None:
     item = Item("needle", 100, 7, (1,) * 8, questions, "exact", 5)
     shared = {"task": "needle", "length": 100, "index": 7, "kind": "eviction", "heads": "press", "sparsity": 0.5}
     shared |= {"seed": None, "loss": 1.0, "kl": 0.5, "tokens": 1, "correct": 1, "note": "n", "full_bytes": 80}
-    written = byte_tokenizer()("a")["input_ids"][1:]
-    answers = [shared | {"question": 0, "generated": written, "bytes": 40}]
+    generated = byte_tokenizer()("a")["input_ids"][1:]
+    answers = [shared | {"question": 0, "generated": generated, "bytes": 40}]
     answers += [shared | {"question": 1, "generated": None, "bytes": 10, "full_bytes": 20}]
-    one, two = rows_of_peers(answers, [item], byte_tokenizer(), set())
-    assert (one["depth"], one["score"], one["bytes"], one["sample"]) == (0.5, 1, 40, item.digest)
-    assert (two["score"], two["bytes"]) == (None, 40), "half of what two of eight tokens take, as half of all"
-    full = rows_of(
+    first, second = peer_rows(answers, [item], byte_tokenizer(), set())
+    assert (first["depth"], first["score"], first["bytes"], first["sample"]) == (0.5, 1, 40, item.digest)
+    assert (second["score"], second["bytes"]) == (None, 40), "half of what two of eight tokens take, as half of all"
+    full = score_rows(
         Contender("full", "full", 0.0),
         item,
         *[Answers([logits((1.0, 0.0))] * 2, [None] * 2)] * 2,
         byte_tokenizer(),
         set(),
     )
-    assert one.keys() == full[0].keys()
+    assert first.keys() == full[0].keys()

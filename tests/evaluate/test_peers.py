@@ -1,4 +1,4 @@
-"""Samples for the peers, and their answers back."""
+"""Samples for the peers, and their answers."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def test_samples_read_back(run: Path) -> None:
 def test_samples_that_are_no_text_are_other_samples(run: Path) -> None:
     write_answers(run, [answer()])
     (run / "samples.jsonl").write_bytes((run / "samples.jsonl").read_bytes() + b"\xe9\n")
-    with pytest.raises(UserError, match=r"answers other samples than samples\.jsonl"):
+    with pytest.raises(UserError, match=r"answers other samples than the samples\.jsonl"):
         read_answers(run, ITEMS)
 
 
@@ -91,7 +91,7 @@ def test_answers_become_rows(run: Path) -> None:
         "full_bytes": 400,
         "note": "window 64",
     }
-    assert (rows[1]["generated"], rows[1]["note"]) == (None, "window 64; entries go where the answer begins")
+    assert (rows[1]["generated"], rows[1]["note"]) == (None, "window 64; entries are evicted where the answer begins")
     assert [(row["index"], row["sparsity"]) for row in rows[2:]] == [(1, 0.25)] * 2
     assert read_answers(path, ITEMS) == rows
 
@@ -120,7 +120,7 @@ def test_failures_are_told_in_the_note(run: Path) -> None:
     ("changes", "words"),
     [
         ({"schema": "duo_id/results"}, "holds 'duo_id/results', not"),
-        ({"version": 2}, "of version 2"),
+        ({"version": 2}, "has version 2"),
         ({"samples": "0" * 64}, "answers other samples"),
     ],
 )
@@ -136,7 +136,7 @@ def test_other_files_are_refused(run: Path, changes: dict[str, Any], words: str)
     ("change", "words"),
     [
         ({"loss": None}, "questions.0.loss=None is no number"),
-        ({"question": 9}, "question 9 of passkey is not the one"),
+        ({"question": 9}, "question 9 of passkey differs from the one"),
         ({"generated": "drop"}, r"questions\.0 lacks generated"),
     ],
 )
@@ -157,19 +157,19 @@ def test_lines_lack_nothing(run: Path, key: str) -> None:
 
 def test_other_samples_are_refused(run: Path) -> None:
     write_answers(run, [answer()])
-    with pytest.raises(UserError, match="sample 0 of passkey at 64 tokens is not asked here"):
+    with pytest.raises(UserError, match="sample 0 of passkey at 64 tokens is not part of this evaluation"):
         read_answers(run, ITEMS[1:])
     changed = Item(**{**vars(ITEMS[0]), "context": (1, 5, 6, 8)})
     with pytest.raises(UserError, match="changed since"):
         read_answers(run, [changed])
     write_answers(run, [answer() | {"questions": [answer()["questions"][0] | {"tokens": 3}]}])
-    with pytest.raises(UserError, match="question 0 of passkey is not the one"):
+    with pytest.raises(UserError, match="question 0 of passkey differs from the one"):
         read_answers(run, ITEMS)
 
 
 def test_what_cannot_be_read_is_refused(run: Path) -> None:
     (run / "answers-tova.jsonl").write_text("# no JSON\n")
-    with pytest.raises(UserError, match="holds no answers of peers"):
+    with pytest.raises(UserError, match="holds no answers from peers"):
         read_answers(run, ITEMS)
     write_answers(run, [answer()])
     with pytest.raises(UserError, match="cannot be read"):

@@ -27,7 +27,7 @@ def tokens(seed: int, count: int) -> tuple[int, ...]:
 
 
 def make_items(count: int = 3) -> list[Item]:
-    """Questions of different lengths behind the context, and one inside it, at another place in each; own limits."""
+    """Questions of different lengths after the context, and one inside it, at different positions; different limits."""
     items = []
     for index in range(count):
         context = tokens(index, 100)
@@ -46,11 +46,11 @@ def read(model: LanguageModel, items: list[Item], batch_tokens: int, chunk_size:
 
 
 def check_answers(model: LanguageModel, mask: HeadMask, batch_tokens: int, chunk_size: int) -> None:
-    """What the reader makes of items is what whole texts without a cache, and `generate`, make of them."""
+    """The reader's answers are those of whole texts without a cache, and of `generate`."""
     items = make_items()
     with duo_attention(model.model, mask), torch.no_grad():
-        found = read(model, items, batch_tokens, chunk_size)
-        for item, answers in zip(items, found, strict=True):
+        read_answers = read(model, items, batch_tokens, chunk_size)
+        for item, answers in zip(items, read_answers, strict=True):
             for number, question in enumerate(item.questions):
                 inside = question.place is not None
                 ids = torch.tensor([item.context if inside else (*item.context, *question.prompt, *question.answer)])
@@ -62,8 +62,8 @@ def check_answers(model: LanguageModel, mask: HeadMask, batch_tokens: int, chunk
                     continue
                 prompt = ids[:, :start]
                 options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": None}
-                wanted = model.model.generate(prompt, max_new_tokens=item.max_new_tokens, **options)[0, start:]
-                assert answers.generated[number] == wanted.tolist()
+                expected = model.model.generate(prompt, max_new_tokens=item.max_new_tokens, **options)[0, start:]
+                assert answers.generated[number] == expected.tolist()
 
 
 @pytest.mark.parametrize(("batch_tokens", "chunk_size"), [(10**6, 10**6), (10**6, 7), (1, 10**6), (256, 33)])
@@ -93,13 +93,13 @@ def test_bytes_are_those_of_the_context(model: LanguageModel) -> None:
 
 
 def test_inside_a_context_the_head_computes_the_answers_alone(model: LanguageModel) -> None:
-    """They stand elsewhere in each context, and no context is asked for the places of another."""
+    """Their positions differ by context, and no context computes logits at those of another."""
     items = [
         Item("t", 128, index, tokens(index, 100), (Question((), (1,) * 6, place=10 + 20 * index),))
         for index in range(4)
     ]
     computed: list[torch.Size] = []
-    hook = model.model.lm_head.register_forward_hook(lambda module, given, output: computed.append(output.shape))
+    hook = model.model.lm_head.register_forward_hook(lambda module, inputs, output: computed.append(output.shape))
     with duo_attention(model.model, PATTERN.binarize(sparsity=0.5)):
         continuation(model.model, torch.tensor([items[0].context]))  # tried already
         computed.clear()
@@ -144,8 +144,8 @@ def test_batches_hold_what_can_be_read_together() -> None:
     items = [Item("a", 10, i, (1,) * 8, question) for i in range(5)]
     items += [Item("b", 10, 0, (1,) * 8, question), Item("a", 20, 0, (1,) * 18, question)]
     items += [Item("a", 10, 5, (1,) * 7, question), Item("c", 10, 0, (1,) * 8, (Question((), (1,), place=2),))]
-    found = batches(items, 25)
-    assert [[(item.task, item.length, item.index) for item in batch] for batch in found] == [
+    grouped = batches(items, 25)
+    assert [[(item.task, item.length, item.index) for item in batch] for batch in grouped] == [
         [("a", 10, 0), ("a", 10, 1)],
         [("a", 10, 2), ("a", 10, 3)],
         [("a", 10, 4), ("b", 10, 0)],

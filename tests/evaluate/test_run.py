@@ -1,4 +1,4 @@
-"""The command evaluate from end to end on tiny random weights: what a run leaves, how it goes on, what it refuses."""
+"""The evaluate command end to end on tiny random weights: its output, how it resumes, what it refuses."""
 
 import json
 import signal
@@ -45,7 +45,7 @@ def keys(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     """A finished run's folder, and what it printed."""
     folder = tmp_path_factory.mktemp("evaluate")
     finished = evaluate(folder)
@@ -53,17 +53,17 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     return folder / "run", finished
 
 
-def test_a_run_leaves_a_table_results_and_figures(done: tuple[Path, Finished]) -> None:
-    folder, finished = done
-    found = results(folder)
-    rows = found["rows"]
+def test_a_run_leaves_a_table_results_and_figures(finished_run: tuple[Path, Finished]) -> None:
+    folder, finished = finished_run
+    saved = results(folder)
+    rows = saved["rows"]
     assert len(set(keys(rows))) == len(rows) == (2 + 8) * 6, "two needles and eight blocks; six contenders"
     assert {row["heads"] for row in rows} == {"full", NAME, "random", "streaming"}
     assert pd.read_parquet(folder / "results.parquet")["loss"].tolist() == [row["loss"] for row in rows]
-    assert found["model"]["source"] == "random"
-    assert found["settings"]["lengths"] == [1500]
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["patterns"][NAME]["scores"][0][1] == pytest.approx(0.9)
+    assert saved["model"]["source"] == "random"
+    assert saved["settings"]["lengths"] == [1500]
+    assert saved["versions"]["torch"] == torch.__version__
+    assert saved["patterns"][NAME]["scores"][0][1] == pytest.approx(0.9)
     assert NAME in finished.output
     assert "full" in finished.output
     assert sorted((folder / "figures").glob("*.png"))
@@ -75,18 +75,18 @@ def test_a_run_leaves_a_table_results_and_figures(done: tuple[Path, Finished]) -
     assert at_half[NAME] == at_half["random"] == pytest.approx(at_half["streaming"], rel=0.005)
 
 
-def test_the_run_is_reproducible(done: tuple[Path, Finished], tmp_path: Path) -> None:
+def test_the_run_is_reproducible(finished_run: tuple[Path, Finished], tmp_path: Path) -> None:
     assert evaluate(tmp_path).status == 0
-    again = results(tmp_path / "run")["rows"]
-    assert keys(again) == keys(results(done[0])["rows"])
-    assert [row["loss"] for row in again] == [row["loss"] for row in results(done[0])["rows"]]
+    repeated = results(tmp_path / "run")["rows"]
+    assert keys(repeated) == keys(results(finished_run[0])["rows"])
+    assert [row["loss"] for row in repeated] == [row["loss"] for row in results(finished_run[0])["rows"]]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on(
-    number: int, done: tuple[Path, Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, finished_run: tuple[Path, Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, calls = runner.rows_of, []
+    plain, calls = runner.score_rows, []
 
     def interrupted(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         calls.append(args[0].heads)
@@ -94,20 +94,20 @@ def test_an_interrupted_run_goes_on(
             signal.raise_signal(number)
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(runner, "rows_of", interrupted)
+    monkeypatch.setattr(runner, "score_rows", interrupted)
     stopped = evaluate(tmp_path)
     assert stopped.status == 128 + number
     assert f"python -m duo_id.evaluate resume={tmp_path / 'run'}" in stopped.output
     lines = (tmp_path / "run" / JOURNAL).read_text().splitlines()
-    assert len(lines) > 1, "what was scored stays"
+    assert len(lines) > 1, "scores persist"
     calls.clear()
-    monkeypatch.setattr(runner, "rows_of", lambda *args, **more: calls.append(args[0].heads) or plain(*args, **more))
+    monkeypatch.setattr(runner, "score_rows", lambda *args, **kw: calls.append(args[0].heads) or plain(*args, **kw))
     finished = run_command("evaluate", f"resume={tmp_path / 'run'}", folder=tmp_path)
     assert finished.status == 0, finished.output
     assert len(calls) == 12 - 3, "nothing is scored twice"
-    rows, wanted = results(tmp_path / "run")["rows"], results(done[0])["rows"]
-    assert sorted(map(str, keys(rows))) == sorted(map(str, keys(wanted)))
-    losses = {key: row["loss"] for key, row in zip(keys(wanted), wanted, strict=True)}
+    rows, expected = results(tmp_path / "run")["rows"], results(finished_run[0])["rows"]
+    assert sorted(map(str, keys(rows))) == sorted(map(str, keys(expected)))
+    losses = {key: row["loss"] for key, row in zip(keys(expected), expected, strict=True)}
     assert all(row["loss"] == pytest.approx(losses[key]) for key, row in zip(keys(rows), rows, strict=True))
 
 
@@ -115,8 +115,8 @@ def test_more_samples_and_contenders_are_appended(tmp_path: Path) -> None:
     assert evaluate(tmp_path, "generate=false", "random_masks=0").status == 0
     first = results(tmp_path / "run")["rows"]
     assert all(row["text"] is None for row in first)
-    more = ["samples=2", "random_masks=1", "generate=true"]
-    finished = run_command("evaluate", f"resume={tmp_path / 'run'}", *more, folder=tmp_path)
+    overrides = ["samples=2", "random_masks=1", "generate=true"]
+    finished = run_command("evaluate", f"resume={tmp_path / 'run'}", *overrides, folder=tmp_path)
     assert finished.status == 0, finished.output
     rows = results(tmp_path / "run")["rows"]
     assert len(rows) == 2 * 10 * 5
@@ -131,16 +131,16 @@ def test_several_seeds_are_one_contender(tmp_path: Path) -> None:
         save_pattern(HeadPattern(scores, 4, 60, provenance=provenance), tmp_path / "two" / f"seed-{seed}" / "heads")
     finished = evaluate(tmp_path, f"+patterns.two={tmp_path}/two/seed-*", "generate=false", "random_masks=0")
     assert finished.status == 0, finished.output
-    shown = " ".join(finished.output.split())
-    assert "Rise in answer loss over full attention (nats a token), out of family: language" in shown
-    assert "two (2 seeds)" in shown
-    found = results(tmp_path / "run")
-    assert {row["heads"] for row in found["rows"]} == {"full", NAME, "two#0", "two#1", "streaming"}
-    assert found["patterns"]["two#1"]["provenance"]["seconds"] == 2.0
+    output = " ".join(finished.output.split())
+    assert "Rise in answer loss over full attention (nats per token), out of family: language" in output
+    assert "two (2 seeds)" in output
+    saved = results(tmp_path / "run")
+    assert {row["heads"] for row in saved["rows"]} == {"full", NAME, "two#0", "two#1", "streaming"}
+    assert saved["patterns"]["two#1"]["provenance"]["seconds"] == 2.0
 
 
-def test_resuming_with_other_settings_is_refused(done: tuple[Path, Finished], tmp_path: Path) -> None:
-    finished = run_command("evaluate", f"resume={done[0]}", "seed=3", folder=tmp_path)
+def test_resuming_with_other_settings_is_refused(finished_run: tuple[Path, Finished], tmp_path: Path) -> None:
+    finished = run_command("evaluate", f"resume={finished_run[0]}", "seed=3", folder=tmp_path)
     assert "another seed" in finished.error
     assert "leave out resume" in finished.error
 
@@ -158,7 +158,7 @@ REFUSED = {
     "heads-of-another-model": (["heads=good.tsv"], "2 layers x 2 KV heads, but tiny has 3 layers"),
     "other-pattern-of-another-model": (["+patterns.other=good.tsv"], "2 layers x 2 KV heads, but tiny has 3 layers"),
     "which-pattern-does-not-fit": (["+patterns.other=good.tsv"], "patterns.other=good.tsv"),
-    "no-seeds": (["+patterns.other=nosuch/seed-*"], "patterns.other=nosuch/seed-*: nothing there matches"),
+    "no-seeds": (["+patterns.other=nosuch/seed-*"], "patterns.other=nosuch/seed-*: nothing matches"),
     "a-seed-of-another-model": (["+patterns.other=goo*.tsv"], "patterns.other#0=good.tsv"),
     "the-name-of-the-heads": (["heads=wide", "+patterns.wide=good.tsv"], "patterns.wide"),
     "name-with-a-meaning": (["+patterns.random=good.tsv"], "patterns.random"),

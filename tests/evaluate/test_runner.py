@@ -1,4 +1,4 @@
-"""The whole way from samples to scores, with a model that is perfect by construction and can be made short-sighted."""
+"""From samples to scores, with a model that is perfect by construction and can be made short-sighted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,9 +45,9 @@ class Recalled:
 
 
 class InductionModel:
-    """Goes on as the text went on where the longest end of what it sees stood before: what retrieval heads are for.
+    """Continues the text as after the last occurrence of its longest repeated suffix: the job of retrieval heads.
 
-    Under a mask with streaming heads it sees the sink and the latest tokens alone.
+    Under a mask with streaming heads it only sees the sink and the latest tokens.
     """
 
     device = torch.device("cpu")
@@ -64,8 +64,8 @@ class InductionModel:
         for row, tokens in enumerate(ids.tolist()):
             before = past_key_values.rows[row]
             text = before + "".join(map(chr, tokens))
-            for place, position in enumerate(keep):
-                logits[row, place, self.next(text[: len(before) + position + 1])] = 20.0
+            for index, position in enumerate(keep):
+                logits[row, index, self.next(text[: len(before) + position + 1])] = 20.0
             past_key_values.rows[row] = text
         return SimpleNamespace(logits=logits)
 
@@ -73,9 +73,9 @@ class InductionModel:
         if not self.mask.retrieval.all():
             text = text[:4] + text[-60:]
         for size in range(64, 3, -1):
-            place = text.rfind(text[-size:], 0, len(text) - 1)
-            if size < len(text) and place >= 0:
-                return ord(text[place + size])
+            start = text.rfind(text[-size:], 0, len(text) - 1)
+            if size < len(text) and start >= 0:
+                return ord(text[start + size])
         return 0
 
     def new_cache(self) -> Recalled:
@@ -98,13 +98,13 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(runner, "duo_attention", under)
     monkeypatch.setattr(reading, "dual_cache", empty)
-    for module in (reading, runner):  # it has no numbers that could be compared
+    for module in (reading, runner):  # it has no logits to compare
         monkeypatch.setattr(module, "continuation", lambda model, ids: Continuation())
     return SimpleNamespace(model=perfect, tokenizer=byte_tokenizer(), keeps_logits=True)
 
 
 class _Rows(dict[int, str]):
-    """As many empty texts as are asked for."""
+    """The requested number of empty texts."""
 
     def __missing__(self, row: int) -> str:
         return ""
@@ -117,9 +117,9 @@ def test_a_perfect_model_scores_everything_and_one_that_cannot_look_back_nothing
     haystack = load_haystack(HaystackSettings(source="library"), "test")
     builder = SampleBuilder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
     items = make_items(TASKS, builder, [2600], 1, 0, None, 3)
-    compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
+    lineup = contenders({"found": PATTERN}, [1.0], 0, [], 0)
     journal = Journal(tmp_path, {})
-    run(model, items, compared, journal, True, batch_tokens, 700, Console(quiet=True))
+    run(model, items, lineup, journal, True, batch_tokens, 700, Console(quiet=True))
     rows = journal.rows
     assert {row["task"] for row in rows} == set(TASKS)
     for row in rows:
@@ -139,9 +139,9 @@ def test_the_first_samples_of_all_tasks_and_lengths_come_first(model: Any, tmp_p
     haystack = load_haystack(HaystackSettings(source="library"), "test")
     builder = SampleBuilder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
     items = make_items(["passkeys", "ruler-single"], builder, [2600, 2700], 2, 0, None, 3)
-    compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
+    lineup = contenders({"found": PATTERN}, [1.0], 0, [], 0)
     journal = Journal(tmp_path, {})
-    run(model, items, compared, journal, False, 1, 700, Console(quiet=True))
+    run(model, items, lineup, journal, False, 1, 700, Console(quiet=True))
     order = [row["index"] for row in journal.rows]
     assert order == sorted(order)
     first = {(row["task"], row["length"]) for row in journal.rows if row["index"] == 0}
@@ -158,9 +158,9 @@ def test_a_batch_that_does_not_fit_names_the_override(
     haystack = load_haystack(HaystackSettings(source="library"), "test")
     builder = SampleBuilder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
     items = make_items(["passkeys"], builder, [2600], 2, 0, None, 3)
-    compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
+    lineup = contenders({"found": PATTERN}, [1.0], 0, [], 0)
     with pytest.raises(UserError, match="lower batch_tokens=5200"):
-        run(model, items, compared, Journal(tmp_path, {}), True, 5200, 700, Console(quiet=True))
+        run(model, items, lineup, Journal(tmp_path, {}), True, 5200, 700, Console(quiet=True))
 
 
 def test_contexts_that_are_not_read_in_chunks_are_said_to_be_so_once(
@@ -172,12 +172,12 @@ def test_contexts_that_are_not_read_in_chunks_are_said_to_be_so_once(
     haystack = load_haystack(HaystackSettings(source="library"), "test")
     builder = SampleBuilder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
     items = make_items(["passkeys"], builder, [2600, 2700], 1, 0, None, 3)
-    compared = contenders({"found": PATTERN}, [1.0], 0, [], 0)
-    written = StringIO()
+    lineup = contenders({"found": PATTERN}, [1.0], 0, [], 0)
+    output = StringIO()
     journal = Journal(tmp_path, {})
-    run(model, items, compared, journal, True, 1, 700, Console(file=written))
-    assert written.getvalue().count("odd loses its state") == 1
-    assert "chunk_size=700" in written.getvalue()
+    run(model, items, lineup, journal, True, 1, 700, Console(file=output))
+    assert output.getvalue().count("odd loses its state") == 1
+    assert "chunk_size=700" in output.getvalue()
     assert {row["score"] for row in journal.rows if row["kind"] == "full"} == {1}
 
 

@@ -274,7 +274,14 @@ CASES = {
         _case("convert", "convert", *CONVERT, "format=rlkv", results=files_of),
         Case("lm_eval", harness, tuple(HARNESS), harness_of, loses="", varies=("*/results_*",)),
         Case("data_gen", run_file, (str(ROOT / "data_gen" / "write.py"), *DATA), samples_of, loses="exists"),
-        Case("peers", ask_peers, ("{folder}/run",), answers_of, begins_with="asked", loses="another process writes to"),
+        Case(
+            "peers",
+            ask_peers,
+            ("{folder}/run",),
+            answers_of,
+            begins_with="asked",
+            loses="another process is writing",
+        ),
         Case("push", push, ("{hub}", "{inputs}/heads", "{folder}"), pushed, loses=""),
         Case("unpack", unpack, ("{inputs}/site", "{folder}/run"), files_of, loses=""),
     )

@@ -89,7 +89,7 @@ def test_a_run_goes_on_where_it_stopped(
     assert scripts.run.main(command) == 0
     monkeypatch.setattr(scripts.run, "version", lambda package: "1")
     assert scripts.run.main(command) == 2
-    assert "answers-knorm.jsonl was written under another versions" in capsys.readouterr().err
+    assert "answers-knorm.jsonl was written with another versions" in capsys.readouterr().err
 
 
 def test_a_press_that_fails_leaves_the_others_alone(
@@ -125,7 +125,7 @@ def test_two_at_once_do_not_answer_into_one_file(
     with path.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert scripts.run.main(command) == 2
-    assert capsys.readouterr().err == f"error: another process writes to {path}: wait until it ends\n"
+    assert capsys.readouterr().err == f"error: another process is writing to {path}: wait until it exits\n"
     assert path.read_bytes() == b""
     assert scripts.run.main(command) == 0
 
@@ -146,7 +146,7 @@ def test_a_full_disk_is_told_and_what_was_answered_stays(
         assert scripts.run.main([str(run), "presses=knorm", "device=cpu"]) == 2
     (told,) = capsys.readouterr().err.splitlines()
     path = str(run / "answers-knorm.jsonl")
-    assert told == f"error: [Errno 28] No space left on device: {path!r}; the same command goes on"
+    assert told == f"error: [Errno 28] No space left on device: {path!r}; repeat the command to resume"
     assert len(lines(run)) >= 2
     assert scripts.run.main([str(run), "presses=knorm", "device=cpu"]) == 0
 
@@ -166,9 +166,9 @@ def test_an_interrupt_is_no_failure(scripts: SimpleNamespace, run: Path, monkeyp
     [
         ([], "give one run folder"),
         (["{run}", "presses=snapvk"], "presses=snapvk: choose among snapkv, tova"),
-        (["{run}", "ratio=0.5"], "ratio= is no option"),
-        (["{run}", "samples=few"], "samples=few cannot be understood"),
-        (["{run}", "generate=perhaps"], "generate=perhaps cannot be understood"),
+        (["{run}", "ratio=0.5"], "ratio= is not an option"),
+        (["{run}", "samples=few"], "samples=few is not a valid value"),
+        (["{run}", "generate=perhaps"], "generate=perhaps is not a valid value"),
         (["{run}", "sparsity=0.3"], "sparsity=0.3 is not among those of the samples: [0.0, 0.5]"),
         (["{run}", "tasks=riddles"], "tasks=riddles is not among those of the samples: words"),
         (["{run}", "samples=0"], "raise samples=0"),
@@ -192,7 +192,7 @@ def test_samples_and_models_that_do_not_fit_are_mistakes(
     first, rest = path.read_text().split("\n", 1)
     path.write_text(json.dumps(unsealed(json.loads(first)) | {"version": 9}) + "\n" + rest)
     assert scripts.run.main([str(run)]) == 2
-    assert "is duo_id/samples of version 9" in capsys.readouterr().err
+    assert "is duo_id/samples version 9" in capsys.readouterr().err
     path.write_text("no JSON\n")
     assert scripts.run.main([str(run)]) == 2
     assert "cannot be read" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Figures hold what the statistics say; whatever is missing, nothing breaks."""
+"""Figures show the statistics; missing data breaks nothing."""
 
 import io
 
@@ -38,14 +38,14 @@ def legend(figure: Figure) -> list[str]:
 
 def meshes(figure: Figure) -> dict[int, np.ndarray]:
     """The values of heatmaps by the number of their axes."""
-    found = {}
+    by_title = {}
     for number, axes in enumerate(figure.axes):
         values = [
             item.get_array() for item in axes.collections if isinstance(item, QuadMesh) and item.get_array().ndim == 2
         ]
         if values and axes.get_label() != "<colorbar>":
-            found[number] = np.asarray(values[0])
-    return found
+            by_title[number] = np.asarray(values[0])
+    return by_title
 
 
 @pytest.mark.parametrize(("metric", "factor"), [("score", 100), ("rise", 1)])
@@ -53,17 +53,17 @@ def test_quality_over_the_budget(rows: pd.DataFrame, metric: str, factor: int) -
     figure = plot_budget(rows, metric)
     (axes,) = figure.axes
     assert legend(figure) == [*NAMES, "full attention"]
-    found = contenders(rows)
+    statistics = contenders(rows)
     for name, line in zip(NAMES, axes.lines, strict=False):
-        points = found[found["heads"] == name].sort_values("kept")
+        points = statistics[statistics["heads"] == name].sort_values("kept")
         assert line.get_xdata().tolist() == pytest.approx((100 * points["kept"]).tolist())
         assert line.get_ydata().tolist() == pytest.approx((factor * points[metric]).tolist())
     dashed = axes.lines[len(NAMES)]
-    assert set(dashed.get_ydata()) == {factor * found.loc[0, metric]}
+    assert set(dashed.get_ydata()) == {factor * statistics.loc[0, metric]}
     assert dashed.get_linestyle() == "--"
     bands = [band.get_paths()[0].vertices[:, 1] for band in axes.collections]
     assert len(bands) == len(NAMES)
-    snapkv = factor * found.loc[found["heads"] == "snapkv", [f"{metric}_low", f"{metric}_high"]].to_numpy()
+    snapkv = factor * statistics.loc[statistics["heads"] == "snapkv", [f"{metric}_low", f"{metric}_high"]].to_numpy()
     assert (bands[-1].min(), bands[-1].max()) == pytest.approx((snapkv.min(), snapkv.max()))
 
 
@@ -75,22 +75,22 @@ def test_a_single_point_gets_a_bar(rows: pd.DataFrame) -> None:
 
 def test_depths_as_heatmaps(rows: pd.DataFrame) -> None:
     figure = plot_depths(rows, "needle-words")
-    shown = meshes(figure)
-    assert len(shown) == 1 + len(SPARSITIES) * len(NAMES)
+    heatmaps = meshes(figure)
+    assert len(heatmaps) == 1 + len(SPARSITIES) * len(NAMES)
     of_task = rows[rows["task"] == "needle-words"]
     means = of_task.groupby(["heads", "sparsity", "depth", "length"])["score"].mean()
     for line, heads in enumerate(["full", *NAMES]):
-        for place, sparsity in enumerate([0.0] if heads == "full" else SPARSITIES):
-            number = line * len(SPARSITIES) + place
+        for column, sparsity in enumerate([0.0] if heads == "full" else SPARSITIES):
+            number = line * len(SPARSITIES) + column
             expected = [[100 * means[heads, sparsity, depth, length] for length in LENGTHS] for depth in DEPTHS]
-            assert shown[number].tolist() == [pytest.approx(cells) for cells in expected]
+            assert heatmaps[number].tolist() == [pytest.approx(cells) for cells in expected]
             axes = figure.axes[number]
             assert [text.get_text() for text in axes.texts] == [f"{value:.0f}" for cells in expected for value in cells]
             assert axes.yaxis_inverted(), "the beginning of the context is on top"
     title = figure.axes[len(SPARSITIES)].get_title(loc="left")
     assert title.startswith("found\n")
     assert title.endswith("% KV")
-    panels = [item for number in shown for item in figure.axes[number].collections]
+    panels = [item for number in heatmaps for item in figure.axes[number].collections]
     assert {panel.get_clim() for panel in panels} == {(0, 100)}, "one colour scale"
 
 
@@ -105,10 +105,10 @@ def test_loss_over_the_place(rows: pd.DataFrame) -> None:
     figure = plot_position(rows, "language")
     assert len(figure.axes) == len(SPARSITIES)
     assert sorted(legend(figure)) == sorted(["full attention", *NAMES])
-    found = contenders(rows[rows["task"] == "language"], ["depth"]).query("heads == 'found' and sparsity == 0.75")
+    statistics = contenders(rows[rows["task"] == "language"], ["depth"]).query("heads == 'found' and sparsity == 0.75")
     line = figure.axes[2].lines[1]
     assert line.get_xdata().tolist() == [100 * depth for depth in DEPTHS]
-    assert line.get_ydata().tolist() == pytest.approx(found["loss"].tolist())
+    assert line.get_ydata().tolist() == pytest.approx(statistics["loss"].tolist())
 
 
 def test_bars_of_tasks(rows: pd.DataFrame) -> None:
@@ -120,37 +120,37 @@ def test_bars_of_tasks(rows: pd.DataFrame) -> None:
         "ruler-multivalue",
     ]
     assert legend(figure) == NAMES
-    found = contenders(rows, ["task"]).query("heads == 'snapkv' and sparsity == 0.5").set_index("task")
+    statistics = contenders(rows, ["task"]).query("heads == 'snapkv' and sparsity == 0.5").set_index("task")
     bars = figure.axes[1].containers[NAMES.index("snapkv")]
     assert [bar.get_width() for bar in bars] == pytest.approx(
-        [100 * found.loc[task, "relative_score"] for task in ("needle-words", "json-lookup", "ruler-multivalue")]
+        [100 * statistics.loc[task, "relative_score"] for task in ("needle-words", "json-lookup", "ruler-multivalue")]
     )
 
 
 def test_contenders_are_told_apart_however_many() -> None:
-    compared = line_up(tuple(f"pattern {number}" for number in range(14)), sparsities=(0.5,), peers=False)
-    drawn = [tuple(look.values()) for _, _, look in line_styles(pd.DataFrame(compared))]
-    assert len(set(drawn)) == len(drawn) == 14
+    lineup = line_up(tuple(f"pattern {number}" for number in range(14)), sparsities=(0.5,), peers=False)
+    looks = [tuple(look.values()) for _, _, look in line_styles(pd.DataFrame(lineup))]
+    assert len(set(looks)) == len(looks) == 14
 
 
 def test_agreement_by_hand() -> None:
-    one = HeadPattern(torch.tensor([[0.1, 0.2], [0.3, 0.9]]), 4, 8)
-    other = HeadPattern(torch.tensor([[0.1, 0.9], [0.3, 0.2]]), 4, 8)
-    found = agreement({"one": one, "other": other}, [0.5, 0.25, 1.0])
-    ranks, half, quarter, none = (values.to_numpy()[0, 1] for values in found.values())
+    first = HeadPattern(torch.tensor([[0.1, 0.2], [0.3, 0.9]]), 4, 8)
+    second = HeadPattern(torch.tensor([[0.1, 0.9], [0.3, 0.2]]), 4, 8)
+    agreements = agreement({"one": first, "other": second}, [0.5, 0.25, 1.0])
+    ranks, half, quarter, none = (values.to_numpy()[0, 1] for values in agreements.values())
     assert ranks == pytest.approx(1 - 6 * (2**2 + 2**2) / (4 * 15))
     assert half == 1 / 3  # {2, 3} and {1, 2}
     assert quarter == 1.0  # the same three
     assert none == 1.0  # nothing to disagree about
-    assert all(np.diag(values).tolist() == [1, 1] for values in found.values())
-    figure = plot_agreement({"one": one, "other": other}, [0.5])
+    assert all(np.diag(values).tolist() == [1, 1] for values in agreements.values())
+    figure = plot_agreement({"one": first, "other": second}, [0.5])
     assert [text.get_text() for text in figure.axes[1].texts] == ["1.00", "0.33", "0.33", "1.00"]
 
 
 def test_agreement_looks_at_layers_that_both_gate() -> None:
-    one = HeadPattern(torch.tensor([[0.1, 0.2], [0.3, 0.4]]), 4, 8, gated_layers=(0,))
-    other = HeadPattern(torch.tensor([[0.1, 0.2], [0.4, 0.3]]), 4, 8)
-    (ranks,) = agreement({"one": one, "other": other}, []).values()
+    first = HeadPattern(torch.tensor([[0.1, 0.2], [0.3, 0.4]]), 4, 8, gated_layers=(0,))
+    second = HeadPattern(torch.tensor([[0.1, 0.2], [0.4, 0.3]]), 4, 8)
+    (ranks,) = agreement({"one": first, "other": second}, []).values()
     assert ranks.to_numpy().tolist() == [[1, 1], [1, 1]]
 
 
@@ -158,9 +158,9 @@ def test_patterns_side_by_side() -> None:
     hybrid = HeadPattern(a_pattern(1).scores, 4, 8, gated_layers=(0, 2))
     patterns = {"a": a_pattern(), "b": hybrid, **{str(number): a_pattern(number) for number in range(4)}}
     figure = plot_patterns(patterns)
-    shown = meshes(figure)
-    assert len(shown) == 6
-    for values, pattern in zip(shown.values(), patterns.values(), strict=True):
+    heatmaps = meshes(figure)
+    assert len(heatmaps) == 6
+    for values, pattern in zip(heatmaps.values(), patterns.values(), strict=True):
         assert np.array_equal(values, pattern.scores.numpy())
     assert len(figure.axes[1].patches) == 2, "layers without gates are hatched"
     assert figure.axes[0].get_title(loc="left") == "a"
@@ -173,15 +173,15 @@ def test_all_figures_of_results() -> None:
         contenders=line_up(("found", "_$x$\n"), (0.25, 0.5)),
         patterns={"found": a_pattern(), "_$x$\n": a_pattern(1)},
     )
-    before = dict(mpl.rcParams)
-    found = figures(results)
-    assert dict(mpl.rcParams) == before
-    assert list(found) == [
+    rc_params = dict(mpl.rcParams)
+    by_name = figures(results)
+    assert dict(mpl.rcParams) == rc_params
+    assert list(by_name) == [
         *("budget-score", "budget-accuracy", "budget-rise", "tasks", "depths-needle-words", "position-language"),
         *("gates", "agreement"),
     ]
-    assert r" _\$x\$?" in legend(found["budget-score"])
-    found["budget-score"].savefig(io.BytesIO(), format="svg")
+    assert r" _\$x\$?" in legend(by_name["budget-score"])
+    by_name["budget-score"].savefig(io.BytesIO(), format="svg")
 
 
 @pytest.mark.parametrize("task", ["needle-words", "json-lookup", "language"])
@@ -205,8 +205,8 @@ def test_who_generated_nothing_is_not_drawn_where_answers_are_scored() -> None:
 
 
 def test_legends_lie_inside_their_figures(rows: pd.DataFrame) -> None:
-    one = rows[rows["sparsity"].isin([0, 0.5])].replace({"heads": {"found": "SmolLM2-135M-Instruct at 8K tokens"}})
-    for figure in (plot_tasks(one), plot_budget(one, "rise"), plot_position(one, "language")):
+    renamed = rows[rows["sparsity"].isin([0, 0.5])].replace({"heads": {"found": "SmolLM2-135M-Instruct at 8K tokens"}})
+    for figure in (plot_tasks(renamed), plot_budget(renamed, "rise"), plot_position(renamed, "language")):
         figure.canvas.draw()
         box = figure.legends[0].get_window_extent()
         assert box.x0 >= 0

@@ -1,4 +1,4 @@
-"""Ways to find heads side by side: seeds as one, tasks out of family, the best first."""
+"""Leaderboards: seeds as one contender, tasks out of family, the best first."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 from duo_id.evaluate.tasks.registry import EVALUATION_TASKS
 from duo_id.report.figures import plot_cost
-from duo_id.report.leaderboard import FAMILIES, averaged, leaderboards, seconds_of, touched
+from duo_id.report.leaderboard import FAMILIES, average_over_seeds, in_family_tasks, leaderboards, seconds_of
 from duo_id.report.summary import contender_of, frame, summarise
 from tests.evaluate.saved import LENGTHS, a_pattern, line_up, saved_results
 
@@ -32,16 +32,16 @@ def results() -> dict[str, Any]:
 def test_seeds_are_one_contender(results: dict[str, Any]) -> None:
     rows = frame(results)
     assert set(rows.loc[rows["kind"] == "pattern", "heads"]) == {"found", "other"}
-    one = summarise(rows).set_index(["heads", "sparsity"]).loc[("other", 0.5)]
-    assert one["seeds"] == 3
-    own = [row["loss"] / row["tokens"] for row in results["rows"] if row["heads"] == "other#1"]
-    assert len(own) == (rows["heads"] == "other").sum() / 3
+    statistics = summarise(rows).set_index(["heads", "sparsity"]).loc[("other", 0.5)]
+    assert statistics["seeds"] == 3
+    seed_losses = [row["loss"] / row["tokens"] for row in results["rows"] if row["heads"] == "other#1"]
+    assert len(seed_losses) == (rows["heads"] == "other").sum() / 3
     assert set(rows.loc[rows["heads"] == "other", "seed"]) == {0, 1, 2}
     assert rows.loc[rows["heads"] == "random", "seed"].nunique() == 5, "random masks keep theirs"
     assert seconds_of(results["patterns"]) == {"found": 2, "other": 11}
-    both = averaged(results["patterns"])
-    wanted = sum(a_pattern(number).scores for number in (1, 2, 3)) / 3
-    torch.testing.assert_close(both["other"].scores, wanted)
+    both = average_over_seeds(results["patterns"])
+    expected = sum(a_pattern(number).scores for number in (1, 2, 3)) / 3
+    torch.testing.assert_close(both["other"].scores, expected)
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,10 @@ def test_contenders_of_patterns(name: str, contender: str) -> None:
 
 
 def test_tables_by_task_family_and_length(results: dict[str, Any]) -> None:
-    found = leaderboards(results)
-    titles = [title.removeprefix("Rise in answer loss over full attention (nats a token), ") for title in found]
+    tables = leaderboards(results)
+    titles = [title.removeprefix("Rise in answer loss over full attention (nats per token), ") for title in tables]
     assert titles == ["all tasks", "out of family: language", *(f"{length:,} tokens" for length in LENGTHS)]
-    grid = found["Rise in answer loss over full attention (nats a token), all tasks"]
+    grid = tables["Rise in answer loss over full attention (nats per token), all tasks"]
     assert grid.headings[2:] == ["25%\nstream", "50%\nstream", "75%\nstream", "100%\nstream"][: len(grid.headings) - 2]
     lines = grid.sections[""]
     assert [line[0].text for line in lines][:2] == ["found", "other (3 seeds)"], "the least harm first"
@@ -65,10 +65,10 @@ def test_tables_by_task_family_and_length(results: dict[str, Any]) -> None:
 
 
 def test_families_name_held_out_tasks() -> None:
-    assert set().union(*FAMILIES.values()) < EVALUATION_TASKS.keys(), "some are like none of the training tasks"
-    told = [{"provenance": {"settings": {"data": {"task": task}}}} for task in ("copying", "text", "disk", None)]
-    assert touched(told) == {"copying", "list-reorder", "language", "rare-ngrams"}
-    assert touched([{"provenance": {}}]) == set()
+    assert set().union(*FAMILIES.values()) < EVALUATION_TASKS.keys(), "some resemble none of the training tasks"
+    patterns = [{"provenance": {"settings": {"data": {"task": task}}}} for task in ("copying", "text", "disk", None)]
+    assert in_family_tasks(patterns) == {"copying", "list-reorder", "language", "rare-ngrams"}
+    assert in_family_tasks([{"provenance": {}}]) == set()
 
 
 def test_one_pattern_needs_no_leaderboard() -> None:

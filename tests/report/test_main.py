@@ -47,8 +47,8 @@ def test_the_page_goes_to_the_first_folder(run: Path, monkeypatch: pytest.Monkey
 def test_a_page_that_would_go_elsewhere_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run.parent / "precious").write_text("precious")
     (run / "report.html").symlink_to("../precious")
-    for given in ("run", "run/results.json"):
-        status, output = run_report(given, folder=run.parent, monkeypatch=monkeypatch)
+    for argument in ("run", "run/results.json"):
+        status, output = run_report(argument, folder=run.parent, monkeypatch=monkeypatch)
         advice = "is a symbolic link out of run: remove it, or put there what it leads to"
         assert (status, output) == (2, f"error: run/report.html {advice}\n")
     assert (run.parent / "precious").read_text() == "precious"
@@ -70,10 +70,10 @@ def test_the_reference_of_comparisons_can_be_named(run: Path, monkeypatch: pytes
     for arguments, name in (["two"], "first"), (["two", "reference=second"], "second"):
         status, _ = run_report(*arguments, folder=run.parent, monkeypatch=monkeypatch)
         assert status == 0
-        assert f"Rise in answer loss less that of {name} " in (run.parent / "two" / "report.html").read_text()
+        assert f"Rise in answer loss minus that of {name} " in (run.parent / "two" / "report.html").read_text()
     status, output = run_report("two", "reference=third", folder=run.parent, monkeypatch=monkeypatch)
     assert (status, output.splitlines()) == (
-        2, ["error: reference=third: there are no such heads here, choose among first, second"]
+        2, ["error: reference=third: no such heads in these results, choose among first, second"]
     )  # fmt: skip
 
 
@@ -86,9 +86,9 @@ def test_evaluations_without_the_reference_are_compared_with_their_first(
     status, _ = run_report("test", "development", "reference=second", folder=run.parent, monkeypatch=monkeypatch)
     page = (run.parent / "test" / "report.html").read_text()
     assert status == 0
-    assert "less that of second " in page
-    assert "less that of third " in page
-    assert "less that of first " not in page
+    assert "minus that of second " in page
+    assert "minus that of third " in page
+    assert "minus that of first " not in page
 
 
 def test_folders_may_have_an_equals_sign(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,13 +110,13 @@ def test_folders_may_have_an_equals_sign(run: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = sorted(run.parent.rglob("*"))
+    files_before = sorted(run.parent.rglob("*"))
     status, output = run_report(*arguments, folder=run.parent, monkeypatch=monkeypatch)
     assert status == 2
     (line,) = output.splitlines()
     assert line.startswith("error: ")
     assert message in line
-    assert sorted(run.parent.rglob("*")) == before
+    assert sorted(run.parent.rglob("*")) == files_before
 
 
 def test_ctrl_c_leaves_nothing_behind(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +131,8 @@ def test_ctrl_c_leaves_nothing_behind(run: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_folders_may_hold_an_equals_sign(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run.rename(run.parent / "lr=0.02")
-    for given in ("lr=0.02", "./lr=0.02"):
-        status, output = run_report(given, folder=run.parent, monkeypatch=monkeypatch)
+    for argument in ("lr=0.02", "./lr=0.02"):
+        status, output = run_report(argument, folder=run.parent, monkeypatch=monkeypatch)
         assert (status, output.split()) == (0, ["report:", "lr=0.02/report.html"])
     status, output = run_report("nosuch/lr=0.02", folder=run.parent, monkeypatch=monkeypatch)
     assert (status, output.partition(" is missing")[0]) == (2, "error: nosuch/lr=0.02")

@@ -1,4 +1,4 @@
-"""The page is whole, loads nothing, escapes everything, and a browser shows it; runs are read and merged."""
+"""The page is complete, loads nothing, escapes everything, and renders in a browser; runs are read and merged."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from duo_id.common.errors import UserError
 from duo_id.patterns.files import contents_of
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.plots import plot_gates
-from duo_id.report.page import LARGEST_SVG, Pictures, report
+from duo_id.report.page import LARGEST_SVG, FigureEmbedder, report
 from duo_id.report.runs import RunFolder, free_name, merge, read_run
 from duo_id.report.summary import frame
 from tests.evaluate.saved import MODEL, a_pattern, line_up, save, saved_results
@@ -66,7 +66,7 @@ class Page(HTMLParser):
 
 
 def hostile_results() -> dict:
-    """Every text that a page shows comes from elsewhere."""
+    """Every text on the page is hostile."""
     contenders = line_up((HOSTILE,), (0.5,))
     results = saved_results(1, ("needle-words", "json-lookup"), (1000,), contenders, {HOSTILE: a_pattern()})
     for row in results["rows"]:
@@ -116,17 +116,17 @@ def test_the_page_is_whole_and_loads_nothing(page: Path) -> None:
     ids = parsed.values("id")
     assert len(ids) == len(set(ids))
     assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
-    assert {found.strip("'\"") for found in re.findall(r"url\(#([^)]+)\)", text)} <= set(ids)
+    assert {reference.strip("'\"") for reference in re.findall(r"url\(#([^)]+)\)", text)} <= set(ids)
 
 
 def test_the_page_says_what_was_compared(page: Path) -> None:
     parsed = Page(page.read_text())
-    for said in (
+    for text in (
         *("Tiny-4L", "nobody/Tiny-4L", "float32", "torch 2.13.0", "without a chat template", "test split, seed 0"),
         *("28 questions on 8 contexts", "question not seen while evicting", "random (5 masks)"),
         *("head patterns", "token eviction", "Training: a/training", "mean gate", "amber harbour"),
     ):
-        assert said in parsed.text, said
+        assert text in parsed.text, text
     svgs = parsed.tags.count("svg") + sum(src.startswith("data:image/png") for src in parsed.values("src"))
     assert svgs == parsed.tags.count("figure") == parsed.tags.count("figcaption")
     assert svgs == 6 + 2 + 1 + 3, (
@@ -156,22 +156,22 @@ def test_one_contender_one_task_one_length() -> None:
 
 def test_large_figures_become_pngs(monkeypatch: pytest.MonkeyPatch) -> None:
     figure = plot_gates(a_pattern())
-    assert str(Pictures(print)(figure, "a < b")["image"]).startswith('<svg role="img" aria-label="a &lt; b"')
+    assert str(FigureEmbedder(print)(figure, "a < b")["image"]).startswith('<svg role="img" aria-label="a &lt; b"')
     monkeypatch.setattr("duo_id.report.page.LARGEST_SVG", 100)
     assert LARGEST_SVG > 100
-    image = Pictures(print)(figure, "a < b")["image"]
+    image = FigureEmbedder(print)(figure, "a < b")["image"]
     assert re.match(r'<img src="data:image/png;base64,[\w+/=]+" alt="a &lt; b">$', image)
 
 
 def test_runs_of_the_same_questions_are_merged() -> None:
     first = saved_results(1, ("language",), (1000,), line_up(sparsities=(0.25,)))
-    again = saved_results(1, ("language",), (1000, 2000), line_up(sparsities=(0.25, 0.5)))
-    other = saved_results(1, ("language",), (1000,), seed=1)
-    (both, alone) = merge([first, again, other])
-    assert len(both["rows"]) == len(again["rows"])
-    assert both["contenders"] == again["contenders"]
-    assert both["all_settings"] == [first["settings"], again["settings"]]
-    assert alone["rows"] == other["rows"]
+    second = saved_results(1, ("language",), (1000, 2000), line_up(sparsities=(0.25, 0.5)))
+    other_seed = saved_results(1, ("language",), (1000,), seed=1)
+    (both, alone) = merge([first, second, other_seed])
+    assert len(both["rows"]) == len(second["rows"])
+    assert both["contenders"] == second["contenders"]
+    assert both["all_settings"] == [first["settings"], second["settings"]]
+    assert alone["rows"] == other_seed["rows"]
     for change in ({"split": "development"}, {"chat_template": True}, {"model": MODEL | {"dtype": "bfloat16"}}):
         assert len(merge([first, first | change])) == 2
     wider = contents_of(HeadPattern(a_pattern().scores, 16, 128))
@@ -182,7 +182,7 @@ def test_runs_of_other_samples_stay_apart() -> None:
     first = saved_results(1, ("language",), (1000,))
     first |= {"rows": [row | {"sample": "a"} for row in first["rows"]]}
     other = first | {"rows": [row | {"sample": "b", "loss": row["loss"] + 5} for row in first["rows"]]}
-    assert [found["rows"] for found in merge([first, other, first])] == [first["rows"], other["rows"]]
+    assert [merged["rows"] for merged in merge([first, other, first])] == [first["rows"], other["rows"]]
 
 
 def test_an_answer_with_text_wins() -> None:
@@ -204,7 +204,7 @@ def test_patterns_of_the_same_name_are_told_apart() -> None:
     rows = frame(both)
     assert rows.groupby("heads").size()[["found", "found [2]"]].tolist() == [5, 5]
     assert len(rows) == len(first["rows"]) + 5
-    assert [one["heads"] for one in both["contenders"] if one["kind"] == "pattern"] == ["found", "found [2]"]
+    assert [entry["heads"] for entry in both["contenders"] if entry["kind"] == "pattern"] == ["found", "found [2]"]
     assert free_name("found", first["patterns"]["found"], both["patterns"]) == "found"
 
 
@@ -225,7 +225,7 @@ def test_runs_are_read(tmp_path: Path) -> None:
 
 
 def chromium(*flags: str, page: Path, folder: Path) -> subprocess.CompletedProcess:
-    """Run the browser on a page without letting it keep anything."""
+    """Run the browser on a page without persistent state."""
     assert CHROMIUM is not None
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", *flags, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -233,9 +233,9 @@ def chromium(*flags: str, page: Path, folder: Path) -> subprocess.CompletedProce
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_a_browser_shows_the_page(page: Path, tmp_path: Path) -> None:
-    done = chromium("--dump-dom", page=page, folder=tmp_path)
-    assert not re.search(r"CONSOLE|Refused|Uncaught", done.stderr), done.stderr
-    shown = Page(done.stdout)
+    process = chromium("--dump-dom", page=page, folder=tmp_path)
+    assert not re.search(r"CONSOLE|Refused|Uncaught", process.stderr), process.stderr
+    shown = Page(process.stdout)
     assert shown.tags.count("table") == Page(page.read_text()).tags.count("table")
     assert shown.tags.count("button") == shown.tags.count("th") - 2 * 2, "all headings sort but those of sections"
     assert shown.tags.count("figure") == Page(page.read_text()).tags.count("figure")
@@ -245,7 +245,7 @@ def test_a_browser_shows_the_page(page: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_a_click_sorts(page: Path, tmp_path: Path) -> None:
-    """The page with a script of its own that clicks the heading of the answer loss twice."""
+    """The page with a script that clicks the heading of the answer loss twice."""
     clicks = "<script>for (const _ of [1, 2]) document.querySelectorAll('table th button')[3].click();</script></body>"
     (tmp_path / "clicked.html").write_text(page.read_text().replace("</body>", clicks))
     text = chromium("--dump-dom", page=tmp_path / "clicked.html", folder=tmp_path).stdout

@@ -1,4 +1,4 @@
-"""Contenders beside one of them: what both have in common is no uncertainty, and what one lacks is left out."""
+"""Paired comparisons: what both share adds no uncertainty, and questions that one lacks are left out."""
 
 from typing import Any
 
@@ -17,34 +17,37 @@ NAMES = ("found", "other#0", "other#1", "other#2")
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    """A pattern and three seeds of another beside baselines."""
+    """A pattern, three seeds of another, and baselines."""
     return saved_results(5, contenders=line_up(NAMES), patterns={name: a_pattern() for name in NAMES})
 
 
 def with_twin(rows: pd.DataFrame, **changes: Any) -> pd.DataFrame:
-    """The rows and those of a contender `twin`, which is `found` with changes."""
+    """The rows, plus those of a contender `twin`, a copy of `found` with changes."""
     twin = rows[(rows["kind"] == "pattern") & (rows["heads"] == "found")]
     return pd.concat([rows, twin.assign(heads="twin", **changes)], ignore_index=True)
 
 
-def row_of(found: pd.DataFrame, heads: str, sparsity: float = 0.5) -> pd.Series:
-    (row,) = [row for _, row in found.iterrows() if (row["heads"], row["sparsity"]) == (heads, sparsity)]
+def row_of(differences: pd.DataFrame, heads: str, sparsity: float = 0.5) -> pd.Series:
+    (row,) = [row for _, row in differences.iterrows() if (row["heads"], row["sparsity"]) == (heads, sparsity)]
     return row
 
 
 def test_values_are_those_of_the_contenders_apart(results: dict[str, Any]) -> None:
     rows = frame(results)
-    apart = summarise(rows).set_index(CONTENDER)
-    found = paired(rows, "found")
-    assert set(found["heads"]) == {"other", "random", "streaming", "window", "snapkv"}
-    assert len(found) == 5 * len(SPARSITIES)
-    for row in found.to_dict("records"):
-        own, theirs = apart.loc[tuple(row[key] for key in CONTENDER)], apart.loc["pattern", "found", row["sparsity"]]
-        assert row["rise"] == pytest.approx(own["rise"] - theirs["rise"])
-        assert row["ratio"] == pytest.approx(own["rise"] / theirs["rise"])
+    unpaired = summarise(rows).set_index(CONTENDER)
+    differences = paired(rows, "found")
+    assert set(differences["heads"]) == {"other", "random", "streaming", "window", "snapkv"}
+    assert len(differences) == 5 * len(SPARSITIES)
+    for row in differences.to_dict("records"):
+        contender, reference = (
+            unpaired.loc[tuple(row[key] for key in CONTENDER)],
+            unpaired.loc["pattern", "found", row["sparsity"]],
+        )
+        assert row["rise"] == pytest.approx(contender["rise"] - reference["rise"])
+        assert row["ratio"] == pytest.approx(contender["rise"] / reference["rise"])
         assert row["rise_low"] <= row["rise"] <= row["rise_high"]
-        if np.isfinite(own["kl"]):
-            assert row["kl"] == pytest.approx(own["kl"] - theirs["kl"])
+        if np.isfinite(contender["kl"]):
+            assert row["kl"] == pytest.approx(contender["kl"] - reference["kl"])
 
 
 def test_what_both_have_in_common_is_certain(results: dict[str, Any]) -> None:
@@ -56,10 +59,10 @@ def test_what_both_have_in_common_is_certain(results: dict[str, Any]) -> None:
     doubled = (2 * full["loss"] - full["loss_full"]).to_numpy()
     twice = row_of(paired(with_twin(rows, loss=doubled), "found"), "twin")
     assert [twice[f"ratio{end}"] for end in ("", "_low", "_high")] == pytest.approx([2.0] * 3)
-    same = row_of(paired(with_twin(rows), "found"), "twin")
-    assert [same[f"rise{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
-    apart = summarise(rows).set_index(CONTENDER).loc["pattern", "found", 0.5]
-    assert apart["rise_high"] - apart["rise_low"] > 0.005, "though each is uncertain"
+    twin = row_of(paired(with_twin(rows), "found"), "twin")
+    assert [twin[f"rise{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
+    unpaired = summarise(rows).set_index(CONTENDER).loc["pattern", "found", 0.5]
+    assert unpaired["rise_high"] - unpaired["rise_low"] > 0.005, "though each is uncertain"
 
 
 def test_intervals_are_those_of_a_slow_reference(results: dict[str, Any]) -> None:
@@ -70,28 +73,28 @@ def test_intervals_are_those_of_a_slow_reference(results: dict[str, Any]) -> Non
     samples = sorted(set(rows.set_index(["length", "index"]).index))
 
     def rise(heads: str, seed: float | None, sample: tuple[int, int]) -> tuple[float, float]:
-        own = rows[(rows["heads"] == heads) & (rows["length"] == sample[0]) & (rows["index"] == sample[1])]
-        own = own if seed is None else own[own["seed"] == seed]
-        return (own["loss"].to_numpy() - full.loc[list(own[QUESTION].itertuples(index=False))].to_numpy()).sum(), own[
-            "tokens"
-        ].sum()
+        picked = rows[(rows["heads"] == heads) & (rows["length"] == sample[0]) & (rows["index"] == sample[1])]
+        picked = picked if seed is None else picked[picked["seed"] == seed]
+        return (
+            picked["loss"].to_numpy() - full.loc[list(picked[QUESTION].itertuples(index=False))].to_numpy()
+        ).sum(), picked["tokens"].sum()
 
     table = {(seed, sample): rise("other", seed, sample) for seed in (0, 1, 2) for sample in samples}
-    theirs = {sample: rise("found", None, sample) for sample in samples}
+    reference_rises = {sample: rise("found", None, sample) for sample in samples}
     above, below = (
         np.array([[table[seed, sample][part] for sample in samples] for seed in range(3)]) for part in (0, 1)
     )
-    their_above, their_below = np.array([theirs[sample] for sample in samples]).T
+    their_above, their_below = np.array([reference_rises[sample] for sample in samples]).T
     value, their_value = above.sum() / below.sum(), their_above.sum() / their_below.sum()
     off = (above - value * below) / below.sum()
     their_off = (their_above - their_value * their_below) / their_below.sum()
-    drawn, degrees = [], len(samples) - 1
+    draws, degrees = [], len(samples) - 1
     for _ in range(8000):
         of_seeds = np.sqrt(3 / 2) * np.sqrt(2 / random.chisquare(2)) * random.normal(size=3)
         of_samples = np.sqrt(len(samples) / degrees) * np.sqrt(degrees / random.chisquare(degrees))
         of_samples = of_samples * random.normal(size=len(samples))
-        drawn.append(value - their_value + of_seeds @ off.sum(1) + of_samples @ (off.sum(0) - their_off))
-    low, high = np.percentile(drawn, [2.5, 97.5])
+        draws.append(value - their_value + of_seeds @ off.sum(1) + of_samples @ (off.sum(0) - their_off))
+    low, high = np.percentile(draws, [2.5, 97.5])
     assert row["rise_low"] == pytest.approx(low, abs=0.05 * (high - low))
     assert row["rise_high"] == pytest.approx(high, abs=0.05 * (high - low))
 
@@ -100,12 +103,12 @@ def test_questions_that_one_lacks_are_left_out(results: dict[str, Any]) -> None:
     rows = with_twin(frame(results))
     lacking = (rows["heads"] == "twin") & ((rows["task"] == "language") | (rows["index"] == 0))
     some = rows[~lacking]
-    there = some[(some["task"] != "language") & (some["index"] != 0)]
-    found, wanted = paired(some, "other"), paired(there, "other")
+    shared = some[(some["task"] != "language") & (some["index"] != 0)]
+    actual, expected = paired(some, "other"), paired(shared, "other")
     for metric in ("rise", "kl", "ratio"):
-        assert row_of(found, "twin")[metric] == pytest.approx(row_of(wanted, "twin")[metric])
-    assert row_of(found, "twin")["samples"] == (len(TASKS) - 1) * 2 * 4
-    assert row_of(found, "found")["samples"] == len(TASKS) * 2 * 5
+        assert row_of(actual, "twin")[metric] == pytest.approx(row_of(expected, "twin")[metric])
+    assert row_of(actual, "twin")["samples"] == (len(TASKS) - 1) * 2 * 4
+    assert row_of(actual, "found")["samples"] == len(TASKS) * 2 * 5
     nothing = rows[~((rows["heads"] == "twin") & (rows["sparsity"] == 0.5))]
     assert set(paired(nothing, "twin")["sparsity"]) == {0.25, 0.75}
 
@@ -117,7 +120,7 @@ def test_a_ratio_to_nothing_is_no_ratio(results: dict[str, Any]) -> None:
     assert paired(with_twin(rows, loss=exact), "twin")["ratio"].isna().all()
     assert paired(with_twin(rows, loss=exact), "found").set_index("heads").loc["twin", "ratio"].eq(0).all()
     index = rows.loc[rows["heads"] == "found", "index"].to_numpy()
-    noise = np.where(index == 0, 1.0, -0.2)  # a little more than nothing, but not surely
+    noise = np.where(index == 0, 1.0, -0.2)  # slightly above 0, but not significantly
     unsure = paired(with_twin(rows, loss=exact + noise), "twin")
     assert (unsure["rise"] > 0).any()
     assert unsure["ratio"].isna().all()
@@ -125,17 +128,17 @@ def test_a_ratio_to_nothing_is_no_ratio(results: dict[str, Any]) -> None:
 
 def test_tasks_are_counted(results: dict[str, Any]) -> None:
     rows = frame(results)
-    own = rows[rows["heads"] == "found"]
-    more = own["task"].map(dict(zip(TASKS, (0.1, 0.1, 0.0, -0.1), strict=True)))
-    more += np.where(own["task"] == TASKS[2], np.where(own["index"] == 0, 1.0, -0.05), 0)  # one sample decides
-    twin = own.assign(heads="twin", loss=own["loss"] + more * own["tokens"]).to_dict("records")
+    base = rows[rows["heads"] == "found"]
+    added = base["task"].map(dict(zip(TASKS, (0.1, 0.1, 0.0, -0.1), strict=True)))
+    added += np.where(base["task"] == TASKS[2], np.where(base["index"] == 0, 1.0, -0.05), 0)  # one sample decides
+    twin = base.assign(heads="twin", loss=base["loss"] + added * base["tokens"]).to_dict("records")
     changed = results | {"rows": results["rows"] + twin, "patterns": results["patterns"] | {"twin": {}}}
     grids = paired_grids(changed, "found")
     assert list(grids) == [
-        "Rise in answer loss less that of found (nats a token)",
+        "Rise in answer loss minus that of found (nats per token)",
         "Rise in answer loss as a multiple of that of found",
-        "KL from full attention less that of found (nats a token)",
-        "Tasks on which they lose more than found, and in brackets beyond the interval",
+        "KL from full attention minus that of found (nats per token)",
+        "Tasks on which they lose more than found, in brackets those beyond the interval",
     ]
     first, *_, tasks = grids.values()
     assert first.headings == ["heads", "25%\nstream", "50%\nstream", "75%\nstream"]
@@ -150,5 +153,5 @@ def test_the_first_pattern_is_the_reference_unless_another_is_named(results: dic
     assert all("found" in title for title in paired_grids(results))
     assert all("other" in title for title in paired_grids(results, "other"))
     assert paired_grids(saved_results(1)) == {}
-    with pytest.raises(UserError, match=r"reference=random: there are no such heads here, choose among found, other"):
+    with pytest.raises(UserError, match=r"reference=random: no such heads in these results, choose among found, other"):
         paired_grids(results, "random")

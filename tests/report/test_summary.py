@@ -16,11 +16,11 @@ from tests.evaluate.saved import line_up, save, saved_results
 FULL, MASK = ("full", "full", 0.0), ("pattern", "found", 0.5)
 
 
-def row(task: str, index: int, contender: tuple[str, str, float], loss: float, tokens: int, **others: Any) -> dict:
+def row(task: str, index: int, contender: tuple[str, str, float], loss: float, tokens: int, **columns: Any) -> dict:
     kind, heads, sparsity = contender
     base = {"task": task, "length": 1000, "index": index, "question": 0, "depth": None, "kind": kind, "heads": heads}
     measured = {"loss": loss, "tokens": tokens, "kl": 0.0, "correct": 0, "score": None, "exact": None, "text": None}
-    return base | {"sparsity": sparsity, "seed": None, "bytes": 100} | measured | others
+    return base | {"sparsity": sparsity, "seed": None, "bytes": 100} | measured | columns
 
 
 def rows_of(*rows: dict) -> pd.DataFrame:
@@ -28,8 +28,8 @@ def rows_of(*rows: dict) -> pd.DataFrame:
 
 
 def only(rows: pd.DataFrame, kind: str = "pattern", **options: Any) -> pd.Series:
-    found = summarise(rows, **options)
-    return found[found["kind"] == kind].squeeze()
+    statistics = summarise(rows, **options)
+    return statistics[statistics["kind"] == kind].squeeze()
 
 
 def by_hand() -> pd.DataFrame:
@@ -45,10 +45,10 @@ def by_hand() -> pd.DataFrame:
 
 
 def test_values_by_hand() -> None:
-    found = only(by_hand())
+    statistics = only(by_hand())
     expected = {
         "kept": (120 / 200 + 0.3) / 2,
-        "loss": (6 / 4 + 25 / 10) / 2,  # tokens of a task are pooled, tasks have one vote each
+        "loss": (6 / 4 + 25 / 10) / 2,  # tokens of a task are pooled, tasks weigh the same
         "rise": ((6 - 4) / 4 + (25 - 20) / 10) / 2,
         "kl": (1.2 / 4 + 2 / 10) / 2,
         "accuracy": (2 / 4 + 3 / 10) / 2,
@@ -59,37 +59,37 @@ def test_values_by_hand() -> None:
     }
     assert expected.keys() == REPORTED.keys()
     for metric, value in expected.items():
-        assert found[metric] == pytest.approx(value), metric
-    assert (found["samples"], found["seeds"]) == (3, 1)
+        assert statistics[metric] == pytest.approx(value), metric
+    assert (statistics["samples"], statistics["seeds"]) == (3, 1)
     full = only(by_hand(), "full")
     assert [full[metric] for metric in ("kept", "rise", "relative_score", "exact")] == [1, 0, 1, 0.5]
 
 
 def test_intervals_by_hand() -> None:
-    """Two samples, 1 degree of freedom: 12.7 standard errors; nothing falls below what can be."""
-    found = only(by_hand()[lambda rows: rows["task"] == "a"])
+    """Two samples, 1 degree of freedom: 12.7 standard errors, clipped to possible values."""
+    statistics = only(by_hand()[lambda rows: rows["task"] == "a"])
     off = np.array([2.0 - 1.5 * 1, 4.0 - 1.5 * 3]) / 4
     error = math.sqrt(2 * (off**2).sum())
-    assert found["loss_high"] == pytest.approx(1.5 + 12.706 * error, rel=0.15)
-    assert found["loss_low"] == 0
-    assert (found["relative_score_low"], found["score_low"], found["score_high"]) == (0, 0, 1)
+    assert statistics["loss_high"] == pytest.approx(1.5 + 12.706 * error, rel=0.15)
+    assert statistics["loss_low"] == 0
+    assert (statistics["relative_score_low"], statistics["score_low"], statistics["score_high"]) == (0, 0, 1)
 
 
 def test_groups_of_one_sample_have_no_interval() -> None:
-    found = only(by_hand()[lambda rows: rows["task"] == "b"])
-    assert found["loss"] == 2.5
-    assert math.isnan(found["loss_low"])
-    assert math.isnan(found["score"])
-    assert math.isnan(found["relative_score_high"])
+    statistics = only(by_hand()[lambda rows: rows["task"] == "b"])
+    assert statistics["loss"] == 2.5
+    assert math.isnan(statistics["loss_low"])
+    assert math.isnan(statistics["score"])
+    assert math.isnan(statistics["relative_score_high"])
 
 
 def test_only_questions_that_full_attention_answered_too_are_relative_to_it() -> None:
     rows = by_hand()
     rows = rows[(rows["kind"] != "full") | (rows["index"] == 0) & (rows["task"] == "a")]
-    found = only(rows)
-    assert found["loss"] == pytest.approx(2.0)
-    assert found["rise"] == pytest.approx((2 - 1) / 1)
-    assert found["relative_score"] == pytest.approx(0.75)
+    statistics = only(rows)
+    assert statistics["loss"] == pytest.approx(2.0)
+    assert statistics["rise"] == pytest.approx((2 - 1) / 1)
+    assert statistics["relative_score"] == pytest.approx(0.75)
     alone = only(rows[rows["kind"] != "full"])
     assert alone["loss"] == pytest.approx(2.0)
     assert math.isnan(alone["rise"])
@@ -102,7 +102,7 @@ def test_where_full_attention_scores_nothing_no_ratio_is_given() -> None:
 
 
 def test_questions_of_a_sample_are_resampled_together() -> None:
-    """Questions that all say the same of their sample add nothing to what is known."""
+    """Questions that agree within each sample add no information."""
     values = np.random.default_rng(1).normal(size=20)
     once = rows_of(*(row("a", index, MASK, value, 1) for index, value in enumerate(values)))
     many = [row("a", index, MASK, value, 1, question=q) for index, value in enumerate(values) for q in range(10)]
@@ -114,52 +114,54 @@ def test_questions_of_a_sample_are_resampled_together() -> None:
 def test_random_masks_are_resampled_too() -> None:
     random = ("baseline", "random", 0.5)
     rows = [row("a", index, random, 10.0 * seed, 1, seed=seed) for index in range(50) for seed in range(3)]
-    found = only(rows_of(*rows), "baseline")
-    assert (found["loss"], found["seeds"]) == (10, 3)
-    assert found["loss_low"] < 5  # though all samples agree, the masks do not
-    assert found["loss_high"] > 15
+    statistics = only(rows_of(*rows), "baseline")
+    assert (statistics["loss"], statistics["seeds"]) == (10, 3)
+    assert statistics["loss_low"] < 5  # though all samples agree, the masks do not
+    assert statistics["loss_high"] > 15
     single = summarise(rows_of(*rows), ["kind", "seed"])
     assert single["loss"].tolist() == [0, 10, 20]
     assert (single["loss_low"] == single["loss_high"]).all()
 
 
 def test_intervals_cover_the_truth() -> None:
-    """95% of the intervals of 100 experiments with 40 samples hold the mean, give or take chance."""
+    """About 95% of the intervals of 100 experiments with 40 samples cover the mean."""
     values = np.random.default_rng(0).normal(1.0, 0.5, size=(100, 40))
     rows = [row("a", index, MASK, value, 1, length=length) for (length, index), value in np.ndenumerate(values)]
-    found = summarise(rows_of(*rows), ["length"])
-    hits = ((found["loss_low"] <= 1.0) & (found["loss_high"] >= 1.0)).sum()
+    statistics = summarise(rows_of(*rows), ["length"])
+    hits = ((statistics["loss_low"] <= 1.0) & (statistics["loss_high"] >= 1.0)).sum()
     assert 88 <= hits <= 99
-    widths = found["loss_high"] - found["loss_low"]
+    widths = statistics["loss_high"] - statistics["loss_low"]
     assert widths.mean() == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(40), rel=0.08)
 
 
 def test_the_difference_is_surer_than_its_sides() -> None:
-    """Samples differ much in difficulty, and the mask costs all of them about the same."""
+    """Samples differ greatly in difficulty, but the mask costs all of them about the same."""
     hard = np.random.default_rng(0).normal(5, 2, size=30)
     rows = [row("a", index, FULL, value, 1) for index, value in enumerate(hard)]
     rows += [row("a", index, MASK, value + 0.1 * (index % 2), 1) for index, value in enumerate(hard)]
-    found = only(rows_of(*rows))
-    assert found["rise"] == pytest.approx(0.05)
-    assert found["rise_high"] - found["rise_low"] < 0.05 < 1 < found["loss_high"] - found["loss_low"]
+    statistics = only(rows_of(*rows))
+    assert statistics["rise"] == pytest.approx(0.05)
+    assert (
+        statistics["rise_high"] - statistics["rise_low"] < 0.05 < 1 < statistics["loss_high"] - statistics["loss_low"]
+    )
 
 
 def test_groups_may_have_any_columns() -> None:
     rows = frame(saved_results(samples=1, contenders=line_up(peers=False)))
-    found = summarise(rows, ["task", "length", "depth", "kind", "heads", "sparsity", "seed"])
-    assert set(found["task"]) == set(rows["task"])
-    assert len(found) == len(
+    statistics = summarise(rows, ["task", "length", "depth", "kind", "heads", "sparsity", "seed"])
+    assert set(statistics["task"]) == set(rows["task"])
+    assert len(statistics) == len(
         rows.groupby(["task", "length", "depth", "kind", "heads", "sparsity", "seed"], dropna=False)
     )
-    assert found.loc[found["task"] == "language", "score"].isna().all()
+    assert statistics.loc[statistics["task"] == "language", "score"].isna().all()
     assert summarise(rows).equals(summarise(rows)), "a function of its arguments"
 
 
 def test_contenders_stand_in_the_order_of_tables() -> None:
-    found = contenders(frame(saved_results(samples=1)))
-    assert found["kind"].tolist() == ["full"] + ["pattern", *["baseline"] * 3] * 3 + ["eviction"] * 3
-    assert found["sparsity"].tolist() == [0.0] + [0.25] * 4 + [0.5] * 4 + [0.75] * 4 + [0.25, 0.5, 0.75]
-    assert found.loc[found["heads"] == "random", "seeds"].tolist() == [5, 5, 5]
+    statistics = contenders(frame(saved_results(samples=1)))
+    assert statistics["kind"].tolist() == ["full"] + ["pattern", *["baseline"] * 3] * 3 + ["eviction"] * 3
+    assert statistics["sparsity"].tolist() == [0.0] + [0.25] * 4 + [0.5] * 4 + [0.75] * 4 + [0.25, 0.5, 0.75]
+    assert statistics.loc[statistics["heads"] == "random", "seeds"].tolist() == [5, 5, 5]
 
 
 def test_results_come_back_from_the_disk(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_missing_keys_files_and_numbers_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lacks model, patterns, contenders"):
         load_results(tmp_path)
     results["rows"][0]["loss"] = "much"
-    with pytest.raises(UserError, match="loss holds no numbers"):
+    with pytest.raises(UserError, match="loss is not numeric"):
         frame(results)
 
 

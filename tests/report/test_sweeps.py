@@ -1,4 +1,4 @@
-"""Sweeps read back: which jobs there are, what they were asked to do differently, tables, figures and the page."""
+"""Sweeps read back: their jobs and differing overrides, tables, figures and the page."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from duo_id.report.sweeps import Sweep, grids, is_sweep, read_sweep
 
 
 def job(folder: Path, *overrides: str, loss: float | None = None, error: str = "") -> None:
-    """A job's folder as a run leaves it; its losses rise with the sparsity."""
+    """A job's folder as a run leaves it; its losses rise with sparsity."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(["model=tiny", *overrides]))
     if error:
@@ -51,14 +51,14 @@ def sweep(folder: Path) -> Sweep:
     return read_sweep(folder)
 
 
-def texts(found: Sweep, title: str) -> list[list[str]]:
-    return [[str(cell) for cell in line] for line in grids(found)[title].sections[""]]
+def texts(read: Sweep, title: str) -> list[list[str]]:
+    return [[str(cell) for cell in line] for line in grids(read)[title].sections[""]]
 
 
 def test_jobs_stand_in_order_and_differ_in_what_varies(sweep: Sweep) -> None:
-    assert [one.name for one in sweep.jobs] == ["0", "1", "2", "3", "9", "10"]
+    assert [job.name for job in sweep.jobs] == ["0", "1", "2", "3", "9", "10"]
     assert sweep.varied == ["method.reg_weight", "seed"]
-    assert [one.name for one in sweep.ended] == ["2", "3", "0", "1"]
+    assert [job.name for job in sweep.ended] == ["2", "3", "0", "1"]
 
 
 def test_table_has_losses_at_each_sparsity_the_best_job_first(sweep: Sweep) -> None:
@@ -83,7 +83,7 @@ def test_failed_jobs_are_listed_with_the_reason(sweep: Sweep) -> None:
 
 def test_losses_are_drawn_by_setting(sweep: Sweep) -> None:
     axes = plot_losses(sweep).axes[0]
-    lines = {str(one.get_label()): one.lines[0].get_ydata().tolist() for one in axes.containers}
+    lines = {str(container.get_label()): container.lines[0].get_ydata().tolist() for container in axes.containers}
     assert lines == {
         "method.reg_weight=0.5": pytest.approx([1.45, 1.7]),
         "method.reg_weight=0.1": pytest.approx([2.35, 2.6]),
@@ -105,7 +105,7 @@ def test_an_optimised_sweep_has_its_history(folder: Path) -> None:
 
 def test_the_page_shows_tables_failures_and_agreement(sweep: Sweep) -> None:
     page = report([], sweeps=[sweep])
-    for words in ("Sweep: ", "4 of 6 have come to their end", "method.reg_weight=9 is too much", "rank correlation"):
+    for words in ("Sweep: ", "4 of 6 finished", "method.reg_weight=9 is too much", "rank correlation"):
         assert words in page
     assert page.count("<svg") + page.count("<img") == 2  # losses and agreement
 
@@ -121,7 +121,7 @@ def test_a_folder_in_place_of_a_file_is_named(name: str, folder: Path) -> None:
 
 def test_bad_sweeps_are_one_line(tmp_path: Path) -> None:
     assert not is_sweep(tmp_path)
-    with pytest.raises(UserError, match="without any job"):
+    with pytest.raises(UserError, match="without jobs"):
         read_sweep(tmp_path)
     job(tmp_path / "0", "seed=0", error="it broke")
     with pytest.raises(UserError, match="none of the 1 jobs has come to its end; job 0: it broke"):

@@ -1,4 +1,4 @@
-"""Tables say what was measured, in order, and fit their terminals."""
+"""Tables show what was measured, in order, and fit their terminals."""
 
 from io import StringIO
 
@@ -34,12 +34,12 @@ def test_contenders_stand_under_each_other() -> None:
         ["snapkv", share] for share in ("25", "50", "75")
     ]
     assert "random (5 masks)" in text
-    found = contenders(frame(results)).query("heads == 'found' and sparsity == 0.5").squeeze()
+    statistics = contenders(frame(results)).query("heads == 'found' and sparsity == 0.5").squeeze()
     (line,) = (line for line in text.splitlines() if line.split()[:2] == ["found", "50"])
-    half = (found["loss_high"] - found["loss_low"]) / 2
-    assert f"{100 * found['kept']:.1f}" in line
-    assert f"{found['loss']:.3f} ± {half:.3f}" in line
-    assert f"{100 * found['relative_score']:.1f} ± " in line
+    half = (statistics["loss_high"] - statistics["loss_low"]) / 2
+    assert f"{100 * statistics['kept']:.1f}" in line
+    assert f"{statistics['loss']:.3f} ± {half:.3f}" in line
+    assert f"{100 * statistics['relative_score']:.1f} ± " in line
 
 
 def test_tasks_stand_under_each_other() -> None:
@@ -49,10 +49,12 @@ def test_tasks_stand_under_each_other() -> None:
     by_task = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert list(by_task)[-5:-1] == ["needle-words", "json-lookup", "language", "ruler-multivalue"]
     assert by_task["language"].split()[1:] == ["-"] * 6, "nothing is generated there"
-    other = shown(task_table(results, "Tiny", "rise", 0.25))
-    assert "25% of the KV heads" in other
-    found = contenders(frame(results), ["task"]).query("heads == 'found' and sparsity == 0.25 and task == 'language'")
-    assert f"{found['rise'].item():.3f}" in other
+    at_quarter = shown(task_table(results, "Tiny", "rise", 0.25))
+    assert "25% of the KV heads" in at_quarter
+    statistics = contenders(frame(results), ["task"]).query(
+        "heads == 'found' and sparsity == 0.25 and task == 'language'"
+    )
+    assert f"{statistics['rise'].item():.3f}" in at_quarter
 
 
 @pytest.mark.parametrize("compared", [line_up(peers=False)[:1], line_up(sparsities=(0.5,))])

@@ -1,1 +1,1 @@
-"""`python -m duo_id.benchmark`: speed and memory under a head mask, beside full attention and the ceilings."""
+"""`python -m duo_id.benchmark`: speed and memory under a head mask, against full attention and the ceilings."""

@@ -15,8 +15,8 @@ from duo_id.common.config import parse
 
 def main(config: DictConfig) -> None:
     """Run the command."""
-    config, folder, given = cli.start_run(config)
-    benchmark(parse(BenchmarkSettings, config), folder, given)
+    config, folder, overrides = cli.start_run(config)
+    benchmark(parse(BenchmarkSettings, config), folder, overrides)
 
 
 if __name__ == "__main__":

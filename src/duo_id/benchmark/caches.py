@@ -14,24 +14,32 @@ from duo_id.benchmark.ceilings import Ceilings
 from duo_id.benchmark.contenders import CacheContender
 from duo_id.benchmark.roofline import Floor, Workload
 from duo_id.benchmark.settings import BenchmarkSettings
-from duo_id.benchmark.timing import Stopwatch, Timing, captured, release, timed, unless_out_of_memory, with_peak
+from duo_id.benchmark.timing import (
+    Stopwatch,
+    Timing,
+    capture_graph,
+    measure_peak,
+    none_if_out_of_memory,
+    release,
+    time_runs,
+)
 from duo_id.common.compat import cache_argument
 from duo_id.deploy.prefill import read_in_chunks
 from duo_id.step.compiled import compiled_parts
 
-STEPS_BEFORE = 2  # decode steps that run before the warm-up: for compiling, and on the stream of the capture
+STEPS_BEFORE = 2  # decode steps before the warm-up: one to compile, one on the stream of the capture
 
 
-class Bench:
-    """What all measurements of a run share.
+class CacheBench:
+    """Measures contenders with their caches.
 
     Args:
-        settings: the sizes, and how often to measure.
+        settings: the sizes, and the number of runs.
         model: the model.
         layers: its attention layers.
-        work: what its floors are computed from.
+        work: its sizes, for the floors.
         ceilings: of the machine.
-        announce: called with each contender, size and phase that begins.
+        announce: called with contender, size and phase as each begins.
     """
 
     def __init__(
@@ -52,9 +60,9 @@ class Bench:
         self.weights_bytes = sum(weights.values())
 
     def rows(self, contender: CacheContender) -> Iterator[dict[str, Any]]:
-        """Measure one contender over all sizes; a size that the memory does not suffice for is a row too."""
+        """Measure one contender over all sizes; a size that runs out of memory is a row too."""
         measure = {"decode": self._decode, "prefill": self._prefill, "memory": self._memory}[self.settings.task]
-        torch._dynamo.reset()  # which would else hold on to what it compiled for another contender
+        torch._dynamo.reset()  # or it would keep the code compiled for another contender
         release()
         with contender.installed():
             yield from measure(contender)
@@ -62,18 +70,18 @@ class Bench:
     def _memory(self, contender: CacheContender) -> Iterator[dict[str, Any]]:
         for context in self.settings.context:
             self._name(contender, context)
-            yield self._row(contender, context, unless_out_of_memory(partial(self.step_memory, contender, context)))
+            yield self._row(contender, context, none_if_out_of_memory(partial(self.step_memory, contender, context)))
 
     def _decode(self, contender: CacheContender) -> Iterator[dict[str, Any]]:
-        """One static cache serves all contexts, for a compiled step would be compiled again for another.
+        """One static cache serves all contexts: another would make a compiled step recompile.
 
-        So that peaks are those of each context nevertheless, they are measured before, with a cache of the right size.
+        Peaks are measured beforehand with a cache of the right size, so that they are still those of each context.
         """
         contexts = self.settings.context[::-1]
         memory = {}
         for context in contexts:
             self._name(contender, context)
-            memory[context] = unless_out_of_memory(partial(self.step_memory, contender, context))
+            memory[context] = none_if_out_of_memory(partial(self.step_memory, contender, context))
             release()
         forward = torch.compile(self.model, dynamic=False) if self.compiles else self.model
         cache: Cache | None = None
@@ -84,9 +92,9 @@ class Bench:
             if memory[context] is not None:
                 if cache is None:
                     slots = context + STEPS_BEFORE + self.settings.warmup + self.settings.repeats
-                    cache = unless_out_of_memory(partial(contender.new_cache, slots))
+                    cache = none_if_out_of_memory(partial(contender.new_cache, slots))
                 if cache is not None:
-                    measured = unless_out_of_memory(partial(self.step_time, contender, forward, cache, context))
+                    measured = none_if_out_of_memory(partial(self.step_time, contender, forward, cache, context))
             if measured is None:
                 cache = None  # the next context is shorter and gets a smaller one
                 release()
@@ -99,27 +107,27 @@ class Bench:
         for context in self.settings.context:
             for chunk_size in self.settings.chunk_size:
                 self._name(contender, context, chunk_size)
-                measured = unless_out_of_memory(partial(self.prefill_time, contender, context, chunk_size))
+                measured = none_if_out_of_memory(partial(self.prefill_time, contender, context, chunk_size))
                 release()
-                timing, held = measured or (None, None)
+                timing, memory = measured or (None, None)
                 floor = self.work.prefill(self.settings.batch_size, context, chunk_size, contender.mask)
-                yield self._row(contender, context, held, timing, floor, tokens=context, chunk_size=chunk_size)
+                yield self._row(contender, context, memory, timing, floor, tokens=context, chunk_size=chunk_size)
 
     @torch.no_grad()
     def step_memory(self, contender: CacheContender, context: int) -> tuple[int | None, int]:
-        """Peak bytes of a decode step whose cache has just the room it needs, and the bytes of that cache."""
+        """Peak bytes of a decode step with a cache of exactly the size it needs, and the bytes of that cache."""
         with self.watch.phase("memory"):
             cache = contender.new_cache(context + 1)
             contender.fill(cache, context, self.settings.seed)
             step = decode_step(contender, self.model, cache, context, self.tokens(1))
-            _, peak = with_peak(step, self.device)
+            _, peak = measure_peak(step, self.device)
             return peak, contender.nbytes(cache)
 
     @torch.no_grad()
     def step_time(
         self, contender: CacheContender, forward: Callable[..., Any], cache: Cache, context: int
     ) -> tuple[Timing, str]:
-        """Time a decode step after `context` random tokens; also what computed its attention."""
+        """Time a decode step after `context` random tokens; also returns the backend of its attention."""
         with self.watch.phase("fill"):
             contender.fill(cache, context, self.settings.seed)
             backend = contender.choose_backend(cache, context)
@@ -127,15 +135,15 @@ class Bench:
         with self.watch.phase("compile" if self.compiles else "first step"):
             step()
         with self.watch.phase("capture"):
-            run = captured(step, self.device)
+            run = capture_graph(step, self.device)
         with self.watch.phase("measure"):
-            return timed(run, self.device, self.settings.repeats, self.settings.warmup), backend
+            return time_runs(run, self.device, self.settings.repeats, self.settings.warmup), backend
 
     @torch.no_grad()
     def prefill_time(
         self, contender: CacheContender, context: int, chunk_size: int
     ) -> tuple[Timing, tuple[int | None, int]]:
-        """Time the prefill of a random prompt; also its peak bytes, and those of its cache."""
+        """Time the prefill of a random prompt; also returns its peak bytes, and those of its cache."""
         ids, cache, settings = self.tokens(context), contender.new_cache(context), self.settings
 
         def run() -> Tensor:
@@ -146,9 +154,10 @@ class Bench:
 
         with compiled_parts(self.model, self.layers, dynamic=False) if self.compiles else nullcontext():
             with self.watch.phase("warm up"):
-                timed(run, self.device, settings.warmup, before=clear)
+                time_runs(run, self.device, settings.warmup, before=clear)
             with self.watch.phase("measure"):
-                timing, peak = with_peak(lambda: timed(run, self.device, settings.repeats, before=clear), self.device)
+                repeat = partial(time_runs, run, self.device, settings.repeats, before=clear)
+                timing, peak = measure_peak(repeat, self.device)
         return timing, (peak, contender.nbytes(cache))
 
     def tokens(self, count: int) -> Tensor:
@@ -166,7 +175,7 @@ class Bench:
         self,
         contender: CacheContender,
         context: int,
-        held: tuple[int | None, int] | None,
+        memory: tuple[int | None, int] | None,
         timing: Timing | None = None,
         floor: Floor | None = None,
         *,
@@ -174,27 +183,27 @@ class Bench:
         chunk_size: int | None = None,
         backend: str | None = None,
     ) -> dict[str, Any]:
-        """One row of results.json; `held`: peak and cache bytes, None: out of memory."""
+        """One row of results.json; `memory`: peak and cache bytes, None if out of memory."""
         row = {
             "attention": contender.name,
             "sparsity": contender.sparsity,
             "context": context,
             "chunk_size": chunk_size,
             "batch_size": self.settings.batch_size,
-            "status": "OOM" if held is None else "ok",
+            "status": "OOM" if memory is None else "ok",
             "weights_bytes": self.weights_bytes,
-            "peak_bytes": held and held[0],
-            "cache_bytes": held and held[1],
+            "peak_bytes": memory and memory[0],
+            "cache_bytes": memory and memory[1],
             "backend": backend,
             "seconds": self.watch.take(),
         }
         if floor is not None:
-            least = floor.seconds(self.ceilings)
-            row |= {"floor_ms": 1e3 * least, "floor_bytes": floor.bytes, "floor_flops": floor.flops}
+            floor_seconds = floor.seconds(self.ceilings)
+            row |= {"floor_ms": 1e3 * floor_seconds, "floor_bytes": floor.bytes, "floor_flops": floor.flops}
             if timing is not None:
                 row |= timing.summary() | {
                     "tokens_per_s": tokens * self.settings.batch_size / timing.median,
-                    "over_floor": timing.median / least,
+                    "over_floor": timing.median / floor_seconds,
                 }
         return row
 
@@ -202,22 +211,22 @@ class Bench:
 def decode_step(
     contender: CacheContender, forward: Callable[..., Any], cache: Cache, context: int, ids: Tensor
 ) -> Callable[[], Tensor]:
-    """A decode step after `context` tokens, which may be run again and again, and captured.
+    """A decode step after `context` tokens that can be repeated and captured.
 
     Args:
-        contender: which is installed.
+        contender: the installed one.
         forward: the model or its compiled form.
-        cache: filled, with a slot for each run; the device counts on, the host does not.
+        cache: filled, with a slot for each run; only the device counts the runs, not the host.
         context: tokens in the cache.
         ids: (batch, 1), the new token.
 
     Returns:
         a function that returns the logits, (batch, 1, vocabulary).
     """
-    positions, given = torch.full_like(ids, context), {cache_argument(contender.model): cache}
+    positions, cache_arguments = torch.full_like(ids, context), {cache_argument(contender.model): cache}
 
     def step() -> Tensor:
-        contender.hold(context)
-        return forward(input_ids=ids, position_ids=positions, use_cache=True, **given).logits
+        contender.set_position(context)
+        return forward(input_ids=ids, position_ids=positions, use_cache=True, **cache_arguments).logits
 
     return step

@@ -1,6 +1,6 @@
-"""What is measured side by side: full attention over transformers' static cache, and a head mask over the dual cache.
+"""What is compared: full attention over transformers' static cache, and a head mask over the dual cache.
 
-A full contender over the dual cache, in which every head is a retrieval head, makes the baseline the faster of two.
+The dual cache with retrieval heads only is a second full contender; the faster of the two is the baseline.
 """
 
 from abc import ABC, abstractmethod
@@ -29,7 +29,7 @@ class CacheContender(ABC):
         batch: samples.
 
     Attributes:
-        name: how rows and figures call it, see `duo_id.benchmark.tables`.
+        name: in rows and figures, see `duo_id.benchmark.tables`.
         mask: which heads stream; None: none.
     """
 
@@ -46,30 +46,30 @@ class CacheContender(ABC):
 
     @abstractmethod
     def installed(self) -> AbstractContextManager[None]:
-        """A block in which the model attends this way."""
+        """A context in which the model attends this way."""
 
     @abstractmethod
     def new_cache(self, slots: int) -> Cache:
-        """An empty static cache with memory for so many tokens a sample."""
+        """An empty static cache with memory for `slots` tokens per sample."""
 
     @abstractmethod
     def fill(self, cache: Cache, tokens: int, seed: int = 0) -> None:
-        """Let a cache hold random tokens, whatever it held before."""
+        """Fill a cache with random tokens, replacing its contents."""
 
     @abstractmethod
     def clear(self, cache: Cache) -> None:
-        """Let a cache hold nothing."""
+        """Empty a cache."""
 
     @abstractmethod
     def nbytes(self, cache: Cache) -> int:
         """Bytes of keys and values."""
 
     def choose_backend(self, cache: Cache, context: int) -> str:
-        """Choose what computes a decode step after `context` tokens, and name it."""
+        """Choose the backend of a decode step after `context` tokens, and return its name."""
         return "triton" if self.model.device.type == "cuda" else "reference"
 
-    def hold(self, context: int) -> None:  # noqa: B027  (most count on the device alone)
-        """Let the next decode step be one after `context` tokens, where the host counts them."""
+    def set_position(self, context: int) -> None:  # noqa: B027  (most count on the device alone)
+        """Make the next decode step one after `context` tokens, where the host counts them."""
 
 
 class StaticAttention(CacheContender):
@@ -78,40 +78,40 @@ class StaticAttention(CacheContender):
     name = "full"
 
     def installed(self) -> AbstractContextManager[None]:
-        """See `Contender`."""
+        """See `CacheContender`."""
         return static_attention.full_attention_installed(self.model, self.layers)
 
     def new_cache(self, slots: int) -> Cache:
-        """See `Contender`."""
+        """See `CacheContender`."""
         cache = StaticCache(self.model.config, max_cache_len=slots)
         heads, dims = ([getattr(layer, key) for layer in self.layers] for key in ("kv_heads", "head_dim"))
         cache.early_initialization(self.batch, heads, dims, self.model.dtype, self.model.device)
         return cache
 
     def fill(self, cache: Cache, tokens: int, seed: int = 0) -> None:
-        """See `Contender`."""
+        """See `CacheContender`."""
         generator = torch.Generator(self.model.device).manual_seed(seed)
         for layer in _static_layers(cache):
             layer.keys.normal_(generator=generator)
             layer.values.normal_(generator=generator)
             layer.cumulative_length.fill_(tokens)
-        self.hold(tokens)
+        self.set_position(tokens)
 
     def clear(self, cache: Cache) -> None:
-        """See `Contender`."""
+        """See `CacheContender`."""
         cache.reset()
-        self.hold(0)
+        self.set_position(0)
 
     def nbytes(self, cache: Cache) -> int:
-        """See `Contender`."""
+        """See `CacheContender`."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in _static_layers(cache))
 
-    def hold(self, context: int) -> None:
-        """See `Contender`."""
+    def set_position(self, context: int) -> None:
+        """See `CacheContender`."""
         static_attention.host.tokens = context
 
     def choose_backend(self, cache: Cache, context: int) -> str:
-        """See `Contender`."""
+        """See `CacheContender`."""
         first = _static_layers(cache)[0]
         return "sdpa " + static_attention.choose_backend(self.layers[0], first.keys, first.values, context + 1)
 
@@ -124,7 +124,7 @@ class DualAttention(CacheContender):
         layers: its attention layers.
         batch: samples.
         mask: which heads stream.
-        name: how rows and figures call it.
+        name: in rows and figures.
     """
 
     def __init__(
@@ -134,30 +134,30 @@ class DualAttention(CacheContender):
         self.mask, self.name = mask, name
 
     def installed(self) -> AbstractContextManager[None]:
-        """See `Contender`."""
+        """See `CacheContender`."""
         assert self.mask is not None
         return duo_attention(self.model, self.mask)
 
     def new_cache(self, slots: int) -> Cache:
-        """See `Contender`."""
+        """See `CacheContender`."""
         return dual_cache(self.model, max_length=slots)
 
     def fill(self, cache: Cache, tokens: int, seed: int = 0) -> None:
-        """See `Contender`."""
+        """See `CacheContender`."""
         assert isinstance(cache, DualCache)
         cache.fill(self.batch, tokens, self.model.dtype, self.model.device, seed)
 
     def clear(self, cache: Cache) -> None:
-        """See `Contender`."""
+        """See `CacheContender`."""
         cache.reset()
 
     def nbytes(self, cache: Cache) -> int:
-        """See `Contender`."""
+        """See `CacheContender`."""
         assert isinstance(cache, DualCache)
         return cache.nbytes
 
 
 def _static_layers(cache: Cache) -> list[Any]:
     if any(type(layer) is not StaticLayer for layer in cache.layers):
-        raise UserError("the config asks for caches of another kind: +model.config.sliding_window=null may help")
+        raise UserError("the config asks for other types of cache: +model.config.sliding_window=null may help")
     return list(cache.layers)

@@ -1,4 +1,4 @@
-"""How well several devices are used: tokens a second of each, over those of one device in another run."""
+"""Efficiency of several devices: tokens per second of each, relative to one device in another run."""
 
 from itertools import product
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import Annotated, Any
 import torch
 
 from duo_id.benchmark.settings import BenchmarkSettings
-from duo_id.benchmark.tables import Named
+from duo_id.benchmark.tables import MeasuredModel
 from duo_id.common.config import parse
 from duo_id.common.documents import FIRST, Count, Data, Line, Positive, checked, one_line, read_object
 from duo_id.common.errors import UserError, check
 
-Place = tuple[int, str]  # context and blend
+StepKey = tuple[int, str]  # context length and blend
 
 
-class _Step(Data):
+class _StepRow(Data):
     """A row of task=train_step; one that ran out of memory has no speed."""
 
     step: Line
@@ -25,59 +25,59 @@ class _Step(Data):
     tokens_per_s: Positive = 0.0
 
 
-class _Run(Data):
-    """What its results.json holds, as far as it is looked at."""
+class _BaselineRun(Data):
+    """The baseline's results.json, as far as it is read."""
 
-    rows: Annotated[list[_Step], FIRST]
+    rows: Annotated[list[_StepRow], FIRST]
     device: Line
-    model: Named
+    model: MeasuredModel
     settings: dict[str, Any]
     devices: Count = 1
 
 
-def read_baseline(settings: BenchmarkSettings, device: torch.device, card: str, groups: int) -> dict[Place, float]:
-    """Tokens a second of our step on one device, at the contexts and blends that it has been measured at.
+def read_baseline(settings: BenchmarkSettings, device: torch.device, card: str, groups: int) -> dict[StepKey, float]:
+    """Tokens per second of our step on one device, by the context lengths and blends measured.
 
     Args:
-        settings: of this run; `compare` is the folder of the other, or its results.json.
+        settings: of this run; `compare` is the folder of the baseline, or its results.json.
         device: of this process.
         card: its name.
         groups: of devices that take different samples.
 
     Raises:
-        UserError: the run cannot be read, or its steps do other work than those of this one.
+        UserError: the run cannot be read, or its steps do different work from those of this one.
     """
-    path, refused = Path(str(settings.compare)), f"compare={settings.compare}"
+    path, override = Path(str(settings.compare)), f"compare={settings.compare}"
     try:
-        found = read_object(path / "results.json" if path.is_dir() else path)
-        run = checked(_Run, found, path)
+        contents = read_object(path / "results.json" if path.is_dir() else path)
+        run = checked(_BaselineRun, contents, path)
         steps = {(row.context, row.blend): row for row in run.rows if row.step == "ours"}
-        speeds = {place: row.tokens_per_s for place, row in steps.items() if row.status != "OOM"}
-        there = run.devices, run.device, run.model.name
-        its = parse(BenchmarkSettings, run.settings)
-        check(its.task == "train_step", f"task={its.task}")
-        other = _work(its, device, 1)
+        speeds = {key: row.tokens_per_s for key, row in steps.items() if row.status != "OOM"}
+        baseline_machine = run.devices, run.device, run.model.name
+        baseline_settings = parse(BenchmarkSettings, run.settings)
+        check(baseline_settings.task == "train_step", f"task={baseline_settings.task}")
+        baseline_work = _work_settings(baseline_settings, device, 1)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{refused}: no results of task=train_step can be read there ({one_line(error)})") from error
-    here = 1, card, settings.model.name
-    told = "measured on {} x {} with {}; efficiency is against {} x {} with {}".format(*there, *here)
-    check(there == here, f"{refused}: {told}")
-    own = _work(settings, device, groups)
-    for key in sorted(own | other):
+        raise UserError(f"{override}: cannot be read as results of task=train_step ({one_line(error)})") from error
+    machine = 1, card, settings.model.name
+    mismatch = "measured on {} x {} with {}; efficiency is against {} x {} with {}".format(*baseline_machine, *machine)
+    check(baseline_machine == machine, f"{override}: {mismatch}")
+    work = _work_settings(settings, device, groups)
+    for key in sorted(work | baseline_work):
         check(
-            other.get(key) == own.get(key),
-            f"{refused}: {key} is {other.get(key)} there and {own.get(key)} here, which is other work",
+            baseline_work.get(key) == work.get(key),
+            f"{override}: steps do different work, {key} is {baseline_work.get(key)} there and {work.get(key)} here",
         )
-    places = set(product(settings.context, settings.blend))
+    keys = set(product(settings.context, settings.blend))
     check(
-        bool(places & steps.keys()),
-        f"{refused}: none of its steps has context={settings.context} and blend={settings.blend}",
+        bool(keys & steps.keys()),
+        f"{override}: none of its steps has context={settings.context} and blend={settings.blend}",
     )
     return speeds
 
 
-def _work(settings: BenchmarkSettings, device: torch.device, groups: int) -> dict[str, Any]:
-    """What else than context and blend decides how much there is to compute, by override."""
+def _work_settings(settings: BenchmarkSettings, device: torch.device, groups: int) -> dict[str, Any]:
+    """The settings besides context and blend that determine how much there is to compute, by override."""
     model, step = settings.model, settings.step
     return {f"model.architecture.{key}": value for key, value in (model.architecture | model.config).items()} | {
         "model.dtype": model.dtype,

@@ -1,4 +1,4 @@
-"""Figures of a saved benchmark: time and memory over context length, chunk size or the share of retrieval heads."""
+"""Figures of a saved benchmark: time and memory by context length, chunk size or share of retrieval heads."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -8,14 +8,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from duo_id.benchmark.tables import FULL, Benchmark, memory
+from duo_id.benchmark.tables import FULL, BenchmarkResults, memory
 from duo_id.common.documents import checked, read_object
 from duo_id.common.errors import UserError
 from duo_id.common.figures import COLORS, MARKERS, set_title, style
 
 AXES = {
     "context": "context (thousand tokens)",
-    "chunk_size": "chunk (1024 tokens)",
+    "chunk_size": "chunk size (1024 tokens)",
     "retrieval": "retrieval heads (% of KV heads)",
 }
 TIMES = {"decode": ("time of a decode step (ms)", 1.0), "prefill": ("time of the prefill (s)", 1e-3)}  # and unit of ms
@@ -23,55 +23,56 @@ Points = list[tuple[float, Mapping[str, Any]]]
 
 
 def plotted_axes(results: Mapping[str, Any]) -> list[str]:
-    """The axes that a benchmark has more than one value on, or that of its task: keys of `AXES`."""
-    varied = [axis for axis in AXES if len({_place(row, axis) for row in _measured(results["rows"], axis)}) > 1]
+    """The axes that a benchmark varies, or else its task's default axis: keys of `AXES`."""
+    rows = results["rows"]
+    varied = [axis for axis in AXES if len({_coordinate(row, axis) for row in _rows_on_axis(rows, axis)}) > 1]
     return varied or ["chunk_size" if results["task"] == "prefill" else "context"]
 
 
 @style()
 def plot_benchmark(results: Mapping[str, Any] | str | Path, axis: str) -> Figure:
-    """Time and memory of full attention and of masks along one axis, with floors; the other axes at their largest.
+    """Time and memory of full attention and of masks along one axis, with floors; other axes at their largest value.
 
     Args:
-        results: what results.json holds, or its path.
+        results: the contents of results.json, or its path.
         axis: context | chunk_size | retrieval.
 
     Raises:
         UserError: no row was measured, or the file cannot be read.
     """
-    place = ""
+    source = ""
     if not isinstance(results, Mapping):
         path, results = results, read_object(results)
-        place = f"{path}: "
-        checked(Benchmark, results, path)
+        source = f"{path}: "
+        checked(BenchmarkResults, results, path)
     if not results["rows"]:
-        raise UserError(f"{place}there is nothing to plot: no row was measured")
-    rows, fixed = _fixed(results["rows"], axis)
-    lines = _lines(rows, axis)
-    places = sorted({x for points in lines.values() for x, _ in points})
-    margin = 0.05 * (places[-1] - places[0]) or 1.0
+        raise UserError(f"{source}there is nothing to plot: no row was measured")
+    rows, fixed = _at_largest(results["rows"], axis)
+    lines = _curves(rows, axis)
+    coordinates = sorted({x for points in lines.values() for x, _ in points})
+    margin = 0.05 * (coordinates[-1] - coordinates[0]) or 1.0
     label, unit = TIMES.get(results["task"], ("", 0.0))
     panels = 2 if label else 1
     figure = Figure(figsize=(3.1 * panels + 0.2, 3.3))
     axes: list[Axes] = list(figure.subplots(1, panels, squeeze=False).flat)
     for (name, points), color, marker in zip(lines.items(), cycle(COLORS), cycle(MARKERS), strict=False):
         if label:
-            _line(axes[0], [(x, _scaled(row.get("ms"), unit)) for x, row in points], name, color, marker)
-            floors = [(x, _scaled(row.get("floor_ms"), unit)) for x, row in points]
-            _line(axes[0], floors, "", color, "", "--")
-        held = [(x, _scaled(memory(row), 2**-30)) for x, row in points]
-        _line(axes[-1], held, "" if label else name, color, marker)
+            _plot_line(axes[0], [(x, _in_unit(row.get("ms"), unit)) for x, row in points], name, color, marker)
+            floors = [(x, _in_unit(row.get("floor_ms"), unit)) for x, row in points]
+            _plot_line(axes[0], floors, "", color, "", "--")
+        memories = [(x, _in_unit(memory(row), 2**-30)) for x, row in points]
+        _plot_line(axes[-1], memories, "" if label else name, color, marker)
         for panel in axes:
             for x, row in points:
                 if row["status"] == "OOM":
-                    above = panel.get_xaxis_transform()
-                    panel.text(x, 1.01, "OOM", color=color, transform=above, ha="center", va="bottom")
+                    transform = panel.get_xaxis_transform()
+                    panel.text(x, 1.01, "OOM", color=color, transform=transform, ha="center", va="bottom")
     for panel, text in zip(axes, [label, "memory (GiB)"][-panels:], strict=True):
         panel.set(xlabel=AXES[axis], ylabel=text)
         panel.set_ylim(bottom=0)
-        panel.set_xlim(places[0] - margin, places[-1] + margin)  # also where nothing fits and no point is drawn
+        panel.set_xlim(coordinates[0] - margin, coordinates[-1] + margin)  # even without points, if all is OOM
         if axis == "chunk_size":
-            panel.set_xticks(places)
+            panel.set_xticks(coordinates)
         panel.grid(axis="y")
     if label:
         axes[0].plot([], [], color="#555555", linestyle="--", linewidth=1.0, label="floor")
@@ -80,19 +81,19 @@ def plot_benchmark(results: Mapping[str, Any] | str | Path, axis: str) -> Figure
     return figure
 
 
-def _place(row: Mapping[str, Any], axis: str) -> float | None:
-    """Where a row lies on an axis, in the units of its label."""
+def _coordinate(row: Mapping[str, Any], axis: str) -> float | None:
+    """A row's coordinate on an axis, in the units of its label."""
     if axis == "retrieval":
         return 100 * (1 - row["sparsity"])
     return None if row[axis] is None else row[axis] / (1024 if axis == "chunk_size" else 1e3)
 
 
-def _measured(rows: Sequence[Mapping[str, Any]], axis: str) -> list[Mapping[str, Any]]:
+def _rows_on_axis(rows: Sequence[Mapping[str, Any]], axis: str) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["attention"] not in FULL] if axis == "retrieval" else list(rows)
 
 
-def _fixed(rows: Sequence[Mapping[str, Any]], axis: str) -> tuple[list[Mapping[str, Any]], str]:
-    """The rows at the largest value of each axis but the plotted one, and words for these values."""
+def _at_largest(rows: Sequence[Mapping[str, Any]], axis: str) -> tuple[list[Mapping[str, Any]], str]:
+    """The rows at the largest value of each axis except the plotted one, and a description of these values."""
     words = []
     for key, text in (("context", "{:,} tokens"), ("chunk_size", "chunks of {:,}")):
         if key != axis and any(row[key] is not None for row in rows):
@@ -102,22 +103,22 @@ def _fixed(rows: Sequence[Mapping[str, Any]], axis: str) -> tuple[list[Mapping[s
     return list(rows), ", ".join(words)
 
 
-def _lines(rows: Sequence[Mapping[str, Any]], axis: str) -> dict[str, Points]:
-    """The curves of a figure: full attention, at each place the faster baseline, and the masks."""
+def _curves(rows: Sequence[Mapping[str, Any]], axis: str) -> dict[str, Points]:
+    """The curves of a figure: full attention (the faster baseline at each point) and the masks."""
     full: dict[float, Mapping[str, Any]] = {}
     masks: dict[str, Points] = {}
     for row in rows:
-        x = _place(row, axis)
+        x = _coordinate(row, axis)
         assert x is not None
         if row["attention"] not in FULL:
             name = "duo" if axis == "retrieval" else f"duo, {100 * (1 - row['sparsity']):.4g}% retrieval heads"
             masks.setdefault(name, []).append((x, row))
         elif x not in full or _rank(row) < _rank(full[x]):
             full[x] = row
-    if axis == "retrieval" and full:  # a level to compare with, as wide as the masks
+    if axis == "retrieval" and full:  # a horizontal line across the masks
         (row,) = full.values()
-        places = sorted({x for points in masks.values() for x, _ in points} | {100.0})
-        full = dict.fromkeys(places, row)
+        coordinates = sorted({x for points in masks.values() for x, _ in points} | {100.0})
+        full = dict.fromkeys(coordinates, row)
     lines = {"full attention": list(full.items())} | masks
     return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items() if points}
 
@@ -126,13 +127,13 @@ def _rank(row: Mapping[str, Any]) -> tuple[bool, float]:
     return row["status"] == "OOM", row.get("ms", 0.0)
 
 
-def _scaled(value: float | None, factor: float) -> float:
+def _in_unit(value: float | None, factor: float) -> float:
     return float("nan") if value is None else value * factor
 
 
-def _line(axes: Axes, points: list[tuple[float, float]], label: str, color: str, marker: str, dash: str = "-") -> None:
+def _plot_line(
+    axes: Axes, points: list[tuple[float, float]], label: str, color: str, marker: str, dash: str = "-"
+) -> None:
     width = 1.0 if dash == "--" else 1.4
-    places, values = zip(*points, strict=True)
-    axes.plot(
-        places, values, color=color, marker=marker, linestyle=dash, markersize=3.5, linewidth=width, label=label or None
-    )
+    x, y = zip(*points, strict=True)
+    axes.plot(x, y, color=color, marker=marker, linestyle=dash, markersize=3.5, linewidth=width, label=label or None)

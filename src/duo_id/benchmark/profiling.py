@@ -1,4 +1,4 @@
-"""Where the time of a step goes: torch.profiler's kernels (on the CPU operators) in a few groups, and its trace."""
+"""Where the time of a step goes: torch.profiler's kernels (on the CPU, operators) in a few groups, and its trace."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from duo_id.common.documents import LARGEST_ROWS, read_object
 
-# The first group that has a part of a name gets it.
+# A kernel belongs to the first group with a substring of its name.
 GROUPS = {
     "streaming attention": ("streaming", "duo_id::stream", "flex"),
     "full attention": ("flash", "cudnn", "fmha", "attention", "sdpa"),
@@ -19,25 +19,24 @@ GROUPS = {
     "other": ("",),
 }
 COLLECTIVES = {"all_to_all": ("sendrecv", "alltoall"), "all_gather": ("allgather",), "reduce": ("reduce",)}
-ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # a trace's categories of what takes a GPU's time
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace that take a GPU's time
 
 Event = Mapping[str, Any]  # of a trace; `ts` and `dur` in microseconds
 
 
-def profiled(
-    run: Callable[[], object], device: torch.device, trace: Path | None, together: Callable[[], None] = lambda: None
+def profile_run(
+    run: Callable[[], object], device: torch.device, trace: Path | None, barrier: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of one run; its trace, for chrome://tracing, is written to a file.
+    """Profile one run and write its trace, for chrome://tracing.
 
     Args:
-        run: what is profiled; it is called twice.
+        run: called twice, profiled once.
         device: where it runs.
-        trace: the file; None: this process runs along with the one that writes it, and what it returns is empty.
-        together: waits for the other processes that run it too: whoever comes late makes others look busy with
-            communication.
+        trace: the file; None: this process only runs alongside the one that writes it, and returns nothing.
+        barrier: waits for the other processes of the run: a late one makes others seem busy communicating.
 
     Returns:
-        the time by group of kernels, and what `communication` says, which is nothing on the CPU.
+        milliseconds by group of kernels, and the result of `communication`, empty on the CPU.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
@@ -46,8 +45,8 @@ def profiled(
             run()
             if cuda:
                 torch.cuda.synchronize(device)
-            if not last:  # starting to trace takes long, and is over now
-                together()
+            if not last:  # starting the trace takes long and is done now
+                barrier()
                 profiler.step()
     if trace is None:
         return {}, {}
@@ -60,34 +59,34 @@ def profiled(
 
 
 def communication(events: Iterable[Event]) -> dict[str, float]:
-    """How long a GPU's kernels exchange data with others, and how long they do nothing else meanwhile.
+    """How long a GPU's kernels communicate, and how much of that is not hidden behind other kernels.
 
     Args:
         events: of a trace.
 
     Returns:
-        milliseconds: of each kind of collective, of `all` of them (side by side counts once), `exposed` of these,
-        while no other kernel runs, and `step`, from the first to the last of all. Nothing if there is no collective.
+        milliseconds: by kind of collective, of `all` of them (overlaps count once), `exposed` while no other kernel
+        runs, and of the whole `step`, from the first kernel to the last. Empty without collectives.
     """
     kernels = [event for event in _on_device(events) if event["cat"] == "kernel"]
     exchanges = [event for event in kernels if group_of(event["name"]) == "communication"]
     if not exchanges:
         return {}
     others = [event for event in kernels if group_of(event["name"]) != "communication"]
-    found = {
+    microseconds = {
         kind: _covered([event for event in exchanges if any(sign in event["name"].lower() for sign in signs)])
         for kind, signs in COLLECTIVES.items()
     }
-    found |= {
+    microseconds |= {
         "all": _covered(exchanges),
         "exposed": _covered(kernels) - _covered(others),
         "step": max(event["ts"] + event["dur"] for event in kernels) - min(event["ts"] for event in kernels),
     }
-    return {name: round(time / 1e3, 3) for name, time in found.items()}
+    return {name: round(time / 1e3, 3) for name, time in microseconds.items()}
 
 
 def group_of(name: str) -> str:
-    """The group of a kernel or operator by its name."""
+    """The group of a kernel or operator, by name."""
     return next(group for group, signs in GROUPS.items() if any(sign in name.lower() for sign in signs))
 
 
@@ -96,7 +95,7 @@ def _on_device(events: Iterable[Event]) -> list[Event]:
 
 
 def _grouped(times: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Milliseconds by group, of names and microseconds."""
+    """Milliseconds by group, from names and microseconds."""
     spent = dict.fromkeys(GROUPS, 0.0)
     for name, time in times:
         spent[group_of(name)] += time / 1e3
@@ -104,7 +103,7 @@ def _grouped(times: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def _covered(events: Iterable[Event]) -> float:
-    """Microseconds in which at least one of the events goes on."""
+    """Microseconds during which at least one of the events is running."""
     covered, end = 0.0, float("-inf")
     for start, duration in sorted((event["ts"], event["dur"]) for event in events):
         covered += max(0.0, start + duration - max(start, end))

@@ -1,8 +1,8 @@
-"""The least time that a decode step or a prefill can take: bytes to move and arithmetic to do, over the ceilings.
+"""Floors: the least time that a decode step or a prefill can take, from bytes and arithmetic over the ceilings.
 
-Counted is what any implementation must do for a dense model: weights are read once a forward, cached keys and values
-once a forward, and the arithmetic is that of the linear layers and of attention. Norms, rotations, activations and
-whatever a cache writes are left out, so nothing real can be below the floor on a machine that is at its ceilings.
+Counted is what any implementation must do for a dense model: read weights and cached keys and values once per forward
+pass, and the arithmetic of linear layers and attention. Norms, rotations, activations and cache writes are left out, so
+no implementation can beat the floor on a machine at its ceilings.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ from duo_id.patterns.pattern import HeadMask
 
 @dataclass(frozen=True)
 class Floor:
-    """What a run must move and compute.
+    """The least data movement and arithmetic of a run.
 
     Attributes:
-        bytes: to be read from the device's memory.
-        flops: floating-point operations, a multiplication and an addition being two.
+        bytes: to read from the device's memory.
+        flops: floating-point operations; a multiply-add counts as two.
     """
 
     bytes: int
     flops: int
 
     def seconds(self, ceilings: Ceilings) -> float:
-        """The least time: memory and arithmetic can be busy at once, so the slower of the two decides."""
+        """The least time: memory and arithmetic can overlap, so the slower one counts."""
         return max(self.bytes / ceilings.bandwidth, self.flops / ceilings.flops)
 
 
@@ -42,9 +42,9 @@ class Workload:
         layers: its attention layers.
         linear: weights of the linear layers but the last.
         head: weights of the last linear layer, from hidden state to logits.
-        other: parameters that are neither these nor the embedding: norms and biases.
+        other: all other parameters except the embedding: norms and biases.
         embedding: numbers in one row of the embedding.
-        itemsize: bytes a number.
+        itemsize: bytes per number.
     """
 
     layers: Sequence[AttentionLayer]
@@ -60,9 +60,9 @@ class Workload:
         numbers = operations = 0
         for layer, (full, streaming) in zip(self.layers, self._heads(mask), strict=True):
             window = 0 if mask is None else mask.sink_size + mask.recent_size
-            seen = full * (context + 1) + streaming * min(context + 1, window)  # the new token's own key among them
-            numbers += 2 * batch * layer.head_dim * (seen - layer.kv_heads)
-            operations += 4 * batch * layer.head_dim * (layer.heads // layer.kv_heads) * seen
+            visible = full * (context + 1) + streaming * min(context + 1, window)  # the new token's own key among them
+            numbers += 2 * batch * layer.head_dim * (visible - layer.kv_heads)
+            operations += 4 * batch * layer.head_dim * (layer.heads // layer.kv_heads) * visible
         return Floor(self.itemsize * (weights + numbers), 2 * batch * (self.linear + self.head) + operations)
 
     def prefill(self, batch: int, context: int, chunk_size: int, mask: HeadMask | None) -> Floor:
@@ -72,20 +72,20 @@ class Workload:
         operations = 2 * batch * (self.linear * context + self.head)
         pairs = context * (context + 1) // 2
         window = context if mask is None else mask.sink_size + mask.recent_size
-        near = pairs if window >= context else window * (window + 1) // 2 + (context - window) * window
+        window_pairs = pairs if window >= context else window * (window + 1) // 2 + (context - window) * window
         for layer, (full, streaming) in zip(self.layers, self._heads(mask), strict=True):
             past = sum(full * start + streaming * min(start, window) for start in starts)
             numbers += 2 * batch * layer.head_dim * past
             group = layer.heads // layer.kv_heads
-            operations += 4 * batch * layer.head_dim * group * (full * pairs + streaming * near)
+            operations += 4 * batch * layer.head_dim * group * (full * pairs + streaming * window_pairs)
         return Floor(self.itemsize * numbers, operations)
 
     def _heads(self, mask: HeadMask | None) -> list[tuple[int, int]]:
         """Retrieval and streaming KV heads of each layer."""
         if mask is None:
             return [(layer.kv_heads, 0) for layer in self.layers]
-        kept = [int(mask.retrieval[layer.index].sum()) for layer in self.layers]
-        return [(full, layer.kv_heads - full) for full, layer in zip(kept, self.layers, strict=True)]
+        retrieval = [int(mask.retrieval[layer.index].sum()) for layer in self.layers]
+        return [(full, layer.kv_heads - full) for full, layer in zip(retrieval, self.layers, strict=True)]
 
 
 def workload(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Workload:
@@ -101,6 +101,6 @@ def workload(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Worklo
     assert isinstance(head, torch.Tensor)
     matrices = {id(part.weight): part.weight for part in model.modules() if isinstance(part, nn.Linear)}
     linear = sum(weight.numel() for key, weight in matrices.items() if key != id(head))
-    known = {*matrices, id(head), id(embedding)}
-    other = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in known)
+    counted = {*matrices, id(head), id(embedding)}
+    other = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in counted)
     return Workload(layers, linear, head.numel(), other, embedding.shape[1], embedding.element_size())

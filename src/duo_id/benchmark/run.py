@@ -1,4 +1,4 @@
-"""Measure decoding, prefill, memory and training steps under masks beside full attention."""
+"""Measure decoding, prefill, memory and training steps under masks, compared with full attention."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from duo_id.attention.functions import Backends
 from duo_id.attention.interface import routed
 from duo_id.attention.layers import AttentionLayer, gated_layers
-from duo_id.benchmark.caches import Bench
+from duo_id.benchmark.caches import CacheBench
 from duo_id.benchmark.ceilings import measure_ceilings
 from duo_id.benchmark.contenders import CacheContender, DualAttention, StaticAttention
 from duo_id.benchmark.efficiency import read_baseline
@@ -22,7 +22,7 @@ from duo_id.benchmark.figures import plot_benchmark, plotted_axes
 from duo_id.benchmark.roofline import workload
 from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.benchmark.step_tables import plot_steps, step_tables
-from duo_id.benchmark.tables import NAMES, compared, results_tables
+from duo_id.benchmark.tables import NAMES, results_tables, with_gains
 from duo_id.benchmark.train_step import StepBench
 from duo_id.common import cli
 from duo_id.common.config import plain
@@ -39,27 +39,27 @@ from duo_id.patterns.pattern import HeadMask, random_mask
 
 
 def benchmark(settings: BenchmarkSettings, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Measure full attention and masks side by side.
+    """Measure full attention and masks.
 
     Args:
-        settings: what to measure, on which model, in which sizes.
+        settings: what to measure, on which model, at which sizes.
         folder: the run folder; `results.json` is written to it after every row, figures at the end.
-        overrides: the command line that the settings came from.
+        overrides: the command line behind the settings.
 
     Returns:
-        the results that are also written.
+        the contents of `results.json`.
 
     Raises:
-        UserError: something in the settings cannot work; the message names the override.
+        UserError: the settings cannot work; the message names the override.
     """
-    device, ranks = _place(settings)
+    device, ranks = _device_and_ranks(settings)
     cli.console.quiet = not ranks.first
     with ranks.one_line_errors():
-        return _measured(settings, Path(ranks.broadcast(str(folder))), overrides, device, ranks)
+        return _measure(settings, Path(ranks.broadcast(str(folder))), overrides, device, ranks)
 
 
-def _place(settings: BenchmarkSettings) -> tuple[torch.device, Ranks]:
-    """The device of this process, after starting the others that share a training step."""
+def _device_and_ranks(settings: BenchmarkSettings) -> tuple[torch.device, Ranks]:
+    """The device of this process, after launching the others that share a training step."""
     if settings.task != "train_step":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu"), Ranks()
     step = settings.step
@@ -68,18 +68,18 @@ def _place(settings: BenchmarkSettings) -> tuple[torch.device, Ranks]:
     return device, ranks
 
 
-def _measured(
+def _measure(
     settings: BenchmarkSettings, folder: Path, overrides: list[str], device: torch.device, ranks: Ranks
 ) -> dict[str, Any]:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    single = read_baseline(settings, device, card, ranks.data) if settings.compare else {}
+    baseline_speeds = read_baseline(settings, device, card, ranks.data) if settings.compare else {}
     language_model = load_model(settings.model, device, settings.seed, ranks)
     layers = attention_layers(language_model)
     steps = settings.task == "train_step"
     contenders = [] if steps else line_up(settings, language_model, layers)
     ceilings = measure_ceilings(device, language_model.model.dtype)
     rates = f"{ceilings.bandwidth / 1e12:.3g} TB/s, {ceilings.flops / 1e12:.4g} TFLOP/s"
-    cli.console.print(f"{language_model.name}; the machine at its best: {rates}", highlight=False, markup=False)
+    cli.console.print(f"{language_model.name}; ceilings of this machine: {rates}", highlight=False, markup=False)
     results: dict[str, Any] = {
         "task": settings.task,
         "model": language_model.describe(layers),
@@ -97,31 +97,31 @@ def _measured(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=cli.console, transient=True) as progress:
-            shown = progress.add_task("")
+            progress_task = progress.add_task("")
 
             def announce(phase: str) -> None:
-                progress.update(shown, description=phase, refresh=True)
+                progress.update(progress_task, description=phase, refresh=True)
 
             if steps:
                 bench = StepBench(settings, language_model, ceilings, folder, announce)
                 total, rows = len(bench), bench.rows()
             else:
                 work = workload(language_model.model, layers)
-                masks = Bench(settings, language_model.model, layers, work, ceilings, announce)
+                cache_bench = CacheBench(settings, language_model.model, layers, work, ceilings, announce)
                 sizes = len(settings.context) * (len(settings.chunk_size) if settings.task == "prefill" else 1)
-                total, rows = sizes * len(contenders), chain.from_iterable(map(masks.rows, contenders))
-            progress.update(shown, total=total)
+                total, rows = sizes * len(contenders), chain.from_iterable(map(cache_bench.rows, contenders))
+            progress.update(progress_task, total=total)
             for row in rows:
-                alone = single.get((row["context"], row.get("blend", "")))
-                if alone and row["step"] == "ours" and "ms" in row:
-                    row["efficiency"] = row["tokens_per_s"] / ranks.world / alone
-                results["rows"] = [*results["rows"], row] if steps else compared([*results["rows"], row])
+                baseline = baseline_speeds.get((row["context"], row.get("blend", "")))
+                if baseline and row["step"] == "ours" and "ms" in row:
+                    row["efficiency"] = row["tokens_per_s"] / ranks.world / baseline
+                results["rows"] = [*results["rows"], row] if steps else with_gains([*results["rows"], row])
                 if ranks.first:
                     write_text(folder / "results.json", json.dumps(sealed(results), indent=1))
-                line = _step_line(row) if steps else _line(row)
+                line = _step_line(row) if steps else _cache_line(row)
                 cli.say(line)
-                progress.advance(shown)
-    finally:  # also after Ctrl-C: what was measured is shown
+                progress.advance(progress_task)
+    finally:  # also after Ctrl-C: show what was measured
         if results["rows"] and ranks.first:
             cli.console.print(*(step_tables if steps else results_tables)(results), sep="\n")
             if steps:
@@ -136,14 +136,14 @@ def attention_layers(language_model: LanguageModel) -> list[AttentionLayer]:
     """The attention layers of the model.
 
     Raises:
-        UserError: not all of them see the whole context, or the model has layers of another kind.
+        UserError: not all of them see the whole context, or the model has other kinds of layers.
     """
     with routed(language_model.model, Backends()) as layers:
         gated = gated_layers(language_model.model, layers)
     if len(gated) < language_model.num_layers:
         raise UserError(
             f"model={language_model.name}: only {len(gated)} of its {language_model.num_layers} layers see the whole "
-            "context, and what full attention costs is measured for models of such layers alone"
+            "context; benchmarks support only models of such layers"
         )
     return gated
 
@@ -151,10 +151,10 @@ def attention_layers(language_model: LanguageModel) -> list[AttentionLayer]:
 def line_up(
     settings: BenchmarkSettings, language_model: LanguageModel, layers: list[AttentionLayer]
 ) -> list[CacheContender]:
-    """What is measured, in this order: the baselines, and a mask for each sparsity.
+    """The contenders, in order: the baselines, then a mask for each sparsity.
 
     Raises:
-        UserError: the head pattern is not for this model, or its windows hold every context.
+        UserError: the head pattern does not fit this model, or its windows cover every context.
     """
     shape = language_model.num_layers, layers[0].kv_heads
     pattern = None if settings.heads is None else load_pattern(settings.heads)
@@ -164,7 +164,7 @@ def line_up(
     window, longest = sizes.sink_size + sizes.recent_size, settings.context[-1]
     check(
         window < longest,
-        f"context={longest} lies within the window of sink_size + recent_size = {window}: give a longer one",
+        f"context={longest} fits in the window of sink_size + recent_size = {window}: give a longer one",
     )
 
     def mask(sparsity: float) -> HeadMask:
@@ -181,8 +181,8 @@ def line_up(
     return contenders + [DualAttention(language_model, layers, batch, mask(sparsity)) for sparsity in settings.sparsity]
 
 
-def _line(row: dict[str, Any]) -> str:
-    """A finished row in one line, with the seconds that it took."""
+def _cache_line(row: dict[str, Any]) -> str:
+    """A finished row on one line, with the seconds it took."""
     sizes = f"{row['context']:,} tokens" + (f", chunks of {row['chunk_size']:,}" if row["chunk_size"] else "")
     measured = f"{row['ms']:.4g} ms, {row['over_floor']:.3f} x floor" if "ms" in row else row["status"]
     seconds = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["seconds"].items())
@@ -191,7 +191,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _step_line(row: dict[str, Any]) -> str:
-    """A measured step in one line, after the plan of its memory."""
+    """A measured step on one line, after its memory plan."""
     measured = f"{row['ms']:.4g} ms, {row['over_floor']:.3f} x floor" if "ms" in row else row["status"]
     seconds = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["seconds"].items())
     plan = f"{row['plan']}\n" if row.get("plan") else ""
@@ -199,6 +199,6 @@ def _step_line(row: dict[str, Any]) -> str:
 
 
 def _kernel_versions() -> dict[str, str | None]:
-    """Triton comes with torch for CUDA alone."""
-    there = importlib.util.find_spec("triton") is not None
-    return {"triton": importlib.import_module("triton").__version__ if there else None, "cuda": torch.version.cuda}
+    """Versions of the kernels' dependencies; Triton only comes with torch for CUDA."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    return {"triton": importlib.import_module("triton").__version__ if has_triton else None, "cuda": torch.version.cuda}

@@ -12,12 +12,12 @@ from duo_id.models.settings import ModelSettings
 from duo_id.step.settings import StepSettings
 from duo_id.train.trainer import Trainer, TrainerSettings
 
-PLACES = ("_target_", "accelerator", "devices", "num_nodes", "strategy")  # arguments of the trainer that say where
+TRAINER_KEYS = ("_target_", "accelerator", "devices", "num_nodes", "strategy")  # trainer arguments that choose devices
 
 
 @settings("data")
 class LengthSettings:
-    """The length of samples, under the name that training has for it."""
+    """The length of samples, under its name in training."""
 
     length: Positive | None = None  # tokens; null: `context`
 
@@ -28,12 +28,12 @@ class BenchmarkSettings:
 
     model: ModelSettings
     task: Literal["decode", "prefill", "memory", "train_step"]
-    context: Some[Positive]  # tokens: in the cache before a decode step, of a prompt, or of a training step
-    chunk_size: Some[Positive]  # prefill: tokens a forward
+    context: Some[Positive]  # tokens: cached before a decode step, of a prompt, or of a training step
+    chunk_size: Some[Positive]  # prefill: tokens per forward pass
     sparsity: Some[Fraction]  # fractions of KV heads that stream
-    sink_size: Count  # tokens, of random heads; a pattern brings its own
-    recent_size: Positive  # tokens, the query's own among them
-    repeats: Positive  # timed runs of each row
+    sink_size: Count  # tokens, for random heads; a pattern has its own
+    recent_size: Positive  # tokens, the query's own included
+    repeats: Positive  # timed runs per row
     warmup: Count  # runs before them
     data: LengthSettings = field(default_factory=LengthSettings)
     heads: Text | None = None  # a run folder, its heads/ folder or a shipped name; null: heads drawn at random
@@ -41,7 +41,7 @@ class BenchmarkSettings:
     blend: Some[Annotated[Text, one_of(BLENDS)]] = field(default_factory=lambda: ["student"])  # train_step
     beside: bool = True  # train_step: the step in the published shape too, on one device
     profile: bool = False  # train_step: also where the time goes
-    batch_size: Positive = 1  # samples, of all devices together
+    batch_size: Positive = 1  # samples across all devices
     trainer: Trainer = field(
         default_factory=lambda: TrainerSettings(_target_="lightning.Trainer")
     )  # train_step: devices
@@ -50,17 +50,18 @@ class BenchmarkSettings:
     seed: Seed = 0  # of random weights, heads, tokens and cached numbers
 
     def __post_init__(self) -> None:
-        """Bring values in order, and check what goes together."""
+        """Normalise values, and check that they fit together."""
         if self.data.length is not None:
             self.context = [self.data.length]
         for key in self.trainer:
             check(
-                key in PLACES, f"trainer.{key}: benchmarks have no trainer; of its arguments, {', '.join(PLACES[1:])}"
+                key in TRAINER_KEYS,
+                f"trainer.{key}: benchmarks have no trainer and use only its {', '.join(TRAINER_KEYS[1:])}",
             )
         if self.task != "train_step":
             devices, nodes = self.trainer.get("devices", 1), self.trainer.get("num_nodes", 1)
             check((devices, nodes) == (1, 1), f"trainer.devices={devices}: task={self.task} works on 1 device")
-            check(self.compare is None, f"compare={self.compare}: it is for task=train_step")
+            check(self.compare is None, f"compare={self.compare}: only task=train_step uses it")
         self.blend = list(dict.fromkeys(self.blend))
         for key in ("context", "chunk_size", "sparsity"):
             setattr(self, key, sorted(set(getattr(self, key))))
@@ -68,11 +69,11 @@ class BenchmarkSettings:
             window, shortest = self.sink_size + self.recent_size, self.context[0]
             check(
                 window < shortest,
-                f"sink_size + recent_size = {window} must be below context={shortest}, or nothing lies outside",
+                f"sink_size + recent_size = {window} must be below context={shortest}, or the window hides nothing",
             )
             check(not self.step.cuda_graphs, "step.cuda_graphs=true: task=train_step measures steps without a graph")
             check(self.heads is None, f"heads={self.heads}: task=train_step trains the gates of all heads")
 
     def compiles(self, device: torch.device) -> bool:
-        """Whether to compile on a device: as asked for, by default on a GPU alone."""
+        """Whether to compile on a device: as set, by default only on a GPU."""
         return self.step.compile or (device.type == "cuda" if self.compile is None else self.compile)

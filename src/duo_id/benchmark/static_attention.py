@@ -1,7 +1,7 @@
-"""Full attention over transformers' static cache, as fast as SDPA can do it: what deployed masks are measured against.
+"""Full attention over transformers' static cache, as fast as SDPA allows: the baseline of deployed masks.
 
-The cache hands the attention function all its slots, filled or not, and transformers hides the free ones by a mask,
-with which SDPA has no fast backend. Here the host counts the tokens, and attention sees the filled slots alone.
+The cache passes all its slots to attention, filled or not, and transformers masks the free ones, which rules out SDPA's
+fast backends. Here the host counts the tokens, and attention sees only the filled slots.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from duo_id.attention.full import full_attention
 from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.softmax import Softmax
-from duo_id.benchmark.timing import captured, timed
+from duo_id.benchmark.timing import capture_graph, time_runs
 
 IMPLEMENTATION = "duo_id_baseline"  # the name under which transformers knows the attention function
 DECODE_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
@@ -26,10 +26,10 @@ DECODE_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBa
 
 @dataclass
 class HostState:
-    """What the host knows of the one cache in use; compiled code must not see it, or it would compile for each value.
+    """The host's view of the one cache in use; hidden from compiled code, which would recompile for each value.
 
     Attributes:
-        tokens: in the cache, those of the running forward among them.
+        tokens: in the cache, including those of the current forward pass.
         first: index of the layer that counts them.
         backend: of SDPA for a decode step; None: SDPA's own choice.
     """
@@ -48,7 +48,7 @@ def filled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, co
 
     Args:
         query: (batch, heads, queries, head_dim).
-        key: (batch, KV heads, slots, head_dim), the new tokens' among them.
+        key: (batch, KV heads, slots, head_dim), including the new tokens'.
         value: the same shape.
         scale: factor on the scores.
         counts: whether this layer counts the forward's tokens.
@@ -68,36 +68,36 @@ def filled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, co
 
 
 @filled_attention.register_fake
-def _(query: Tensor, *rest: object) -> Tensor:
+def _(query: Tensor, *args: object) -> Tensor:
     batch, heads, queries, dim = query.shape
     return query.new_empty(batch, queries, heads, dim)
 
 
 @contextmanager
 def full_attention_installed(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Iterator[None]:
-    """Let `model` attend through this module for a block, over a `StaticCache` that it is given.
+    """Route a model's attention through this module within a block, over a `StaticCache`.
 
-    No mask function is registered along with it, for which transformers makes no mask at all.
+    No mask function is registered, so transformers builds no mask at all.
 
     Args:
         model: a causal language model.
-        layers: its attention layers, which all see the whole context.
+        layers: its attention layers, all of which see the whole context.
     """
-    before = model.config._attn_implementation
+    previous = model.config._attn_implementation
     AttentionInterface.register(IMPLEMENTATION, _attention_forward)
     model.set_attn_implementation(IMPLEMENTATION)
     host.tokens, host.first, host.backend = 0, layers[0].index, None
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(previous)
 
 
 def choose_backend(layer: AttentionLayer, key: Tensor, value: Tensor, tokens: int) -> str:
-    """Measure SDPA's backends on a decode step of one layer and let decode steps use the fastest from now on.
+    """Measure SDPA's backends on a decode step of one layer and use the fastest from now on.
 
     Args:
-        layer: the layer, for its number of query heads.
+        layer: gives the number of query heads.
         key: (batch, KV heads, slots, head_dim), its cached keys.
         value: the same shape.
         tokens: filled slots that the step will see.
@@ -120,7 +120,7 @@ def choose_backend(layer: AttentionLayer, key: Tensor, value: Tensor, tokens: in
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # SDPA explains at length why a backend does not fit
                 attend()
-            seconds[backend] = timed(captured(attend, key.device), key.device, repeats=5, warmup=2).median
+            seconds[backend] = time_runs(capture_graph(attend, key.device), key.device, repeats=5, warmup=2).median
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # it has no kernel for this shape or type

@@ -1,4 +1,4 @@
-"""Training steps side by side: the tables and the figure of a benchmark of them."""
+"""The tables and the figure of a benchmark of training steps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,16 +14,16 @@ NAMES = {"ours": "ours", "paper": "published shape"}
 
 
 def step_tables(results: Mapping[str, Any]) -> list[Table]:
-    """Time and memory of each step, and where the time went if it was profiled.
+    """Time and memory of each step, and its profile if there is one.
 
-    Tokens a second are those of all devices; floors, MFU and peaks are of each.
+    Tokens per second are of all devices together; floors, MFU and peaks are per device.
     """
     title, rates = f"{results['model']['name']} on {machine(results)}", results["ceilings"]
     caption = f"floors at {rates['flops'] / 1e12:.4g} TFLOP/s and the measured full attention"
     table = Table(title=escape(f"train step: {title}"), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     headings = ["step", "blend", "tokens", "s", "tokens\n/s", "floor\ns", "over\nfloor", "MFU", "peak\nGiB"]
-    compared = any("efficiency" in row for row in results["rows"])
-    headings += ["effi-\nciency"] if compared else []
+    has_efficiency = any("efficiency" in row for row in results["rows"])
+    headings += ["effi-\nciency"] if has_efficiency else []
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", overflow="fold")
     for row in results["rows"]:
@@ -37,25 +37,25 @@ def step_tables(results: Mapping[str, Any]) -> list[Table]:
                 f"{row['over_floor']:.2f}",
                 f"{100 * row['mfu']:.3g}%",
             ]
-        gain = [f"{100 * row['efficiency']:.3g}%" if "efficiency" in row else ""] if compared else []
-        table.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *measured, peak, *gain)
+        efficiency = [f"{100 * row['efficiency']:.3g}%" if "efficiency" in row else ""] if has_efficiency else []
+        table.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *measured, peak, *efficiency)
     profiles = [row for row in results["rows"] if "profile" in row]
     if not profiles:
         return [table]
-    exchanged = [_exchange_table(results["rows"])] if any("communication" in row for row in profiles) else []
+    has_communication = any("communication" in row for row in profiles)
     groups = list(dict.fromkeys(group for row in profiles for group in row["profile"]))
-    spent = Table(title="where the time goes (ms)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    time_table = Table(title="where the time goes (ms)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("step", "blend", "tokens", *(group.replace(" ", "\n") for group in groups)):
-        spent.add_column(heading, justify="left" if heading in ("step", "blend") else "right", overflow="fold")
+        time_table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", overflow="fold")
     for row in profiles:
         times = [f"{row['profile'].get(group, 0):.4g}" for group in groups]
-        spent.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *times)
-    return [table, spent, *exchanged]
+        time_table.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *times)
+    return [table, time_table, _communication_table(results["rows"])] if has_communication else [table, time_table]
 
 
 def machine(results: Mapping[str, Any]) -> str:
-    """The devices of a run, and how they shared a step if they are several."""
-    devices = results.get("devices", 1)  # of older runs one
+    """The devices of a run, and how several of them shared a step."""
+    devices = results.get("devices", 1)  # missing in older runs
     if devices == 1:
         return str(results["device"])
     weights = ", sharded weights" if results["sharded"] else ""
@@ -65,46 +65,47 @@ def machine(results: Mapping[str, Any]) -> str:
     )
 
 
-def _exchange_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Communication of the first process's device, in percent of the step."""
+def _communication_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Communication of the first process's device, as a percentage of the step."""
     rows = [row for row in rows if "communication" in row]
     kinds = [name for name in rows[0]["communication"] if name != "step"]
     table = Table(title="communication (% of the step)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("step", "blend", "tokens", *kinds):
         table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", overflow="fold")
     for row in rows:
-        found = row["communication"]
-        shares = [f"{100 * found[kind] / found['step']:.3g}" for kind in kinds]
+        times = row["communication"]
+        shares = [f"{100 * times[kind] / times['step']:.3g}" for kind in kinds]
         table.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *shares)
     return table
 
 
 @style()
 def plot_steps(results: Mapping[str, Any]) -> Figure:
-    """Bars of the time and the peak memory of each step, with floors."""
+    """Bars of time and peak memory by step, with floors."""
     rows = results["rows"]
-    places = list(dict.fromkeys((row["context"], row["blend"]) for row in rows))
+    groups = list(dict.fromkeys((row["context"], row["blend"]) for row in rows))
     kinds = [name for name in NAMES if any(row["step"] == name for row in rows)]
     panels = 2 if any(row["peak_bytes"] for row in rows) else 1
     figure = Figure(figsize=(3.1 * panels + 0.2, 3.3))
     axes = list(figure.subplots(1, panels, squeeze=False).flat)
     width = 0.8 / len(kinds)
     for number, (kind, color) in enumerate(zip(kinds, COLORS, strict=False)):
-        own = [row for row in rows if row["step"] == kind]
-        at = [places.index((row["context"], row["blend"])) + (number - (len(kinds) - 1) / 2) * width for row in own]
-        axes[0].bar(at, [row.get("ms", 0) / 1e3 for row in own], width, color=color, label=NAMES[kind])
+        kind_rows = [row for row in rows if row["step"] == kind]
+        offset = (number - (len(kinds) - 1) / 2) * width
+        positions = [groups.index((row["context"], row["blend"])) + offset for row in kind_rows]
+        axes[0].bar(positions, [row.get("ms", 0) / 1e3 for row in kind_rows], width, color=color, label=NAMES[kind])
         if panels > 1:
-            axes[1].bar(at, [(row["peak_bytes"] or 0) / 2**30 for row in own], width, color=color)
+            axes[1].bar(positions, [(row["peak_bytes"] or 0) / 2**30 for row in kind_rows], width, color=color)
         for panel in axes:
-            for x, row in zip(at, own, strict=True):
+            for x, row in zip(positions, kind_rows, strict=True):
                 if row["status"] == "OOM":
                     panel.text(x, 0, "OOM", color=color, ha="center", va="bottom", rotation=90)
-    for place, (context, blend) in enumerate(places):
+    for index, (context, blend) in enumerate(groups):
         floor = next(row["floor_ms"] for row in rows if (row["context"], row["blend"]) == (context, blend)) / 1e3
-        label = "floor" if place == 0 else None
-        axes[0].hlines(floor, place - 0.45, place + 0.45, color="#555555", linestyle="--", linewidth=1.0, label=label)
+        label = "floor" if index == 0 else None
+        axes[0].hlines(floor, index - 0.45, index + 0.45, color="#555555", linestyle="--", linewidth=1.0, label=label)
     for panel, text in zip(axes, ["time of a step (s)", "peak memory (GiB)"], strict=False):
-        panel.set_xticks(range(len(places)), [f"{blend}\n{context:,}" for context, blend in places])
+        panel.set_xticks(range(len(groups)), [f"{blend}\n{context:,}" for context, blend in groups])
         panel.set(xlabel="blend, tokens", ylabel=text)
         panel.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=3)

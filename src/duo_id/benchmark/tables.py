@@ -1,4 +1,4 @@
-"""Rows side by side: what a mask gains over full attention, and the tables of a run."""
+"""The gains of masks over full attention, and the tables of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -9,13 +9,13 @@ from rich.table import Table
 
 from duo_id.common.documents import FIRST, Count, Data, Line, Positive, Share
 
-FULL = ("full", "full-dual")  # the baselines: SDPA over a static cache, and the dual cache without a streaming head
+FULL = ("full", "full-dual")  # the baselines: SDPA over a static cache, and the dual cache without streaming heads
 NAMES = {"full": "full, static cache", "full-dual": "full, dual cache", "duo": "duo"}
 Measurement = dict[str, Any]
 
 
-class Measured(Data):
-    """A row on disk; what a row that ran out of memory lacks has a default."""
+class MeasurementRow(Data):
+    """A row on disk; fields missing from rows that ran out of memory have defaults."""
 
     attention: Literal["full", "full-dual", "duo"]
     sparsity: Share
@@ -29,49 +29,49 @@ class Measured(Data):
     floor_ms: Positive = 0.0
 
 
-class Named(Data):
-    """The model that was measured."""
+class MeasuredModel(Data):
+    """The measured model."""
 
     name: Line
 
 
-class Benchmark(Data):
-    """What the results.json of a benchmark of decoding, prefill or memory holds, as figures look at it."""
+class BenchmarkResults(Data):
+    """The results.json of a benchmark of decoding, prefill or memory, as far as figures read it."""
 
     task: Line
-    model: Named
+    model: MeasuredModel
     device: Line
-    rows: Annotated[list[Measured], FIRST]
+    rows: Annotated[list[MeasurementRow], FIRST]
 
 
 def memory(row: Mapping[str, Any]) -> int | None:
-    """Peak bytes of a row; on the CPU, where none are counted, weights and cache; None if it was too much."""
+    """Peak bytes of a row; on the CPU, which does not count them, weights and cache; None if out of memory."""
     if row["status"] == "OOM":
         return None
     return row["peak_bytes"] or row["weights_bytes"] + row["cache_bytes"]
 
 
-def compared(rows: Sequence[Mapping[str, Any]]) -> list[Measurement]:
-    """The rows, each under a mask with how many times full attention takes its time and memory in the same place.
+def with_gains(rows: Sequence[Mapping[str, Any]]) -> list[Measurement]:
+    """The rows, those of masks with `speedup`, `memory_saving` and `floor_ratio` added.
 
-    Of the baselines the faster counts for the time and the smaller for the memory. Added are `speedup`,
-    `memory_saving` and `floor_ratio`, full over duo, each None where one of the two is unknown.
+    Each is full attention over duo at the same sizes, None where either is unknown. The faster baseline counts for
+    time, the smaller one for memory.
     """
-    done = []
+    compared = []
     for row in rows:
-        place = [row["context"], row["chunk_size"], row["batch_size"]]
-        full = [
+        sizes = [row["context"], row["chunk_size"], row["batch_size"]]
+        baselines = [
             other
             for other in rows
-            if other["attention"] in FULL and [other["context"], other["chunk_size"], other["batch_size"]] == place
+            if other["attention"] in FULL and [other["context"], other["chunk_size"], other["batch_size"]] == sizes
         ]
         gains = {
-            "speedup": _ratio([other.get("ms") for other in full], row.get("ms")),
-            "memory_saving": _ratio([memory(other) for other in full], memory(row)),
-            "floor_ratio": _ratio([other.get("floor_ms") for other in full], row.get("floor_ms")),
+            "speedup": _ratio([other.get("ms") for other in baselines], row.get("ms")),
+            "memory_saving": _ratio([memory(other) for other in baselines], memory(row)),
+            "floor_ratio": _ratio([other.get("floor_ms") for other in baselines], row.get("floor_ms")),
         }
-        done.append(dict(row) | (gains if row["attention"] not in FULL else {}))
-    return done
+        compared.append(dict(row) | (gains if row["attention"] not in FULL else {}))
+    return compared
 
 
 def results_tables(results: Mapping[str, Any]) -> list[Table]:
@@ -86,24 +86,24 @@ def results_tables(results: Mapping[str, Any]) -> list[Table]:
         results["rows"],
         key=lambda row: (row["context"], row["chunk_size"] or 0, order.index(row["attention"]), row["sparsity"]),
     )
-    place = ["attention", "context", "chunk"] if task == "prefill" else ["attention", "context"]
-    memories = _table(f"memory: {title}", [*place, "peak\nGiB", "weights\nGiB", "cache\nGiB", "full\n/ duo"])
+    leading_headings = ["attention", "context", "chunk"] if task == "prefill" else ["attention", "context"]
+    memories = _table(f"memory: {title}", [*leading_headings, "peak\nGiB", "weights\nGiB", "cache\nGiB", "full\n/ duo"])
     times = _table(
         f"{task}: {title}",
-        [*place, "ms", "±", "tokens\n/s", "floor\nms", "over\nfloor", "full\n/ duo", "their\nfloors"],
+        [*leading_headings, "ms", "±", "tokens\n/s", "floor\nms", "over\nfloor", "full\n/ duo", "their\nfloors"],
         f"±: half of max - min; floors at {rates['bandwidth'] / 1e12:.3g} TB/s, {rates['flops'] / 1e12:.4g} TFLOP/s",
     )
     for row in rows:
-        duo, out = row["attention"] not in FULL, row["status"] == "OOM"
+        duo, out_of_memory = row["attention"] not in FULL, row["status"] == "OOM"
         name = (
             f"duo {row['sparsity']:.3g}" if duo else {"full": "full SDPA", "full-dual": "full dual"}[row["attention"]]
         )
-        where = [name, f"{row['context']:,}"] + ([f"{row['chunk_size']:,}"] if task == "prefill" else [])
+        leading_cells = [name, f"{row['context']:,}"] + ([f"{row['chunk_size']:,}"] if task == "prefill" else [])
         style = "bold" if duo else None
         spread = 50 * (row["ms_max"] - row["ms_min"]) / row["ms"] if "ms" in row else None
         times.add_row(
-            *where,
-            "OOM" if out else _number(row.get("ms")),
+            *leading_cells,
+            "OOM" if out_of_memory else _number(row.get("ms")),
             _cell(spread, ".2g", "%"),
             _number(row.get("tokens_per_s")),
             _number(row.get("floor_ms")),
@@ -112,12 +112,12 @@ def results_tables(results: Mapping[str, Any]) -> list[Table]:
             _cell(row.get("floor_ratio"), ".2f", "x"),
             style=style,
         )
-        parts = [None if value is None else value / 2**30 for value in (row["peak_bytes"], row["cache_bytes"])]
+        gibibytes = [None if value is None else value / 2**30 for value in (row["peak_bytes"], row["cache_bytes"])]
         memories.add_row(
-            *where,
-            "OOM" if out else _cell(parts[0], ".4g"),
+            *leading_cells,
+            "OOM" if out_of_memory else _cell(gibibytes[0], ".4g"),
             _cell(row["weights_bytes"] / 2**30, ".4g"),
-            _cell(parts[1], ".4g"),
+            _cell(gibibytes[1], ".4g"),
             _cell(row.get("memory_saving"), ".2f", "x"),
             style=style,
         )
@@ -138,9 +138,9 @@ def _table(title: str, headings: Sequence[str], caption: str | None = None) -> T
     return table
 
 
-def _ratio(full: Sequence[float | None], own: float | None) -> float | None:
-    known = [value for value in full if value is not None]
-    return min(known) / own if known and own else None
+def _ratio(full: Sequence[float | None], masked: float | None) -> float | None:
+    measured = [value for value in full if value is not None]
+    return min(measured) / masked if measured and masked else None
 
 
 def _cell(value: float | None, form: str, unit: str = "") -> str:

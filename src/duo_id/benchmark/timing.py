@@ -1,4 +1,4 @@
-"""Clocks and memory counters: medians over runs, CUDA graphs of a step, and what to do when memory runs out."""
+"""Clocks and memory counters: medians over runs, CUDA graphs of a step, and recovery from out of memory."""
 
 import gc
 import time
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 Result = TypeVar("Result")
-OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")  # how others than CUDA's allocator say it
+OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")  # messages from other than CUDA's allocator
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """The middle run."""
+        """The median run."""
         return median(self.runs)
 
     def summary(self) -> dict[str, Any]:
@@ -31,7 +31,7 @@ class Timing:
 
 
 class Stopwatch:
-    """Seconds that a row spends in each phase, and a word on the terminal as each begins.
+    """Seconds that a row spends in each phase, announced as each begins.
 
     Args:
         announce: called with the name of a phase.
@@ -42,7 +42,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds of a block; those of one name add up."""
+        """Time a block; seconds add up by name."""
         self.announce(name)
         start = time.perf_counter()
         try:
@@ -58,19 +58,19 @@ class Stopwatch:
         return {name: round(seconds, 3) for name, seconds in taken.items()}
 
 
-def timed(
+def time_runs(
     run: Callable[[], object],
     device: torch.device,
     repeats: int,
     warmup: int = 0,
     before: Callable[[], object] = lambda: None,
 ) -> Timing:
-    """Run something several times and measure each run, on a GPU between two events of its stream.
+    """Time several runs, on a GPU between two events of its stream.
 
     Args:
-        run: what is measured.
+        run: the function to time.
         device: where it runs.
-        repeats: measured runs.
+        repeats: timed runs.
         warmup: runs before them.
         before: called before each run, outside the measured time.
     """
@@ -96,19 +96,22 @@ def timed(
     return Timing(tuple(start.elapsed_time(end) / 1e3 for start, end in pairs))
 
 
-def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The step as one CUDA graph to be replayed; it must have run before. On the CPU the step itself.
+def capture_graph(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Capture a step, which must have run before, as a CUDA graph; on the CPU, the step itself.
 
     Args:
-        step: waits for nothing on the device, and always reads and writes the same tensors.
+        step: never synchronises the device, and always reads and writes the same tensors.
         device: where it runs.
+
+    Returns:
+        a function that replays the graph.
     """
     if device.type != "cuda":
         return step
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        step()  # on a stream of its own, where libraries make the workspaces that the graph will use
+        step()  # on its own stream, where libraries allocate the workspaces that the graph will use
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -116,8 +119,8 @@ def captured(step: Callable[[], object], device: torch.device) -> Callable[[], o
     return graph.replay
 
 
-def with_peak(run: Callable[[], Result], device: torch.device) -> tuple[Result, int | None]:
-    """What `run` returns, and the peak of allocated bytes meanwhile, older ones among them; None on the CPU."""
+def measure_peak(run: Callable[[], Result], device: torch.device) -> tuple[Result, int | None]:
+    """The result of `run`, and the peak of allocated bytes, including earlier allocations; None on the CPU."""
     if device.type != "cuda":
         return run(), None
     torch.cuda.synchronize(device)
@@ -127,20 +130,20 @@ def with_peak(run: Callable[[], Result], device: torch.device) -> tuple[Result, 
     return result, torch.cuda.max_memory_allocated(device)
 
 
-def unless_out_of_memory(run: Callable[[], Result]) -> Result | None:
-    """What `run` returns, or None if the memory was not enough, of which then all is given back."""
+def none_if_out_of_memory(run: Callable[[], Result]) -> Result | None:
+    """The result of `run`, or None if it ran out of memory, which is then released."""
     try:
         return run()
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+        is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_out_of_memory and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
-    release()  # here, where the traceback no longer holds what had been allocated
+    release()  # here, where the traceback no longer keeps allocations alive
     return None
 
 
 def release() -> None:
-    """Give the memory of what nobody holds any more back to the device."""
+    """Return the memory of unreferenced tensors to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,10 +1,11 @@
-"""Measure training steps: ours beside the one in the published shape, and the floor that both have.
+"""Measure training steps: ours, the one in the published shape, and the floor of both.
 
-Several devices share our step alone. Every process of them measures; the slowest counts, and the fullest.
+Several devices share only our step. Every process measures; the slowest time and the highest peak count.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from duo_id.attention.softmax import Softmax
 from duo_id.attention.ulysses import head_shares
 from duo_id.attention.window import Window
 from duo_id.benchmark.ceilings import Ceilings
-from duo_id.benchmark.profiling import profiled
+from duo_id.benchmark.profiling import profile_run
 from duo_id.benchmark.roofline import workload
 from duo_id.benchmark.settings import BenchmarkSettings
-from duo_id.benchmark.timing import Stopwatch, Timing, release, timed, unless_out_of_memory, with_peak
+from duo_id.benchmark.timing import Stopwatch, Timing, measure_peak, none_if_out_of_memory, release, time_runs
 from duo_id.common.errors import UserError
 from duo_id.data.samples import UNSCORED, shared_weights, split_batch, with_scored
 from duo_id.models.gated_model import GatedModel
@@ -33,8 +34,8 @@ from duo_id.step.paper_shape import SHAPES
 from duo_id.step.prepare import prepared
 from duo_id.step.settings import StepSettings
 
-SCORED = 512  # tokens that the loss looks at, at the end of a sample
-BACKWARD = 2.5  # arithmetic of attention's backward pass, in forward passes: five products beside two
+SCORED = 512  # tokens that the loss covers, at the end of a sample
+BACKWARD = 2.5  # arithmetic of attention's backward pass, in forward passes: five products instead of two
 
 
 class StepBench:
@@ -42,10 +43,10 @@ class StepBench:
 
     Args:
         settings: what to measure.
-        language_model: the model, perhaps shared by several processes.
+        language_model: the model, possibly sharded over several processes.
         ceilings: of the machine.
         folder: where traces are written.
-        announce: called with each phase that begins.
+        announce: called with each phase as it begins.
     """
 
     def __init__(
@@ -64,23 +65,23 @@ class StepBench:
         self.watch = Stopwatch(lambda phase: announce(f"{self.subject}: {phase}"))
         ours = replace(settings.step, compile=settings.compiles(self.device))
         paper = replace(settings.step, shape="paper", memory="least", compile=False)
-        beside = settings.beside and self.ranks.world == 1
+        with_paper = settings.beside and self.ranks.world == 1
         self.steps = {"paper": paper} if ours.shape == "paper" else {"ours": ours}
-        if beside:
+        if with_paper:
             self.steps["paper"] = paper
         limit = language_model.max_length
         if limit is not None and settings.context[-1] > limit:
             raise UserError(
-                f"context={settings.context[-1]}: {language_model.name} is made for {limit} tokens; "
-                f"+model.config.max_position_embeddings={settings.context[-1]} lets it have more"
+                f"context={settings.context[-1]}: {language_model.name} supports {limit} tokens; "
+                f"+model.config.max_position_embeddings={settings.context[-1]} raises that"
             )
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return len(self.settings.context) * len(self.settings.blend) * len(self.steps)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A row for each length, blend and shape of step; one that the memory does not suffice for is a row too."""
+        """A row for each length, blend and shape of step; one that runs out of memory is a row too."""
         for context in self.settings.context:
             attention: tuple[float, float] | None = None
             for blend in self.settings.blend:
@@ -92,12 +93,12 @@ class StepBench:
                         yield self._row(name, step, layers, blend, context, attention)
 
     def attention_seconds(self, layer: AttentionLayer, context: int) -> tuple[float, float]:
-        """The best times of this process's full attention in a layer, forward and backward: ceilings at this length."""
+        """Best times of this process's full attention in a layer, forward and backward: the ceilings at this length."""
         batch, dtype = self.settings.batch_size // self.ranks.data, self.model.model.dtype
-        own, own_kv = head_shares(layer.heads, layer.kv_heads, self.ranks.sequence)[self.ranks.part].sizes
+        rank_heads, rank_kv_heads = head_shares(layer.heads, layer.kv_heads, self.ranks.sequence)[self.ranks.part].sizes
         query, key, value = (
             torch.randn(batch, heads, context, layer.head_dim, device=self.device, dtype=dtype, requires_grad=True)
-            for heads in (own, own_kv, own_kv)
+            for heads in (rank_heads, rank_kv_heads, rank_kv_heads)
         )
 
         def forward() -> Tensor:
@@ -106,14 +107,14 @@ class StepBench:
         with self.watch.phase("ceilings"):
             out = forward()
             grad = torch.randn_like(out)
-            ahead = timed(forward, self.device, self.settings.repeats, warmup=1)
-            back = timed(
+            forward_time = time_runs(forward, self.device, self.settings.repeats, warmup=1)
+            backward_time = time_runs(
                 lambda: torch.autograd.grad(out, (query, key, value), grad, retain_graph=True),
                 self.device,
                 self.settings.repeats,
                 warmup=1,
             )
-        return min(ahead.runs), min(back.runs)
+        return min(forward_time.runs), min(backward_time.runs)
 
     def _row(
         self,
@@ -125,12 +126,12 @@ class StepBench:
         attention: tuple[float, float],
     ) -> dict[str, Any]:
         settings, model, ranks = self.settings, self.model, self.ranks
-        told = dict[str, Any]()
+        columns = dict[str, Any]()
         if ranks.world > 1:
             step, plan = shared_step(
                 model.model, step, ranks, self.device, context, settings.batch_size, BLENDS[blend].needs_teacher
             )
-            told["plan"] = str(plan)
+            columns["plan"] = str(plan)
         gated_model = GatedModel(model, layers, self.window, step.backends)
         distillation = SHAPES[step.shape](gated_model, OBJECTIVES["hidden_l2"], blend=BLENDS[blend])
         batch = self._batch(context)
@@ -143,22 +144,21 @@ class StepBench:
             with prepared(distillation, step) as apply_plan:
                 with self.watch.phase("compile" if step.compile else "first step"):
                     plan = apply_plan(batch["input_ids"].numel())
-                    told.setdefault("plan", None if plan is None else str(plan))
+                    columns.setdefault("plan", None if plan is None else str(plan))
                     run()
                 with self.watch.phase("measure"):
-                    timing, peak = with_peak(
-                        lambda: timed(run, self.device, settings.repeats, settings.warmup, ranks.barrier), self.device
-                    )
-                    *runs, most = ranks.reduce_max(*timing.runs, peak or 0, device=self.device)
+                    repeat = partial(time_runs, run, self.device, settings.repeats, settings.warmup, ranks.barrier)
+                    timing, peak = measure_peak(repeat, self.device)
+                    *runs, peak_of_all = ranks.reduce_max(*timing.runs, peak or 0, device=self.device)
                 if settings.profile:
                     with self.watch.phase("profile"):
                         trace = self.folder / f"trace_{name}_{blend}_{context}.json" if ranks.first else None
-                        told["profile"], exchanged = profiled(run, self.device, trace, ranks.barrier)
-                        told.update({"communication": exchanged} if exchanged else {})
-                return Timing(tuple(runs)), int(most) or None
+                        columns["profile"], exchanged = profile_run(run, self.device, trace, ranks.barrier)
+                        columns.update({"communication": exchanged} if exchanged else {})
+                return Timing(tuple(runs)), int(peak_of_all) or None
 
-        # Of several processes none can leave a step out alone: there, memory that does not suffice ends the run.
-        measured = unless_out_of_memory(measure) if ranks.world == 1 else measure()
+        # No process can skip a step alone: with several, running out of memory ends the run.
+        measured = none_if_out_of_memory(measure) if ranks.world == 1 else measure()
         floor, flops = self.floor(layers, blend, context, attention)
         row: dict[str, Any] = {
             "step": name,
@@ -171,7 +171,7 @@ class StepBench:
             "flops": flops,
             "attention_ms": [1e3 * seconds for seconds in attention],
             "seconds": self.watch.take(),
-            **told,
+            **columns,
         }
         if measured is not None:
             seconds = measured[0].median
@@ -185,11 +185,11 @@ class StepBench:
     def floor(
         self, layers: Sequence[AttentionLayer], blend: str, context: int, attention: tuple[float, float]
     ) -> tuple[float, float]:
-        """Seconds that a step takes at least, and the floating-point operations that it must do, on each device.
+        """The least seconds of a step, and its floating-point operations, per device.
 
-        Teacher, student and the gradients of the frozen layers' inputs are 6 operations a weight and token. Full
-        attention counts as it was measured, forward and backward, everything else at the rate of the matrix product.
-        The last of several layers does not count: few of its tokens are scored, and nothing looks at the others.
+        Teacher, student and the gradients of the frozen layers' inputs take 6 operations per weight and token. Full
+        attention counts as measured, forward and backward, everything else at the rate of the matrix product. The last
+        of several layers is left out: few of its tokens are scored, and the others are not needed.
         """
         batch, window = self.settings.batch_size, min(context, self.window.sink_size + self.window.recent_size)
         counted = layers[:-1] or layers
@@ -197,15 +197,15 @@ class StepBench:
         linear = 6 * weights * batch * context / self.ranks.world
         forwards, backwards = {"student": (2, 1), "detached": (2, 0), "teacher": (1, 0)}[blend]
         pairs = context * (context + 1) // 2
-        near = window * (window + 1) // 2 + (context - window) * window
-        each = sum(4 * batch * layer.head_dim * layer.heads for layer in counted) / self.ranks.world
-        streaming = each * near * (1 + BACKWARD)
+        window_pairs = window * (window + 1) // 2 + (context - window) * window
+        flops_per_pair = sum(4 * batch * layer.head_dim * layer.heads for layer in counted) / self.ranks.world
+        streaming = flops_per_pair * window_pairs * (1 + BACKWARD)
         seconds = (linear + streaming) / self.ceilings.flops
         seconds += len(counted) * (forwards * attention[0] + backwards * attention[1])
-        return seconds, linear + streaming + each * pairs * (forwards + BACKWARD * backwards)
+        return seconds, linear + streaming + flops_per_pair * pairs * (forwards + BACKWARD * backwards)
 
     def _batch(self, context: int) -> dict[str, Any]:
-        """This process's part of random samples whose last tokens are scored."""
+        """This process's share of random samples whose last tokens are scored."""
         ranks, vocabulary = self.ranks, self.model.model.config.get_text_config().vocab_size
         generator = torch.Generator(self.device).manual_seed(self.settings.seed)
         ids = torch.randint(

@@ -17,14 +17,14 @@ from duo_id.evaluate.settings import EvaluateSettings
 def main(config: DictConfig) -> None:
     """Run the command."""
     config, folder, overrides = cli.start_run(config)
-    if not config.resume:  # else the run has saved its model
+    if not config.resume:  # a resumed run has saved its model
         with open_dict(config):
             config = with_model_of_pattern(config, overrides)
     try:
         evaluate(parse(EvaluateSettings, config), folder)
     except (KeyboardInterrupt, OSError):
         if (folder / JOURNAL).is_file():
-            cli.say(f"stopped; to go on: {cli.to_resume('evaluate', folder)}")
+            cli.say(f"stopped; to resume: {cli.to_resume('evaluate', folder)}")
         raise
     cli.say(f"results: {folder / RESULTS}   figures: {folder / 'figures'}")
 

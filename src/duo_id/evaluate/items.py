@@ -1,4 +1,4 @@
-"""What an evaluation asks: contexts with questions, all of it as tokens, and the answers that count as right."""
+"""What an evaluation asks: contexts with questions, as tokens, and the answers that count as right."""
 
 import hashlib
 import json
@@ -14,14 +14,14 @@ SPLITS = ("development", "test")  # of every task: choose and tune on the first,
 class Question:
     """One question about a context.
 
-    Either it follows the context: `prompt`, then `answer`. Or `place` says where in the context itself the answer
-    stands (text whose tokens are predicted as they come); then `prompt` is empty and nothing is generated.
+    Either it follows the context: `prompt`, then `answer`. Or the answer is part of the context, at `place` (text whose
+    tokens are predicted as they come); then `prompt` is empty and nothing is generated.
 
     Attributes:
         prompt: tokens after the context: the question and, where the task has one, the beginning of the answer.
-        answer: tokens of the right answer; their loss, KL and accuracy are teacher-forced. At least one.
+        answer: tokens of the right answer, at least one; their loss, KL and accuracy are teacher-forced.
         references: what a generated answer is judged against; see the item's metric.
-        depth: where in the context the answer is found, from 0 to 1; None if at no one place.
+        depth: of the answer in the context, from 0 to 1; None without a single depth.
         place: index in the context of the answer's first token, at least 1.
     """
 
@@ -34,16 +34,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Item:
-    """One context with its questions, each of which is answered as if it were the only one.
+    """One context with its questions, each answered as if it were the only one.
 
     Attributes:
         task: the task's name.
-        length: tokens that the context, the longest question and room for its answer stay within.
+        length: limit in tokens on the context with the longest question and its answer.
         index: number of the sample among those of its task and length.
-        context: tokens, those at the front that the tokenizer or a chat template wants among them.
+        context: tokens, including those that the tokenizer or a chat template puts in front.
         questions: at least one.
         metric: how generated answers are judged, a key of `duo_id.evaluate.metrics.METRICS`.
-        max_new_tokens: most tokens of a generated answer; 0: nothing is generated.
+        max_new_tokens: limit of a generated answer; 0: nothing is generated.
         stop: a generated answer ends before this text; None: only where the model ends it.
     """
 
@@ -58,7 +58,7 @@ class Item:
 
     @cached_property
     def digest(self) -> str:
-        """Tells this sample from one that was made otherwise."""
+        """Hash of the whole sample."""
         return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Item:
 
 
 def from_json(contents: dict[str, Any]) -> Item:
-    """The item that `Item.to_json` told."""
+    """The inverse of `Item.to_json`."""
     questions = tuple(Question(**_tuples(question)) for question in contents["questions"])
     return Item(**_tuples(contents) | {"questions": questions})
 

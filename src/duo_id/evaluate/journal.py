@@ -1,4 +1,4 @@
-"""What has been scored so far, on disk line by line, so that an interrupted run loses nothing; then the results."""
+"""The scores so far, on disk line by line so that an interrupted run loses nothing; then the results."""
 
 import json
 import os
@@ -18,13 +18,13 @@ from duo_id.evaluate.contenders import Key
 from duo_id.evaluate.items import Item
 from duo_id.report.rows import SCHEMA, VERSION, Scored, ScoredRow
 
-JOURNAL = "scores.jsonl"  # in a run folder: a header line, then one row a line
+JOURNAL = "scores.jsonl"  # in a run folder: a header line, then one row per line
 RESULTS = "results.json"
-ROW_AGAIN = "delete that line, and it is scored again"
+ROW_ADVICE = "delete that line to score it again"
 
 
-class _Written(Scored):
-    """A row of the file: of which sample."""
+class _JournalRow(Scored):
+    """A row of the file, with the digest of its sample."""
 
     sample: Line
 
@@ -32,14 +32,14 @@ class _Written(Scored):
 class Journal:
     """The rows of a run, in `scores.jsonl`.
 
-    A row that is written again, with a generated answer where there was none, takes the place of the older one.
+    A row written again, with a generated answer where there was none, replaces the older one.
 
     Args:
         folder: the run folder.
-        header: what all rows depend on (model, seed, text, template); a run can go on only with the same.
+        header: what all rows depend on (model, seed, text, template); a run resumes only under the same header.
 
     Raises:
-        UserError: the folder holds scores of another version or under another header.
+        UserError: the folder holds scores of another version or with another header.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
@@ -53,64 +53,64 @@ class Journal:
 
     @property
     def rows(self) -> list[ScoredRow]:
-        """All rows, in the order in which they were first written."""
+        """All rows, in the order of their first writing."""
         return list(self._rows.values())
 
     def has(self, item: Item, key: Key, generate: bool) -> bool:
-        """Whether all questions of an item are answered by a contender, generated answers among them if wanted.
+        """Whether a contender has answered all questions of an item, with generated answers if wanted.
 
         Raises:
-            UserError: a sample of this name was another one.
+            UserError: the journal's sample of this task, length and index differs.
         """
         generate = generate and item.max_new_tokens > 0
         for number, question in enumerate(item.questions):
             row = self._rows.get((item.task, item.length, item.index, number, *key))
             if row is not None and row["sample"] != item.digest:
                 raise UserError(
-                    f"resume: {self.path} has another sample {item.index} of {item.task} at {item.length} tokens than "
-                    "this version of duo_id makes: leave out resume to start anew"
+                    f"resume: sample {item.index} of {item.task} at {item.length} tokens in {self.path} differs from "
+                    "the one that this version of duo_id generates: leave out resume to start anew"
                 )
             if row is None or (generate and question.place is None and row["text"] is None):
                 return False
         return True
 
     def add(self, rows: Iterable[ScoredRow]) -> None:
-        """Take rows in and write them to the disk before returning."""
+        """Add rows, and write them to disk before returning."""
         rows = list(rows)
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(sealed(row)) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
         for row in rows:
-            self._rows[_identity(row)] = row
+            self._rows[_row_key(row)] = row
 
     def _read(self) -> None:
-        where, anew = f"resume: {self.path}", "leave out resume to start anew"
+        source, advice = f"resume: {self.path}", "leave out resume to start anew"
         try:
             text = read_text(self.path, LARGEST_ROWS)
-            if text and not text.endswith("\n"):  # written while the process was killed
+            if text and not text.endswith("\n"):  # the process was killed while writing
                 text = text[: text.rfind("\n") + 1]
                 write_text(self.path, text)
-            first, *rest = text.split("\n")
-            ((_, header),) = parse_lines([first], self.path, mend=True, advice=anew)
-            rows = parse_lines(["", *rest], self.path, mend=True, advice=ROW_AGAIN)  # numbered as in the file
+            header_line, *row_lines = text.split("\n")
+            ((_, header),) = parse_lines([header_line], self.path, mend=True, advice=advice)
+            rows = parse_lines(["", *row_lines], self.path, mend=True, advice=ROW_ADVICE)  # numbered as in the file
         except ValueError as error:
-            told = str(error).removeprefix(f"{self.path} ") if isinstance(error, UserError) else "it is empty"
-            raise UserError(f"{where} cannot be read ({told})" + f": {anew}" * (DIFFERS not in told)) from error
+            reason = str(error).removeprefix(f"{self.path} ") if isinstance(error, UserError) else "it is empty"
+            raise UserError(f"{source} cannot be read ({reason})" + f": {advice}" * (DIFFERS not in reason)) from error
         if (header.get("schema"), header.get("version")) != (SCHEMA, VERSION):
             raise UserError(
-                f"resume: {self.path} is of version {header.get('version')!r:.40}, this is version {VERSION} of "
-                "duo_id's results: leave out resume to start anew"
+                f"resume: {self.path} has version {header.get('version')!r:.40}, this duo_id writes version {VERSION}: "
+                "leave out resume to start anew"
             )
         for key in self.header.keys() | header.keys():
             if header.get(key) != self.header.get(key):
                 raise UserError(
-                    f"resume: {self.path} was made with another {key} ({_told(key, header, self.header)}): leave out "
-                    "resume to start anew"
+                    f"resume: {self.path} was made with another {key} ({_difference(key, header, self.header)}): "
+                    "leave out resume to start anew"
                 )
         for number, row in rows:
-            checked(_Written, row, f"{where}, line {number}")
-            self._rows[_identity(row)] = row
+            checked(_JournalRow, row, f"{source}, line {number}")
+            self._rows[_row_key(row)] = row
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
@@ -118,22 +118,22 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
     Args:
         folder: the run folder.
-        results: with `rows`, one dict a question and contender.
+        results: with `rows`, one dict per question and contender.
     """
-    with atomic_path(folder / "results.parquet") as beside:
-        pd.DataFrame(results["rows"]).to_parquet(beside, index=False, write_page_checksum=True)
-    whole = sealed({"schema": SCHEMA, "version": VERSION} | results)
-    rows = ",\n  ".join(json.dumps(row) for row in whole.pop("rows"))  # one a line
-    head = json.dumps(whole | {"rows": []}, indent=1)
-    write_text(folder / RESULTS, head.removesuffix("[]\n}") + f"[\n  {rows}\n ]\n}}\n")
+    with atomic_path(folder / "results.parquet") as temporary:
+        pd.DataFrame(results["rows"]).to_parquet(temporary, index=False, write_page_checksum=True)
+    contents = sealed({"schema": SCHEMA, "version": VERSION} | results)
+    rows = ",\n  ".join(json.dumps(row) for row in contents.pop("rows"))  # one per line
+    opening = json.dumps(contents | {"rows": []}, indent=1)
+    write_text(folder / RESULTS, opening.removesuffix("[]\n}") + f"[\n  {rows}\n ]\n}}\n")
 
 
-def _told(key: str, header: ScoredRow, now: ScoredRow) -> str:
-    """Where two headers differ under a key, and both values."""
-    found = differences({key: header.get(key)}, {key: now.get(key)})
-    return "; ".join(f"{name}={shown(old)}, not {shown(new)}" for name, (old, new) in list(found.items())[:2]) or key
+def _difference(key: str, header: ScoredRow, current: ScoredRow) -> str:
+    """The values under a key that differ between two headers, in words."""
+    changes = differences({key: header.get(key)}, {key: current.get(key)})
+    return "; ".join(f"{name}={shown(old)}, not {shown(new)}" for name, (old, new) in list(changes.items())[:2]) or key
 
 
-def _identity(row: ScoredRow) -> tuple[Any, ...]:
+def _row_key(row: ScoredRow) -> tuple[Any, ...]:
     columns = ("task", "length", "index", "question", "kind", "heads", "sparsity", "seed")
     return tuple(row[column] for column in columns)

@@ -1,4 +1,4 @@
-"""From a model's answers to rows: one for each question and contender, with everything that is known of the answer."""
+"""Turn a model's answers into rows: one per question and contender, with everything measured about the answer."""
 
 import math
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from duo_id.evaluate.metrics import METRICS, first_answer
 from duo_id.evaluate.reading import Answers
 from duo_id.report.rows import ScoredRow
 
-BLOCK = 4096  # rows of logits that are in float32 at a time
+BLOCK = 4096  # rows of logits in float32 at a time
 
 
-def rows_of(
+def score_rows(
     contender: Contender,
     item: Item,
     answers: Answers,
@@ -29,10 +29,10 @@ def rows_of(
     """The rows of one item.
 
     Args:
-        contender: who answered.
-        item: what was asked.
-        answers: by the contender.
-        full: by full attention, from which KL is measured.
+        contender: that answered.
+        item: the context and its questions.
+        answers: of the contender.
+        full: of full attention, the reference of KL.
         tokenizer: of the model.
         ends: tokens that end a text, see `end_tokens`.
     """
@@ -41,51 +41,51 @@ def rows_of(
         measured = compare_logits(answers.logits[number], full.logits[number], question.answer)
         if math.isnan(measured["loss"]):
             raise UserError(
-                f"an answer to {item.task} at {item.length} tokens has a loss that is no number under "
-                f"{contender.heads}: compute in model.dtype=float32, or look at the model"
+                f"an answer to {item.task} at {item.length} tokens has a NaN loss under {contender.heads}: "
+                "compute in model.dtype=float32, or check the model"
             )
         row = {"task": item.task, "length": item.length, "index": item.index, "sample": item.digest, "question": number}
         row |= {"depth": question.depth} | contender_columns(contender) | measured
-        row |= judged(item, number, answers.generated[number], tokenizer, ends) | {"bytes": answers.bytes}
+        row |= judge_generated(item, number, answers.generated[number], tokenizer, ends) | {"bytes": answers.bytes}
         rows.append(row)
     return rows
 
 
 def contender_columns(contender: Contender) -> ScoredRow:
-    """What tells a contender, as columns."""
+    """A contender's identity, as columns."""
     return dict(zip(("kind", "heads", "sparsity", "seed"), contender.key, strict=True))
 
 
-def judged(
+def judge_generated(
     item: Item, number: int, generated: Sequence[int] | None, tokenizer: PreTrainedTokenizerBase, ends: set[int]
 ) -> ScoredRow:
-    """Score, exactness and text of a generated answer to question `number`; None where there is none."""
+    """Score, exactness and text of a generated answer to question `number`; each None without one."""
     if generated is None:
         return {"score": None, "exact": None, "text": None}
-    end = next((place for place, token in enumerate(generated) if token in ends), len(generated))
+    end = next((index for index, token in enumerate(generated) if token in ends), len(generated))
     text = first_answer(str(tokenizer.decode(list(generated[:end]))), item.stop)
     score = METRICS[item.metric](text, item.questions[number].references)
     return {"score": score, "exact": score == 1, "text": text}
 
 
-def rows_of_peers(
+def peer_rows(
     answers: Sequence[ScoredRow], items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, ends: set[int]
 ) -> list[ScoredRow]:
-    """Rows like all others from what `read_answers` of `duo_id.evaluate.peers` returns.
+    """Ordinary rows from what `duo_id.evaluate.peers.read_answers` returns.
 
-    Where the answer stands inside the context, a peer holds what is before it alone; its bytes are told as the same
-    share of the whole context.
+    For an answer inside the context, a peer caches only the tokens before it; its bytes are scaled up to the whole
+    context.
     """
-    asked = {(item.task, item.length, item.index): item for item in items}
+    items_by_key = {(item.task, item.length, item.index): item for item in items}
     rows = []
     for answer in answers:
-        item = asked[answer["task"], answer["length"], answer["index"]]
+        item = items_by_key[answer["task"], answer["length"], answer["index"]]
         question = item.questions[answer["question"]]
         row = {key: value for key, value in answer.items() if key not in ("generated", "full_bytes", "note")}
         row |= {"sample": item.digest, "depth": question.depth}
         if question.place is not None:
             row["bytes"] = round(row["bytes"] * len(item.context) / (question.place - 1))
-        rows.append(row | judged(item, answer["question"], answer["generated"], tokenizer, ends))
+        rows.append(row | judge_generated(item, answer["question"], answer["generated"], tokenizer, ends))
     return rows
 
 
@@ -101,10 +101,10 @@ def compare_logits(logits: Tensor, full: Tensor, answer: Sequence[int]) -> Score
     targets = torch.tensor(answer, device=logits.device)
     loss = kl = 0.0
     for start in range(0, len(targets), BLOCK):
-        part = slice(start, start + BLOCK)
-        here, there = (F.log_softmax(x[part].float(), -1) for x in (logits, full))
-        loss += float(F.nll_loss(here, targets[part], reduction="sum"))
+        block = slice(start, start + BLOCK)
+        log_probs, full_log_probs = (F.log_softmax(x[block].float(), -1) for x in (logits, full))
+        loss += float(F.nll_loss(log_probs, targets[block], reduction="sum"))
         if logits is not full:
-            kl += float(F.kl_div(here, there, reduction="sum", log_target=True))
+            kl += float(F.kl_div(log_probs, full_log_probs, reduction="sum", log_target=True))
     correct = int((logits.argmax(-1) == targets).sum())
     return {"loss": loss, "kl": max(kl, 0.0), "tokens": len(targets), "correct": correct}

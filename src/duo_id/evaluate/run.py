@@ -1,4 +1,4 @@
-"""Score head patterns, and what they are compared with, on held-out long-context tasks."""
+"""Score head patterns and baselines on held-out long-context tasks."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from duo_id.evaluate import chat
 from duo_id.evaluate.contenders import check_windows, contenders
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal, write_results
-from duo_id.evaluate.judging import rows_of_peers
+from duo_id.evaluate.judging import peer_rows
 from duo_id.evaluate.peers import SAMPLES, read_answers, write_samples
 from duo_id.evaluate.reading import end_tokens
 from duo_id.evaluate.runner import run
@@ -41,28 +41,28 @@ from duo_id.report.rows import ScoredRow
 from duo_id.report.summary import SEED
 from duo_id.report.tables import results_table, terminal_table
 
-PLAIN: dict[str, Any] = {"markup": False, "highlight": False}  # how others' texts are shown
+VERBATIM: dict[str, Any] = {"markup": False, "highlight": False}  # for text from elsewhere
 MEASURED = ("model", "data")  # settings that all scores of a run depend on
 NOT_RECORDED = ("resume",)  # settings that say nothing about what was measured
 
 
 def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
-    """Score a pattern's masks and what they are compared with, and write tables and figures.
+    """Score a pattern's masks and their baselines, and write tables and figures.
 
     Args:
-        settings: which heads, on which tasks, beside what.
+        settings: which heads, on which tasks, compared with what.
         folder: the run folder.
 
     Returns:
-        what is also written to `results.json`.
+        the contents of `results.json`.
 
     Raises:
-        UserError: something in the settings cannot work; the message names the override.
+        UserError: the settings cannot work; the message names the override.
     """
     _check_resumed(settings, folder)
     name = pattern_name(settings.heads)
     check(name not in settings.patterns, f"patterns.{name}: heads={settings.heads} has this name, choose another")
-    sources = {name: settings.heads} | seeds_of(settings.patterns)
+    sources = {name: settings.heads} | expand_seeds(settings.patterns)
     patterns = {name: load_pattern(source) for name, source in sources.items()}
     model = load_model(settings.model, "cuda" if torch.cuda.is_available() else "cpu", settings.seed)
     with attached(model.model) as layers:
@@ -75,27 +75,27 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
         description = model.describe(layers) | {"dtype": str(model.model.dtype).removeprefix("torch.")}
     items = all_items(settings, model)
     check_windows(patterns, items)
-    compared = contenders(patterns, settings.sparsity, settings.random_masks, settings.baselines, settings.seed)
-    asked = {key: getattr(settings, key) for key in ("split", "seed", "chat_template", "depths")}
-    told = {name: contents_of(pattern) for name, pattern in patterns.items()}
-    header = {"model": description, "patterns": told, "data": plain(settings.data)} | asked
-    header["versions"] = {"duo_id": __version__, "python": platform.python_version()}  # whose texts samples are made of
+    lineup = contenders(patterns, settings.sparsity, settings.random_masks, settings.baselines, settings.seed)
+    protocol = {key: getattr(settings, key) for key in ("split", "seed", "chat_template", "depths")}
+    saved_patterns = {name: contents_of(pattern) for name, pattern in patterns.items()}
+    header = {"model": description, "patterns": saved_patterns, "data": plain(settings.data)} | protocol
+    header["versions"] = {"duo_id": __version__, "python": platform.python_version()}  # samples depend on both
     journal = Journal(folder, header)
-    keep_settings(folder, _told(settings), {})
+    keep_settings(folder, _recorded_settings(settings), {})
     if settings.peers:
-        write_samples(folder / SAMPLES, _for_peers(settings, model, next(iter(patterns.values()))), items)
-    read_answers(folder, items)  # what cannot be read is told before the long work
-    run(model, items, compared, journal, settings.generate, settings.batch_tokens, settings.chunk_size, cli.console)
+        write_samples(folder / SAMPLES, _samples_header(settings, model, next(iter(patterns.values()))), items)
+    read_answers(folder, items)  # unreadable answers fail before the long run
+    run(model, items, lineup, journal, settings.generate, settings.batch_tokens, settings.chunk_size, cli.console)
     eviction = read_answers(folder, items)
     results = {
         "model": description,
-        "patterns": told,
-        "contenders": _contenders_of([*(contender.describe() for contender in compared), *journal.rows, *eviction]),
-        **asked,
+        "patterns": saved_patterns,
+        "contenders": _named_contenders([*(contender.describe() for contender in lineup), *journal.rows, *eviction]),
+        **protocol,
         "samples": settings.samples,
-        "settings": _told(settings),
-        "versions": cli.versions() | {"device": _device()},
-        "rows": journal.rows + rows_of_peers(eviction, items, model.tokenizer, end_tokens(model)),
+        "settings": _recorded_settings(settings),
+        "versions": cli.versions() | {"device": _device_name()},
+        "rows": journal.rows + peer_rows(eviction, items, model.tokenizer, end_tokens(model)),
     }
     write_results(folder, results)
     cli.console.print(results_table(results, f"{model.name} under {settings.heads}"))
@@ -106,23 +106,23 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     return results
 
 
-def seeds_of(sources: Mapping[str, str]) -> dict[str, str]:
-    """Where patterns are, by name; a source with a `*` is all that match: NAME#0, NAME#1, ..., seeds of one contender.
+def expand_seeds(sources: Mapping[str, str]) -> dict[str, str]:
+    """The sources of patterns by name, with each `*` expanded: NAME#0, NAME#1, ..., the seeds of one contender.
 
     Raises:
         UserError: nothing matches.
     """
-    found: dict[str, str] = {}
+    expanded: dict[str, str] = {}
     for name, source in sources.items():
         matches = sorted(glob(source)) if "*" in source else [source]
-        check(bool(matches), f"patterns.{name}={source}: nothing there matches")
+        check(bool(matches), f"patterns.{name}={source}: nothing matches")
         numbered = {f"{name}{SEED}{number}": match for number, match in enumerate(matches)}
-        found |= numbered if "*" in source else {name: source}
-    return found
+        expanded |= numbered if "*" in source else {name: source}
+    return expanded
 
 
 def all_items(settings: EvaluateSettings, model: LanguageModel) -> list[Item]:
-    """All that is asked: generated tasks, and those of RULER's published data."""
+    """All samples: of generated tasks, and of RULER's published data."""
     template = (chat.split_chat if settings.chat_template else chat.plain)(model.tokenizer)
     published = [name for name in settings.tasks if is_ruler_data(name)]
     generated = [name for name in settings.tasks if name not in published]
@@ -133,52 +133,52 @@ def all_items(settings: EvaluateSettings, model: LanguageModel) -> list[Item]:
         sizes = settings.lengths, settings.samples, settings.seed, model.max_length, settings.depths
         items += make_items(generated, builder, *sizes)
     if published:
-        where = settings.data.path, model.tokenizer, template, model.max_length
-        items += ruler_items(published, *where, settings.lengths, settings.samples)
+        arguments = settings.data.path, model.tokenizer, template, model.max_length
+        items += ruler_items(published, *arguments, settings.lengths, settings.samples)
     return items
 
 
-def with_model_of_pattern(config: DictConfig, given: Sequence[str]) -> DictConfig:
-    """The config with the model that the pattern was found on, unless overrides say otherwise.
+def with_model_of_pattern(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config with the model that the pattern was identified on, unless overrides say otherwise.
 
     Args:
         config: the composed config.
-        given: the command line's overrides.
+        overrides: the command line's overrides.
     """
     check(isinstance(config.heads, str), f"heads={config.heads}: give a run folder or one of {list_patterns()}")
     provenance, override = load_pattern(config.heads).provenance, f"heads={config.heads}"
-    keys = [one.split("=")[0].lstrip("+").replace("/", ".") for one in given]
-    found = None if "model" in keys else model_of(provenance, override)
-    if found:
-        typed = [key for key in keys if key.startswith("model.")]
+    overridden = [item.split("=")[0].lstrip("+").replace("/", ".") for item in overrides]
+    pattern_model = None if "model" in overridden else model_of(provenance, override)
+    if pattern_model:
+        model_overrides = [key for key in overridden if key.startswith("model.")]
         check(
-            "model.id" in typed or not config.model.get("trust_remote_code"),
-            f"model.trust_remote_code=true: {override} says whose code that is, model.id={found['id']}; to run it, "
-            "give model.id too",
+            "model.id" in model_overrides or not config.model.get("trust_remote_code"),
+            f"model.trust_remote_code=true: {override} chooses whose code that is, model.id={pattern_model['id']}; to "
+            "run it, give model.id too",
         )
-        settings = OmegaConf.create({"model": found})
-        for key in typed:
+        settings = OmegaConf.create({"model": pattern_model})
+        for key in model_overrides:
             OmegaConf.update(settings, key, OmegaConf.select(config, key), merge=False)
         config.model = settings.model
-        if "model.id" not in typed:
-            cli.console.print(told_model(provenance, override, "model=NAME"), soft_wrap=True, **PLAIN)
+        if "model.id" not in model_overrides:
+            cli.console.print(told_model(provenance, override, "model=NAME"), soft_wrap=True, **VERBATIM)
     return config
 
 
 def _check_resumed(settings: EvaluateSettings, folder: Path) -> None:
-    """Refuse to go on with scores of another model or text; what the journal's header holds is compared there."""
+    """Refuse to resume scores of another model or text; the journal compares what its header holds."""
     if settings.resume:
-        found = differences(read_settings(folder)[0], _told(settings))
-        other = {key: values for key, values in found.items() if within(key, MEASURED) and key != "model.name"}
-        check_honoured(other, f"resume={settings.resume}: it was made", "and its scores hold for that alone")
+        changes = differences(read_settings(folder)[0], _recorded_settings(settings))
+        relevant = {key: values for key, values in changes.items() if within(key, MEASURED) and key != "model.name"}
+        check_honoured(relevant, f"resume={settings.resume}: it was made", "and its scores are valid for that only")
 
 
-def _told(settings: EvaluateSettings) -> dict[str, Any]:
+def _recorded_settings(settings: EvaluateSettings) -> dict[str, Any]:
     return {key: value for key, value in plain(settings).items() if key not in NOT_RECORDED}
 
 
-def _for_peers(settings: EvaluateSettings, model: LanguageModel, pattern: HeadPattern) -> dict[str, Any]:
-    """What peers need to know beside the samples."""
+def _samples_header(settings: EvaluateSettings, model: LanguageModel, pattern: HeadPattern) -> dict[str, Any]:
+    """What peers need besides the samples."""
     return {
         "model": weights_source(settings.model),
         "revision": settings.model.revision,
@@ -193,15 +193,15 @@ def _for_peers(settings: EvaluateSettings, model: LanguageModel, pattern: HeadPa
     }
 
 
-def _contenders_of(rows: Sequence[ScoredRow]) -> list[dict[str, Any]]:
-    """All who are named in rows, each once, with the longest of its notes."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+def _named_contenders(rows: Sequence[ScoredRow]) -> list[dict[str, Any]]:
+    """All contenders named in rows, each once, with its longest note."""
+    named: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        who = {key: row[key] for key in ("kind", "heads", "sparsity", "seed")}
-        known = found.setdefault(tuple(who.values()), who | {"note": ""})
-        known["note"] = max(known["note"], row.get("note", ""), key=len)  # answers inside the context have more to say
-    return list(found.values())
+        identity = {key: row[key] for key in ("kind", "heads", "sparsity", "seed")}
+        entry = named.setdefault(tuple(identity.values()), identity | {"note": ""})
+        entry["note"] = max(entry["note"], row.get("note", ""), key=len)  # answers inside the context have longer notes
+    return list(named.values())
 
 
-def _device() -> str:
+def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Scores all contenders on all items, batch by batch, so that one pass of full attention serves them all."""
+"""Score all contenders on all items, batch by batch, so that one pass of full attention serves them all."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from duo_id.deploy.install import duo_attention
 from duo_id.evaluate.contenders import Contender
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal
-from duo_id.evaluate.judging import rows_of
+from duo_id.evaluate.judging import score_rows
 from duo_id.evaluate.reading import Answers, Reader, batches, end_tokens
 from duo_id.models.language_model import LanguageModel
 
@@ -30,28 +30,28 @@ def run(
     chunk_size: int,
     console: Console,
 ) -> None:
-    """Answer what the journal does not hold yet, the first samples of all tasks and lengths first.
+    """Answer everything missing from the journal, the first samples of all tasks and lengths first.
 
-    So a run that is cut off has something of each.
+    An interrupted run thus covers every task and length.
 
     Args:
         model: the language model, under no mask.
-        items: what is asked.
+        items: to be answered.
         contenders: full attention first.
-        journal: where rows go, after each batch of each contender.
+        journal: receives the rows after each batch of each contender.
         generate: also generate answers.
         batch_tokens: see `Reader`; None: what fits the device, see `batch_tokens_for`.
-        chunk_size: tokens of a forward.
-        console: shows the progress, and says if contexts are not read in chunks.
+        chunk_size: tokens per forward pass.
+        console: shows the progress, and warns if contexts are not read in chunks.
 
     Raises:
-        UserError: a batch does not fit the memory, or the model computes something else with a cache than without.
+        UserError: a batch does not fit in memory, or the model's output with a cache differs from that without.
     """
     full = contenders[0]
     assert full.kind == "full"
     batch_tokens = batch_tokens or batch_tokens_for(model)
     reader = Reader(model, batch_tokens, chunk_size)
-    rows = partial(rows_of, tokenizer=model.tokenizer, ends=end_tokens(model))
+    rows = partial(score_rows, tokenizer=model.tokenizer, ends=end_tokens(model))
 
     def missing(contender: Contender, batch: Sequence[Item]) -> list[Item]:
         return [item for item in batch if not journal.has(item, contender.key, generate)]
@@ -63,7 +63,7 @@ def run(
                 return reader.read(batch, generate)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"{len(batch)} contexts of {batch[0].length} tokens do not fit the device's memory: "
+                f"{len(batch)} contexts of {batch[0].length} tokens do not fit in the device's memory: "
                 f"lower batch_tokens={batch_tokens} or lengths"
             ) from error
 
@@ -74,7 +74,7 @@ def run(
         for batch in sorted(batches(pending, batch_tokens), key=lambda batch: batch[0].index)
     ]
     if todo:
-        _tell_how(model, todo[0][0][0], full, chunk_size, console)
+        _warn_if_stepwise(model, todo[0][0][0], full, chunk_size, console)
     with _progress(console) as progress:
         work = sum(_work(batch) + sum(map(_work, others.values())) for batch, others in todo)
         bar = progress.add_task("evaluating", total=work)
@@ -90,24 +90,24 @@ def run(
                 progress.advance(bar, _work(asked))
 
 
-def _tell_how(model: LanguageModel, item: Item, full: Contender, chunk_size: int, console: Console) -> None:
-    """Try how the model goes on after a context, and say so if not in chunks."""
+def _warn_if_stepwise(model: LanguageModel, item: Item, full: Contender, chunk_size: int, console: Console) -> None:
+    """Probe how the model continues after a context, and print a note if not in chunks."""
     assert full.mask is not None
     with duo_attention(model.model, full.mask(len(item.context))):
-        how = continuation(model.model, torch.tensor([item.context], device=model.model.device))
-    if how.stepwise:
+        reading = continuation(model.model, torch.tensor([item.context], device=model.model.device))
+    if reading.stepwise:
         console.print(
-            f"{model.name} loses its state where several tokens follow a past: each context is read in one forward, "
-            f"whatever chunk_size={chunk_size}, and what follows it token by token",
+            f"{model.name} loses its state when several tokens follow cached ones: each context is read in one forward "
+            f"pass, regardless of chunk_size={chunk_size}, and what follows token by token",
             soft_wrap=True,
             markup=False,
         )
 
 
 def batch_tokens_for(model: LanguageModel) -> int:
-    """Tokens whose full KV cache takes a seventh of the free memory of a GPU (it is copied, and copies grow).
+    """Tokens whose full KV cache takes a seventh of a GPU's free memory (it is copied, and copies grow).
 
-    On a CPU, which larger batches do not make faster, a few thousand: progress is saved after each.
+    On a CPU, where larger batches are no faster, a few thousand: progress is saved after each batch.
     """
     device, config = model.model.device, model.model.config.get_text_config()
     if device.type != "cuda":
@@ -119,7 +119,7 @@ def batch_tokens_for(model: LanguageModel) -> int:
 
 
 def _work(batch: Sequence[Item]) -> int:
-    """Tokens that are read, and those that may be written; a measure of time."""
+    """Tokens read plus those that may be generated, weighted: a proxy for time."""
     return sum(len(item.context) + 32 * item.max_new_tokens for item in batch)
 
 

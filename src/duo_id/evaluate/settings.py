@@ -13,7 +13,7 @@ BASELINES = ("streaming", "window")
 
 @settings("data")
 class EvaluationDataSettings:
-    """The text that generated tasks are made of, and where RULER's published data lies."""
+    """The text that generated tasks are built from, and the location of RULER's published data."""
 
     haystack: HaystackSettings = field(default_factory=HaystackSettings)
     path: Text | None = None  # a folder with the files of ruler-data; null: the hub
@@ -21,31 +21,31 @@ class EvaluationDataSettings:
 
 @settings("")
 class EvaluateSettings:
-    """Which heads, on which tasks, beside what."""
+    """Which heads, on which tasks, compared with what."""
 
     heads: Text  # a run folder, its heads/ folder or a shipped name
     model: ModelSettings
     data: EvaluationDataSettings
     tasks: Some[Text]  # tasks and groups of tasks
     lengths: Some[Positive]  # tokens
-    samples: Positive  # contexts of each task and length
-    depths: Positive  # needles of a context, in the tasks that go over a grid
+    samples: Positive  # contexts per task and length
+    depths: Positive  # needles per context, in tasks over a grid of depths
     sparsity: Some[Fraction]  # fractions of KV heads that stream
     random_masks: Count  # at each sparsity
     baselines: Several[Literal["streaming", "window"]] = field(default_factory=list)  # at the bytes of each sparsity
-    patterns: dict[str, Text] = field(default_factory=dict)  # other head patterns, by the name they get
+    patterns: dict[str, Text] = field(default_factory=dict)  # other head patterns, by name
     split: Literal["development", "test"] = "test"
-    generate: bool = True  # let the model answer, beside scoring the right answer
+    generate: bool = True  # generate answers, besides scoring the right answer
     chat_template: bool = False  # put context and question into the model's chat template
-    batch_tokens: Positive | None = None  # of all contexts that are held at the same time; null: what fits
-    chunk_size: Positive = 32768  # tokens of a forward
+    batch_tokens: Positive | None = None  # of all contexts in memory at once; null: what fits
+    chunk_size: Positive = 32768  # tokens per forward pass
     peers: bool = False  # write samples.jsonl for `make peers`
     seed: Seed = 0
-    resume: Text | None = None  # a run folder to go on with
+    resume: Text | None = None  # a run folder to resume
 
     def __post_init__(self) -> None:
-        """Bring values in order; what depends on the model is checked where it is known."""
+        """Normalise values; what depends on the model is checked once it is loaded."""
         self.sparsity, self.lengths = sorted(set(self.sparsity)), sorted(set(self.lengths))
-        taken = {"full", "random", *BASELINES}
+        reserved = {"full", "random", *BASELINES}
         for name in self.patterns:
-            check(name not in taken, f"patterns.{name}: {name} means something else here, choose another name")
+            check(name not in reserved, f"patterns.{name}: {name} is a reserved name, choose another")

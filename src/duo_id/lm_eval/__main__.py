@@ -1,4 +1,4 @@
-"""`python -m duo_id.lm_eval ...`: lm-eval's own command line, which then knows `--model duo_id`."""
+"""`python -m duo_id.lm_eval ...`: lm-eval's own command line, with `--model duo_id`."""
 
 from duo_id.common import stopping
 
@@ -20,10 +20,10 @@ ADVICE = {
 
 @stoppable()
 def main() -> None:
-    """Register the model class and hand over.
+    """Register the model class and hand over to lm-eval.
 
-    lm-eval 0.4 looks for model classes in its own registry alone, neither in entry points nor below `--include_path`,
-    so somebody has to register ours before it parses the command line.
+    lm-eval 0.4 looks up model classes only in its own registry, neither in entry points nor under `--include_path`, so
+    ours must be registered before it parses the command line.
     """
     try:
         from lm_eval.__main__ import cli_evaluate

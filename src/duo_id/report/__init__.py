@@ -1,1 +1,1 @@
-"""`python -m duo_id.report`: tables, figures and a page of what runs have found."""
+"""`python -m duo_id.report`: the results of runs as tables, figures and an HTML page."""

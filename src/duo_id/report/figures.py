@@ -1,6 +1,6 @@
-"""Figures of saved results: quality over the KV budget, over tasks, over depth and position in the context.
+"""Figures of saved results: quality by KV budget, by task, and by depth and position in the context.
 
-All take rows as `duo_id.report.summary.frame` gives them.
+All take rows as returned by `duo_id.report.summary.frame`.
 """
 
 import re
@@ -16,72 +16,72 @@ from matplotlib.ticker import MaxNLocator
 
 from duo_id.common.figures import COLORS, DASHES, MARKERS, draw_cells, plain, style
 from duo_id.patterns.agreement import plot_agreement, plot_patterns
-from duo_id.report.leaderboard import averaged, seconds_of
+from duo_id.report.leaderboard import average_over_seeds, seconds_of
 from duo_id.report.summary import CONTENDER, KINDS, REPORTED, contenders, frame
 from duo_id.report.tables import headline
 
 FULL: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 1.0}
-MOST_DEPTHS = 12  # rows of a heatmap, points of a curve; more are put into tenths
-Look = tuple[str, str, dict[str, Any]]  # kind, heads, how they are drawn
+MAX_DEPTHS = 12  # rows of a heatmap, points of a curve; more are binned into tenths
+LineStyle = tuple[str, str, dict[str, Any]]  # kind, heads, and arguments for matplotlib
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, Figure]:
-    """All figures for which the results hold enough, by the names that their files get.
+    """All figures that the results have data for, by file name.
 
     Args:
         results: as in results.json.
     """
     rows = frame(results)
-    found: dict[str, Figure] = {}
+    by_name: dict[str, Figure] = {}
     if len(sparsities_of(rows)) > 1:
         for metric in ("score", "accuracy", "rise"):
             if metric != "score" or rows["score"].notna().any():
-                found[f"budget-{metric}"] = plot_budget(rows, metric)
+                by_name[f"budget-{metric}"] = plot_budget(rows, metric)
     if sparsities_of(rows) and rows["task"].nunique() > 1:
-        found["tasks"] = plot_tasks(rows)
+        by_name["tasks"] = plot_tasks(rows)
     seconds = seconds_of(results["patterns"])
     if len(seconds) > 1:
-        found["cost"] = plot_cost(rows, seconds)
-    for task in _placed(rows, generated=True):
-        found[f"depths-{_slug(task)}"] = plot_depths(rows, task)
-    for task in _placed(rows, generated=False):
-        found[f"position-{_slug(task)}"] = plot_position(rows, task)
-    patterns = averaged(results["patterns"])
+        by_name["cost"] = plot_cost(rows, seconds)
+    for task in _tasks_with_depths(rows, generated=True):
+        by_name[f"depths-{_slug(task)}"] = plot_depths(rows, task)
+    for task in _tasks_with_depths(rows, generated=False):
+        by_name[f"position-{_slug(task)}"] = plot_position(rows, task)
+    patterns = average_over_seeds(results["patterns"])
     if patterns:
-        found["gates"] = plot_patterns(patterns)
+        by_name["gates"] = plot_patterns(patterns)
     if len(patterns) > 1:
-        found["agreement"] = plot_agreement(patterns, sparsities_of(rows))
-    return found
+        by_name["agreement"] = plot_agreement(patterns, sparsities_of(rows))
+    return by_name
 
 
 def sparsities_of(rows: pd.DataFrame) -> list[float]:
-    """The sparsities of all contenders but full attention, ascending."""
+    """The sparsities of all contenders except full attention, ascending."""
     return sorted(rows.loc[rows["kind"] != "full", "sparsity"].unique())
 
 
 @style()
 def plot_budget(rows: pd.DataFrame, metric: str) -> Figure:
-    """One metric over the kept fraction of the KV cache, a line with a 95% band for each name.
+    """One metric over the kept fraction of the KV cache, one line with a 95% band per contender.
 
     Args:
-        rows: of at least one contender beside full attention, which is the dashed line.
+        rows: of at least one contender besides full attention, which is the dashed line.
         metric: one of `REPORTED`.
     """
-    found, form = contenders(rows), REPORTED[metric]
+    statistics, form = contenders(rows), REPORTED[metric]
     figure = Figure(figsize=(4.8, 3.8))
     axes = figure.subplots()
     for kind, heads, look in line_styles(rows):
-        points = _of(found, kind, heads).dropna(subset=[metric, "kept"]).sort_values("kept")
+        points = _select(statistics, kind, heads).dropna(subset=[metric, "kept"]).sort_values("kept")
         if points.empty:
             continue
-        places = 100 * points["kept"].to_numpy()
+        kept_percent = 100 * points["kept"].to_numpy()
         value, low, high = (form.scaled(points[metric + end].to_numpy()) for end in ("", "_low", "_high"))
-        axes.plot(places, value, label=_label(heads), markersize=4, **look)
+        axes.plot(kept_percent, value, label=_label(heads), markersize=4, **look)
         if len(points) > 1:
-            axes.fill_between(places, low, high, color=look["color"], alpha=0.1, linewidth=0)
+            axes.fill_between(kept_percent, low, high, color=look["color"], alpha=0.1, linewidth=0)
         else:
-            axes.vlines(places, low, high, color=look["color"])
-    full = _of(found, "full", "full")[metric]
+            axes.vlines(kept_percent, low, high, color=look["color"])
+    full = _select(statistics, "full", "full")[metric]
     if full.notna().any():
         axes.axhline(form.scaled(full.iloc[0]), label="full attention", **FULL)
     axes.set(xlabel="KV cache kept (% of full attention's bytes)", ylabel=form.label)
@@ -94,18 +94,18 @@ def plot_budget(rows: pd.DataFrame, metric: str) -> Figure:
 
 @style()
 def plot_cost(rows: pd.DataFrame, seconds: Mapping[str, float]) -> Figure:
-    """The rise in answer loss over the time that finding the heads took, one panel a sparsity.
+    """The rise in answer loss over the time that identifying the heads took, one panel per sparsity.
 
     Args:
-        rows: of the patterns that `seconds` names, among others, which are left out.
+        rows: of the patterns in `seconds`; others are left out.
         seconds: by name, each above 0.
     """
-    found, panels = contenders(rows), sparsities_of(rows[rows["heads"].isin(seconds)])
+    statistics, panels = contenders(rows), sparsities_of(rows[rows["heads"].isin(seconds)])
     figure = Figure(figsize=(max(4.2, 0.9 + 1.9 * len(panels)), 3.2))
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
     for axes, sparsity in zip(grid.flat, panels, strict=True):
         for kind, heads, look in line_styles(rows):
-            points = _of(found, kind, heads)
+            points = _select(statistics, kind, heads)
             points = points[points["sparsity"] == sparsity]
             if kind != "pattern" or heads not in seconds or points.empty:
                 continue
@@ -117,40 +117,41 @@ def plot_cost(rows: pd.DataFrame, seconds: Mapping[str, float]) -> Figure:
         axes.set_xscale("log")
         axes.grid(axis="y")
     grid[0, 0].set_ylabel(REPORTED["rise"].label)
-    figure.supxlabel("time to find the heads (s)", fontsize=9)
+    figure.supxlabel("time to identify the heads (s)", fontsize=9)
     _legend(figure, grid[0, 0])
     return figure
 
 
 @style()
 def plot_tasks(rows: pd.DataFrame, metric: str | None = None) -> Figure:
-    """Bars for each task and contender, one panel a sparsity; the dashed line is full attention.
+    """Bars by task and contender, one panel per sparsity; the dashed line is full attention.
 
     Args:
-        rows: of at least one contender beside full attention.
+        rows: of at least one contender besides full attention.
         metric: relative to full attention; None: see `headline`.
     """
     metric = metric or headline(rows)
-    form, found = REPORTED[metric], contenders(rows, ["task"])
-    known = set(found.loc[found[metric].notna(), "task"])
-    tasks = [task for task in rows["task"].unique() if task in known]
-    drawn = line_styles(rows)
-    panels = sparsities_of(found[found[metric].notna()]) or sparsities_of(rows)
-    thick = 0.8 / len(drawn)
-    height = 1.3 + max(1, len(tasks)) * max(0.35, 0.12 * len(drawn)) + 0.06 * len(drawn)
+    form, statistics = REPORTED[metric], contenders(rows, ["task"])
+    measured_tasks = set(statistics.loc[statistics[metric].notna(), "task"])
+    tasks = [task for task in rows["task"].unique() if task in measured_tasks]
+    styles = line_styles(rows)
+    panels = sparsities_of(statistics[statistics[metric].notna()]) or sparsities_of(rows)
+    bar_height = 0.8 / len(styles)
+    height = 1.3 + max(1, len(tasks)) * max(0.35, 0.12 * len(styles)) + 0.06 * len(styles)
     figure = Figure(figsize=(max(4.8, 1.6 + 1.7 * len(panels)), height))
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
     for axes, sparsity in zip(grid.flat, panels, strict=True):
-        for place, (kind, heads, look) in enumerate(drawn):
-            chosen = _of(found, kind, heads)
+        for series, (kind, heads, look) in enumerate(styles):
+            chosen = _select(statistics, kind, heads)
             values = chosen[chosen["sparsity"] == sparsity].set_index("task").reindex(tasks)
             value, low, high = (form.scaled(values[metric + end].to_numpy()) for end in ("", "_low", "_high"))
-            at = np.arange(len(tasks)) - 0.4 + (place + 0.5) * thick
-            hatch = "" if place < len(COLORS) else "////"  # where colours come again
+            y = np.arange(len(tasks)) - 0.4 + (series + 0.5) * bar_height
+            hatch = "" if series < len(COLORS) else "////"  # where colours repeat
             axes.barh(
-                at, value, thick, color=look["color"], alpha=0.75, label=_label(heads), hatch=hatch, edgecolor="white"
-            )
-            axes.hlines(at, low, high, color="#222222", linewidth=0.7)
+                y, value, bar_height, color=look["color"], alpha=0.75, label=_label(heads), hatch=hatch,
+                edgecolor="white",
+            )  # fmt: skip
+            axes.hlines(y, low, high, color="#222222", linewidth=0.7)
         axes.axvline(form.scaled(1.0) if form.percent else 0.0, **FULL)
         axes.set_title(f"{100 * sparsity:.4g}% stream", loc="left")
         axes.grid(axis="x")
@@ -164,53 +165,51 @@ def plot_tasks(rows: pd.DataFrame, metric: str | None = None) -> Figure:
 
 @style()
 def plot_depths(rows: pd.DataFrame, task: str, metric: str = "score") -> Figure:
-    """Heatmaps of context length and depth of the needle on one scale: contenders down, sparsities to the right.
+    """Heatmaps over context length and needle depth on one scale: a row per contender, a column per sparsity.
 
-    Who has no value of the metric, as of answers that were not generated, is left out.
+    Contenders without values of the metric, such as scores of answers that were not generated, are left out.
 
     Args:
-        rows: some of which belong to the task.
-        task: one whose questions lie at known depths.
+        rows: including some of the task.
+        task: one whose questions have depths.
         metric: one of `REPORTED` that is a percentage of at most 100.
     """
     rows, form = _with_depths(rows, task), REPORTED[metric]
-    found = contenders(rows, ["length", "depth"])
-    known = found.loc[found[metric].notna(), CONTENDER].drop_duplicates()
-    rows, found = (table.merge(known) for table in (rows, found))
-    kept = contenders(rows).set_index(["heads", "sparsity"])["kept"]
-    lengths, depths = sorted(found["length"].unique()), sorted(found["depth"].unique())
+    statistics = contenders(rows, ["length", "depth"])
+    measured = statistics.loc[statistics[metric].notna(), CONTENDER].drop_duplicates()
+    rows, statistics = (table.merge(measured) for table in (rows, statistics))
+    kept_by_mask = contenders(rows).set_index(["heads", "sparsity"])["kept"]
+    lengths, depths = sorted(statistics["length"].unique()), sorted(statistics["depth"].unique())
     names = [("full", "full"), *((kind, heads) for kind, heads, _ in line_styles(rows))]
     panels = sparsities_of(rows) or [0.0]
     width, height = max(1.0, 0.34 * len(lengths)), max(0.6, 0.17 * len(depths))
     size = max(3.6, 1.2 + (width + 0.15) * len(panels)), 1.6 + (height + 0.3) * len(names)
     figure = Figure(figsize=size)
     grid = figure.subplots(len(names), len(panels), squeeze=False, sharex=True, sharey=True)
-    for line, (kind, heads) in enumerate(names):
-        for place, sparsity in enumerate([0.0] if kind == "full" else panels):
-            of_panel = _of(found, kind, heads)
+    for row, (kind, heads) in enumerate(names):
+        for column, sparsity in enumerate([0.0] if kind == "full" else panels):
+            of_panel = _select(statistics, kind, heads)
             of_panel = of_panel[of_panel["sparsity"] == sparsity]
             if of_panel.empty:
                 continue
             cells = of_panel.pivot(index="depth", columns="length", values=metric).reindex(
                 index=depths, columns=lengths
             )
-            axes = grid[line, place]
+            axes = grid[row, column]
             mesh = draw_cells(
                 axes, form.scaled(cells.to_numpy()), Normalize(0, 100), "{:.0f}" if width / len(lengths) > 0.2 else ""
             )
-            title = "" if kind == "full" else f"{100 * kept[heads, sparsity]:.0f}% KV"
+            title = "" if kind == "full" else f"{100 * kept_by_mask[heads, sparsity]:.0f}% KV"
             axes.set_title(title, loc="left", fontsize=8)
-        grid[line, 0].set_title(
-            f"{_label(heads)}\n{grid[line, 0].get_title(loc='left')}".strip(), loc="left", fontsize=8
-        )
-    for column in grid.T:
-        shown = [axes for axes in column if axes.collections]
-        for axes in set(column) - set(shown):
+        grid[row, 0].set_title(f"{_label(heads)}\n{grid[row, 0].get_title(loc='left')}".strip(), loc="left", fontsize=8)
+    for axes_column in grid.T:
+        used = [axes for axes in axes_column if axes.collections]
+        for axes in set(axes_column) - set(used):
             axes.axis("off")
-        for axes in shown:
+        for axes in used:
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=90)
             axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
-            axes.tick_params(length=2, labelbottom=axes is shown[-1])
+            axes.tick_params(length=2, labelbottom=axes is used[-1])
     bar = figure.colorbar(mesh, ax=grid, location="top", label=f"{plain(task)}: {form.label}", aspect=40, shrink=0.8)
     bar.outline.set_visible(False)
     figure.supylabel("depth of the needle (% of the context)", fontsize=9)
@@ -220,45 +219,45 @@ def plot_depths(rows: pd.DataFrame, task: str, metric: str = "score") -> Figure:
 
 @style()
 def plot_position(rows: pd.DataFrame, task: str) -> Figure:
-    """Loss over the place in the context, all lengths together: one panel a sparsity, one line a name.
+    """Loss over the position in the context, all lengths together: one panel per sparsity, one line per contender.
 
-    There are no bands: text that is hard to predict is hard for all, so they would hide how close the lines are.
+    There are no bands: they would show how hard the text is, the same for all, and hide how close the lines are.
 
     Args:
-        rows: some of which belong to the task.
-        task: one whose answers stand at known places.
+        rows: including some of the task.
+        task: one whose answers have depths.
     """
     rows = _with_depths(rows, task)
-    found, panels = contenders(rows, ["depth"]), sparsities_of(rows) or [0.0]
+    statistics, panels = contenders(rows, ["depth"]), sparsities_of(rows) or [0.0]
     figure = Figure(figsize=(max(4.2, 0.9 + 1.9 * len(panels)), 3.4))
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
     for axes, sparsity in zip(grid.flat, panels, strict=True):
         for kind, heads, look in [("full", "full", FULL), *line_styles(rows)]:
-            line = _of(found, kind, heads)
-            chosen = line[(line["sparsity"] == sparsity) | (line["kind"] == "full")]
+            curve = _select(statistics, kind, heads)
+            chosen = curve[(curve["sparsity"] == sparsity) | (curve["kind"] == "full")]
             chosen = chosen.sort_values("depth")
             axes.plot(100 * chosen["depth"], chosen["loss"], label=_label(heads), markersize=4, **look)
         axes.set_title(f"{100 * sparsity:.4g}% stream" if sparsity else "", loc="left")
         axes.grid(axis="y")
     grid[0, 0].set_ylabel(f"{plain(task)}: {REPORTED['loss'].label}")
-    figure.supxlabel("place in the context (%)", fontsize=9)
+    figure.supxlabel("position in the context (%)", fontsize=9)
     _legend(figure, grid[0, 0])
     return figure
 
 
-def line_styles(rows: pd.DataFrame) -> list[Look]:
-    """Colour, marker and dashes of all contenders but full attention, patterns first."""
+def line_styles(rows: pd.DataFrame) -> list[LineStyle]:
+    """Colour, marker and dashes of all contenders except full attention, patterns first."""
     names = rows.loc[rows["kind"] != "full", ["kind", "heads"]].drop_duplicates().itertuples(index=False)
-    found: list[Look] = []
-    for place, (kind, heads) in enumerate(sorted(names, key=lambda name: KINDS.index(name[0]))):
-        again = place // len(COLORS)  # other markers and dashes where colours come again
+    styles: list[LineStyle] = []
+    for index, (kind, heads) in enumerate(sorted(names, key=lambda name: KINDS.index(name[0]))):
+        round_number = index // len(COLORS)  # new markers and dashes where colours repeat
         look = {
-            "color": COLORS[place % len(COLORS)],
-            "marker": MARKERS[(place + again) % len(MARKERS)],
-            "linestyle": DASHES[again % len(DASHES)],
+            "color": COLORS[index % len(COLORS)],
+            "marker": MARKERS[(index + round_number) % len(MARKERS)],
+            "linestyle": DASHES[round_number % len(DASHES)],
         }
-        found.append((kind, heads, look))
-    return found
+        styles.append((kind, heads, look))
+    return styles
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
@@ -268,26 +267,26 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _label(heads: str) -> str:
-    """A name in a legend, where a leading underscore would hide it."""
+    """A legend's name for heads; a leading underscore would hide the entry."""
     return "full attention" if heads == "full" else plain(f" {heads}" if heads.startswith("_") else heads)
 
 
-def _of(found: pd.DataFrame, kind: str, heads: str) -> pd.DataFrame:
-    return found[(found["kind"] == kind) & (found["heads"] == heads)]
+def _select(statistics: pd.DataFrame, kind: str, heads: str) -> pd.DataFrame:
+    return statistics[(statistics["kind"] == kind) & (statistics["heads"] == heads)]
 
 
-def _placed(rows: pd.DataFrame, generated: bool) -> list[str]:
-    """Tasks with answers at several depths: those that are answered by generating, or those that are not."""
+def _tasks_with_depths(rows: pd.DataFrame, generated: bool) -> list[str]:
+    """Tasks with answers at several depths: either those with generated answers, or the others."""
     by_task = rows.dropna(subset=["depth"]).groupby("task", sort=False)
-    found = by_task.agg(depths=("depth", "nunique"), scores=("score", "count"))
-    return list(found.index[(found["depths"] > 1) & ((found["scores"] > 0) == generated)])
+    counts = by_task.agg(depths=("depth", "nunique"), scores=("score", "count"))
+    return list(counts.index[(counts["depths"] > 1) & ((counts["scores"] > 0) == generated)])
 
 
 def _with_depths(rows: pd.DataFrame, task: str) -> pd.DataFrame:
-    """The rows of a task that have a depth, as the middle of a tenth where there are many."""
+    """The rows of a task that have a depth, binned into tenths where there are many depths."""
     rows = rows[(rows["task"] == task) & rows["depth"].notna()]
     depths = rows["depth"].round(3)
-    if depths.nunique() > MOST_DEPTHS:
+    if depths.nunique() > MAX_DEPTHS:
         depths = (np.floor(depths * 10).clip(0, 9) + 0.5) / 10
     return rows.assign(depth=depths)
 

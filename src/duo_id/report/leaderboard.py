@@ -1,4 +1,4 @@
-"""Ways to find heads side by side: what each loses at every sparsity, in what time, on tasks it was not found on."""
+"""Leaderboards of identification methods: loss at each sparsity, time taken, and tasks out of family."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,11 +11,11 @@ from duo_id.report.summary import CONTENDER, contender_of, contenders, frame, na
 from duo_id.report.tables import Cell, Grid, metric_cell
 
 NEEDLES = ("needle-words", "needle-numbers", "needle-sentences", "passkeys")
-ASKED = ("ruler-single", "ruler-multikey", "ruler-multivalue", "ruler-multiquery")
-FAMILIES = {  # of each task to identify heads on: the held-out tasks that are like it
-    "passkey": (*NEEDLES, *ASKED),
-    "multi_query": (*NEEDLES, *ASKED),
-    "key_value": ("json-lookup", *ASKED),
+RULER = ("ruler-single", "ruler-multikey", "ruler-multivalue", "ruler-multiquery")
+FAMILIES = {  # of each identification task: the held-out tasks that resemble it
+    "passkey": (*NEEDLES, *RULER),
+    "multi_query": (*NEEDLES, *RULER),
+    "key_value": ("json-lookup", *RULER),
     "copying": ("copying", "list-reorder"),
     "text": ("language", "rare-ngrams"),
 }
@@ -24,8 +24,8 @@ FAMILIES = {  # of each task to identify heads on: the held-out tasks that are l
 def leaderboards(results: Mapping[str, Any]) -> dict[str, Grid]:
     """Tables of the rise in answer loss, by title: over all tasks, out of family, and at each length.
 
-    A task is out of family where no pattern of the results was found on its kind of task, so that all contenders are
-    compared on the same cells. There are tables where several patterns stand beside each other.
+    A task is out of family if no pattern in the results was identified on a similar one, so that all contenders are
+    compared on the same cells. Empty unless there are several patterns.
 
     Args:
         results: as in results.json.
@@ -33,34 +33,36 @@ def leaderboards(results: Mapping[str, Any]) -> dict[str, Grid]:
     if len({contender_of(name) for name in results["patterns"]}) < 2:
         return {}
     rows, seconds = frame(results), seconds_of(results["patterns"])
-    title = "Rise in answer loss over full attention (nats a token)"
-    found = {f"{title}, all tasks": _grid(rows, seconds)}
-    new = sorted(set(rows["task"]) - touched(results["patterns"].values()))
-    if new and len(new) < rows["task"].nunique():
-        found[f"{title}, out of family: {', '.join(new)}"] = _grid(rows[rows["task"].isin(new)], seconds)
+    title = "Rise in answer loss over full attention (nats per token)"
+    tables = {f"{title}, all tasks": _grid(rows, seconds)}
+    out_of_family = sorted(set(rows["task"]) - in_family_tasks(results["patterns"].values()))
+    if out_of_family and len(out_of_family) < rows["task"].nunique():
+        heading = f"{title}, out of family: {', '.join(out_of_family)}"
+        tables[heading] = _grid(rows[rows["task"].isin(out_of_family)], seconds)
     lengths = rows.groupby("length")["task"].nunique()
-    of_many = sorted(lengths.index[lengths > 1])  # a task of one length of its own says nothing about length
-    if len(of_many) > 1:
-        found |= {f"{title}, {length:,} tokens": _grid(rows[rows["length"] == length], seconds) for length in of_many}
-    return found
+    shared_lengths = sorted(lengths.index[lengths > 1])  # a task with a length of its own says nothing about length
+    if len(shared_lengths) > 1:
+        for length in shared_lengths:
+            tables[f"{title}, {length:,} tokens"] = _grid(rows[rows["length"] == length], seconds)
+    return tables
 
 
-def touched(patterns: Iterable[Mapping[str, Any]]) -> set[str]:
-    """The held-out tasks that are like those that patterns, as in heads.json, were found on."""
-    found: set[str] = set()
+def in_family_tasks(patterns: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The held-out tasks that resemble those that patterns, as in heads.json, were identified on."""
+    tasks: set[str] = set()
     for pattern in patterns:
         data = (pattern["provenance"].get("settings") or {}).get("data") or {}
-        mixed = {task for task, weight in (data.get("mixture") or {}).items() if weight}
-        for task in mixed if data.get("task") == "mixture" else {data.get("task")}:
-            found |= set(FAMILIES.get(str(task), ()))
-    return found
+        trained_tasks = {task for task, weight in (data.get("mixture") or {}).items() if weight}
+        for task in trained_tasks if data.get("task") == "mixture" else {data.get("task")}:
+            tasks |= set(FAMILIES.get(str(task), ()))
+    return tasks
 
 
 def seconds_of(patterns: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """How long finding each contender's heads took, the mean over its seeds; those that say so."""
-    told = [(contender_of(name), pattern["provenance"].get("seconds")) for name, pattern in patterns.items()]
+    """Seconds that identifying each contender's heads took, the mean over its seeds, where recorded."""
+    durations = [(contender_of(name), pattern["provenance"].get("seconds")) for name, pattern in patterns.items()]
     return (
-        pd.DataFrame(told, columns=["heads", "seconds"])
+        pd.DataFrame(durations, columns=["heads", "seconds"])
         .astype({"seconds": float})
         .groupby("heads")["seconds"]
         .mean()
@@ -69,25 +71,25 @@ def seconds_of(patterns: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     )
 
 
-def averaged(patterns: Mapping[str, Mapping[str, Any]]) -> dict[str, HeadPattern]:
-    """Patterns, as in heads.json, one for each contender: of several seeds, the mean."""
+def average_over_seeds(patterns: Mapping[str, Mapping[str, Any]]) -> dict[str, HeadPattern]:
+    """Patterns, as in heads.json, one per contender: the mean over its seeds."""
     seeds: dict[str, list[HeadPattern]] = {}
     for name, contents in patterns.items():
         seeds.setdefault(contender_of(name), []).append(pattern_from_json(dict(contents), name))
-    return {name: average(found) for name, found in seeds.items()}
+    return {name: average(members) for name, members in seeds.items()}
 
 
 def _grid(rows: pd.DataFrame, seconds: Mapping[str, float]) -> Grid:
-    """One line a contender, sparsities across; the least mean rise first."""
-    found = contenders(rows)
-    found = found[found["kind"] != "full"]
-    sparsities = sorted(found["sparsity"].unique())
+    """One line per contender, sparsities across; the smallest mean rise first."""
+    statistics = contenders(rows)
+    statistics = statistics[statistics["kind"] != "full"]
+    sparsities = sorted(statistics["sparsity"].unique())
     lines = []
-    for (kind, heads), own in found.groupby(CONTENDER[:2], sort=False):
-        cells = own.set_index("sparsity").reindex(sparsities)
-        took = seconds.get(heads) if kind == "pattern" else None
-        time = Cell("-", float("inf")) if took is None else Cell(f"{took:.1f}", took)
-        name = Cell(name_of(kind, heads, int(own["seeds"].max())))
+    for (kind, heads), by_sparsity in statistics.groupby(CONTENDER[:2], sort=False):
+        cells = by_sparsity.set_index("sparsity").reindex(sparsities)
+        duration = seconds.get(heads) if kind == "pattern" else None
+        time = Cell("-", float("inf")) if duration is None else Cell(f"{duration:.1f}", duration)
+        name = Cell(name_of(kind, heads, int(by_sparsity["seeds"].max())))
         line = [name, time, *(metric_cell(row, "rise") for row in cells.to_dict("records"))]
         lines.append((cells["rise"].isna().any(), cells["rise"].mean(), line))
     headings = ["heads", "found in\nseconds", *(f"{100 * sparsity:.4g}%\nstream" for sparsity in sparsities)]

@@ -1,4 +1,4 @@
-"""One HTML page for any set of runs: tables, figures and answers, with nothing to load from elsewhere."""
+"""One self-contained HTML page for any set of runs: tables, figures and answers."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from duo_id.common.errors import UserError
 from duo_id.patterns.agreement import plot_agreement, plot_patterns
 from duo_id.report.figures import figures, sparsities_of
-from duo_id.report.leaderboard import averaged, leaderboards
+from duo_id.report.leaderboard import average_over_seeds, leaderboards
 from duo_id.report.paired import paired_grids
 from duo_id.report.rows import QUESTION, SAMPLE
 from duo_id.report.runs import RunFolder, free_name, merge
@@ -29,53 +29,51 @@ from duo_id.report.tables import Cell, Grid, contender_grid, headline, middle, t
 from duo_id.train.plots import plot_training
 
 LARGEST_SVG = 200_000  # characters; a larger figure becomes a PNG
-ANSWER, ANSWERS = 60, 8  # characters of an answer that are shown; contenders of a task
-CAPTIONS = {  # what a figure shows, by the beginning of its name
-    "budget-score": "Score of the generated answers over the part of the KV cache that is kept. Bands: 95% intervals.",
-    "budget-accuracy": "Token accuracy of the right answers over the part of the KV cache that is kept. "
+ANSWER, ANSWERS = 60, 8  # characters shown per answer; contenders per task
+CAPTIONS = {  # of figures, by the beginning of their name
+    "budget-score": "Score of the generated answers over the fraction of the KV cache kept. Bands: 95% intervals.",
+    "budget-accuracy": "Token accuracy of the right answers over the fraction of the KV cache kept. "
     "Bands: 95% intervals.",
-    "budget-rise": "How far the answer loss rises above full attention's, over the part of the KV cache that is kept. "
+    "budget-rise": "Rise of the answer loss over full attention's, by the fraction of the KV cache kept. "
     "Bands: 95% intervals.",
-    "cost": "Rise in answer loss over the time that finding the heads took. Thin lines: 95% intervals.",
-    "tasks": "Each task relative to full attention (dashed), by the part of the KV heads that stream. "
+    "cost": "Rise in answer loss over the time that identifying the heads took. Thin lines: 95% intervals.",
+    "tasks": "Each task relative to full attention (dashed), by the fraction of streaming KV heads. "
     "Thin lines: 95% intervals.",
-    "depths": "Score by the length of the context and the depth of the needle. KV: the part of the cache that is kept.",
-    "position": "Loss of plain text by its place in the context, all lengths together.",
+    "depths": "Score by context length and depth of the needle. KV: the fraction of the cache kept.",
+    "position": "Loss on plain text by position in the context, all lengths together.",
 }
-Picture = dict[str, Any]
+PageFigure = dict[str, Any]
 
 
 def report(
     runs: Sequence[RunFolder],
-    shown: Callable[[str], None] = lambda text: None,
+    announce: Callable[[str], None] = lambda text: None,
     sweeps: Sequence[Sweep] = (),
     reference: str | None = None,
 ) -> str:
-    """The page: a section for each sweep, then for each model, with its evaluations, head patterns and training runs.
+    """The page: a section per sweep, then per model, with its evaluations, head patterns and training runs.
 
     Args:
         runs: to show; at least one, or a sweep.
-        shown: told what is being worked on.
-        sweeps: to show, each with a job that has come to its end.
-        reference: the heads that others are compared with; None, and in evaluations that lack it: those that an
-            evaluation names first.
+        announce: called with the current step, for progress.
+        sweeps: to show, each with a finished job.
+        reference: the heads that others are compared with; None, or not in an evaluation: its first ones.
 
     Raises:
-        UserError: a run holds a broken head pattern, or something else than numbers where numbers belong, or none of
-            the evaluations has the reference.
+        UserError: a run holds a broken head pattern or values that are not numeric, or no evaluation has the reference.
     """
     models: dict[tuple[str, ...], list[RunFolder]] = {}
     for run in runs:
         models.setdefault(tuple(str(run.model.get(key)) for key in ("name", "id", "revision")), []).append(run)
     merged = {model: merge([run.results for run in of_model if run.results]) for model, of_model in models.items()}
-    known = list(
+    references = list(
         dict.fromkeys(name for of_model in merged.values() for results in of_model for name in _heads(results))
     )
-    if reference not in (None, *known):
+    if reference not in (None, *references):
         raise UserError(
-            f"reference={reference}: there are no such heads here, choose among {', '.join(known) or 'none'}"
+            f"reference={reference}: no such heads in these results, choose among {', '.join(references) or 'none'}"
         )
-    pictures = Pictures(shown)
+    pictures = FigureEmbedder(announce)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -84,25 +82,25 @@ def report(
         lstrip_blocks=True,
     )
     sections = [_section(model[0], of_model, merged[model], pictures, reference) for model, of_model in models.items()]
-    compared = [_sweep(sweep, pictures) for sweep in sweeps]
-    page = environment.get_template("page.html.j2").render(sections=sections, sweeps=compared)
+    sweep_sections = [_sweep(sweep, pictures) for sweep in sweeps]
+    page = environment.get_template("page.html.j2").render(sections=sections, sweeps=sweep_sections)
     return re.sub(r"[\x00-\x08\x0b-\x1f]", "\N{REPLACEMENT CHARACTER}", page)  # answers may hold anything
 
 
-class Pictures:
-    """Makes figures part of a page, each with ids of its own."""
+class FigureEmbedder:
+    """Embeds figures in a page, each with unique ids."""
 
-    def __init__(self, shown: Callable[[str], None]) -> None:
-        self.shown, self.count = shown, 0
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self.announce, self.count = announce, 0
 
-    def __call__(self, figure: Figure, caption: str) -> Picture:
-        """The figure with its caption: as SVG, or as PNG where that would be large."""
+    def __call__(self, figure: Figure, caption: str) -> PageFigure:
+        """The figure with its caption: as SVG, or as PNG if the SVG is large."""
         self.count += 1
-        self.shown(f"drawing figure {self.count}")
+        self.announce(f"drawing figure {self.count}")
         width = round(96 * figure.get_figwidth())  # CSS has 96 pixels an inch
         settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": f"figure {self.count}"}
         with mpl.rc_context(settings), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # the reader's fonts have more than ours
+            warnings.filterwarnings("ignore", message="Glyph")  # readers' fonts have more glyphs than ours
             text = io.StringIO()
             figure.savefig(text, format="svg")
             if len(text.getvalue()) <= LARGEST_SVG:
@@ -114,26 +112,26 @@ class Pictures:
         return {"caption": caption, "width": width, "image": image.format(source, caption)}
 
     def _inline(self, svg: str, caption: str) -> str:
-        """The SVG element alone, without ids that nothing refers to."""
+        """The SVG element alone, without unreferenced ids."""
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
         used, prefix = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg)), f"f{self.count}-"
-        svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{prefix}{found[1]}"' if found[1] in used else "", svg)
+        svg = re.sub(r' id="([^"]*)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in used else "", svg)
         svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", svg)
         return svg.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
 
 
-def _sweep(sweep: Sweep, picture: Pictures) -> dict[str, Any]:
+def _sweep(sweep: Sweep, embed: FigureEmbedder) -> dict[str, Any]:
     models = dict.fromkeys(str(job.summary["model"].get("name")) for job in sweep.ended if job.summary)
     return {
         "title": f"Sweep: {sweep.name}",
         "facts": {
             "model": ", ".join(models),
-            "jobs": f"{len(sweep.ended)} of {len(sweep.jobs)} have come to their end",
+            "jobs": f"{len(sweep.ended)} of {len(sweep.jobs)} finished",
             "best": f"job {sweep.ended[0].name}: {sweep.setting(sweep.ended[0])}",
             "losses": CAPTION,
         },
         "tables": list(grids(sweep).items()),
-        "figures": [picture(figure, caption) for caption, figure in sweep_figures(sweep).items()],
+        "figures": [embed(figure, caption) for caption, figure in sweep_figures(sweep).items()],
     }
 
 
@@ -141,7 +139,7 @@ def _section(
     title: str,
     runs: Sequence[RunFolder],
     evaluations: Sequence[Mapping[str, Any]],
-    picture: Pictures,
+    embed: FigureEmbedder,
     reference: str | None,
 ) -> dict[str, Any]:
     model = runs[0].model
@@ -158,11 +156,10 @@ def _section(
             "shape": gated + f"{model.get('kv_heads')} KV heads each, {model.get('heads')} query heads",
         },
         "evaluations": [
-            _evaluation(results, picture, reference if reference in _heads(results) else None)
-            for results in evaluations
+            _evaluation(results, embed, reference if reference in _heads(results) else None) for results in evaluations
         ],
-        "patterns": _patterns(patterns, picture),
-        "trainings": [_training(run, picture) for run in runs if run.results is None],
+        "patterns": _patterns(patterns, embed),
+        "trainings": [_training(run, embed) for run in runs if run.results is None],
     }
 
 
@@ -170,24 +167,24 @@ def _heads(results: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(map(contender_of, results["patterns"])))
 
 
-def _evaluation(results: Mapping[str, Any], picture: Pictures, reference: str | None) -> dict[str, Any]:
+def _evaluation(results: Mapping[str, Any], embed: FigureEmbedder, reference: str | None) -> dict[str, Any]:
     rows = frame(results)
-    picture.shown("resampling")
-    grid, half = contender_grid(rows), middle(rows)
-    sparsities = sorted(sparsities_of(rows), key=lambda sparsity: sparsity != half)
-    shared = "with the chat template" if results.get("chat_template") else "without a chat template"
+    embed.announce("resampling")
+    grid, middle_sparsity = contender_grid(rows), middle(rows)
+    sparsities = sorted(sparsities_of(rows), key=lambda sparsity: sparsity != middle_sparsity)
+    template = "with the chat template" if results.get("chat_template") else "without a chat template"
     return {
-        "title": f"Evaluation: {results.get('split')} split, seed {results.get('seed')}, {shared}",
+        "title": f"Evaluation: {results.get('split')} split, seed {results.get('seed')}, {template}",
         "facts": {
             "asked": f"{rows.groupby(QUESTION).ngroups} questions on {rows.groupby(SAMPLE).ngroups} contexts",
             "tasks": ", ".join(rows["task"].unique()),
             "lengths": ", ".join(f"{length:,}" for length in sorted(rows["length"].unique())) + " tokens",
             "computed in": results["model"].get("dtype"),
-            "versions": _listed(results["versions"]),
+            "versions": _comma_separated(results["versions"]),
         },
         "grid": grid,
         "figures": [
-            picture(figure, next(text for start, text in CAPTIONS.items() if name.startswith(start)))
+            embed(figure, next(text for start, text in CAPTIONS.items() if name.startswith(start)))
             for name, figure in figures(dict(results) | {"patterns": {}}).items()
         ],
         "leaderboards": leaderboards(results) | paired_grids(results, reference),
@@ -199,45 +196,49 @@ def _evaluation(results: Mapping[str, Any], picture: Pictures, reference: str | 
             for sparsity in sparsities
             for metric in (headline(rows), "rise")
         ],
-        "answers": _answers(rows, half),
-        "notes": {name_of(one["kind"], one["heads"]): one["note"] for one in results["contenders"] if one.get("note")},
+        "answers": _answers(rows, middle_sparsity),
+        "notes": {
+            name_of(contender["kind"], contender["heads"]): contender["note"]
+            for contender in results["contenders"]
+            if contender.get("note")
+        },
         "settings": json.dumps(results["all_settings"], indent=1),
     }
 
 
 def _answers(rows: pd.DataFrame, sparsity: float) -> Grid | None:
-    """What full attention and contenders of one sparsity answered to the first question of each task."""
-    given = rows[rows["text"].notna() & ((rows["kind"] == "full") | (rows["sparsity"] == sparsity))]
+    """The answers of full attention and the contenders of one sparsity to the first question of each task."""
+    generated = rows[rows["text"].notna() & ((rows["kind"] == "full") | (rows["sparsity"] == sparsity))]
     lines = []
-    for task, of_task in given.groupby("task", sort=False):
+    for task, of_task in generated.groupby("task", sort=False):
         order = ["length", "index", "question"]
         first = of_task.sort_values(order, kind="stable").iloc[0]
-        same = of_task[(of_task[order] == first[order]).all(axis=1)].drop_duplicates(["kind", "heads"])
-        for row in same.head(ANSWERS).to_dict("records"):
+        answers = of_task[(of_task[order] == first[order]).all(axis=1)].drop_duplicates(["kind", "heads"])
+        for row in answers.head(ANSWERS).to_dict("records"):
             text, mark = str(row["text"]), "right" if row["exact"] == 1 else "wrong"
-            judged = Cell(f"{mark}, {REPORTED['score'].text(row['score'])}%", row["score"], look=mark)
-            shown = Cell(text[:ANSWER] + "…" * (len(text) > ANSWER), look="answer")
-            lines.append([Cell(str(task)), Cell(name_of(row["kind"], row["heads"])), judged, shown])
+            verdict = Cell(f"{mark}, {REPORTED['score'].text(row['score'])}%", row["score"], look=mark)
+            excerpt = Cell(text[:ANSWER] + "…" * (len(text) > ANSWER), look="answer")
+            lines.append([Cell(str(task)), Cell(name_of(row["kind"], row["heads"])), verdict, excerpt])
     return Grid(["task", "heads", "judged", "generated answer"], {"": lines}) if lines else None
 
 
-def _patterns(contents: Mapping[str, Any], picture: Pictures) -> list[Picture]:
-    patterns = averaged(contents)
-    found = []
+def _patterns(contents: Mapping[str, Any], embed: FigureEmbedder) -> list[PageFigure]:
+    patterns = average_over_seeds(contents)
+    embedded = []
     for shape in sorted({tuple(pattern.scores.shape) for pattern in patterns.values()}):
-        alike = {name: pattern for name, pattern in patterns.items() if tuple(pattern.scores.shape) == shape}
-        windows = sorted({f"sink {one.sink_size}, recent {one.recent_size}" for one in alike.values()})
-        found.append(picture(plot_patterns(alike), f"Scores of the KV heads. Windows: {'; '.join(windows)}."))
-        if len(alike) > 1:
+        group = {name: pattern for name, pattern in patterns.items() if tuple(pattern.scores.shape) == shape}
+        windows = sorted({f"sink {pattern.sink_size}, recent {pattern.recent_size}" for pattern in group.values()})
+        embedded.append(embed(plot_patterns(group), f"Scores of the KV heads. Windows: {'; '.join(windows)}."))
+        if len(group) > 1:
             caption = (
-                "How far patterns agree: Spearman's correlation of all scores, and the retrieval heads that two share "
-                "as a part of those that at least one of them has."
+                "Agreement between patterns: Spearman's correlation of all scores, and the retrieval heads shared by "
+                "two patterns as a fraction of those in either."
             )
-            found.append(picture(plot_agreement(alike, [0.25, 0.5, 0.75]), caption))
-    return found
+            embedded.append(embed(plot_agreement(group, [0.25, 0.5, 0.75]), caption))
+    return embedded
 
 
-def _training(run: RunFolder, picture: Pictures) -> dict[str, Any]:
+def _training(run: RunFolder, embed: FigureEmbedder) -> dict[str, Any]:
     summary, seconds = run.summary, run.summary.get("seconds")
     scored: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in summary.get("results") or []:
@@ -258,27 +259,27 @@ def _training(run: RunFolder, picture: Pictures) -> dict[str, Any]:
             "mean gate": f"{summary['mean_gate']:.3f}" if "mean_gate" in summary else None,
             "seconds": f"{seconds:.0f}"
             if isinstance(seconds, float | int)
-            else _listed({name: f"{value:.0f}" for name, value in (seconds or {}).items()}),
-            "versions": _listed(summary.get("versions") or {}),
+            else _comma_separated({name: f"{value:.0f}" for name, value in (seconds or {}).items()}),
+            "versions": _comma_separated(summary.get("versions") or {}),
         },
         "grid": Grid(headings, {"": lines}) if lines else None,
-        "figures": _course(run, picture),
+        "figures": _training_curves(run, embed),
         "settings": json.dumps(summary.get("settings"), indent=1),
     }
 
 
 def _mean(values: Sequence[float | None]) -> float:
-    """Of values that were all measured, else NaN: earlier versions did not measure all."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else float("nan")
+    """The mean, or NaN if any value is missing: earlier versions did not measure all."""
+    measured = [value for value in values if value is not None]
+    return sum(measured) / len(measured) if len(measured) == len(values) else float("nan")
 
 
-def _course(run: RunFolder, picture: Pictures) -> list[Picture]:
-    """The curves of training; methods without training have logged the layers of what they found alone."""
+def _training_curves(run: RunFolder, embed: FigureEmbedder) -> list[PageFigure]:
+    """The curves of training, if there are any: methods without training log only scores by layer."""
     if run.metrics is None or not any(column.startswith(("train/", "val/")) for column in run.metrics):
         return []
-    return [picture(plot_training(run.metrics), "The course of training.")]
+    return [embed(plot_training(run.metrics), "Training curves.")]
 
 
-def _listed(values: Mapping[str, Any]) -> str:
+def _comma_separated(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())

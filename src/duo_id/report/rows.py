@@ -1,17 +1,17 @@
-"""The rows of results: one for each question, contender and measure; every table and figure reads them."""
+"""The rows of results, one per question and contender; every table and figure reads them."""
 
 from typing import Any, Literal
 
 from duo_id.common.documents import Count, Data, Line, Share, Tokens
 
 SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
-ScoredRow = dict[str, Any]  # what is known of one answer of one contender, see `duo_id.evaluate.judging`
-SAMPLE = ["task", "length", "index"]  # columns of a row that name a context, which its questions share
+ScoredRow = dict[str, Any]  # one contender's scores on one question, see `duo_id.evaluate.judging`
+SAMPLE = ["task", "length", "index"]  # columns that identify a context, shared by its questions
 QUESTION = [*SAMPLE, "question"]
 
 
 class Scored(Data):
-    """What was scored of one answer of one contender, as results on disk have it; what was not measured is None."""
+    """One contender's scores on one question, as saved on disk; None where something was not measured."""
 
     task: Line
     length: Tokens

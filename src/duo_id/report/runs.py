@@ -1,4 +1,4 @@
-"""Run folders as a report reads them, and runs put together that asked the same of the same model."""
+"""Read run folders for a report, and merge evaluations of the same model under the same protocol."""
 
 import json
 from collections.abc import Hashable, Mapping, Sequence
@@ -16,20 +16,20 @@ from duo_id.report.rows import QUESTION, SAMPLE
 from duo_id.report.summary import CONTENDER, load_results
 from duo_id.train.plots import read_metrics
 
-Place = tuple[Any, ...]  # of a sample: task, length and index
-IDENTITY = [*QUESTION, *CONTENDER, "seed"]  # of a row
+SampleKey = tuple[Any, ...]  # task, length and index
+IDENTITY = [*QUESTION, *CONTENDER, "seed"]  # columns that identify a row
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run folder holds.
+    """The contents of a run folder.
 
     Attributes:
         name: short, for headings.
-        model: which one it was about.
-        results: of an evaluation, as in results.json; None: it is a training run.
+        model: its description.
+        results: of an evaluation, as in results.json; None: a training run.
         summary: of a training run, as in summary.json.
-        metrics: that training has logged, if any.
+        metrics: logged in training, if any.
         patterns: by name, as in heads.json.
     """
 
@@ -42,13 +42,13 @@ class RunFolder:
 
 
 def read_run(path: str | Path) -> RunFolder:
-    """What a report needs of a run.
+    """Read what a report needs from a run.
 
     Args:
         path: the folder of an evaluation or of a training run, or a `results.json`.
 
     Raises:
-        UserError: it is neither, or has not come to its end.
+        UserError: it is neither, or has not finished.
     """
     path = Path(path)
     if not path.exists():
@@ -64,78 +64,79 @@ def read_run(path: str | Path) -> RunFolder:
 
 
 def merge(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Results side by side: runs that asked the same of the same model become one, the others stay apart.
+    """Merge runs of the same model under the same protocol; the others stay separate.
 
-    Of rows in which one contender answers one question the last stays, or the last with a generated answer. Patterns
-    of the same name that differ get a number. Where runs differ otherwise the first is believed; `all_settings` holds
-    the settings of each.
+    Of several rows of one contender and question the last is kept, or the last with a generated answer. Different
+    patterns of the same name are numbered. Otherwise the first run takes precedence; `all_settings` holds the settings
+    of each.
 
     Args:
         runs: each as in results.json.
     """
-    merged: list[_Merged] = []
+    merged: list[_MergedRun] = []
     for run in runs:
-        asked, samples = _asked(run), _samples(run)
-        found = next((known for known in merged if known.takes(asked, samples)), None)
-        if found is None:
+        protocol, samples = _protocol(run), _samples(run)
+        target = next((entry for entry in merged if entry.takes(protocol, samples)), None)
+        if target is None:
             fresh: dict[str, Any] = {"rows": [], "patterns": {}, "contenders": [], "all_settings": []}
-            found = _Merged(asked, {}, dict(run) | fresh)
-            merged.append(found)
-        found.samples.update(samples)
-        into = found.results
-        names = {name: free_name(name, pattern, into["patterns"]) for name, pattern in run["patterns"].items()}
+            target = _MergedRun(protocol, {}, dict(run) | fresh)
+            merged.append(target)
+        target.samples.update(samples)
+        combined = target.results
+        names = {name: free_name(name, pattern, combined["patterns"]) for name, pattern in run["patterns"].items()}
         rows: dict[Hashable, Any] = {}
-        for row in [*into["rows"], *(_renamed(row, names) for row in run["rows"])]:
+        for row in [*combined["rows"], *(_renamed(row, names) for row in run["rows"])]:
             identity = tuple(row[column] for column in IDENTITY)
             if identity not in rows or row["text"] is not None or rows[identity]["text"] is None:
                 rows[identity] = row
-        into["rows"] = list(rows.values())
-        into["patterns"] = into["patterns"] | {names[name]: pattern for name, pattern in run["patterns"].items()}
-        told = [_renamed(contender, names) for contender in run["contenders"]]
-        into["contenders"] = into["contenders"] + [
-            contender for contender in told if contender not in into["contenders"]
+        combined["rows"] = list(rows.values())
+        renamed_patterns = {names[name]: pattern for name, pattern in run["patterns"].items()}
+        combined["patterns"] = combined["patterns"] | renamed_patterns
+        renamed_contenders = [_renamed(contender, names) for contender in run["contenders"]]
+        combined["contenders"] = combined["contenders"] + [
+            contender for contender in renamed_contenders if contender not in combined["contenders"]
         ]
-        into["all_settings"] = [*into["all_settings"], run["settings"]]
-    return [known.results for known in merged]
+        combined["all_settings"] = [*combined["all_settings"], run["settings"]]
+    return [entry.results for entry in merged]
 
 
 @dataclass
-class _Merged:
-    """Runs that have become one: what all of them asked, the digests of their samples, and the results so far."""
+class _MergedRun:
+    """Merged runs: their protocol, the digests of their samples, and the results so far."""
 
-    asked: str
-    samples: dict[Place, str]
+    protocol: str
+    samples: dict[SampleKey, str]
     results: dict[str, Any]
 
-    def takes(self, asked: str, samples: Mapping[Place, str]) -> bool:
-        """Whether a run asked the same; a sample of one name may be another, as under another Python."""
-        same = all(self.samples.get(place, digest) == digest for place, digest in samples.items())
-        return asked == self.asked and same
+    def takes(self, protocol: str, samples: Mapping[SampleKey, str]) -> bool:
+        """Whether a run has the same protocol and samples; samples of one key may differ between Python versions."""
+        same_samples = all(self.samples.get(key, digest) == digest for key, digest in samples.items())
+        return protocol == self.protocol and same_samples
 
 
 def free_name(name: str, pattern: Mapping[str, Any], taken: Mapping[str, Any]) -> str:
-    """`name`, with a number if a pattern other than this one has it; both as in heads.json."""
-    number, free = 1, name
-    while free in taken and _heads(taken[free]) != _heads(pattern):
+    """`name`, numbered if a different pattern has it; patterns as in heads.json."""
+    number, candidate = 1, name
+    while candidate in taken and _heads(taken[candidate]) != _heads(pattern):
         number += 1
-        free = f"{name} [{number}]"
-    return free
+        candidate = f"{name} [{number}]"
+    return candidate
 
 
-def _asked(run: Mapping[str, Any]) -> str:
-    """What must be the same for two runs to be read as one, the window of the baselines among it."""
+def _protocol(run: Mapping[str, Any]) -> str:
+    """What two runs must share to be merged, including the window of the baselines."""
     first: Mapping[str, Any] = next(iter(run["patterns"].values()), {})
     window = first.get("sink_size"), first.get("recent_size")
-    asked = [run.get(key) for key in ("model", "split", "seed", "chat_template")]
-    return json.dumps([asked, window, [run["settings"].get(key) for key in ("data", "depths")]], sort_keys=True)
+    protocol = [run.get(key) for key in ("model", "split", "seed", "chat_template")]
+    return json.dumps([protocol, window, [run["settings"].get(key) for key in ("data", "depths")]], sort_keys=True)
 
 
-def _samples(run: Mapping[str, Any]) -> dict[Place, str]:
+def _samples(run: Mapping[str, Any]) -> dict[SampleKey, str]:
     return {tuple(row[column] for column in SAMPLE): row.get("sample", "") for row in run["rows"]}
 
 
 def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A row or a contender, with the new name of its pattern."""
+    """A row or a contender, under the new name of its pattern."""
     return {**row, "heads": names.get(row["heads"], row["heads"]) if row["kind"] == "pattern" else row["heads"]}
 
 

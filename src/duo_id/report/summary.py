@@ -1,4 +1,4 @@
-"""Saved rows in, statistics out: what each contender scores, how sure that is, and what it loses to full attention."""
+"""From saved rows to statistics: each contender's scores with intervals, absolute and relative to full attention."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,22 +16,22 @@ from duo_id.patterns.provenance import Model
 from duo_id.report.bootstrap import bootstrap, with_intervals
 from duo_id.report.rows import QUESTION, SCHEMA, VERSION, Scored
 
-CONTENDER = ["kind", "heads", "sparsity"]  # random masks of all seeds are one
+CONTENDER = ["kind", "heads", "sparsity"]  # random masks of all seeds are one contender
 COLUMNS = [*QUESTION, "depth", *CONTENDER, "seed", "loss", "kl", "tokens", "correct", "score", "exact", "text", "bytes"]
-SEED = "#"  # the pattern NAME#2 is one of several seeds of the contender NAME
+SEED = "#"  # the pattern NAME#2 is a seed of the contender NAME
 KINDS = ("full", "pattern", "baseline", "eviction")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a column of `summarise` is shown: its name, the digits of its values, and whether they are percentages."""
+    """How a column of `summarise` is displayed: its label, its digits, and whether values are percentages."""
 
     label: str
     digits: int
     percent: bool = False
 
     def text(self, value: float) -> str:
-        """A value as text, without its unit; a dash where there is none."""
+        """A value as text, without its unit; a dash for NaN."""
         return f"{self.scaled(value):.{self.digits}f}" if np.isfinite(value) else "-"
 
     def scaled(self, value: Any) -> Any:
@@ -54,11 +54,11 @@ REPORTED = {
 SHARE, POSITIVE = (0.0, 1.0), (0.0, np.inf)
 LIMITS = dict.fromkeys(("accuracy", "exact", "score"), SHARE) | dict.fromkeys(
     ("kept", "loss", "kl", "relative_accuracy", "relative_score"), POSITIVE
-)  # what no metric can be beyond
+)  # possible values
 
 
 class ContenderEntry(Data):
-    """Who is compared, as far as pages tell of it."""
+    """A contender in results.json, as far as pages show it."""
 
     kind: Line
     heads: Line
@@ -66,7 +66,7 @@ class ContenderEntry(Data):
 
 
 class Results(Data):
-    """What results.json holds, beside its schema and version; patterns are checked as a heads.json."""
+    """The contents of results.json, besides schema and version; patterns are checked like heads.json."""
 
     model: Model
     patterns: dict[Line, dict[str, Any]]
@@ -80,13 +80,13 @@ class Results(Data):
 
 
 def load_results(path: str | Path) -> dict[str, Any]:
-    """What an evaluation has saved.
+    """Load the results of an evaluation.
 
     Args:
         path: its run folder, or the `results.json` in it.
 
     Raises:
-        UserError: there is no such file, or it is not the results of an evaluation of this version.
+        UserError: there is no such file, or it does not hold the results of an evaluation of this version.
     """
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
@@ -103,7 +103,7 @@ def load_results(path: str | Path) -> dict[str, Any]:
     if not results["rows"]:
         raise UserError(f"{path} holds no rows: nothing was scored")
     if all(row["kind"] != "full" for row in results["rows"]):
-        raise UserError(f"{path} holds no rows of full attention, which all others are compared with")
+        raise UserError(f"{path} holds no rows of full attention, the reference of all others")
     return results
 
 
@@ -113,7 +113,7 @@ def frame(results: Mapping[str, Any]) -> pd.DataFrame:
     Patterns named NAME#SEED are seeds of the contender NAME.
 
     Raises:
-        UserError: a column holds something else than numbers.
+        UserError: a column holds values other than numbers.
     """
     rows = pd.DataFrame(results["rows"], columns=COLUMNS)
     rows["exact"] = rows["exact"].map({True: 1.0, False: 0.0})
@@ -121,12 +121,12 @@ def frame(results: Mapping[str, Any]) -> pd.DataFrame:
         try:
             rows[column] = rows[column].astype(float)
         except (TypeError, ValueError) as error:
-            raise UserError(f"these results are damaged: {column} holds no numbers ({error})") from None
+            raise UserError(f"these results are damaged: {column} is not numeric ({error})") from None
     return _with_seeds(rows)
 
 
 def contender_of(pattern: str) -> str:
-    """The contender that a pattern belongs to: NAME of NAME#2, and of runs put together NAME [2] of NAME#2 [2]."""
+    """The contender that a pattern belongs to: NAME for NAME#2, and in merged runs NAME [2] for NAME#2 [2]."""
     return re.sub(rf"{SEED}\d+(?=$| \[\d+\]$)", "", pattern)
 
 
@@ -141,44 +141,45 @@ def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) 
     """Statistics of each group of rows, with 95% intervals.
 
     Loss, KL and token accuracy pool the tokens of a task, exact answers and scores are means over its questions, and
-    over several tasks each task has one vote. What is relative to full attention compares the same questions:
-    `rise` is a difference, `relative_accuracy` and `relative_score` are ratios of the averages over tasks, and `kept`
-    is the fraction of the full cache's bytes.
+    several tasks are averaged with equal weight. Metrics relative to full attention compare the same questions: `rise`
+    is a difference, `relative_accuracy` and `relative_score` are ratios of the averages over tasks, and `kept` is the
+    fraction of the full cache's bytes.
 
-    Intervals are those of Student's t over the samples of each task, all questions of a sample together, and where a
-    group has several seeds over these as well, put together by a bootstrap (`duo_id.report.bootstrap`).
-    A relative value takes the same draw on both sides. There is no interval where each task has one sample.
+    Intervals are those of Student's t over the samples of each task, all questions of a sample together, and over seeds
+    where a group has several, combined by a bootstrap (`duo_id.report.bootstrap`). Both sides of a relative value share
+    their draws. There is no interval where each task has one sample.
 
     Args:
-        rows: as `frame` gives them; those of full attention must be among them for what is relative to it.
-        by: columns, at least one; one group for each combination of their values.
+        rows: as returned by `frame`; relative metrics need those of full attention among them.
+        by: columns, at least one; one group per combination of their values.
         seed: of the draws.
 
     Returns:
-        one row a group, ascending, with the columns `by`, `samples`, `seeds` and, for each of `REPORTED`, its value
+        one row per group, ascending, with the columns `by`, `samples`, `seeds` and, for each of `REPORTED`, its value
         and the ends of its interval: `loss`, `loss_low`, `loss_high`, ...; NaN where nothing was measured.
     """
-    found = []
+    statistics = []
     for group in bootstrap(rows, by, seed):
         row = group.key | {"samples": group.samples, "seeds": group.seeds}
-        found.append(row | with_intervals({name: group.values[name] for name in REPORTED}, group.single_draw, LIMITS))
-    return pd.DataFrame(found)
+        reported = {name: group.values[name] for name in REPORTED}
+        statistics.append(row | with_intervals(reported, group.single_draw, LIMITS))
+    return pd.DataFrame(statistics)
 
 
 def contenders(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
-    """`summarise` for each contender, and the columns `by`, in the order in which tables show them.
+    """`summarise` by contender and the columns `by`, in the order of tables.
 
-    Full attention stands first and token eviction last, in between masks by sparsity, then kind.
+    Full attention comes first and token eviction last, with masks in between by sparsity, then kind.
     """
-    found = summarise(rows, [*CONTENDER, *by])
-    found["place"] = found["kind"].map(KINDS.index)
-    found["evicts"], found["partial"] = found["kind"] == "eviction", found["kind"] != "full"
-    order = ["evicts", "partial", "sparsity", "place", "heads", *by]
-    return found.sort_values(order).drop(columns=["evicts", "partial", "place"]).reset_index(drop=True)
+    statistics = summarise(rows, [*CONTENDER, *by])
+    statistics["rank"] = statistics["kind"].map(KINDS.index)
+    statistics["evicts"], statistics["partial"] = statistics["kind"] == "eviction", statistics["kind"] != "full"
+    order = ["evicts", "partial", "sparsity", "rank", "heads", *by]
+    return statistics.sort_values(order).drop(columns=["evicts", "partial", "rank"]).reset_index(drop=True)
 
 
 def name_of(kind: str, heads: str, seeds: int = 1) -> str:
-    """What a contender is called in tables and figures: printable, and on one line."""
+    """A contender's name in tables and figures: printable, on one line."""
     name = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in heads)
     if kind == "full":
         return "full attention"

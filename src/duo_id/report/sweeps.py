@@ -1,4 +1,4 @@
-"""Sweeps: the jobs of a sweep's folder side by side, by what they were asked to do differently."""
+"""Sweeps: the jobs of a sweep's folder side by side, by their differing overrides."""
 
 import sys
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from duo_id.patterns.provenance import Summary
 from duo_id.report.tables import Cell, Grid, terminal_table
 
 MARK = "multirun.yaml"  # Hydra leaves it in a sweep's folder
-OPTIMISED = "optimization_results.yaml"  # and an optimising sweeper this
+OPTIMISED = "optimization_results.yaml"  # left by an optimising sweeper
 OVERRIDES = Path(".hydra") / "overrides.yaml"
 LARGEST_YAML = 2**18  # bytes
-RUNNING = "has not ended: it runs still, or was killed"
+RUNNING = "has not finished: it is still running, or was killed"
 CAPTION = (
-    "validation loss: of the found masks on validation samples, by which a sweep chooses; the other losses: on "
-    "test samples, as in the table after training. Nats a token."
+    "validation loss: of the identified masks on validation samples, the objective of a sweep; the other losses: on "
+    "test samples, as in the table after training. Nats per token."
 )
 
 
@@ -39,10 +39,10 @@ class Job:
 
     Attributes:
         name: of its folder, a number.
-        overrides: its own and those of the whole sweep, by their keys.
-        summary: as in summary.json; None: it has not come to its end.
-        error: why not.
-        pattern: what it has found.
+        overrides: its own and those of the whole sweep, by key.
+        summary: as in summary.json; None: it has not finished.
+        error: why it has not.
+        pattern: the head pattern it identified.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def objective(self) -> float:
-        """What the sweep minimised: the loss on validation samples; infinite for a job that has not come to its end."""
+        """What the sweep minimised: the loss on validation samples; infinite for an unfinished job."""
         return float("inf" if (loss := (self.summary or {}).get("validation_loss")) is None else loss)
 
 
@@ -68,9 +68,9 @@ class Sweep:
     """A sweep's folder.
 
     Attributes:
-        name: its path's end.
-        jobs: in their order.
-        optimised: whether earlier jobs decided what later ones tried.
+        name: the end of its path.
+        jobs: in order.
+        optimised: whether later jobs depended on earlier ones.
     """
 
     name: str
@@ -79,38 +79,38 @@ class Sweep:
 
     @property
     def ended(self) -> list[Job]:
-        """The jobs that came to their end, the best first."""
+        """The finished jobs, the best first."""
         return sorted((job for job in self.jobs if job.summary), key=lambda job: job.objective)
 
     @property
     def varied(self) -> list[str]:
-        """The overrides in which jobs differ."""
+        """The keys of the overrides in which jobs differ."""
         keys = dict.fromkeys(key for job in self.jobs for key in job.overrides)
         return [key for key in keys if len({job.overrides.get(key) for job in self.jobs}) > 1]
 
     def setting(self, job: Job) -> str:
-        """What a job was asked to do differently but for the seed, in words."""
-        told = [f"{key}={job.overrides[key]}" for key in self.varied if key != "seed" and key in job.overrides]
-        return ", ".join(told) or self.name
+        """A job's differing overrides except the seed, as text."""
+        differing = [f"{key}={job.overrides[key]}" for key in self.varied if key != "seed" and key in job.overrides]
+        return ", ".join(differing) or self.name
 
     @property
     def settings(self) -> dict[str, list[Job]]:
-        """The jobs that ended, those of one setting together whatever their seeds; the best setting first."""
-        found: dict[str, list[Job]] = {}
+        """The finished jobs by setting, across seeds; the best setting first."""
+        by_setting: dict[str, list[Job]] = {}
         for job in self.ended:
-            found.setdefault(self.setting(job), []).append(job)
-        return dict(sorted(found.items(), key=lambda item: mean(job.objective for job in item[1])))
+            by_setting.setdefault(self.setting(job), []).append(job)
+        return dict(sorted(by_setting.items(), key=lambda item: mean(job.objective for job in item[1])))
 
 
 class SweepTable(Callback):
-    """Shows a sweep's table at its end; one with failed jobs ends with status 2, wherever they ran."""
+    """Shows a sweep's table at its end; a sweep with failed jobs exits with status 2, wherever they ran."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra, in the process that started the jobs."""
         folder, console = Path(config.hydra.sweep.dir), Console()
         try:
             sweep = read_sweep(folder)
-        except UserError as error:  # Hydra would make a warning of it
+        except UserError as error:  # Hydra would turn it into a warning
             console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
             sys.exit(2)
         for table in tables(sweep).values():
@@ -127,16 +127,16 @@ def is_sweep(folder: str | Path) -> bool:
 
 
 def read_sweep(folder: str | Path) -> Sweep:
-    """The jobs in a sweep's folder, those among them that failed or have not ended.
+    """The jobs in a sweep's folder, failed and unfinished ones included.
 
     Raises:
         UserError: there are none, or one cannot be read.
     """
     folder = Path(folder)
-    kept = sorted(folder.glob(f"*/{OVERRIDES}"), key=lambda path: (len(path.parts[-3]), path.parts[-3]))
-    if not kept:
-        raise UserError(f"{folder} is the folder of a sweep without any job in it")
-    jobs = tuple(_read_job(path.parents[1]) for path in kept)
+    override_files = sorted(folder.glob(f"*/{OVERRIDES}"), key=lambda path: (len(path.parts[-3]), path.parts[-3]))
+    if not override_files:
+        raise UserError(f"{folder} is the folder of a sweep without jobs")
+    jobs = tuple(_read_job(path.parents[1]) for path in override_files)
     name = "/".join(folder.resolve().parts[-2:])
     return Sweep(name, jobs, (folder / OPTIMISED).is_file())
 
@@ -150,40 +150,40 @@ def tables(sweep: Sweep) -> dict[str, Any]:
 
 
 def grids(sweep: Sweep) -> dict[str, Grid]:
-    """Tables by their titles: the jobs that ended, the best first; settings over their seeds; the jobs that failed."""
-    found, varied = {}, sweep.varied
+    """Tables by title: finished jobs, the best first; settings over their seeds; failed jobs."""
+    tables, varied = {}, sweep.varied
     sparsities = sorted({sparsity for job in sweep.ended for sparsity in job.losses})
     headings = ["full\nloss" if sparsity == 0 else f"loss,\n{100 * sparsity:.4g}%" for sparsity in sparsities]
     if sweep.ended:
         lines = [
             [
                 Cell(job.name, float(job.name) if job.name.isdecimal() else None),
-                *_asked(job, varied),
-                *(_loss([loss]) for loss in (job.objective, *map(job.losses.get, sparsities))),
+                *_override_cells(job, varied),
+                *(_loss_cell([loss]) for loss in (job.objective, *map(job.losses.get, sparsities))),
             ]
             for job in sweep.ended
         ]
-        found["jobs"] = Grid(["job", *varied, "validation\nloss", *headings], {"": lines})
+        tables["jobs"] = Grid(["job", *varied, "validation\nloss", *headings], {"": lines})
     if any(len(jobs) > 1 for jobs in sweep.settings.values()):
         lines = [
-            [Cell(name), Cell(str(len(jobs)), len(jobs)), _loss([job.objective for job in jobs])]
-            + [_loss([job.losses.get(one) for job in jobs]) for one in sparsities]
+            [Cell(name), Cell(str(len(jobs)), len(jobs)), _loss_cell([job.objective for job in jobs])]
+            + [_loss_cell([job.losses.get(sparsity) for job in jobs]) for sparsity in sparsities]
             for name, jobs in sweep.settings.items()
         ]
-        found["over the seeds"] = Grid(["setting", "jobs", "validation\nloss", *headings], {"": lines})
+        tables["over the seeds"] = Grid(["setting", "jobs", "validation\nloss", *headings], {"": lines})
     failed = [job for job in sweep.jobs if not job.summary]
     if failed:
-        lines = [[Cell(job.name), *_asked(job, varied), Cell(job.error)] for job in failed]
-        found["failed"] = Grid(["job", *varied, "why"], {"": lines})
-    return found
+        lines = [[Cell(job.name), *_override_cells(job, varied), Cell(job.error)] for job in failed]
+        tables["failed"] = Grid(["job", *varied, "why"], {"": lines})
+    return tables
 
 
 def _read_job(folder: Path) -> Job:
     try:
-        listed = yaml.safe_load(read_text(folder / OVERRIDES, LARGEST_YAML)) or []  # killed before it was written
-        if not isinstance(listed, list) or not all(isinstance(override, str) for override in listed):
-            raise UserError(f"{OVERRIDES} is no list of overrides")
-        overrides = dict(override.partition("=")[::2] for override in listed)
+        override_list = yaml.safe_load(read_text(folder / OVERRIDES, LARGEST_YAML)) or []  # empty if killed early
+        if not isinstance(override_list, list) or not all(isinstance(override, str) for override in override_list):
+            raise UserError(f"{OVERRIDES} is not a list of overrides")
+        overrides = dict(override.partition("=")[::2] for override in override_list)
         if not lexists(folder / "summary.json"):
             error = folder / ERROR
             return Job(folder.name, overrides, error=read_text(error) if error.is_file() else RUNNING)
@@ -195,12 +195,12 @@ def _read_job(folder: Path) -> Job:
     return Job(folder.name, overrides, summary, "", pattern)
 
 
-def _asked(job: Job, varied: Sequence[str]) -> list[Cell]:
-    return [_value(job.overrides.get(key, "-")) for key in varied]
+def _override_cells(job: Job, varied: Sequence[str]) -> list[Cell]:
+    return [_override_cell(job.overrides.get(key, "-")) for key in varied]
 
 
-def _value(text: str) -> Cell:
-    """A value as it was given, but for numbers that a sampler drew."""
+def _override_cell(text: str) -> Cell:
+    """An override's value as typed, except for long numbers drawn by a sampler."""
     try:
         value = float(text)
     except ValueError:
@@ -208,9 +208,9 @@ def _value(text: str) -> Cell:
     return Cell(text if len(text) <= 8 else f"{value:.4g}", value)
 
 
-def _loss(values: Sequence[float | None]) -> Cell:
-    """A mean with the standard deviation between jobs; a dash where one of them has no value."""
-    known = [value for value in values if value is not None and value < float("inf")]
-    if not known or len(known) < len(values):
+def _loss_cell(values: Sequence[float | None]) -> Cell:
+    """The mean and the standard deviation over jobs; a dash where any of them has no value."""
+    finite = [value for value in values if value is not None and value < float("inf")]
+    if not finite or len(finite) < len(values):
         return Cell("-", float("inf"))
-    return Cell(f"{mean(known):.3f}", mean(known), spread=f"{stdev(known):.3f}" if len(known) > 1 else "")
+    return Cell(f"{mean(finite):.3f}", mean(finite), spread=f"{stdev(finite):.3f}" if len(finite) > 1 else "")

@@ -1,4 +1,4 @@
-"""Statistics as tables: cells with intervals, laid out once for the terminal and for pages."""
+"""Statistics as tables: cells with intervals, laid out once for both the terminal and pages."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from duo_id.report.summary import REPORTED, Metric, contenders, frame, name_of
 
-SHOWN = ("kept", "loss", "rise", "kl", "accuracy", "exact", "relative_score")  # of each contender
+SHOWN = ("kept", "loss", "rise", "kl", "accuracy", "exact", "relative_score")  # metrics per contender
 HEADINGS = {  # two short lines, so that the table fits a terminal
     "kept": "KV\nkept %",
     "loss": "answer\nloss",
@@ -22,10 +22,11 @@ HEADINGS = {  # two short lines, so that the table fits a terminal
     "exact": "exact\nanswers %",
     "relative_score": "score\n/ full's %",
 }
-OF_FULL = {"relative_score": "score", "relative_accuracy": "accuracy", "rise": "loss"}  # what each is relative to
+# The metric of full attention that each relative one refers to.
+OF_FULL = {"relative_score": "score", "relative_accuracy": "accuracy", "rise": "loss"}
 CAPTION = (
-    "±: half of the 95% interval over samples (and seeds or random masks). Tasks have one vote each. "
-    "Loss and KL in nats a token."
+    "±: half of the 95% interval over samples (and seeds or random masks). Tasks weigh the same. "
+    "Loss and KL in nats per token."
 )
 
 
@@ -35,10 +36,10 @@ class Cell:
 
     Attributes:
         text: without the interval.
-        value: to sort by; None: the text.
-        ends: of the interval, as text; empty where there is none.
-        spread: half of the interval's width, as text; empty where there is none.
-        look: what the cell stands out by on a page: right | wrong | answer.
+        value: to sort by; None: sort by the text.
+        ends: of the interval, as text; empty without one.
+        spread: half the width of the interval, as text; empty without one.
+        look: the cell's CSS class on a page: right | wrong | answer.
     """
 
     text: str
@@ -53,7 +54,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: its headings, and rows of cells under the title of their section."""
+    """A table: headings, and rows of cells by title of their section."""
 
     headings: Sequence[str]
     sections: Mapping[str, Sequence[Sequence[Cell]]]
@@ -63,7 +64,7 @@ def results_table(results: Mapping[str, Any] | pd.DataFrame, title: str) -> Tabl
     """All contenders over all tasks, for a terminal of 120 columns.
 
     Args:
-        results: as in results.json, or its rows as `frame` gives them.
+        results: as in results.json, or its rows as returned by `frame`.
         title: above the table.
     """
     return terminal_table(contender_grid(_rows(results)), title, CAPTION)
@@ -72,28 +73,28 @@ def results_table(results: Mapping[str, Any] | pd.DataFrame, title: str) -> Tabl
 def task_table(
     results: Mapping[str, Any] | pd.DataFrame, title: str, metric: str | None = None, sparsity: float | None = None
 ) -> Table:
-    """One metric for each task, contenders of one sparsity across, for a terminal of 120 columns.
+    """One metric by task, contenders of one sparsity across, for a terminal of 120 columns.
 
     Args:
-        results: as in results.json, or its rows as `frame` gives them.
+        results: as in results.json, or its rows as returned by `frame`.
         title: above the table.
         metric: one of `duo_id.report.summary.REPORTED`; None: see `headline`.
-        sparsity: of the contenders; None: the one nearest to a half.
+        sparsity: of the contenders; None: the one nearest 0.5.
     """
     rows = _rows(results)
     metric = metric or headline(rows)
-    chosen = middle(rows) if sparsity is None else sparsity
-    title += f": {100 * chosen:.4g}% of the KV heads stream" if chosen else ""
+    chosen_sparsity = middle(rows) if sparsity is None else sparsity
+    title += f": {100 * chosen_sparsity:.4g}% of the KV heads stream" if chosen_sparsity else ""
     caption = f"{REPORTED[metric].label}; ±: half of the 95% interval over samples"
-    return terminal_table(task_grid(rows, metric, chosen), title, caption)
+    return terminal_table(task_grid(rows, metric, chosen_sparsity), title, caption)
 
 
 def contender_grid(rows: pd.DataFrame) -> Grid:
-    """One line a contender: head patterns and their baselines, then token eviction at the same bytes."""
-    found = contenders(rows)
-    metrics = [metric for metric in SHOWN if metric in ("kept", "loss") or found[metric].notna().any()]
+    """One line per contender: head patterns and their baselines, then token eviction at the same bytes."""
+    statistics = contenders(rows)
+    metrics = [metric for metric in SHOWN if metric in ("kept", "loss") or statistics[metric].notna().any()]
     sections: dict[str, list[list[Cell]]] = {}
-    for row in found.to_dict("records"):
+    for row in statistics.to_dict("records"):
         section = "token eviction" if row["kind"] == "eviction" else "head patterns"
         name = Cell(name_of(row["kind"], row["heads"], row["seeds"]))
         stream = Cell(f"{100 * row['sparsity']:.4g}", row["sparsity"])
@@ -103,22 +104,23 @@ def contender_grid(rows: pd.DataFrame) -> Grid:
 
 
 def task_grid(rows: pd.DataFrame, metric: str, sparsity: float) -> Grid:
-    """One line a task: full attention, in absolute terms, and `metric` of the contenders at one sparsity."""
-    found = contenders(rows[(rows["kind"] == "full") | (rows["sparsity"] == sparsity)], ["task"])
-    across = found.drop_duplicates(["kind", "heads", "sparsity"])
+    """One line per task: full attention in absolute terms, and `metric` of the contenders at one sparsity."""
+    statistics = contenders(rows[(rows["kind"] == "full") | (rows["sparsity"] == sparsity)], ["task"])
+    columns = statistics.drop_duplicates(["kind", "heads", "sparsity"])
     headings = ["task"]
-    for row in across.to_dict("records"):
+    for row in columns.to_dict("records"):
         absolute = f"\n{REPORTED[OF_FULL[metric]].label}" if row["kind"] == "full" and metric in OF_FULL else ""
         headings.append(name_of(row["kind"], row["heads"], row["seeds"]) + absolute)
     lines = []
     for task in rows["task"].unique():
-        of_task = {
-            (row["kind"], row["heads"], row["sparsity"]): row for row in found[found["task"] == task].to_dict("records")
+        by_contender = {
+            (row["kind"], row["heads"], row["sparsity"]): row
+            for row in statistics[statistics["task"] == task].to_dict("records")
         }
         cells = [Cell(name_of("task", task))]
-        for kind, heads, stream in across[["kind", "heads", "sparsity"]].itertuples(index=False):
-            shown = OF_FULL.get(metric, metric) if kind == "full" else metric
-            cells.append(metric_cell(of_task.get((kind, heads, stream), {}), shown))
+        for kind, heads, stream in columns[["kind", "heads", "sparsity"]].itertuples(index=False):
+            column_metric = OF_FULL.get(metric, metric) if kind == "full" else metric
+            cells.append(metric_cell(by_contender.get((kind, heads, stream), {}), column_metric))
         lines.append(cells)
     return Grid(headings, {"": lines})
 
@@ -129,24 +131,24 @@ def metric_cell(row: Mapping[str, Any], metric: str) -> Cell:
 
 
 def interval_cell(row: Mapping[str, Any], name: str, form: Metric) -> Cell:
-    """The cell of a value `name` of a row, with the ends `name_low` and `name_high` of its interval if it has one."""
+    """The cell of a row's value `name`, with its interval `name_low` to `name_high` if there is one."""
     value, low, high = (float(row.get(f"{name}{end}", np.nan)) for end in ("", "_low", "_high"))
     if not np.isfinite(value):
         return Cell("-", -np.inf)
-    if not np.isfinite(low) or name == "kept" or low == high == value:  # bytes are known, not estimated
+    if not np.isfinite(low) or name == "kept" or low == high == value:  # bytes are exact
         return Cell(form.text(value), value)
     return Cell(form.text(value), value, (form.text(low), form.text(high)), form.text((high - low) / 2))
 
 
 def headline(rows: pd.DataFrame) -> str:
-    """The metric to look at first: the score relative to full attention, or token accuracy if none was generated."""
+    """The main metric: the score relative to full attention, or token accuracy if nothing was generated."""
     return "relative_score" if rows["score"].notna().any() else "relative_accuracy"
 
 
 def middle(rows: pd.DataFrame) -> float:
-    """The sparsity nearest to a half; 0 where full attention is alone."""
-    known = sorted(rows.loc[rows["kind"] != "full", "sparsity"].unique())
-    return float(min(known, key=lambda sparsity: abs(sparsity - 0.5))) if known else 0.0
+    """The sparsity nearest 0.5; 0 for full attention alone."""
+    sparsities = sorted(rows.loc[rows["kind"] != "full", "sparsity"].unique())
+    return float(min(sparsities, key=lambda sparsity: abs(sparsity - 0.5))) if sparsities else 0.0
 
 
 def _rows(results: Mapping[str, Any] | pd.DataFrame) -> pd.DataFrame:
@@ -154,7 +156,7 @@ def _rows(results: Mapping[str, Any] | pd.DataFrame) -> pd.DataFrame:
 
 
 def terminal_table(grid: Grid, title: str, caption: str | None = None) -> Table:
-    """A grid for the terminal, without the ends of intervals."""
+    """A grid as a terminal table, without the ends of intervals."""
     table = Table(
         title=escape(title),
         caption=caption,
@@ -165,10 +167,10 @@ def terminal_table(grid: Grid, title: str, caption: str | None = None) -> Table:
         pad_edge=False,
         show_edge=False,
     )
-    for place, heading in enumerate(grid.headings):
-        first = place == 0
-        look = {"justify": "left", "min_width": 14} if first else {"justify": "right"}
-        table.add_column(escape(heading), overflow="fold", **look)
+    for column, heading in enumerate(grid.headings):
+        first = column == 0
+        style = {"justify": "left", "min_width": 14} if first else {"justify": "right"}
+        table.add_column(escape(heading), overflow="fold", **style)
     for section, lines in grid.sections.items():
         if len(grid.sections) > 1:
             table.add_section()

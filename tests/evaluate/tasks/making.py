@@ -37,7 +37,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
 
 
 def whole_metaspace() -> PreTrainedTokenizerBase:
-    """With a decoder that gives back all bytes, as SentencePiece does."""
+    """With a decoder that restores all bytes, like SentencePiece's."""
     tokenizer = metaspace()
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.backend_tokenizer.decoder = decoders.Sequence(steps)
@@ -62,7 +62,7 @@ def items_of(
 
 
 def some(task: str, samples: int = 3) -> list[tuple[Item, str, str]]:
-    """Samples of both splits and of tokens that are bytes: item, split, and the text of the context."""
+    """Samples of both splits, with bytes as tokens: item, split, and the text of the context."""
     return [
         (item, split, text(item.context)) for split in SPLITS for item in items_of(task, split=split, samples=samples)
     ]

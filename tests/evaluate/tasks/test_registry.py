@@ -8,7 +8,7 @@ from duo_id.common.errors import UserError
 from duo_id.evaluate.chat import Chat, plain, split_chat
 from duo_id.evaluate.items import SPLITS
 from duo_id.evaluate.metrics import METRICS
-from duo_id.evaluate.tasks.registry import EVALUATION_TASKS, GROUPS, expand, make_items, room
+from duo_id.evaluate.tasks.registry import EVALUATION_TASKS, GROUPS, expand, make_items, reserved_tokens
 from tests.evaluate.tasks.making import AFTER, ASKED, LENGTHS, builder_of, items_of, text, tokenizer_of
 
 MATRIX = pytest.mark.parametrize("tokenizer", LENGTHS)
@@ -22,7 +22,7 @@ ALL = pytest.mark.parametrize("task", EVALUATION_TASKS)
 def test_contexts_have_the_exact_length_and_leave_room_for_the_answer(task: str, split: str, tokenizer: str) -> None:
     builder = builder_of(tokenizer, split)
     (item,) = items_of(task, tokenizer, split)
-    free = room(EVALUATION_TASKS[task], builder)
+    free = reserved_tokens(EVALUATION_TASKS[task], builder)
     assert item.task == task
     assert len(item.context) + free == item.length
     assert item.length == LENGTHS[tokenizer] or task == "short"
@@ -51,12 +51,12 @@ def test_right_answers_are_right_and_stand_in_the_context(task: str, split: str,
         if task != "list-reorder":
             assert all(reference in context for reference in question.references)
         if len(question.references) == 1 and task not in ("list-reorder", "classification"):
-            found = [place for place in range(len(item.context)) if starts(item.context, question.answer, place)]
-            assert len(found) == 1, "the answer's tokens stand in the context once"
+            starts_found = [start for start in range(len(item.context)) if starts(item.context, question.answer, start)]
+            assert len(starts_found) == 1, "the answer's tokens stand in the context once"
 
 
-def starts(tokens: Sequence[int], piece: Sequence[int], place: int) -> bool:
-    return tuple(tokens[place : place + len(piece)]) == tuple(piece)
+def starts(tokens: Sequence[int], piece: Sequence[int], start: int) -> bool:
+    return tuple(tokens[start : start + len(piece)]) == tuple(piece)
 
 
 @pytest.mark.parametrize("task", ASKED)
@@ -64,8 +64,8 @@ def test_prompts_end_with_the_beginning_of_an_answer_that_goes_on_with_a_space(t
     for split in SPLITS:
         (item,) = items_of(task, split=split)
         for question in item.questions:
-            asked, _, beginning = text(question.prompt).rpartition("\n")
-            assert asked.startswith("\n\n")
+            question_text, _, beginning = text(question.prompt).rpartition("\n")
+            assert question_text.startswith("\n\n")
             assert beginning
             assert beginning == beginning.strip()
             assert text(question.answer).startswith(" ") != (task == "json-lookup")
@@ -74,7 +74,7 @@ def test_prompts_end_with_the_beginning_of_an_answer_that_goes_on_with_a_space(t
 @ALL
 def test_a_sample_depends_on_its_own_coordinates_alone(task: str) -> None:
     def made(seed: int = 0, split: str = "test", samples: int = 2) -> list[object]:
-        random.seed(seed)  # nobody may look at this
+        random.seed(seed)  # the global generator must not matter
         items = make_items([task], builder_of(split=split), [2600], samples, seed, None, 3)
         return [(item.context, item.questions) for item in items]
 
@@ -98,11 +98,11 @@ def test_chat_stands_around_context_and_question(task: str) -> None:
     (item,) = make_items([task], builder_of(chat=chat), [2600], 1, 0, None, 3)
     assert text(item.context).startswith("[USER]\n")
     for question in item.questions:
-        asked, _, beginning = text(question.prompt).partition(AFTER)
-        assert asked.startswith("\n\n")
-        assert not asked.endswith("\n")
+        question_text, _, beginning = text(question.prompt).partition(AFTER)
+        assert question_text.startswith("\n\n")
+        assert not question_text.endswith("\n")
         assert beginning
-    assert len(item.context) + room(EVALUATION_TASKS[task], builder_of(chat=chat)) == item.length
+    assert len(item.context) + reserved_tokens(EVALUATION_TASKS[task], builder_of(chat=chat)) == item.length
 
 
 @pytest.mark.parametrize("name", LENGTHS)
@@ -156,15 +156,15 @@ def test_wrong_settings_are_named(
 def test_too_short_lengths_say_what_is_needed(task: str) -> None:
     needed = 10
     while not (refused := refusal(task, needed)).startswith("made"):
-        found = re.match(rf"lengths={needed} is too short for {task}, which needs at least (\d+) tokens here", refused)
-        assert found, refused
-        assert needed < int(found[1]) < 2300
-        needed = int(found[1])
+        match = re.match(rf"lengths={needed} is too short for {task}, which needs at least (\d+) tokens here", refused)
+        assert match, refused
+        assert needed < int(match[1]) < 2300
+        needed = int(match[1])
     make_items([task], builder_of(), [needed + 300], 2, 0, None, 3)
 
 
 def refusal(task: str, length: int) -> str:
-    """Why samples of a length cannot be made, if not."""
+    """The error for samples of a length, if there is one."""
     try:
         return f"made {len(make_items([task], builder_of(), [length], 1, 0, None, 3))}"
     except UserError as error:
@@ -173,5 +173,5 @@ def refusal(task: str, length: int) -> str:
 
 def test_a_tokenizer_with_longer_questions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("duo_id.evaluate.tasks.building.SampleBuilder.scaled", lambda _, tokens: tokens)
-    with pytest.raises(UserError, match=r"a question of copying takes .* more than the 96 that are set aside"):
+    with pytest.raises(UserError, match=r"a question of copying takes .* more than the 96 reserved for it"):
         make_items(["copying"], builder_of(), [2600], 1, 0, None, 3)

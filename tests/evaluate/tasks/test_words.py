@@ -25,19 +25,19 @@ TRAINING = {sys.modules[task.__module__] for task in DRAFTED.values()}
 
 
 def runs(text: str) -> set[str]:
-    """All runs of four words of a text, whatever its placeholders are called."""
+    """All runs of four words in a text, regardless of the names of its placeholders."""
     words = re.sub(r"\{\w*\}", "{}", text).split()
     return {" ".join(words[start : start + 4]) for start in range(len(words) - 3)}
 
 
 def strings(value: object) -> set[str]:
-    """All texts of nested tuples."""
+    """All strings in nested tuples."""
     return {value} if isinstance(value, str) else {text for part in value for text in strings(part)}  # type: ignore[attr-defined]
 
 
 def words_of(split: str) -> list[str]:
     vocabulary = VOCABULARIES[split]
-    topics = " ".join(lookup.TOPICS[split]).split() + lookup.OWNED[split][2].split()
+    topics = " ".join(lookup.TOPICS[split]).split() + lookup.OWNERSHIP[split][2].split()
     return [*vocabulary.nouns, *vocabulary.adjectives, *vocabulary.cities, *vocabulary.names, *topics]
 
 
@@ -79,7 +79,7 @@ def test_no_sentence_is_in_both_splits_or_in_training() -> None:
     trained = set()
     for module in TRAINING:
         values = [value for name, value in vars(module).items() if isinstance(value, str) and name.isupper()]
-        trained |= runs(" ".join(values))  # what stands after each other in a module does so in its samples too
+        trained |= runs(" ".join(values))  # adjacent strings in a module are adjacent in its samples too
     assert len(trained) > 100
     development, test = ({text for value in TEMPLATES for text in strings(value[split])} for split in SPLITS)
     assert not development & test
@@ -91,18 +91,19 @@ def test_templates_are_sentences() -> None:
     for value in TEMPLATES:
         for split in SPLITS:
             for sentence in strings(value[split]):
-                assert sentence[0] in string.ascii_uppercase + "{" or value in (lookup.TOPICS, lookup.OWNED), sentence
+                starts_lower = value in (lookup.TOPICS, lookup.OWNERSHIP)
+                assert sentence[0] in string.ascii_uppercase + "{" or starts_lower, sentence
                 assert "  " not in sentence
 
 
 @pytest.mark.parametrize("task", EVALUATION_TASKS)
 def test_splits_share_no_line_of_their_samples(task: str) -> None:
-    """Neither words nor sentences nor haystack; short lines of the haystack such as "Returns True" are no text."""
+    """Neither words nor sentences nor haystack; short lines of the haystack such as "Returns True" do not count."""
     lines, shortest = [], 15 if task == "short" else 30
     for split in SPLITS:
         items = items_of(task, split=split)
-        asked = [text(question.prompt) for item in items for question in item.questions]
-        found = "\n".join([text(item.context) for item in items] + asked).split("\n")
+        prompts = [text(question.prompt) for item in items for question in item.questions]
+        found = "\n".join([text(item.context) for item in items] + prompts).split("\n")
         lines.append({line.strip() for line in found if len(line.strip()) > shortest})
     assert len(lines[0]) > 0
     assert not lines[0] & lines[1]

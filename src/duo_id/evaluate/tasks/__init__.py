@@ -1,1 +1,1 @@
-"""The generated tasks, their words and the text they are hidden in."""
+"""Generated tasks, their vocabulary, and how samples are built."""

@@ -1,4 +1,4 @@
-"""Puts contexts and questions together from tokens: lengths are exact, and answers are the tokens that were given."""
+"""Build contexts and questions from tokens: lengths are exact, and answers keep exactly the tokens inserted."""
 
 import math
 import random
@@ -17,15 +17,15 @@ from duo_id.evaluate.tasks.words import VOCABULARIES, Vocabulary
 
 LINE, BLANK_LINE = "\n", "\n\n"
 SPECIMEN = "What does the message about the rusty lantern say? Diana told me that it came from Helsinki."
-CHARACTERS = 4  # of such text in a token, for an ordinary tokenizer
-SPARE = 400  # tokens that are read beyond the hay
+CHARACTERS = 4  # per token of such text, for an ordinary tokenizer
+SPARE = 400  # tokens of haystack read beyond the hay
 WORD = 20  # tokens; no word is longer
 
-Made = tuple[list[int], list[Question]]  # what a task makes of a draft: the context's tokens, and what is asked
+TaskSample = tuple[list[int], list[Question]]  # the tokens of the context, and its questions
 
 
 class TooShort(Exception):
-    """A context of `needed` tokens, or somewhat more, would hold what its task puts there."""
+    """The context is too short for its task, which needs at least `needed` tokens, or slightly more."""
 
     def __init__(self, needed: int) -> None:
         super().__init__(f"needs {needed} tokens")
@@ -40,7 +40,7 @@ class SampleBuilder:
         tokenizer: of the model.
         haystack: of the split.
         split: development or test.
-        chat: what stands around context and question.
+        chat: the tokens around context and question.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -50,23 +50,23 @@ class SampleBuilder:
 
     @property
     def words(self) -> Vocabulary:
-        """The split's words."""
+        """The split's vocabulary."""
         return VOCABULARIES[self.split]
 
     def tokens(self, text: str) -> list[int]:
-        """The tokens of a piece of text, tokenised on its own."""
+        """The tokens of a piece of text, tokenized on its own."""
         return tokenize(self.tokenizer, text)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, its spaces as they are."""
+        """The text of tokens, with its spaces unchanged."""
         return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
-    def listed(self, words: Sequence[str]) -> list[int]:
-        """The tokens of words with commas between them, after a space."""
+    def comma_separated(self, words: Sequence[str]) -> list[int]:
+        """The tokens of a space, then the words separated by commas."""
         return self.tokens(f" {', '.join(words)}")
 
     def scaled(self, tokens: int) -> int:
-        """So many tokens of an ordinary tokenizer, in tokens of this one if it cuts text into smaller pieces."""
+        """A count of an ordinary tokenizer's tokens, converted to this one's if it splits text more finely."""
         return math.ceil(tokens * self._scale)
 
     @cached_property
@@ -76,13 +76,13 @@ class SampleBuilder:
 
 @dataclass
 class Draft:
-    """One sample in the making.
+    """One sample under construction.
 
     Attributes:
         builder: what it shares with all others.
-        rng: where its chances come from.
+        rng: its source of randomness.
         size: tokens of the context.
-        depths: how many needles the tasks that go over a grid of depths hide.
+        depths: number of needles, for tasks over a grid of depths.
     """
 
     builder: SampleBuilder
@@ -97,12 +97,12 @@ class Draft:
 
     @property
     def hay(self) -> list[int]:
-        """Haystack text of as many tokens as the whole context, to be cut to what is needed."""
+        """Haystack text as long as the whole context, to be cut as needed."""
         return self._window[: self.size]
 
     @property
     def spare(self) -> list[int]:
-        """The haystack text that comes after the hay."""
+        """The haystack text after the hay."""
         return self._window[self.size :]
 
     @cached_property
@@ -110,27 +110,27 @@ class Draft:
         return " ".join(self.builder.text(self.hay).lower().split())
 
     def contains(self, text: str) -> bool:
-        """Whether the hay contains a text, whatever its case and however its lines are broken."""
+        """Whether the hay contains a text, ignoring case and line breaks."""
         return text.lower() in self._hay_text
 
-    def absent(self, candidates: Iterable[str], count: int) -> list[str]:
-        """The first `count` candidates that the hay does not contain, so that they stand in the context once.
+    def not_in_hay(self, candidates: Iterable[str], count: int) -> list[str]:
+        """The first `count` candidates that the hay does not contain, so that each occurs in the context once.
 
         Raises:
-            UserError: there are not so many.
+            UserError: there are fewer.
         """
-        found = list(islice((text for text in candidates if not self.contains(text)), count))
+        unused = list(islice((text for text in candidates if not self.contains(text)), count))
         check(
-            len(found) == count,
-            f"a context needs {count} names that its haystack does not contain, but there are only {len(found)}: "
+            len(unused) == count,
+            f"a context needs {count} names that its haystack does not contain, but there are only {len(unused)}: "
             "lower depths or choose another data.haystack",
         )
-        return found
+        return unused
 
     def numbers(self, count: int, digits: int = 6) -> list[str]:
-        """So many different numbers that the hay does not contain."""
+        """`count` different numbers that the hay does not contain."""
         drawn = self.rng.sample(range(10 ** (digits - 1), 10**digits), 3 * count)
-        return self.absent(map(str, drawn), count)
+        return self.not_in_hay(map(str, drawn), count)
 
     def shuffled(self, words: Sequence[str]) -> list[str]:
         """All the words in random order."""
@@ -141,11 +141,11 @@ class Draft:
 
         Args:
             head: text in front of the hay.
-            needles: depth in the hay, from 0 to 1, and tokens of each. They go between words, those of equal depth in
-                the order given.
+            needles: depth in the hay, from 0 to 1, and tokens of each. They are inserted between words, those of equal
+                depth in the given order.
 
         Raises:
-            TooShort: they leave no room for hay.
+            TooShort: there is no room left for hay.
         """
         needles = sorted(needles, key=lambda needle: needle[0])
         context = [*self.builder.chat.before, *self.builder.tokens(head)]
@@ -162,11 +162,11 @@ class Draft:
     def fill(
         self, head: str, entries: Iterable[list[int]], tail: str = "", least: int = 1, apart: Iterable[str] = ()
     ) -> tuple[list[int], int]:
-        """A context of as many entries as fit, behind the few tokens of hay that are left over.
+        """A context of as many entries as fit, after a little hay that fills the remaining tokens.
 
         Args:
             head: text before the entries.
-            entries: tokens of each; more than fit, or without end.
+            entries: tokens of each; more than fit, possibly infinite.
             tail: text after them.
             least: how many must fit.
             apart: words that the hay in front must not contain.
@@ -177,7 +177,8 @@ class Draft:
         Raises:
             TooShort: fewer than `least` entries fit.
         """
-        before, front, end = self.builder.chat.before, self.builder.tokens(BLANK_LINE + head), self.builder.tokens(tail)
+        chat_tokens = self.builder.chat.before
+        head_tokens, tail_tokens = self.builder.tokens(BLANK_LINE + head), self.builder.tokens(tail)
         space = self.space(head, tail)
         body: list[int] = []
         count = 0
@@ -189,10 +190,10 @@ class Draft:
                 break
             body += entry
             count += 1
-        return [*before, *self._front(space + 1 - len(body), set(apart)), *front, *body, *end], count
+        return [*chat_tokens, *self._front(space + 1 - len(body), set(apart)), *head_tokens, *body, *tail_tokens], count
 
     def space(self, head: str, tail: str = "") -> int:
-        """The tokens that `fill` has for entries: beside head and tail, a blank line and a token of hay come off."""
+        """Tokens that `fill` has for entries, after head, tail, a blank line and one token of hay."""
         fixed = self.builder.tokens(BLANK_LINE + head), self.builder.tokens(tail), self.builder.chat.before
         return self.size - sum(map(len, fixed)) - 1
 
@@ -207,18 +208,18 @@ class Draft:
         """A question that follows the context.
 
         Args:
-            text: what is asked.
-            beginning: of the answer, from which the model goes on.
-            answer: tokens of the rest.
+            text: of the question.
+            beginning: of the answer, which the model continues.
+            answer: tokens of the continuation.
             references: what a generated answer is judged against.
-            depth: where in the context the answer is found.
+            depth: of the answer in the context.
         """
         tokens, after = self.builder.tokens, self.builder.chat.after
         prompt = [*tokens(BLANK_LINE + text), *(after or tokens(LINE)), *tokens(beginning)]
         return Question(tuple(prompt), tuple(answer), tuple(references), depth)
 
     def _front(self, count: int, apart: set[str]) -> list[int]:
-        """So many tokens of hay with none of the words in `apart`."""
+        """`count` tokens of hay with none of the words in `apart`, if 100 attempts find them."""
         for _ in range(100):
             hay = self.builder.haystack.window(self.rng, count, self.builder.tokenizer)
             if apart.isdisjoint(self.builder.text(hay).lower().split()):
@@ -226,17 +227,17 @@ class Draft:
         return hay
 
     def _between_words(self, hay: list[int], cut: int) -> int:
-        """The last place up to `cut`, but near, before a token that begins with a space; `cut` itself at the ends."""
-        places = range(cut, max(cut - WORD, 0), -1) if cut < len(hay) else ()
-        return next((place for place in places if self.builder.text([hay[place]])[:1].isspace()), cut)
+        """The last index at or shortly before `cut` whose token starts with whitespace; `cut` itself at the ends."""
+        candidates = range(cut, max(cut - WORD, 0), -1) if cut < len(hay) else ()
+        return next((index for index in candidates if self.builder.text([hay[index]])[:1].isspace()), cut)
 
 
-def evenly(count: int) -> list[float]:
-    """So many depths from 0 to 1; a single one is in the middle."""
+def evenly_spaced(count: int) -> list[float]:
+    """`count` depths from 0 to 1; a single one is in the middle."""
     return [step / (count - 1) for step in range(count)] if count > 1 else [0.5]
 
 
-def one_of_each_part(rng: random.Random, size: int, parts: int) -> list[int]:
+def one_index_per_part(rng: random.Random, size: int, parts: int) -> list[int]:
     """A random index of each of `parts` equal parts of `size` entries, ascending."""
     assert size >= parts
     return [rng.randrange(part * size // parts, (part + 1) * size // parts) for part in range(parts)]

@@ -1,16 +1,16 @@
-"""What is to be found again exactly: values of keys, passages, lists, the labels of examples."""
+"""Exact lookup: values of keys, passages, lists, the labels of examples."""
 
 from collections.abc import Iterator
 from itertools import chain, islice
 
 from duo_id.common.errors import check
-from duo_id.evaluate.tasks.building import BLANK_LINE, LINE, Draft, Made, one_of_each_part
+from duo_id.evaluate.tasks.building import BLANK_LINE, LINE, Draft, TaskSample, one_index_per_part
 
-ASKED = 4  # questions of a context
+QUESTIONS = 4  # per context
 PASSAGES, PASSAGE = 3, 24  # copying: passages, and tokens of each
-UNLIKE = 40  # characters with which no passage begins that stands elsewhere too
-WINDOWS = 100  # that are looked at for passages
-LISTED = 6  # words of a list
+DISTINCT = 40  # leading characters of a passage that occur nowhere else
+WINDOWS = 100  # haystack windows searched for passages
+LIST_LENGTH = 6  # words
 
 JSON = {
     "development": ("Here is a JSON object.\n\n{", "What is the value of the key {}?"),
@@ -68,35 +68,35 @@ TOPICS = {
         "casserole omelette gravy dumpling pancake stew lasagna recipe",
     ),
 }
-OWNED = {
+OWNERSHIP = {
     "development": ("{} owns the", "What does {} own?", "kiln lute oboe fife dory yawl awl tuba mug sitar"),
     "test": ("{} sold the", "What was sold by {}?", "gong kayak lyre skis viola atlas banjo anvil abacus sundial"),
 }
 
 
-def json_lookup(draft: Draft) -> Made:
-    """Whether a key's value is found among many alike in a JSON object (Liu et al. 2023, arXiv 2307.03172)."""
+def json_lookup(draft: Draft) -> TaskSample:
+    """Lookup of a key's value among many alike in a JSON object (Liu et al. 2023, arXiv 2307.03172)."""
     head, question = JSON[draft.builder.split]
     tokens, words = draft.builder.tokens, draft.builder.words
-    most = max(2 * ASKED, draft.size // 8)  # no entry has fewer tokens
-    drawn = words.made_up(draft.rng, min(2 * most, words.num_made_up))
-    keys, values = drawn[::2], drawn[1::2]
+    max_entries = max(2 * QUESTIONS, draft.size // 8)  # no entry has fewer tokens
+    made_up = words.made_up(draft.rng, min(2 * max_entries, words.num_made_up))
+    keys, values = made_up[::2], made_up[1::2]
 
     def entries() -> Iterator[list[int]]:
         for number, (key, value) in enumerate(zip(keys, values, strict=False)):
             yield [*tokens(f'{"," if number else ""}\n"{key}": "'), *tokens(value), *tokens('"')]
 
-    context, count = draft.fill(head, entries(), "\n}", least=2 * ASKED)
+    context, count = draft.fill(head, entries(), "\n}", least=2 * QUESTIONS)
     questions = []
-    for place in one_of_each_part(draft.rng, count, ASKED):
-        key, value = keys[place], values[place]
-        asked, beginning = question.format(f'"{key}"'), f'"{key}": "'
-        questions.append(draft.question(asked, beginning, tokens(value), [value], place / (count - 1)))
+    for index in one_index_per_part(draft.rng, count, QUESTIONS):
+        key, value = keys[index], values[index]
+        question_text, beginning = question.format(f'"{key}"'), f'"{key}": "'
+        questions.append(draft.question(question_text, beginning, tokens(value), [value], index / (count - 1)))
     return context, questions
 
 
-def copying(draft: Draft) -> Made:
-    """Whether a passage of the text is copied word for word from where a name that stands there once marks it.
+def copying(draft: Draft) -> TaskSample:
+    """Verbatim copying of a passage that the text marks with a unique name.
 
     What induction heads do (Olsson et al. 2022, arXiv 2209.11895), over a distance.
     """
@@ -107,12 +107,12 @@ def copying(draft: Draft) -> Made:
     passages = list(islice(_passages(draft, size), PASSAGES))
     check(
         len(passages) == PASSAGES,
-        "the haystack repeats itself, copying finds no passage that stands in it once: leave copying out of tasks or "
-        "give another data.haystack",
+        f"the haystack repeats itself, copying finds fewer than {PASSAGES} unique passages: leave copying out of tasks "
+        "or give another data.haystack",
     )
     needles, questions = [], []
-    for number, (name, passage) in enumerate(zip(draft.absent(names, PASSAGES), passages, strict=True)):
-        depth = (number + draft.rng.random()) / (PASSAGES + 1)  # none in the last part, which is near the question
+    for number, (name, passage) in enumerate(zip(draft.not_in_hay(names, PASSAGES), passages, strict=True)):
+        depth = (number + draft.rng.random()) / (PASSAGES + 1)  # never in the last part, near the question
         needles.append((depth, [*builder.tokens(LINE + cue.format(name)), *passage, *builder.tokens(LINE)]))
         reference = builder.text(passage).strip()
         questions.append(draft.question(question.format(name), cue.format(name), passage, [reference], depth))
@@ -120,49 +120,50 @@ def copying(draft: Draft) -> Made:
 
 
 def _passages(draft: Draft, size: int) -> Iterator[list[int]]:
-    """Passages of so many tokens, each in one line, that the context's hay does not contain.
+    """Passages of `size` tokens, each on one line, that the context's hay does not contain.
 
-    They are what comes after the hay, and then from anywhere: of a short haystack a long context leaves little else.
+    They come from right after the hay, then from anywhere: a long context leaves little else of a short haystack.
     """
-    builder, rng, told = draft.builder, draft.rng, ""
+    builder, rng, used = draft.builder, draft.rng, ""
     elsewhere = (builder.haystack.window(rng, 4 * size, builder.tokenizer) for _ in range(WINDOWS))
     for window in chain([draft.spare], elsewhere):
-        words = builder.text(window).split()[1:]  # the first may be cut
+        words = builder.text(window).split()[1:]  # the first may be truncated
         while len(passage := builder.tokens(f" {' '.join(words[:size])}")[:size]) == size:
             text = builder.text(passage).strip()
-            whole = " ".join(words).startswith(text)  # no character is cut
-            if whole and not draft.contains(text[:UNLIKE]) and text[:UNLIKE] not in told:
-                told += text + LINE
+            uncut = " ".join(words).startswith(text)  # no character is split
+            if uncut and not draft.contains(text[:DISTINCT]) and text[:DISTINCT] not in used:
+                used += text + LINE
                 yield passage
             words = words[max(1, len(text.split())) :]
 
 
-def list_reorder(draft: Draft) -> Made:
-    """Whether a list from near the beginning is known well enough to be told backwards, and sorted."""
-    told, *orders = LISTS[draft.builder.split]
+def list_reorder(draft: Draft) -> TaskSample:
+    """Recall of a list from near the beginning, in reverse and in alphabetical order."""
+    introduction, *orders = LISTS[draft.builder.split]
     builder, rng = draft.builder, draft.rng
-    (name,) = draft.absent(draft.shuffled(builder.words.names), 1)
-    words = rng.sample(builder.words.nouns, LISTED)
+    (name,) = draft.not_in_hay(draft.shuffled(builder.words.names), 1)
+    words = rng.sample(builder.words.nouns, LIST_LENGTH)
     depth = 0.1 * rng.random()
-    statement = [*builder.tokens(LINE + told.format(name)), *builder.listed(words), *builder.tokens(LINE)]
+    introduced = builder.tokens(LINE + introduction.format(name))
+    statement = [*introduced, *builder.comma_separated(words), *builder.tokens(LINE)]
     questions = [
         draft.question(
-            question.format(name), beginning.format(name), builder.listed(answer), [", ".join(answer)], depth
+            question.format(name), beginning.format(name), builder.comma_separated(answer), [", ".join(answer)], depth
         )
         for (question, beginning), answer in zip(orders, (words[::-1], sorted(words)), strict=True)
     ]
     return draft.scatter("", [(depth, statement)]), questions
 
 
-def classification(draft: Draft) -> Made:
-    """Whether labels that mean nothing are learned from examples that fill the context.
+def classification(draft: Draft) -> TaskSample:
+    """Learning of meaningless labels from examples that fill the context.
 
     In-context learning with many examples (Bertsch et al. 2024, arXiv 2405.00200), of made-up words for four topics.
-    The sentences that are asked about are not among the examples.
+    The sentences in the questions are not among the examples.
     """
     head, text, beginning = TEXTS[draft.builder.split]
     tokens, rng = draft.builder.tokens, draft.rng
-    labels = draft.builder.words.made_up(rng, ASKED)
+    labels = draft.builder.words.made_up(rng, QUESTIONS)
     answers = [tokens(f" {label}") for label in labels]
     topics = [
         draft.shuffled([remark.format(word) for remark in REMARKS[draft.builder.split] for word in words.split()])
@@ -170,29 +171,29 @@ def classification(draft: Draft) -> Made:
     ]
 
     def entries() -> Iterator[list[int]]:
-        while True:  # one of each label in random order, again and again
-            for topic in rng.sample(range(ASKED), ASKED):
+        while True:  # one example of each label in random order
+            for topic in rng.sample(range(QUESTIONS), QUESTIONS):
                 example = text.format(rng.choice(topics[topic][1:])) + LINE + beginning
                 yield [*tokens(example), *answers[topic], *tokens(BLANK_LINE)]
 
-    context, _ = draft.fill(head, entries(), least=2 * ASKED)
+    context, _ = draft.fill(head, entries(), least=2 * QUESTIONS)
     questions = [
         draft.question(text.format(topics[topic][0]), beginning, answers[topic], [labels[topic]])
-        for topic in rng.sample(range(ASKED), ASKED)
+        for topic in rng.sample(range(QUESTIONS), QUESTIONS)
     ]
     return context, questions
 
 
-def short(draft: Draft) -> Made:
-    """Whether what stands a few words before is told: shorter than any window, a control that no mask should harm."""
-    statement, question, things = OWNED[draft.builder.split]
+def short(draft: Draft) -> TaskSample:
+    """Recall over a few words, within any window: a control that no mask should harm."""
+    statement, question, things = OWNERSHIP[draft.builder.split]
     tokens = draft.builder.tokens
     names = draft.shuffled([name for name in draft.builder.words.names if len(name) <= 4])
-    owned = draft.shuffled(things.split())
+    belongings = draft.shuffled(things.split())
     pieces = [tokens(statement.format(name)) for name in names]
-    answers = [tokens(f" {thing}") for thing in owned]
+    answers = [tokens(f" {thing}") for thing in belongings]
     entries = ([*piece, *answer, *tokens(LINE)] for piece, answer in zip(pieces, answers, strict=False))
-    context, count = draft.fill("", entries, least=2, apart=owned)
-    place = draft.rng.randrange(count)
-    beginning, asked = statement.format(names[place]), question.format(names[place])
-    return context, [draft.question(asked, beginning, answers[place], [owned[place]])]
+    context, count = draft.fill("", entries, least=2, apart=belongings)
+    index = draft.rng.randrange(count)
+    beginning, question_text = statement.format(names[index]), question.format(names[index])
+    return context, [draft.question(question_text, beginning, answers[index], [belongings[index]])]

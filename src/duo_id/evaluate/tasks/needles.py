@@ -1,16 +1,16 @@
-"""Needles in a haystack: short statements at known depths of unrelated text, each asked for by its own question."""
+"""Needles in a haystack: short statements at known depths in unrelated text, with a question about each."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from duo_id.evaluate.tasks.building import LINE, Draft, Made, evenly
+from duo_id.evaluate.tasks.building import LINE, Draft, TaskSample, evenly_spaced
 
 PASSKEYS = 4
-MOST = 40  # needles of a context: there are not many more cities
+MAX_NEEDLES = 40  # per context, limited by the number of cities
 
 
 class Wording(NamedTuple):
-    """How one split puts it; {} is the needle's subject.
+    """The wording of one split; {} is the needle's subject.
 
     Attributes:
         head: in front of the hay.
@@ -25,7 +25,7 @@ class Wording(NamedTuple):
     beginning: str
 
 
-WORDS = {
+WORD_WORDINGS = {
     "development": Wording(
         "Some cities have a code word of three parts. The text names it somewhere.\n\n",
         "The code word of {} is:",
@@ -39,7 +39,7 @@ WORDS = {
         "The guards of {} ask for the watchword",
     ),
 }
-NUMBERS = {
+NUMBER_WORDINGS = {
     "development": Wording(
         "Several people hold a ticket. Look out for its number as you read.\n\n",
         "The ticket of {} has the number",
@@ -53,7 +53,7 @@ NUMBERS = {
         "{} was given the locker with number",
     ),
 }
-SENTENCES = {
+SENTENCE_WORDINGS = {
     "development": Wording(
         "A few diaries are quoted within this text. Note what they say.\n\n",
         "The diary of {} says:",
@@ -71,7 +71,7 @@ SENTENCE = {
     "development": "The {} was hidden behind my {} all night.",
     "test": "Nobody noticed that the {} had replaced my {}.",
 }
-PASSES = {
+PASSKEY_WORDINGS = {
     "development": Wording(
         "To open a room you need its passkey, and the passkeys are scattered through this text.\n\n",
         "Passkey to the {} room:",
@@ -87,48 +87,48 @@ PASSES = {
 }
 
 
-def needle_words(draft: Draft) -> Made:
-    """Whether three words at each depth are found: the needle in a haystack (Kamradt 2023), with answers of words."""
+def needle_words(draft: Draft) -> TaskSample:
+    """Retrieval of three words at each depth: the needle in a haystack (Kamradt 2023), with answers of words."""
     words = draft.builder.words
     nouns = draft.rng.sample(words.nouns, 3 * draft.depths)
     answers = [" ".join(nouns[start : start + 3]) for start in range(0, len(nouns), 3)]
-    return _grid(draft, WORDS[draft.builder.split], words.cities, answers)
+    return _over_depths(draft, WORD_WORDINGS[draft.builder.split], words.cities, answers)
 
 
-def needle_numbers(draft: Draft) -> Made:
-    """Whether a number at each depth is found: the needle in a haystack (Kamradt 2023), with answers of digits."""
-    return _grid(draft, NUMBERS[draft.builder.split], draft.builder.words.names, draft.numbers(draft.depths))
+def needle_numbers(draft: Draft) -> TaskSample:
+    """Retrieval of a number at each depth: the needle in a haystack (Kamradt 2023), with answers of digits."""
+    wording = NUMBER_WORDINGS[draft.builder.split]
+    return _over_depths(draft, wording, draft.builder.words.names, draft.numbers(draft.depths))
 
 
-def needle_sentences(draft: Draft) -> Made:
-    """Whether a sentence at each depth is found: the needle in a haystack (Kamradt 2023), given back whole."""
+def needle_sentences(draft: Draft) -> TaskSample:
+    """Retrieval of a sentence at each depth: the needle in a haystack (Kamradt 2023), repeated in full."""
     words, split = draft.builder.words, draft.builder.split
     answers = [SENTENCE[split].format(*words.things(draft.rng, 2)) for _ in range(draft.depths)]
-    return _grid(draft, SENTENCES[split], words.names, answers)
+    return _over_depths(draft, SENTENCE_WORDINGS[split], words.names, answers)
 
 
-def passkeys(draft: Draft) -> Made:
-    """Whether each of several passkeys at random depths is told (Mohtashami and Jaggi 2023, arXiv 2305.16300)."""
+def passkeys(draft: Draft) -> TaskSample:
+    """Retrieval of several passkeys at random depths (Mohtashami and Jaggi 2023, arXiv 2305.16300)."""
     depths = sorted(draft.rng.random() for _ in range(PASSKEYS))
-    wording = PASSES[draft.builder.split]
-    return _hide(draft, wording, draft.builder.words.adjectives, draft.numbers(PASSKEYS, digits=5), depths)
+    wording = PASSKEY_WORDINGS[draft.builder.split]
+    return _hide_and_ask(draft, wording, draft.builder.words.adjectives, draft.numbers(PASSKEYS, digits=5), depths)
 
 
-def _grid(draft: Draft, wording: Wording, subjects: Sequence[str], answers: Sequence[str]) -> Made:
-    return _hide(draft, wording, subjects, answers, evenly(draft.depths))
+def _over_depths(draft: Draft, wording: Wording, subjects: Sequence[str], answers: Sequence[str]) -> TaskSample:
+    return _hide_and_ask(draft, wording, subjects, answers, evenly_spaced(draft.depths))
 
 
-def _hide(
+def _hide_and_ask(
     draft: Draft, wording: Wording, subjects: Sequence[str], answers: Sequence[str], depths: Sequence[float]
-) -> Made:
-    """One needle for each answer, about different subjects that the hay does not mention, and a question for each."""
+) -> TaskSample:
+    """One needle and question per answer, about different subjects that the hay does not mention."""
     tokens = draft.builder.tokens
     needles, questions = [], []
-    for subject, answer, depth in zip(
-        draft.absent(draft.shuffled(subjects), len(answers)), answers, depths, strict=True
-    ):
-        told = tokens(f" {answer}")
-        needles.append((depth, [*tokens(LINE + wording.needle.format(subject)), *told, *tokens(LINE)]))
+    chosen = draft.not_in_hay(draft.shuffled(subjects), len(answers))
+    for subject, answer, depth in zip(chosen, answers, depths, strict=True):
+        answer_tokens = tokens(f" {answer}")
+        needles.append((depth, [*tokens(LINE + wording.needle.format(subject)), *answer_tokens, *tokens(LINE)]))
         question, beginning = wording.question.format(subject), wording.beginning.format(subject)
-        questions.append(draft.question(question, beginning, told, [answer], depth))
+        questions.append(draft.question(question, beginning, answer_tokens, [answer], depth))
     return draft.scatter(wording.head, needles), questions

@@ -1,4 +1,4 @@
-"""The one place where generated tasks are named, and where their samples are made."""
+"""The registry of generated tasks, and the generation of their samples."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from duo_id.common.errors import UserError, check
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.tasks import language, lookup, needles, ruler
-from duo_id.evaluate.tasks.building import Draft, Made, SampleBuilder, TooShort
+from duo_id.evaluate.tasks.building import Draft, SampleBuilder, TaskSample, TooShort
 from duo_id.evaluate.tasks.ruler_data import RULER_DATA
 
-ROOM = 96  # of almost all tasks, so that contexts of all of them have one size and can be read together
-SHORT = 64  # tokens of a sample of the task short, beside those of the chat template
+RESERVED_TOKENS = 96  # the same for almost all tasks, so that their contexts share a size and are read together
+SHORT = 64  # tokens of a sample of the task short, without those of the chat template
 LONGBENCH = "python -m duo_id.lm_eval --model duo_id --model_args heads=RUN,sparsity=0.5 --tasks longbench"
 
 
@@ -20,21 +20,21 @@ class EvaluationTask:
     """A task and the sizes of its questions, in tokens of an ordinary tokenizer.
 
     Attributes:
-        name: what it is called in `tasks=`.
-        make: the context and the questions of a draft.
+        name: its name in `tasks=`.
+        make: builds context and questions from a draft.
         max_new_tokens: of a generated answer; 0: nothing is generated.
         metric: how a generated answer is judged, a key of `duo_id.evaluate.metrics.METRICS`.
-        stop: what ends a generated answer.
-        room: what a context leaves free for the longest question with its answer.
-        length: of every sample, whatever lengths are asked for; None: those.
+        stop: text that ends a generated answer.
+        room: tokens reserved for the longest question with its answer.
+        length: of every sample, regardless of the requested lengths; None: the requested ones.
     """
 
     name: str
-    make: Callable[[Draft], Made]
+    make: Callable[[Draft], TaskSample]
     max_new_tokens: int = 0
     metric: str = "exact"
     stop: str | None = "\n"
-    room: int = ROOM
+    room: int = RESERVED_TOKENS
     length: int | None = None
 
 
@@ -71,10 +71,10 @@ GROUPS = {
 
 
 def expand(names: Sequence[str]) -> list[EvaluationTask]:
-    """The tasks that are named, by themselves or as a group, each once.
+    """The tasks named, individually or as a group, each once.
 
     Raises:
-        UserError: a name is neither a task's nor a group's.
+        UserError: a name is neither a task nor a group.
     """
     choices = ", ".join((*GROUPS, *EVALUATION_TASKS, RULER_DATA))
     for name in names:
@@ -85,8 +85,8 @@ def expand(names: Sequence[str]) -> list[EvaluationTask]:
     ]
 
 
-def room(task: EvaluationTask, builder: SampleBuilder) -> int:
-    """Tokens that a context of `task` leaves free for what follows it."""
+def reserved_tokens(task: EvaluationTask, builder: SampleBuilder) -> int:
+    """Tokens that a context of `task` leaves free for question and answer."""
     return builder.scaled(task.room) + len(builder.chat.after) if task.room else 0
 
 
@@ -105,15 +105,15 @@ def make_items(
         names: tasks and groups of tasks.
         builder: what the samples share.
         lengths: tokens; all samples of a task and a length have contexts of the same number of tokens.
-        samples: of each task and length.
+        samples: per task and length.
         seed: of all samples.
-        limit: the most tokens that the model takes; None: it names no limit.
-        depths: needles of a context, in the tasks that go over a grid of depths.
+        limit: the model's context length in tokens; None: it states none.
+        depths: needles per context, in tasks over a grid of depths.
 
     Raises:
-        UserError: there is no such task, or a length is more than the model takes or less than a task needs.
+        UserError: there is no such task, or a length exceeds the model's or is too short for a task.
     """
-    check(1 <= depths <= needles.MOST, f"depths={depths} must be between 1 and {needles.MOST}")
+    check(1 <= depths <= needles.MAX_NEEDLES, f"depths={depths} must be between 1 and {needles.MAX_NEEDLES}")
     for length in lengths:
         check(
             limit is None or length <= limit,
@@ -129,25 +129,25 @@ def make_items(
 
 
 def _item(task: EvaluationTask, builder: SampleBuilder, length: int, index: int, seed: int, depths: int) -> Item:
-    free = room(task, builder)
+    reserved = reserved_tokens(task, builder)
     rng = random.Random(f"{seed}:{builder.split}:{task.name}:{length}:{index}")
-    draft = Draft(builder, rng, length - free, depths)
+    draft = Draft(builder, rng, length - reserved, depths)
     try:
         if draft.size < 1:
             raise TooShort(1)
         context, questions = task.make(draft)
     except TooShort as error:
         raise UserError(
-            f"lengths={length} is too short for {task.name}, which needs at least {error.needed + free} tokens here: "
-            "raise it, or leave the task out of tasks"
+            f"lengths={length} is too short for {task.name}, which needs at least {error.needed + reserved} tokens "
+            "here: raise it, or leave the task out of tasks"
         ) from error
     assert len(context) == draft.size
-    new = builder.scaled(task.max_new_tokens) if task.max_new_tokens else 0
+    max_new_tokens = builder.scaled(task.max_new_tokens) if task.max_new_tokens else 0
     for question in questions:
-        needed = len(question.prompt) + max(len(question.answer), new) if question.place is None else 0
+        needed = len(question.prompt) + max(len(question.answer), max_new_tokens) if question.place is None else 0
         check(
-            needed <= free,
-            f"tasks: a question of {task.name} takes {needed} tokens of this model's tokenizer, more than the {free} "
-            "that are set aside: leave the task out",
+            needed <= reserved,
+            f"tasks: a question of {task.name} takes {needed} tokens of this model's tokenizer, more than the "
+            f"{reserved} reserved for it: leave the task out",
         )
-    return Item(task.name, length, index, tuple(context), tuple(questions), task.metric, new, task.stop)
+    return Item(task.name, length, index, tuple(context), tuple(questions), task.metric, max_new_tokens, task.stop)

@@ -1,20 +1,20 @@
-"""The tasks of RULER (Hsieh et al. 2024, arXiv 2404.06654), its parameters with words and sentences of our own."""
+"""The tasks of RULER (Hsieh et al. 2024, arXiv 2404.06654) with its parameters, but our own words and sentences."""
 
 from bisect import bisect_right
 from itertools import cycle
 from typing import NamedTuple
 
-from duo_id.evaluate.tasks.building import LINE, Draft, Made, TooShort, one_of_each_part
+from duo_id.evaluate.tasks.building import LINE, Draft, TaskSample, TooShort, one_index_per_part
 
 VALUES = 4  # numbers of the asked key, or asked keys
-CHAINS, HOPS = 3, 4  # of variables: chains in all, and assignments that copy
-COMMON, RARER = 10, 10  # words that are asked for, and how many times rarer the others are
-FREQUENT, RANKS = 3, 100  # words that are asked for, and different words at most
-CLEAR = 18  # times that the most frequent word comes at least, so that the third is more frequent than the fourth
+CHAINS, HOPS = 3, 4  # variables: chains in total, and assignments that copy
+COMMON, RARITY = 10, 10  # words asked for, and how many times rarer the others are
+FREQUENT, RANKS = 3, 100  # words asked for, and the limit of different words
+MIN_TOP_COUNT = 18  # of the most frequent word, so that the third is more frequent than the fourth
 
 
 class Wording(NamedTuple):
-    """How one split puts what the first four tasks ask; {} is the key, or the keys.
+    """The wording of one split for the first four tasks; {} is the key, or the keys.
 
     Attributes:
         head: in front of the context.
@@ -33,7 +33,7 @@ class Wording(NamedTuple):
     beginning: tuple[str, str, str]
 
 
-NUMBERED = {
+NUMBER_WORDINGS = {
     "development": Wording(
         "Some things in this text have a registered number.\n\n",
         "A registered number of the {} is:",
@@ -95,16 +95,16 @@ FREQUENT_WORDS = {
 }
 
 
-def single(draft: Draft) -> Made:
-    """Whether the one number that the text names is found."""
+def single(draft: Draft) -> TaskSample:
+    """Retrieval of the only number in the text."""
     return _numbered(draft, 1, 1)
 
 
-def multikey(draft: Draft) -> Made:
-    """Whether one number is told from those of other keys, which are all that the context holds (multikey 2 of 3)."""
-    wording, tokens = NUMBERED[draft.builder.split], draft.builder.tokens
-    most = max(2 * VALUES, draft.size // 8)  # no entry has fewer tokens
-    keys = draft.builder.words.things(draft.rng, min(most, draft.builder.words.num_things))
+def multikey(draft: Draft) -> TaskSample:
+    """Retrieval of one key's number in a context of nothing but other keys and numbers (multikey 2 of 3)."""
+    wording, tokens = NUMBER_WORDINGS[draft.builder.split], draft.builder.tokens
+    max_entries = max(2 * VALUES, draft.size // 8)  # no entry has fewer tokens
+    keys = draft.builder.words.things(draft.rng, min(max_entries, draft.builder.words.num_things))
     numbers = [str(number) for number in draft.rng.sample(range(10**5, 10**6), len(keys))]
     entries = (
         [*tokens(wording.needle.format(key)), *tokens(f" {number}"), *tokens(LINE)]
@@ -112,57 +112,57 @@ def multikey(draft: Draft) -> Made:
     )
     context, count = draft.fill(wording.head, entries, least=2 * VALUES, apart=numbers)
     questions = []
-    for place in one_of_each_part(draft.rng, count, VALUES):
-        question, beginning = wording.one.format(keys[place]), wording.beginning[0].format(keys[place])
-        answer = tokens(f" {numbers[place]}")
-        questions.append(draft.question(question, beginning, answer, [numbers[place]], place / (count - 1)))
+    for index in one_index_per_part(draft.rng, count, VALUES):
+        question, beginning = wording.one.format(keys[index]), wording.beginning[0].format(keys[index])
+        answer = tokens(f" {numbers[index]}")
+        questions.append(draft.question(question, beginning, answer, [numbers[index]], index / (count - 1)))
     return context, questions
 
 
-def multivalue(draft: Draft) -> Made:
-    """Whether all numbers of one key are found, told in the order of the text."""
+def multivalue(draft: Draft) -> TaskSample:
+    """Retrieval of all numbers of one key, in the order of the text."""
     return _numbered(draft, 1, VALUES)
 
 
-def multiquery(draft: Draft) -> Made:
-    """Whether the numbers of several keys are found, told in the order of the question."""
+def multiquery(draft: Draft) -> TaskSample:
+    """Retrieval of the numbers of several keys, in the order of the question."""
     return _numbered(draft, VALUES, 1)
 
 
-def _numbered(draft: Draft, num_keys: int, num_values: int) -> Made:
-    """Numbers of keys at random depths, all of them asked for at once."""
-    wording, tokens, rng = NUMBERED[draft.builder.split], draft.builder.tokens, draft.rng
-    keys = draft.absent(draft.builder.words.things(rng, 3 * num_keys), num_keys)
+def _numbered(draft: Draft, num_keys: int, num_values: int) -> TaskSample:
+    """Numbers of keys at random depths, with one question about all of them."""
+    wording, tokens, rng = NUMBER_WORDINGS[draft.builder.split], draft.builder.tokens, draft.rng
+    keys = draft.not_in_hay(draft.builder.words.things(rng, 3 * num_keys), num_keys)
     numbers = draft.numbers(num_keys * num_values)
     depths = sorted(rng.random() for _ in numbers)
-    owners = keys * num_values
+    needle_keys = keys * num_values
     needles = [
         (depth, [*tokens(LINE + wording.needle.format(key)), *tokens(f" {number}"), *tokens(LINE)])
-        for depth, key, number in zip(depths, owners, numbers, strict=True)
+        for depth, key, number in zip(depths, needle_keys, numbers, strict=True)
     ]
     if num_keys > 1:
-        asked = rng.sample(range(num_keys), num_keys)
-        named = [keys[place] for place in asked]
-        numbers = [numbers[place] for place in asked]
-        question = wording.several.format(", the ".join(named[:-1]) + f" and the {named[-1]}")
+        order = rng.sample(range(num_keys), num_keys)
+        named_keys = [keys[index] for index in order]
+        numbers = [numbers[index] for index in order]
+        question = wording.several.format(", the ".join(named_keys[:-1]) + f" and the {named_keys[-1]}")
         beginning = wording.beginning[2]
     else:
-        kind = num_values > 1
-        question = (wording.all if kind else wording.one).format(keys[0], count=num_values)
-        beginning = wording.beginning[kind].format(keys[0])
+        several_values = num_values > 1
+        question = (wording.all if several_values else wording.one).format(keys[0], count=num_values)
+        beginning = wording.beginning[several_values].format(keys[0])
     depth = depths[0] if len(depths) == 1 else None
-    asks = draft.question(question, beginning, draft.builder.listed(numbers), numbers, depth)
-    return draft.scatter(wording.head, needles), [asks]
+    question_about = draft.question(question, beginning, draft.builder.comma_separated(numbers), numbers, depth)
+    return draft.scatter(wording.head, needles), [question_about]
 
 
-def variables(draft: Draft) -> Made:
-    """Whether assignments are followed: which variables hold a number, by way of others, among other such chains.
+def variables(draft: Draft) -> TaskSample:
+    """Variable tracking: which variables hold a number, directly or through others, among other such chains.
 
-    The right answer that is scored names them in the order of the text.
+    The right answer lists them in the order of the text.
     """
     head, statement, question, beginning = VARIABLES[draft.builder.split]
     rng, tokens = draft.rng, draft.builder.tokens
-    names = draft.absent(draft.builder.words.made_up(rng, 2 * CHAINS * (HOPS + 1)), CHAINS * (HOPS + 1))
+    names = draft.not_in_hay(draft.builder.words.made_up(rng, 2 * CHAINS * (HOPS + 1)), CHAINS * (HOPS + 1))
     chains = [names[chain::CHAINS] for chain in range(CHAINS)]
     numbers = draft.numbers(CHAINS, digits=5)
     needles = []
@@ -170,56 +170,58 @@ def variables(draft: Draft) -> Made:
         depths = sorted(rng.random() for _ in chain)
         for depth, name, value in zip(depths, chain, [number, *chain], strict=False):
             needles.append((depth, tokens(LINE + statement.format(name, value) + LINE)))
-    answer = draft.builder.listed(chains[0])
-    asked = question.format(numbers[0], count=HOPS + 1)
-    return draft.scatter(head, needles), [draft.question(asked, beginning.format(numbers[0]), answer, chains[0])]
+    answer = draft.builder.comma_separated(chains[0])
+    question_text = question.format(numbers[0], count=HOPS + 1)
+    question_about = draft.question(question_text, beginning.format(numbers[0]), answer, chains[0])
+    return draft.scatter(head, needles), [question_about]
 
 
-def common_words(draft: Draft) -> Made:
-    """Whether words that come up often are told from all others: ten words, ten times as frequent.
+def common_words(draft: Draft) -> TaskSample:
+    """Identification of the common words in a list: ten words, ten times as frequent as the others.
 
-    Longer contexts repeat every word more often. Order does not count; the right answer that is scored names the words
-    in that of their first occurrence.
+    Longer contexts repeat every word more often. Order does not count in a generated answer; the right answer lists
+    the words by first occurrence.
     """
     head, question, beginning = COMMON_WORDS[draft.builder.split]
     words = draft.shuffled(draft.builder.words.nouns)
-    common, others = words[:COMMON], words[COMMON:]
+    common, rare = words[:COMMON], words[COMMON:]
     pieces = {word: draft.builder.tokens(f" {word}") for word in words}
     cost = {word: len(piece) for word, piece in pieces.items()}
-    each, rest = sum(map(cost.__getitem__, common)), sum(map(cost.__getitem__, others))
+    common_cost, other_cost = sum(map(cost.__getitem__, common)), sum(map(cost.__getitem__, rare))
     space = draft.space(head)
-    often = max(RARER, int(space / (each + rest / RARER)))
-    listed = common * often
-    left = space - often * each
-    for word in cycle(others):
-        left -= cost[word]
-        if left < 0:
+    repeats = max(RARITY, int(space / (common_cost + other_cost / RARITY)))
+    word_list = common * repeats
+    tokens_left = space - repeats * common_cost
+    for word in cycle(rare):
+        tokens_left -= cost[word]
+        if tokens_left < 0:
             break
-        listed.append(word)
-    if len(listed) < COMMON * (often + 1):
-        raise TooShort(draft.size - space + often * each + COMMON * max(cost.values()))
-    listed = draft.shuffled(listed)
-    context, _ = draft.fill(head, map(pieces.__getitem__, listed), apart=words)
-    answers = sorted(common, key=listed.index)
-    asked = question.format(count=COMMON)
-    return context, [draft.question(asked, beginning, draft.builder.listed(answers), answers)]
+        word_list.append(word)
+    if len(word_list) < COMMON * (repeats + 1):
+        raise TooShort(draft.size - space + repeats * common_cost + COMMON * max(cost.values()))
+    word_list = draft.shuffled(word_list)
+    context, _ = draft.fill(head, map(pieces.__getitem__, word_list), apart=words)
+    answers = sorted(common, key=word_list.index)
+    question_text = question.format(count=COMMON)
+    return context, [draft.question(question_text, beginning, draft.builder.comma_separated(answers), answers)]
 
 
-def frequent_words(draft: Draft) -> Made:
-    """Whether frequencies are told apart: the most frequent of words whose counts fall as 1 / rank² (zeta, α = 2)."""
+def frequent_words(draft: Draft) -> TaskSample:
+    """Identification of the most frequent words, where counts fall as 1 / rank² (zeta, α = 2)."""
     head, question, beginning = FREQUENT_WORDS[draft.builder.split]
     words = draft.builder.words.made_up(draft.rng, RANKS)
     pieces = {word: draft.builder.tokens(f" {word}") for word in words}
     space = draft.space(head)
 
-    def needed(first: int) -> int:
-        """Tokens of all words if the most frequent one comes so often."""
-        return sum(first // rank**2 * len(pieces[word]) for rank, word in enumerate(words, start=1))
+    def tokens_for(top_count: int) -> int:
+        """Tokens of all words if the most frequent one occurs `top_count` times."""
+        return sum(top_count // rank**2 * len(pieces[word]) for rank, word in enumerate(words, start=1))
 
-    first = bisect_right(range(space), space, key=needed) - 1
-    if first < CLEAR:
-        raise TooShort(draft.size - space + needed(CLEAR))
-    listed = [word for rank, word in enumerate(words, start=1) for _ in range(first // rank**2)]
-    context, _ = draft.fill(head, map(pieces.__getitem__, draft.shuffled(listed)), apart=words)
-    asked = question.format(count=FREQUENT)
-    return context, [draft.question(asked, beginning, draft.builder.listed(words[:FREQUENT]), words[:FREQUENT])]
+    top_count = bisect_right(range(space), space, key=tokens_for) - 1
+    if top_count < MIN_TOP_COUNT:
+        raise TooShort(draft.size - space + tokens_for(MIN_TOP_COUNT))
+    word_list = [word for rank, word in enumerate(words, start=1) for _ in range(top_count // rank**2)]
+    context, _ = draft.fill(head, map(pieces.__getitem__, draft.shuffled(word_list)), apart=words)
+    question_text = question.format(count=FREQUENT)
+    answers = words[:FREQUENT]
+    return context, [draft.question(question_text, beginning, draft.builder.comma_separated(answers), answers)]

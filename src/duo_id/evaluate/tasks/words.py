@@ -1,4 +1,4 @@
-"""The words that evaluation's samples are made of: none that training uses, and none in both splits."""
+"""The vocabulary of evaluation samples: no word is shared with training or between splits."""
 
 import random
 from dataclasses import dataclass
@@ -60,12 +60,12 @@ _SYLLABLES = 3
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What one split's samples are made of.
+    """The vocabulary of one split.
 
     Attributes:
-        nouns: common ones, all of them things that can be counted or had.
-        adjectives: that go before any of the nouns.
-        cities: that readers know.
+        nouns: common ones, for things that can be counted or owned.
+        adjectives: that fit any of the nouns.
+        cities: well-known ones.
         names: of people.
         consonants: of the split's made-up words.
     """
@@ -78,20 +78,20 @@ class Vocabulary:
 
     @property
     def num_made_up(self) -> int:
-        """How many made-up words there are."""
+        """Number of possible made-up words."""
         return (len(self.consonants) * len(_VOWELS)) ** _SYLLABLES
 
     @property
     def num_things(self) -> int:
-        """How many things there are."""
+        """Number of possible things."""
         return len(self.adjectives) * len(self.nouns)
 
     def made_up(self, rng: random.Random, count: int) -> list[str]:
-        """So many different words that mean nothing, such as "dibolu"."""
+        """`count` different meaningless words, such as "dibolu"."""
         return [self._spell(number) for number in rng.sample(range(self.num_made_up), count)]
 
     def things(self, rng: random.Random, count: int) -> list[str]:
-        """So many different things, such as "rusty lantern"."""
+        """`count` different things, such as "rusty lantern"."""
         numbers = rng.sample(range(self.num_things), count)
         pairs = (divmod(number, len(self.nouns)) for number in numbers)
         return [f"{self.adjectives[adjective]} {self.nouns[noun]}" for adjective, noun in pairs]
