@@ -3,15 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from duo_id.common.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from duo_id.deploy.cache import DualCache
     from duo_id.deploy.install import dual_cache, duo_attention, install, remove
     from duo_id.deploy.prefill import prefill
+    from duo_id.evaluate.api import evaluate_pattern
     from duo_id.patterns.files import list_patterns, load_pattern, save_pattern
     from duo_id.patterns.pattern import HeadMask, HeadPattern
     from duo_id.patterns.sharing import push_to_hub
-
-__version__ = "0.1.0"
+    from duo_id.train.api import identify
 
 _HOMES = {
     "DualCache": "duo_id.deploy.cache",
@@ -19,6 +21,8 @@ _HOMES = {
     "HeadPattern": "duo_id.patterns.pattern",
     "dual_cache": "duo_id.deploy.install",
     "duo_attention": "duo_id.deploy.install",
+    "evaluate_pattern": "duo_id.evaluate.api",
+    "identify": "duo_id.train.api",
     "install": "duo_id.deploy.install",
     "list_patterns": "duo_id.patterns.files",
     "load_pattern": "duo_id.patterns.files",
@@ -33,6 +37,8 @@ __all__ = [
     "HeadPattern",
     "dual_cache",
     "duo_attention",
+    "evaluate_pattern",
+    "identify",
     "install",
     "list_patterns",
     "load_pattern",
@@ -41,6 +47,11 @@ __all__ = [
     "remove",
     "save_pattern",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

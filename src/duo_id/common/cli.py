@@ -27,7 +27,6 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
-from duo_id import __version__
 from duo_id.common.config import conf_dir
 from duo_id.common.documents import printable
 from duo_id.common.errors import UserError
@@ -37,6 +36,7 @@ from duo_id.common.mistakes import as_typed, explained, literal, no_choice
 from duo_id.common.record import SETTINGS
 from duo_id.common.resuming import open_to_any, resumed
 from duo_id.common.stopping import describe_interrupt, preemption, status_of, stoppable
+from duo_id.common.version import __version__
 
 console = Console(emoji=False)
 SWEEP = "DUO_ID_SWEEP"  # environment: tells the jobs of one sweep from those of another in the same folder

@@ -1,7 +1,7 @@
 """The samples as Lightning takes them: an endless, resumable training stream and fixed held-out sets."""
 
 import itertools
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,7 @@ class SampleModule(LightningDataModule):
         length_limit: int | None = None,
         num_validation: int = 0,
         ranks: Ranks | None = None,
+        tasks: Mapping[str, Task] | None = None,
     ) -> None:
         """Keep the settings; a split's haystack is opened when its samples are first asked for.
 
@@ -49,11 +50,12 @@ class SampleModule(LightningDataModule):
             length_limit: the most tokens that the model takes; None: it names no limit.
             num_validation: samples of the validation loader; 0: there is none.
             ranks: the processes that share a step; None: this one alone.
+            tasks: of splits, instead of those that the settings name.
         """
         super().__init__()
         self.settings, self.tokenizer, self.seed, self.length_limit = settings, tokenizer, seed, length_limit
         self.num_validation, self.ranks = num_validation, ranks or Ranks()
-        self._tasks: dict[str, Task] = {}
+        self._tasks: dict[str, Task] = dict(tasks or {})
         self._start = {"position": 0, "global_step": 0}  # the position that a global step of the trainer began at
         token_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         pad_id = next(token for token in token_ids if token is not None)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
-from duo_id import __version__
 from duo_id.attention.interface import attached
 from duo_id.common import cli
 from duo_id.common.config import plain
@@ -17,6 +17,7 @@ from duo_id.common.errors import UserError, check
 from duo_id.common.figures import save_figure
 from duo_id.common.foreign import model_of, told_model
 from duo_id.common.record import check_honoured, differences, keep_settings, read_settings, within
+from duo_id.common.version import __version__
 from duo_id.data.haystack import load_haystack
 from duo_id.evaluate import chat
 from duo_id.evaluate.contenders import check_windows, contenders
@@ -72,6 +73,33 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
             except UserError as error:
                 override = "heads" if sources[name] == settings.heads else f"patterns.{name}"
                 raise UserError(f"{override}={sources[name]}: {error}") from error
+    results = score(settings, model, patterns, folder, cli.console)
+    write_results(folder, results)
+    cli.console.print(results_table(results, f"{model.name} under {settings.heads}"))
+    for title, grid in (leaderboards(results) | paired_grids(results)).items():
+        cli.console.print(terminal_table(grid, title))
+    for name, figure in figures(results).items():
+        save_figure(figure, folder / "figures" / f"{name}.png")
+    return results
+
+
+def score(
+    settings: EvaluateSettings,
+    model: LanguageModel,
+    patterns: Mapping[str, HeadPattern],
+    folder: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """The contents of `results.json`; scores are kept in the folder as they come, and those that are there reused.
+
+    Args:
+        settings: which tasks, compared with what.
+        model: under no mask.
+        patterns: by name, which fit the model.
+        folder: of the run.
+        console: shows the progress.
+    """
+    with attached(model.model) as layers:
         description = model.describe(layers) | {"dtype": str(model.model.dtype).removeprefix("torch.")}
     items = all_items(settings, model)
     check_windows(patterns, items)
@@ -85,9 +113,9 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     if settings.peers:
         write_samples(folder / SAMPLES, _samples_header(settings, model, next(iter(patterns.values()))), items)
     read_answers(folder, items)  # unreadable answers fail before the long run
-    run(model, items, lineup, journal, settings.generate, settings.batch_tokens, settings.chunk_size, cli.console)
+    run(model, items, lineup, journal, settings.generate, settings.batch_tokens, settings.chunk_size, console)
     eviction = read_answers(folder, items)
-    results = {
+    return {
         "model": description,
         "patterns": saved_patterns,
         "contenders": _named_contenders([*(contender.describe() for contender in lineup), *journal.rows, *eviction]),
@@ -97,13 +125,6 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
         "versions": cli.versions() | {"device": _device_name()},
         "rows": journal.rows + peer_rows(eviction, items, model.tokenizer, end_tokens(model)),
     }
-    write_results(folder, results)
-    cli.console.print(results_table(results, f"{model.name} under {settings.heads}"))
-    for title, grid in (leaderboards(results) | paired_grids(results)).items():
-        cli.console.print(terminal_table(grid, title))
-    for name, figure in figures(results).items():
-        save_figure(figure, folder / "figures" / f"{name}.png")
-    return results
 
 
 def expand_seeds(sources: Mapping[str, str]) -> dict[str, str]:

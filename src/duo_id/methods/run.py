@@ -24,6 +24,7 @@ class Run:
         step: how a step is computed.
         console: shows the progress.
         accepted: to be called once the settings have proved to work, before the long part.
+        partial: let an interrupted run return the pattern so far, with `interrupted` in its provenance.
         order: finds or reads the pattern that `method.start` or `method.prior` names, if it names one.
     """
 
@@ -33,6 +34,7 @@ class Run:
     step: StepSettings = field(default_factory=StepSettings)
     console: Console = field(default_factory=lambda: Console(quiet=True))
     accepted: Callable[[], None] = lambda: None
+    partial: bool = False
     order: Callable[[], HeadPattern | None] = lambda: None
 
 

@@ -47,7 +47,7 @@ def find(gated_model: GatedModel, samples: SampleModule, settings: SearchSetting
     chosen = samples.samples("train", settings.samples)
     if not run.resume:
         (run.folder / ORDER).unlink(missing_ok=True)  # of another run in this folder
-    return search(gated_model, chosen, settings, run.order(), run.folder, run.console)
+    return search(gated_model, chosen, settings, run.order(), run.folder, run.console, run.partial)
 
 
 def search(
@@ -57,6 +57,7 @@ def search(
     start: HeadPattern | None,
     folder: Path,
     console: Console,
+    partial: bool = False,
 ) -> HeadPattern:
     """The pattern of a search over some samples, with its counts as provenance.
 
@@ -67,6 +68,7 @@ def search(
         start: a pattern whose order holds for the heads that are not searched.
         folder: where `search.json` keeps the order so far, from which a resumed search continues.
         console: shows the progress.
+        partial: see `Run`.
 
     Returns:
         its scores in [0, 1].
@@ -100,11 +102,16 @@ def search(
         share = max(len(batch["scored"]) / batch["input_ids"].shape[1] for batch in batches)
         fitting = fitting_batch_tokens(gated_model, share if distillation.objective.logits else 0.0)
         losses = MaskLosses(distillation, batches, settings.batch_tokens or fitting)
-        STRATEGIES[settings.strategy](order, losses, settings.heads_per_round, decided)
-        if settings.swap_at is not None:
-            progress.update(bar, description="exchanging heads", total=settings.max_swaps, completed=0)
-            swap(order, losses, streaming, settings.max_swaps, settings.swap_width, decided)
-            provenance |= {"swaps": order.swaps, "budget": settings.swap_at}
+        try:
+            STRATEGIES[settings.strategy](order, losses, settings.heads_per_round, decided)
+            if settings.swap_at is not None:
+                progress.update(bar, description="exchanging heads", total=settings.max_swaps, completed=0)
+                swap(order, losses, streaming, settings.max_swaps, settings.swap_width, decided)
+                provenance |= {"swaps": order.swaps, "budget": settings.swap_at}
+        except KeyboardInterrupt:
+            if not partial:
+                raise
+            provenance["interrupted"] = True
     provenance |= {"forwards": round(losses.forwards, 1), "seconds_before": before}
     return gated_model.pattern(order.scores(), **provenance)
 

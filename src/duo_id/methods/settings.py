@@ -218,6 +218,7 @@ class GateSettings(_Distilled, MethodSettings):
 
 METHODS: dict[str, type[MethodSettings]] = {
     "duo": GateSettings,
+    "nested": GateSettings,
     "attention_profile": AttentionSettings,
     "retrieval_score": AttentionSettings,
     "query_score": AttentionSettings,

@@ -1,7 +1,7 @@
 """`method=duo` and `method=nested`: gates, trained by Lightning."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LambdaCallback, ProgressBar, Timer
@@ -11,6 +11,7 @@ from duo_id.common.errors import UserError
 from duo_id.common.mistakes import instantiate
 from duo_id.common.stopping import stop
 from duo_id.data.datamodule import SampleModule
+from duo_id.data.samples import Task
 from duo_id.methods.run import Run
 from duo_id.methods.settings import GateSettings
 from duo_id.models.gated_model import GatedModel
@@ -33,17 +34,21 @@ class TrainRun(Run):
     Attributes:
         settings: all of them.
         loggers: get what training logs.
+        tasks: of splits whose samples are not those that the settings name.
     """
 
     settings: TrainSettings
     loggers: Sequence[Logger] = ()
+    tasks: Mapping[str, Task] = field(default_factory=dict)
 
 
-def sample_module(model: LanguageModel, settings: TrainSettings, seed: int) -> SampleModule:
-    """The samples of a seed."""
+def sample_module(
+    model: LanguageModel, settings: TrainSettings, seed: int, tasks: Mapping[str, Task] | None = None
+) -> SampleModule:
+    """The samples of a seed; `tasks` as of `TrainRun`."""
     held_out = settings.comparison.validation_samples
     return SampleModule(
-        settings.data, model.tokenizer, seed, model.max_length, num_validation=held_out, ranks=model.ranks
+        settings.data, model.tokenizer, seed, model.max_length, num_validation=held_out, ranks=model.ranks, tasks=tasks
     )
 
 
@@ -72,9 +77,10 @@ def find(gated_model: GatedModel, samples: SampleModule, method: GateSettings, r
             if resumed is None or isinstance(error, UserError) or not while_restoring(error):
                 raise
             raise misfit(resumed, error) from error
-    if gates.interrupted:
+    if gates.interrupted and not run.partial:
         stop(gates.interrupted)
-    pattern = gates.pattern(steps=trainer.global_step, seconds_before=_seconds_before(timer))
+    interrupted = {"interrupted": True} if gates.interrupted else {}
+    pattern = gates.pattern(steps=trainer.global_step, seconds_before=_seconds_before(timer), **interrupted)
     return pattern if prior is None else mix_prior(pattern, prior, method.prior_weight)
 
 

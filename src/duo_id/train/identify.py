@@ -24,6 +24,7 @@ from duo_id.train.fit_gates import TrainRun, sample_module
 
 FIND: dict[str, Find] = {
     "duo": fit_gates.find,
+    "nested": fit_gates.find,
     "attention_profile": attention_profile.find,
     "retrieval_score": retrieval_score.find,
     "query_score": query_score.find,
@@ -48,7 +49,7 @@ def identify(gated_model: GatedModel, method: MethodSettings, run: TrainRun) -> 
         f"trainer.devices={devices}: method={method.name} works on 1 device; on several do trained gates, and without "
         "step.sequence_parallel all but searches",
     )
-    samples = sample_module(gated_model.model, run.settings, run.seed)
+    samples = sample_module(gated_model.model, run.settings, run.seed, run.tasks)
     samples.task("train")  # what cannot work is refused before anything is computed
     key = "start" if isinstance(method, SearchSettings) else "prior"
     order = partial(_order, key, getattr(method, key, None), gated_model, run)

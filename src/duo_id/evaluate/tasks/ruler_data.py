@@ -13,7 +13,7 @@ from duo_id.evaluate.tasks.ruler_files import Sample, read_ruler
 
 RULER_DATA = "ruler-data"
 # The 13 tasks of the authors' synthetic.yaml; metric and new tokens of each kind from their constants.py.
-TASKS = (
+RULER_TASKS = (
     "niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3 niah_multivalue "
     "niah_multiquery vt cwe fwe qa_1 qa_2"
 ).split()
@@ -34,9 +34,12 @@ def expand_ruler(names: Sequence[str]) -> list[str]:
     tasks: list[str] = []
     for name in names:
         task = name.removeprefix(RULER_DATA).removeprefix("/")
-        choices = ", ".join(f"{RULER_DATA}/{one}" for one in TASKS)
-        check(name == RULER_DATA or task in TASKS, f"tasks={name}: no such data set, choose {RULER_DATA} or {choices}")
-        tasks += TASKS if name == RULER_DATA else [task]
+        choices = ", ".join(f"{RULER_DATA}/{one}" for one in RULER_TASKS)
+        check(
+            name == RULER_DATA or task in RULER_TASKS,
+            f"tasks={name}: no such data set, choose {RULER_DATA} or {choices}",
+        )
+        tasks += RULER_TASKS if name == RULER_DATA else [task]
     return list(dict.fromkeys(tasks))
 
 

@@ -1,0 +1,73 @@
+"""`duo_id.evaluate_pattern`: score a head pattern on a model that is in memory, from Python."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from duo_id.common.composing import composed, override
+from duo_id.common.config import conf_dir, parse
+from duo_id.evaluate.run import score
+from duo_id.evaluate.settings import EvaluateSettings
+from duo_id.models.in_memory import frozen, language_model_of
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.report.summary import contenders, frame
+
+
+def evaluate_pattern(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    pattern: HeadPattern,
+    tasks: str | Sequence[str] = "quick",
+    *,
+    sparsity: float | Sequence[float] = 0.5,
+    lengths: int | Sequence[int] | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **overrides: Any,
+) -> pd.DataFrame:
+    """Score the masks of a pattern on held-out long-context tasks, beside full attention and random masks.
+
+    Args:
+        model: any causal language model of transformers, see `duo_id.identify`.
+        tokenizer: of the model.
+        pattern: whose masks are scored.
+        tasks: a preset of conf/evaluation (quick, standard, full), or tasks and groups of tasks by name.
+        sparsity: fractions of the KV heads that stream.
+        lengths: tokens of a context with its question and answer; None: those of the preset.
+        samples: contexts of each task and length; None: as many as the preset has.
+        seed: of samples and random masks.
+        progress: show a bar.
+        overrides: other settings of conf/evaluate.yaml, such as `random_masks=3` or `chat_template=True`.
+
+    Returns:
+        one row a contender, full attention first. Each metric (`loss`, `kl`, `rise`, `accuracy`, `exact`, `score`,
+        `kept`, ...) is followed by the ends of its 95% interval, `loss_low` and `loss_high`; NaN where the samples are
+        too few for one. `attrs["results"]` holds what results.json of the command holds.
+
+    Raises:
+        UserError: something cannot work; the message names the setting.
+    """
+    language_model = language_model_of(model, tokenizer)
+    pattern.check_fits(language_model.num_layers, pattern.scores.shape[1], language_model.name)
+    presets = {path.stem for path in (conf_dir() / "evaluation").glob("*.yaml")}
+    is_preset = isinstance(tasks, str) and tasks in presets
+    config = composed("evaluate", [f"evaluation={tasks}"] if is_preset else [])
+    given = {"sparsity": sparsity, "lengths": lengths, "samples": samples, "seed": seed} | overrides
+    given |= {} if is_preset else {"tasks": tasks if isinstance(tasks, str) else list(tasks)}
+    model_settings = {"id": language_model.id, "name": language_model.name, "revision": language_model.revision}
+    override(config, {key: value for key, value in given.items() if value is not None})
+    override(config, {"heads": "pattern", "model": model_settings})
+    settings = parse(EvaluateSettings, OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    console = Console(quiet=not progress)
+    with tempfile.TemporaryDirectory() as folder, frozen(language_model.model):
+        results = score(settings, language_model, {"pattern": pattern}, Path(folder), console)
+    table = contenders(frame(results))
+    table.attrs["results"] = results
+    return table

@@ -1,0 +1,46 @@
+"""A model that a Python program holds, as the language model that the rest of duo_id works on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from duo_id.common.errors import check
+from duo_id.deploy.wrappers import check_prefix, unwrapped
+from duo_id.models.language_model import LanguageModel
+
+
+def language_model_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
+    """The language model in whatever it is wrapped in, such as `torch.compile` or an adapter of PEFT.
+
+    Raises:
+        UserError: it is no model of transformers, or lies on several devices, or the tokenizer is none.
+    """
+    check_prefix(model)
+    inner = unwrapped(model)
+    devices = {str(device) for device in getattr(inner, "hf_device_map", {}).values()}
+    check(len(devices) < 2, f"model: its layers lie on several devices ({', '.join(sorted(devices))}): load it on one")
+    is_tokenizer = isinstance(tokenizer, PreTrainedTokenizerBase)
+    check(is_tokenizer, f"tokenizer: a {type(tokenizer).__name__} is no tokenizer of transformers")
+    identifier = inner.config.name_or_path or type(inner).__name__
+    revision = getattr(inner.config, "_commit_hash", None)
+    return LanguageModel(inner, tokenizer, Path(identifier).name or identifier, identifier, revision, "memory")
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Freeze a model, in eval mode, for a block."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -1,0 +1,207 @@
+"""Heads of a model in memory, found from Python."""
+
+import io
+import logging
+import os
+import random
+import signal
+from contextlib import redirect_stdout
+from typing import Any
+
+import datasets
+import hydra
+import numpy as np
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+import duo_id
+from duo_id.common.config import conf_dir, plain
+from duo_id.common.errors import UserError
+from duo_id.data.samples import UNSCORED
+from duo_id.models.tokenizers import byte_tokenizer
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.train.gate_training import GateTraining
+from duo_id.train.settings import train_settings
+from tests.support.tiny import hooks_of, tiny_model
+
+TOKENIZER = byte_tokenizer()
+SMALL: dict[str, Any] = {"data.num_passkeys": 1, "data.passkey_words": 2}
+BYTES = len(TOKENIZER)
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    """A tiny model that reads bytes, as its owner has it: in training mode, with gradients."""
+    return tiny_model("llama", vocab_size=BYTES).train().requires_grad_(True)
+
+
+def found(model: Any, **changes: Any) -> HeadPattern:
+    arguments = {"data": "passkey", "steps": 2, "lengths": (400, 450), "progress": False} | SMALL | changes
+    data = arguments.pop("data")
+    return duo_id.identify(model, TOKENIZER, data, **arguments)
+
+
+def test_a_pattern_comes_out_and_the_model_is_as_it_was(model: PreTrainedModel) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pattern = found(model, sink_size=4, recent_size=32, seed=3, lr=0.5)
+    assert pattern.scores.shape == (3, 2)
+    assert len(pattern.scores.unique()) > 1
+    assert (pattern.sink_size, pattern.recent_size) == (4, 32)
+    settings = pattern.provenance["settings"]
+    assert (settings["method"]["lr"], settings["trainer"]["max_steps"], pattern.provenance["seed"]) == (0.5, 2, 3)
+    assert (settings["data"]["task"], settings["data"]["length_min"], settings["data"]["length_max"]) == (
+        "passkey",
+        400,
+        450,
+    )
+    assert pattern.provenance["model"]["source"] == "memory"
+    assert pattern.provenance["steps"] == 2
+    assert plain(train_settings(settings))["method"] == settings["method"], "what is recorded can be read again"
+    assert model.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not hooks_of(model)
+    assert model.config._attn_implementation != "duo_id"
+
+
+def test_the_same_seed_finds_the_same_and_random_states_are_left_alone(model: PreTrainedModel) -> None:
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    first = found(model, seed=5)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+    assert torch.equal(found(model, seed=5).scores, first.scores)
+    assert not torch.equal(found(model, seed=6).scores, first.scores)
+
+
+@pytest.mark.parametrize("method", ["saliency", "random", "attention_profile"])
+def test_every_method_can_be_asked_for(method: str, model: PreTrainedModel) -> None:
+    pattern = found(model, method=method, **({} if method == "random" else {"samples": 1}))
+    assert pattern.provenance["settings"]["method"]["name"] == method
+    assert len(pattern.scores.unique()) > 1
+
+
+def test_adapters_and_compiled_models_are_looked_into(model: PreTrainedModel) -> None:
+    plain_scores = found(model).scores
+    assert torch.equal(found(torch.compile(model)).scores, plain_scores)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    assert not torch.equal(found(adapted).scores, plain_scores), "the adapter's part in the keys counts"
+
+
+TEXTS = ["The quick brown fox jumps over the lazy dog. " * 40, "Pack my box with five dozen jugs. " * 40]
+ROWS = [{"input_ids": list(range(3, 143)), "labels": [UNSCORED] * 130 + list(range(133, 143))} for _ in range(3)]
+
+
+def batch_with_padding() -> dict[str, torch.Tensor]:
+    ids, labels = (torch.tensor([row[key] for row in ROWS[:2]]) for key in ("input_ids", "labels"))
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("data", "tokens"),
+    [
+        (TEXTS, "far"),
+        (datasets.Dataset.from_dict({"text": TEXTS}), "far"),
+        (datasets.Dataset.from_list(ROWS), "far"),
+        (DataLoader(datasets.Dataset.from_list(ROWS).with_format("torch"), batch_size=2), "far"),
+        ([batch_with_padding()], "far"),
+    ],
+    ids=["texts", "data set of texts", "data set of tokens", "loader", "padded batch"],
+)
+def test_ones_own_data(data: Any, tokens: str, model: PreTrainedModel) -> None:
+    pattern = found(model, data=data, lengths=(120, 140), sink_size=2, recent_size=30)
+    assert len(pattern.scores.unique()) > 1
+    assert pattern.provenance["settings"]["method"]["tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "nestd"}, r"^method='nestd': choose one of .*nested.*, did you mean nested\?$"),
+        ({"data": "mixtre"}, r"^data='mixtre': choose one of .*mixture.*, did you mean mixture\?$"),
+        ({"lrr": 1}, r"^lrr: .*did you mean lr\?$"),
+        ({"method.lrr": 1}, r"^method\.lrr=1: there is no such setting, did you mean method\.lr\?$"),
+        ({"nosuch.key": 1}, r"^nosuch\.key: there is no such argument or setting$"),
+        ({"data": []}, "^data is empty$"),
+        ({"data": 3}, "^data: a int is neither the name of a task"),
+        ({"data": [3]}, "^data: a int is neither"),
+        ({"data": datasets.Dataset.from_dict({"body": TEXTS})}, "^data: the data set has columns body, neither text"),
+        ({"data": [{"input_ids": [1, 2], "labels": [1]}]}, "^data: labels have the shape"),
+        ({"data": [{"input_ids": [1, 2], "labels": [UNSCORED] * 2}]}, "nothing in it can be scored$"),
+        ({"data": [{"input_ids": [5] * 600, "labels": [5] * 600}]}, "a sample has 600 tokens, and the model takes 512"),
+        ({"lengths": (10, 5)}, "^data.length_max=5 must not be below"),
+        ({"on_interrupt": "stop"}, "^on_interrupt='stop': choose raise or return$"),
+        ({"sink_size": -1}, "^method.sink_size=-1 must be at least 0"),
+    ],
+)
+def test_mistakes_are_one_line(changes: dict[str, Any], message: str, model: PreTrainedModel) -> None:
+    with pytest.raises(UserError, match=message):
+        found(model, **changes)
+    assert model.training
+
+
+def test_other_things_are_no_models(model: PreTrainedModel) -> None:
+    with pytest.raises(UserError, match=r"^a Linear is no model of transformers"):
+        found(torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"^tokenizer: a function is no tokenizer"):
+        duo_id.identify(model, lambda text: text)
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(UserError, match=r"^model: its layers lie on several devices \(0, 1\)"):
+        found(model)
+
+
+def test_quiet_or_with_a_bar(model: PreTrainedModel, capfd: pytest.CaptureFixture[str]) -> None:
+    found(model)
+    assert capfd.readouterr() == ("", "")
+    shown = io.StringIO()
+    with redirect_stdout(shown):
+        found(model, progress=True)
+    lines = shown.getvalue().splitlines()
+    assert lines[0].startswith("LlamaForCausalLM on cpu: 3 layers x 2 KV heads, method=nested, 2 steps")
+    assert "step 2/2" in shown.getvalue()
+    assert "Trainer" not in shown.getvalue(), "Lightning says nothing of itself"
+    assert logging.getLogger("lightning.pytorch").level != logging.ERROR
+
+
+def test_inside_another_application_of_hydra(model: PreTrainedModel) -> None:
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        outer = GlobalHydra.instance().hydra
+        found(model)
+        assert GlobalHydra.instance().hydra is outer
+
+
+@pytest.mark.parametrize("method", ["nested", "search"])
+def test_an_interrupted_run_raises_or_returns_what_it_has(
+    method: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+
+    def interrupted(original: Any) -> Any:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            steps.append(1)
+            if len(steps) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(*args, **kwargs)
+
+        return step
+
+    from duo_id.methods.candidates import MaskLosses
+
+    owner, name = (GateTraining, "training_step") if method == "nested" else (MaskLosses, "__call__")
+    monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
+    wanted = {"method": method, "steps": 50} | ({} if method == "nested" else {"samples": 1})
+    with pytest.raises(KeyboardInterrupt):
+        found(model, **wanted)
+    steps.clear()
+    pattern = found(model, on_interrupt="return", **wanted)
+    assert pattern.provenance["interrupted"] is True
+    assert len(steps) < 50
+    assert len(pattern.scores.unique()) > 1
+    assert model.training
+    assert not hooks_of(model)
