@@ -11,7 +11,7 @@ from duo_id.attention.decode import decode_attention
 from duo_id.attention.functions import Backends
 from duo_id.attention.interface import as_autocast
 from duo_id.attention.layers import AttentionLayer
-from duo_id.attention.padding import ordered
+from duo_id.attention.padding import reorder
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.window import Window
 from duo_id.common.errors import UserError
@@ -136,7 +136,7 @@ class DualLayer(CacheLayerMixin):
                     store.put(key[:, :, place], value[:, :, place], 0, slice(None))
         else:
             order, lengths = tokens.order(key.device), torch.tensor(tokens.new, device=key.device)
-            key, value = ordered(key, order), ordered(value, order)
+            key, value = reorder(key, order), reorder(value, order)
             for store in self.stores:
                 if store.heads:
                     store.put_first(key, value, lengths)

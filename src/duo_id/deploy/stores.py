@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from duo_id.attention.full import full_attention
-from duo_id.attention.padding import ordered
+from duo_id.attention.padding import reorder
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
 from duo_id.attention.window import Window
@@ -244,12 +244,12 @@ class StreamingStore(Store):
         slot = torch.arange(sink + recent, device=device)
         token = torch.where(slot < sink, slot, last - (last - slot) % recent)  # slots of no token are not looked at
         for store, new in ((self.key, key), (self.value, value)):
-            store.copy_(ordered(self.taken(new), token.clamp(0, key.shape[2] - 1)))
+            store.copy_(reorder(self.taken(new), token.clamp(0, key.shape[2] - 1)))
         if self.recorded is not None:
             last, places = last - recent, self.recorded.shape[3]
             token = last - (last - torch.arange(places, device=device)) % places
             for i, new in enumerate((key, value)):
-                self.recorded[:, i] = ordered(self.taken(new), token.clamp(0, key.shape[2] - 1))
+                self.recorded[:, i] = reorder(self.taken(new), token.clamp(0, key.shape[2] - 1))
 
     @torch.inference_mode(False)
     def record(self, tokens: int) -> None:
