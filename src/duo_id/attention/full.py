@@ -43,7 +43,7 @@ def full_attention(
         (batch, heads, queries, head_dim).
 
     Raises:
-        UserError: flash-attn was asked for and is not installed, or the backend is unknown.
+        UserError: flash-attn was requested but is not installed, or the backend is unknown.
     """
     implementation = _choose(backend, query.device.type, query.dtype, key.shape[2] >= CUDNN_MIN_TOKENS)
     if rows is not None:

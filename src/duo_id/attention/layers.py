@@ -255,7 +255,7 @@ def layer_list(name: str) -> str:
     """`model.layers` of `model.layers.3.self_attn`: the path up to the first number.
 
     Raises:
-        UserError: there is none.
+        UserError: the path has no number.
     """
     parts = name.split(".")
     if not any(part.isdigit() for part in parts):
