@@ -71,7 +71,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax,
 
 
 @functools.cache
-def _choose(backend: str, device: str, dtype: torch.dtype, long: bool) -> str:
+def _choose(backend: str, device: str, dtype: torch.dtype, long_context: bool) -> str:
     if backend not in FULL_BACKENDS:
         raise UserError(f"step.full_backend={backend}: choose one of {', '.join(FULL_BACKENDS)}")
     if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
@@ -82,7 +82,7 @@ def _choose(backend: str, device: str, dtype: torch.dtype, long: bool) -> str:
         return backend
     if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
-    if long and torch.cuda.get_device_capability()[0] >= 9 and torch.backends.cudnn.is_available():
+    if long_context and torch.cuda.get_device_capability()[0] >= 9 and torch.backends.cudnn.is_available():
         return "cudnn"
     return "flash_attn" if importlib.util.find_spec("flash_attn") else "flash"
 

@@ -118,15 +118,15 @@ def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, 
     for start in range(0, query.shape[2], ROWS):
         rows = query[:, :, start : start + ROWS]
         first, end = past + start, past + start + rows.shape[2]
-        near = max(window.sink_size, first - window.recent_size + 1)  # the first key of the window of the first query
-        seen = torch.arange(end, device=key.device)
+        window_start = max(window.sink_size, first - window.recent_size + 1)  # of the first query, after the sink
+        key_positions = torch.arange(end, device=key.device)
         inputs: list[Any] = [rows, key[:, :, :end], value[:, :, :end]]
-        if near > window.sink_size:
-            seen, *inputs[1:] = (
-                torch.cat([x.narrow(d, 0, window.sink_size), x.narrow(d, near, end - near)], d)
-                for x, d in ((seen, 0), (inputs[1], 2), (inputs[2], 2))
+        if window_start > window.sink_size:
+            key_positions, *inputs[1:] = (
+                torch.cat([x.narrow(d, 0, window.sink_size), x.narrow(d, window_start, end - window_start)], d)
+                for x, d in ((key_positions, 0), (inputs[1], 2), (inputs[2], 2))
             )
-        inputs.append(window.dense(torch.arange(first, end, device=key.device), seen))
+        inputs.append(window.dense(torch.arange(first, end, device=key.device), key_positions))
         if gradient:
             parts.append(checkpoint(softmax.attend, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:

@@ -87,9 +87,9 @@ class Exchange:
         received = all_to_all_single_autograd(
             packed, [share.rows] * parts, [part.rows for part in self.shares], self.group
         )
-        whole = received.unflatten(0, (parts, share.rows)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        gathered = received.unflatten(0, (parts, share.rows)).permute(2, 1, 0, 3, 4).flatten(2, 3)
         heads, kv_heads = share.sizes
-        query, key, value = whole.split([heads, kv_heads, kv_heads], dim=1)
+        query, key, value = gathered.split([heads, kv_heads, kv_heads], dim=1)
         return query, key, value
 
     def to_tokens(self, out: Tensor) -> Tensor:

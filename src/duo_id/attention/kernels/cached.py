@@ -24,16 +24,16 @@ FAR_BELOW = tl.constexpr(-1e30)  # below any score; unlike -inf it can be subtra
 
 
 @triton.jit
-def _fold(query, key, value, visible, most, total, out, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def _fold(query, key, value, visible, row_max, total, out, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """Fold one block of keys (n, dim) into the running softmax of the queries (m, dim)."""
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
     scores = tl.where(visible, scores, float("-inf"))
-    new_most = tl.maximum(most, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_most[:, None])
-    rescale = tl.exp2(most - new_most)
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
     total = total * rescale + tl.sum(weights, 1)
     out = tl.dot(weights.to(value.dtype), value, out * rescale[:, None], input_precision=PRECISION)
-    return new_most, total, out
+    return new_max, total, out
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _decode(  # type: ignore[no-untyped-def]
     new_key = tl.load(key + batch * key_batch + head * key_head + columns, in_head, 0.0)
     new_value = tl.load(value + batch * value_batch + head * value_head + columns, in_head, 0.0)
     new_scores = tl.sum(queries.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
-    most = tl.where(split == 0, new_scores, FAR_BELOW)
+    row_max = tl.where(split == 0, new_scores, FAR_BELOW)
     total = tl.where(split == 0, 1.0, tl.zeros([ROWS], tl.float32))
     out = tl.where(split == 0, new_value.to(tl.float32)[None, :], tl.zeros([ROWS, COLUMNS], tl.float32))
     for start in range(first, last, BLOCK):
@@ -85,8 +85,8 @@ def _decode(  # type: ignore[no-untyped-def]
         offsets = slots_read.to(tl.int64)[:, None] * DIM + columns[None, :]
         block_keys = tl.load(keys + offsets, visible[:, None] & in_head[None, :], 0.0)
         block_values = tl.load(values + offsets, visible[:, None] & in_head[None, :], 0.0)
-        most, total, out = _fold(
-            queries, block_keys, block_values, visible[None, :], most, total, out, scale, PRECISION
+        row_max, total, out = _fold(
+            queries, block_keys, block_values, visible[None, :], row_max, total, out, scale, PRECISION
         )
     if (split == 0) & (slot < slots):
         tl.store(keys + slot.to(tl.int64) * DIM + columns, new_key, in_head)
@@ -104,7 +104,7 @@ def _decode(  # type: ignore[no-untyped-def]
         own_part = partial + (number * splits + split) * size
         tl.store(own_part + rows[:, None] * DIM + columns[None, :], out, inside)
         tl.store(own_part + GROUP * DIM + rows, total, rows < GROUP)
-        tl.store(own_part + GROUP * (DIM + 1) + rows, most, rows < GROUP)
+        tl.store(own_part + GROUP * (DIM + 1) + rows, row_max, rows < GROUP)
         tl.debug_barrier()
         if tl.atomic_add(arrived + number, 1, sem="acq_rel") == splits - 1:
             tl.store(arrived + number, 0)
@@ -149,7 +149,7 @@ def _stream(  # type: ignore[no-untyped-def]
         at + row.to(tl.int64)[:, None] * query_token + columns[None, :], (row[:, None] < tokens) & in_head, 0.0
     )
     position = past + row
-    most = tl.full([ROWS], FAR_BELOW, tl.float32)
+    row_max = tl.full([ROWS], FAR_BELOW, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, COLUMNS], tl.float32)
 
@@ -165,7 +165,7 @@ def _stream(  # type: ignore[no-untyped-def]
         stored = tl.where(slot < sink, slot, past - 1 - (past - 1 - slot) % recent)  # the position that a slot holds
         near = (slot[None, :] < sink) | (position[:, None] - stored[None, :] < recent)
         visible = (slot[None, :] < used) & near
-        most, total, out = _fold(queries, block_keys, block_values, visible, most, total, out, scale, PRECISION)
+        row_max, total, out = _fold(queries, block_keys, block_values, visible, row_max, total, out, scale, PRECISION)
 
     keys, values = key + batch * key_batch + head * key_head, value + batch * value_batch + head * value_head
     nearest = tl.maximum(begin - recent + 1, 0) // BLOCK * BLOCK  # the first block that a window reaches into
@@ -180,7 +180,7 @@ def _stream(  # type: ignore[no-untyped-def]
         block_values = tl.load(values + token.to(tl.int64)[:, None] * value_token + columns[None, :], inside, 0.0)
         near = (past + token[None, :] < sink) | (row[:, None] - token[None, :] < recent)
         visible = (token[None, :] <= row[:, None]) & (token[None, :] < end) & near
-        most, total, out = _fold(queries, block_keys, block_values, visible, most, total, out, scale, PRECISION)
+        row_max, total, out = _fold(queries, block_keys, block_values, visible, row_max, total, out, scale, PRECISION)
 
     at = output + batch * output_batch + (head * GROUP + member) * output_head
     at += row.to(tl.int64)[:, None] * output_token + columns[None, :]
