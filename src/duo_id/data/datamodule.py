@@ -125,8 +125,8 @@ class _TrainBatches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
-        for number in itertools.count(first, every):
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for number in itertools.count(first, stride):
             start = self.position + number * self.step + self.offset
             yield self.collate([self.task.sample(start + row, self.seed) for row in range(self.batch_size)])
 

@@ -91,7 +91,7 @@ class DiskTask:
         """
         path = Path(settings.path or "")
         check(path.is_dir(), f"data.path={path}: no such folder; data_gen/ writes one")
-        check_sums(path, f"copy data.path={path} again or write it again", (CARD, SPLITS, split))
+        check_sums(path, f"copy or write data.path={path} again", (CARD, SPLITS, split))
         try:
             card = checked(_Card, read_json(path / CARD), path / CARD)
             splits = checked(_Splits, read_json(path / SPLITS), path / SPLITS).splits

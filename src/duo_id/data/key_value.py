@@ -32,9 +32,9 @@ class KeyValueTask(DraftedTask):
         self.key_words = math.ceil(math.log(self.lengths[-1], len(self.words)))  # enough for one key per token
         count, words = self.settings.num_questions, self.settings.answer_words
         self.num_fixed = len(self.start) + len(self.head) + len(self.index_end)
-        around = len(self.entry) + len(self.question) + 2 * len(self.colon) + len(self.answer_end)
+        per_entry = len(self.entry) + len(self.question) + 2 * len(self.colon) + len(self.answer_end)
         self.require(
-            self.num_fixed + count * (around + 2 * (self.key_words + words) * self.longest_word),
+            self.num_fixed + count * (per_entry + 2 * (self.key_words + words) * self.longest_word),
             f"{count} entries of {words} words and their questions",
             "data.num_questions or data.answer_words",
         )
@@ -48,14 +48,14 @@ class KeyValueTask(DraftedTask):
         for index in rng.sample(range(count), count):
             pieces.append(("question", self.question + keys[index] + self.colon))
             pieces += ("answer", values[index]), ("separator", self.answer_end)
-        asked = [self._entry(key, value) for key, value in zip(keys, values, strict=True)]
-        room = length - self.num_fixed - sum(map(len, asked)) - sum(len(piece) for _, piece in pieces)
+        asked_entries = [self._entry(key, value) for key, value in zip(keys, values, strict=True)]
+        room = length - self.num_fixed - sum(map(len, asked_entries)) - sum(len(piece) for _, piece in pieces)
         others: list[list[int]] = []
         while len(entry := self._entry(self._key(rng, used_keys), self._value(rng))) <= room:
             others.append(entry)
             room -= len(entry)
         entries = scatter(
-            others, [(depth, [entry]) for depth, entry in zip(self.depths(rng, count), asked, strict=True)]
+            others, [(depth, [entry]) for depth, entry in zip(self.depths(rng, count), asked_entries, strict=True)]
         )
         context = self.start + self.hay(rng, room) + self.head
         return context + [token for entry in entries for token in entry] + self.index_end, pieces

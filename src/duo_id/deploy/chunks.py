@@ -80,10 +80,10 @@ def check_chunks(model: PreTrainedModel, ids: Tensor, chunk_size: int, past: int
         return Continuation()
     how = continuation(model, ids)
     if how.stepwise and min(chunk_size, tokens) > 1:
-        least = "1 after a past" if past else f"{tokens}, the whole prompt"
+        suggestion = "1 after a past" if past else f"{tokens}, the whole prompt"
         raise UserError(
             f"chunk_size={chunk_size}: {_title(model)} has layers that lose their state when several tokens follow a "
-            f"past, so chunks would change its logits: use chunk_size={least}"
+            f"past, so chunks would change its logits: use chunk_size={suggestion}"
         )
     return how
 

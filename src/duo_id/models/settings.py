@@ -58,9 +58,9 @@ def _check_sizes(shape: dict[str, Any], override: str) -> None:
     """Refuse impossible sizes of a model; whether they fit together is checked by the model's own config."""
     for key, value in shape.items():
         if key in SIZES and not (value is None and override == "model.config"):
-            whole = isinstance(value, int) and not isinstance(value, bool)
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
             check(
-                whole and 1 <= value <= SIZES[key],
+                is_whole and 1 <= value <= SIZES[key],
                 f"{override}.{key}={shown(value)} must be a whole number, at least 1 and at most {SIZES[key]}",
             )
         elif isinstance(value, dict):
