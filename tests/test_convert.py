@@ -68,10 +68,10 @@ def test_what_is_lost_is_told_exactly() -> None:
     kept = ["provenance", "windows (sink_size=16, recent_size=64)"]
     assert lost_parts(CASES["random"], "duo-attention", masked) == []
     assert lost_parts(CASES["random"], "retrieval-head", options) == kept
-    assert lost_parts(CASES["random"], "prulong", options) == [*kept, "scores (their order stays)"]
-    assert lost_parts(CASES["random"], "prulong", masked) == [*kept, "scores (a mask stays)"]
+    assert lost_parts(CASES["random"], "prulong", options) == [*kept, "scores (their order remains)"]
+    assert lost_parts(CASES["random"], "prulong", masked) == [*kept, "scores (a mask remains)"]
     assert lost_parts(CASES["ones"], "prulong", convert.Options(sparsity=0)) == kept
-    assert lost_parts(CASES["random"], "qrhead", masked) == [*kept, "scores (a mask stays)"]
+    assert lost_parts(CASES["random"], "qrhead", masked) == [*kept, "scores (a mask remains)"]
     assert lost_parts(CASES["trained"], "headkv", options) == [*kept, "negative scores (they become 0)"]
     assert lost_parts(CASES["hybrid"], "kvzip", options) == [*kept, "which layers have gates"]
 
@@ -122,7 +122,7 @@ def test_mistakes_are_named(source: Path, tmp_path: Path) -> None:
     refused("run/heads stands in the way", source / "heads", source / "heads", "format=lserve")
     refused("run stands in the way: format=kvzip writes a file", source / "heads", source, "format=kvzip", "lossy=true")
     (tmp_path / "model.bin").write_bytes(b"")
-    refused(r"model\.bin is of no known format: expected a folder with heads\.json", tmp_path / "model.bin", target)
+    refused(r"model\.bin has no known format: expected a folder with heads\.json", tmp_path / "model.bin", target)
     refused("no head pattern", tmp_path / "nowhere", target)
     refused("heads=5.*|5 query heads do not share 3", source, target, "format=retrieval-head", "heads=5", "lossy=true")
     assert not target.exists()

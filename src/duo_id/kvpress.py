@@ -1,6 +1,6 @@
 """Our patterns in kvpress (github.com/NVIDIA/kvpress), which must be installed: `HeadPatternPress(heads="user/repo")`.
 
-It runs where kvpress does, also under a transformers older than duo_id's own: it needs nothing but patterns.
+It runs wherever kvpress does, even with a transformers older than duo_id requires, because it only reads patterns.
 """
 
 from dataclasses import dataclass, field
@@ -14,19 +14,19 @@ from duo_id.patterns.files import load_pattern
 
 @dataclass
 class HeadPatternPress(DuoAttentionPress):
-    """kvpress's DuoAttentionPress with the heads and windows of a pattern of ours.
+    """kvpress's DuoAttentionPress with the heads and the window of one of our patterns.
 
-    Like all of kvpress it attends in full while the context is read, and hides the entries of streaming heads
-    afterwards; it frees nothing.
+    Like all of kvpress it uses full attention while it reads the context, and hides the entries of streaming heads
+    afterwards; it frees no memory.
 
     Attributes:
-        heads: what `duo_id.load_pattern` reads: a run folder, a shipped name, `user/repo`.
+        heads: anything that `duo_id.load_pattern` reads: a run folder, a shipped name, `user/repo`.
         sparsity: fraction of the KV heads of gated layers that stream: exactly those of `HeadPattern.binarize`.
     """
 
     heads: str | Path = ""
     sparsity: float = 0.5
-    head_compression_ratio: float = field(init=False, default=0.0)  # known once the mask is
+    head_compression_ratio: float = field(init=False, default=0.0)  # set with the mask
     on_the_fly_scoring: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class HeadPatternPress(DuoAttentionPress):
         self.head_compression_ratio = float((~self.mask.retrieval).float().mean())
 
     def post_init_from_model(self, model: Any) -> None:
-        """Put the mask beside the model; a `UserError` names both shapes if it does not fit."""
+        """Move the mask to the model's device; a `UserError` names both shapes if they differ."""
         config = model.config.get_text_config()
         name = config.name_or_path or type(model).__name__
         self.mask.check_fits(config.num_hidden_layers, config.num_key_value_heads, name)

@@ -158,16 +158,16 @@ def test_hard_masks_on_a_device_equal_a_dense_mask(
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, True), (True, False, False), (False, True, True)])
 @pytest.mark.parametrize(("dtype", "gate_dtype"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
-@pytest.mark.parametrize("at_a_time", [1, 400, 2**22])
+@pytest.mark.parametrize("chunk", [1, 400, 2**22])
 def test_blends_in_parts_are_blends(
-    at_a_time: int,
+    chunk: int,
     dtype: torch.dtype,
     gate_dtype: torch.dtype,
     wanted: tuple[bool, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One head at a time, some, the last of them fewer, or all; what is not summed is the same to the bit."""
-    monkeypatch.setattr(functions, "AT_A_TIME", at_a_time)
+    monkeypatch.setattr(functions, "BLEND_CHUNK", chunk)
     random = torch.Generator().manual_seed(0)
     shapes = [torch.Size(shape) for shape in ((5, 1, 1), (2, 5, 19, 8), (2, 5, 19, 8))]
     values = [torch.rand(shape, generator=random, dtype=torch.float64) - 0.2 for shape in shapes]
@@ -192,7 +192,7 @@ def test_blends_in_parts_are_blends(
 
 
 def test_blends_hold_no_float32_copy_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "AT_A_TIME", 4 * 64 * 8)
+    monkeypatch.setattr(functions, "BLEND_CHUNK", 4 * 64 * 8)
     largest = 0
 
     class Watching(TorchDispatchMode):

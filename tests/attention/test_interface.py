@@ -100,7 +100,7 @@ def test_the_model_is_as_before_also_after_an_error(make_model: MakeModel, ids: 
     [
         ("mamba", {}, "no attention that can be gated"),
         ("bert", {}, "looks ahead"),
-        ("phimoe", {"sliding_window": 16, "num_local_experts": 2}, "sliding window of 16 .*do not tell"),
+        ("phimoe", {"sliding_window": 16, "num_local_experts": 2}, "sliding window of 16 .*do not report"),
         ("falcon", {}, "no attention that can be gated"),
         ("deepseek_v3", {"num_key_value_heads": 4}, "latent attention"),
         ("mistral", {"sliding_window": 16}, r"sliding window of 16 .*model.config.sliding_window=null"),

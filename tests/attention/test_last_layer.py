@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duo_id.attention.full import full_attention
-from duo_id.attention.last_layer import AtRows, last_layer, spread
+from duo_id.attention.last_layer import AtRows, last_layer, scatter_rows
 from duo_id.attention.layers import BOUND
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
@@ -42,7 +42,7 @@ def test_queries_anywhere_see_what_they_see_among_all(softmax: Softmax, window: 
 
 def test_rows_are_spread_to_their_places_and_get_their_gradients_once() -> None:
     found = torch.arange(1.0, 6.0)[:, None].requires_grad_()
-    out = spread(found, ROWS, 50, 0)
+    out = scatter_rows(found, ROWS, 50, 0)
     assert out[ROWS, 0].tolist() in ([1, 2, 2, 4, 5], [1, 3, 3, 4, 5])
     assert torch.count_nonzero(out) == 4
     (gradient,) = torch.autograd.grad(out.sum(), found)

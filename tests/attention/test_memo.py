@@ -49,11 +49,11 @@ def test_the_same_calls_are_answered_with_their_gradients(device: str) -> None:
     expected = [gradients(*attended(device, heads)) for heads in (4, 2)]
     memo = Memo()
     with counted() as calls:
-        with memo.noting(again=False):
+        with memo.noting(replay=False):
             first = [attended(device, heads) for heads in (4, 2)]
         assert calls.number == 2 == len(memo.results)
         for _ in range(2):  # a graph that is kept is computed again as often as it is asked
-            with memo.noting(again=True):
+            with memo.noting(replay=True):
                 second = [attended(device, heads) for heads in (4, 2)]
         assert calls.number == 2, "nothing was computed again"
     for inputs_and_out, wanted in zip([*first, *second], [*expected, *expected], strict=True):
@@ -62,11 +62,11 @@ def test_the_same_calls_are_answered_with_their_gradients(device: str) -> None:
 
 def test_other_calls_than_those_noted_are_computed() -> None:
     memo = Memo()
-    with memo.noting(again=False):
+    with memo.noting(replay=False):
         pass
     attended("cpu")
     assert not memo.results
-    with memo.noting(again=False), pytest.raises(ZeroDivisionError):
+    with memo.noting(replay=False), pytest.raises(ZeroDivisionError):
         _ = 1 / 0
     with counted() as calls:
         attended("cpu")

@@ -110,7 +110,7 @@ def test_the_loss_looks_at_the_end_of_every_sample() -> None:
         (["step.memory=0.01MiB", "context=60"], "step.memory: a step of 60 tokens needs at least"),
         (["context=1000000"], "context=1000000: tiny supports"),
         (["data.length=0"], "data.length=0 must be at least 1"),
-        (["trainer.devices=2", "trainer.accelerator=cpu"], "batch_size=1, the samples of a step, does not divide"),
+        (["trainer.devices=2", "trainer.accelerator=cpu"], "batch_size=1, the samples of a step, is not divisible"),
         (["step.sequence_parallel=2"], "step.sequence_parallel=2 does not divide the 1 processes"),
         (["task=decode", "trainer.devices=2"], "trainer.devices=2: task=decode works on 1 device"),
         (["context=[12,60]"], "sink_size + recent_size = 12 must be below context=12, or the window hides nothing"),

@@ -26,7 +26,7 @@ def test_a_warning_is_one_line_however_often_it_is_given(
     monkeypatch.setattr(sys, "argv", ["convert"])
     cli.run_plain(command)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" parts ")[0] for line in lines] == ["warning: sparsity=0.5", "warning: sparsity=0.25"]
+    assert [line.split(" separates ")[0] for line in lines] == ["warning: sparsity=0.5", "warning: sparsity=0.25"]
 
 
 STILL = ["method=duo", "method.lr=1e-12", "method.reg_weight=0", "trainer.max_steps=2", "comparison.random_masks=1"]
@@ -38,8 +38,8 @@ def test_ties_of_a_run_are_told_once(tmp_path: Path) -> None:
     assert finished.status == 0, finished.output
     told = [line for line in finished.output.splitlines() if line.startswith("warning: sparsity=")]
     assert [line.split(",")[0] for line in told] == [
-        "warning: sparsity=0.25 parts heads of the same score: 6 of 6 have 1",
-        "warning: sparsity=0.5 parts heads of the same score: 6 of 6 have 1",
+        "warning: sparsity=0.25 separates heads with the same score: 6 of 6 have 1",
+        "warning: sparsity=0.5 separates heads with the same score: 6 of 6 have 1",
     ]
 
 

@@ -31,7 +31,7 @@ def raised(call: Callable[[], Any]) -> BaseException:
         (
             "train",
             ["model.architecture.vocab_size=100"],
-            "model.architecture.vocab_size=100: random weights read bytes",
+            "model.architecture.vocab_size=100: random weights use a byte tokenizer",
         ),
         (
             "train",
@@ -44,7 +44,11 @@ def raised(call: Callable[[], Any]) -> BaseException:
         ("train", [f"step.memory={'9' * 320}GiB"], "choose auto, outputs, least, or a budget such as 60GiB"),
         ("train", ["trainer.accelerator=nosuch"], "trainer.accelerator=nosuch: You selected an invalid accelerator"),
         ("train", ["trainer._target_=os.getcwd"], "trainer._target_=os.getcwd: posix.getcwd() takes no keyword"),
-        ("train", ["trainer._target_=builtins.dict"], "trainer._target_=builtins.dict is no Trainer: give lightning."),
+        (
+            "train",
+            ["trainer._target_=builtins.dict"],
+            "trainer._target_=builtins.dict is not a Trainer: use lightning.",
+        ),
         ("train", ["+method.optimizer.betas=x"], "error: method.optimizer.betas=x: '<=' not supported"),
         ("train", ["method.optimizer.lr=null"], "error: method.optimizer.lr=None: '<=' not supported"),
         (

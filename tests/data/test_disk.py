@@ -138,13 +138,13 @@ def test_nothing_to_write_is_refused(settings, tokenizer):
 
 
 def test_another_vocabulary_is_refused(disk, bos_tokenizer):
-    with pytest.raises(UserError, match=r"data.path=.* vocabulary of model=tiny, which is not this model's"):
+    with pytest.raises(UserError, match=r"data.path=.* vocabulary of model=tiny, which differs from this model's"):
         make_task(disk, bos_tokenizer, "train")
 
 
 def test_samples_beyond_the_models_limit_are_refused(disk, tokenizer):
     make_task(disk, tokenizer, "train", length_limit=5)
-    with pytest.raises(UserError, match="has samples of 5 tokens, and the model takes 4"):
+    with pytest.raises(UserError, match="has samples of 5 tokens, but the model takes 4"):
         make_task(disk, tokenizer, "train", length_limit=4)
 
 
@@ -179,7 +179,7 @@ def test_more_held_out_samples_than_there_are_is_refused(written, tokenizer):
     module = SampleModule(DataSettings(task="disk", path=str(written)), tokenizer, seed=0)
     rows = len(module.task("validation"))
     assert len(module.samples("validation", rows)) == rows
-    asked = f"{rows + 1} validation samples are asked for, but data.path=.* has {rows}: lower comparison.validation_sam"
+    asked = f"{rows + 1} validation samples are requested, but data.path=.* has {rows}: lower comparison.validation_sam"
     with pytest.raises(UserError, match=asked):
         module.samples("validation", rows + 1)
 

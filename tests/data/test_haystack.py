@@ -85,7 +85,7 @@ def test_text_that_looks_like_a_special_token_is_text(bos_tokenizer):
 
 
 def test_too_short_region_says_how_many_tokens_there_are(make_haystack, tokenizer):
-    with pytest.raises(UserError, match=r"validation part holds about 1\d\d tokens.* 500: lower data.length_max"):
+    with pytest.raises(UserError, match=r"validation part has about 1\d\d tokens.* 500: lower data.length_max"):
         make_haystack(DOCUMENTS, "validation").window(random.Random(0), 500, tokenizer)
 
 
@@ -178,7 +178,9 @@ def test_a_python_without_sources_is_told(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_training_on_the_library_is_refused(split):
-    with pytest.raises(UserError, match=r"data.haystack.source=library is kept for evaluation: train on .*=embedded"):
+    with pytest.raises(
+        UserError, match=r"data.haystack.source=library is reserved for evaluation: train on .*=embedded"
+    ):
         load_haystack(HaystackSettings("library"), split)
 
 
@@ -235,7 +237,7 @@ def test_unreachable_hub_points_to_the_embedded_text(monkeypatch):
     ("name", "content", "text_key", "message"),
     [
         ("none.txt", None, "text", "no such file"),
-        ("some.pdf", b"x", "text", "give a txt, jsonl"),
+        ("some.pdf", b"x", "text", "use a txt, jsonl"),
         ("empty.txt", b"", "text", "is empty"),
         ("blank.txt", b"\n\n\n\n", "text", "cannot be read as text"),
         ("bad.jsonl", b"{oops\n", "text", "cannot be read as json"),

@@ -140,8 +140,8 @@ def test_shortest_length_that_the_error_names_is_enough(drafted, quick, any_toke
     [
         ({}, 800, "data.length_max=900 exceeds the 800 tokens that the model takes"),
         ({"length_max": None}, 600, "data.length_min=700 exceeds the 600 tokens"),
-        ({"length_max": None}, None, "give data.length_max"),
-        ({"length_max": 10**6}, None, "lower data.length_max or give a longer one"),
+        ({"length_max": None}, None, "set data.length_max"),
+        ({"length_max": 10**6}, None, "lower data.length_max .* or use a longer one"),
     ],
 )
 def test_lengths_that_do_not_fit_are_named_in_one_line(drafted, quick, tokenizer, changes, limit, message):

@@ -331,7 +331,7 @@ def test_crop_beyond_the_window_is_refused_and_changes_nothing(
     with duo_attention(given.model, given.mask):
         cache, ids = filled(given, max_length, length)
         before = snapshot(cache)
-        with pytest.raises(UserError, match=rf"crop\(-{count}\): streaming heads keep the latest \d"):
+        with pytest.raises(UserError, match=rf"crop\(-{count}\): streaming heads keep only the last \d"):
             cache.crop(-count)
         check_unchanged(cache, before)
         check_goes_on(given, cache, ids)
@@ -359,7 +359,7 @@ def test_crop_in_a_padded_batch_goes_by_the_real_tokens(max_length: int | None) 
     with duo_attention(given.model, given.mask):
         cache = dual_cache(given.model, max_length)
         step(given, cache, ids[2:], real[2:])
-        with pytest.raises(UserError, match=r"crop\(-21\): a sample has 20 tokens"):
+        with pytest.raises(UserError, match=r"crop\(-21\): a sample has only 20 tokens"):
             cache.crop(-21)
         cache.crop(-3)
         check_goes_on(given, cache, ids[2:, :-3], real[2:, :-3])
@@ -383,7 +383,7 @@ def test_crop_of_a_hybrid_minds_its_sliding_layers(max_length: int | None) -> No
         cache.crop(-4)
         check_goes_on(given, cache, ids[:, :-4])
         cache, _ = filled(given, max_length, window + 1)
-        with pytest.raises(UserError, match=f"latest {window} of {window + 1} tokens"):
+        with pytest.raises(UserError, match=f"last {window} of {window + 1} tokens"):
             cache.crop(-2)
 
 
@@ -399,7 +399,7 @@ def test_crops_that_mean_nothing(max_length: int | None) -> None:
         cache.crop(0)
         with pytest.raises(UserError, match=r"crop\(7\): .*negative"):
             cache.crop(7)
-        with pytest.raises(UserError, match=r"crop\(-21\): a sample has 20 tokens"):
+        with pytest.raises(UserError, match=r"crop\(-21\): a sample has only 20 tokens"):
             cache.crop(-21)
         check_unchanged(cache, before)
 
@@ -614,7 +614,7 @@ def test_a_static_cache_that_is_full_refuses_before_it_writes(family: str, extra
     with duo_attention(given.model, given.mask):
         cache, ids = filled(given, 55, 55 - extra // 2)
         before = snapshot(cache)
-        with pytest.raises(UserError, match=r"holds 55 tokens and would need .*max_length"):
+        with pytest.raises(UserError, match=r"holds 55 tokens but would need .*max_length"):
             step(given, cache, random_ids(2, extra))
         check_unchanged(cache, before)
         if extra > 1:  # what fits is still taken
@@ -626,7 +626,7 @@ def test_a_prompt_too_long_for_a_static_cache() -> None:
     given, ids = case("llama"), random_ids(2, 30)
     with duo_attention(given.model, given.mask):
         cache = dual_cache(given.model, 29)
-        with pytest.raises(UserError, match="holds 29 tokens and would need 30"):
+        with pytest.raises(UserError, match="holds 29 tokens but would need 30"):
             step(given, cache, ids)
         assert cache.get_seq_length() == 0
         check_equal(step(given, cache, ids[:, :29]), expected(given, ids)[:, :29])
@@ -644,7 +644,7 @@ def test_padding_takes_no_room_in_a_static_cache() -> None:
                 step(given, cache, ids[2:, start:end], real[2:, :end])[real[2:, start:end] == 1],
                 given.padded_logits[2:, start:end][real[2:, start:end] == 1],
             )
-        with pytest.raises(UserError, match="holds 7 tokens and would need 8"):
+        with pytest.raises(UserError, match="holds 7 tokens but would need 8"):
             step(given, cache, ids[2:, -1:], real[2:, : PROMPT + 3])
 
 
@@ -656,7 +656,7 @@ def test_another_batch_size_is_refused(batch: int, tokens: int, max_length: int 
     with duo_attention(given.model, given.mask):
         cache, ids = filled(given, max_length, 20)
         before = snapshot(cache)
-        with pytest.raises(UserError, match=f"holds 2 samples, but {batch} came"):
+        with pytest.raises(UserError, match=f"holds 2 samples, but the batch has {batch}"):
             step(given, cache, random_ids(batch, tokens))
         check_unchanged(cache, before)
         check_goes_on(given, cache, ids)

@@ -71,7 +71,7 @@ def test_it_is_tried_once_a_model_in_five_forwards(monkeypatch: pytest.MonkeyPat
         for _ in range(2):
             assert continuation(model, text(7).expand(3, -1)) == Continuation()
         assert seen == [(1, PAST + CHUNKS * CHUNK), (1, PAST)] + [(1, CHUNK)] * CHUNKS
-    monkeypatch.setattr(chunks, "_find", lambda model, ids: pytest.fail("it was tried again"))
+    monkeypatch.setattr(chunks, "_find_continuation", lambda model, ids: pytest.fail("it was tried again"))
     with masked("llama") as other, pytest.raises(pytest.fail.Exception):
         continuation(other, text())
     continuation(model, text())
@@ -92,25 +92,28 @@ class Amnesia(nn.Module):
 def test_a_model_that_a_cache_never_suits_is_refused_by_name() -> None:
     with masked("llama") as model:
         model.model.layers[1].mlp = Amnesia(model.model.layers[1].mlp)
-        with pytest.raises(UserError, match=r"^LlamaForCausalLM .* by \d+% even token by token.*use_cache=False"):
+        with pytest.raises(UserError, match=r"^LlamaForCausalLM: .* by \d+%, even token by token.*use_cache=False"):
             continuation(model, text())
 
 
 def test_a_model_that_takes_no_cache_but_its_own_is_refused_by_name() -> None:
-    with masked("minimax") as model, pytest.raises(UserError, match=r"^MiniMaxForCausalLM takes no dual cache: "):
+    with (
+        masked("minimax") as model,
+        pytest.raises(UserError, match=r"^MiniMaxForCausalLM does not accept a dual cache: "),
+    ):
         continuation(model, text())
 
 
 def test_rounding_is_no_fault_and_the_type_says_how_much_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of 3% may be rounding in bfloat16, whoever chose it, and is a fault in float32."""
-    plain = chunks._in_pieces
+    plain = chunks._logits_in_chunks
 
     def noisy(model: PreTrainedModel, ids: Tensor, how: Continuation) -> Tensor:
         logits = plain(model, ids, how)
         noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
         return logits + 0.03 * logits.float().std(-1, keepdim=True) * noise
 
-    monkeypatch.setattr(chunks, "_in_pieces", noisy)
+    monkeypatch.setattr(chunks, "_logits_in_chunks", noisy)
     with masked("llama", torch.bfloat16) as model:
         assert continuation(model, text()) == Continuation()
     with masked("llama") as model:
@@ -126,7 +129,7 @@ def test_chunks_are_refused_where_they_change_the_logits() -> None:
     with masked("jamba") as model:
         assert check_chunks(model, text(), 40, 0) == Continuation()
         for size, past, right in (
-            (20, 0, r"chunk_size=40, all of the prompt, is right"),
+            (20, 0, r"use chunk_size=40, the whole prompt"),
             (40, 5, r"chunk_size=1 after"),
         ):
             with pytest.raises(UserError, match=rf"^chunk_size={size}: JambaForCausalLM .*{right}"):

@@ -15,7 +15,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, blind: list[Tensor | None]) -> Toke
     tokens.start(2, torch.device("cpu"))
     tokens.mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
     tokens.advance(4, 20)
-    monkeypatch.setattr(module, "_blind", lambda tensor: True)
+    monkeypatch.setattr(module, "_host_blind", lambda tensor: True)
     for mask in blind:
         tokens.mask = mask
         tokens.advance(1, 20)
@@ -47,10 +47,10 @@ def test_a_mask_of_another_past_is_refused_after_them(monkeypatch: pytest.Monkey
     padding = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]])
     tokens = counted(monkeypatch, [None, padding])
     tokens.mask = torch.cat([torch.tensor(wrong), torch.ones(2, 2, dtype=torch.long)], 1)
-    with pytest.raises(UserError, match="hides tokens"):
+    with pytest.raises(UserError, match="hides cached tokens"):
         tokens.advance(2, 20)
     assert tokens.held == [6, 4]
-    with pytest.raises(UserError, match="hides tokens"):
+    with pytest.raises(UserError, match="hides cached tokens"):
         tokens.check_past(torch.tensor(wrong))
     tokens.check_past(padding)
 
@@ -61,7 +61,7 @@ def test_a_mask_of_the_latest_part_of_the_past_is_looked_at_too(static: bool) ->
     tokens.start(1, torch.device("cpu"))
     tokens.advance(6, 20)
     tokens.mask = torch.tensor([[1, 0, 1, 1, 1]])
-    with pytest.raises(UserError, match="hides tokens"):
+    with pytest.raises(UserError, match="hides cached tokens"):
         tokens.advance(2, 20)
     tokens.mask = torch.tensor([[1, 1, 1, 0, 1]])
     tokens.advance(2, 20)

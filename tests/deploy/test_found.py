@@ -97,7 +97,7 @@ def test_a_window_in_the_mask_alone_is_refused_in_a_hybrid_too() -> None:
     model = build("gemma3_text", sliding_window=300, max_position_embeddings=1024)
     for layer in model.model.layers:
         layer.self_attn.sliding_window = None
-    with pytest.raises(UserError, match="300 tokens, which its layers do not tell"), attached(model):
+    with pytest.raises(UserError, match="300 tokens that its layers do not report"), attached(model):
         pass
 
 
@@ -106,7 +106,7 @@ def test_a_part_called_by_itself_with_a_cache_is_refused() -> None:
     with duo_attention(given.model, given.mask), torch.no_grad():
         cache = dual_cache(given.model)
         options = {"attention_mask": real, "position_ids": positions, cache_argument(given.model.model): cache}
-        with pytest.raises(UserError, match="a part of a model was called by itself"):
+        with pytest.raises(UserError, match="a submodule was called on its own"):
             given.model.model.forward(ids, **options)
         check_equal(given.model(ids, **options).logits[1, 48:], given.padded_logits[1, 48:])
 
@@ -119,7 +119,7 @@ def test_checkpoints_and_a_backward_pass_after_the_block(reentrant: bool) -> Non
     with duo_attention(model, mask_for(model)):
         loss = model(ids, labels=ids).loss
         model(ids, labels=ids).loss.backward()
-    with pytest.raises(UserError, match="inside the block"):
+    with pytest.raises(UserError, match="inside the duo_attention block"):
         loss.backward()
 
 
@@ -217,7 +217,7 @@ def test_mixed_precision_of_accelerate_leaves_caches_alone() -> None:
 
 def test_what_does_not_run_on_text_alone_is_named() -> None:
     model = tiny_model("gpt2", max_position_embeddings=3)
-    with pytest.raises(UserError, match="does not run on 4 tokens of text alone"), attached(model):
+    with pytest.raises(UserError, match="does not run on 4 tokens of plain text"), attached(model):
         pass
 
 

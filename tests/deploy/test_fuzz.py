@@ -132,7 +132,7 @@ class Life:
             mask[row, others[self.draw.randrange(len(others))]] ^= 1
         mask = mask[:, self.draw.choice([0, self.draw.randrange(column + 1)]) :]  # all of the past, or its latest part
         before = self.cache.tokens.held
-        with pytest.raises(UserError, match="hides tokens"):
+        with pytest.raises(UserError, match="hides cached tokens"):
             self.given.model(self.ids[:, :1], past_key_values=self.cache, attention_mask=mask)
         assert self.cache.tokens.held == before
 

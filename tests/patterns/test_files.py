@@ -158,7 +158,7 @@ def test_older_versions_are_brought_up_step_by_step(
     (tmp_path / "heads.json").write_text(json.dumps(first))
     assert load_pattern(tmp_path) == pattern
     monkeypatch.setattr(files, "MIGRATIONS", {2: steps[2]})
-    refused(tmp_path, "has version 1 of its schema, this duo_id reads version 3$")
+    refused(tmp_path, "has version 1 of its schema, but this duo_id reads version 3$")
     (tmp_path / "heads.json").write_text(json.dumps(first | {"version": 4}))
     refused(tmp_path, "has version 4 .* upgrade")
 
@@ -243,8 +243,8 @@ def test_blank_lines_and_other_line_ends_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tsv", "message"),
     [
-        (b"", "line 1: nothing there"),
-        (b"\n \n", "line 1: nothing there"),
+        (b"", "line 1: empty"),
+        (b"\n \n", "line 1: empty"),
         (b"0.5\t1\n0.5\tx\n", "line 2, column 2: 'x' is not a finite number"),
         (b"0.5 1\n", "line 1, column 1: '0.5 1' is not a finite number"),
         (b"1\t1\t1\n\n1\t1\n", "line 3 has 2 columns, but the first has 3"),
@@ -259,7 +259,7 @@ def test_blank_lines_and_other_line_ends_are_read(tmp_path: Path) -> None:
         (b"1\t1_0\n", "line 1, column 2: '1_0' is not"),
         (b"1\t0x1\n", "line 1, column 2: '0x1' is not"),
         (b"\x00\x01\n", "line 1, column 1: "),
-        (b"1\n" * 5000, "more than any model has"),
+        (b"1\n" * 5000, "larger than any model"),
         (b"1\t" * 2**23 + b"1\n", "bytes, more than"),
     ],
 )
@@ -301,8 +301,8 @@ def test_malformed_configs_are_named(config: str | None, message: str, tmp_path:
         ({"scores": [[1, 2], [3]]}, "scores, row 2 has 1 columns, but the first has 2"),
         ({"scores": [[1, None]]}, "scores.0.1=None is no number"),
         ({"scores": [[1, float("nan")]]}, "heads.json: nan is no finite number"),
-        ({"scores": []}, "row 1: nothing there"),
-        ({"scores": [[]]}, "row 1: nothing there"),
+        ({"scores": []}, "row 1: empty"),
+        ({"scores": [[]]}, "row 1: empty"),
         ({"scores": [1, 2]}, "scores.0=1 is no list"),
         ({"scores": 1}, "scores=1 is no list"),
         ({"gated_layers": [0, 6]}, r"gated_layers=\[0, 6\]"),
@@ -314,7 +314,7 @@ def test_malformed_configs_are_named(config: str | None, message: str, tmp_path:
         ({"scores": [["0.5", 1]]}, r"scores\.0\.0='0\.5' is no number"),
         ({"gated_layers": list(range(10**5))}, r"gated_layers=\[0, 1, 2.{0,60} must name"),
         ({"provenance": {"model": 3}}, r"provenance\.model=3 is no object"),
-        ({"provenance": {"model": {"layers": 10**9}}}, r"provenance\.model\.layers=1000000000 where scores have 6"),
+        ({"provenance": {"model": {"layers": 10**9}}}, r"provenance\.model\.layers=1000000000, but the scores have 6"),
     ],
 )
 def test_malformed_heads_json_is_named(change: dict, message: str, pattern: HeadPattern, tmp_path: Path) -> None:
@@ -336,14 +336,14 @@ def test_missing_fields_of_heads_json_are_named(pattern: HeadPattern, tmp_path: 
 
 def test_folders_and_files_that_hold_no_pattern_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    refused(tmp_path, "has no heads/ yet .* if it is a run")
+    refused(tmp_path, "has no heads/ yet .* when it finishes")
     (tmp_path / "heads").mkdir()
     refused(tmp_path, "has no heads/ yet")
     refused(tmp_path / "heads", "has no heads/ yet")
     refused(tmp_path / "config.json", "its schema is None")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    refused(tmp_path / "model.safetensors", "not a head pattern: give a folder")
-    refused(tmp_path / "nowhere", "not a file or folder, nor a shipped name")
+    refused(tmp_path / "model.safetensors", "not a head pattern: pass a folder")
+    refused(tmp_path / "nowhere", "not a file, a folder or a shipped name")
 
 
 def refused(source: Path, message: str) -> None:

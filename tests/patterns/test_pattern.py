@@ -59,8 +59,8 @@ def test_of_equal_heads_the_earlier_layer_then_the_lower_head_streams_first() ->
 def test_a_mask_that_parts_equal_heads_says_how_many() -> None:
     scores = torch.tensor([[1.0, 0.0], [0.25, 0.25], [0.25, 0.25], [0.25, 0.5]])
     pattern = HeadPattern(scores, 4, 8, (0, 1, 2))
-    told = "sparsity=0.5 parts heads of the same score: 4 of 6 have 0.25, of which 2 stream by their place alone"
-    with pytest.warns(TieWarning, match=told) as caught:
+    warning = "sparsity=0.5 separates heads with the same score: 4 of 6 have 0.25, of which 2 stream only because of"
+    with pytest.warns(TieWarning, match=warning) as caught:
         pattern.binarize(sparsity=0.5)
     assert caught[0].filename == __file__
     with warnings.catch_warnings(action="error"):
@@ -256,7 +256,7 @@ def test_any_weight_of_a_prior_gives_scores_between_both() -> None:
         (HeadPattern(torch.ones(2, 2), 4, 8), "2 layers x 2 KV heads, but the pattern has 3"),
         (HeadPattern(torch.ones(4, 2), 4, 8), "4 layers x 2 KV heads, but the pattern has 3"),
         (HeadPattern(torch.ones(3, 4), 4, 8), "3 layers x 4 KV heads, but the pattern has 3"),
-        (HeadPattern(torch.ones(3, 2), 4, 8, (0, 1)), r"scores of layers \[0, 1\], not of \[2\], whose heads"),
+        (HeadPattern(torch.ones(3, 2), 4, 8, (0, 1)), r"scores for layers \[0, 1\], but not for \[2\]"),
     ],
 )
 def test_a_prior_that_orders_other_heads_is_refused(prior: HeadPattern, message: str) -> None:
@@ -269,8 +269,8 @@ def test_a_prior_that_orders_other_heads_is_refused(prior: HeadPattern, message:
     [
         ({"model": "x"}, "a pattern: provenance.model='x' is no object"),
         ({"model": {"id": 3}}, "a pattern: provenance.model.id=3 is no text"),
-        ({"model": {"layers": 10**9}}, "provenance.model.layers=1000000000 where scores have 2"),
-        ({"model": {"kv_heads": 4}}, "provenance.model.kv_heads=4 where scores have 3"),
+        ({"model": {"layers": 10**9}}, "provenance.model.layers=1000000000, but the scores have 2"),
+        ({"model": {"kv_heads": 4}}, "provenance.model.kv_heads=4, but the scores have 3"),
         ({"settings": "none"}, "a pattern: provenance.settings='none' is no object"),
         ({"settings": {"method": "duo"}}, "a pattern: provenance.settings.method='duo' is no object"),
         ({"budget": "half"}, "a pattern: provenance.budget='half' is no number"),

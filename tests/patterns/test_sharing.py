@@ -86,11 +86,11 @@ def test_a_repo_with_a_duo_attention_folder_is_read(hub: Hub) -> None:
 def test_what_the_hub_refuses_is_told(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.create("lab/weights")
     hub.put("lab/weights", "main", {"model.safetensors": b""})
-    refused("the hub's repo lab/weights holds no head pattern", load_pattern, "lab/weights")
+    refused("the hub's repo lab/weights has no head pattern", load_pattern, "lab/weights")
     refused("lab/weights@v9: the hub's repo lab/weights has no such branch", load_pattern, "lab/weights@v9")
-    refused("lab/nothing is no folder here and no repo on the hub", load_pattern, "lab/nothing")
-    refused("a/b@c is no name of a repo: .* revision=", push_to_hub, CASES["random"], "a/b@c")
-    refused("heads is no name of a repo: give user/repo", push_to_hub, CASES["random"], "heads")
+    refused("lab/nothing is not a local folder, and not a repo on the hub", load_pattern, "lab/nothing")
+    refused("a/b@c is not the name of a repo: .* revision=", push_to_hub, CASES["random"], "a/b@c")
+    refused("heads is not the name of a repo: pass user/repo", push_to_hub, CASES["random"], "heads")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     refused("me/heads: .*HF_TOKEN", push_to_hub, CASES["random"], "me/heads")
     assert "me/heads" not in hub.repos
@@ -102,10 +102,10 @@ def test_a_hub_that_cannot_be_reached_says_what_to_do(hub: Hub, monkeypatch: pyt
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
         monkeypatch.setattr(constants, "ENDPOINT", address)
         advice = "the hub cannot be reached .* check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or"
-        refused(f"me/heads is no folder here, and {advice} copy the repo's folder here", load_pattern, "me/heads")
-        refused(f"me/heads: {advice} upload the folder", push_to_hub, CASES["random"], "me/heads")
+        refused(f"me/heads is not a local folder, and {advice} copy the repo's folder", load_pattern, "me/heads")
+        refused(f"me/heads: {advice} upload the heads/ folder", push_to_hub, CASES["random"], "me/heads")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused("me/heads is no folder here, and the hub cannot be reached", load_pattern, "me/heads")
+    refused("me/heads is not a local folder, and the hub cannot be reached", load_pattern, "me/heads")
 
 
 def refused(message: str, command: object, *arguments: object) -> None:

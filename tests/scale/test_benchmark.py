@@ -86,7 +86,7 @@ def test_a_process_without_memory_ends_the_run(run: tuple[Path, Finished, float]
     assert finished.status not in (0, None), finished.output
     assert seconds < 60
     assert "Traceback" not in finished.output
-    assert "process 1 of 2 ran out of its device's memory: step.memory=least" in " ".join(finished.output.split())
+    assert "process 1 of 2 ran out of device memory: use step.memory=least" in " ".join(finished.output.split())
 
 
 def test_what_was_measured_before_is_kept(run: tuple[Path, Finished, float]) -> None:

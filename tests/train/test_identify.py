@@ -294,7 +294,7 @@ def test_a_prior_of_other_layers_is_refused_before_training(tmp_path: Path) -> N
     save_pattern(HeadPattern(PRIOR, 4, 60, (0, 1)), tmp_path / "saved", [0.5])
     finished = run_command("train", *QUICK, *SMALL, f"method.prior={tmp_path / 'saved'}", folder=tmp_path)
     assert finished.status == 2, finished.output
-    assert "has scores of layers [0, 1], not of [2]" in finished.output
+    assert "has scores for layers [0, 1], but not for [2]" in finished.output
     assert "step 1/2" not in finished.output
 
 

@@ -1,7 +1,6 @@
-"""What the heads of a layer do, as functions `(query, key, value, softmax) -> output`.
+"""The kinds of attention that a layer's heads can compute, as functions `(query, key, value, softmax) -> output`.
 
-Gated blends, hard masks, streaming alone, recording, what the model itself does; `duo_id.attention.interface` binds
-them.
+Gated blends, hard masks, streaming alone, recording, the model's own; `duo_id.attention.interface` binds them.
 """
 
 import functools
@@ -21,8 +20,8 @@ from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
 from duo_id.attention.window import Window
 
-AT_A_TIME = 2**22  # numbers that are blended at a time: 16 MiB in float32, within caches and far above a launch
-AttendFunction = Callable[..., Tensor]  # of query, key, value and softmax; those of a step also of `rows`, see `AtRows`
+BLEND_CHUNK = 2**22  # elements blended at a time: 16 MiB in float32, small enough for caches, large beside a launch
+AttendFunction = Callable[..., Tensor]  # of query, key, value and softmax; in training also of `rows`, see `AtRows`
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Backends:
 
 
 class Mask(Protocol):
-    """What a hard mask tells: `retrieval`, bool (layers, KV heads), and the window of the other heads, in tokens."""
+    """What a hard mask says: `retrieval`, bool (layers, KV heads), and the window of the other heads, in tokens."""
 
     @property
     def retrieval(self) -> Tensor: ...  # noqa: D102
@@ -55,7 +54,7 @@ def gated_heads(
     Args:
         alpha: (KV heads,) float32 gates of this layer.
         window: what streaming attention sees.
-        blend: which full attention enters, the student's own or the teacher's.
+        blend: whose full attention is blended in, the student's or the teacher's.
         backends: implementations.
         teacher: (batch, heads, queries, head_dim), the teacher's full attention output, for blends that need it.
     """
@@ -70,15 +69,15 @@ def gated_heads(
 
 
 def _blend(gate: Tensor, full: Tensor, streaming: Tensor) -> Tensor:
-    """Both (batch, heads, tokens, head_dim), weighted by float32 gates (heads, 1, 1) and 1 less these, in float32."""
+    """Blend two outputs (batch, heads, tokens, head_dim), weighted by gate (heads, 1, 1) and 1 - gate, in float32."""
     assert gate.dtype in (torch.float32, torch.float64), "gates are never rounded to the model's dtype"
     return (gate * full + (1 - gate) * streaming).to(streaming.dtype)
 
 
 class _BlendInParts(torch.autograd.Function):
-    """`_blend`, some heads at a time, forward and backward: what is float32 between is never as large as the layer.
+    """`_blend`, a few heads at a time, forward and backward: float32 intermediates never span the whole layer.
 
-    A head's gradient is a sum over that head alone, so parts change nothing but the memory, and on a CPU the time.
+    A head's gradient is a sum over that head alone, so chunking changes nothing but memory use (and time on a CPU).
     """
 
     @staticmethod
@@ -91,26 +90,26 @@ class _BlendInParts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
-        wanted, saved = ctx.needs_input_grad, ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed, saved = ctx.needs_input_grad, ctx.saved_tensors
         gate, full, streaming = saved
-        found = [torch.empty_like(one) if wants else None for one, wants in zip(saved, wanted, strict=True)]
-        of_gate, of_full, of_streaming = found
+        grads = [torch.empty_like(x) if wants else None for x, wants in zip(saved, needed, strict=True)]
+        gate_grad, full_grad, streaming_grad = grads
         for heads in _parts(streaming):
-            part = given[:, heads].to(torch.promote_types(given.dtype, gate.dtype))
-            if of_gate is not None:
-                of_both = ((part * one[:, heads]).sum((0, 2, 3))[:, None, None] for one in (full, streaming))
-                of_gate[heads] = next(of_both) - next(of_both)
-            if of_full is not None:
-                of_full[:, heads] = (gate[heads] * part).to(full.dtype)
-            if of_streaming is not None:
-                of_streaming[:, heads] = ((1 - gate[heads]) * part).to(streaming.dtype)
-        return tuple(found)
+            part = grad[:, heads].to(torch.promote_types(grad.dtype, gate.dtype))
+            if gate_grad is not None:
+                sums = ((part * x[:, heads]).sum((0, 2, 3))[:, None, None] for x in (full, streaming))
+                gate_grad[heads] = next(sums) - next(sums)
+            if full_grad is not None:
+                full_grad[:, heads] = (gate[heads] * part).to(full.dtype)
+            if streaming_grad is not None:
+                streaming_grad[:, heads] = ((1 - gate[heads]) * part).to(streaming.dtype)
+        return tuple(grads)
 
 
 def _parts(outputs: Tensor) -> Iterator[slice]:
-    """Heads of (batch, heads, tokens, head_dim) at a time."""
-    count = max(1, AT_A_TIME * outputs.shape[1] // max(outputs.numel(), 1))
+    """Slices over the heads of (batch, heads, tokens, head_dim), of about `BLEND_CHUNK` elements each."""
+    count = max(1, BLEND_CHUNK * outputs.shape[1] // max(outputs.numel(), 1))
     return (slice(first, first + count) for first in range(0, outputs.shape[1], count))
 
 
@@ -120,7 +119,7 @@ def _compiled_blend() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def masked_heads(retrieval: Tensor, window: Window, backends: Backends) -> AttendFunction:
-    """A layer with a hard mask: retrieval heads see the whole context, streaming heads the window alone.
+    """A layer with a hard mask: retrieval heads see the whole context, streaming heads only the window.
 
     Args:
         retrieval: (KV heads,) bool, True for retrieval heads.
@@ -140,8 +139,8 @@ def masked_heads(retrieval: Tensor, window: Window, backends: Backends) -> Atten
             (full, partial(full_attention, backend=backends.full)),
             (streaming, partial(streaming_attention, window=window, backend=backends.streaming)),
         ):
-            own = softmax.of(heads, key.shape[1])
-            part = function(grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], own)
+            group_softmax = softmax.of(heads, key.shape[1])
+            part = function(grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], group_softmax)
             out[:, heads] = part.unflatten(1, (len(heads), -1))
         return out.flatten(1, 2)
 
@@ -149,7 +148,7 @@ def masked_heads(retrieval: Tensor, window: Window, backends: Backends) -> Atten
 
 
 def masked_rows(retrieval: Tensor, window: Window, backends: Backends) -> AttendFunction:
-    """A layer with a hard mask of its own for each row of the batch.
+    """A layer with a separate hard mask for each row of the batch.
 
     Args:
         retrieval: (rows, KV heads) bool CPU tensor, True for retrieval heads.
@@ -165,32 +164,32 @@ def masked_rows(retrieval: Tensor, window: Window, backends: Backends) -> Attend
         key, value = (x.flatten(0, 1)[:, None] for x in (key, value))
         sinks = None if softmax.sinks is None else softmax.sinks.view(kv_heads, -1).repeat(rows, 1)
         out = torch.empty_like(grouped)
-        for chosen, function in (
+        for indices, function in (
             (full, partial(full_attention, backend=backends.full)),
             (streaming, partial(streaming_attention, window=window, backend=backends.streaming)),
         ):
-            if len(chosen):
-                heads = chosen.to(query.device)
-                own = softmax if sinks is None else softmax._replace(sinks=sinks[heads])
-                out[heads] = function(grouped[heads], key[heads], value[heads], own)
+            if len(indices):
+                heads = indices.to(query.device)
+                group_softmax = softmax if sinks is None else softmax._replace(sinks=sinks[heads])
+                out[heads] = function(grouped[heads], key[heads], value[heads], group_softmax)
         return out.unflatten(0, (rows, kv_heads)).flatten(1, 2)
 
     return attend
 
 
 def masked_layers(layers: Sequence[AttentionLayer], mask: Mask, backends: Backends) -> dict[int, AttendFunction]:
-    """What each gated layer does under a hard mask (a `duo_id.HeadMask`), to be bound."""
+    """The function of each gated layer under a hard mask (a `duo_id.HeadMask`), for `bound`."""
     window = Window(mask.sink_size, mask.recent_size)
     return {layer.index: masked_heads(mask.retrieval[layer.index][layer.own], window, backends) for layer in layers}
 
 
 def streaming_heads(window: Window, backends: Backends) -> AttendFunction:
-    """A layer all of whose heads stream."""
+    """A layer whose heads all stream."""
     return partial(streaming_attention, window=window, backend=backends.streaming)
 
 
 def recording_heads(outputs: dict[int, Tensor], index: int, backends: Backends) -> AttendFunction:
-    """A full-attention layer that leaves its output in `outputs[index]`, for blends with the teacher."""
+    """A full-attention layer that stores its output in `outputs[index]`, for blends with the teacher."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, rows: Tensor | None = None) -> Tensor:
         outputs[index] = full_attention(query, key, value, softmax, backends.full, rows)
@@ -208,7 +207,7 @@ def own_attention(
     backends: Backends,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """A layer as its model has it: full attention, or a sliding window, which is a streaming head without a sink."""
+    """A layer as its model defines it: full attention, or a sliding window, i.e. streaming heads without a sink."""
     if window is None:
         return full_attention(query, key, value, softmax, backends.full, rows)
     return streaming_attention(query, key, value, softmax, Window(0, window), backends.streaming, rows)

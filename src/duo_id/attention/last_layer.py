@@ -1,4 +1,4 @@
-"""The last layer at some tokens alone: a step looks at its scored tokens, and nothing comes after the last layer."""
+"""The last layer at selected tokens: a training step needs it only for the scored ones, as no layer comes after it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,16 +12,16 @@ from transformers import PreTrainedModel
 from duo_id.attention.layers import BOUND, AttentionLayer, blocks, layer_list, norms_and_mlp
 from duo_id.attention.softmax import Softmax
 
-SHARE = 16  # up to 1/16 of the tokens are taken apart: their kernel looks at a mask, so that of many all come sooner
+MIN_RATIO = 16  # split only up to 1/16 of the tokens: beyond, the masked kernel takes longer than all tokens at once
 
 
 @dataclass(frozen=True)
 class AtRows:
-    """What a layer does, for the queries of some tokens alone; the output of all others is 0.
+    """A layer's attention for the queries of some tokens; the output of all others is 0.
 
     Attributes:
         attend: an attention function that takes the positions of its queries as its last argument.
-        rows: (n,) positions in the one sample of the batch; one may come more than once.
+        rows: (n,) positions in the one sample of the batch, which may repeat.
     """
 
     attend: Any
@@ -29,24 +29,24 @@ class AtRows:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         """Attention, (1, heads, tokens, head_dim)."""
-        found = self.attend(query.index_select(2, self.rows), key, value, softmax, rows=self.rows)
-        return spread(found, self.rows, query.shape[2], 2)
+        output = self.attend(query.index_select(2, self.rows), key, value, softmax, rows=self.rows)
+        return scatter_rows(output, self.rows, query.shape[2], 2)
 
 
 def worth_splitting(rows: Tensor, tokens: int) -> bool:
-    """Whether to compute these of so many tokens by themselves."""
-    return SHARE * len(rows) <= tokens
+    """Whether computing `rows` alone is faster than computing all `tokens`."""
+    return MIN_RATIO * len(rows) <= tokens
 
 
-def spread(found: Tensor, rows: Tensor, tokens: int, dim: int) -> Tensor:
-    """What was found at `rows`, at its place among `tokens` along `dim`; elsewhere 0.
+def scatter_rows(values: Tensor, rows: Tensor, tokens: int, dim: int) -> Tensor:
+    """Scatter the `values` of `rows` to their positions among `tokens` along `dim`; zero elsewhere.
 
-    It is read, not written, into place, so that a row that comes more than once gets its gradient once.
+    A gather does it, not a scatter, so that a row that occurs more than once gets its gradient only once.
     """
-    place = rows.new_full((tokens,), len(rows))
-    place[rows] = torch.arange(len(rows), device=rows.device)
-    nothing = found.new_zeros(()).expand(*found.shape[:dim], 1, *found.shape[dim + 1 :])
-    return torch.cat([found, nothing], dim).index_select(dim, place)
+    source = rows.new_full((tokens,), len(rows))
+    source[rows] = torch.arange(len(rows), device=rows.device)
+    zero = values.new_zeros(()).expand(*values.shape[:dim], 1, *values.shape[dim + 1 :])
+    return torch.cat([values, zero], dim).index_select(dim, source)
 
 
 def last_layer(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> AttentionLayer | None:
@@ -57,9 +57,9 @@ def last_layer(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Atte
 
 @contextmanager
 def last_mlp_at_rows(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Iterator[None]:
-    """While the last layer's bound function is `AtRows`, let its MLP compute these rows alone too.
+    """While the last layer's bound function is `AtRows`, its MLP computes only these rows too.
 
-    MLPs are known by the names of their classes; what is named otherwise, as a mixer of tokens might be, sees all.
+    MLPs are recognised by the names of their classes; other modules, which might mix tokens, see all tokens.
 
     Args:
         model: the language model.
@@ -69,20 +69,20 @@ def last_mlp_at_rows(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -
     if layer is None:
         yield
         return
-    attention, tokens = layer.module, list[int]()  # of the call at work, empty where all are computed
+    attention, num_tokens = layer.module, list[int]()  # of the running call; empty if it computes all tokens
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         function = getattr(attention, BOUND)
-        apart = isinstance(function, AtRows) and bool(args) and args[0].dim() == 3
-        tokens[:] = [args[0].shape[1]] if apart else []
-        return tuple(x.index_select(1, function.rows) if torch.is_tensor(x) else x for x in args) if apart else None
+        selected = isinstance(function, AtRows) and bool(args) and args[0].dim() == 3
+        num_tokens[:] = [args[0].shape[1]] if selected else []
+        return tuple(x.index_select(1, function.rows) if torch.is_tensor(x) else x for x in args) if selected else None
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not tokens:
+        if not num_tokens:
             return output
-        found, *others = output if isinstance(output, tuple) else (output,)  # what a router says comes beside
-        whole = spread(found, getattr(attention, BOUND).rows, tokens[0], 1)
-        return (whole, *others) if isinstance(output, tuple) else whole
+        hidden, *others = output if isinstance(output, tuple) else (output,)  # a router's logits come second
+        scattered = scatter_rows(hidden, getattr(attention, BOUND).rows, num_tokens[0], 1)
+        return (scattered, *others) if isinstance(output, tuple) else scattered
 
     hooks = []
     for part in norms_and_mlp(blocks(model, [layer])[0], layer):

@@ -13,13 +13,13 @@ from duo_id.attention.padding import no_padding, padding_mask
 from duo_id.common.errors import UserError
 
 BOUND = (
-    "duo_id_attend"  # the attribute of an attention module that holds what it does, see `duo_id.attention.interface`
+    "duo_id_attend"  # the attribute of an attention module that holds its function, see `duo_id.attention.interface`
 )
 
-KNOWN_OPTIONS = {  # tensors that an attention function may get: it computes the first, and the others are not for it
+KNOWN_OPTIONS = {  # tensors that an attention function may get: it uses the first, the others do not concern it
     "s_aux", "position_ids", "cache_position", "token_type_ids", "num_items_in_batch", "labels",
 }  # fmt: skip
-GATED_KINDS = ("full_attention", "attention", "hybrid")  # of config.layer_types; the last has other state beside it
+GATED_KINDS = ("full_attention", "attention", "hybrid")  # of config.layer_types; hybrid layers also hold other state
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class AttentionLayer:
         kv_heads: number of key-value heads.
         head_dim: width of a head.
         window: sliding-window size in tokens; None for a layer that sees the whole context.
-        obstacle: why the layer cannot be gated, if so.
+        obstacle: why the layer cannot be gated; None if it can.
         sharers: attention modules of later layers that have no keys and values of their own and read those of this
-            layer: they do what it does, and have neither gates nor a place in the cache.
-        own: the KV heads that this process computes: all, but where a sample's tokens are shared.
+            layer: they attend like it, and have neither gates nor keys in the cache.
+        own: the KV heads that this process computes: all of them, unless processes share a sample's tokens.
     """
 
     index: int
@@ -53,15 +53,15 @@ class AttentionLayer:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """The attention module and those that read its keys: all that a function is bound to."""
+        """The attention module and those that read its keys: all share one bound function."""
         return (self.module, *self.sharers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionLayer":
-        """Itself: a copy of what refers to a layer refers to the same one."""
+        """Itself: copies of objects that refer to a layer refer to the same layer."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is saved with a cache: all but the model."""
+        """What is saved with a cache: everything but the model's modules."""
         return vars(self) | {"module": None, "sharers": ()}
 
 
@@ -70,17 +70,17 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
 
     Args:
         model: set to the attention implementation of this name.
-        implementation: what is registered under it is replaced; the caller registers its own function afterwards.
+        implementation: whatever is registered under it is replaced; the caller registers its own function afterwards.
 
     Raises:
-        UserError: the model has latent attention, or a sliding window that its layers do not tell of.
+        UserError: the model has latent attention, or a sliding window that it does not pass to its layers.
     """
     title = model.config.get_text_config().name_or_path or type(model).__name__
     if getattr(model.config.get_text_config(), "kv_lora_rank", None):
         raise UserError(f"{title} has latent attention: there are no keys and values per head to stream")
     names = {module: name for name, module in model.named_modules()}
     layers: list[AttentionLayer] = []
-    keys: list[Tensor] = []  # of each layer, kept so that none takes another's place in memory
+    keys: list[Tensor] = []  # of each layer, kept alive so that no two have the same identity
 
     def note(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
@@ -88,8 +88,8 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
         index, window = getattr(module, "layer_idx", None), options.get("sliding_window")
         if (option := unknown_option(options)) is not None:
             raise UserError(f"{title}: {names[module]} cannot be gated or masked: {option}")
-        place = next((i for i, earlier in enumerate(keys) if earlier is key and layers[i].module is not module), None)
-        if place is None:
+        owner = next((i for i, earlier in enumerate(keys) if earlier is key and layers[i].module is not module), None)
+        if owner is None:
             keys.append(key)
             layers.append(
                 AttentionLayer(
@@ -103,11 +103,13 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
                     obstacle=_obstacle(module, query, key, value, attention_mask, options),
                 )
             )
-        elif window != layers[place].window or query.shape[1] != layers[place].heads:
-            raise UserError(f"{title}: {names[module]} reads the keys of {layers[place].name} in another way")
+        elif window != layers[owner].window or query.shape[1] != layers[owner].heads:
+            raise UserError(
+                f"{title}: {names[module]} reads the keys of {layers[owner].name} with another window or head count"
+            )
         else:
-            layers[place] = replace(layers[place], sharers=(*layers[place].sharers, module))
-        return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None  # nobody looks at it
+            layers[owner] = replace(layers[owner], sharers=(*layers[owner].sharers, module))
+        return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None  # never used
 
     windows: list[int | None] = []
 
@@ -120,11 +122,11 @@ def find_layers(model: PreTrainedModel, implementation: str) -> list[AttentionLa
     run_text(model, torch.arange(4))
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
     sliding = [layer for layer in layers if layer.index < len(kinds) and kinds[layer.index] == "sliding_attention"]
-    known = [window for window in windows if window is not None]
+    sizes = [window for window in windows if window is not None]
     hidden = any(layer.window is None for layer in sliding) or None not in windows
-    if known and hidden and all(layer.window is None for layer in sliding or layers):
+    if sizes and hidden and all(layer.window is None for layer in sliding or layers):
         raise UserError(
-            f"{title}: its mask has a sliding window of {known[0]} tokens, which its layers do not tell of; "
+            f"{title}: its mask has a sliding window of {sizes[0]} tokens that its layers do not report; "
             "+model.config.sliding_window=null treats them as full attention"
         )
     return layers
@@ -145,12 +147,12 @@ def _obstacle(
     if query.shape[1] % key.shape[1]:
         return f"{query.shape[1]} query heads do not divide among {key.shape[1]} KV heads"
     if attention_mask is not None and attention_mask.dim() == 4:
-        return "its attention has a pattern of its own"
+        return "its attention has a mask pattern of its own"
     return None
 
 
 def unknown_option(options: dict[str, Any]) -> str | None:
-    """Why what a model hands its attention function beside keys and values is not computed here; None if it is."""
+    """Why the options that a model passes to its attention function are not supported; None if they are."""
     if options.get("is_causal") is False:
         return "its attention looks ahead"
     tensors = [name for name, value in options.items() if isinstance(value, Tensor) and name not in KNOWN_OPTIONS]
@@ -158,13 +160,13 @@ def unknown_option(options: dict[str, Any]) -> str | None:
 
 
 def run_text(model: PreTrainedModel, ids: Tensor) -> None:
-    """Run a text (tokens,) of any numbers through a model, as it is when nothing is asked of it.
+    """Run a text (tokens,) of arbitrary token ids through a model, in eval mode and without options.
 
     Raises:
-        UserError: it does not run on text alone.
+        UserError: the model does not run on text alone.
     """
     try:
-        text = ids.to(_where(model))[None] % model.config.get_text_config().vocab_size
+        text = ids.to(_compute_device(model))[None] % model.config.get_text_config().vocab_size
         with as_evaluated(model):
             model(input_ids=text, attention_mask=no_padding(text), use_cache=False)
     except UserError:
@@ -172,13 +174,13 @@ def run_text(model: PreTrainedModel, ids: Tensor) -> None:
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{type(model).__name__} does not run on {len(ids)} tokens of text alone, by which its attention is found: "
-            f"{type(error).__name__}: {reason}"
+            f"{type(model).__name__} does not run on {len(ids)} tokens of plain text, which is how its attention "
+            f"layers are found: {type(error).__name__}: {reason}"
         ) from error
 
 
-def _where(model: PreTrainedModel) -> Any:
-    """The device on which a model computes: accelerate may keep the weights elsewhere."""
+def _compute_device(model: PreTrainedModel) -> Any:
+    """The device that a model computes on: accelerate may keep the weights elsewhere."""
     hooks = (getattr(part, "_hf_hook", None) for part in model.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((device for device in devices if device is not None), model.device)
@@ -186,7 +188,7 @@ def _where(model: PreTrainedModel) -> Any:
 
 @contextmanager
 def as_evaluated(model: nn.Module) -> Iterator[None]:
-    """In eval mode, without gradients, autocast or compiled code; afterwards every module is in the mode it was in."""
+    """Eval mode without gradients, autocast or compiled code; restores every module's mode on exit."""
     training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device.type
     device = "cpu" if device == "meta" else device
@@ -201,10 +203,10 @@ def as_evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def gated_layers(model: PreTrainedModel, layers: list[AttentionLayer]) -> list[AttentionLayer]:
-    """Those of the model's attention layers that get gates: the ones that see the whole context.
+    """The attention layers that get gates: those that see the whole context.
 
     Raises:
-        UserError: there are none, one of them cannot be gated, or one that should be there was not found.
+        UserError: there are none, one of them cannot be gated, or an expected one was not found.
     """
     config = model.config.get_text_config()
     title = config.name_or_path or type(model).__name__
@@ -243,7 +245,7 @@ def blocks(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[nn.
 
 
 def norms_and_mlp(block: nn.Module, layer: AttentionLayer) -> list[nn.Module]:
-    """The parts of a transformer block with parameters that lie beside its attention: norms and MLP."""
+    """The parts of a transformer block that have parameters and no attention: norms and MLP."""
     return [
         part for part in block.children() if layer.module not in part.modules() and any(True for _ in part.parameters())
     ]
@@ -253,9 +255,9 @@ def layer_list(name: str) -> str:
     """`model.layers` of `model.layers.3.self_attn`: the path up to the first number.
 
     Raises:
-        UserError: there is none.
+        UserError: the path has no number.
     """
     parts = name.split(".")
     if not any(part.isdigit() for part in parts):
-        raise UserError(f"{name} is in no numbered list of layers: gates cannot be trained, nor heads searched")
+        raise UserError(f"{name} is not in a numbered list of layers: its gates cannot be trained nor heads searched")
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())])

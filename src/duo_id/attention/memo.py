@@ -1,4 +1,4 @@
-"""What full attention gave once, so that a layer which is computed again for its gradient need not attend again."""
+"""Results of full attention, kept so that a layer that is recomputed for its gradient need not attend again."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,10 +20,10 @@ OPERATORS = {
 
 
 class Memo(TorchDispatchMode):
-    """Notes what SDPA's operators give, call by call, and gives it again when the same calls come once more.
+    """Records the results of SDPA's operators, call by call, and replays them when the same calls are repeated.
 
-    It lies below autograd: a call that is answered from the memo has its gradient like any other. Selective
-    checkpointing does the same for all operators of a layer, compiled ones among them; this is about one alone.
+    It works below autograd: a call answered from the memo has a gradient like any other. Selective checkpointing does
+    the same for all operators of a layer, compiled ones included; this covers attention alone.
 
     Attributes:
         results: of the calls, each with its log-sums and whatever else the backward pass needs.
@@ -39,34 +39,34 @@ class Memo(TorchDispatchMode):
         if func not in OPERATORS:
             return func(*args, **(kwargs or {}))
         if self._next is not None:
-            return _copied(next(self._next))
-        found = func(*args, **(kwargs or {}))
-        self.results.append(_copied(found))
-        return found
+            return _detach(next(self._next))
+        results = func(*args, **(kwargs or {}))
+        self.results.append(_detach(results))
+        return results
 
     @contextmanager
-    def noting(self, again: bool) -> Iterator[None]:
-        """Let full attention ask this memo for a block.
+    def noting(self, replay: bool) -> Iterator[None]:
+        """Full attention inside the block records to this memo or replays it.
 
         Args:
-            again: whether the same calls have been noted before.
+            replay: whether the same calls have been recorded before.
         """
-        self._next = iter(self.results) if again else None
-        token = _at_work.set(self)
+        self._next = iter(self.results) if replay else None
+        token = _active.set(self)
         try:
             yield
         finally:
-            _at_work.reset(token)
+            _active.reset(token)
 
 
-_at_work: ContextVar[Memo | None] = ContextVar("memo", default=None)
+_active: ContextVar[Memo | None] = ContextVar("memo", default=None)
 
 
 def memo() -> AbstractContextManager[Any]:
-    """What a call of SDPA is to be made under: the memo at work, if there is one."""
-    return _at_work.get() or nullcontext()
+    """The context for a call of SDPA: the active memo, if there is one."""
+    return _active.get() or nullcontext()
 
 
-def _copied(results: Any) -> Any:
-    """The same numbers in tensors of their own, for autograd makes those that it is given part of its graph."""
+def _detach(results: Any) -> Any:
+    """Detached views of the tensors, because autograd adds the originals to its graph."""
     return tree_map_only(Tensor, Tensor.detach, results)

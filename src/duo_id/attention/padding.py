@@ -1,4 +1,4 @@
-"""The part of transformers' attention masks that matters here, padding: every layer knows its own pattern."""
+"""Padding, the only part of transformers' attention masks that is needed here: layers know their own pattern."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +11,16 @@ from duo_id.common.errors import UserError
 
 
 def no_padding(ids: Tensor) -> Tensor:
-    """An attention mask for `ids` (batch, tokens) that says, without a look at the device, that all tokens are real.
+    """An attention mask for `ids` (batch, tokens) that says, without synchronising the device, that all are real.
 
-    Its one element lies under all places, which `padding_mask` knows by the strides. Given no mask at all,
-    transformers looks for packed sequences, which waits for the device.
+    It is one element expanded, which `padding_mask` recognises by its strides. Without any mask, transformers looks
+    for packed sequences, which waits for the device.
     """
     return torch.ones((), dtype=torch.bool, device=ids.device).expand(ids.shape)
 
 
 def first_position(model: nn.Module) -> int:
-    """The position of a text's first token: 0, but in a model whose table of positions has an entry for padding."""
+    """The position of a text's first token: 0, unless the model's position embeddings have a padding entry."""
     tables = (part for name, part in model.named_modules() if name.endswith("position_embeddings"))
     return next((x.padding_idx + 1 for x in tables if getattr(x, "padding_idx", None) is not None), 0)
 
@@ -32,13 +32,13 @@ def padding_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
-    **rest: Any,
+    **options: Any,
 ) -> Tensor | None:
-    """What transformers calls to make the mask: only the padding is handed on, for the rest is in each layer.
+    """The function that transformers calls to make the mask: only padding is passed on, layers know the rest.
 
     Returns:
-        (batch, tokens) bool, True for real tokens, if a sample is padded where that matters; None if causality is
-        enough. A layer with a pattern of its own that is neither causal nor a sliding window gets that as a dense mask.
+        (batch, tokens) bool, True for real tokens, if a sample has padding that causality does not hide, else None. A
+        layer whose own pattern is neither causal nor a sliding window gets that pattern as a dense mask.
     """
     if mask_function is not causal_mask_function and not _is_sliding(mask_function, local_size):
         return sdpa_mask(
@@ -47,24 +47,24 @@ def padding_mask(
             kv_length=kv_length,
             mask_function=mask_function,
             attention_mask=attention_mask,
-            **rest | {"allow_is_causal_skip": False},
+            **options | {"allow_is_causal_skip": False},
         )
     if attention_mask is None or not any(attention_mask.stride()):  # `no_padding`
         return None
     if attention_mask.shape[1] == 0:
-        raise UserError("attention_mask has no columns: leave it out, or give (batch, tokens)")
+        raise UserError("attention_mask has no columns: leave it out, or pass (batch, tokens)")
     if q_length == 1 and kv_length > 1:
         return None  # a decode step: the cache counts the padding
     if kv_length != q_length:  # there is a cache, which must know of all padding
         return None if bool(attention_mask.all()) else attention_mask.bool()
-    begins = attention_mask.to(torch.int8).diff(dim=-1) > 0  # real tokens after padding
-    if bool(attention_mask[:, 0].all()) and not bool(begins.any()):
+    starts = attention_mask.to(torch.int8).diff(dim=-1) > 0  # real tokens after padding
+    if bool(attention_mask[:, 0].all()) and not bool(starts.any()):
         return None
     return attention_mask.bool()
 
 
 def _is_sliding(mask_function: Callable[..., Any], size: int | None) -> bool:
-    """Tell a sliding window from other local patterns by a pair of tokens that chunks of that size would part."""
+    """Distinguish a sliding window from other local patterns by a pair of tokens that chunks of that size separate."""
     if size is None or size < 2:
         return False
     zero, query = torch.tensor(0), torch.tensor(size)
@@ -72,10 +72,10 @@ def _is_sliding(mask_function: Callable[..., Any], size: int | None) -> bool:
 
 
 def real_first(mask: Tensor) -> Tensor:
-    """The order (batch, tokens) that puts each sample's real tokens before its padding, for `ordered`."""
+    """The order (batch, tokens) that puts each sample's real tokens before its padding, for `reorder`."""
     return (~mask).to(torch.int8).argsort(dim=-1, stable=True)
 
 
-def ordered(x: Tensor, order: Tensor) -> Tensor:
-    """The tokens of each sample of (batch, heads, tokens, dim) in an order (batch, n), whose numbers may come again."""
+def reorder(x: Tensor, order: Tensor) -> Tensor:
+    """The tokens of each sample of (batch, heads, tokens, dim) in an order (batch, n), whose indices may repeat."""
     return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

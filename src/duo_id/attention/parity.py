@@ -1,8 +1,8 @@
-"""Whether a model attends under our function as it does by itself: what a name on a list cannot prove.
+"""Whether a model's attention under our function equals its own, which a list of supported models cannot prove.
 
 Some models branch on the names of attention implementations that they know, and code from a model's repository may do
-anything. So when a model is attached, some hundred tokens go through it twice, and each layer's attention is compared,
-from the same input.
+anything. So when a model is attached, a few hundred tokens go through it twice, and each layer's attention outputs are
+compared for the same input.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ TOKENS = 256
 TOLERANCES = {torch.bfloat16: 0.04, torch.float16: 0.01}  # of a layer's output; 1e-3 for wider types
 
 
-_checked: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()  # models, and as what they passed
+_checked: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()  # what each model passed with
 
 
 class Recorded:
@@ -33,7 +33,7 @@ class Recorded:
 
     @contextmanager
     def recording(self, modules: Sequence[nn.Module], inputs: dict[nn.Module, Tensor] | None = None) -> Iterator[None]:
-        """Record a forward, whose attention modules get `inputs` for theirs where these are given."""
+        """Record a forward pass, optionally with the inputs of its attention modules replaced by `inputs`."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             states = kwargs.get("hidden_states", args[0] if args else None)
@@ -48,9 +48,9 @@ class Recorded:
             return None
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            found = output[0] if isinstance(output, tuple) else output
-            if isinstance(found, Tensor):
-                self.outputs[module] = found
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, Tensor):
+                self.outputs[module] = hidden
 
         hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
         hooks += [module.register_forward_hook(after) for module in modules]
@@ -61,13 +61,13 @@ class Recorded:
                 hook.remove()
 
 
-def check_parity(model: PreTrainedModel, layers: Sequence[AttentionLayer], ours: Callable[[], Any]) -> None:
-    """Compare the attention of a model by itself with the one under our function; once for a model.
+def check_parity(model: PreTrainedModel, layers: Sequence[AttentionLayer], attached: Callable[[], Any]) -> None:
+    """Compare a model's own attention with the one under our function, once for each model.
 
     Args:
-        model: as it is by itself.
+        model: not yet attached.
         layers: its attention layers.
-        ours: makes the model attend under our function, in a block.
+        attached: context manager under which the model attends by our function.
 
     Raises:
         UserError: a layer's output differs by more than the tolerance of the model's type.
@@ -78,33 +78,33 @@ def check_parity(model: PreTrainedModel, layers: Sequence[AttentionLayer], ours:
     if (model.device.type == "meta" and not offloaded) or _checked.get(model) == key:
         return
     modules = {module: layer for layer in layers for module in layer.modules}
-    tokens = min(TOKENS, (getattr(config, "max_position_embeddings", None) or TOKENS) - 4)  # some begin with the fourth
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (max(tokens, 1),), generator=draw)
-    own, found = Recorded(), Recorded()
-    with own.recording(list(modules)):
+    tokens = min(TOKENS, (getattr(config, "max_position_embeddings", None) or TOKENS) - 4)  # some start at 4
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (max(tokens, 1),), generator=generator)
+    reference, replaced = Recorded(), Recorded()
+    with reference.recording(list(modules)):
         run_text(model, ids)
-    with ours(), found.recording(list(modules), own.inputs):
+    with attached(), replaced.recording(list(modules), reference.inputs):
         run_text(model, ids)
     for module, layer in modules.items():
-        expected, other = own.outputs.get(module), found.outputs.get(module)
-        if expected is None or other is None:
+        expected, actual = reference.outputs.get(module), replaced.outputs.get(module)
+        if expected is None or actual is None:
             continue
-        error = _error(other.float(), expected.float())
+        error = _error(actual.float(), expected.float())
         if not error <= TOLERANCES.get(expected.dtype, 1e-3):
             raise UserError(
                 f"{config.name_or_path or type(model).__name__}: over {tokens} tokens {layer.name} differs by "
                 f"{error:.1%} from its own attention ({key[0]}) when it is computed here, so the model does "
-                "something that gates and masks would leave out"
+                "something that gates and masks would skip"
             )
     _checked[model] = key
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    """The distance of outputs (1, tokens, ...), relative to their norm; or half of the greatest of a single token.
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """The relative distance of outputs (1, tokens, ...), or half of the largest one of a single token.
 
-    The latter is relative to what tokens have in the mean, for some outputs are close to 0.
+    Both are relative to the root mean square norm of all tokens, because some tokens' outputs are close to 0.
     """
-    far, whole = (x.flatten(2).norm(dim=-1) for x in (found - expected, expected))
-    mean = whole.square().mean().sqrt().clamp(min=1e-20)
-    return float(torch.maximum(far.square().mean().sqrt(), far.max() / 2) / mean)
+    distance, norm = (x.flatten(2).norm(dim=-1) for x in (actual - expected, expected))
+    mean = norm.square().mean().sqrt().clamp(min=1e-20)
+    return float(torch.maximum(distance.square().mean().sqrt(), distance.max() / 2) / mean)

@@ -1,4 +1,4 @@
-"""How a layer turns products of queries and keys into weights, and attention for layers that no fast backend knows."""
+"""How a layer turns scores into attention weights, and attention for layers that no fast backend supports."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ ROWS = 128  # queries whose weights are held at the same time
 
 
 class Softmax(NamedTuple):
-    """What a layer does between its scores and its weights.
+    """A layer's softmax: everything between the products of queries and keys and the attention weights.
 
     Attributes:
         scale: factor on the products of queries and keys; None: 1/sqrt(head_dim).
-        softcap: c, where scores go through c * tanh(score / c); None: they do not.
+        softcap: c of score = c * tanh(score / c); None: no soft cap.
         sinks: (heads,) or (batch, heads), a learned score of each query head that takes its share of the softmax and
-            has no value; None: there is none.
+            has no value; None: no such scores.
     """
 
     scale: float | None = None
@@ -29,18 +29,18 @@ class Softmax(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether there is a scale alone, which every backend knows."""
+        """Whether there is only a scale, which every backend supports."""
         return self.softcap is None and self.sinks is None
 
     def factor(self, dim: int) -> float:
         """The scale for heads of width `dim`."""
         return dim**-0.5 if self.scale is None else self.scale
 
-    def of(self, chosen: Sequence[int] | Tensor, kv_heads: int) -> "Softmax":
-        """The same for the query heads of the KV heads `chosen` of `kv_heads`."""
+    def of(self, indices: Sequence[int] | Tensor, kv_heads: int) -> "Softmax":
+        """The softmax of the query heads that belong to the KV heads `indices`, out of `kv_heads`."""
         if self.sinks is None:
             return self
-        return self._replace(sinks=self.sinks.unflatten(-1, (kv_heads, -1))[..., chosen, :].flatten(-2))
+        return self._replace(sinks=self.sinks.unflatten(-1, (kv_heads, -1))[..., indices, :].flatten(-2))
 
     def weights(self, query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
         """Attention weights.
@@ -48,10 +48,10 @@ class Softmax(NamedTuple):
         Args:
             query: (batch, heads, queries, head_dim).
             key: (batch, KV heads, keys, head_dim).
-            visible: bool, broadcast to (batch, heads, queries, keys): what each query sees, itself at least.
+            visible: bool, broadcast to (batch, heads, queries, keys): what each query sees, at least itself.
 
         Returns:
-            (batch, heads, queries, keys), float32 or what is wider; they add up to 1, or to less with a sink.
+            (batch, heads, queries, keys), float32 or wider; rows sum to 1, or to less with a sink.
         """
         kv_heads, queries = key.shape[1], query.shape[2]
         grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # so that keys are not repeated
@@ -99,7 +99,7 @@ def attend_at(
 
 
 def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, window: Window | None = None) -> Tensor:
-    """Causal attention for any softmax, `ROWS` queries at a time; a backward pass computes their weights again.
+    """Causal attention for any softmax, `ROWS` queries at a time; the backward pass recomputes their weights.
 
     Args:
         query: (batch, heads, queries, head_dim), of the last tokens.
@@ -118,15 +118,15 @@ def attend_by_rows(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, 
     for start in range(0, query.shape[2], ROWS):
         rows = query[:, :, start : start + ROWS]
         first, end = past + start, past + start + rows.shape[2]
-        near = max(window.sink_size, first - window.recent_size + 1)  # the first key of the window of the first query
-        seen = torch.arange(end, device=key.device)
+        window_start = max(window.sink_size, first - window.recent_size + 1)  # of the first query, after the sink
+        key_positions = torch.arange(end, device=key.device)
         inputs: list[Any] = [rows, key[:, :, :end], value[:, :, :end]]
-        if near > window.sink_size:
-            seen, *inputs[1:] = (
-                torch.cat([x.narrow(d, 0, window.sink_size), x.narrow(d, near, end - near)], d)
-                for x, d in ((seen, 0), (inputs[1], 2), (inputs[2], 2))
+        if window_start > window.sink_size:
+            key_positions, *inputs[1:] = (
+                torch.cat([x.narrow(d, 0, window.sink_size), x.narrow(d, window_start, end - window_start)], d)
+                for x, d in ((key_positions, 0), (inputs[1], 2), (inputs[2], 2))
             )
-        inputs.append(window.dense(torch.arange(first, end, device=key.device), seen))
+        inputs.append(window.dense(torch.arange(first, end, device=key.device), key_positions))
         if gradient:
             parts.append(checkpoint(softmax.attend, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:

@@ -1,4 +1,4 @@
-"""Streaming attention, sink and recent window only, in memory linear in the number of tokens."""
+"""Streaming attention (sink and recent window only), in memory linear in the number of tokens."""
 
 import functools
 from typing import Any
@@ -28,24 +28,24 @@ def streaming_attention(
 ) -> Tensor:
     """Causal attention of streaming heads: each query sees the sink and the recent window (`Window.sees`).
 
-    The queries are those of the last tokens. Tokens that none of them sees may be left out of the keys.
+    The queries are those of the last tokens. Keys of tokens that no query sees may be omitted.
 
     Args:
         query: (batch, heads, queries, head_dim).
         key: (batch, KV heads, tokens, head_dim), tokens >= queries.
         value: (batch, KV heads, tokens, head_dim).
-        softmax: of the layer: scale, soft cap and sinks; the last two have a path of their own, `attend_by_rows`.
+        softmax: the layer's scale, soft cap and sinks; the last two are computed by `attend_by_rows`.
         window: sink and recent sizes, in tokens.
         backend: `triton` (our kernels, CUDA), `flex` (compiled FlexAttention, CUDA), `blocked` (SDPA over blocks of
-            queries, any device), or `auto`: on CUDA triton, but blocked for float64; elsewhere blocked. Queries with a
-            past are always blocked.
-        rows: (queries,) positions of the queries, for a few of them anywhere.
+            queries, any device), or `auto`: triton on CUDA, except for float64; otherwise blocked. Queries with a past
+            are always blocked.
+        rows: (queries,) positions of the queries, for a few queries anywhere in the context.
 
     Returns:
         (batch, heads, queries, head_dim).
 
     Raises:
-        UserError: the backend is unknown, or does not work on this device.
+        UserError: the backend is unknown or does not work on this device.
     """
     if backend not in STREAMING_BACKENDS:
         raise UserError(f"step.streaming_backend={backend}: choose one of {', '.join(STREAMING_BACKENDS)}")
@@ -53,7 +53,7 @@ def streaming_attention(
         return attend_at(query, key, value, softmax, rows, window)
     tokens, past = key.shape[2], key.shape[2] - query.shape[2]
     if tokens <= window.sink_size + window.recent_size:
-        return full_attention(query, key, value, softmax)  # nothing lies between sink and window
+        return full_attention(query, key, value, softmax)  # no gap between sink and window
     if not softmax.plain:
         return attend_by_rows(query, key, value, softmax, window)
     scale = softmax.scale
@@ -65,16 +65,16 @@ def streaming_attention(
         return _triton(query, key, value, scale, window)
     gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if gradient and not query.is_cuda:
-        raise UserError(f"step.streaming_backend={backend} has no backward pass here: use blocked or auto")
+        raise UserError(f"step.streaming_backend={backend} has no backward pass on this device: use blocked or auto")
     return _flex(query, key, value, scale, window)
 
 
 def _blocked(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:
     """Blocks of queries against the sink and the few blocks of keys that reach into their window.
 
-    The first tokens, up to sink + recent, see all before them. The few up to the first block whose window no longer
-    overlaps the sink get a mask of their own; from there on every block has the same mask. A query group shares its KV
-    head by lying in the query dimension, so keys are not repeated.
+    The first tokens, up to sink + recent, see everything before them. Those from there to the first block whose window
+    no longer overlaps the sink get a separate mask; all later blocks have the same mask. A query group shares its KV
+    head by being folded into the query dimension, so keys are not repeated.
     """
     batch, heads, queries, dim = query.shape
     kv_heads, tokens = key.shape[1:3]
@@ -82,7 +82,7 @@ def _blocked(query: Tensor, key: Tensor, value: Tensor, scale: float | None, win
     power = 1 << (window.recent_size - 1).bit_length()
     block = max(64, min(power, 256), power // 4)
     reach = -(-window.recent_size // block)  # how many earlier blocks a window can reach into
-    start = min(tokens, max(past, (-(-sink // block) + reach) * block))  # from here on no window overlaps the sink
+    start = min(tokens, max(past, (-(-sink // block) + reach) * block))  # no window overlaps the sink from here on
     first = min(start, max(past, sink + window.recent_size))
     parts = []
     if past < first:
@@ -132,7 +132,7 @@ def _middle_mask(window: Window, first: int, start: int, group: int, device: tor
 
 @functools.lru_cache(maxsize=64)
 def _block_mask(window: Window, block: int, reach: int, group: int, device: torch.device) -> Tensor:
-    """The pattern of any later block against sink and local keys, (group * block, sink + (reach + 1) * block)."""
+    """The pattern of all later blocks against sink and local keys, (group * block, sink + (reach + 1) * block)."""
     with torch.inference_mode(False):
         rows = torch.arange(block, device=device) + window.sink_size + reach * block
         columns = torch.arange((reach + 1) * block, device=device) + window.sink_size
@@ -143,7 +143,7 @@ def _triton(query: Tensor, key: Tensor, value: Tensor, scale: float | None, wind
     try:
         from duo_id.attention.kernels.operator import stream
     except ModuleNotFoundError as error:
-        raise UserError("step.streaming_backend=triton: Triton is not installed here: use blocked or auto") from error
+        raise UserError("step.streaming_backend=triton: Triton is not installed: use blocked or auto") from error
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -151,7 +151,7 @@ def _triton(query: Tensor, key: Tensor, value: Tensor, scale: float | None, wind
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:
-    """FlexAttention at the next of a few lengths, for it is compiled anew for each."""
+    """FlexAttention, padded to the next power of 2 because it is recompiled for each length."""
     tokens = query.shape[2]
     size = max(FLEX_BLOCK, 1 << (tokens - 1).bit_length())
     query, key, value = (F.pad(x, (0, 0, 0, size - tokens)) for x in (query, key, value))
@@ -183,9 +183,9 @@ def flex_block_mask(window: Window, tokens: int, device: torch.device) -> BlockM
     some = (key_first <= query_last) & ((key_first < window.sink_size) | (query_first - key_last < window.recent_size))
     every = (key_last <= query_first) & ((key_last < window.sink_size) | (query_last - key_first < window.recent_size))
 
-    def block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        order = torch.argsort(chosen.to(torch.int32), dim=-1, descending=True, stable=True)
-        return chosen.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+    def block_lists(included: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.argsort(included.to(torch.int32), dim=-1, descending=True, stable=True)
+        return included.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
     return BlockMask.from_kv_blocks(
         *block_lists(some & ~every),

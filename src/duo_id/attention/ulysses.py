@@ -1,6 +1,6 @@
 """Ulysses sequence parallelism: processes that share a sample's tokens exchange them for heads, and back.
 
-Each process computes everything but attention for its own tokens; in attention it has all tokens, for some heads.
+Each process computes everything but attention for its own tokens; in attention it has all tokens of some heads.
 Source: DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv 2309.14509).
 """
 
@@ -29,16 +29,16 @@ class Share:
 
     @property
     def rows(self) -> int:
-        """Rows of a token that the process needs: its queries, keys and values."""
+        """Rows of a token that the process needs: queries, keys and values of its heads."""
         heads, kv_heads = self.sizes
         return heads + 2 * kv_heads
 
 
 def head_shares(heads: int, kv_heads: int, parts: int) -> list[Share]:
-    """Divide heads among `parts` processes, so that in each all of its KV heads have equally many query heads.
+    """Divide heads among `parts` processes, such that all KV heads of a process have equally many query heads.
 
-    KV heads stay whole while there are enough of them; else several processes have the same KV head and a part of its
-    query heads each.
+    KV heads stay whole while there are enough of them; otherwise several processes hold the same KV head, each with
+    some of its query heads.
 
     Raises:
         UserError: there are fewer query heads than processes.
@@ -62,16 +62,16 @@ def head_shares(heads: int, kv_heads: int, parts: int) -> list[Share]:
 
 
 class Exchange:
-    """What one attention layer does among the processes of a group."""
+    """The exchange of one attention layer among the processes of a group."""
 
     def __init__(self, group: dist.ProcessGroup, heads: int, kv_heads: int) -> None:
         """Divide the layer's heads among the group."""
         self.group = group
         self.shares = head_shares(heads, kv_heads, group.size())
-        self.own = self.shares[group.rank()]
+        self.share = self.shares[group.rank()]
 
     def to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All heads of this process's tokens to all tokens of its heads.
+        """From all heads of this process's tokens to all tokens of this process's heads.
 
         Args:
             query: (batch, heads, tokens of this process, head_dim).
@@ -79,41 +79,39 @@ class Exchange:
             value: the same shape.
 
         Returns:
-            the three for this process's heads, over the tokens of the whole group.
+            query, key and value of this process's heads, over the tokens of the whole group.
         """
-        rows = [
-            part for own in self.shares for part in (query[:, own.heads], key[:, own.kv_heads], value[:, own.kv_heads])
-        ]
+        rows = [x for s in self.shares for x in (query[:, s.heads], key[:, s.kv_heads], value[:, s.kv_heads])]
         packed = torch.cat(rows, dim=1).transpose(0, 1).contiguous()  # (rows, batch, tokens, head_dim)
-        parts, own = len(self.shares), self.own
+        parts, share = len(self.shares), self.share
         received = all_to_all_single_autograd(
-            packed, [own.rows] * parts, [share.rows for share in self.shares], self.group
+            packed, [share.rows] * parts, [part.rows for part in self.shares], self.group
         )
-        whole = received.unflatten(0, (parts, own.rows)).permute(2, 1, 0, 3, 4).flatten(2, 3)
-        heads, kv_heads = own.sizes
-        query, key, value = whole.split([heads, kv_heads, kv_heads], dim=1)
+        gathered = received.unflatten(0, (parts, share.rows)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        heads, kv_heads = share.sizes
+        query, key, value = gathered.split([heads, kv_heads, kv_heads], dim=1)
         return query, key, value
 
     def to_tokens(self, out: Tensor) -> Tensor:
-        """Back: (batch, heads of this process, all tokens, head_dim) to (batch, all heads, its tokens, head_dim)."""
-        parts, heads = len(self.shares), out.shape[1]
-        packed = out.unflatten(2, (parts, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1).contiguous()
+        """The way back: (batch, its heads, all tokens, head_dim) to (batch, all heads, its tokens, head_dim)."""
+        processes, heads = len(self.shares), out.shape[1]
+        packed = out.unflatten(2, (processes, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1).contiguous()
         received = all_to_all_single_autograd(
-            packed, [_size(share.heads) for share in self.shares], [heads] * parts, self.group
+            packed, [_size(share.heads) for share in self.shares], [heads] * processes, self.group
         )
         return received.transpose(0, 1)
 
 
 def from_previous(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """What the process before this one in the group, or for the first the last one, has as `x` (rows, ...)."""
-    parts, part, rows = group.size(), group.rank(), x.shape[0]
-    sent, received = ([0] * parts for _ in range(2))
-    sent[(part + 1) % parts] = received[(part - 1) % parts] = rows
-    return all_to_all_single_autograd(x.contiguous(), received, sent, group)
+    """The `x` (rows, ...) of the previous process in the group; the first process gets that of the last."""
+    processes, rank, rows = group.size(), group.rank(), x.shape[0]
+    send_counts, receive_counts = ([0] * processes for _ in range(2))
+    send_counts[(rank + 1) % processes] = receive_counts[(rank - 1) % processes] = rows
+    return all_to_all_single_autograd(x.contiguous(), receive_counts, send_counts, group)
 
 
 def _cuts(count: int, parts: int) -> list[int]:
-    """Where `count` things are cut into `parts` runs whose lengths differ by one at most."""
+    """Boundaries that cut `count` items into `parts` runs whose lengths differ by at most one."""
     return [-(-count * part // parts) for part in range(parts + 1)]
 
 

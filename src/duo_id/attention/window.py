@@ -1,4 +1,4 @@
-"""What a streaming head sees: the one definition that everything else is tested against."""
+"""What a streaming head sees: the single definition that everything else is tested against."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,19 +16,19 @@ class Window:
 
     Attributes:
         sink_size: how many of the first tokens stay visible.
-        recent_size: how many of the latest tokens are visible, the query's own among them.
+        recent_size: how many of the most recent tokens are visible, including the query's own.
     """
 
     sink_size: int
     recent_size: int
 
     def __post_init__(self) -> None:
-        """Refuse sizes that mean nothing."""
+        """Reject sizes out of range."""
         if not 0 <= self.sink_size <= MOST_TOKENS:
             raise UserError(f"method.sink_size={self.sink_size} must be from 0 to {MOST_TOKENS}")
         if not 1 <= self.recent_size <= MOST_TOKENS:
             raise UserError(
-                f"method.recent_size={self.recent_size} must be from 1, for a token sees itself, to {MOST_TOKENS}"
+                f"method.recent_size={self.recent_size} must be from 1 (a token sees itself) to {MOST_TOKENS}"
             )
 
     def sees(self, query: Any, key: Any) -> Any:
@@ -44,5 +44,5 @@ class Window:
         return (key <= query) & ((key < self.sink_size) | (query - key < self.recent_size))
 
     def dense(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """The pattern as a bool matrix (queries, keys) for two vectors of positions; only ever for a few tokens."""
+        """The pattern as a bool matrix (queries, keys) for two vectors of positions; for small sizes only."""
         return torch.as_tensor(self.sees(queries[:, None], keys[None, :]))

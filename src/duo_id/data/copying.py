@@ -1,4 +1,4 @@
-"""The copying task: the beginnings of passages of the context are quoted, and quoting goes on word for word."""
+"""The copying task: the context is quoted from the beginning of a passage, to be continued word for word."""
 
 import math
 import random
@@ -12,22 +12,22 @@ HEAD = "Read these pages with care: parts of them have to be quoted afterwards.\
 TEXT_END = "\n\nThese were the pages. Quotations from them follow.\n"
 QUESTION = "\nQuotation:"
 ANSWER_END = "\n"
-SPECIMEN = " and then the names of all"  # has as many words as are quoted
-TRIES = 100  # places where a passage may begin that are looked at, and stretches of hay
+SPECIMEN = " and then the names of all"  # its number of tokens is that of a quotation's first words
+TRIES = 100  # of positions where a passage may start, and of haystacks
 
 
 class CopyingTask(DraftedTask):
     """Hay, then the first words of `num_questions` of its passages, each followed by its next `answer_tokens` tokens.
 
-    What induction heads do (Olsson et al. 2022, arXiv 2209.11895), over a distance. The passages are spread over the
-    hay and their first words stand in it once; quotations keep the tokens of the hay.
+    It needs induction heads (Olsson et al. 2022, arXiv 2209.11895) that work over a distance. The passages are spread
+    over the hay, where their first words occur once; quotations keep the tokens of the hay.
     """
 
     def prepare(self) -> None:
         """Tokenise the sentences.
 
         Raises:
-            UserError: the passages and their quotations are longer than a sample, or all at one depth.
+            UserError: the passages and their quotations are longer than a sample, or are all at one depth.
         """
         settings, count = self.settings, self.settings.num_questions
         self.head = self.start + self.tokens(HEAD)
@@ -38,8 +38,8 @@ class CopyingTask(DraftedTask):
         self.num_fixed = len(self.head) + len(self.text_end) + questions
         span = settings.depth_max - settings.depth_min
         check(span > 0, f"data.depth_max={settings.depth_max} must exceed data.depth_min: passages need room")
-        self.need(
-            self.num_fixed + math.ceil((2 * self.passage * count + 1) / span),  # twice, for a choice of places
+        self.require(
+            self.num_fixed + math.ceil((2 * self.passage * count + 1) / span),  # twice, for a choice of positions
             f"{count} passages with {settings.answer_tokens} tokens to copy",
             "data.num_questions or data.answer_tokens",
         )
@@ -55,38 +55,38 @@ class CopyingTask(DraftedTask):
         first, last = (round(depth * size) for depth in (self.settings.depth_min, self.settings.depth_max))
         ends = [first + (last - first) * part // count for part in range(count + 1)]
         parts = [range(begin, end - self.passage + 1) for begin, end in pairwise(ends)]
-        hay, places = self._passages(rng, size, parts)
+        hay, starts = self._passages(rng, size, parts)
         pieces: list[Piece] = []
-        for place in rng.sample(places, count):
-            answer = place + self.quoted
-            pieces.append(("question", self.question + hay[place:answer]))
-            pieces += ("answer", hay[answer : place + self.passage]), ("separator", self.answer_end)
+        for start in rng.sample(starts, count):
+            answer = start + self.quoted
+            pieces.append(("question", self.question + hay[start:answer]))
+            pieces += ("answer", hay[answer : start + self.passage]), ("separator", self.answer_end)
         return self.head + hay + self.text_end, pieces
 
     def _passages(self, rng: random.Random, size: int, parts: list[range]) -> tuple[list[int], list[int]]:
-        """So much hay, and a place in each of its parts where a passage begins; hay without them is passed over."""
+        """Hay of this size and the start of a passage in each of its parts; retries if there is none."""
         for _ in range(TRIES):
             hay = self.hay(rng, size)
             text = self._text(hay)
-            places = [place for part in parts if (place := self._place(rng, hay, text, part)) is not None]
-            if len(places) == len(parts):
-                return hay, places
+            starts = [start for part in parts if (start := self._passage_start(rng, hay, text, part)) is not None]
+            if len(starts) == len(parts):
+                return hay, starts
         raise UserError(
-            "the haystack repeats itself, copying finds no passages that begin like no other: give another "
+            "the haystack repeats itself, so copying finds no passages with a unique beginning: choose another "
             "data.haystack or data.mixture.copying=0"
         )
 
-    def _place(self, rng: random.Random, hay: list[int], text: str, places: range) -> int | None:
-        """Where a passage begins whose first tokens stand in the text once: if possible, where a word begins."""
-        found = None
-        for place in rng.sample(places, min(TRIES, len(places))):
-            before = hay[max(place - 1, 0) : place]  # some decoders drop the space in front of all
-            beginning = self._text(before + hay[place : place + self.quoted])[len(self._text(before)) :]
-            if text.count(beginning) == 1:
-                if re.match(r" \w", beginning):
-                    return place
-                found = place
-        return found
+    def _passage_start(self, rng: random.Random, hay: list[int], text: str, starts: range) -> int | None:
+        """The start of a passage whose first tokens occur once in the text, at the start of a word if possible."""
+        inside_word = None
+        for start in rng.sample(starts, min(TRIES, len(starts))):
+            previous = hay[max(start - 1, 0) : start]  # some decoders drop a leading space
+            quotation = self._text(previous + hay[start : start + self.quoted])[len(self._text(previous)) :]
+            if text.count(quotation) == 1:
+                if re.match(r" \w", quotation):
+                    return start
+                inside_word = start
+        return inside_word
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))

@@ -1,4 +1,4 @@
-"""The samples as Lightning takes them: an endless, resumable training stream and fixed held-out sets."""
+"""The samples as a Lightning data module: an endless, resumable training stream and fixed held-out sets."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sized
@@ -16,7 +16,7 @@ from duo_id.data.samples import Batch, Sample, Task, collate
 from duo_id.data.settings import DataSettings
 from duo_id.distributed.ranks import Ranks
 
-ASKED_BY = {  # the settings that say how many samples of a split are looked at as a whole
+COUNT_SETTINGS = {  # the settings for the number of samples that are used of a split
     "train": "method.samples",
     "validation": "comparison.validation_samples, or in a sweep comparison.samples",
     "test": "comparison.samples",
@@ -26,9 +26,9 @@ ASKED_BY = {  # the settings that say how many samples of a split are looked at 
 class SampleModule(LightningDataModule):
     """Training batches without end, and the first samples of the held-out splits.
 
-    A step takes the `batch_size` global indices from `position` on, each group of ranks an equal block of them; which
-    samples these are depends on nothing else, so any number of workers and ranks, and a resumed run, sees what one
-    undisturbed process sees.
+    A step takes the `batch_size` global indices from `position` on, each group of ranks an equal block of them. The
+    samples depend on nothing else: any number of workers and ranks, or a resumed run, sees what a single uninterrupted
+    process sees.
     """
 
     def __init__(
@@ -41,28 +41,28 @@ class SampleModule(LightningDataModule):
         ranks: Ranks | None = None,
         tasks: Mapping[str, Task] | None = None,
     ) -> None:
-        """Keep the settings; a split's haystack is opened when its samples are first asked for.
+        """Keep the settings; a split's haystack is opened when its samples are first requested.
 
         Args:
             settings: of the samples.
             tokenizer: of the model.
             seed: of all samples.
-            length_limit: the most tokens that the model takes; None: it names no limit.
-            num_validation: samples of the validation loader; 0: there is none.
-            ranks: the processes that share a step; None: this one alone.
+            length_limit: the model's maximum number of tokens; None: no limit.
+            num_validation: samples of the validation loader; 0: no loader.
+            ranks: the processes that share a step; None: only this one.
             tasks: of splits, instead of those that the settings name.
         """
         super().__init__()
         self.settings, self.tokenizer, self.seed, self.length_limit = settings, tokenizer, seed, length_limit
         self.num_validation, self.ranks = num_validation, ranks or Ranks()
         self._tasks: dict[str, Task] = dict(tasks or {})
-        self._start = {"position": 0, "global_step": 0}  # the position that a global step of the trainer began at
+        self._start = {"position": 0, "global_step": 0}  # position and global step of the trainer at its start
         token_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         pad_id = next(token for token in token_ids if token is not None)
         self.collate = partial(collate, pad_id=pad_id, padding_side=settings.padding_side)
 
     def task(self, split: str) -> Task:
-        """The task of one split, made once.
+        """The task of one split, created on first use.
 
         Raises:
             UserError: it cannot make samples with these settings.
@@ -76,32 +76,32 @@ class SampleModule(LightningDataModule):
         task = self.task(split)
         if isinstance(task, Sized) and count > len(task):  # one on disk
             raise UserError(
-                f"{count} {split} samples are asked for, but data.path={self.settings.path} has {len(task)}: lower "
-                f"{ASKED_BY[split]}"
+                f"{count} {split} samples are requested, but data.path={self.settings.path} has {len(task)}: lower "
+                f"{COUNT_SETTINGS[split]}"
             )
         return [task.sample(index, self.seed) for index in range(count)]
 
     @property
     def position(self) -> int:
-        """Samples that the completed steps have consumed on all ranks; what workers prefetched does not count."""
+        """Samples consumed by completed steps on all ranks; prefetched ones do not count."""
         if self.trainer is None:
             return self._start["position"]
         steps = self.trainer.global_step - self._start["global_step"]
         return self._start["position"] + steps * self.settings.batch_size
 
     def state_dict(self) -> dict[str, int]:
-        """Where a resumed run goes on."""
+        """The position from which a resumed run continues."""
         step = self.trainer.global_step if self.trainer else 0
         return {"position": self.position, "global_step": step, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training loader start where the checkpointed run stopped, with any batch size and rank count."""
+        """Start the next training loader where the checkpointed run stopped, with any batch size and rank count."""
         if state_dict["seed"] != self.seed:
             raise UserError(f"resume: the run drew its samples with seed={state_dict['seed']}, not seed={self.seed}")
         self._start = {key: int(state_dict[key]) for key in ("position", "global_step")}
 
     def train_dataloader(self) -> DataLoader:
-        """Batches without end, this rank's alone."""
+        """Endless batches of this rank."""
         return _TrainLoader(self)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
@@ -117,7 +117,7 @@ class SampleModule(LightningDataModule):
 
 
 class _TrainBatches(IterableDataset[Batch]):
-    """The batches of one rank from `position` on; worker w of n makes the batches w, w + n, ... of them."""
+    """The batches of one rank from `position` on; worker w of n makes batches w, w + n, ..."""
 
     def __init__(self, task: Task, module: SampleModule) -> None:
         self.task, self.seed, self.collate = task, module.seed, module.collate
@@ -127,14 +127,14 @@ class _TrainBatches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
-        for number in itertools.count(first, every):
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for number in itertools.count(first, stride):
             start = self.position + number * self.step + self.offset
             yield self.collate([self.task.sample(start + row, self.seed) for row in range(self.batch_size)])
 
 
 class _TrainLoader(DataLoader[Batch]):
-    """Starts at the module's position whenever it is iterated anew, as Lightning does for every epoch."""
+    """Starts at the module's position on each iteration, which Lightning starts for every epoch."""
 
     def __init__(self, module: SampleModule) -> None:
         super().__init__(

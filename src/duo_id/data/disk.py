@@ -1,4 +1,4 @@
-"""Datasets of finished samples: a folder with a `datasets.DatasetDict` and a card that says how it was made."""
+"""Data sets of finished samples: a folder with a `datasets.DatasetDict` and a card that says how it was made."""
 
 import hashlib
 import json
@@ -47,25 +47,25 @@ else -100) and `answers` (k at the tokens of the k-th asked answer, else 0); not
 
 
 class _Model(Data):
-    """Whose tokenizer made the tokens."""
+    """The model whose tokenizer was used."""
 
     name: Line
 
 
 class _Settings(Data):
-    """With which the samples were made."""
+    """The settings of the samples."""
 
     model: _Model
 
 
 class _Splits(Data):
-    """What `SPLITS` holds."""
+    """The contents of `SPLITS`."""
 
     splits: list[Line]
 
 
 class _Card(Data):
-    """What of the card is looked at."""
+    """The fields of the card that are used."""
 
     settings: _Settings
     vocabulary: Line
@@ -73,7 +73,7 @@ class _Card(Data):
 
 
 class DiskTask:
-    """Samples read from a folder that `write_dataset` made, in another order on every pass through them."""
+    """Samples read from a folder that `write_dataset` made, in a different order on every pass."""
 
     def __init__(
         self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, split: str, length_limit: int | None = None
@@ -84,14 +84,14 @@ class DiskTask:
             settings: with the folder as `path`.
             tokenizer: of the model; its vocabulary must be that of the samples.
             split: train, validation or test.
-            length_limit: the most tokens that the model takes; None: it names no limit.
+            length_limit: the model's maximum number of tokens; None: no limit.
 
         Raises:
-            UserError: there is no such folder or split, its samples are not for this model, or a file is damaged.
+            UserError: the folder or split does not exist, its samples are not for this model, or a file is damaged.
         """
         path = Path(settings.path or "")
         check(path.is_dir(), f"data.path={path}: no such folder; data_gen/ writes one")
-        check_sums(path, f"copy data.path={path} again or write it anew", (CARD, SPLITS, split))
+        check_sums(path, f"copy or write data.path={path} again", (CARD, SPLITS, split))
         try:
             card = checked(_Card, read_json(path / CARD), path / CARD)
             splits = checked(_Splits, read_json(path / SPLITS), path / SPLITS).splits
@@ -103,14 +103,14 @@ class DiskTask:
         model, longest = card.settings.model.name, card.longest
         check(
             card.vocabulary == vocabulary_hash(tokenizer),
-            f"data.path={path} was made with the vocabulary of model={model}, which is not "
-            "this model's: choose that model or write the dataset anew",
+            f"data.path={path} was made with the vocabulary of model={model}, which differs from this model's: choose "
+            "that model or write the dataset again",
         )
         check(split in splits, f"data.path={path} has no {split} split, only {', '.join(splits)}")
         check(
             length_limit is None or longest <= length_limit,
-            f"data.path={path} has samples of {longest} tokens, and the model takes {length_limit}: "
-            "write the dataset anew with a lower data.length_max",
+            f"data.path={path} has samples of {longest} tokens, but the model takes {length_limit}: "
+            "write the dataset again with a lower data.length_max",
         )
         assert rows is not None
         self.split = split
@@ -118,20 +118,20 @@ class DiskTask:
         self._pass: tuple[tuple[int, int], list[int]] | None = None  # (seed, pass) and its order
 
     def __len__(self) -> int:
-        """How many samples the split has."""
+        """The number of samples of the split."""
         return len(self.rows)
 
     def sample(self, index: int, seed: int) -> Sample:
-        """Row `index` of an endless run of passes, each in its own order of (seed, split, pass)."""
-        number, place = divmod(index, len(self.rows))
-        row = self.rows[self._order(seed, number)[place]]
+        """Row `index` of an endless sequence of passes, each shuffled by (seed, split, pass)."""
+        pass_number, row_index = divmod(index, len(self.rows))
+        row = self.rows[self._order(seed, pass_number)[row_index]]
         return Sample(**{column: row[column] for column in COLUMNS})  # type: ignore[typeddict-item]
 
-    def _order(self, seed: int, number: int) -> list[int]:
-        if self._pass is None or self._pass[0] != (seed, number):
+    def _order(self, seed: int, pass_number: int) -> list[int]:
+        if self._pass is None or self._pass[0] != (seed, pass_number):
             order = list(range(len(self.rows)))
-            random.Random(f"{seed}:{self.split}:{number}").shuffle(order)
-            self._pass = (seed, number), order
+            random.Random(f"{seed}:{self.split}:{pass_number}").shuffle(order)
+            self._pass = (seed, pass_number), order
         return self._pass[1]
 
 
@@ -139,7 +139,7 @@ def write_dataset(settings: DataGenSettings, tokenizer: PreTrainedTokenizerBase,
     """Write the samples of each split to the new folder `settings.out`, whole or not at all.
 
     Args:
-        settings: how many samples, their seed, and what else the card tells; a split of no samples is left out.
+        settings: the number of samples, their seed, and all else on the card; empty splits are omitted.
         tokenizer: of the tasks.
         tasks: one for each split that has samples.
 
@@ -147,7 +147,7 @@ def write_dataset(settings: DataGenSettings, tokenizer: PreTrainedTokenizerBase,
         UserError: the folder exists or cannot be written, or there are no samples to write.
     """
     out = Path(settings.out)
-    check(not out.exists(), f"out={out} exists: give another out or remove it")
+    check(not out.exists(), f"out={out} exists: choose another out or remove it")
     counts = {"train": settings.n, "validation": settings.n_validation, "test": settings.n_test}
     counts = {split: count for split, count in counts.items() if count > 0}
     check(bool(counts), f"n={settings.n}: there are no samples to write")
@@ -160,8 +160,8 @@ def write_dataset(settings: DataGenSettings, tokenizer: PreTrainedTokenizerBase,
             longest = max(longest, len(sample["input_ids"]))
             yield {column: sample[column].numpy() for column in COLUMNS}  # type: ignore[literal-required]
 
-    with whole_folder(out) as beside:
-        cache = beside / "cache"
+    with whole_folder(out) as temporary:
+        cache = temporary / "cache"
         try:
             splits = {
                 split: datasets.Dataset.from_generator(
@@ -170,17 +170,17 @@ def write_dataset(settings: DataGenSettings, tokenizer: PreTrainedTokenizerBase,
                     cache_dir=str(cache),
                     gen_kwargs={"split": split},
                     split=split,
-                    fingerprint=split,  # nobody else shares this cache
+                    fingerprint=split,  # the cache is not shared
                     writer_batch_size=32,  # samples in memory at a time
                 )
                 for split in counts
             }
-        except datasets.exceptions.DatasetGenerationError as error:  # says nothing itself
+        except datasets.exceptions.DatasetGenerationError as error:  # has no message of its own
             if isinstance(error.__cause__, OSError):
                 reason = error.__cause__.strerror or error.__cause__
                 raise UserError(f"out={out} cannot be written ({reason}): make room there") from error
             raise
-        datasets.DatasetDict(splits).save_to_disk(str(beside))
+        datasets.DatasetDict(splits).save_to_disk(str(temporary))
         shutil.rmtree(cache)
         card = {
             "settings": asdict(settings),
@@ -190,9 +190,9 @@ def write_dataset(settings: DataGenSettings, tokenizer: PreTrainedTokenizerBase,
         }
         text = json.dumps(card, indent=2)
         files = "\n".join(f"  - split: {split}\n    path: {split}/*.arrow" for split in counts)
-        (beside / CARD).write_text(text + "\n", encoding="utf-8")
+        (temporary / CARD).write_text(text + "\n", encoding="utf-8")
         readme = README.format(task=settings.data.task, files=files, card=text)
-        (beside / "README.md").write_text(readme, encoding="utf-8")
+        (temporary / "README.md").write_text(readme, encoding="utf-8")
     return out
 
 

@@ -1,4 +1,4 @@
-"""The text that needles are hidden in: many documents as one endless stream, a part of it for each split."""
+"""The text that hides needles: many documents as one endless stream, with a region for each split."""
 
 import ast
 import functools
@@ -24,36 +24,36 @@ from transformers import PreTrainedTokenizerBase
 from duo_id.common.errors import UserError, check
 from duo_id.data.settings import HaystackSettings
 
-# What each split reads, in fractions of the stream. An evaluation has the splits development and test.
+# The region of each split, in fractions of the stream. Evaluations use the splits development and test.
 REGIONS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "test": (0.85, 1.0), "development": (0.7, 0.85)}
-HALVES = {"development": (0.0, 0.5), "test": (0.5, 1.0)}  # of the library, which nothing is trained on
+HALVES = {"development": (0.0, 0.5), "test": (0.5, 1.0)}  # of the library, which is never trained on
 BLANK_LINE = "\n\n"
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 PACKED = (".zst", ".gz")
-# Not read of the library: what is installed, tests, what Python 3.12 and 3.13 dropped, and the debugger, whose
-# docstrings stand in the embedded text too.
+# Skipped in the library: installed packages, tests, modules removed in Python 3.12 and 3.13, and the debugger, whose
+# docstrings are in the embedded text too.
 UNREAD = {"site-packages", "dist-packages", "test", "tests", "idle_test", "distutils", "lib2to3", "pdb.py", "bdb.py"}
-SHORTEST = 200  # characters of a docstring
+MIN_DOCSTRING = 200  # characters
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of plain text: none added in front or behind, and text like `<|endoftext|>` is only text."""
+    """The tokens of plain text, without special tokens; text like `<|endoftext|>` is ordinary text."""
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
     return list(encoded["input_ids"])
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer itself puts in front of a text, perhaps none."""
+    """The special tokens that the tokenizer prepends to a text, if any."""
     plain, full = tokenize(tokenizer, "text"), list(tokenizer("text")["input_ids"])
     starts = [start for start in range(len(full) - len(plain) + 1) if full[start : start + len(plain)] == plain]
     return full[: starts[0]] if starts else []
 
 
 class Haystack:
-    """One split's region of the documents, which are joined by blank lines; after its end it begins again.
+    """One split's region of the documents, which are joined by blank lines; it wraps around at its end.
 
-    Regions are cut by position in bytes (UTF-8), so no two splits share text, and only the lengths of the documents
-    are needed up front: the text itself may stay on disk.
+    Regions are cut at byte positions (UTF-8), so no two splits share text, and only the lengths of the documents are
+    needed up front: the text itself may stay on disk.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Haystack:
             documents: a list, or a column of a memory-mapped dataset.
             num_bytes: their lengths, int64.
             split: a key of `regions`.
-            regions: the beginning and the end of each split, in fractions of the stream.
+            regions: start and end of each split, in fractions of the stream.
         """
         self.documents = documents
         self.split = split
@@ -80,13 +80,13 @@ class Haystack:
         self.start, self.stop = round(first * total), round(last * total)
 
     def window(self, rng: random.Random, num_tokens: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Exactly `num_tokens` tokens from a random place of the region on, beginning with a whole word.
+        """Exactly `num_tokens` tokens from a random position in the region, starting with a whole word.
 
         Raises:
             UserError: the whole region has fewer tokens.
         """
         start = rng.randrange(self.start, max(self.stop, self.start + 1))
-        size = 5 * num_tokens + 100  # bytes; English has about 4 a token
+        size = 5 * num_tokens + 100  # bytes; English has about 4 per token
         while True:
             size = min(size, self.stop - self.start)
             tokens = tokenize(tokenizer, self._text(start, size))
@@ -94,22 +94,22 @@ class Haystack:
                 return tokens[:num_tokens]
             check(
                 size < self.stop - self.start,
-                f"the haystack's {self.split} part holds about {len(tokens)} tokens, a sample asks for {num_tokens}: "
-                "lower data.length_max or give a longer one (data/haystack=file data.haystack.path=FILE); of an "
-                "evaluation, lower lengths",
+                f"the haystack's {self.split} part has about {len(tokens)} tokens, but a sample needs {num_tokens}: "
+                "lower data.length_max (lengths, in an evaluation) or use a longer one (data/haystack=file "
+                "data.haystack.path=FILE)",
             )
             size *= 2
 
     def _text(self, start: int, size: int) -> str:
-        """`size` bytes of the region from byte `start` on, past its end from its beginning, less a cut first word."""
+        """`size` bytes of the region from byte `start` on, wrapping around, without a cut first word."""
         stop = min(start + size, self.stop)
         text = self._from_word(start, stop)
-        if rest := size - (stop - start):
-            text += BLANK_LINE + self._from_word(self.start, self.start + rest)
+        if remaining := size - (stop - start):
+            text += BLANK_LINE + self._from_word(self.start, self.start + remaining)
         return text
 
     def _from_word(self, start: int, stop: int) -> str:
-        """The bytes less the word that `start` cuts; text without spaces (no word is longer than 40) stays."""
+        """The text without the word that `start` cuts; text without spaces (words over 40 characters) is kept."""
         text = self._read(start, stop)
         cut = start > 0 and not self._read(start - 1, start).isspace()
         return re.sub(r"^\S{0,40}\s+", "", text, count=1) if cut else text.lstrip()
@@ -123,66 +123,66 @@ class Haystack:
 
 
 def load_haystack(settings: HaystackSettings, split: str) -> Haystack:
-    """Open the haystack of one split: train, validation or test; for an evaluation, development or test.
+    """Open the haystack of one split: train, validation or test; in an evaluation, development or test.
 
     Raises:
-        UserError: the file, data set or column is missing, unreadable or without text, or kept for evaluation.
+        UserError: the file, data set or column is missing, unreadable or without text, or reserved for evaluation.
     """
     if settings.source == "library":
         check(
             split in HALVES,
-            "data.haystack.source=library is kept for evaluation: train on data/haystack=embedded, file or hub",
+            "data.haystack.source=library is reserved for evaluation: train on data/haystack=embedded, file or hub",
         )
         return Haystack(*_library(), split, HALVES)
     if settings.source == "embedded":
         documents = [topics[name] for name in sorted(topics)]
         return Haystack(documents, _lengths(documents), split)
     dataset = _open_file(settings) if settings.source == "file" else _open_hub(settings)
-    check(len(dataset) > 0, f"data.haystack.{_place(settings)} holds no documents")
+    check(len(dataset) > 0, f"data.haystack.{_source(settings)} holds no documents")
     check(
         settings.text_key in dataset.column_names,
-        f"data.haystack.text_key={settings.text_key}: data.haystack.{_place(settings)} has the columns "
+        f"data.haystack.text_key={settings.text_key}: data.haystack.{_source(settings)} has the columns "
         f"{', '.join(dataset.column_names)}",
     )
     column = dataset.data.column(settings.text_key)
     check(
         pa.types.is_string(column.type) or pa.types.is_large_string(column.type),
-        f"data.haystack.text_key={settings.text_key} of data.haystack.{_place(settings)} is {column.type}, not text",
+        f"data.haystack.text_key={settings.text_key} of data.haystack.{_source(settings)} is {column.type}, not text",
     )
     num_bytes = pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64)
     check(
         int(num_bytes.sum()) > 0,
-        f"data.haystack.text_key={settings.text_key} of data.haystack.{_place(settings)} holds no text",
+        f"data.haystack.text_key={settings.text_key} of data.haystack.{_source(settings)} holds no text",
     )
     return Haystack(dataset[settings.text_key], num_bytes, split)
 
 
 @functools.cache
 def _library() -> tuple[list[str], np.ndarray]:
-    """The long docstrings of Python's standard library, each once, in the order of their files, and their lengths.
+    """The distinct long docstrings of Python's standard library, in the order of their files, and their lengths.
 
-    Another version of Python has somewhat other ones.
+    They differ somewhat between versions of Python.
 
     Raises:
-        UserError: there are none, as where Python's own modules lie in an archive.
+        UserError: there are none, e.g. because Python's modules are in an archive.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in UNREAD]
         files += [Path(folder, name) for name in names if name.endswith(".py") and name not in UNREAD]
-    long = re.compile(rb'"""[^"]{%d}' % SHORTEST)  # parsing the other files too would take a third longer
+    long = re.compile(rb'"""[^"]{%d}' % MIN_DOCSTRING)  # parsing all files would take a third longer
     sources = (file.read_bytes() for file in sorted(files, key=lambda file: file.relative_to(root).parts))
     with _quick_parsing():
-        found = dict.fromkeys(text for source in sources if long.search(source) for text in _docstrings(source))
-    check(bool(found), f"data.haystack.source=library: there are no docstrings in {root}, choose another source")
-    documents = list(found)
+        docstrings = dict.fromkeys(text for source in sources if long.search(source) for text in _docstrings(source))
+    check(bool(docstrings), f"data.haystack.source=library: there are no docstrings in {root}, choose another source")
+    documents = list(docstrings)
     return documents, _lengths(documents)
 
 
 @contextmanager
 def _quick_parsing() -> Iterator[None]:
-    """Collect no garbage meanwhile, which would double the time, and let no file warn of how it is written."""
+    """Disable garbage collection, which would double the time, and syntax warnings of the parsed files."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -197,14 +197,14 @@ def _docstrings(source: bytes) -> Iterator[str]:
     """The long docstrings of a module, its classes and functions."""
     try:
         nodes: list[ast.stmt | ast.Module] = [ast.parse(source)]
-    except (SyntaxError, ValueError):  # a file that is no Python of this version
+    except (SyntaxError, ValueError):  # not valid in this version of Python
         return
     while nodes:
         node = nodes.pop()
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         text = ast.get_docstring(node, clean=False)
-        if text and len(text := inspect.cleandoc(text)) > SHORTEST:
+        if text and len(text := inspect.cleandoc(text)) > MIN_DOCSTRING:
             yield text
         nodes += reversed(node.body)
 
@@ -213,26 +213,26 @@ def _lengths(documents: Sequence[str]) -> np.ndarray:
     return np.array([len(document.encode()) for document in documents])
 
 
-def _place(settings: HaystackSettings) -> str:
+def _source(settings: HaystackSettings) -> str:
     return f"path={settings.path}" if settings.source == "file" else f"id={settings.id}"
 
 
 def _open_file(settings: HaystackSettings) -> datasets.Dataset:
-    """Memory-map a file, or all files of a folder; the paragraphs of a txt file are its documents."""
+    """Memory-map a file, or all files of a folder; the documents of a txt file are its paragraphs."""
     path = Path(settings.path or "")
     check(path.exists(), f"data.haystack.path={path}: no such file or folder")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _builder(file))
     builders = {_builder(file) for file in files}
     check(
         len(builders) == 1 and None not in builders,
-        f"data.haystack.path={path}: give a txt, jsonl, jsonl.zst or parquet file, or a folder of files of one kind",
+        f"data.haystack.path={path}: use a txt, jsonl, jsonl.zst or parquet file, or a folder of files of one kind",
     )
     check(any(file.stat().st_size for file in files), f"data.haystack.path={path} is empty")
     (builder,) = builders
     options: dict[str, Any] = {"sample_by": "paragraph"} if builder == "text" else {}
     try:
         return datasets.load_dataset(builder, data_files=[str(file) for file in files], split="train", **options)
-    except Exception as error:  # datasets wraps what it meets in many types
+    except Exception as error:  # datasets raises many types
         raise UserError(f"data.haystack.path={path} cannot be read as {builder}: {_line(error)}") from error
 
 

@@ -1,4 +1,4 @@
-"""A mixture of tasks: which of them makes a sample follows from the sample's index alone."""
+"""A mixture of tasks: which task makes a sample depends only on the sample's index."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from duo_id.data.synthetic import DraftedTask
 
 
 class MixtureTask:
-    """Several tasks with the same lengths, haystack and other settings, in the proportion of their weights.
+    """Several tasks with the same lengths, haystack and other settings, in proportion to their weights.
 
-    The next sample is always made by the task that lacks most to its share (of several, the one that is named first),
-    so that every run of samples from the first on is mixed as evenly as possible.
+    The next sample is always made by the task that is furthest below its share (the first one if several are), so that
+    every prefix of the samples is mixed as evenly as possible.
     """
 
     def __init__(
@@ -28,17 +28,17 @@ class MixtureTask:
         split: str,
         length_limit: int | None = None,
     ) -> None:
-        """Make the tasks that have a weight above 0.
+        """Make the tasks with a positive weight.
 
         Args:
             tasks: those that can be mixed.
             settings: of the samples, with the weights as `mixture`.
             tokenizer: of the model.
             split: train, validation or test.
-            length_limit: the most tokens that the model takes; None: it names no limit.
+            length_limit: the model's maximum number of tokens; None: no limit.
 
         Raises:
-            UserError: an unknown task, or one that cannot make samples with these settings.
+            UserError: a task is unknown, or cannot make samples with these settings.
         """
         for name in settings.mixture:
             check(name in tasks, f"data.mixture.{name}: a mixture can have {', '.join(tasks)}")
@@ -49,7 +49,7 @@ class MixtureTask:
         self._counts = Counter[str]()
 
     def sample(self, index: int, seed: int) -> Sample:
-        """The sample of this (seed, split, index) that its task makes."""
+        """The sample of this (seed, split, index), from its task."""
         return self.tasks[self.task_of(index)].sample(index, seed)
 
     def task_of(self, index: int) -> str:
@@ -57,8 +57,8 @@ class MixtureTask:
         total = sum(self.weights.values())
         while len(self._order) <= index:
             length = len(self._order) + 1
-            lacks = {name: weight * length - total * self._counts[name] for name, weight in self.weights.items()}
-            name = max(lacks, key=lacks.__getitem__)
+            deficits = {name: weight * length - total * self._counts[name] for name, weight in self.weights.items()}
+            name = max(deficits, key=deficits.__getitem__)
             self._order.append(name)
             self._counts[name] += 1
         return self._order[index]

@@ -1,4 +1,4 @@
-"""The multi-query task: facts about people are scattered in a haystack, and one question asks for several of them."""
+"""The multi-query task: facts about people are scattered over a haystack, and one question asks for several of them."""
 
 import random
 from itertools import product
@@ -23,15 +23,15 @@ ANSWER_END = ".\n"
 class MultiQueryTask(DraftedTask):
     """Facts `The THING of NAME is WORDS.`; one question asks for `num_questions` of them and lists the answers.
 
-    Each thing is told of two people and asked of one, so that neither the thing nor the name alone is enough. The facts
-    asked for are spread over the haystack.
+    Each thing is stated for two people and asked for one, so that neither the thing nor the name alone is enough. The
+    facts asked for are spread over the haystack.
     """
 
     def prepare(self) -> None:
-        """Tokenise all that can be told and asked.
+        """Tokenise all possible facts and questions.
 
         Raises:
-            UserError: more is asked for than there are things or than a sample holds.
+            UserError: it asks for more facts than there are things, or than a sample can hold.
         """
         self.things, self.names = self.part(THINGS), self.part(NAMES)
         count, words = self.settings.num_questions, self.settings.answer_words
@@ -54,7 +54,7 @@ class MultiQueryTask(DraftedTask):
         self.num_fixed = len(self.head) + facts + len(self.text_end)
         lists = (count - 1) * (len(self.next_topic) + len(self.next_answer)) + len(self.answer_end)
         longest = max(map(len, self.topics.values())) + words * self.longest_word
-        self.need(
+        self.require(
             self.num_fixed + len(self.question) + lists + len(self.question_end) + 3 * count * longest + 2 * count,
             f"{2 * count} facts of {words} words and a question for {count} of them",
             "data.num_questions or data.answer_words",
@@ -64,7 +64,7 @@ class MultiQueryTask(DraftedTask):
         """Facts in hay, and the question."""
         count = self.settings.num_questions
         things = rng.sample(self.things, count)
-        people = [rng.sample(self.names, 2) for _ in things]  # the one who is asked about, and another
+        people = [rng.sample(self.names, 2) for _ in things]  # the person in the question, and another one
         topics = [self.topics[thing, pair[who]] for who in (0, 1) for thing, pair in zip(things, people, strict=True)]
         answers = [self.spell(rng.choices(self.words, k=self.settings.answer_words)) for _ in topics]
 
@@ -74,8 +74,8 @@ class MultiQueryTask(DraftedTask):
             pieces += ("answer", answers[number]), ("separator", self.next_answer)
         pieces[-1] = ("separator", self.answer_end)
 
-        told = sum(map(len, topics)) + sum(map(len, answers))
-        hay = self.hay(rng, length - self.num_fixed - told - sum(len(piece) for _, piece in pieces))
+        num_variable = sum(map(len, topics)) + sum(map(len, answers))
+        hay = self.hay(rng, length - self.num_fixed - num_variable - sum(len(piece) for _, piece in pieces))
         depths = [*self.depths(rng, count), *self.depths(rng, count)]
         needles = [
             (depth, self.fact + topic + self.fact_middle + answer + self.fact_end)

@@ -25,7 +25,7 @@ class PasskeyTask(DraftedTask):
         """Tokenise the sentences.
 
         Raises:
-            UserError: too many passkeys, for their ordinals or for the length.
+            UserError: there are more passkeys than ordinals, or than fit into the length.
         """
         count, words = self.settings.num_passkeys, self.settings.passkey_words
         check(1 <= count <= MAX_ORDINAL, f"data.num_passkeys={count} must be between 1 and {MAX_ORDINAL}")
@@ -37,7 +37,7 @@ class PasskeyTask(DraftedTask):
         ends = count * (len(self.needle_end) + len(self.answer_end))
         sentences = sum(map(len, chain(self.needles, self.questions)))
         self.num_fixed = len(self.head) + len(self.text_end) + ends + sentences
-        self.need(
+        self.require(
             self.num_fixed + 2 * count * words * self.longest_word + count,
             f"{count} passkeys of {words} words and their questions",
             "data.num_passkeys or data.passkey_words",

@@ -1,4 +1,4 @@
-"""The one place where tasks are named."""
+"""The training tasks by name."""
 
 from collections.abc import Callable
 from functools import partial

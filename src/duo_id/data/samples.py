@@ -1,4 +1,4 @@
-"""What a sample is, what makes samples, and how several become one batch."""
+"""Samples, the tasks that make them, and how they become a batch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypedDict
@@ -10,31 +10,31 @@ from torch.nn.functional import pad
 from duo_id.distributed.ranks import Ranks
 
 SPLITS = ("train", "validation", "test")
-UNSCORED = -100  # the label of a token that no loss looks at
+UNSCORED = -100  # the label of tokens without loss
 
 
 class Sample(TypedDict):
     """One text with questions and answers: int64 tensors, all (tokens,).
 
-    Labels and answers stand at the tokens they are about: whoever compares them with logits shifts by one.
+    Labels and answers are aligned with their own tokens: shift by one to compare them with logits.
     """
 
     input_ids: Tensor
-    labels: Tensor  # the token where it is scored, else -100
-    answers: Tensor  # k at the tokens of the k-th asked answer, k from 1, else 0
+    labels: Tensor  # the token itself if it is scored, else -100
+    answers: Tensor  # k at the tokens of the k-th answer, k from 1, else 0
 
 
 class Batch(TypedDict):
-    """Samples padded to the longest of them: (samples, tokens)."""
+    """Samples padded to the longest one: (samples, tokens)."""
 
     input_ids: Tensor
     labels: Tensor
     answers: Tensor
-    attention_mask: Tensor | None  # bool, True = real; None: nothing is padded
+    attention_mask: Tensor | None  # bool, True = real; None: no padding
 
 
 class Task(Protocol):
-    """Whatever makes samples."""
+    """An object that makes samples."""
 
     def sample(self, index: int, seed: int) -> Sample:
         """The sample of this (seed, split, index): the same in every process and on every machine."""
@@ -42,7 +42,7 @@ class Task(Protocol):
 
 
 def collate(samples: Sequence[Sample], pad_id: int, padding_side: str) -> Batch:
-    """Pad samples to the longest, on the `right` or `left`: `pad_id` for tokens, -100 for labels, 0 for answers."""
+    """Pad samples to the longest one, on the `right` or `left`: `pad_id` for tokens, -100 for labels, 0 for answers."""
     lengths = [len(sample["input_ids"]) for sample in samples]
     longest = max(lengths)
 
@@ -65,9 +65,9 @@ def collate(samples: Sequence[Sample], pad_id: int, padding_side: str) -> Batch:
 
 
 def pad_batch(batch: Batch, multiple: int, limit: int) -> Batch:
-    """Pad a batch on the right to a multiple of `multiple` tokens (at most `limit`), so that few lengths remain.
+    """Pad a batch on the right to a multiple of `multiple` tokens (at most `limit`), so that there are few lengths.
 
-    Causal attention never sees what comes later, so real tokens keep their values and no mask is needed for it.
+    Causal attention never sees later tokens, so real tokens are unaffected and this padding needs no mask.
     """
     tokens = batch["input_ids"].shape[1]
     gap = max(min(-(-tokens // multiple) * multiple, limit) - tokens, 0)
@@ -81,42 +81,45 @@ def pad_batch(batch: Batch, multiple: int, limit: int) -> Batch:
 
 
 def split_batch(batch: Mapping[str, Any], part: int, parts: int) -> dict[str, Any]:
-    """One of `parts` runs of the tokens of a batch, all of the same length, with the places of its tokens.
+    """One of `parts` equally long spans of a batch's tokens, with their positions.
 
-    Real tokens come first, and padding to a multiple of `parts` last: causal attention never looks there.
+    Real tokens come first and padding to a multiple of `parts` last, where causal attention never looks.
 
     Args:
-        batch: whole samples; of labels and answers, what there is.
-        part: which run, from 0.
-        parts: their number.
+        batch: whole samples; labels and answers are optional.
+        part: index of the span, from 0.
+        parts: number of spans.
     """
     samples, tokens = batch["input_ids"].shape
     length = -(-tokens // parts)
     mask = batch.get("attention_mask")
     start = torch.zeros(samples, dtype=torch.int64) if mask is None else mask.to(torch.int32).argmax(-1)
-    places = torch.arange(part * length, (part + 1) * length).expand(samples, -1)
-    order = (places + start[:, None]) % tokens
+    positions = torch.arange(part * length, (part + 1) * length).expand(samples, -1)
+    order = (positions + start[:, None]) % tokens
 
-    def run(rows: Tensor, value: int) -> Tensor:
-        return rows.gather(1, order.to(rows.device)).masked_fill((places >= tokens).to(rows.device), value)
+    def span(rows: Tensor, value: int) -> Tensor:
+        return rows.gather(1, order.to(rows.device)).masked_fill((positions >= tokens).to(rows.device), value)
 
     fill = {"input_ids": 0, "labels": UNSCORED, "answers": 0}
-    kept = {key: run(batch[key], value) for key, value in fill.items() if key in batch}
-    return kept | {"attention_mask": None, "position_ids": places.clamp(max=tokens - 1).to(kept["input_ids"].device)}
+    result = {key: span(batch[key], value) for key, value in fill.items() if key in batch}
+    return result | {
+        "attention_mask": None,
+        "position_ids": positions.clamp(max=tokens - 1).to(result["input_ids"].device),
+    }
 
 
 def with_scored(batch: Mapping[str, Any], least: int = 0) -> dict[str, Any]:
-    """Add `scored`, the flat indices of the labelled tokens, and `weights`, which make a sum over them a mean.
+    """Add `scored`, flat indices of the labelled tokens, and `weights`, which turn a sum over them into a mean.
 
-    With `least`, their number is padded at weight 0 to the next of `least`, 2 * `least`, 4 * `least`, ...
+    With `least`, their number is padded, with weight 0, to the next of `least`, 2 * `least`, 4 * `least`, ...
     """
-    found = (batch["labels"].flatten() != UNSCORED).nonzero()[:, 0]
+    scored = (batch["labels"].flatten() != UNSCORED).nonzero()[:, 0]
     size = least
-    while 0 < size < len(found):
+    while 0 < size < len(scored):
         size *= 2
-    gap = max(size - len(found), 0)
-    weights = torch.full((len(found),), 1 / max(len(found), 1))
-    return {**batch, "scored": pad(found, (0, gap)), "weights": pad(weights, (0, gap))}
+    gap = max(size - len(scored), 0)
+    weights = torch.full((len(scored),), 1 / max(len(scored), 1))
+    return {**batch, "scored": pad(scored, (0, gap)), "weights": pad(weights, (0, gap))}
 
 
 def batch_of_one(sample: Sample, device: torch.device) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def batch_of_one(sample: Sample, device: torch.device) -> dict[str, Any]:
 
 
 def shared_weights(weights: Tensor, ranks: Ranks) -> Tensor:
-    """Weights with which each scored token of all ranks counts the same, in the mean of their losses.
+    """Weights under which every scored token of all ranks counts the same in the mean of the ranks' losses.
 
     Args:
         weights: as of `with_scored`, one for each scored token of this rank.

@@ -20,9 +20,9 @@ from duo_id.models.settings import ModelSettings
 
 @settings("data.haystack")
 class HaystackSettings:
-    """Where the text that hides the needles comes from: see conf/data/."""
+    """The source of the text that hides the needles: see conf/data/."""
 
-    source: Literal["embedded", "file", "hub", "library"] = "embedded"  # library is kept for evaluation
+    source: Literal["embedded", "file", "hub", "library"] = "embedded"  # library is reserved for evaluation
     path: Text | None = None  # file: txt, jsonl, jsonl.zst or parquet, or a folder of such files
     id: Text | None = None  # hub: data set id
     name: Text | None = None  # hub: configuration of the data set
@@ -31,7 +31,7 @@ class HaystackSettings:
     text_key: Text = "text"  # file, hub: the column that holds the text
 
     def __post_init__(self) -> None:
-        """Check that the source has what it needs."""
+        """Check that the source's settings are complete."""
         check(self.source != "file" or bool(self.path), "data.haystack.source=file needs data.haystack.path=FILE")
         check(self.source != "hub" or bool(self.id), "data.haystack.source=hub needs data.haystack.id=DATASET")
 
@@ -46,24 +46,24 @@ class DataSettings:
     haystack: HaystackSettings = field(default_factory=HaystackSettings)
     length_min: Positive = 1  # tokens
     length_max: Positive | None = None  # tokens; null: the model's limit
-    num_lengths: Positive = 1  # how many lengths between the two, evenly spaced
+    num_lengths: Positive = 1  # number of lengths between the two, evenly spaced
     curriculum: Count = 0  # training samples over which the longest length grows from length_min to length_max
     num_passkeys: Positive = 1
     passkey_words: Positive = 1
-    num_questions: Positive = 1  # key_value, copying; multi_query: things that its one question asks for
+    num_questions: Positive = 1  # key_value, copying; multi_query: facts that its question asks for
     answer_words: Positive = 1  # key_value, multi_query
     answer_tokens: Positive = 1  # copying
-    text_skip: Count = 64  # text: tokens at the beginning that are not labelled
-    text_tokens: Positive | None = None  # text: so many are labelled at most, the last; null: all
+    text_skip: Count = 64  # text: first tokens that are not labelled
+    text_tokens: Positive | None = None  # text: label at most this many of the last tokens; null: all
     depth_min: Fraction = 0.05  # of the haystack, or the records
     depth_max: Fraction = 0.95
-    score: Literal["answers", "questions", "all"] = "answers"  # what is labelled; all: also what separates them
+    score: Literal["answers", "questions", "all"] = "answers"  # what is labelled; all: also separators
     batch_size: Positive = 1
     padding_side: Literal["left", "right"] = "right"
     num_workers: Annotated[Count, Field(le=4096)] = 0
 
     def __post_init__(self) -> None:
-        """Check what goes together; what depends on the tokenizer is checked where samples are made."""
+        """Check combinations of settings; what depends on the tokenizer is checked by the task."""
         check(self.task != "disk" or bool(self.path), "data=disk needs data.path=DIR, a folder written by data_gen/")
         check(
             self.length_max is None or self.length_max >= self.length_min,

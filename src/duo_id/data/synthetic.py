@@ -1,4 +1,4 @@
-"""What the tasks that make samples share: lengths, words, haystack, and how pieces become a sample."""
+"""What synthetic tasks share: lengths, words, haystack, and how pieces become a sample."""
 
 import random
 from abc import ABC, abstractmethod
@@ -14,15 +14,15 @@ from duo_id.data.samples import SPLITS, UNSCORED, Sample
 from duo_id.data.settings import DataSettings
 from duo_id.data.words import WORDS
 
-Piece = tuple[Literal["question", "answer", "separator"], list[int]]  # of what follows the context: its tokens
+Piece = tuple[Literal["question", "answer", "separator"], list[int]]  # after the context: kind and tokens
 LABELLED = {"answers": ("answer",), "questions": ("question",), "all": ("question", "answer", "separator")}
 Filler = TypeVar("Filler")
 
 
 class DraftedTask(ABC):
-    """A task whose samples are put together from tokens, so that the length drawn is the sample's exact length.
+    """A task whose samples are assembled from tokens, so that their lengths are exactly the ones drawn.
 
-    Every piece is tokenised on its own: what is asked for has the same tokens in the context and as the answer.
+    Every piece is tokenised separately, so that an answer has the same tokens in the context and after the question.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class DraftedTask(ABC):
             settings: of the samples.
             tokenizer: of the model.
             split: train, validation or test; no two share words or haystack.
-            length_limit: the most tokens that the model takes; None: it names no limit.
-            haystack: instead of the one that the settings name.
+            length_limit: the model's maximum number of tokens; None: no limit.
+            haystack: replaces the one in the settings.
 
         Raises:
-            UserError: samples of the wanted lengths cannot be made.
+            UserError: samples of the requested lengths cannot be made.
         """
         self.settings, self.tokenizer, self.split = settings, tokenizer, split
         self.lengths = _lengths(settings, length_limit)
@@ -52,12 +52,12 @@ class DraftedTask(ABC):
         self.start = leading_tokens(tokenizer)
         self.prepare()
         self.haystack = haystack or load_haystack(settings.haystack, split)
-        self.hay(random.Random(0), self.lengths[-1])  # what cannot work fails now rather than in mid-run
+        self.hay(random.Random(0), self.lengths[-1])  # fail now rather than in the middle of a run
         self.draft(random.Random(0), self.lengths[0])
 
     @abstractmethod
     def prepare(self) -> None:
-        """Tokenise the fixed pieces, and `need` the tokens that a sample takes at least."""
+        """Tokenise the fixed pieces, and `require` the minimum number of tokens of a sample."""
 
     @abstractmethod
     def draft(self, rng: random.Random, length: int) -> tuple[list[int], list[Piece]]:
@@ -68,29 +68,29 @@ class DraftedTask(ABC):
         rng = random.Random(f"{seed}:{self.split}:{index}")
         length = rng.choice(self._open_lengths(index))
         tokens, pieces = self.draft(rng, length)
-        labels, places, answers = [UNSCORED] * len(tokens), [0] * len(tokens), 0
+        labels, answer_numbers, answers = [UNSCORED] * len(tokens), [0] * len(tokens), 0
         for kind, piece in pieces:
             answers += kind == "answer"
             tokens += piece
             labels += piece if kind in LABELLED[self.settings.score] else [UNSCORED] * len(piece)
-            places += [answers if kind == "answer" else 0] * len(piece)
+            answer_numbers += [answers if kind == "answer" else 0] * len(piece)
         assert len(tokens) == length
-        return Sample(input_ids=torch.tensor(tokens), labels=torch.tensor(labels), answers=torch.tensor(places))
+        return Sample(input_ids=torch.tensor(tokens), labels=torch.tensor(labels), answers=torch.tensor(answer_numbers))
 
-    def need(self, tokens: int, what: str, lower: str) -> None:
-        """Refuse lengths below `tokens`, which `what` (a plural) needs unless the settings `lower` are lowered."""
+    def require(self, tokens: int, contents: str, overrides: str) -> None:
+        """Refuse lengths below `tokens`, which `contents` (a plural) need unless settings `overrides` are lowered."""
         check(
             self.lengths[0] >= tokens,
-            f"data.length_min={self.settings.length_min} is too short for {what}, which need {tokens} tokens: "
-            f"raise it, or lower {lower}",
+            f"data.length_min={self.settings.length_min} is too short for {contents}, which need {tokens} tokens: "
+            f"raise it, or lower {overrides}",
         )
 
     def part(self, words: Sequence[str]) -> Sequence[str]:
-        """The words that are this split's alone."""
+        """The words that only this split uses."""
         return words[SPLITS.index(self.split) :: len(SPLITS)]
 
     def tokens(self, text: str) -> list[int]:
-        """The tokens of a piece of text, tokenised on its own."""
+        """The tokens of a piece of text, tokenised separately."""
         return tokenize(self.tokenizer, text)
 
     def spell(self, words: Iterable[str]) -> list[int]:
@@ -98,16 +98,16 @@ class DraftedTask(ABC):
         return self.tokens("".join(f" {word}" for word in words))
 
     def hay(self, rng: random.Random, num_tokens: int) -> list[int]:
-        """So many tokens from anywhere in the split's haystack."""
+        """`num_tokens` tokens from a random position in the split's haystack."""
         return self.haystack.window(rng, num_tokens, self.tokenizer)
 
     def depths(self, rng: random.Random, count: int) -> list[float]:
-        """One random depth of each of `count` equal parts between data.depth_min and data.depth_max, ascending."""
+        """A random depth in each of `count` equal parts between data.depth_min and data.depth_max, ascending."""
         low, high = self.settings.depth_min, self.settings.depth_max
         return [low + (high - low) * (part + rng.random()) / count for part in range(count)]
 
     def _open_lengths(self, index: int) -> list[int]:
-        """The lengths that a sample is drawn from: all, but in a curriculum none above what it has grown to."""
+        """The lengths that a sample may have: all, or those up to the current one of a curriculum."""
         curriculum = self.settings.curriculum if self.split == "train" else 0
         if index >= curriculum:
             return self.lengths
@@ -115,21 +115,21 @@ class DraftedTask(ABC):
 
 
 def scatter(filler: Sequence[Filler], needles: Iterable[tuple[float, Sequence[Filler]]]) -> list[Filler]:
-    """A filler with needles in it, each at its depth from 0 to 1; they come in the order of their depths."""
-    whole: list[Filler] = []
-    begin = 0
+    """Insert needles into a filler, each at its depth from 0 to 1; the needles must be sorted by depth."""
+    combined: list[Filler] = []
+    previous = 0
     for depth, needle in needles:
         cut = round(depth * len(filler))
-        whole += [*filler[begin:cut], *needle]
-        begin = cut
-    return [*whole, *filler[begin:]]
+        combined += [*filler[previous:cut], *needle]
+        previous = cut
+    return [*combined, *filler[previous:]]
 
 
 def _lengths(settings: DataSettings, limit: int | None) -> list[int]:
-    """The lengths to draw from, ascending, evenly spaced, both ends included (a single one is the shortest)."""
+    """The lengths to draw from: ascending, evenly spaced, both ends included (a single one is the shortest)."""
     longest = settings.length_max or limit
     if longest is None:
-        raise UserError("the model names no limit of its context: give data.length_max")
+        raise UserError("the model has no limit of its context: set data.length_max")
     check(
         limit is None or longest <= limit,
         f"data.length_max={longest} exceeds the {limit} tokens that the model takes: lower it",

@@ -7,21 +7,21 @@ from duo_id.data.synthetic import DraftedTask, Piece
 
 
 class TextTask(DraftedTask):
-    """Hay alone, of which the last `text_tokens`, but none of the first `text_skip`, are one answer."""
+    """Hay whose last `text_tokens` tokens, except the first `text_skip` of the sample, are one answer."""
 
     def prepare(self) -> None:
-        """Find where labels begin.
+        """Find where labels start.
 
         Raises:
-            UserError: no token is left to label, or questions are to be labelled.
+            UserError: no token is left to label, or questions should be labelled.
         """
         score, skip = self.settings.score, self.settings.text_skip
         check(score == "answers", f"data.score={score}: text has no questions, choose answers, or data.mixture.text=0")
-        self.skip = max(skip, len(self.start), 1)  # nothing stands before a first token that could tell it
-        self.need(self.skip + 1, f"tokens after data.text_skip={skip}", "data.text_skip")
+        self.skip = max(skip, len(self.start), 1)  # nothing precedes the first token, so it cannot be predicted
+        self.require(self.skip + 1, f"tokens after data.text_skip={skip}", "data.text_skip")
 
     def draft(self, rng: random.Random, length: int) -> tuple[list[int], list[Piece]]:
-        """Hay, cut in two where labels begin."""
+        """Hay, split where labels start."""
         tokens = self.start + self.hay(rng, length - len(self.start))
         begin = max(self.skip, len(tokens) - (self.settings.text_tokens or len(tokens)))
         return tokens[:begin], [("answer", tokens[begin:])]

@@ -1,4 +1,4 @@
-"""The words that needles are made of, what is told of whom, and spelled-out ordinals."""
+"""The words of needles, things and people for facts, and spelled-out ordinals."""
 
 _NOUNS = """
 anchor ankle ant apple arch arm arrow attic axe badge bag ball balloon banana band bank barn barrel basket bat bath

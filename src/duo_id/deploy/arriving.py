@@ -1,4 +1,4 @@
-"""What a layer of the dual cache hands the model in place of keys."""
+"""What a layer of the dual cache returns to the model in place of keys."""
 
 from typing import Any, Protocol
 
@@ -10,39 +10,39 @@ from duo_id.attention.softmax import Softmax
 from duo_id.common.errors import UserError
 from duo_id.deploy.counts import Tokens
 
-TOGETHER = 8192  # tokens up to which padded prompts attend as one batch; beyond, padding costs more than launches
-CHANGED = "this model changes its keys behind the cache, which the dual cache does not: use_cache=False"
+MAX_PADDED = 8192  # tokens up to which padded prompts attend as one batch; beyond, padding costs more than launches
+CHANGED = "this model changes its keys after they are cached, which a dual cache does not support: pass use_cache=False"
 
 
 class Layer(Protocol):
-    """What is asked of `duo_id.deploy.layer.DualLayer`."""
+    """The part of `duo_id.deploy.layer.DualLayer` that is used here."""
 
     layer: AttentionLayer
     tokens: Tokens
 
     def attend(  # noqa: D102
-        self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, again: bool = False
+        self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, shared: bool = False
     ) -> Tensor: ...
     def put(self, key: Tensor, value: Tensor) -> None: ...  # noqa: D102
     def begin(self, new: int) -> None: ...  # noqa: D102
 
 
 class ArrivingKeys:
-    """The keys and values of new tokens, with the layer that will store them."""
+    """The keys and values of new tokens, and the layer that will store them."""
 
     def __init__(self, layer: Layer, key: Tensor, value: Tensor) -> None:
         self.layer, self.key, self.value = layer, key, value
         self.begun = self.stored = False
 
     def __getattr__(self, name: str) -> Any:
-        """Nothing else: a model that works on its keys after the cache has taken them cannot use this one."""
+        """Refuse everything else: a model that changes its keys after caching them cannot use this cache."""
         if name.startswith("__"):
             raise AttributeError(name)
         raise UserError(CHANGED)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Nor by one of torch's functions."""
+        """Refuse torch's functions as well."""
         raise UserError(CHANGED)
 
     def _changed(self, *others: Any) -> Any:
@@ -53,14 +53,14 @@ class ArrivingKeys:
     def to(self, device: torch.device | str) -> "ArrivingKeys":
         """Itself, for layers that share keys on one device."""
         if torch.device(device) != self.key.device:
-            raise UserError("layers of this model share keys over several devices: use_cache=False")
+            raise UserError("layers of this model share keys across devices: pass use_cache=False")
         return self
 
     def attend(self, module: nn.Module, query: Tensor, softmax: Softmax) -> Tensor:
-        """Store the tokens and attend from them to all that the layer's heads see.
+        """Store the tokens and attend from them to everything that the layer's heads see.
 
         Args:
-            module: the attention module that asks.
+            module: the calling attention module.
             query: (batch, heads, tokens, head_dim).
             softmax: of the layer.
 
@@ -68,29 +68,28 @@ class ArrivingKeys:
             (batch, heads, tokens, head_dim); zeros for padding.
 
         Raises:
-            UserError: a layer asks that was not found to share keys with this one.
+            UserError: the calling layer was not found to share keys with this one.
         """
         layer = self.layer.layer
         if module is not layer.module and module not in layer.sharers:
-            raise UserError("a layer of this model reads the cache of another: use_cache=False")
+            raise UserError("a layer of this model reads another layer's cache: pass use_cache=False")
         self._begin()
-        out = self.layer.attend(query, self.key, self.value, softmax, again=module is not layer.module)
-        return Ungraded.apply(out, query, self.key, self.value) if self._graded(query) else out
+        out = self.layer.attend(query, self.key, self.value, softmax, shared=module is not layer.module)
+        return RefuseGradient.apply(out, query, self.key, self.value) if self._needs_gradient(query) else out
 
     def put(self, query: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Store the first tokens of a text without attending, where it is better done without the cache.
+        """Store the first tokens of a text without attending, if attention is better computed without the cache.
 
-        That is where a gradient may go through their attention, and where samples of unequal lengths would attend one
-        after the other.
+        That is so if a gradient may flow through it, or if samples of unequal lengths would attend one by one.
 
         Returns:
-            their keys and values, which are all that `query` sees; None if it must `attend`.
+            their keys and values, which are all that `query` sees; None if the caller must use `attend`.
         """
         self._begin()
-        tokens, new, graded = self.layer.tokens, self.key.shape[2], self._graded(query)
+        tokens, new, graded = self.layer.tokens, self.key.shape[2], self._needs_gradient(query)
         if not (new > 1 or graded) or not tokens.fresh:
             return None
-        if not graded and (tokens.uniform or new > TOGETHER):
+        if not graded and (tokens.uniform or new > MAX_PADDED):
             return None
         if not self.stored:
             self.layer.put(self.key, self.value)
@@ -102,12 +101,12 @@ class ArrivingKeys:
             self.layer.begin(self.key.shape[2])
         self.begun = True
 
-    def _graded(self, query: Tensor) -> bool:
+    def _needs_gradient(self, query: Tensor) -> bool:
         return torch.is_grad_enabled() and any(x.requires_grad for x in (query, self.key, self.value))
 
 
-class Ungraded(torch.autograd.Function):
-    """What attends to the past in a cache: a gradient would miss the part that went into it."""
+class RefuseGradient(torch.autograd.Function):
+    """Refuses a gradient through attention to cached tokens: it would miss the part through the past."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:  # noqa: D102
@@ -116,6 +115,5 @@ class Ungraded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
         raise UserError(
-            "no gradient goes through tokens that are in the cache: call the model on the whole text at once, or with "
-            "use_cache=False"
+            "cached tokens have no gradient: call the model on the whole text at once, or with use_cache=False"
         )

@@ -1,4 +1,4 @@
-"""The dual KV cache: a transformers `Cache` whose layers keep retrieval and streaming heads apart."""
+"""The dual KV cache: a transformers `Cache` whose layers store retrieval and streaming heads separately."""
 
 import copy
 import operator
@@ -19,16 +19,16 @@ from duo_id.deploy.counts import Tokens
 from duo_id.deploy.layer import DualLayer
 from duo_id.patterns.pattern import HeadMask
 
-DRAFTED = 128  # tokens that can be taken back in assisted generation
+DRAFTED = 128  # tokens that assisted generation can remove again
 
 
 class DualCache(Cache):
-    """Keys and values under a head mask: retrieval heads' in full, streaming heads' in sink and window.
+    """Keys and values under a head mask: all tokens for retrieval heads, sink and recent window for streaming heads.
 
-    Layers with a sliding window keep that window, which is a streaming head without a sink; layers without attention
-    keep what transformers gives them. After T tokens a cache for B samples holds
-    `2 * B * head_dim * bytes a number * sum over layers of (retrieval * T + streaming * (sink + recent))` bytes, and
-    if it grows, up to 1/128 or 64 tokens of slack. Source: DuoAttention, section 2.3.
+    Layers with a sliding window keep that window, like streaming heads without a sink; layers without attention keep
+    the state that transformers gives them. After T tokens a cache for B samples holds
+    `2 * B * head_dim * bytes per number * sum over layers of (retrieval * T + streaming * (sink + recent))` bytes, and
+    a growing one up to 1/128 or 64 tokens of slack. Source: DuoAttention, section 2.3.
 
     Args:
         layers: all attention layers of the model.
@@ -38,7 +38,7 @@ class DualCache(Cache):
         backends: attention implementations of prefill.
 
     Raises:
-        UserError: a layer has a pattern of its own, or attention beside another kind of state.
+        UserError: a layer has its own attention pattern, or other state in addition to keys and values.
     """
 
     def __init__(
@@ -52,24 +52,24 @@ class DualCache(Cache):
         self.mask, self.max_length, self.tokens = mask, max_length, Tokens(max_length is not None)
         if max_length is not None and max_length < 1:
             raise UserError(f"max_length={max_length} must be at least 1 token")
-        everywhere = cache_layers(config, max_length)
+        all_layers = cache_layers(config, max_length)
         first = min(layer.index for layer in layers)
         for layer in layers:
-            if layer.index >= len(everywhere):
-                continue  # an early exit leaves it out
-            if layer.obstacle or isinstance(everywhere[layer.index], LinearAttentionCacheLayerMixin):
-                raise UserError(f"{layer.name} cannot use a dual cache: {layer.obstacle or 'it has other state too'}")
-            streams = layer.window is not None
-            everywhere[layer.index] = DualLayer(
+            if layer.index >= len(all_layers):
+                continue  # an early-exit model does not run it
+            if layer.obstacle or isinstance(all_layers[layer.index], LinearAttentionCacheLayerMixin):
+                raise UserError(f"{layer.name} cannot use a dual cache: {layer.obstacle or 'it also has other state'}")
+            sliding = layer.window is not None
+            all_layers[layer.index] = DualLayer(
                 layer,
-                torch.zeros(layer.kv_heads, dtype=torch.bool) if streams else mask.retrieval[layer.index],
+                torch.zeros(layer.kv_heads, dtype=torch.bool) if sliding else mask.retrieval[layer.index],
                 Window(0, layer.window) if layer.window else Window(mask.sink_size, mask.recent_size),
                 self.tokens,
                 layer.index == first,
                 max_length,
                 backends or Backends(),
             )
-        super().__init__(layers=everywhere)
+        super().__init__(layers=all_layers)
 
     @property
     def dual_layers(self) -> list[DualLayer]:
@@ -78,60 +78,60 @@ class DualCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values that the cache holds, free slots among them."""
+        """Bytes of keys and values that the cache holds, including free slots."""
         return sum(layer.nbytes for layer in self.dual_layers)
 
     @property
     def retained_bytes(self) -> int:
-        """Bytes of the keys and values that one sample keeps, free slots not among them; the longest sample's."""
+        """Bytes of keys and values that the longest sample keeps, without free slots."""
         held = max(self.tokens.held, default=0) if self.tokens.lengths is not None else 0
         return sum(layer.retained_bytes(held) for layer in self.dual_layers)
 
     @property
     def max_cache_len(self) -> int:
-        """Tokens that there is room for; -1 for no limit. What transformers called `get_max_length` before."""
+        """Capacity in tokens; -1 for no limit. Newer name of transformers' `get_max_length`."""
         return self.get_max_length()
 
     def offload(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
-        """Take a layer's keys and values, or those of all layers, to the CPU until `prefetch`."""
+        """Move keys and values of one layer, or of all layers, to the CPU until `prefetch`."""
         for layer in self.layers if layer_idx is None else [self.layers[layer_idx]]:
             layer.offload()
 
     def prefetch(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
-        """Take back to the device what `offload` has taken away, which must come before the next forward."""
+        """Move back to the device what `offload` has moved away; required before the next forward."""
         for layer in self.layers if layer_idx is None else [self.layers[layer_idx]]:
             layer.prefetch()
 
     @property
     def is_croppable(self) -> bool:
-        """Whether the latest tokens can be taken back at any length."""
+        """Whether the last tokens can be removed at any length."""
         return all(getattr(layer, "is_croppable", False) for layer in self.layers)
 
     def bind(self, layers: Sequence[AttentionLayer]) -> None:
-        """Make a cache that was loaded from a file one of a model: `layers` are those of its attention."""
-        found = {layer.index: layer for layer in layers}
+        """Attach a cache that was loaded from a file to a model, given the model's attention layers."""
+        by_index = {layer.index: layer for layer in layers}
         for index, layer in enumerate(self.layers):
             if isinstance(layer, DualLayer):
-                layer.layer = found[index]
+                layer.layer = by_index[index]
 
     def fork(self, samples: Tensor) -> "DualCache":
-        """A growing cache of its own whose sample i is this one's `samples[i]` (n,) int64; this one stays as it is.
+        """An independent growing cache whose sample i is this one's `samples[i]` (n,) int64.
 
         Raises:
             UserError: the cache is static.
         """
         if self.max_length is not None:
             raise UserError("a static cache cannot be forked: make it without max_length")
-        twin = copy.copy(self)
-        twin.tokens = self.tokens.fork(samples)
-        twin.layers = [
-            layer.fork(samples, twin.tokens) if isinstance(layer, DualLayer) else copy.deepcopy(layer)
+        copied = copy.copy(self)
+        copied.tokens = self.tokens.fork(samples)
+        copied.layers = [
+            layer.fork(samples, copied.tokens) if isinstance(layer, DualLayer) else copy.deepcopy(layer)
             for layer in self.layers
         ]
-        for layer in twin.layers:
+        for layer in copied.layers:
             if not isinstance(layer, DualLayer):
                 layer.reorder_cache(cast(LongTensor, samples))
-        return twin
+        return copied
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -140,54 +140,54 @@ class DualCache(Cache):
         self.tokens.reset()
 
     def activate_past_recording(self, tokens: int = DRAFTED) -> None:
-        """From now on keep `tokens` tokens beyond the window of streaming heads too, so that `crop` can go back so far.
+        """From now on also keep `tokens` tokens beyond streaming heads' windows, so that `crop` can remove as many.
 
-        `generate` asks for it in assisted generation and prompt lookup. Decode steps then take the way of chunks.
+        `generate` calls it for assisted generation and prompt lookup. Decode steps then run as chunks of one token.
         """
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-            raise UserError(f"activate_past_recording({tokens!r}): give a whole number of tokens, 1 at least")
+            raise UserError(f"activate_past_recording({tokens!r}): pass a whole number of tokens, at least 1")
         if self.tokens.recorded >= tokens:
             return
         if self.max_length is not None:
-            raise UserError("a static cache keeps nothing beyond its windows: make it without max_length")
+            raise UserError("a static cache cannot keep tokens beyond its windows: make it without max_length")
         self.tokens.recorded, self.tokens.since = tokens, self.tokens.highest if self.tokens.lengths is not None else []
         for layer in self.dual_layers:
             layer.record()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the latest `-tokens_to_remove` tokens of each sample away, columns of padding among them.
+        """Remove the last `-tokens_to_remove` tokens of each sample, columns of padding included.
 
         Raises:
-            UserError: a streaming head would see tokens again that it has forgotten; nothing has been changed.
+            UserError: a streaming head would need tokens that it has dropped; the cache is left unchanged.
         """
         try:
-            tokens_to_remove = operator.index(tokens_to_remove)  # some releases give a tensor
+            tokens_to_remove = operator.index(tokens_to_remove)  # some releases pass a tensor
         except TypeError:
-            raise UserError(f"crop({tokens_to_remove!r}): give the number of tokens as a negative number") from None
+            raise UserError(f"crop({tokens_to_remove!r}): pass the number of tokens as a negative number") from None
         tokens, columns = self.tokens, -tokens_to_remove
         if columns < 0:
-            raise UserError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+            raise UserError(f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative number")
         if tokens.lengths is None or columns == 0:
             return
         if columns > int(tokens.seen):
-            raise UserError(f"crop({tokens_to_remove}): a sample has {int(tokens.seen)} tokens alone")
+            raise UserError(f"crop({tokens_to_remove}): a sample has only {int(tokens.seen)} tokens")
         if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers):
-            raise UserError("crop: layers without attention cannot go back")
-        held, gone = tokens.held, tokens.removed(columns)
+            raise UserError("crop: the state of layers without attention cannot be rolled back")
+        lengths, removed = tokens.held, tokens.removed(columns)
         floors, peaks = tokens.floors, tokens.highest
         streaming = [layer for layer in self.dual_layers if layer.recent.heads]
         for layer in streaming:
             window = layer.window
-            for length, count, floor, peak in zip(held, gone, floors, peaks, strict=True):
-                if count and peak > window.sink_size + window.recent_size and length - count < floor:
+            for length, num_removed, floor, peak in zip(lengths, removed, floors, peaks, strict=True):
+                if num_removed and peak > window.sink_size + window.recent_size and length - num_removed < floor:
                     raise UserError(
-                        f"crop({tokens_to_remove}): streaming heads keep the latest {window.recent_size} of {peak} "
-                        "tokens, and those before are gone: crop one token, or start again with a new cache, or call "
-                        "cache.activate_past_recording() before the tokens that may go"
+                        f"crop({tokens_to_remove}): streaming heads keep only the last {window.recent_size} of {peak} "
+                        "tokens: crop one token, or start with a new cache, or call cache.activate_past_recording() "
+                        "before adding tokens that may be removed"
                     )
         for layer in streaming:
-            for sample, (length, count, floor) in enumerate(zip(held, gone, floors, strict=True)):
-                layer.recent.take_back(length, count, floor + 1 - layer.window.recent_size, sample)
+            for sample, (length, num_removed, floor) in enumerate(zip(lengths, removed, floors, strict=True)):
+                layer.recent.restore(length, num_removed, floor + 1 - layer.window.recent_size, sample)
         tokens.remove(columns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -204,13 +204,13 @@ class DualCache(Cache):
             self._select(torch.arange(len(self.tokens.lengths)).repeat_interleave(repeats))
 
     def fill(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> None:
-        """Fill an empty cache with `tokens` random tokens a sample, for benchmarks of decoding.
+        """Fill an empty cache with `tokens` random tokens per sample, for benchmarks of decoding.
 
         Args:
-            batch: samples.
+            batch: number of samples.
             tokens: tokens of each.
             dtype: of keys and values.
-            device: where they lie.
+            device: of keys and values.
             seed: of the random numbers.
         """
         device = torch.device(device)

@@ -1,4 +1,4 @@
-"""How much memory the caches of head masks take over the context, computed and drawn."""
+"""The memory of caches under head masks as a function of the context, computed and plotted."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -14,49 +14,49 @@ from duo_id.patterns.pattern import HeadMask
 
 
 def cache_bytes(model: PreTrainedModel, masks: Mapping[str, HeadMask], contexts: Sequence[int]) -> pd.DataFrame:
-    """Bytes of the keys and values that one sample's cache keeps under each mask; nothing is run.
+    """Bytes of keys and values that one sample's cache keeps under each mask; the model is not run.
 
     Args:
-        model: under no mask; its data type counts.
+        model: not under a mask; its dtype matters.
         masks: by name; one without streaming heads is full attention.
-        contexts: tokens.
+        contexts: lengths in tokens.
 
     Returns:
-        one row a context, one column a mask.
+        one row per context, one column per mask.
 
     Raises:
         UserError: a mask does not fit the model.
     """
-    found = {}
+    columns = {}
     for name, mask in masks.items():
         with duo_attention(model, mask):
             cache = dual_cache(model)
-            cache.fill(1, 1, model.dtype, model.device)  # its stores know their sizes from the first token on
-            found[name] = [sum(layer.retained_bytes(tokens) for layer in cache.dual_layers) for tokens in contexts]
-    return pd.DataFrame(found, index=pd.Index(contexts, name="context"))
+            cache.fill(1, 1, model.dtype, model.device)  # stores have no size before the first token
+            columns[name] = [sum(layer.retained_bytes(tokens) for layer in cache.dual_layers) for tokens in contexts]
+    return pd.DataFrame(columns, index=pd.Index(contexts, name="context"))
 
 
 @style()
 def plot_cache_bytes(table: pd.DataFrame, title: str | None = None) -> Figure:
-    """The caches' memory over the context; the legend says how much less than the first each takes at the longest.
+    """Cache memory over the context; the legend shows the saving relative to the first mask at the longest context.
 
     Args:
-        table: as of `cache_bytes`, full attention first.
+        table: as returned by `cache_bytes`, full attention first.
         title: above the figure.
 
     Raises:
-        UserError: there is no context or no mask.
+        UserError: the table is empty.
     """
     if table.empty:
-        raise UserError("there is nothing to plot: give cache_bytes at least one mask and one context")
+        raise UserError("there is nothing to plot: pass at least one mask and one context to cache_bytes")
     unit, size = ("GiB", 2**30) if table.to_numpy().max() >= 2**30 else ("MiB", 2**20)
     longest = table.sort_index().iloc[-1]
     figure = Figure(figsize=(4.8, 3.6))
     axes = figure.subplots()
-    for (name, held), color, marker in zip(table.items(), cycle(COLORS), cycle(MARKERS), strict=False):
-        less = longest.iloc[0] / longest[name]
-        label = plain(str(name)) + (f": {less:.2f}x less" if less > 1 else "")
-        axes.plot(table.index / 1000, held / size, color=color, marker=marker, markersize=3.5, label=label)
+    for (name, sizes), color, marker in zip(table.items(), cycle(COLORS), cycle(MARKERS), strict=False):
+        ratio = longest.iloc[0] / longest[name]
+        label = plain(str(name)) + (f": {ratio:.2f}x less" if ratio > 1 else "")
+        axes.plot(table.index / 1000, sizes / size, color=color, marker=marker, markersize=3.5, label=label)
     axes.set(xlabel="context (thousand tokens)", ylabel=f"KV cache of one sample ({unit})")
     axes.set_ylim(bottom=0)
     axes.grid(axis="y")

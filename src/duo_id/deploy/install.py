@@ -1,4 +1,4 @@
-"""Put a model under a head mask, and take it off again."""
+"""Put a model under a head mask, and remove the mask."""
 
 import copy
 import inspect
@@ -17,32 +17,32 @@ from duo_id.attention.padding import no_padding
 from duo_id.common.compat import GENERATE_CACHE, cache_argument, given_cache
 from duo_id.common.errors import UserError
 from duo_id.deploy.cache import DualCache
-from duo_id.deploy.wrappers import REFUSED, check_prefix, refusing, restarts, unwrapped
+from duo_id.deploy.wrappers import REFUSED, check_prefix, refusal, restarts, unwrapped
 from duo_id.patterns.pattern import HeadMask
 
 INSTALLED = "duo_id_deployment"  # the attribute of a model that holds its deployment
-UNBOUND = {"module": None, "sharers": (), "own": None}  # of a layer of a cache that was loaded from a file
+UNBOUND = {"module": None, "sharers": (), "own": None}  # what layers of a cache loaded from a file do not have
 STATIC, GROWING = ("static",), (None, "dynamic")  # cache_implementation of generate
 
 
 class Deployment:
-    """A model under a mask: what makes its caches and checks those it is given."""
+    """A model under a mask: creates its caches and checks those passed to it."""
 
     def __init__(self, layers: list[AttentionLayer], mask: HeadMask, config: Any, backends: Backends) -> None:
         self.layers, self.mask, self.config, self.backends = layers, mask, config, backends
         self.undo, self.longest = ExitStack(), 0
 
-    def copying(self, model: PreTrainedModel) -> Any:
-        """What `copy.deepcopy` of the model calls: the copy is under the same mask, and can be taken off by itself."""
+    def deepcopy_of(self, model: PreTrainedModel) -> Any:
+        """The model's `__deepcopy__`: the copy is under the same mask, which can be removed independently."""
 
         def deepcopy(memo: dict[int, Any]) -> PreTrainedModel:
             remove(model)
             try:
-                twin = copy.deepcopy(model, memo)
+                copied = copy.deepcopy(model, memo)
             finally:
                 install(model, self.mask, self.backends)
-            install(twin, self.mask, self.backends)
-            return twin
+            install(copied, self.mask, self.backends)
+            return copied
 
         return deepcopy
 
@@ -54,23 +54,23 @@ class Deployment:
         """Raise a `UserError` unless `cache` is a dual cache for the model's mask."""
         if not isinstance(cache, DualCache):
             raise UserError(
-                f"a {type(cache).__name__} cannot hold what a head mask keeps: leave {GENERATE_CACHE} out, or give "
+                f"a {type(cache).__name__} does not work under a head mask: leave {GENERATE_CACHE} out, or pass "
                 "duo_id.dual_cache(model)"
             )
         if cache.tokens.running:
-            raise UserError("the last forward with this cache was interrupted half way: cache.reset() first")
+            raise UserError("the last forward with this cache was interrupted: call cache.reset() first")
         if cache.mask is not self.mask and cache.mask != self.mask:
             raise UserError("this cache was made for another head mask: use duo_id.dual_cache(model)")
-        kept, own = [layer.layer for layer in cache.dual_layers], self.layers[: len(cache.dual_layers)]
-        if kept[0].module is None and [vars(x) | UNBOUND for x in kept] == [vars(x) | UNBOUND for x in own]:
-            cache.bind(self.layers)  # it was loaded from a file
-        elif kept[0].module is not own[0].module:
+        cached, expected = [layer.layer for layer in cache.dual_layers], self.layers[: len(cache.dual_layers)]
+        if cached[0].module is None and [vars(x) | UNBOUND for x in cached] == [vars(x) | UNBOUND for x in expected]:
+            cache.bind(self.layers)  # loaded from a file
+        elif cached[0].module is not expected[0].module:
             raise UserError("this cache was made for another model: use duo_id.dual_cache(model)")
         if any(layer.home is not None for layer in cache.dual_layers):
-            raise UserError("this cache is offloaded: cache.prefetch() first")
+            raise UserError("this cache is offloaded: call cache.prefetch() first")
 
     def watch(self, module: nn.Module, undo: ExitStack) -> None:
-        """Stand at the door of a module's forward."""
+        """Hook a module's forward: check or create its cache before, reset the running flag after."""
         names, name = list(inspect.signature(module.forward).parameters), cache_argument(module)
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -85,7 +85,7 @@ class Deployment:
         undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
 
     def watch_backward(self, module: nn.Module, output: Any) -> None:
-        """Refuse a backward pass after the block where checkpoints would compute the forward anew without the mask."""
+        """Refuse a backward pass outside the block if gradient checkpoints would recompute without the mask."""
         logits = getattr(output, "logits", None)
         if logits is None or not logits.requires_grad or not getattr(module, "is_gradient_checkpointing", False):
             return
@@ -93,51 +93,49 @@ class Deployment:
         def check(gradient: Tensor) -> None:
             if module.__dict__.get(INSTALLED) is not self:
                 raise UserError(
-                    "gradient checkpointing computes the forward anew, and the head mask is gone: call backward inside "
-                    "the block of duo_attention"
+                    "gradient checkpointing would recompute the forward without the head mask: call backward inside "
+                    "the duo_attention block"
                 )
 
         logits.register_hook(check)
 
     def before_forward(self, kwargs: dict[str, Any], name: str) -> dict[str, Any]:
-        """The arguments of a forward: a cache that is given is checked, and one that would be made is made here.
+        """The arguments of a forward, with its cache checked, or created if the model would create one.
 
         Args:
             kwargs: all arguments, by name.
-            name: under which this forward takes a cache.
+            name: the forward's name for its cache.
         """
         if self.config._attn_implementation != IMPLEMENTATION:
             raise UserError(
                 f"the attention implementation was set to {self.config._attn_implementation} under a head mask, which "
-                "takes it off: leave duo_attention first"
+                "disables the mask: leave duo_attention first"
             )
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
-            raise UserError(
-                "attention weights are never computed as a whole under a head mask: output_attentions=False"
-            )
-        cache, wanted, mask = given_cache(kwargs), kwargs.get("use_cache"), kwargs.get("attention_mask")
+            raise UserError("attention weights are never materialised under a head mask: pass output_attentions=False")
+        cache, use_cache, mask = given_cache(kwargs), kwargs.get("use_cache"), kwargs.get("attention_mask")
         if mask is None and restarts(kwargs.get("position_ids")):
-            raise UserError("packed sequences cannot go under a head mask: give each a row of the batch")
-        given = mask.values() if isinstance(mask, dict) else (mask,)  # generate makes one for each kind of layer
-        masks = [x for x in given if isinstance(x, Tensor)]
+            raise UserError("packed sequences do not work under a head mask: give each a row of the batch")
+        mask_values = mask.values() if isinstance(mask, dict) else (mask,)  # generate makes one for each kind of layer
+        masks = [x for x in mask_values if isinstance(x, Tensor)]
         if any(x.dim() > 2 for x in masks):
             raise UserError(
-                "under a head mask attention_mask must be (batch, tokens), 0 for padding, not a matrix, nor may tokens "
-                "see an image that comes after them"
+                "under a head mask attention_mask must be (batch, tokens), 0 for padding, not a 4D mask, and tokens "
+                "cannot see images that follow them"
             )
         if cache is not None:
             self.check(cache)
-        elif self.config.use_cache if wanted is None else wanted:
+        elif self.config.use_cache if use_cache is None else use_cache:
             cache = kwargs[name] = self.new_cache()
         if cache is not None:
             cache.tokens.mask, cache.tokens.announced = masks[0] if masks else None, True
-        elif mask is None and kwargs.get("position_ids") is None:  # compiled code would take it for packed sequences
+        elif mask is None and kwargs.get("position_ids") is None:  # else compiled code would assume packed sequences
             text = next((kwargs[x] for x in ("input_ids", "inputs_embeds") if kwargs.get(x) is not None), None)
             kwargs["attention_mask"] = None if text is None else no_padding(text[..., 0] if text.dim() == 3 else text)
         return kwargs
 
     def prepare_cache(self, model: Any) -> Any:
-        """What stands in for the method of `generate` that makes its cache."""
+        """The replacement for the method of `generate` that creates its cache."""
         original = model._prepare_cache_for_generation
 
         def prepare(generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int) -> None:
@@ -151,14 +149,14 @@ class Deployment:
             elif generation_config.use_cache is False:
                 original(generation_config, model_kwargs, mode, batch, length)
             elif kind in STATIC:
-                # The largest so far, as transformers has it, so that a compiled step fits the next call too.
-                wanted = max(length, getattr(generation_config, "max_cache_len", None) or 0)
-                self.longest = max(self.longest, wanted)
+                # The largest so far, like transformers, so that a compiled step can be reused by the next call.
+                capacity = max(length, getattr(generation_config, "max_cache_len", None) or 0)
+                self.longest = max(self.longest, capacity)
                 cache = self.new_cache(self.longest)
             elif kind in GROWING:
                 cache = self.new_cache()
             else:
-                raise UserError(f"cache_implementation={kind}: under a head mask choose static, dynamic or none")
+                raise UserError(f"cache_implementation={kind}: choose static, dynamic or none under a head mask")
             if cache is not None:
                 model_kwargs[GENERATE_CACHE] = cache
                 if mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant:
@@ -172,18 +170,18 @@ def install(model: Any, mask: HeadMask, backends: Backends | None = None) -> Non
 
     Args:
         model: any causal language model of transformers, also inside `torch.compile` or one of PEFT's adapters.
-        mask: which heads stream, and over which windows.
+        mask: which heads stream, and their window.
         backends: attention implementations; all automatic by default.
 
     Raises:
-        UserError: the mask is for another shape, the model is under a mask already, or its attention is not supported.
+        UserError: the mask has another shape, the model is already under a mask, or its attention is not supported.
     """
     check_prefix(model)
     model = unwrapped(model)
     if not isinstance(mask, HeadMask):
-        raise UserError(f"a {type(mask).__name__} is no HeadMask: pattern.binarize(sparsity=0.5) makes one")
+        raise UserError(f"a {type(mask).__name__} is not a HeadMask: pattern.binarize(sparsity=0.5) makes one")
     if hasattr(model, INSTALLED):
-        raise UserError("the model is under duo_attention already: leave that block, or call duo_id.remove(model)")
+        raise UserError("the model is already under duo_attention: leave that block, or call duo_id.remove(model)")
     backends = backends or Backends()
     config = model.config.get_text_config()
     with ExitStack() as undo:
@@ -193,15 +191,15 @@ def install(model: Any, mask: HeadMask, backends: Backends | None = None) -> Non
         mask.check_fits(config.num_hidden_layers, gated[0].kv_heads, name)
         indices = {layer.index for layer in gated}
         if surplus := [layer for layer in mask.gated_layers if layer not in indices]:
-            raise UserError(f"the head mask decides about layers {surplus}, which have no gates in {name}")
+            raise UserError(f"the head mask covers layers {surplus}, which have no gates in {name}")
         deployment = Deployment(layers, mask, config, backends)
         undo.enter_context(bound(gated, masked_layers(gated, mask, backends)))
-        inner = getattr(model, "get_decoder", lambda: None)()  # what runs where a model goes round its base model
+        inner = getattr(model, "get_decoder", lambda: None)()  # runs where a model bypasses its base model
         for module in {id(x): x for x in (model, model.base_model, inner) if isinstance(x, PreTrainedModel)}.values():
             deployment.watch(module, undo)
-        # The forward that transformers has compiled and kept knows another attention.
-        replaced: dict[str, Any] = {"_compiled_call": None, "__deepcopy__": deployment.copying(model)}
-        replaced |= {method: refusing(method) for method in REFUSED if hasattr(model, method)}
+        # A forward that transformers has compiled and kept uses another attention.
+        replaced: dict[str, Any] = {"_compiled_call": None, "__deepcopy__": deployment.deepcopy_of(model)}
+        replaced |= {method: refusal(method) for method in REFUSED if hasattr(model, method)}
         if hasattr(model, "_prepare_cache_for_generation"):
             replaced["_prepare_cache_for_generation"] = deployment.prepare_cache(model)
         for attribute, value in (replaced | {INSTALLED: deployment}).items():
@@ -211,10 +209,10 @@ def install(model: Any, mask: HeadMask, backends: Backends | None = None) -> Non
 
 
 def remove(model: PreTrainedModel) -> None:
-    """Take the mask off `model` again, which then is as it was.
+    """Remove the mask from `model` and restore the model.
 
     Raises:
-        UserError: the model is under no mask.
+        UserError: the model is not under a mask.
     """
     deployment_of(model).undo.close()
 
@@ -238,7 +236,7 @@ def dual_cache(model: PreTrainedModel, max_length: int | None = None) -> DualCac
         max_length: tokens to make room for, in a static cache that can be compiled and captured; None: it grows.
 
     Raises:
-        UserError: the model is under no mask.
+        UserError: the model is not under a mask.
     """
     if not isinstance(max_length, int | None) or isinstance(max_length, bool):
         raise UserError(f"max_length={max_length!r} must be a whole number of tokens, or None")
@@ -246,7 +244,7 @@ def dual_cache(model: PreTrainedModel, max_length: int | None = None) -> DualCac
 
 
 def deployment_of(model: PreTrainedModel) -> Deployment:
-    """What `install` put on a model; a `UserError` if nothing."""
+    """The deployment that `install` attached to a model; a `UserError` if there is none."""
     model = unwrapped(model)
     if not hasattr(model, INSTALLED):
         raise UserError("the model is not under duo_attention: install a head mask first")

@@ -1,4 +1,4 @@
-"""One layer of the dual cache, and what it hands to the model."""
+"""One layer of the dual cache."""
 
 import copy
 from typing import Any
@@ -11,12 +11,12 @@ from duo_id.attention.decode import decode_attention
 from duo_id.attention.functions import Backends
 from duo_id.attention.interface import as_autocast
 from duo_id.attention.layers import AttentionLayer
-from duo_id.attention.padding import ordered
+from duo_id.attention.padding import reorder
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.window import Window
 from duo_id.common.errors import UserError
 from duo_id.deploy.arriving import ArrivingKeys
-from duo_id.deploy.counts import Place, Tokens
+from duo_id.deploy.counts import Span, Tokens
 from duo_id.deploy.stores import FullStore, Store, StreamingStore
 
 
@@ -27,8 +27,8 @@ class DualLayer(CacheLayerMixin):
         layer: the attention layer.
         retrieval: (KV heads,) bool.
         window: what its streaming heads see.
-        tokens: shared by the layers of a cache.
-        leads: whether it is the first layer of a forward, which counts the tokens.
+        tokens: counts, shared by the layers of a cache.
+        leads: whether it is the first layer of a forward, the one that counts the tokens.
         capacity: slots of the full store; None for one that grows.
         backends: attention implementations of prefill.
     """
@@ -50,20 +50,20 @@ class DualLayer(CacheLayerMixin):
         self.leads, self.capacity, self.backends = leads, capacity, backends
         self.is_compileable = capacity is not None
         self.home: torch.device | None = None  # the device of an offloaded layer
-        self.before: dict[str, Tensor] = {}  # the window before the running chunk, where layers share their keys
+        self.before: dict[str, Tensor] = {}  # the window before the running chunk, if layers share their keys
         self.full: FullStore
         self.recent: StreamingStore
 
-    @torch.inference_mode(False)  # so that the cache serves outside such a block too
+    @torch.inference_mode(False)  # so that the cache also works outside such a block
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the stores, empty, for keys like `key_states` (batch, KV heads, any, head_dim)."""
+        """Allocate empty stores for keys like `key_states` (batch, KV heads, any, head_dim)."""
         device = key_states.device
         if self.tokens.lengths is None:
             self.tokens.start(len(key_states), device)
-        full, streaming = (x.nonzero()[:, 0].tolist() for x in (self.retrieval, ~self.retrieval))
-        self.full = FullStore(key_states, full, self.capacity, self.backends.full)
-        self.recent = StreamingStore(key_states, streaming, self.window, self.backends.streaming)
-        self.heads = torch.tensor(full + streaming, dtype=torch.int32, device=device)
+        retrieval_heads, streaming_heads = (x.nonzero()[:, 0].tolist() for x in (self.retrieval, ~self.retrieval))
+        self.full = FullStore(key_states, retrieval_heads, self.capacity, self.backends.full)
+        self.recent = StreamingStore(key_states, streaming_heads, self.window, self.backends.streaming)
+        self.heads = torch.tensor(retrieval_heads + streaming_heads, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(key_states.shape[:2].numel(), dtype=torch.int32, device=device)
         if self.is_compileable and not torch.compiler.is_compiling():
             for store in self.stores:
@@ -77,24 +77,24 @@ class DualLayer(CacheLayerMixin):
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[ArrivingKeys, Tensor]:
-        """Take new keys and values (batch, KV heads, tokens, head_dim), to be stored when their queries attend."""
+        """Accept new keys and values (batch, KV heads, tokens, head_dim), stored once their queries attend."""
         key_states, value_states = as_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         stored = self.full.key
         if len(key_states) != len(stored):
             raise UserError(
-                f"the cache holds {len(stored)} samples, but {len(key_states)} came: use a new cache for them"
+                f"the cache holds {len(stored)} samples, but the batch has {len(key_states)}: use a new cache"
             )
         if key_states.dtype != stored.dtype:
             raise UserError(
-                f"the cache holds {stored.dtype} keys, but {key_states.dtype} came: use one torch.autocast, or none, "
-                "for all forwards with a cache"
+                f"the cache holds {stored.dtype} keys, but new keys are {key_states.dtype}: use the same "
+                "torch.autocast for all forwards with a cache"
             )
         return ArrivingKeys(self, key_states, value_states), value_states
 
     @torch.no_grad()
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, again: bool = False) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, shared: bool = False) -> Tensor:
         """Store new tokens and attend from them; see `ArrivingKeys.attend`.
 
         Args:
@@ -102,64 +102,65 @@ class DualLayer(CacheLayerMixin):
             key: (batch, KV heads, tokens, head_dim).
             value: the same shape.
             softmax: of the layer.
-            again: whether they have been stored before, as by the layer that shares its keys with this one.
+            shared: whether the layer whose keys this one shares has already stored them.
         """
         new, tokens = key.shape[2], self.tokens
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         if self.layer.sharers and (new > 1 or tokens.recorded):
-            self._rewind(again)
+            self._rewind(shared)
         if new == 1 and not tokens.recorded:
             return self._decode(query, key, value, softmax)
-        # Tokens before heads in memory, which is how the model goes on; nothing else writes where there is padding.
-        whole = tokens.uniform and tokens.places[0] == slice(0, new)
-        make = torch.empty if whole else torch.zeros
+        # Tokens before heads in memory, the layout that the model continues with. Padding needs zeros: nothing else
+        # writes there.
+        contiguous = tokens.uniform and tokens.places[0] == slice(0, new)
+        allocate = torch.empty if contiguous else torch.zeros
         batch, heads, _, dim = query.shape
-        out = make(batch, new, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
-        for sample, past, place in self._parts(batch):
-            part = (sample, slice(None), place)
-            found = out[part]
+        out = allocate(batch, new, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
+        for sample, past, span in self._parts(batch):
+            part = (sample, slice(None), span)
+            chunk_out = out[part]
             for store in self.stores:
-                if store.heads and found.shape[2]:
-                    store.attend(query[part], key[part], value[part], found, past, sample, softmax)
-            if isinstance(place, Tensor):
-                out[part] = found
+                if store.heads and chunk_out.shape[2]:
+                    store.attend(query[part], key[part], value[part], chunk_out, past, sample, softmax)
+            if isinstance(span, Tensor):
+                out[part] = chunk_out
         return out
 
     @torch.no_grad()
     def put(self, key: Tensor, value: Tensor) -> None:
-        """Store the first tokens, which attend without the cache."""
+        """Store the first tokens, whose attention is computed without the cache."""
         tokens = self.tokens
         if tokens.uniform:
-            place = tokens.places[0]
+            span = tokens.places[0]
             for store in self.stores:
                 if store.heads:
-                    store.put(key[:, :, place], value[:, :, place], 0, slice(None))
+                    store.put(key[:, :, span], value[:, :, span], 0, slice(None))
         else:
             order, lengths = tokens.order(key.device), torch.tensor(tokens.new, device=key.device)
-            key, value = ordered(key, order), ordered(value, order)
+            key, value = reorder(key, order), reorder(value, order)
             for store in self.stores:
                 if store.heads:
                     store.put_first(key, value, lengths)
 
     def begin(self, new: int) -> None:
-        """Count new tokens, in the first layer, and see to it that they can be stored."""
+        """Count new tokens (first layer only) and make room for them."""
         if self.leads:
             if not self.tokens.announced:
-                raise UserError("a part of a model was called by itself with a dual cache: call the model as a whole")
+                raise UserError("a submodule was called on its own with a dual cache: call the whole model")
             self.tokens.advance(new, self.capacity)
         if self.capacity is None:
             self.full.reserve(self.tokens.most)
 
-    def _rewind(self, again: bool) -> None:
-        """Let the window be as it was before a chunk that layers share, for what it forgets is seen by each of them."""
-        if again:
+    def _rewind(self, shared: bool) -> None:
+        """Restore the window from before a chunk that layers share, because each of them sees what it dropped."""
+        if shared:
             for name, tensor in self.before.items():
                 getattr(self.recent, name).copy_(tensor)
         else:
             self.before = {name: tensor.clone() for name, tensor in self.recent.tensors.items()}
 
-    def _parts(self, batch: int) -> list[tuple[slice, int, Place]]:
-        """Which samples, after how many tokens, have which of the new tokens; all at once where they are alike."""
+    def _parts(self, batch: int) -> list[tuple[slice, int, Span]]:
+        """Samples, their past and where their new tokens are; all samples at once if they are alike."""
         tokens = self.tokens
         samples = [slice(None)] if tokens.uniform else [slice(i, i + 1) for i in range(batch)]
         return list(zip(samples, tokens.past, tokens.places, strict=False))
@@ -167,12 +168,12 @@ class DualLayer(CacheLayerMixin):
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         assert self.tokens.reach is not None
         window, lengths = self.window, self.tokens.reach.to(query.device)
-        places = (self.full.key, self.full.value, self.recent.key, self.recent.value, self.heads, lengths)
+        stores = (self.full.key, self.full.value, self.recent.key, self.recent.value, self.heads, lengths)
         return decode_attention(
             query,
             key,
             value,
-            *places,
+            *stores,
             self.arrived,
             window.sink_size,
             window.recent_size,
@@ -187,21 +188,21 @@ class DualLayer(CacheLayerMixin):
         return self.full, self.recent
 
     def record(self) -> None:
-        """Keep tokens beyond the window, as many as `tokens.recorded`; see `DualCache.activate_past_recording`."""
+        """Keep `tokens.recorded` tokens beyond the window; see `DualCache.activate_past_recording`."""
         if self.is_initialized:
             self.recent.record(self.tokens.recorded)
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether the latest tokens can be taken back at any length."""
+        """Whether the last tokens can be removed at any length."""
         return self.tokens.recorded > 0 or (self.layer.window is None and bool(self.retrieval.all()))
 
     @property
     def keys(self) -> None:  # type: ignore[override]
-        """None before the first token; a `UserError` afterwards, for no tensor holds the keys of all heads."""
+        """None before the first token; a `UserError` afterwards, because no tensor holds the keys of all heads."""
         if self.is_initialized:
             raise UserError(
-                "no tensor of a dual cache has the keys or values of all heads: those of retrieval heads are in "
+                "a dual cache has no tensor with the keys or values of all heads: those of retrieval heads are in "
                 "layer.full.key and .value, those of streaming heads in layer.recent.key and .value"
             )
 
@@ -209,27 +210,27 @@ class DualLayer(CacheLayerMixin):
 
     @property
     def device(self) -> torch.device | None:
-        """Where keys and values lie; None before the first token."""
+        """Device of keys and values; None before the first token."""
         return self.full.key.device if self.is_initialized else None
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of keys and values; None before the first token."""
+        """Type of keys and values; None before the first token."""
         return self.full.key.dtype if self.is_initialized else None
 
     def offload(self) -> None:
-        """Take keys and values to the CPU; `prefetch` takes them back, which must come before the next forward."""
+        """Move keys and values to the CPU; call `prefetch` before the next forward."""
         if self.is_initialized and self.capacity is None:
             self.home = self.home or self.full.key.device
             for store in self.stores:
                 store.move("cpu")
         elif self.capacity is not None:
             raise UserError(
-                "a static cache cannot be offloaded: a compiled step knows where it lies; leave max_length out"
+                "a static cache cannot be offloaded, because compiled steps hold its address: leave max_length out"
             )
 
     def prefetch(self) -> None:
-        """Take keys and values back to where they came from."""
+        """Move keys and values back to their device."""
         if self.home is not None:
             for store in self.stores:
                 store.move(self.home)
@@ -242,11 +243,11 @@ class DualLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that both stores hold."""
+        """Bytes held by both stores."""
         return sum(store.nbytes for store in self.stores) if self.is_initialized else 0
 
     def retained_bytes(self, tokens: int) -> int:
-        """Bytes of what one sample of `tokens` tokens keeps."""
+        """Bytes that one sample of `tokens` tokens keeps."""
         if not self.is_initialized:
             return 0
         window = min(tokens, self.window.sink_size + self.window.recent_size)
@@ -254,35 +255,33 @@ class DualLayer(CacheLayerMixin):
         return 2 * entries * self.layer.head_dim * self.full.key.element_size()
 
     def get_seq_length(self) -> int:
-        """Tokens that went in, padding among them."""
+        """Tokens seen so far, including padding."""
         return self.tokens.seen if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that a mask for the next `query_length` tokens covers, and where it begins."""
-        if (
-            self.capacity is not None
-        ):  # never the number of queries, by which `padding_mask` knows that a cache is there
+        """Number of keys that a mask for the next `query_length` tokens covers, and the first of them."""
+        if self.capacity is not None:  # never equal to the number of queries: so `padding_mask` recognises a cache
             return self.capacity + (self.capacity == query_length), 0
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """Most tokens, -1 for no limit."""
+        """The capacity in tokens; -1 for no limit."""
         return -1 if self.capacity is None else self.capacity
 
     def reset(self) -> None:
-        """Forget all tokens; a growing layer gives its memory back."""
+        """Forget all tokens; a growing layer frees its memory."""
         if self.capacity is None:
             self.is_initialized = False
             self.__dict__.pop("full", None), self.__dict__.pop("recent", None)
 
     def fork(self, samples: Tensor, tokens: Tokens) -> "DualLayer":
-        """A layer of its own with the samples `samples[i]`, counted by `tokens`."""
-        twin = copy.copy(self)
-        twin.tokens = tokens
+        """An independent layer with the samples `samples[i]`, counted by `tokens`."""
+        copied = copy.copy(self)
+        copied.tokens = tokens
         if self.is_initialized:
-            twin.full, twin.recent = self.full.fork(samples), self.recent.fork(samples)
-            twin.arrived = self.arrived.new_zeros(len(samples) * self.layer.kv_heads)
-        return twin
+            copied.full, copied.recent = self.full.fork(samples), self.recent.fork(samples)
+            copied.arrived = self.arrived.new_zeros(len(samples) * self.layer.kv_heads)
+        return copied
 
     def select(self, samples: Tensor) -> None:
         """Make sample `samples[i]` the new sample i."""

@@ -1,4 +1,4 @@
-"""Read a long prompt in chunks, so that activations take the memory of one chunk alone, and go on from it."""
+"""Read a long prompt in chunks, so that activations take the memory of a single chunk."""
 
 import inspect
 from typing import Any
@@ -31,17 +31,17 @@ def prefill(
         model: under a mask.
         input_ids: (batch, tokens).
         cache: `dual_cache(model)`, empty or with a past.
-        chunk_size: tokens a forward.
+        chunk_size: tokens per forward.
         attention_mask: (batch, tokens so far), 0 for padding.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
-        the logits of the token after each sample's last real one, (batch, vocabulary), wherever its padding is; few
-        others are computed. NaN for a sample that got no token at all.
+        the logits after each sample's last real token, (batch, vocabulary), wherever its padding is; few others are
+        computed. NaN for a sample without any real token.
 
     Raises:
-        UserError: the model is under no mask, the cache is not its own, sizes do not fit, or chunks change what the
-            model computes.
+        UserError: the model is not under a mask, the cache is not its own, sizes do not match, or chunks would change
+            what the model computes.
     """
     deployment_of(model).check(cache)
     how = Continuation()
@@ -60,7 +60,7 @@ def read_in_chunks(
     progress: bool = False,
     how: Continuation = Continuation(),  # noqa: B008  # frozen
 ) -> Tensor:
-    """What `prefill` does, for any model and any cache of it; `how` says what forwards after a past are given."""
+    """`prefill` for any model and any of its caches; `how` says what forwards after a past need."""
     if chunk_size < 1:
         raise UserError(f"chunk_size={chunk_size} must be at least 1 token")
     if input_ids.dim() != 2:
@@ -69,33 +69,33 @@ def read_in_chunks(
         raise UserError(f"attention_mask has {attention_mask.shape[1]} columns for {input_ids.shape[1]} tokens")
     tokens = input_ids.shape[1]
     past = 0 if attention_mask is None else attention_mask.shape[1] - tokens
-    before = int(cache.get_seq_length()) if how.positions else 0
+    position = int(cache.get_seq_length()) if how.positions else 0
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, past:].to(input_ids.device)
     last = (real * torch.arange(1, tokens + 1, device=real.device)).argmax(-1) if tokens else real.sum(-1)
     if not bool(real.any()):
         raise UserError("prefill needs a prompt of at least one token")
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    has_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
     name, options, logits = cache_argument(model), dict[str, Any](), None
     for start in track(range(0, tokens, chunk_size), "prefill", disable=not progress, transient=True):
         end = min(tokens, start + chunk_size)
         if attention_mask is not None:
-            seen = attention_mask[:, : past + end]
-            positions = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, past + start :] + first_position(model)
-            options |= {"attention_mask": seen, "position_ids": positions}
+            mask = attention_mask[:, : past + end]
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past + start :] + first_position(model)
+            options |= {"attention_mask": mask, "position_ids": positions}
         else:
-            options |= how.options(input_ids[:, start:end], before + start)
-        here = (last >= start) & (last < end) & real.any(-1).bool()  # the samples whose last token lies in this chunk
-        columns = (last[here] - start).unique()
+            options |= how.options(input_ids[:, start:end], position + start)
+        ends_here = (last >= start) & (last < end) & real.any(-1).bool()  # samples whose last token is in this chunk
+        columns = (last[ends_here] - start).unique()
         if not len(columns):
             columns = columns.new_zeros(1)
-        if keeps:
+        if has_logits_to_keep:
             options["logits_to_keep"] = 1 if columns.tolist() == [end - start - 1] else columns
-        found = model(input_ids[:, start:end], **{name: cache}, use_cache=True, **options).logits
-        if not keeps:
-            found = found[:, columns.to(found.device)]
-        logits = torch.full_like(found[:, 0], torch.nan) if logits is None else logits
-        place = torch.searchsorted(columns, last[here] - start).to(found.device)
-        rows = here.nonzero()[:, 0].to(found.device)
-        logits[rows] = found[rows, place]
+        chunk_logits = model(input_ids[:, start:end], **{name: cache}, use_cache=True, **options).logits
+        if not has_logits_to_keep:
+            chunk_logits = chunk_logits[:, columns.to(chunk_logits.device)]
+        logits = torch.full_like(chunk_logits[:, 0], torch.nan) if logits is None else logits
+        column_indices = torch.searchsorted(columns, last[ends_here] - start).to(chunk_logits.device)
+        rows = ends_here.nonzero()[:, 0].to(chunk_logits.device)
+        logits[rows] = chunk_logits[rows, column_indices]
     assert logits is not None
     return logits

@@ -1,4 +1,4 @@
-"""The two stores of a layer: retrieval heads keep every token, streaming heads a constant number."""
+"""The two stores of a layer: retrieval heads keep every token, streaming heads a constant number of tokens."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from duo_id.attention.full import full_attention
-from duo_id.attention.padding import ordered
+from duo_id.attention.padding import reorder
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import streaming_attention
 from duo_id.attention.window import Window
 
-SLACK = 64  # tokens by which a growing store grows at least; beyond 8192 it grows by 1/128 of its length
+SLACK = 64  # a growing store grows by at least this many tokens, and beyond 8192 by 1/128 of its length
 
 
 class Store(ABC):
-    """Keys and values of some KV heads of one layer; what a quantised store would have to offer.
+    """Keys and values of some KV heads of one layer; the interface that a quantised store would implement.
 
     Attributes:
-        heads: which KV heads of the layer lie here, ascending.
-        runs: the same as pairs of slices, here and in the layer, of heads that are neighbours; copied as they are.
+        heads: the layer's KV heads in this store, ascending.
+        runs: the same as runs of adjacent heads, each a pair of slices: in the store, and in the layer.
         key: (batch, heads, slots, head_dim).
         value: the same shape.
     """
@@ -52,14 +52,14 @@ class Store(ABC):
             key: (samples, KV heads, tokens, head_dim), of all heads.
             value: the same shape.
             out: the query's shape; written at the heads of this store.
-            past: tokens of these samples before the chunk.
+            past: number of tokens of these samples before the chunk.
             sample: which samples of the batch.
             softmax: of the layer.
         """
 
     @abstractmethod
     def put(self, key: Tensor, value: Tensor, past: int, sample: slice) -> None:
-        """Store a chunk of tokens; arguments as of `attend`."""
+        """Store a chunk of tokens; see `attend` for the arguments."""
 
     @abstractmethod
     def put_first(self, key: Tensor, value: Tensor, lengths: Tensor) -> None:
@@ -68,16 +68,16 @@ class Store(ABC):
         Args:
             key: (batch, KV heads, tokens, head_dim), each sample's real tokens first.
             value: the same shape.
-            lengths: (batch,) int64, how many there are of each.
+            lengths: (batch,) int64, the number of real tokens of each sample.
         """
 
     @abstractmethod
     def reserve(self, tokens: int) -> None:
-        """Make room for so many tokens a sample, those that are there already among them."""
+        """Make room for `tokens` tokens per sample, including those already stored."""
 
-    def taken(self, x: Tensor) -> Tensor:
+    def select_heads(self, x: Tensor) -> Tensor:
         """The part (samples, this store's heads, ...) of (samples, the layer's KV heads, ...)."""
-        parts = [x[:, there] for _, there in self.runs]
+        parts = [x[:, heads] for _, heads in self.runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def attention(
@@ -88,31 +88,31 @@ class Store(ABC):
         softmax: Softmax,
         attend: Callable[[Tensor, Softmax], Tensor],
     ) -> None:
-        """Attend from the queries of this store's heads, and put the result into their places of `out`."""
-        chosen = self.taken(query.unflatten(1, (kv_heads, -1))).flatten(1, 2)
-        found = attend(chosen, softmax.of(self.heads, kv_heads)).unflatten(1, (len(self.heads), -1))
-        places = out.unflatten(1, (kv_heads, -1))
-        for here, there in self.runs:
-            places[:, there] = found[:, here]
+        """Attend from the queries of this store's heads and write the result to their rows of `out`."""
+        queries = self.select_heads(query.unflatten(1, (kv_heads, -1))).flatten(1, 2)
+        result = attend(queries, softmax.of(self.heads, kv_heads)).unflatten(1, (len(self.heads), -1))
+        grouped_out = out.unflatten(1, (kv_heads, -1))
+        for local, heads in self.runs:
+            grouped_out[:, heads] = result[:, local]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What is kept, by attribute, the batch first."""
+        """The stored tensors by attribute name, batch first."""
         return {"key": self.key, "value": self.value}
 
     @torch.inference_mode(False)
     def move(self, device: torch.device | str) -> None:
-        """Take all that is kept to a device."""
+        """Move all stored tensors to a device."""
         for name, tensor in self.tensors.items():
             setattr(self, name, tensor.to(device, non_blocking=True))
 
     @torch.inference_mode(False)
     def fork(self, samples: Tensor) -> Self:
-        """A store of its own with the samples `samples[i]` (n,) int64."""
-        twin = copy.copy(self)
+        """An independent store with the samples `samples[i]` (n,) int64."""
+        copied = copy.copy(self)
         for name, tensor in self.tensors.items():
-            setattr(twin, name, tensor.index_select(0, samples.to(tensor.device)))
-        return twin
+            setattr(copied, name, tensor.index_select(0, samples.to(tensor.device)))
+        return copied
 
     @torch.inference_mode(False)
     def select(self, samples: Tensor) -> None:
@@ -120,13 +120,13 @@ class Store(ABC):
         for name, old in self.tensors.items():
             new = old.index_select(0, samples.to(old.device))
             if new.shape == old.shape:
-                old.copy_(new)  # at the old address, which a compiled or captured step may know
+                old.copy_(new)  # in place: a compiled or captured step may hold the address
             else:
                 setattr(self, name, new)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes of all stored tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
@@ -146,19 +146,19 @@ class FullStore(Store):
 
     @torch.inference_mode(False)
     def reserve(self, tokens: int) -> None:
-        """Grow to `tokens` slots and some slack, so that few steps copy; what has room stays as it is.
+        """Grow to `tokens` slots plus some slack, if there is no room, so that few steps copy.
 
-        A copy comes every 64 steps at least, and moves what one or two steps of attention read.
+        At most every 64th step copies, and moves as much as one or two steps of attention read.
         """
         slots = self.key.shape[2]
         if tokens <= slots:
             return
-        room = tokens + max(SLACK, tokens // 128)
+        new_slots = tokens + max(SLACK, tokens // 128)
         for name in ("key", "value"):
             old = getattr(self, name)
-            new = torch.empty((*old.shape[:2], room, old.shape[3]), dtype=old.dtype, device=old.device)
+            new = torch.empty((*old.shape[:2], new_slots, old.shape[3]), dtype=old.dtype, device=old.device)
             new[:, :, :slots] = old
-            new[:, :, slots:] = 0  # masked slots are multiplied by zero, which NaN would outlive
+            new[:, :, slots:] = 0  # masked slots are multiplied by zero, which would keep a NaN
             setattr(self, name, new)
 
     def attend(
@@ -168,25 +168,23 @@ class FullStore(Store):
         self.put(key, value, past, sample)
         end = past + key.shape[2]
         keys, values = self.key[sample, :, :end], self.value[sample, :, :end]
-        self.attention(
-            query, out, key.shape[1], softmax, lambda q, own: full_attention(q, keys, values, own, self.backend)
-        )
+        self.attention(query, out, key.shape[1], softmax, lambda q, s: full_attention(q, keys, values, s, self.backend))
 
     def put(self, key: Tensor, value: Tensor, past: int, sample: slice) -> None:
         """See `Store.put`."""
         end = past + key.shape[2]
-        for here, there in self.runs:
-            self.key[sample, here, past:end] = key[:, there]
-            self.value[sample, here, past:end] = value[:, there]
+        for local, heads in self.runs:
+            self.key[sample, local, past:end] = key[:, heads]
+            self.value[sample, local, past:end] = value[:, heads]
 
     def put_first(self, key: Tensor, value: Tensor, lengths: Tensor) -> None:
-        """See `Store.put_first`; what lies behind a sample's tokens is not seen and will be written over."""
+        """See `Store.put_first`; slots beyond a sample's tokens are masked, and overwritten later."""
         most = min(key.shape[2], self.key.shape[2])
         self.put(key[:, :, :most], value[:, :, :most], 0, slice(None))
 
 
 class StreamingStore(Store):
-    """The sink and the latest tokens of the streaming heads, the latter in a ring; see `decode_attention`.
+    """The sink and the most recent tokens of the streaming heads, the latter in a ring; see `decode_attention`.
 
     Args:
         like: (batch, KV heads, any, head_dim), a key of the layer, for sizes, type and device.
@@ -202,7 +200,7 @@ class StreamingStore(Store):
         self.listed = torch.tensor(self.heads, dtype=torch.int32, device=like.device)
 
     def reserve(self, tokens: int) -> None:
-        """Nothing: the window has room for any number."""
+        """Do nothing: the window has a fixed size."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, past: int, sample: slice, softmax: Softmax
@@ -217,14 +215,15 @@ class StreamingStore(Store):
         else:
             order = self._slot(self._kept(0, past, key.device))
             keys, values = (
-                torch.cat([old[:, :, order], self.taken(new)], 2) for old, new in zip(stored, (key, value), strict=True)
+                torch.cat([old[:, :, order], self.select_heads(new)], 2)
+                for old, new in zip(stored, (key, value), strict=True)
             )
             self.attention(
                 query,
                 out,
                 key.shape[1],
                 softmax,
-                lambda q, own: streaming_attention(q, keys, values, own, self.window, self.backend),
+                lambda q, s: streaming_attention(q, keys, values, s, self.window, self.backend),
             )
         self.put(key, value, past, sample)
 
@@ -235,25 +234,25 @@ class StreamingStore(Store):
         kept = self._kept(past, key.shape[2], key.device)
         slots = self._slot(kept)
         for store, new in ((self.key, key), (self.value, value)):
-            store[sample, :, slots] = self.taken(new[:, :, kept - past])
+            store[sample, :, slots] = self.select_heads(new[:, :, kept - past])
 
     def put_first(self, key: Tensor, value: Tensor, lengths: Tensor) -> None:
         """See `Store.put_first`."""
         sink, recent, device = self.window.sink_size, self.window.recent_size, key.device
         last = lengths[:, None] - 1
         slot = torch.arange(sink + recent, device=device)
-        token = torch.where(slot < sink, slot, last - (last - slot) % recent)  # slots of no token are not looked at
+        token = torch.where(slot < sink, slot, last - (last - slot) % recent)  # unused slots are masked
         for store, new in ((self.key, key), (self.value, value)):
-            store.copy_(ordered(self.taken(new), token.clamp(0, key.shape[2] - 1)))
+            store.copy_(reorder(self.select_heads(new), token.clamp(0, key.shape[2] - 1)))
         if self.recorded is not None:
-            last, places = last - recent, self.recorded.shape[3]
-            token = last - (last - torch.arange(places, device=device)) % places
+            last, size = last - recent, self.recorded.shape[3]
+            token = last - (last - torch.arange(size, device=device)) % size
             for i, new in enumerate((key, value)):
-                self.recorded[:, i] = ordered(self.taken(new), token.clamp(0, key.shape[2] - 1))
+                self.recorded[:, i] = reorder(self.select_heads(new), token.clamp(0, key.shape[2] - 1))
 
     @torch.inference_mode(False)
     def record(self, tokens: int) -> None:
-        """From now on keep so many tokens beyond the window too, for `take_back`: token t in place t % tokens."""
+        """From now on also keep `tokens` tokens beyond the window, for `restore`: token t in slot t % tokens."""
         batch, heads, _, dim = self.key.shape
         self.recorded = self.key.new_zeros(batch, 2, heads, tokens, dim)
 
@@ -263,43 +262,43 @@ class StreamingStore(Store):
         return super().tensors | ({} if self.recorded is None else {"recorded": self.recorded})
 
     def _record(self, key: Tensor, value: Tensor, past: int, sample: slice) -> None:
-        """Keep what leaves the window as new tokens come, before their slots are written."""
+        """Keep what leaves the window as new tokens arrive, before its slots are overwritten."""
         assert self.recorded is not None
-        sink, recent, places = self.window.sink_size, self.window.recent_size, self.recorded.shape[3]
-        end = max(sink, past + key.shape[2] - recent)  # from here on all is in the window
-        start = max(sink, end - places)
+        sink, recent, size = self.window.sink_size, self.window.recent_size, self.recorded.shape[3]
+        end = max(sink, past + key.shape[2] - recent)  # from here on every token is in the window
+        start = max(sink, end - size)
         stored = torch.arange(max(start, past - recent), max(start, min(end, past)), device=key.device)
-        fresh = torch.arange(max(start, past), max(start, past, end), device=key.device)
+        incoming = torch.arange(max(start, past), max(start, past, end), device=key.device)
         for i, (store, new) in enumerate(((self.key, key), (self.value, value))):
-            kept = self.recorded[sample, i]
-            kept[:, :, stored % places] = store[sample][:, :, self._slot(stored)]
-            kept[:, :, fresh % places] = self.taken(new[:, :, fresh - past])
+            recorded = self.recorded[sample, i]
+            recorded[:, :, stored % size] = store[sample][:, :, self._slot(stored)]
+            recorded[:, :, incoming % size] = self.select_heads(new[:, :, incoming - past])
 
-    def take_back(self, length: int, tokens: int, floor: int, sample: int) -> None:
-        """Put into the window what it sees again once the latest tokens are gone.
+    def restore(self, length: int, tokens: int, floor: int, sample: int) -> None:
+        """Put back into the window what it covers again once the last tokens are removed.
 
         Args:
             length: tokens of the sample.
-            tokens: how many of them go.
-            floor: the first token that is kept at all.
-            sample: which one.
+            tokens: how many of them are removed.
+            floor: the first token that is still stored.
+            sample: its index in the batch.
         """
         if self.recorded is None:
             return
-        sink, recent, places = self.window.sink_size, self.window.recent_size, self.recorded.shape[3]
+        sink, recent, size = self.window.sink_size, self.window.recent_size, self.recorded.shape[3]
         start = max(sink, length - tokens - recent, floor)
-        end = min(length - recent, length - tokens)  # what is behind has never left the window, or goes
-        again = torch.arange(start, max(start, end), device=self.key.device)
+        end = min(length - recent, length - tokens)  # later tokens never left the window, or are removed
+        restored = torch.arange(start, max(start, end), device=self.key.device)
         for i, store in enumerate((self.key, self.value)):
-            store[sample][:, self._slot(again)] = self.recorded[sample, i][:, again % places]
+            store[sample][:, self._slot(restored)] = self.recorded[sample, i][:, restored % size]
 
     def _slot(self, token: Tensor) -> Tensor:
-        """The slots of tokens."""
+        """The slot of each token."""
         sink, recent = self.window.sink_size, self.window.recent_size
         return torch.where(token < sink, token, sink + (token - sink) % recent)
 
     def _kept(self, past: int, new: int, device: torch.device) -> Tensor:
-        """Those of `new` tokens after `past` that stay: in the sink, or among the latest."""
+        """Those of `new` tokens after `past` that are kept: in the sink or among the most recent."""
         end, sink = past + new, self.window.sink_size
         latest = min(end, max(past, sink, end - self.window.recent_size))
         first = torch.arange(past, max(past, min(end, sink)), device=device)

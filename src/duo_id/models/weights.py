@@ -1,4 +1,4 @@
-"""Which file of a model's weights is damaged, where reading them ends in an error of another kind."""
+"""Find the damaged file of a model's weights when loading them failed with an unrelated error."""
 
 from pathlib import Path
 
@@ -8,37 +8,37 @@ from safetensors import SafetensorError, safe_open
 
 from duo_id.common.errors import UserError
 
-DAMAGED = (SafetensorError, RuntimeError, KeyError, EOFError)  # what transformers lets through of a damaged file
+DAMAGED = (SafetensorError, RuntimeError, KeyError, EOFError)  # what transformers raises for damaged files
 
 
-def damage(name: str, source: str, revision: str | None, error: Exception) -> UserError | None:
-    """The error to show for one of `DAMAGED`, which names the file; None if the files of the weights are whole.
+def damage_error(name: str, source: str, revision: str | None, error: Exception) -> UserError | None:
+    """The error to show for one of `DAMAGED`, naming the file; None if the weight files are intact.
 
     Args:
-        name: of the model, as the override has it.
-        source: the folder or the hub id that it was read from.
+        name: of the model, as in the override.
+        source: the folder or hub id that it was read from.
         revision: on the hub.
         error: what transformers raised.
     """
     cached = try_to_load_from_cache(source, "config.json", revision=revision) if not Path(source).is_dir() else None
     folder = Path(cached).parent if isinstance(cached, str) else Path(source)
-    again = "copy it there again" if folder == Path(name) else f"remove {folder} and it is made again"
+    advice = "copy it there again" if folder == Path(name) else f"remove {folder}, which is then created again"
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
                 for key in file.keys():  # noqa: SIM118
                     file.get_slice(key).get_shape()
-        except (SafetensorError, OSError, KeyError) as found:
-            return UserError(f"model.id={name}: {path} is damaged ({str(found) or 'it is empty'}): {again}")
+        except (SafetensorError, OSError, KeyError) as read_error:
+            return UserError(f"model.id={name}: {path} is damaged ({str(read_error) or 'it is empty'}): {advice}")
     if isinstance(error, SafetensorError) or "size mismatch" in str(error) or "mismatched" in str(error):
         reason = f"the weights in {folder} do not fit its config.json ({reason_of(error)})"
-        return UserError(f"model.id={name}: {reason}: {again}")
-    if isinstance(error, KeyError):  # a name that transformers looks up, such as a kind of rotary embedding
-        return UserError(f"model.id={name}: {folder / 'config.json'} does not describe a model ({error!r}): {again}")
+        return UserError(f"model.id={name}: {reason}: {advice}")
+    if isinstance(error, KeyError):  # a failed lookup in transformers, such as the type of a rotary embedding
+        return UserError(f"model.id={name}: {folder / 'config.json'} does not describe a model ({error!r}): {advice}")
     return None
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error, or of what lies behind a failed check of a config."""
+    """The first line of an error's message, or of its cause if it is a failed check of a config."""
     cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
     return str(cause or error).strip().partition("\n")[0][:400]

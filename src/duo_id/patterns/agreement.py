@@ -1,4 +1,4 @@
-"""Head patterns of one model side by side: their scores, and how far they name the same heads."""
+"""Head patterns of one model side by side: their scores, and how well they agree on the heads."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,28 +14,28 @@ from duo_id.patterns.pattern import HeadPattern, normalized_ranks
 
 
 def agreement(patterns: Mapping[str, HeadPattern], sparsities: Sequence[float]) -> dict[str, pd.DataFrame]:
-    """How far patterns of one model name the same heads, in the layers that are gated in all of them.
+    """How well patterns of one model agree, over the layers that are gated in all of them.
 
     Returns:
         square frames over the patterns' names: Spearman's rank correlation of the scores, then for each sparsity the
-        Jaccard index of the retrieval heads, which is the number of shared ones over that of those in either.
+        Jaccard index of the retrieval heads (size of the intersection over size of the union).
     """
     gated = sorted(set.intersection(*(set(pattern.gated_layers) for pattern in patterns.values())))
     scores = pd.DataFrame({name: pattern.scores[gated].flatten().numpy() for name, pattern in patterns.items()})
-    found = {"rank correlation\nof the scores": scores.rank().corr()}
+    frames = {"rank correlation\nof the scores": scores.rank().corr()}
     for sparsity in sparsities:
         masks = [
             pattern.binarize(sparsity=sparsity).retrieval[gated].flatten().numpy() for pattern in patterns.values()
         ]
         shared = [[_jaccard(mask, other) for other in masks] for mask in masks]
         title = f"shared retrieval heads\n{100 * sparsity:.4g}% stream"
-        found[title] = pd.DataFrame(shared, list(patterns), list(patterns))
-    return found
+        frames[title] = pd.DataFrame(shared, list(patterns), list(patterns))
+    return frames
 
 
 def agreement_table(patterns: Mapping[str, HeadPattern], sparsities: Sequence[float]) -> Table:
-    """The agreement of at least two patterns for the terminal: the mean over their pairs, and the least."""
-    table = Table("agreement", "mean", "least", title=f"{len(patterns)} runs", title_justify="left")
+    """The agreement of at least two patterns for the terminal: mean and minimum over their pairs."""
+    table = Table("agreement", "mean", "minimum", title=f"{len(patterns)} runs", title_justify="left")
     for title, frame in agreement(patterns, sparsities).items():
         pairs = frame.to_numpy()[np.triu_indices(len(frame), 1)]
         table.add_row(title.replace("\n", ", "), f"{pairs.mean():.2f}", f"{pairs.min():.2f}")
@@ -48,22 +48,22 @@ def plot_patterns(patterns: Mapping[str, HeadPattern], ranks: bool = False) -> F
 
     Args:
         patterns: by name.
-        ranks: show the place of each head in its pattern's order, from 0 (streams first) to 1, and not its score, for
-            methods whose scores have other scales.
+        ranks: show each head's rank in its pattern, from 0 (streams first) to 1, instead of its score, for methods
+            whose scores have different scales.
     """
     layers, kv_heads = next(iter(patterns.values())).scores.shape
-    across = min(len(patterns), 4)
-    down = -(-len(patterns) // across)
+    columns = min(len(patterns), 4)
+    rows = -(-len(patterns) // columns)
     width = min(2.6, max(1.6, 0.14 * kv_heads + 0.4))
     height = min(5.0, max(1.2, 0.1 * layers))
-    figure = Figure(figsize=(max(3.4, 0.5 + width * across), 1.0 + (height + 0.35) * down))
-    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    shown = {name: _ranked(pattern) if ranks else pattern.scores.numpy() for name, pattern in patterns.items()}
-    scores = np.concatenate([shown[name][list(pattern.gated_layers)].flatten() for name, pattern in patterns.items()])
+    figure = Figure(figsize=(max(3.4, 0.5 + width * columns), 1.0 + (height + 0.35) * rows))
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    values = {name: _rank_matrix(pattern) if ranks else pattern.scores.numpy() for name, pattern in patterns.items()}
+    scores = np.concatenate([values[name][list(pattern.gated_layers)].flatten() for name, pattern in patterns.items()])
     gates = all(pattern.holds_gates for pattern in patterns.values())
     scale = Normalize(0, 1) if gates or ranks else Normalize(scores.min(), scores.max())
     for axes, (name, pattern) in zip(grid.flat, patterns.items(), strict=False):
-        mesh = draw_cells(axes, shown[name], scale)
+        mesh = draw_cells(axes, values[name], scale)
         hatch_ungated(axes, layers, kv_heads, pattern.gated_layers)
         axes.set_title(plain(name, 12 * width), loc="left", fontsize=8)
         number_heads(axes)
@@ -81,26 +81,26 @@ def plot_patterns(patterns: Mapping[str, HeadPattern], ranks: bool = False) -> F
 
 @style()
 def plot_agreement(patterns: Mapping[str, HeadPattern], sparsities: Sequence[float]) -> Figure:
-    """`agreement` as matrices with their values."""
-    found = agreement(patterns, sparsities)
-    across = min(len(found), 4)
-    down = -(-len(found) // across)
+    """`agreement` as annotated matrices."""
+    frames = agreement(patterns, sparsities)
+    columns = min(len(frames), 4)
+    rows = -(-len(frames) // columns)
     side = max(1.3, 0.36 * len(patterns))
-    figure = Figure(figsize=(1.4 + side * across, 1.3 + (side + 0.4) * down))
-    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    figure = Figure(figsize=(1.4 + side * columns, 1.3 + (side + 0.4) * rows))
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     names = [plain(name, 18) for name in patterns]
-    for axes, (title, values) in zip(grid.flat, found.items(), strict=False):
+    for axes, (title, values) in zip(grid.flat, frames.items(), strict=False):
         draw_cells(axes, values.to_numpy(), Normalize(0, 1), "{:.2f}")
         axes.set_title(title, loc="left", fontsize=8)
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
-    for axes in list(grid.flat)[len(found) :]:
+    for axes in list(grid.flat)[len(frames) :]:
         axes.set_visible(False)
     return figure
 
 
-def _ranked(pattern: HeadPattern) -> np.ndarray:
-    """The places in the pattern's order as (layers, KV heads) in [0, 1]; layers without gates are 1."""
+def _rank_matrix(pattern: HeadPattern) -> np.ndarray:
+    """The ranks of a pattern's heads, (layers, KV heads) in [0, 1]; layers without gates are 1."""
     gated, ranks = list(pattern.gated_layers), np.ones(pattern.scores.shape)
     ranks[gated] = normalized_ranks(pattern.scores[gated]).numpy()
     return ranks

@@ -1,12 +1,12 @@
-"""The export folder `heads/`, written and read: our own format, and what DuoAttention's loaders read beside it.
+"""The export folder `heads/`, written and read: our own format, plus the files that DuoAttention's loaders read.
 
 heads/
-  full_attention_heads.tsv   scores, one row a layer, one column a KV head   } what DuoAttention's loaders read
+  full_attention_heads.tsv   scores, a row per layer, a column per KV head   } read by DuoAttention's loaders
   config.json                sink_size, recent_size, checksums of the TSVs   } (github.com/mit-han-lab/duo-attention)
-  mask_sparsity_50.tsv       0/1 rows (1 = retrieval), one file a sparsity
-  heads.json                 all of it and the provenance, written last: what `load_pattern` believes
+  mask_sparsity_50.tsv       0/1 rows (1 = retrieval), a file per sparsity
+  heads.json                 all of it plus the provenance, written last; the file that `load_pattern` trusts
 
-heads.schema.json beside this module says what a heads.json holds. Other tools' files: see `duo_id.patterns.formats`.
+heads.schema.json, next to this module, is the schema of heads.json. Other tools' files: see `duo_id.patterns.formats`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,15 +26,15 @@ from duo_id.patterns.tables import exact_rows, json_text, number_rows, read_tsv,
 
 SCHEMA = "duo_id/heads"
 VERSION = 1
-# What turns the contents of an older version into those of the next; a field that is added or renamed gets an entry.
+# Functions that convert the contents of a version to the next one; adding or renaming a field needs an entry.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 SHIPPED = Path(__file__).parent / "head_patterns"
 HEADS, SCORES, CONFIG = "heads.json", "full_attention_heads.tsv", "config.json"
-TABLES = "tables_sha256"  # in a config.json: the checksums of the TSVs beside it, by name
+TABLES = "tables_sha256"  # in a config.json: checksums of the TSVs in its folder, by name
 
 
 class Sizes(Data):
-    """What a config.json beside a table of scores says, as far as it is looked at."""
+    """The fields of a config.json (next to a table of scores) that are used."""
 
     sink_size: Tokens
     recent_size: Tokens
@@ -43,7 +43,7 @@ class Sizes(Data):
 
 
 class Heads(Sizes):
-    """What a heads.json holds, beside its schema and version."""
+    """The contents of a heads.json, besides its schema and version."""
 
     gated_layers: Annotated[list[Count], FIRST]
     layers: Count
@@ -53,12 +53,12 @@ class Heads(Sizes):
 
 
 def save_pattern(pattern: HeadPattern, folder: str | Path, sparsities: Iterable[float] = (0.25, 0.5, 0.75)) -> None:
-    """Write `pattern` and its masks at `sparsities` to `folder`, every file whole, `heads.json` last.
+    """Write `pattern` and its masks at `sparsities` to `folder`, each file atomically, `heads.json` last.
 
-    Masks of an earlier export that are not among `sparsities` are removed.
+    Masks of an earlier export at other sparsities are removed.
 
     Raises:
-        UserError: if a sparsity lies outside [0, 1]; then nothing is written.
+        UserError: a sparsity is outside [0, 1]; nothing is written.
     """
     folder = Path(folder)
     masks = {sparsity: pattern.binarize(sparsity=sparsity) for sparsity in sorted(sparsities)}
@@ -77,14 +77,14 @@ def load_pattern(source: str | Path) -> HeadPattern:
     """Read a pattern.
 
     Args:
-        source: a shipped name (see `list_patterns`; it goes before a folder of that name, which `./NAME` reaches), a
-            run folder, its `heads/` folder, a DuoAttention folder, a scores TSV beside its `config.json`, or a
-            `heads.json`; where nothing of that name is here, a repo of the hub, `user/repo` or `user/repo@revision`.
-            Where a folder holds `heads.json`, that is what is read. Scores are taken as they are: published gates
-            reach from -0.0015 to 1.
+        source: a shipped name (see `list_patterns`; it takes precedence over a folder of that name, which is
+            `./NAME`), a run folder, its `heads/` folder, a DuoAttention folder, a scores TSV next to its
+            `config.json`, or a `heads.json`; if there is no such file, a repo on the hub, `user/repo` or
+            `user/repo@revision`. A folder's `heads.json` takes precedence over its other files. Scores are not
+            clipped: published gates range from -0.0015 to 1.
 
     Raises:
-        UserError: one line that names the file and, in a table, the row at fault, or says why the hub did not help.
+        UserError: one line that names the file (and the row of a table), or says why the hub could not be used.
     """
     if str(source) in list_patterns():
         return load_pattern(SHIPPED / source / HEADS)
@@ -93,21 +93,20 @@ def load_pattern(source: str | Path) -> HeadPattern:
     if repo is not None:
         path = hub.fetch(*repo, [folder + name for folder in ("", "heads/") for name in (HEADS, SCORES, CONFIG)])
     if path.is_dir() or repo is not None:
-        places = (path / HEADS, path / SCORES, path / "heads" / HEADS, path / "heads" / SCORES)
-        found = next((place for place in places if lexists(place)), None)
-        if found is None and repo is not None:
-            raise UserError(f"the hub's repo {source} holds no head pattern ({HEADS} or {SCORES})")
-        if found is None:
+        candidates = (path / HEADS, path / SCORES, path / "heads" / HEADS, path / "heads" / SCORES)
+        file = next((candidate for candidate in candidates if lexists(candidate)), None)
+        if file is None and repo is not None:
+            raise UserError(f"the hub's repo {source} has no head pattern ({HEADS} or {SCORES})")
+        if file is None:
             raise UserError(
-                f"{path} has no heads/ yet (nor {HEADS} or {SCORES}): if it is a run, "
-                "it has not come to the end where heads are written"
+                f"{path} has no heads/ yet (nor {HEADS} or {SCORES}): a run writes its heads when it finishes"
             )
-        path = found
+        path = file
     elif not path.exists():
         shipped = ", ".join(list_patterns()) or "none"
-        raise UserError(f"no head pattern {str(source)!r}: not a file or folder, nor a shipped name ({shipped})")
+        raise UserError(f"no head pattern {str(source)!r}: not a file, a folder or a shipped name ({shipped})")
     if path.suffix not in (".json", ".tsv"):
-        raise UserError(f"{path} is not a head pattern: give a folder, a {HEADS} or a {SCORES}")
+        raise UserError(f"{path} is not a head pattern: pass a folder, a {HEADS} or a {SCORES}")
     return pattern_from_json(read_object(path), path) if path.suffix == ".json" else _read_duo(path)
 
 
@@ -117,7 +116,7 @@ def list_patterns() -> list[str]:
 
 
 def pattern_name(source: str | Path) -> str:
-    """A short name for what `load_pattern` reads from `source`: the shipped name, the repo, or the end of the path."""
+    """A short name for the pattern at `source`: the shipped name, the repo, or the end of the path."""
     if str(source) in list_patterns() or _repo(source):
         return str(source)
     parts = [part for part in Path(source).expanduser().resolve().parts if part not in ("/", "heads", HEADS, SCORES)]
@@ -125,29 +124,29 @@ def pattern_name(source: str | Path) -> str:
 
 
 def _repo(source: str | Path) -> tuple[str, str | None] | None:
-    """Repo and revision that `source` names, unless something of that name is here."""
+    """Repo and revision that `source` names, unless it is a local path."""
     return None if Path(source).expanduser().exists() else hub.split_revision(str(source))
 
 
 def contents_of(pattern: HeadPattern) -> dict[str, Any]:
-    """What `heads.json` says of a pattern, without masks."""
+    """The contents of `heads.json` for a pattern, without masks."""
     return _contents(pattern, {})
 
 
 def pattern_from_json(contents: dict[str, Any], path: str | Path) -> HeadPattern:
-    """The pattern that the parsed contents of a `heads.json` hold.
+    """The pattern in the parsed contents of a `heads.json`.
 
     Args:
         contents: the parsed file.
-        path: where it stands, for messages.
+        path: of the file, for messages.
 
     Raises:
-        UserError: as of `load_pattern`.
+        UserError: see `load_pattern`.
     """
     if contents.get("schema") != SCHEMA:
         raise UserError(
             f"{path} is not a head pattern: its schema is {shown(contents.get('schema'))}, not {SCHEMA!r} "
-            "(python -m duo_id.convert reads what other tools write)"
+            "(python -m duo_id.convert reads other tools' files)"
         )
     while isinstance(version := contents.get("version"), int) and version < VERSION and version in MIGRATIONS:
         contents = MIGRATIONS[version](contents)
@@ -155,17 +154,17 @@ def pattern_from_json(contents: dict[str, Any], path: str | Path) -> HeadPattern
         newer = isinstance(version, int) and version > VERSION
         advice = "; a newer duo_id wrote it, upgrade to read it" if newer else ""
         raise UserError(
-            f"{path} has version {shown(version)} of its schema, this duo_id reads version {VERSION}{advice}"
+            f"{path} has version {shown(version)} of its schema, but this duo_id reads version {VERSION}{advice}"
         )
-    given = checked(Heads, contents, path)
-    scores = number_rows(f"{path}: scores, row", enumerate(given.scores, start=1))
-    shape, said = (len(scores), len(scores[0])), (given.layers, given.kv_heads)
-    if shape != said:
+    heads = checked(Heads, contents, path)
+    scores = number_rows(f"{path}: scores, row", enumerate(heads.scores, start=1))
+    shape, declared = (len(scores), len(scores[0])), (heads.layers, heads.kv_heads)
+    if shape != declared:
         raise UserError(
             f"{path}: scores are {shape[0]} layers x {shape[1]} KV heads, "
-            f"but layers and kv_heads say {said[0]} x {said[1]}"
+            f"but layers and kv_heads say {declared[0]} x {declared[1]}"
         )
-    return _pattern(path, scores, given, given.provenance)
+    return _pattern(path, scores, heads, heads.provenance)
 
 
 def _contents(pattern: HeadPattern, masks: dict[float, HeadMask]) -> dict[str, Any]:
@@ -187,12 +186,12 @@ def _contents(pattern: HeadPattern, masks: dict[float, HeadMask]) -> dict[str, A
 
 
 def duo_config(pattern: HeadPattern, tables: Mapping[str, str]) -> dict[str, Any]:
-    """What DuoAttention's loaders look up, and what would mislead us if it were missing or another.
+    """The contents of config.json: what DuoAttention's loaders look up, plus what we need to read its TSVs safely.
 
-    These are `gated_layers`, for the TSV of a hybrid model, and checksums: its own and those of the TSVs beside it.
+    The latter are `gated_layers`, for the TSV of a hybrid model, and checksums, its own and those of the TSVs.
 
     Args:
-        pattern: whose sizes it tells.
+        pattern: the pattern that is written.
         tables: the TSVs, by name.
     """
     model = pattern.provenance.get("model")
@@ -204,25 +203,25 @@ def duo_config(pattern: HeadPattern, tables: Mapping[str, str]) -> dict[str, Any
 
 def _read_duo(path: Path) -> HeadPattern:
     scores = read_tsv(path)
-    beside = path.with_name(CONFIG)
-    if not beside.is_file():
-        raise UserError(f"{beside} is missing: sink_size and recent_size of {path.name} stand there")
-    config = read_object(beside)
+    config_path = path.with_name(CONFIG)
+    if not config_path.is_file():
+        raise UserError(f"{config_path} is missing: it holds sink_size and recent_size of {path.name}")
+    config = read_object(config_path)
     digests = config.pop(TABLES, {})
     if isinstance(digests, dict) and digests.get(path.name) not in (None, digest_of(read_text(path))):
-        advice = f"restore it, or delete {TABLES} and {SEAL} there if you changed it"
+        advice = f"restore the file, or delete {TABLES} and {SEAL} there if you changed it"
         raise UserError(f"{path} {DIFFERS} from that in {CONFIG}; {advice}")
-    sizes = checked(Sizes, config, beside)
+    sizes = checked(Sizes, config, config_path)
     model = {"id": sizes.model_name, "layers": len(scores), "kv_heads": len(scores[0])}
     return _pattern(path.parent, scores, sizes, {"format": "DuoAttention", "model": model, "config": config})
 
 
-def _pattern(place: str | Path, scores: list[list[float]], sizes: Sizes, provenance: dict[str, Any]) -> HeadPattern:
+def _pattern(path: str | Path, scores: list[list[float]], sizes: Sizes, provenance: dict[str, Any]) -> HeadPattern:
     gated = tuple(range(len(scores)) if sizes.gated_layers is None else sizes.gated_layers)
     try:
         return HeadPattern(torch.tensor(scores), sizes.sink_size, sizes.recent_size, gated, provenance)
     except UserError as error:
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _mask_name(sparsity: float) -> str:

@@ -1,4 +1,4 @@
-"""Which heads must see the whole context: graded (`HeadPattern`), and decided for deployment (`HeadMask`)."""
+"""Which heads must see the whole context: as scores (`HeadPattern`), and as a decision for deployment (`HeadMask`)."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from duo_id.patterns.provenance import Provenance
 
 
 class TieWarning(UserWarning):
-    """A mask parts heads that have the same score."""
+    """A mask separates heads that have the same score."""
 
 
 MOST_HEADS = 2**12  # layers, and KV heads of a layer
@@ -30,9 +30,9 @@ class HeadMask:
     Attributes:
         retrieval: bool CPU tensor (layers, KV heads); True = retrieval. Rows of layers without gates are True.
         sink_size: first tokens that a streaming head sees.
-        recent_size: latest tokens that a streaming head sees, the current one among them.
-        gated_layers: the layers that the mask decides about, ascending; None at construction means all. The others
-            keep their own attention and do not count in the sparsity.
+        recent_size: most recent tokens that a streaming head sees, including the current one.
+        gated_layers: the layers that the mask covers, ascending; None at construction means all. Other layers keep
+            their own attention and do not count in the sparsity.
     """
 
     retrieval: Tensor
@@ -41,11 +41,11 @@ class HeadMask:
     gated_layers: tuple[int, ...] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        """Take a copy of the mask and check everything."""
+        """Copy the mask and check all fields."""
         retrieval = torch.as_tensor(self.retrieval).detach().to("cpu", copy=True)
         if retrieval.dtype != torch.bool:
             raise UserError(f"a head mask holds bools, not {retrieval.dtype}: binarize a HeadPattern")
-        _complete(self, "retrieval", retrieval)
+        _set_checked_fields(self, "retrieval", retrieval)
 
     @property
     def sparsity(self) -> float:
@@ -58,30 +58,30 @@ class HeadMask:
         _check_fits("mask", self.retrieval, layers, kv_heads, model_name)
 
     def __eq__(self, other: object) -> bool:
-        """Whether the same heads stream, over the same windows."""
+        """Whether the same heads stream, with the same window."""
         return isinstance(other, HeadMask) and _identity(self, self.retrieval) == _identity(other, other.retrieval)
 
     def __repr__(self) -> str:
-        """The shape and the sizes, not the heads."""
+        """Shape and sizes, not the single heads."""
         return f"HeadMask({_summary(self, self.retrieval)}, sparsity={self.sparsity:.4g})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadPattern:
-    """What identification found: one score for each KV head, the windows it holds for, and where it came from.
+    """The result of identification: a score for each KV head, the window it applies to, and its provenance.
 
-    The scores order the heads: by score, and among equal scores by layer, then by head. Heads stream from the start
-    of this order, so of two equal heads the one in the earlier layer (then the one with the lower index) streams
-    first, and the mask at a lower sparsity is always contained in the mask at a higher one.
+    Heads are ordered by score, and among equal scores by layer, then by head. They stream from the start of this order:
+    of two equal heads the one in the earlier layer (then the one with the lower index) streams first, and the heads
+    that stream at a lower sparsity always stream at a higher one too.
 
     Attributes:
-        scores: float32 CPU tensor (layers, KV heads), a copy of what was given; higher = retrieval. Gates lie in
-            [0, 1] up to rounding; other methods may use any finite scale. Rows of layers without gates are set to 1.
+        scores: float32 CPU tensor (layers, KV heads), copied at construction; higher = retrieval. Gates lie in [0, 1]
+            up to rounding; other methods may use any finite scale. Rows of layers without gates are set to 1.
         sink_size: first tokens that a streaming head sees.
-        recent_size: latest tokens that a streaming head sees, the current one among them.
+        recent_size: most recent tokens that a streaming head sees, including the current one.
         gated_layers: the layers whose heads were scored, ascending; None at construction means all.
         provenance: anything that JSON can hold: the model (id, revision, layers, kv_heads), method, seed, versions.
-            What is looked at has the types of `duo_id.patterns.provenance.Provenance`.
+            Fields that are used have the types of `duo_id.patterns.provenance.Provenance`.
     """
 
     scores: Tensor
@@ -91,35 +91,35 @@ class HeadPattern:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Take copies of the scores and the provenance and check everything."""
+        """Copy scores and provenance and check all fields."""
         scores = torch.as_tensor(self.scores).detach().to("cpu", torch.float32, copy=True)
-        _complete(self, "scores", scores)
-        broken = (~self.scores.isfinite()).nonzero().tolist()
-        if broken:
-            layer, head = broken[0]
+        _set_checked_fields(self, "scores", scores)
+        nonfinite = (~self.scores.isfinite()).nonzero().tolist()
+        if nonfinite:
+            layer, head = nonfinite[0]
             value = self.scores[layer, head].item()
             raise UserError(
-                f"the score of layer {layer}, KV head {head} is {value} ({len(broken)} of {scores.numel()} scores "
-                "are not finite): a pattern needs a number for every head"
+                f"the score of layer {layer}, KV head {head} is {value} ({len(nonfinite)} of {scores.numel()} scores "
+                "are not finite): a pattern needs a finite score for every head"
             )
         provenance = json.loads(json.dumps(self.provenance, allow_nan=False))
         model = checked(Provenance, provenance, "a pattern", "provenance").model
         for key, size in zip(("layers", "kv_heads"), scores.shape, strict=True):
-            if (told := getattr(model, key, None)) not in (None, size):
-                raise UserError(f"provenance.model.{key}={told} where scores have {size}")
+            if (recorded := getattr(model, key, None)) not in (None, size):
+                raise UserError(f"provenance.model.{key}={recorded}, but the scores have {size}")
         object.__setattr__(self, "provenance", provenance)
 
     @property
     def gated_heads(self) -> int:
-        """How many KV heads the gated layers have: what a sparsity is a fraction of."""
+        """The number of KV heads in gated layers, of which a sparsity is a fraction."""
         return len(self.gated_layers) * self.scores.shape[1]
 
     @property
     def holds_gates(self) -> bool:
-        """Whether scores are gates, 1 for full attention, or may be: in [0, 1], and not told to be of another kind."""
+        """Whether scores are, or may be, gates (1 = full attention): in [0, 1], and not from another kind of method."""
         low, high = self.scores[list(self.gated_layers)].aminmax()
-        told = (self.provenance.get("settings") or {}).get("method") or {}
-        blends = told.get("name", "duo") == "duo" and told.get("gate") != "nested" and told.get("prior") is None
+        method = (self.provenance.get("settings") or {}).get("method") or {}
+        blends = method.get("name", "duo") == "duo" and method.get("gate") != "nested" and method.get("prior") is None
         return bool(low >= -0.01 and high <= 1.01) and blends
 
     def binarize(self, sparsity: float | None = None, threshold: float | None = None) -> HeadMask:
@@ -127,16 +127,16 @@ class HeadPattern:
 
         Args:
             sparsity: in [0, 1]; exactly `round(sparsity * gated_heads)` heads stream, the first in the order above.
-            threshold: heads with a score of at least this (compared in float32) are retrieval heads.
+            threshold: heads with at least this score (compared in float32) are retrieval heads.
 
         Warns:
-            TieWarning: `sparsity` falls between heads of the same score, so that the order above decides.
+            TieWarning: `sparsity` separates heads with the same score, so the order above decides.
 
         Raises:
-            UserError: unless exactly one of the two is given and in range.
+            UserError: not exactly one of the two is given, or it is out of range.
         """
         if (sparsity is None) == (threshold is None):
-            raise UserError(f"give either sparsity or threshold, not {'both' if threshold is not None else 'neither'}")
+            raise UserError(f"pass either sparsity or threshold, not {'both' if threshold is not None else 'neither'}")
         budget = self.provenance.get("budget")
         if budget is not None and sparsity not in (None, budget, 0, 1):
             warnings.warn(f"this pattern was refined for sparsity={budget}, not {sparsity}", stacklevel=2)
@@ -160,21 +160,21 @@ class HeadPattern:
 
     def check_fits(self, layers: int, kv_heads: int, model_name: str) -> None:
         """Raise a `UserError` unless the model `model_name` has this many layers and KV heads."""
-        found_on = (self.provenance.get("model") or {}).get("id")
-        kind = f"pattern (of {found_on})" if found_on else "pattern"
+        model_id = (self.provenance.get("model") or {}).get("id")
+        kind = f"pattern (of {model_id})" if model_id else "pattern"
         _check_fits(kind, self.scores, layers, kv_heads, model_name)
 
     def check_scores(self, gated_layers: Iterable[int]) -> None:
-        """Raise a `UserError` unless the heads of all these layers were scored, so that they have an order."""
+        """Raise a `UserError` unless the heads of all these layers have scores."""
         unscored = sorted(set(gated_layers) - set(self.gated_layers))
         if unscored:
             raise UserError(
-                f"this head pattern has scores of layers {list(self.gated_layers)}, not of {unscored}, whose heads are "
-                "to be ordered"
+                f"this head pattern has scores for layers {list(self.gated_layers)}, but not for {unscored}, which are "
+                "needed to order their heads"
             )
 
     def __eq__(self, other: object) -> bool:
-        """Whether scores, windows, gated layers and provenance are all the same."""
+        """Whether scores, window, gated layers and provenance are all equal."""
         return (
             isinstance(other, HeadPattern)
             and _identity(self, self.scores) == _identity(other, other.scores)
@@ -182,13 +182,13 @@ class HeadPattern:
         )
 
     def __repr__(self) -> str:
-        """The shape and the sizes, not the heads."""
+        """Shape and sizes, not the single heads."""
         low, high = self.scores[list(self.gated_layers)].aminmax()
         return f"HeadPattern({_summary(self, self.scores)}, scores in [{low:.4g}, {high:.4g}])"
 
 
 def average(patterns: Sequence[HeadPattern]) -> HeadPattern:
-    """The pattern of the mean scores of several seeds, which share all else; of one: itself."""
+    """The pattern with the mean scores of several seeds, which agree in everything else; a single one is returned."""
     if len(patterns) == 1:
         return patterns[0]
     scores = torch.stack([pattern.scores for pattern in patterns]).mean(0)
@@ -197,28 +197,28 @@ def average(patterns: Sequence[HeadPattern]) -> HeadPattern:
 
 
 def normalized_ranks(scores: Tensor) -> Tensor:
-    """Where each score stands in their order, from 0, the lowest, to 1; equal scores share a place. Of any shape."""
+    """The rank of each score (any shape), from 0 for the lowest to 1; equal scores share their mean rank."""
     _, which, counts = scores.unique(return_inverse=True, return_counts=True)
     middle = counts.cumsum(0) - (counts + 1) / 2
     return (middle / max(scores.numel() - 1, 1))[which]
 
 
 def mix_prior(pattern: HeadPattern, prior: HeadPattern, weight: float) -> HeadPattern:
-    """Let an order that is known already have a part in what was found.
+    """Average a pattern's scores with the ranks of a prior.
 
-    Where a method hardly tells heads apart, its own samples decide by chance; another order, found otherwise, decides
-    there, and hardly where scores lie apart.
+    Where a method hardly separates heads, chance decides their order; there the prior decides instead, and it changes
+    little where scores differ clearly.
 
     Args:
-        pattern: with scores in about [0, 1], such as those of gates.
-        prior: whose order counts, over the gated layers of `pattern`.
-        weight: positive, of a head's place in that order (`places`) beside its own score, which has weight 1.
+        pattern: with scores in about [0, 1], such as gates.
+        prior: only its order matters, over the gated layers of `pattern`.
+        weight: positive weight of a head's rank in the prior (`normalized_ranks`); its own score has weight 1.
 
     Returns:
-        The pattern with the weighted means of both.
+        the pattern with the weighted means of both.
 
     Raises:
-        UserError: the prior is of another shape, or lacks scores of a gated layer.
+        UserError: the prior has another shape, or lacks scores for a gated layer.
     """
     layers, kv_heads = pattern.scores.shape
     prior.check_fits(layers, kv_heads, "the pattern")
@@ -238,9 +238,9 @@ def random_mask(
     recent_size: int,
     gated_layers: Iterable[int] | None = None,
 ) -> HeadMask:
-    """A mask with the same budget as `HeadPattern.binarize`, its heads drawn at random: the baseline to beat.
+    """A mask with the same budget as `HeadPattern.binarize`, but with random heads: the baseline to beat.
 
-    It is a function of its arguments alone; masks of one seed are nested over sparsity.
+    Deterministic in its arguments; masks of one seed are nested over sparsity.
     """
     ranks = torch.randperm(layers * kv_heads, generator=torch.Generator().manual_seed(seed)).view(layers, kv_heads)
     gated = tuple(range(layers) if gated_layers is None else gated_layers)
@@ -248,29 +248,31 @@ def random_mask(
 
 
 def _tie(ranked: Tensor, streaming: int) -> str:
-    """What is wrong with letting the first `streaming` of ascending scores stream, in words; empty: nothing."""
+    """A warning if streaming the first `streaming` of ascending scores separates equal ones, else an empty string."""
     if not 0 < streaming < len(ranked) or ranked[streaming - 1] != ranked[streaming]:
         return ""
     equal = ranked == ranked[streaming]
     return (
-        f"parts heads of the same score: {int(equal.sum())} of {len(ranked)} have {ranked[streaming]:.4g}, of which "
-        f"{int(equal[:streaming].sum())} stream by their place alone, early layers first"
+        f"separates heads with the same score: {int(equal.sum())} of {len(ranked)} have {ranked[streaming]:.4g}, of "
+        f"which {int(equal[:streaming].sum())} stream only because of their position, early layers first"
     )
 
 
-def _complete(owner: HeadPattern | HeadMask, name: str, heads: Tensor) -> None:
-    """Check the fields that patterns and masks share and set them; `heads` (layers, KV heads) is changed in place."""
+def _set_checked_fields(owner: HeadPattern | HeadMask, name: str, heads: Tensor) -> None:
+    """Check and set the fields that patterns and masks share; `heads` (layers, KV heads) is modified in place."""
     if heads.dim() != 2 or heads.numel() == 0:
         raise UserError(f"{name} must have the shape (layers, KV heads), both at least 1, not {tuple(heads.shape)}")
     if max(heads.shape) > MOST_HEADS:
         raise UserError(
-            f"{name} of {tuple(heads.shape)} heads are more than any model has: at most {MOST_HEADS} each way"
+            f"{name} of shape {tuple(heads.shape)} are larger than any model: at most {MOST_HEADS} each way"
         )
     layers = range(len(heads))
-    given = list(layers if owner.gated_layers is None else owner.gated_layers)
-    if not given or any(not isinstance(layer, Integral) or layer not in layers for layer in given):
-        raise UserError(f"gated_layers={given!s:.60} must name the gated layers, at least one, from 0 to {layers[-1]}")
-    gated = tuple(sorted({int(layer) for layer in given}))
+    indices = list(layers if owner.gated_layers is None else owner.gated_layers)
+    if not indices or any(not isinstance(layer, Integral) or layer not in layers for layer in indices):
+        raise UserError(
+            f"gated_layers={indices!s:.60} must name the gated layers, at least one, from 0 to {layers[-1]}"
+        )
+    gated = tuple(sorted({int(layer) for layer in indices}))
     heads[sorted({*layers} - {*gated})] = 1
     object.__setattr__(owner, name, heads)
     object.__setattr__(owner, "gated_layers", gated)
@@ -301,7 +303,7 @@ def _summary(owner: HeadPattern | HeadMask, heads: Tensor) -> str:
 
 
 def random_like(pattern: HeadPattern, sparsity: float, seed: int) -> HeadMask:
-    """A random mask for the model of a pattern, over the same windows."""
+    """A random mask for the model of a pattern, with the same window."""
     layers, kv_heads = pattern.scores.shape
     sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
     return random_mask(layers, kv_heads, sparsity, seed, gated_layers=pattern.gated_layers, **sizes)

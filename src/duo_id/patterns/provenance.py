@@ -1,4 +1,4 @@
-"""What of a pattern's provenance anything looks at, as a schema; all else in it is kept, and only shown."""
+"""The fields of a pattern's provenance that code uses, as a schema; all others are kept, and only displayed."""
 
 from typing import Annotated, Any
 
@@ -6,7 +6,7 @@ from duo_id.common.documents import FIRST, Count, Data, Line, Positive, Share
 
 
 class Model(Data):
-    """The model that a pattern was found on, as it was loaded."""
+    """The model that a pattern was found on, as loaded."""
 
     name: Line | None = None
     id: Line | None = None
@@ -19,14 +19,14 @@ class Model(Data):
     heads: Count | None = None
 
 
-class FoundOn(Data):
+class SampleSettings(Data):
     """The settings of the samples."""
 
     task: Line | None = None
     mixture: dict[str, Positive] | None = None
 
 
-class FoundBy(Data):
+class MethodSettings(Data):
     """The settings of the method."""
 
     name: Line = "duo"
@@ -34,15 +34,15 @@ class FoundBy(Data):
 
 
 class Settings(Data):
-    """Of the run; `model` is checked where it is taken to load one, by `duo_id.common.foreign.model_of`."""
+    """Of the run; `model` is checked by `duo_id.common.foreign.model_of` when a model is loaded from it."""
 
     model: Any = None
-    data: FoundOn | None = None
-    method: FoundBy | None = None
+    data: SampleSettings | None = None
+    method: MethodSettings | None = None
 
 
-class Told(Data):
-    """By patterns, and by the summary of the run that found one."""
+class RunRecord(Data):
+    """Common to patterns and the summary of the run that found one."""
 
     settings: Settings | None = None
     versions: dict[str, Line | None] | None = None
@@ -50,7 +50,7 @@ class Told(Data):
     budget: Share | None = None
 
 
-class Provenance(Told):
+class Provenance(RunRecord):
     """Of a pattern."""
 
     model: Model | None = None
@@ -58,7 +58,7 @@ class Provenance(Told):
 
 
 class Result(Data):
-    """What a mask scored at the end of a run."""
+    """The evaluation of a mask at the end of a run."""
 
     heads: Line
     sparsity: Share
@@ -66,31 +66,31 @@ class Result(Data):
     answer_loss: float
     token_accuracy: float | None = None
     exact_answers: float | None = None
-    loss: float | None = None  # the sums that the means are of
+    loss: float | None = None  # sums behind the means
     correct: Count | None = None
     tokens: Count | None = None
     exact: Count | None = None
     answers: Count | None = None
 
 
-class Evidence(Told):
-    """A summary.json as a model card takes it."""
+class Evidence(RunRecord):
+    """A summary.json as model cards read it."""
 
     results: Annotated[list[Result], FIRST] | None = None
 
 
 class Summary(Evidence):
-    """A summary.json as reports take it."""
+    """A summary.json as reports read it."""
 
     model: Model
-    seconds: dict[str, Positive] | Positive | None = None  # of each part; of all in early versions
+    seconds: dict[str, Positive] | Positive | None = None  # of each part; the total in early versions
     steps: Count | None = None
     mean_gate: float = 0.0
     validation_loss: float | None = None
 
 
-class Shared(Evidence):
-    """A summary.json as it is published: no more than this. Its settings stand in the pattern's provenance."""
+class PublishedSummary(Evidence):
+    """A summary.json as published: only these fields. Its settings are in the pattern's provenance."""
 
     model: Model | None = None
     seconds: dict[str, Positive] | Positive | None = None

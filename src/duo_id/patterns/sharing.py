@@ -1,4 +1,4 @@
-"""A head pattern as a repo of the model hub: its files, a figure, and a model card that says how it was found."""
+"""A head pattern as a repo on the model hub: its files, a figure, and a model card that says how it was found."""
 
 import html
 import json
@@ -21,11 +21,11 @@ from duo_id.patterns import hub
 from duo_id.patterns.files import SHIPPED, list_patterns, save_pattern
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.plots import plot_gates
-from duo_id.patterns.provenance import Shared
+from duo_id.patterns.provenance import PublishedSummary
 
 CARD, FIGURE, SUMMARY = "README.md", "gates.png", "summary.json"
-MARKDOWN = re.compile(r"[\\`*_\[\]|~$]")  # what begins a structure within a line
-TOLD = 60  # characters of a value in the card's table
+MARKDOWN = re.compile(r"[\\`*_\[\]|~$]")  # characters that start inline markup
+MAX_CELL = 60  # characters of a value in the card's table
 
 
 def push_to_hub(
@@ -39,30 +39,30 @@ def push_to_hub(
     message: str = "Head pattern",
     token: str | None = None,
 ) -> str:
-    """Write a pattern to a repo of the hub, which is made if it does not exist; `load_pattern(repo)` reads it.
+    """Push a pattern to a repo on the hub, which is created if necessary; `load_pattern(repo)` reads it.
 
     Args:
         pattern: what to share.
         repo: `user/repo`.
-        run: the run folder or shipped name that it comes from, whose summary.json goes along as evidence.
-        sparsities: of the masks that are written.
+        run: the run folder or shipped name that it comes from; its summary.json is published as evidence.
+        sparsities: of the masks to write.
         revision: a branch; None: the main one.
-        private: of a new repo; None: as the account has it.
+        private: visibility of a new repo; None: the account's default.
         message: of the commit.
-        token: None: the one that `hf auth login` stored, or HF_TOKEN.
+        token: None: the one stored by `hf auth login`, or HF_TOKEN.
 
     Returns:
-        the address of the commit.
+        the URL of the commit.
 
     Raises:
-        UserError: the hub refuses, cannot be reached, or the summary cannot be read.
+        UserError: the hub refuses or cannot be reached, or the summary cannot be read.
     """
     if hub.split_revision(repo) != (repo, None):
-        raise UserError(f"{repo} is no name of a repo: give user/repo, and a branch as revision=")
+        raise UserError(f"{repo} is not the name of a repo: pass user/repo, and a branch as revision=")
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch:
         write_folder(pattern, Path(scratch), repo, run, sparsities)
-        with hub.told(repo, revision, here=False):
+        with hub.readable_errors(repo, revision, local=False):
             api.create_repo(repo, private=private, exist_ok=True)
             if revision is not None:
                 api.create_branch(repo, branch=revision, exist_ok=True)
@@ -71,7 +71,7 @@ def push_to_hub(
                 folder_path=scratch,
                 commit_message=message,
                 revision=revision,
-                delete_patterns="mask_sparsity_*.tsv",  # those of an earlier push
+                delete_patterns="mask_sparsity_*.tsv",  # of an earlier push
             )
     return str(commit.commit_url)
 
@@ -83,27 +83,27 @@ def write_folder(
     run: str | Path | None = None,
     sparsities: Sequence[float] = (0.25, 0.5, 0.75),
 ) -> None:
-    """Write what a repo holds to a local folder, which `load_pattern` reads as well.
+    """Write the contents of a repo to a local folder, which `load_pattern` reads as well.
 
     Args:
         pattern: what to share.
-        folder: where.
+        folder: destination.
         repo: `user/repo`, for the card.
         run: as for `push_to_hub`.
-        sparsities: of the masks that are written; the card shows the middle one.
+        sparsities: of the masks to write; the card shows the middle one.
 
     Raises:
         UserError: a sparsity is out of range, or the summary cannot be read.
     """
     if not sparsities:
-        raise UserError("sparsities=() leaves no mask to show: give at least one")
+        raise UserError("sparsities=() leaves no mask to show: pass at least one")
     summary = _summary(run)
-    shown = sorted(sparsities)[len(sparsities) // 2]
+    sparsity = sorted(sparsities)[len(sparsities) // 2]
     results = (summary or {}).get("results") or []
-    card = model_card(pattern, repo, results, shown)
+    card = model_card(pattern, repo, results, sparsity)
     save_pattern(pattern, folder, sparsities)
     title = _model(pattern).get("name") or _model(pattern).get("id")
-    save_figure(plot_gates(pattern, title, pattern.binarize(sparsity=shown)), folder / FIGURE)
+    save_figure(plot_gates(pattern, title, pattern.binarize(sparsity=sparsity)), folder / FIGURE)
     if summary is not None:
         write_text(folder / SUMMARY, json.dumps(sealed(summary), indent=1))
     write_text(folder / CARD, card)
@@ -112,13 +112,13 @@ def write_folder(
 def model_card(
     pattern: HeadPattern, repo: str, results: Sequence[Mapping[str, Any]] = (), sparsity: float = 0.5
 ) -> str:
-    """The card, Markdown with YAML in front.
+    """The model card: Markdown with YAML front matter.
 
     Args:
-        pattern: what it is about.
+        pattern: the pattern that it describes.
         repo: `user/repo`.
         results: rows of a summary.json.
-        sparsity: that the figure shows and the example uses.
+        sparsity: shown in the figure and used in the example.
     """
     model, gated = _model(pattern), pattern.gated_layers
     layers, kv_heads = pattern.scores.shape
@@ -129,8 +129,8 @@ def model_card(
     )
     return environment.get_template("card.md.j2").render(
         front=front.to_yaml(),
-        title=f"Retrieval heads of {_plain(model.get('name') or model.get('id') or 'a model')}",
-        model_link=f"[{base}](https://huggingface.co/{base})" if base else _plain(model.get("id") or "a model"),
+        title=f"Retrieval heads of {_cell(model.get('name') or model.get('id') or 'a model')}",
+        model_link=f"[{base}](https://huggingface.co/{base})" if base else _cell(model.get("id") or "a model"),
         layers=layers,
         kv_heads=kv_heads,
         sink_size=pattern.sink_size,
@@ -141,22 +141,22 @@ def model_card(
         sparsity=sparsity,
         repo=repo,
         results=_result_rows(results),
-        found=dict(_found(pattern.provenance)),
+        provenance=dict(_provenance_rows(pattern.provenance)),
         evidence=bool(results),
     )
 
 
 def _summary(run: str | Path | None) -> dict[str, Any] | None:
-    """What is published of the summary.json of a run folder or a shipped pattern: what its schema knows."""
+    """The published part of the summary.json of a run folder or a shipped pattern: the fields of its schema."""
     if run is None:
         return None
-    shipped = str(run) in list_patterns()
-    path = (SHIPPED / run if shipped else Path(run).expanduser()) / SUMMARY
-    if path.is_symlink() and not shipped:  # some installers link what they install
-        raise UserError(f"run={run}: {path} is a symbolic link, maybe to what is not to be published: copy it there")
+    is_shipped = str(run) in list_patterns()
+    path = (SHIPPED / run if is_shipped else Path(run).expanduser()) / SUMMARY
+    if path.is_symlink() and not is_shipped:  # some installers use links for package files
+        raise UserError(f"run={run}: {path} is a symbolic link, maybe to a private file: copy the file there")
     if not path.is_file():
-        raise UserError(f"run={run}: there is no {path}; give the folder of a finished training run")
-    return checked(Shared, read_object(path), path).model_dump(exclude={"settings"}, exclude_unset=True)
+        raise UserError(f"run={run}: there is no {path}; pass the folder of a finished training run")
+    return checked(PublishedSummary, read_object(path), path).model_dump(exclude={"settings"}, exclude_unset=True)
 
 
 def _result_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -166,7 +166,7 @@ def _result_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         table = table.dropna().groupby(["heads", "sparsity"], sort=False).mean(numeric_only=True).reset_index()
         return [
             {
-                "heads": "full attention" if row.heads == "full" else _plain(row.heads),
+                "heads": "full attention" if row.heads == "full" else _cell(row.heads),
                 "sparsity": f"{100 * row.sparsity:.4g}%",
                 "loss": f"{row.answer_loss:.3f}",
                 "accuracy": f"{100 * row.token_accuracy:.1f}%",
@@ -177,29 +177,29 @@ def _result_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         raise UserError(f"{SUMMARY}: results are not the rows of a training run ({error})") from None
 
 
-def _found(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the table of the card says: the settings of method and data, and what they ran on."""
+def _provenance_rows(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Rows of the card's provenance table: the settings of method and data, and the software versions."""
     settings = provenance.get("settings") or {}
     for group in ("method", "data"):
         yield from _overrides(group, settings.get(group))
     for key, value in provenance.items():
         if key not in ("settings", "model") and isinstance(value, (str, int, float)):
-            yield _plain(key), _plain(value)
+            yield _cell(key), _cell(value)
     if versions := provenance.get("versions"):
-        yield "versions", _plain(", ".join(f"{name} {version}" for name, version in versions.items()), 4 * TOLD)
+        yield "versions", _cell(", ".join(f"{name} {version}" for name, version in versions.items()), 4 * MAX_CELL)
 
 
 def _overrides(key: str, value: Any) -> Iterator[tuple[str, str]]:
-    """A setting, or the settings of a group, as one would type them."""
+    """A setting, or the settings of a group, as command-line overrides."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _overrides(f"{key}.{name}", inner)
     elif value is not None:
-        yield _plain(key, 4 * TOLD), _plain(value)
+        yield _cell(key, 4 * MAX_CELL), _cell(value)
 
 
-def _plain(value: Any, longest: int = TOLD) -> str:
-    """A value as text on one line of a table: nothing in it is Markdown, HTML, or turns the direction of the line."""
+def _cell(value: Any, longest: int = MAX_CELL) -> str:
+    """A value as a single-line table cell, without Markdown, HTML or characters that change the text direction."""
     text = value if isinstance(value, str) else json.dumps(value)
     text = printable(" ".join(text.split()))
     text = text if len(text) <= longest else f"{text[: longest - 1]}…"

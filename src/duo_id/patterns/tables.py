@@ -1,4 +1,4 @@
-"""Tables of numbers out of text files and into them; what cannot be read names the file and the row at fault."""
+"""Tables of numbers, read from and written to text files; errors name the file and the row."""
 
 import json
 import math
@@ -16,7 +16,7 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)  # Pytho
 
 
 def read_tsv(path: Path) -> list[list[float]]:
-    """The rows of a table with tabs between its columns; blank lines are skipped.
+    """The rows of a tab-separated table; blank lines are skipped.
 
     Raises:
         UserError: it cannot be read, a cell is not a finite number, or rows differ in length.
@@ -36,12 +36,12 @@ def number_rows(where: str, rows: Iterable[tuple[int, Sequence[Any]]]) -> list[l
         if len(cells) != len(table[0]):
             raise UserError(f"{where} {number} has {len(cells)} columns, but the first has {len(table[0])}")
     if not table or not table[0]:
-        raise UserError(f"{where} 1: nothing there, a pattern has one row a layer and one column a KV head")
+        raise UserError(f"{where} 1: empty, a pattern has one row per layer and one column per KV head")
     return table
 
 
 def as_float(cell: Any) -> float:
-    """The number in a cell, in ASCII; NaN where there is none."""
+    """The number in a cell, in ASCII; NaN if it is not one."""
     try:
         return float(cell) if not isinstance(cell, str) or NUMBER.fullmatch(cell.strip()) else math.nan
     except (TypeError, ValueError, OverflowError):
@@ -49,17 +49,17 @@ def as_float(cell: Any) -> float:
 
 
 def exact_rows(heads: Tensor) -> list[list[float]]:
-    """Rows of numbers with nine significant digits, which is what tells any two float32 apart."""
+    """Rows of numbers with nine significant digits, enough to distinguish any two float32 values."""
     return [[float(f"{value:.9g}") for value in row] for row in heads.tolist()]
 
 
 def tsv(heads: Tensor) -> str:
-    """A table (rows, columns) with tabs between its columns; float32 comes back bit for bit."""
+    """A table (rows, columns) as tab-separated text, from which float32 is restored bit for bit."""
     rows = exact_rows(heads) if heads.is_floating_point() else heads.tolist()
     return "".join("\t".join(map(str, row)) + "\n" for row in rows)
 
 
 def json_text(contents: dict[str, Any]) -> str:
-    """JSON with one row of numbers a line; only real line breaks are closed up, so no string can be touched."""
+    """JSON with each list of numbers on one line; strings cannot change, as they contain no literal line breaks."""
     text = json.dumps(contents, indent=1, allow_nan=False)
     return re.sub(r"\[\n[\s\d.,eE+-]*\]", lambda row: re.sub(r"\s+", " ", row[0]), text) + "\n"

@@ -95,7 +95,7 @@ def _checkpointed(
 
         def compute(*args: Any, **kwargs: Any) -> Any:
             # By the time of the backward pass other functions, or none, may be bound.
-            with bound(layers, functions), nullcontext() if memo is None else memo.noting(again=known):
+            with bound(layers, functions), nullcontext() if memo is None else memo.noting(replay=known):
                 return forward(*args, **kwargs)
 
         found = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

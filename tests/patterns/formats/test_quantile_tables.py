@@ -12,9 +12,9 @@ from duo_id.common.errors import UserError
 from duo_id.patterns.files import load_pattern
 from duo_id.patterns.formats.options import Options
 from duo_id.patterns.formats.quantile_tables import (
+    evenly_spaced_ranks,
     read_folder,
     read_table,
-    spaced,
     sparsity_to_pass,
     write_duo_attention,
     write_lserve,
@@ -106,7 +106,7 @@ def test_raw_gates_do_not_survive_the_noise() -> None:
 
 @pytest.mark.parametrize("given", CASES.values(), ids=CASES)
 def test_places_keep_the_order_of_heads_and_leave_room_for_the_noise(given: HeadPattern) -> None:
-    table = spaced(given)
+    table = evenly_spaced_ranks(given)
     gated = table[list(given.gated_layers)].flatten().sort().values
     assert (gated.diff() > 2 * NOISE).all()
     assert gated[0] == 0
@@ -164,7 +164,7 @@ def test_notes_hold_the_arguments_of_each_tool(tmp_path: Path) -> None:
 
 def test_rlkv_as_published_needs_the_windows(tmp_path: Path) -> None:
     (tmp_path / "adapter_weights.tsv").write_text("3.59e-01\t-2.3e-04\n1.0078125e+00\t1\n")
-    with pytest.raises(UserError, match=r"adapter_weights\.tsv does not say .* give sink_size="):
+    with pytest.raises(UserError, match=r"adapter_weights\.tsv does not contain .* set sink_size="):
         read_folder(tmp_path, Options(recent_size=1))
     found = read_folder(tmp_path, Options(sink_size=16, recent_size=64, model="a/b"))
     assert found.scores.equal(torch.tensor([[0.359, -2.3e-4], [1.0078125, 1]]))
@@ -180,4 +180,4 @@ def test_prulongs_table_is_a_mask_or_keeps_the_order(given: HeadPattern, tmp_pat
         found = read_table(tmp_path / "masks.tsv", WINDOWS)
         assert found.binarize(threshold=0.5).retrieval.equal(given.binarize(sparsity=budget).retrieval)
     write_prulong(given, tmp_path / "masks.tsv", Options())
-    assert read_table(tmp_path / "masks.tsv", WINDOWS).scores.equal(spaced(given))
+    assert read_table(tmp_path / "masks.tsv", WINDOWS).scores.equal(evenly_spaced_ranks(given))

@@ -1,4 +1,4 @@
-"""Scores of query heads, pooled and spread; the files are read as their own tools read them."""
+"""Scores of query heads, pooled and repeated; the files are read as their own tools read them."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from duo_id.common.errors import UserError
-from duo_id.patterns.formats.options import Options, pool, spread
+from duo_id.patterns.formats.options import Options, pool, repeat_scores
 from duo_id.patterns.formats.query_heads import (
-    read_chosen,
+    read_head_list,
     read_scores,
     write_headkv,
     write_qrhead,
@@ -30,8 +30,8 @@ def test_a_kv_head_is_as_important_as_the_best_of_its_query_heads() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.3, 0.2], [0, 0, -1, -2]])
     assert pool(scores, 2).equal(torch.tensor([[0.9, 0.3], [0, -1]]))
     assert pool(scores, 4).equal(scores)
-    assert spread(pool(scores, 2), 4).equal(torch.tensor([[0.9, 0.9, 0.3, 0.3], [0, 0, -1, -1]]))
-    assert pool(spread(scores, 12), 4).equal(scores)
+    assert repeat_scores(pool(scores, 2), 4).equal(torch.tensor([[0.9, 0.9, 0.3, 0.3], [0, 0, -1, -1]]))
+    assert pool(repeat_scores(scores, 12), 4).equal(scores)
     with pytest.raises(UserError, match="4 query heads do not share 3 KV heads evenly"):
         pool(scores, 3)
 
@@ -74,7 +74,7 @@ def test_the_heads_that_retrieval_head_ranks_first_are_those_of_our_masks(given:
 def test_headkv_shares_its_budget_by_the_scores(given: HeadPattern, tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     if not given.scores.any():
-        with pytest.raises(UserError, match="none is positive"):
+        with pytest.raises(UserError, match="none of them is positive"):
             write_headkv(given, path, Options())
         assert not path.exists()
         return
@@ -103,7 +103,7 @@ def test_qrhead_names_the_query_heads_of_retrieval_heads(given: HeadPattern, spa
     assert scores == sorted(scores, reverse=True)
     order = [(given.scores[layer, head // 2].item(), layer, head) for layer, head in places]
     assert order == sorted(order, reverse=True), "so that reading gives the order of the pattern, equal heads or not"
-    found = read_chosen(path, OPTIONS)
+    found = read_head_list(path, OPTIONS)
     assert (found.scores > 0).equal(retrieval)
     assert found.provenance["model"]["id"] == "someone/a-model"
 
@@ -111,11 +111,11 @@ def test_qrhead_names_the_query_heads_of_retrieval_heads(given: HeadPattern, spa
 def test_qrhead_as_published(tmp_path: Path) -> None:
     path = tmp_path / "heads.yaml"
     path.write_text('# Default configuration\n\nattn_head_set: "1-2,0-1, 1-3,0-0" # top4\nmodel_name_or_path: "a/b"\n')
-    found = read_chosen(path, TWO)
+    found = read_head_list(path, TWO)
     assert found.scores.tolist() == [[0.75, 0], [0, 1]]
     assert found.provenance["model"]["id"] == "a/b"
     path.write_text('attn_head_set: "full_heads"\n')
-    assert read_chosen(path, TWO).scores.tolist() == [[1, 1], [1, 1]]
+    assert read_head_list(path, TWO).scores.tolist() == [[1, 1], [1, 1]]
 
 
 @pytest.mark.parametrize(
@@ -125,14 +125,14 @@ def test_qrhead_as_published(tmp_path: Path) -> None:
         ("3", TWO, r'expected scores of query heads, \{"layer-head".*found int'),
         ('{"a": 1}', TWO, "expected a head as layer-head, such as 14-21, found 'a'"),
         ("[1, 2]", TWO, "expected scores of query heads, .* found list"),
-        ("{}", TWO, "no head is scored"),
-        ("[]", TWO, "no head is scored"),
+        ("{}", TWO, "it has no scores"),
+        ("[]", TWO, "it has no scores"),
         ('{"0-0": [], "0-1": [1]}', TWO, "head 0-0 has no score"),
         ('{"0-0": ["x"], "0-1": [1]}', TWO, "head 0-0 has no score"),
         ('{"0-0": [1], "1-1": [1]}', TWO, "of 2 layers x 2 query heads, head 0-1 has no score"),
-        ('{"0-0": [1], "0-1": [1]}', TWO, "2 query heads a layer, not heads=4"),
-        ('{"0-0": [1], "0-1": [1]}', Options(sink_size=1, recent_size=1), "how many KV heads: give kv_heads="),
-        ('{"0-0": [1], "0-1": [1]}', Options(kv_heads=2), "give sink_size="),
+        ('{"0-0": [1], "0-1": [1]}', TWO, "2 query heads per layer, not heads=4"),
+        ('{"0-0": [1], "0-1": [1]}', Options(sink_size=1, recent_size=1), "no number of KV heads: set kv_heads="),
+        ('{"0-0": [1], "0-1": [1]}', Options(kv_heads=2), "set sink_size="),
         ('{"0-0": [1], "0-1": [1]}', Options(kv_heads=2, sink_size=1, recent_size=0), "recent_size=0"),
         ('{"0-0": [1], "0-1": [1]}', Options(kv_heads=3), "do not share 3 KV heads"),
     ],
@@ -153,25 +153,25 @@ def test_broken_scores_are_named(text: str, options: Options, message: str, tmp_
         ("attn_head_set: ''", TWO, "expected a head as layer-head"),
         ("attn_head_set: 0-4", TWO, "head 0-4 is beyond 2 layers x 4 query heads"),
         ("attn_head_set: 2-0", TWO, "head 2-0 is beyond"),
-        ("attn_head_set: 0-0", Options(heads=4), "give layers="),
-        ("attn_head_set: 0-0", Options(layers=4), "give heads="),
+        ("attn_head_set: 0-0", Options(heads=4), "set layers="),
+        ("attn_head_set: 0-0", Options(layers=4), "set heads="),
         ("a: !!python/object/apply:os.system [exit]", TWO, "is not YAML"),
     ],
 )
 def test_broken_yaml_is_named(text: str, options: Options, message: str, tmp_path: Path) -> None:
     (tmp_path / "heads.yaml").write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        read_chosen(tmp_path / "heads.yaml", options)
+        read_head_list(tmp_path / "heads.yaml", options)
     assert "\n" not in str(error.value)
 
 
 def test_what_writing_needs_is_asked_for(tmp_path: Path) -> None:
     bare = HeadPattern(torch.rand(2, 3), 1, 1)
-    with pytest.raises(UserError, match=r"give heads=\.\.\."):
+    with pytest.raises(UserError, match=r"set heads=\.\.\."):
         write_retrieval_head(bare, tmp_path / "a.json", Options())
     with pytest.raises(UserError, match="4 query heads do not share 3 KV heads"):
         write_retrieval_head(bare, tmp_path / "a.json", Options(heads=4))
-    with pytest.raises(UserError, match="give sparsity="):
+    with pytest.raises(UserError, match="set sparsity="):
         write_qrhead(bare, tmp_path / "a.yaml", Options(heads=6))
     with pytest.raises(UserError, match="leaves no retrieval head"):
         write_qrhead(pattern(torch.rand(2, 3)), tmp_path / "a.yaml", Options(sparsity=1))

@@ -1,7 +1,7 @@
 """Triton kernels for deployed masks: one launch for a decode step of a layer, one for its streaming heads in prefill.
 
-Both read and write the stores of `duo_id.deploy.stores` in place, take the heads of each kind by a list, and share a
-KV head's keys among its query group without repeating them. Softmax is computed online, in base 2.
+Both read the stores of `duo_id.deploy.stores` in place, decoding also writes them. They take the heads of each kind as
+a list, and share a KV head's keys among its query group without repeating them. Softmax is online, in base 2.
 """
 
 import functools
@@ -14,26 +14,26 @@ from torch import Tensor
 from duo_id.attention.window import Window
 
 LOG2_E = 1.4426950408889634
-# Found on an H200; see docs/performance.md.
+# Tuned on an H200; see docs/performance.md.
 DECODE_TUNING = {"block": 128, "warps": 4, "stages": 3}
 STREAM_TUNING = {"rows": 128, "block": 32, "warps": 4, "stages": 3}
-STREAMS_PER_SM = 4  # streaming heads are short: beside long retrieval heads, one multiprocessor sees to so many
+STREAMS_PER_SM = 4  # next to long retrieval heads, one multiprocessor handles this many (short) streaming heads
 TILE_BYTES = 128 * 128 * 2  # of a block of keys, so that the stages fit into shared memory
 
 FAR_BELOW = tl.constexpr(-1e30)  # below any score; unlike -inf it can be subtracted from itself
 
 
 @triton.jit
-def _fold(query, key, value, visible, most, total, out, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Take one block of keys (n, dim) into the running softmax of the queries (m, dim)."""
+def _fold(query, key, value, visible, row_max, total, out, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Fold one block of keys (n, dim) into the running softmax of the queries (m, dim)."""
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
     scores = tl.where(visible, scores, float("-inf"))
-    new_most = tl.maximum(most, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_most[:, None])
-    rescale = tl.exp2(most - new_most)
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
     total = total * rescale + tl.sum(weights, 1)
     out = tl.dot(weights.to(value.dtype), value, out * rescale[:, None], input_precision=PRECISION)
-    return new_most, total, out
+    return new_max, total, out
 
 
 @triton.jit
@@ -46,10 +46,10 @@ def _decode(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """`splits` programs for each retrieval head, along its past, then one for each streaming head.
 
-    The first of a head stores its new token; whoever finishes a retrieval head last adds up its parts.
+    The first program of a head stores its new token; the last one to finish a retrieval head sums its parts.
     """
     program, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    past = tl.load(lengths + batch) - 1  # the new token is counted already
+    past = tl.load(lengths + batch) - 1  # lengths include the new token
     if program >= full_heads * splits:
         store, split, parts = program - full_heads * splits, 0, 1
         head = tl.load(heads + full_heads + store)
@@ -70,41 +70,41 @@ def _decode(  # type: ignore[no-untyped-def]
         last = tl.minimum(first + share, past)
 
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    there = columns < DIM
-    at = query + batch * query_batch + (head * GROUP + rows[:, None]) * query_head + columns[None, :]
-    queries = tl.load(at, (rows[:, None] < GROUP) & there[None, :], 0.0)
-    new_key = tl.load(key + batch * key_batch + head * key_head + columns, there, 0.0)
-    new_value = tl.load(value + batch * value_batch + head * value_head + columns, there, 0.0)
-    own = tl.sum(queries.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
-    most = tl.where(split == 0, own, FAR_BELOW)
+    in_head = columns < DIM
+    query_pointers = query + batch * query_batch + (head * GROUP + rows[:, None]) * query_head + columns[None, :]
+    queries = tl.load(query_pointers, (rows[:, None] < GROUP) & in_head[None, :], 0.0)
+    new_key = tl.load(key + batch * key_batch + head * key_head + columns, in_head, 0.0)
+    new_value = tl.load(value + batch * value_batch + head * value_head + columns, in_head, 0.0)
+    new_scores = tl.sum(queries.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
+    row_max = tl.where(split == 0, new_scores, FAR_BELOW)
     total = tl.where(split == 0, 1.0, tl.zeros([ROWS], tl.float32))
     out = tl.where(split == 0, new_value.to(tl.float32)[None, :], tl.zeros([ROWS, COLUMNS], tl.float32))
     for start in range(first, last, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        visible = (place < last) & (place != slot)
-        offsets = place.to(tl.int64)[:, None] * DIM + columns[None, :]
-        block_keys = tl.load(keys + offsets, visible[:, None] & there[None, :], 0.0)
-        block_values = tl.load(values + offsets, visible[:, None] & there[None, :], 0.0)
-        most, total, out = _fold(
-            queries, block_keys, block_values, visible[None, :], most, total, out, scale, PRECISION
+        slots_read = start + tl.arange(0, BLOCK)
+        visible = (slots_read < last) & (slots_read != slot)
+        offsets = slots_read.to(tl.int64)[:, None] * DIM + columns[None, :]
+        block_keys = tl.load(keys + offsets, visible[:, None] & in_head[None, :], 0.0)
+        block_values = tl.load(values + offsets, visible[:, None] & in_head[None, :], 0.0)
+        row_max, total, out = _fold(
+            queries, block_keys, block_values, visible[None, :], row_max, total, out, scale, PRECISION
         )
     if (split == 0) & (slot < slots):
-        tl.store(keys + slot.to(tl.int64) * DIM + columns, new_key, there)
-        tl.store(values + slot.to(tl.int64) * DIM + columns, new_value, there)
+        tl.store(keys + slot.to(tl.int64) * DIM + columns, new_key, in_head)
+        tl.store(values + slot.to(tl.int64) * DIM + columns, new_value, in_head)
 
     target = output + (batch * (full_heads + streaming_heads) + head) * GROUP * DIM
-    inside = (rows[:, None] < GROUP) & there[None, :]
+    inside = (rows[:, None] < GROUP) & in_head[None, :]
     if parts == 1:
-        answer = out / total[:, None]
-        tl.store(target + rows[:, None] * DIM + columns[None, :], answer.to(output.dtype.element_ty), inside)
+        normalised = out / total[:, None]
+        tl.store(target + rows[:, None] * DIM + columns[None, :], normalised.to(output.dtype.element_ty), inside)
     else:
         # Each part is GROUP rows of DIM sums, then GROUP totals and GROUP maxima.
         number = batch * full_heads + store
         size = GROUP * (DIM + 2)
-        mine = partial + (number * splits + split) * size
-        tl.store(mine + rows[:, None] * DIM + columns[None, :], out, inside)
-        tl.store(mine + GROUP * DIM + rows, total, rows < GROUP)
-        tl.store(mine + GROUP * (DIM + 1) + rows, most, rows < GROUP)
+        own_part = partial + (number * splits + split) * size
+        tl.store(own_part + rows[:, None] * DIM + columns[None, :], out, inside)
+        tl.store(own_part + GROUP * DIM + rows, total, rows < GROUP)
+        tl.store(own_part + GROUP * (DIM + 1) + rows, row_max, rows < GROUP)
         tl.debug_barrier()
         if tl.atomic_add(arrived + number, 1, sem="acq_rel") == splits - 1:
             tl.store(arrived + number, 0)
@@ -118,7 +118,7 @@ def _decode(  # type: ignore[no-untyped-def]
                     maxima = tl.load(others + GROUP * (DIM + 1) + row, part < splits, FAR_BELOW, cache_modifier=".cg")
                     sums = tl.load(
                         others[:, None] + row * DIM + columns[None, :],
-                        (part < splits)[:, None] & there[None, :], 0.0, cache_modifier=".cg",
+                        (part < splits)[:, None] & in_head[None, :], 0.0, cache_modifier=".cg",
                     )  # fmt: skip
                     top = tl.maximum(highest, tl.max(maxima, 0))
                     factors = tl.exp2(maxima - top)
@@ -126,7 +126,7 @@ def _decode(  # type: ignore[no-untyped-def]
                     summed = summed * rescale + tl.sum(sums * factors[:, None], 0)
                     weight = weight * rescale + tl.sum(totals * factors, 0)
                     highest = top
-                tl.store(target + row * DIM + columns, (summed / weight).to(output.dtype.element_ty), there)
+                tl.store(target + row * DIM + columns, (summed / weight).to(output.dtype.element_ty), in_head)
 
 
 @triton.jit
@@ -137,19 +137,19 @@ def _stream(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program for each block of queries of each query head: the stored slots it sees, then the chunk's own keys."""
+    """One program for each block of queries of a query head, over the stored slots it sees, then the chunk's keys."""
     begin = tl.program_id(0) * ROWS
     store, member, batch = tl.program_id(1) // GROUP, tl.program_id(1) % GROUP, tl.program_id(2).to(tl.int64)
     head = tl.load(heads + store).to(tl.int64)
     columns = tl.arange(0, COLUMNS)
-    there = columns[None, :] < DIM
+    in_head = columns[None, :] < DIM
     row = begin + tl.arange(0, ROWS)
     at = query + batch * query_batch + (head * GROUP + member) * query_head
     queries = tl.load(
-        at + row.to(tl.int64)[:, None] * query_token + columns[None, :], (row[:, None] < tokens) & there, 0.0
+        at + row.to(tl.int64)[:, None] * query_token + columns[None, :], (row[:, None] < tokens) & in_head, 0.0
     )
     position = past + row
-    most = tl.full([ROWS], FAR_BELOW, tl.float32)
+    row_max = tl.full([ROWS], FAR_BELOW, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, COLUMNS], tl.float32)
 
@@ -159,13 +159,13 @@ def _stream(  # type: ignore[no-untyped-def]
     for start in range(0, used, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         offsets = base + slot.to(tl.int64)[:, None] * DIM + columns[None, :]
-        inside = (slot[:, None] < used) & there
+        inside = (slot[:, None] < used) & in_head
         block_keys = tl.load(recent_key + offsets, inside, 0.0)
         block_values = tl.load(recent_value + offsets, inside, 0.0)
         stored = tl.where(slot < sink, slot, past - 1 - (past - 1 - slot) % recent)  # the position that a slot holds
         near = (slot[None, :] < sink) | (position[:, None] - stored[None, :] < recent)
         visible = (slot[None, :] < used) & near
-        most, total, out = _fold(queries, block_keys, block_values, visible, most, total, out, scale, PRECISION)
+        row_max, total, out = _fold(queries, block_keys, block_values, visible, row_max, total, out, scale, PRECISION)
 
     keys, values = key + batch * key_batch + head * key_head, value + batch * value_batch + head * value_head
     nearest = tl.maximum(begin - recent + 1, 0) // BLOCK * BLOCK  # the first block that a window reaches into
@@ -175,16 +175,16 @@ def _stream(  # type: ignore[no-untyped-def]
     for number in range(0, blocks):
         start = tl.where(number < sinks, number * BLOCK, nearest + (number - sinks) * BLOCK)
         token = start + tl.arange(0, BLOCK)
-        inside = (token[:, None] < end) & there
+        inside = (token[:, None] < end) & in_head
         block_keys = tl.load(keys + token.to(tl.int64)[:, None] * key_token + columns[None, :], inside, 0.0)
         block_values = tl.load(values + token.to(tl.int64)[:, None] * value_token + columns[None, :], inside, 0.0)
         near = (past + token[None, :] < sink) | (row[:, None] - token[None, :] < recent)
         visible = (token[None, :] <= row[:, None]) & (token[None, :] < end) & near
-        most, total, out = _fold(queries, block_keys, block_values, visible, most, total, out, scale, PRECISION)
+        row_max, total, out = _fold(queries, block_keys, block_values, visible, row_max, total, out, scale, PRECISION)
 
     at = output + batch * output_batch + (head * GROUP + member) * output_head
     at += row.to(tl.int64)[:, None] * output_token + columns[None, :]
-    tl.store(at, (out / total[:, None]).to(output.dtype.element_ty), (row[:, None] < tokens) & there)
+    tl.store(at, (out / total[:, None]).to(output.dtype.element_ty), (row[:, None] < tokens) & in_head)
 
 
 def decode(
@@ -207,7 +207,7 @@ def decode(
     full_heads, streaming_heads = full_key.shape[1], recent_key.shape[1]
     group = query_heads // (full_heads + streaming_heads)
     out = torch.empty(batch, query_heads, 1, dim, dtype=query.dtype, device=query.device)
-    chosen = DECODE_TUNING | tuning
+    launch = DECODE_TUNING | tuning
     free = _multiprocessors(query.device) - triton.cdiv(batch * streaming_heads, STREAMS_PER_SM)
     splits = max(1, free // max(1, batch * full_heads))
     partial = torch.empty(batch * full_heads * splits * group * (dim + 2), dtype=torch.float32, device=query.device)
@@ -216,7 +216,7 @@ def decode(
         scale * LOG2_E, query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0),
         value.stride(1), full_key.shape[2], window.sink_size, window.recent_size, full_heads, streaming_heads, splits,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, COLUMNS=padded_dim(dim),
-        BLOCK=_fit(chosen["block"], query), TILE=32, num_warps=chosen["warps"], num_stages=chosen["stages"],
+        BLOCK=_fit(launch["block"], query), TILE=32, num_warps=launch["warps"], num_stages=launch["stages"],
         PRECISION=precision(query),
     )  # fmt: skip
     return out
@@ -235,10 +235,10 @@ def stream(
     out: Tensor,
     **tuning: int,
 ) -> None:
-    """Attention of the streaming heads for a chunk of tokens, written into their places of `out`.
+    """Attention of the streaming heads for a chunk of tokens, written to their rows of `out`.
 
     Args:
-        query: (batch, query heads, tokens, head_dim), as all tensors here with a contiguous last dimension.
+        query: (batch, query heads, tokens, head_dim); like all tensors here, its last dimension is contiguous.
         key: (batch, KV heads, tokens, head_dim), the chunk's own keys, of all heads.
         value: (batch, KV heads, tokens, head_dim).
         recent_key: (batch, streaming heads, sink + recent, head_dim), what the streaming heads keep of the past.
@@ -247,18 +247,18 @@ def stream(
         past: tokens before the chunk, the same in each sample.
         window: what streaming heads see.
         scale: factor on the scores.
-        out: (batch, query heads, tokens, head_dim), written at the streaming heads alone.
-        tuning: launch settings that differ from the usual.
+        out: (batch, query heads, tokens, head_dim), written only at the streaming heads.
+        tuning: launch settings that override the default.
     """
     batch, query_heads, tokens, dim = query.shape
     group = query_heads // key.shape[1]
-    chosen = STREAM_TUNING | tuning
-    rows = _fit(chosen["rows"], query)
+    launch = STREAM_TUNING | tuning
+    rows = _fit(launch["rows"], query)
     _stream[(triton.cdiv(tokens, rows), len(heads) * group, batch)](
         query, key, value, recent_key, recent_value, heads, out, scale * LOG2_E, past, tokens, window.sink_size,
         window.recent_size, len(heads), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        GROUP=group, DIM=dim, COLUMNS=padded_dim(dim), ROWS=rows, BLOCK=min(rows, chosen["block"]),
-        num_warps=chosen["warps"], num_stages=chosen["stages"], PRECISION=precision(query),
+        GROUP=group, DIM=dim, COLUMNS=padded_dim(dim), ROWS=rows, BLOCK=min(rows, launch["block"]),
+        num_warps=launch["warps"], num_stages=launch["stages"], PRECISION=precision(query),
     )  # fmt: skip
 
 
@@ -273,7 +273,7 @@ def _fit(block: int, query: Tensor) -> int:
 
 
 def precision(query: Tensor) -> str:
-    """How products are computed: float32 as it is, not rounded."""
+    """How products are computed: float32 at full precision, not rounded to TF32."""
     return "ieee" if query.dtype == torch.float32 else "tf32"
 
 

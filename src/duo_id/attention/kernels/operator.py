@@ -1,4 +1,4 @@
-"""Streaming attention of whole sequences as an operator with a gradient, which torch.compile takes as it is."""
+"""Streaming attention of whole sequences as an operator with a gradient, which torch.compile treats as opaque."""
 
 import torch
 import triton
@@ -7,13 +7,13 @@ from torch import Tensor
 from duo_id.attention.kernels.cached import LOG2_E, padded_dim, precision
 from duo_id.attention.kernels.streaming import streaming_forward, streaming_key_gradients, streaming_query_gradient
 
-# The best of 36 launch settings a kernel on an H100 (docs/performance.md). A tile, rows or keys times the width of
-# a head, has at most `TILE_BYTES`.
+# The best of 36 launch settings for each kernel on an H100 (docs/performance.md). A tile (rows or keys, times the
+# width of a head) has at most `TILE_BYTES`.
 FORWARD_TUNING = {"rows": 64, "block": 32, "warps": 4, "stages": 3}
 QUERY_TUNING = {"rows": 64, "block": 32, "warps": 4, "stages": 2}
 KEY_TUNING = {"rows": 64, "block": 64, "warps": 4, "stages": 2}
 TILE_BYTES = 128 * 128 * 2
-CHUNK = 4096  # rows that one program adds up for the sink's gradients, which come from all queries
+CHUNK = 4096  # rows that one program sums for the sink's gradients, which come from all queries
 
 
 @torch.library.custom_op("duo_id::stream", mutates_args=())
@@ -23,11 +23,11 @@ def stream(
     """Streaming attention of all heads over whole sequences.
 
     Args:
-        query: (batch, heads, tokens, head_dim), as all here with a contiguous last dimension.
+        query: (batch, heads, tokens, head_dim); like all tensors here, its last dimension is contiguous.
         key: (batch, KV heads, tokens, head_dim).
         value: the same shape.
         sink_size: first tokens that every query sees.
-        recent_size: latest tokens that a query sees, its own among them.
+        recent_size: most recent tokens that a query sees, including its own.
         scale: factor on the scores.
 
     Returns:
@@ -58,7 +58,7 @@ def stream_backward(
     recent_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value from that of the output; arguments and results of `stream`."""
+    """The gradients of query, key and value, given that of the output; see `stream` for the other arguments."""
     batch, kv_heads, tokens, dim = key.shape
     group, sink, scale = query.shape[1] // kv_heads, min(sink_size, tokens), scale * LOG2_E
     query_grad, key_grad, value_grad = (torch.empty_like(x) for x in (query, key, value))
@@ -108,7 +108,7 @@ stream.register_autograd(_backward, setup_context=_setup)
 
 
 def _sizes(tuning: dict[str, int], query: Tensor, key: Tensor) -> dict[str, object]:
-    """Launch settings: wide heads and wide numbers get smaller blocks, so that these fit into shared memory."""
+    """Launch settings: wide heads and wide types get smaller blocks, so that they fit into shared memory."""
     dim = query.shape[-1]
     fit = max(16, TILE_BYTES // (padded_dim(dim) * query.element_size()))
     shrink = max(1, 128 // fit)

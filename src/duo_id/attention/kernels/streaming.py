@@ -1,8 +1,8 @@
 """Streaming attention of whole sequences with a backward pass, as Triton kernels: what training needs.
 
-Query heads of one KV head lie side by side in the rows of a block, row r being token r // group of head r % group: keys
-are read once for all of them, and a block reaches over few tokens, so that little outside the windows is computed.
-Blocks that all rows see go without a mask. Softmax is computed online, in base 2; its log-sum is kept for gradients.
+The rows of a block interleave the query heads of one KV head, row r being token r // group of head r % group: keys are
+read once for all of them, and a block spans few tokens, so that little outside the windows is computed. Blocks that all
+rows see need no mask. Softmax is computed online, in base 2; its log-sum is kept for gradients.
 """
 
 import triton
@@ -28,62 +28,62 @@ def _store_rows(base, values, row, end, head, token, columns, GROUP: tl.constexp
 
 
 @triton.jit
-def _load_keys(base, place, end, token, columns, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_keys(base, position, end, token, columns, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
     """Keys or values, (keys, dim); zero from `end` on."""
-    offsets = place.to(tl.int64)[:, None] * token + columns[None, :]
-    return tl.load(base + offsets, (place < end)[:, None] & (columns < DIM)[None, :], 0.0)
+    offsets = position.to(tl.int64)[:, None] * token + columns[None, :]
+    return tl.load(base + offsets, (position < end)[:, None] & (columns < DIM)[None, :], 0.0)
 
 
 @triton.jit
 def _reach(begin, tokens, sink, recent, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which blocks of keys the rows from `begin` on see.
+    """Which blocks of keys are seen by the rows from `begin` on.
 
     Returns:
         nearest: the first key of the first window; blocks of the windows count from it.
-        sinks: keys of the sink before that; blocks of the sink count from 0.
-        ahead, whole, blocks: all rows see the blocks from `ahead` to `whole` of the windows' `blocks`.
+        sinks: number of sink keys before that; blocks of the sink count from 0.
+        inner_start, inner_end, blocks: of the windows' `blocks`, all rows see the inner ones, between the first two.
     """
     first, last = begin // GROUP, tl.minimum((begin + ROWS - 1) // GROUP, tokens - 1)
     nearest = tl.maximum(first - recent + 1, 0)
-    ahead = tl.cdiv(tl.maximum(last - recent + 1 - nearest, 0), BLOCK)
-    whole = tl.maximum((first + 1 - nearest) // BLOCK, ahead)
+    inner_start = tl.cdiv(tl.maximum(last - recent + 1 - nearest, 0), BLOCK)
+    inner_end = tl.maximum((first + 1 - nearest) // BLOCK, inner_start)
     blocks = tl.cdiv(last + 1 - nearest, BLOCK)
-    return nearest, tl.minimum(sink, nearest), ahead, whole, blocks
+    return nearest, tl.minimum(sink, nearest), inner_start, inner_end, blocks
 
 
 @triton.jit
-def _whole_block(number, nearest, sinks, ahead, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first key of a block without a mask: the sink's come first."""
-    return tl.where(number < sinks // BLOCK, number * BLOCK, nearest + (number - sinks // BLOCK + ahead) * BLOCK)
+def _inner_block(number, nearest, sinks, inner_start, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first key of an inner block, which needs no mask; blocks of the sink come first."""
+    return tl.where(number < sinks // BLOCK, number * BLOCK, nearest + (number - sinks // BLOCK + inner_start) * BLOCK)
 
 
 @triton.jit
-def _edge_block(number, nearest, sinks, ahead, whole, tokens, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first key of a block with a mask, and where its keys end: what the sink has left over comes first."""
-    left = sinks % BLOCK != 0
-    local = number - tl.where(left, 1, 0)
+def _edge_block(number, nearest, sinks, inner_start, inner_end, tokens, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first key of an edge block, which needs a mask, and where its keys end; the sink's remainder is first."""
+    partial_sink = sinks % BLOCK != 0
+    local = number - tl.where(partial_sink, 1, 0)
     in_sink = local < 0
-    start = nearest + tl.where(local < ahead, local, local - ahead + whole) * BLOCK
+    start = nearest + tl.where(local < inner_start, local, local - inner_start + inner_end) * BLOCK
     return tl.where(in_sink, sinks // BLOCK * BLOCK, start), tl.where(in_sink, sinks, tokens)
 
 
 @triton.jit
-def _sees(position, place, sink, recent):  # type: ignore[no-untyped-def]
-    return (place <= position) & ((place < sink) | (position - place < recent))
+def _sees(query, key, sink, recent):  # type: ignore[no-untyped-def]
+    return (key <= query) & ((key < sink) | (query - key < recent))
 
 
 @triton.jit
-def _fold(queries, keys, values, visible, most, total, out, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Take one block of keys into the running softmax of the rows."""
+def _fold(queries, keys, values, visible, row_max, total, out, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Fold one block of keys into the running softmax of the rows."""
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
-    new_most = tl.maximum(most, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_most[:, None])
-    rescale = tl.exp2(most - new_most)
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
     total = total * rescale + tl.sum(weights, 1)
     out = tl.dot(weights.to(values.dtype), values, out * rescale[:, None], input_precision=PRECISION)
-    return new_most, total, out
+    return new_max, total, out
 
 
 @triton.jit
@@ -102,26 +102,26 @@ def streaming_forward(  # type: ignore[no-untyped-def]
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
     queries = _load_rows(query, row, end, query_head, query_token, columns, GROUP, DIM)
-    most = tl.full([ROWS], FAR_BELOW, tl.float32)
+    row_max = tl.full([ROWS], FAR_BELOW, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, COLUMNS], tl.float32)
-    nearest, sinks, ahead, whole, blocks = _reach(begin, tokens, sink, recent, GROUP, ROWS, BLOCK)
-    for number in range(0, sinks // BLOCK + whole - ahead):
-        place = _whole_block(number, nearest, sinks, ahead, BLOCK) + tl.arange(0, BLOCK)
-        keys = _load_keys(key, place, tokens, key_token, columns, DIM)
-        values = _load_keys(value, place, tokens, value_token, columns, DIM)
-        most, total, out = _fold(queries, keys, values, True, most, total, out, scale, False, PRECISION)
-    for number in range(0, tl.cdiv(sinks, BLOCK) - sinks // BLOCK + ahead + blocks - whole):
-        start, limit = _edge_block(number, nearest, sinks, ahead, whole, tokens, BLOCK)
-        place = start + tl.arange(0, BLOCK)
-        keys = _load_keys(key, place, limit, key_token, columns, DIM)
-        values = _load_keys(value, place, limit, value_token, columns, DIM)
-        visible = _sees(position[:, None], place[None, :], sink, recent) & (place < limit)[None, :]
-        most, total, out = _fold(queries, keys, values, visible, most, total, out, scale, True, PRECISION)
+    nearest, sinks, inner_start, inner_end, blocks = _reach(begin, tokens, sink, recent, GROUP, ROWS, BLOCK)
+    for number in range(0, sinks // BLOCK + inner_end - inner_start):
+        token = _inner_block(number, nearest, sinks, inner_start, BLOCK) + tl.arange(0, BLOCK)
+        keys = _load_keys(key, token, tokens, key_token, columns, DIM)
+        values = _load_keys(value, token, tokens, value_token, columns, DIM)
+        row_max, total, out = _fold(queries, keys, values, True, row_max, total, out, scale, False, PRECISION)
+    for number in range(0, tl.cdiv(sinks, BLOCK) - sinks // BLOCK + inner_start + blocks - inner_end):
+        start, limit = _edge_block(number, nearest, sinks, inner_start, inner_end, tokens, BLOCK)
+        token = start + tl.arange(0, BLOCK)
+        keys = _load_keys(key, token, limit, key_token, columns, DIM)
+        values = _load_keys(value, token, limit, value_token, columns, DIM)
+        visible = _sees(position[:, None], token[None, :], sink, recent) & (token < limit)[None, :]
+        row_max, total, out = _fold(queries, keys, values, visible, row_max, total, out, scale, True, PRECISION)
     output += batch * output_batch + head * GROUP * output_head
     total = tl.where(row < end, total, 1.0)
     _store_rows(output, out / total[:, None], row, end, output_head, output_token, columns, GROUP, DIM)
-    tl.store(log_sum + (batch * tl.num_programs(1) + head) * end + row, most + tl.log2(total), row < end)
+    tl.store(log_sum + (batch * tl.num_programs(1) + head) * end + row, row_max + tl.log2(total), row < end)
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def streaming_query_gradient(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a block of rows; `deltas`, each row's output times its gradient, is left for the keys."""
+    """The gradient of a block of rows; `deltas` (each row's output times its gradient) is stored for the keys."""
     begin, head, batch = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row, columns, end = begin + tl.arange(0, ROWS), tl.arange(0, COLUMNS), tokens * GROUP
     position = row // GROUP
@@ -161,18 +161,18 @@ def streaming_query_gradient(  # type: ignore[no-untyped-def]
     delta = tl.sum(outputs.to(tl.float32) * grads.to(tl.float32), 1)
     tl.store(deltas + flat, delta, row < end)
     out = tl.zeros([ROWS, COLUMNS], tl.float32)
-    nearest, sinks, ahead, whole, blocks = _reach(begin, tokens, sink, recent, GROUP, ROWS, BLOCK)
-    for number in range(0, sinks // BLOCK + whole - ahead):
-        place = _whole_block(number, nearest, sinks, ahead, BLOCK) + tl.arange(0, BLOCK)
-        keys = _load_keys(key, place, tokens, key_token, columns, DIM)
-        values = _load_keys(value, place, tokens, value_token, columns, DIM)
+    nearest, sinks, inner_start, inner_end, blocks = _reach(begin, tokens, sink, recent, GROUP, ROWS, BLOCK)
+    for number in range(0, sinks // BLOCK + inner_end - inner_start):
+        token = _inner_block(number, nearest, sinks, inner_start, BLOCK) + tl.arange(0, BLOCK)
+        keys = _load_keys(key, token, tokens, key_token, columns, DIM)
+        values = _load_keys(value, token, tokens, value_token, columns, DIM)
         out = _query_part(queries, keys, values, grads, True, log_sums, delta, out, scale, False, PRECISION)
-    for number in range(0, tl.cdiv(sinks, BLOCK) - sinks // BLOCK + ahead + blocks - whole):
-        start, limit = _edge_block(number, nearest, sinks, ahead, whole, tokens, BLOCK)
-        place = start + tl.arange(0, BLOCK)
-        keys = _load_keys(key, place, limit, key_token, columns, DIM)
-        values = _load_keys(value, place, limit, value_token, columns, DIM)
-        visible = _sees(position[:, None], place[None, :], sink, recent) & (place < limit)[None, :]
+    for number in range(0, tl.cdiv(sinks, BLOCK) - sinks // BLOCK + inner_start + blocks - inner_end):
+        start, limit = _edge_block(number, nearest, sinks, inner_start, inner_end, tokens, BLOCK)
+        token = start + tl.arange(0, BLOCK)
+        keys = _load_keys(key, token, limit, key_token, columns, DIM)
+        values = _load_keys(value, token, limit, value_token, columns, DIM)
+        visible = _sees(position[:, None], token[None, :], sink, recent) & (token < limit)[None, :]
         out = _query_part(queries, keys, values, grads, visible, log_sums, delta, out, scale, True, PRECISION)
     query_grad += batch * to_batch + head * GROUP * to_head
     _store_rows(query_grad, out * (scale * LN_2), row, end, to_head, to_token, columns, GROUP, DIM)
@@ -204,7 +204,7 @@ def streaming_key_gradients(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """`splits` programs for each block of the sink, each over `chunk` rows, then one for each block of other keys.
 
-    `partial`, (2, splits, batch, KV heads, sink, dim), is where the sink's parts are left, keys first.
+    The sink's partial sums go to `partial` (2, splits, batch, KV heads, sink, dim), keys first.
     """
     program, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     columns, heads = tl.arange(0, COLUMNS), tl.num_programs(1)
@@ -217,18 +217,18 @@ def streaming_key_gradients(  # type: ignore[no-untyped-def]
     last = tl.where(in_sink, (split + 1) * chunk, (start + BLOCK - 1 + recent) * GROUP)
     last = tl.minimum(last, tokens * GROUP)
     blocks = tl.cdiv(tl.maximum(last - first, 0), ROWS)
-    ahead = tl.minimum(tl.cdiv(tl.maximum((start + BLOCK - 1) * GROUP - first, 0), ROWS), blocks)
-    whole = tl.where(in_sink, blocks, tl.maximum(tl.minimum(recent * GROUP // ROWS, blocks), ahead))
+    inner_start = tl.minimum(tl.cdiv(tl.maximum((start + BLOCK - 1) * GROUP - first, 0), ROWS), blocks)
+    inner_end = tl.where(in_sink, blocks, tl.maximum(tl.minimum(recent * GROUP // ROWS, blocks), inner_start))
 
     query += batch * query_batch + head * GROUP * query_head
     grad += batch * grad_batch + head * GROUP * grad_head
-    place = start + tl.arange(0, BLOCK)
-    keys = _load_keys(key + batch * key_batch + head * key_head, place, key_end, key_token, columns, DIM)
-    values = _load_keys(value + batch * value_batch + head * value_head, place, key_end, value_token, columns, DIM)
+    token = start + tl.arange(0, BLOCK)
+    keys = _load_keys(key + batch * key_batch + head * key_head, token, key_end, key_token, columns, DIM)
+    values = _load_keys(value + batch * value_batch + head * value_head, token, key_end, value_token, columns, DIM)
     flat = (batch * heads + head) * tokens * GROUP
     key_out = tl.zeros([BLOCK, COLUMNS], tl.float32)
     value_out = tl.zeros([BLOCK, COLUMNS], tl.float32)
-    for number in range(ahead, whole):
+    for number in range(inner_start, inner_end):
         row = first + number * ROWS + tl.arange(0, ROWS)
         queries = _load_rows(query, row, last, query_head, query_token, columns, GROUP, DIM)
         grads = _load_rows(grad, row, last, grad_head, grad_token, columns, GROUP, DIM)
@@ -237,19 +237,20 @@ def streaming_key_gradients(  # type: ignore[no-untyped-def]
         key_out, value_out = _key_part(
             queries, keys, values, grads, True, log_sums, delta, key_out, value_out, scale, False, PRECISION
         )
-    for number in range(0, ahead + blocks - whole):
-        row = first + tl.where(number < ahead, number, number - ahead + whole) * ROWS + tl.arange(0, ROWS)
+    for number in range(0, inner_start + blocks - inner_end):
+        block = tl.where(number < inner_start, number, number - inner_start + inner_end)
+        row = first + block * ROWS + tl.arange(0, ROWS)
         queries = _load_rows(query, row, last, query_head, query_token, columns, GROUP, DIM)
         grads = _load_rows(grad, row, last, grad_head, grad_token, columns, GROUP, DIM)
         log_sums = tl.load(log_sum + flat + row, row < last, float("inf"))
         delta = tl.load(deltas + flat + row, row < last, 0.0)
-        visible = _sees((row // GROUP)[None, :], place[:, None], sink, recent)
+        visible = _sees((row // GROUP)[None, :], token[:, None], sink, recent)
         key_out, value_out = _key_part(
             queries, keys, values, grads, visible, log_sums, delta, key_out, value_out, scale, True, PRECISION
         )
     key_out *= scale * LN_2
-    inside = (place < key_end)[:, None] & (columns < DIM)[None, :]
-    offsets = place.to(tl.int64)[:, None]
+    inside = (token < key_end)[:, None] & (columns < DIM)[None, :]
+    offsets = token.to(tl.int64)[:, None]
     if in_sink:
         parts = tl.num_programs(2).to(tl.int64) * heads * sink * DIM  # numbers in a part
         part = partial + split * parts + (batch * heads + head) * sink * DIM + offsets * DIM + columns[None, :]

@@ -14,28 +14,28 @@ from duo_id.patterns.pattern import MOST_HEADS, HeadPattern
 
 
 def read_kvzip(path: Path, options: Options) -> HeadPattern:
-    """KVzip's scores, loaded without running what a file might hold beside tensors.
+    """Read KVzip's scores, without running code that a file may contain.
 
     Raises:
-        UserError: the file holds something else than one such tensor, or the windows are not given.
+        UserError: the file does not hold exactly one such tensor, or the window is not given.
     """
     expected = f"{path}: expected KVzip's scores, one tensor (layers, KV heads)"
     if path.stat().st_size > LARGEST:
-        raise UserError(f"{expected}, found {path.stat().st_size:,} bytes, more than the {LARGEST:,} of any model's")
-    if path.exists() and not path.is_file():  # torch would wait for a pipe
+        raise UserError(f"{expected}, found {path.stat().st_size:,} bytes, more than any model needs ({LARGEST:,})")
+    if path.exists() and not path.is_file():  # torch would block on a pipe
         raise UserError(f"{expected}, found {'a folder' if path.is_dir() else 'no file'}")
     try:
         scores = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # broken files end in errors of any kind
-        raise UserError(f"{expected}, found a file that is not read ({type(error).__name__})") from None
+    except Exception as error:  # broken files raise errors of any kind
+        raise UserError(f"{expected}, found a file that cannot be read ({type(error).__name__})") from None
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         raise UserError(f"{expected}, found {getattr(scores, 'dtype', type(scores).__name__)}")
     if scores.is_nested or scores.layout != torch.strided or scores.is_meta:
         kind = "nested" if scores.is_nested else "without values" if scores.is_meta else str(scores.layout)
         raise UserError(f"{expected}, found one that is {kind}")
-    if scores.numel() > MOST_HEADS**2:  # a few stored numbers can be a view of any shape
+    if scores.numel() > MOST_HEADS**2:  # a view of any shape can be stored in a few bytes
         raise UserError(f"{expected}, found one of shape {tuple(scores.shape)}")
     table = scores if scores.dim() == 2 else scores.squeeze()
     if table.dim() != 2:
@@ -44,16 +44,16 @@ def read_kvzip(path: Path, options: Options) -> HeadPattern:
 
 
 def write_kvzip(pattern: HeadPattern, path: Path, options: Options) -> str:
-    """Write KVzip's scores; returns the ratio for its scripts, which keep what lies above a score, not at it."""
+    """Write KVzip's scores; returns the ratio for its scripts, which keep scores above a threshold, not at it."""
     try:
-        with atomic_path(path) as beside:
-            torch.save(pattern.scores.clone(), beside)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise UserError(f"{path} cannot be written: make room there, or give another DST") from error
+        with atomic_path(path) as temporary:
+            torch.save(pattern.scores.clone(), temporary)
+    except RuntimeError as error:  # torch's error for a full disk
+        raise UserError(f"{path} cannot be written: make room there, or choose another DST") from error
     advice = f"{path}: copy it to utils/head_score/MODEL-DATA-0.pt, then --level head"
     if options.sparsity is None:
         return advice
     total = pattern.scores.numel()
     kept = total - streaming_heads(pattern, options.sparsity)
     ratio = 1.0 if kept == total else (kept + 0.5) / total
-    return f"{advice} --ratio {ratio:.6g}: {kept} of {total} heads keep all (equal scores fall together)"
+    return f"{advice} --ratio {ratio:.6g}: {kept} of {total} heads keep all tokens (equal scores stay together)"

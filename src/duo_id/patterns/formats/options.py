@@ -1,4 +1,4 @@
-"""What a file of another tool leaves unsaid, and how scores of query heads become scores of KV heads."""
+"""What other tools' files do not contain, and how scores of query heads become scores of KV heads."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +12,16 @@ from duo_id.patterns.pattern import HeadPattern
 
 @dataclass(frozen=True)
 class Options:
-    """What the user adds to a conversion; None: nothing.
+    """What the user adds to a conversion; None: not given.
 
     Attributes:
-        sparsity: for what holds a decision instead of scores; also the budget that notes speak of.
-        layers: of the model, where a file does not show them.
-        heads: query heads of a layer.
-        kv_heads: KV heads of a layer.
+        sparsity: for formats that hold a mask instead of scores; also the budget that the printed advice is for.
+        layers: number of layers, if the file does not show it.
+        heads: query heads per layer.
+        kv_heads: KV heads per layer.
         sink_size: first tokens that a streaming head sees.
-        recent_size: latest tokens that it sees.
-        model: hub id, for the provenance of what is read.
+        recent_size: most recent tokens that a streaming head sees.
+        model: hub id, for the provenance of the pattern.
     """
 
     sparsity: float | None = None
@@ -32,73 +32,73 @@ class Options:
     recent_size: int | None = None
     model: str | None = None
 
-    def need(self, key: str, what: str) -> int:
-        """An option that cannot be done without; a `UserError` that names it where it is not given."""
+    def require(self, key: str, reason: str) -> int:
+        """A required option; a `UserError` that names it if it is not given."""
         value = getattr(self, key)
         if value is None:
-            raise UserError(f"{what}: give {key}=...")
+            raise UserError(f"{reason}: set {key}=...")
         return int(value)
 
 
 def query_heads(pattern: HeadPattern, options: Options) -> int:
-    """How many query heads a layer of the pattern's model has: what the options say, else the provenance.
+    """The number of query heads per layer of the pattern's model: from the options, else from the provenance.
 
     Raises:
-        UserError: neither says it, or it is no multiple of the KV heads.
+        UserError: neither has it, or it is not a multiple of the KV heads.
     """
-    known = (pattern.provenance.get("model") or {}).get("heads")
-    heads = known if options.heads is None else options.heads
+    recorded = (pattern.provenance.get("model") or {}).get("heads")
+    heads = recorded if options.heads is None else options.heads
     if not isinstance(heads, int):
-        raise UserError("scores of KV heads are spread over query heads, and nothing says how many: give heads=...")
+        raise UserError("this format holds scores of query heads, whose number is unknown: set heads=...")
     return _whole_groups(heads, pattern.scores.shape[1])
 
 
 def pool(scores: Tensor, kv_heads: int) -> Tensor:
     """Scores of query heads (layers, heads) as scores of KV heads (layers, KV heads): the highest of each group.
 
-    The query heads that share a KV head are neighbours, and one of them that must see the whole context is enough to
-    keep its keys and values: so a KV head is as important as the most important of them.
+    The query heads that share a KV head are adjacent. A single one that must see the whole context is enough to keep
+    its keys and values, so a KV head is as important as the most important of them.
 
     Raises:
-        UserError: the heads are no multiple of the KV heads.
+        UserError: the number of heads is not a multiple of the KV heads.
     """
     _whole_groups(scores.shape[1], kv_heads)
     return scores.unflatten(1, (kv_heads, -1)).amax(-1)
 
 
-def spread(scores: Tensor, heads: int) -> Tensor:
-    """Scores of KV heads (layers, KV heads) for query heads (layers, heads), each its KV head's; `pool` undoes it."""
+def repeat_scores(scores: Tensor, heads: int) -> Tensor:
+    """Scores of KV heads (layers, KV heads), repeated for their query heads (layers, heads); `pool` undoes it."""
     return scores.repeat_interleave(heads // scores.shape[1], 1)
 
 
 def as_pattern(
-    scores: Tensor | list[list[float]], name: str, place: str, options: Options, model: dict[str, Any] | None = None
+    scores: Tensor | list[list[float]], name: str, source: str, options: Options, model: dict[str, Any] | None = None
 ) -> HeadPattern:
-    """The pattern of scores (layers, KV heads) that came without windows and with little provenance.
+    """The pattern of scores (layers, KV heads) from a file without window and with little provenance.
 
     Args:
-        scores: as they stood in the file.
+        scores: as read from the file.
         name: of the format.
-        place: the file, for messages.
-        options: which must hold the windows.
+        source: the file, for messages.
+        options: must hold the window.
         model: what the file says about the model.
 
     Raises:
-        UserError: the windows are not given, or something is no pattern.
+        UserError: the window is not given, or the scores are not valid.
     """
-    what = f"{place} does not say how long the windows of streaming heads are"
-    windows = options.need("sink_size", what), options.need("recent_size", what)
+    reason = f"{source} does not contain the window of streaming heads"
+    windows = options.require("sink_size", reason), options.require("recent_size", reason)
     table = torch.as_tensor(scores, dtype=torch.float32)
-    described = {"layers": len(table), "kv_heads": table.shape[1]} | (model or {})
+    model_fields = {"layers": len(table), "kv_heads": table.shape[1]} | (model or {})
     if options.model:
-        described["id"] = options.model
+        model_fields["id"] = options.model
     try:
-        return HeadPattern(table, *windows, provenance={"format": name, "model": described})
+        return HeadPattern(table, *windows, provenance={"format": name, "model": model_fields})
     except UserError as error:
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
 
 
 def _whole_groups(heads: int, kv_heads: int) -> int:
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
-        raise UserError(f"{heads} query heads do not share {kv_heads} KV heads evenly: give heads=... and kv_heads=...")
+        raise UserError(f"{heads} query heads do not share {kv_heads} KV heads evenly: set heads=... and kv_heads=...")
     return heads

@@ -1,16 +1,16 @@
 """Tables of KV heads that a loader cuts at a quantile: DuoAttention, LServe, RLKV and PruLong.
 
 The first three share a rule (github.com/mit-han-lab/duo-attention, `sparsify_attention_heads`): scores are clipped to
-[0, 1], each gets unseeded noise in [0, 1e-6), and those of at least the `sparsity` quantile, interpolated, are
-retrieval heads. Gates that are equal, or nearly, then fall to either side by chance. Two properties of a table make
-the mask exact whatever the noise:
+[0, 1], each gets unseeded noise in [0, 1e-6), and heads at or above the interpolated `sparsity` quantile are retrieval
+heads. (Nearly) equal gates then fall on either side by chance. Two properties of a table make the mask exact for any
+noise:
 
-- Scores stand further apart than the noise. So tables are written as places in the pattern's order, evenly spaced.
-- The quantile falls between two scores. Of N scores, the one at `s` lies at the place `s (N - 1)` of the sorted ones,
-  so k heads stream for every s between (k - 1) / (N - 1) and k / (N - 1), and k / N is one.
+- Scores differ by more than the noise. So tables are written as evenly spaced ranks of the pattern's heads.
+- The quantile falls between two scores. Of N scores, the quantile s is at position s (N - 1) of the sorted ones, so k
+  heads stream for every s between (k - 1) / (N - 1) and k / (N - 1), for example k / N.
 
 PruLong's own loader (github.com/princeton-pli/PruLong, `round_masks_for_sparsity`) keeps the int(N (1 - s)) highest in
-the precision of the model, where only 0 and 1 stay apart: it is given masks.
+the model's precision, in which only 0 and 1 are sure to stay distinct: it gets masks.
 """
 
 from pathlib import Path
@@ -28,27 +28,27 @@ from duo_id.patterns.tables import json_text, read_tsv, tsv
 WEIGHTS = "adapter_weights.tsv"  # RLKV's table
 
 
-def spaced(pattern: HeadPattern) -> Tensor:
-    """The places of the heads in the pattern's order as scores (layers, KV heads) in [0, 1), 1 in layers without gates.
+def evenly_spaced_ranks(pattern: HeadPattern) -> Tensor:
+    """The ranks of the pattern's heads as scores (layers, KV heads) in [0, 1), and 1 in layers without gates.
 
-    Two of them are 1 / (number of heads) apart, except those of layers without gates.
+    They are 1 / (number of heads) apart.
     """
     gated = list(pattern.gated_layers)
     order = pattern.scores[gated].flatten().argsort(stable=True)
-    places = torch.empty(len(order), dtype=torch.float64)
-    places[order] = torch.arange(len(order), dtype=torch.float64) / pattern.scores.numel()
+    ranks = torch.empty(len(order), dtype=torch.float64)
+    ranks[order] = torch.arange(len(order), dtype=torch.float64) / pattern.scores.numel()
     table = torch.ones(pattern.scores.shape, dtype=torch.float64)
-    table[gated] = places.view(len(gated), -1)
+    table[gated] = ranks.view(len(gated), -1)
     return table.float()
 
 
 def sparsity_to_pass(streaming: int, total: int, counted: bool = False) -> float:
-    """The sparsity at which a loader lets exactly `streaming` of `total` heads stream: few digits, far from both ends.
+    """A sparsity at which a loader streams exactly `streaming` of `total` heads: few digits, well inside the range.
 
     Args:
         streaming: heads that stream.
-        total: heads of the table, those of layers without gates among them.
-        counted: for loaders that count heads, int(total (1 - sparsity)) of which stay, too.
+        total: heads in the table, including layers without gates.
+        counted: must also work for loaders that keep int(total (1 - sparsity)) heads.
     """
     if streaming in (0, total):
         return float(streaming > 0)
@@ -59,24 +59,24 @@ def sparsity_to_pass(streaming: int, total: int, counted: bool = False) -> float
 
 
 def streaming_heads(pattern: HeadPattern, sparsity: float) -> int:
-    """How many heads stream under the mask of this sparsity."""
+    """The number of heads that stream under the mask of this sparsity."""
     return int((~pattern.binarize(sparsity=sparsity).retrieval).sum())
 
 
 def read_folder(path: Path, options: Options) -> HeadPattern:
-    """A folder of DuoAttention or LServe, or of RLKV, which needs the windows."""
+    """Read a folder of DuoAttention or LServe, or of RLKV, which needs the window as options."""
     if (path / WEIGHTS).is_file() and not (path / HEADS).is_file():
         return as_pattern(read_tsv(path / WEIGHTS), "rlkv", str(path / WEIGHTS), options)
     return load_pattern(path)
 
 
 def read_table(path: Path, options: Options) -> HeadPattern:
-    """A table of its own, as PruLong's: 0/1, or scores; it needs the windows."""
+    """Read a single table, such as PruLong's, of 0/1 or scores; it needs the window as options."""
     return as_pattern(read_tsv(path), "prulong", str(path), options)
 
 
 def write_duo_attention(pattern: HeadPattern, path: Path, options: Options) -> str:
-    """Write DuoAttention's folder; returns which sparsity its loader wants."""
+    """Write DuoAttention's folder; returns the sparsity for its loader."""
     _write_folder(pattern, path, SCORES)
     value, kept = _advice(pattern, options)
     loaded = f"load_attn_pattern({str(path)!r})"
@@ -103,10 +103,10 @@ def write_rlkv(pattern: HeadPattern, path: Path, options: Options) -> str:
 
 
 def write_prulong(pattern: HeadPattern, path: Path, options: Options) -> str:
-    """Write PruLong's table, a mask if a sparsity is given, else places; returns the arguments for its scripts."""
+    """Write PruLong's table, a mask if a sparsity is given, else ranks; returns the arguments for its scripts."""
     windows = f"--duoattn_sink {pattern.sink_size} --duoattn_sliding {pattern.recent_size}"
     if options.sparsity is None:
-        write_text(path, tsv(spaced(pattern)))
+        write_text(path, tsv(evenly_spaced_ranks(pattern)))
         value, kept = _advice(pattern, options)
         return f"{path}: --duoattn {path} --duoattn_sparsity {value} {windows}: {kept}"
     write_text(path, tsv(pattern.binarize(sparsity=options.sparsity).retrieval.int()))
@@ -119,8 +119,8 @@ def write_prulong(pattern: HeadPattern, path: Path, options: Options) -> str:
 
 
 def _write_folder(pattern: HeadPattern, folder: Path, table: str) -> None:
-    """The table as places, and beside it heads.json: what `load_pattern` reads, so that nothing is lost."""
-    files = {table: tsv(spaced(pattern))}
+    """Write the table as ranks, and also heads.json, which `load_pattern` reads, so that nothing is lost."""
+    files = {table: tsv(evenly_spaced_ranks(pattern))}
     if table == SCORES:
         files[CONFIG] = json_text(duo_config(pattern, files))
     files[HEADS] = json_text(sealed(contents_of(pattern)))
@@ -129,7 +129,7 @@ def _write_folder(pattern: HeadPattern, folder: Path, table: str) -> None:
 
 
 def _advice(pattern: HeadPattern, options: Options) -> tuple[str, str]:
-    """The sparsity to pass, and how many heads then stream."""
+    """The sparsity to pass, and how many heads stream with it."""
     total = pattern.scores.numel()
     if options.sparsity is None:
         return f"k/{total}", f"exactly k of {total} heads stream"
