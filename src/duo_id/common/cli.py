@@ -8,7 +8,7 @@ import sys
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import version
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -96,29 +95,6 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     except KeyboardInterrupt as error:
         console.print(describe_interrupt(error))
         exit_process(status_of(error))
-
-
-def sorted_out(arguments: Sequence[str], usage: str) -> tuple[list[str], dict[str, str]]:
-    """The paths and the settings, key=value, of a command line that is not Hydra's.
-
-    A path may have a `=` too, where it is there, or has a `/` before it: `./a=b`. `--help` shows the usage.
-
-    Raises:
-        UserError: an argument looks like an option, and there are none, or a setting is given twice.
-    """
-    if {"-h", "--help"}.intersection(arguments):
-        say(usage)
-        sys.exit()
-    for option in (argument for argument in arguments if argument.startswith("-") and not Path(argument).exists()):
-        raise UserError(f"{option}: there are no options, settings are KEY=VALUE: {usage}")
-    paths = [argument for argument in arguments if "/" in argument.partition("=")[0] or Path(argument).exists()]
-    paths += [argument for argument in arguments if "=" not in argument and argument not in paths]
-    settings: dict[str, str] = {}
-    for key, value in (argument.split("=", 1) for argument in arguments if argument not in paths):
-        if key in settings:
-            raise UserError(f"{key}={value}: {key} is given twice")
-        settings[key] = value
-    return [argument for argument in arguments if argument in paths], settings
 
 
 @stoppable()
@@ -299,8 +275,9 @@ def _note_failure(error: Exception, expected: bool, ours: bool) -> int:
 
 
 def is_distributed() -> bool:
-    """Whether this process is connected to others of its run."""
-    return dist.is_available() and dist.is_initialized()
+    """Whether this process is connected to others of its run; only one that has imported torch can be."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def exit_process(status: int) -> NoReturn:
