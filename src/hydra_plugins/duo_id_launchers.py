@@ -86,7 +86,7 @@ class LocalLauncher(Launcher):
         """Run a job in a process of its own, and wait for it."""
         import submitit
 
-        from duo_id.common.cli import ERROR
+        from duo_id.common.run_folders import ERROR
 
         shared = set(self.config.hydra.overrides.task)
         overrides = [override for override in filter_overrides(call.overrides) if override not in shared]
