@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.markup import escape
 
-from duo_id.common.documents import printable
+from duo_id.common.errors import printable
 from duo_id.common.mistakes import explained
 
 console = Console(emoji=False)

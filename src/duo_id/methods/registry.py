@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from duo_id.common.documents import Count, Data, Positive, checked, read_json
+from duo_id.common.documents import Data, checked, read_json
+from duo_id.common.documents import Natural as Count
+from duo_id.common.documents import NonNegative as Positive
 from duo_id.common.errors import UserError, check
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed

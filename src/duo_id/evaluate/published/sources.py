@@ -14,7 +14,7 @@ from pydantic import Field
 
 from duo_id.common import documents
 from duo_id.common.documents import LARGEST_ROWS, Data, checked, parse_lines, read_object, read_text
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, one_line
 
 Row = dict[str, Any]
 Schema = Callable[[Row], type[Data]]  # of rows, by the columns that they have
@@ -139,5 +139,5 @@ def _check(row: Any, schema: Schema, where: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    text = documents.one_line(error.__cause__ or error)
+    text = one_line(error.__cause__ or error)
     return text if text.endswith(".") else f"{text}."
