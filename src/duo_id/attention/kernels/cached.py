@@ -24,10 +24,11 @@ FAR_BELOW = tl.constexpr(-1e30)  # below any score; unlike -inf it can be subtra
 
 
 @triton.jit
-def _fold(query, key, value, visible, most, total, out, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def fold(query, key, value, visible, most, total, out, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """Take one block of keys (n, dim) into the running softmax of the queries (m, dim)."""
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-    scores = tl.where(visible, scores, float("-inf"))
+    if MASKED:
+        scores = tl.where(visible, scores, float("-inf"))
     new_most = tl.maximum(most, tl.max(scores, 1))
     weights = tl.exp2(scores - new_most[:, None])
     rescale = tl.exp2(most - new_most)
@@ -85,8 +86,8 @@ def _decode(  # type: ignore[no-untyped-def]
         offsets = place.to(tl.int64)[:, None] * DIM + columns[None, :]
         block_keys = tl.load(keys + offsets, visible[:, None] & there[None, :], 0.0)
         block_values = tl.load(values + offsets, visible[:, None] & there[None, :], 0.0)
-        most, total, out = _fold(
-            queries, block_keys, block_values, visible[None, :], most, total, out, scale, PRECISION
+        most, total, out = fold(
+            queries, block_keys, block_values, visible[None, :], most, total, out, scale, True, PRECISION
         )
     if (split == 0) & (slot < slots):
         tl.store(keys + slot.to(tl.int64) * DIM + columns, new_key, there)
@@ -165,7 +166,7 @@ def _stream(  # type: ignore[no-untyped-def]
         stored = tl.where(slot < sink, slot, past - 1 - (past - 1 - slot) % recent)  # the position that a slot holds
         near = (slot[None, :] < sink) | (position[:, None] - stored[None, :] < recent)
         visible = (slot[None, :] < used) & near
-        most, total, out = _fold(queries, block_keys, block_values, visible, most, total, out, scale, PRECISION)
+        most, total, out = fold(queries, block_keys, block_values, visible, most, total, out, scale, True, PRECISION)
 
     keys, values = key + batch * key_batch + head * key_head, value + batch * value_batch + head * value_head
     nearest = tl.maximum(begin - recent + 1, 0) // BLOCK * BLOCK  # the first block that a window reaches into
@@ -180,7 +181,7 @@ def _stream(  # type: ignore[no-untyped-def]
         block_values = tl.load(values + token.to(tl.int64)[:, None] * value_token + columns[None, :], inside, 0.0)
         near = (past + token[None, :] < sink) | (row[:, None] - token[None, :] < recent)
         visible = (token[None, :] <= row[:, None]) & (token[None, :] < end) & near
-        most, total, out = _fold(queries, block_keys, block_values, visible, most, total, out, scale, PRECISION)
+        most, total, out = fold(queries, block_keys, block_values, visible, most, total, out, scale, True, PRECISION)
 
     at = output + batch * output_batch + (head * GROUP + member) * output_head
     at += row.to(tl.int64)[:, None] * output_token + columns[None, :]
