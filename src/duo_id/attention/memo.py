@@ -1,4 +1,7 @@
-"""What full attention gave once, so that a layer which is computed again for its gradient need not attend again."""
+"""What full attention gave once, so that a layer which is computed again for its gradient need not attend again.
+
+No `functools.cache`: the second pass has tensors of its own, of which only the order of the calls is the same.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +26,7 @@ class Memo(TorchDispatchMode):
     """Notes what SDPA's operators give, call by call, and gives it again when the same calls come once more.
 
     It lies below autograd: a call that is answered from the memo has its gradient like any other. Selective
-    checkpointing does the same for all operators of a layer, compiled ones among them; this is about one alone.
+    checkpointing does the same, but sees all operators of a layer, compiled ones among them; this sees SDPA alone.
 
     Attributes:
         results: of the calls, each with its log-sums and whatever else the backward pass needs.

@@ -6,6 +6,7 @@ lies off is multiplied by what is drawn (Wu 1986, "Jackknife, bootstrap and othe
 analysis"), such that the mean of n normal values gets exactly the interval of Student's t with n - 1 degrees of
 freedom, 4.3 standard errors to either side of 3 seeds. The samples of all tasks share their degrees. The sum of both
 sources has the interval of Behrens and Fisher, which holds the truth in 95% of cases or a few more.
+`scipy.stats.bootstrap` has neither: it draws units of one kind, with replacement.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
