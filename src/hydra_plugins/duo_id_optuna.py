@@ -20,7 +20,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, first_line
 from duo_id.common.files import write_text
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class OptunaSweeper(Sweeper):
         except UserError:
             raise
         except Exception as error:  # of many kinds
-            reason = str(error.__cause__ or error).splitlines()[0]
+            reason = first_line(error.__cause__ or error)
             storage = self._where(folder)
             raise UserError(
                 f"hydra.sweeper.storage={self.storage}: {storage} cannot be opened or written ({reason})"

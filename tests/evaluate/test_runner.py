@@ -19,7 +19,7 @@ from duo_id.deploy.chunks import Continuation
 from duo_id.evaluate import chat, reading, runner
 from duo_id.evaluate.contenders import contenders
 from duo_id.evaluate.journal import Journal
-from duo_id.evaluate.runner import CPU_BATCH_TOKENS, batch_tokens_for, run
+from duo_id.evaluate.runner import CPU_CONTEXT_TOKENS, context_tokens_for, run
 from duo_id.evaluate.tasks.building import SampleBuilder
 from duo_id.evaluate.tasks.registry import make_items
 from duo_id.models.loading import byte_tokenizer
@@ -182,4 +182,4 @@ def test_contexts_that_are_not_read_in_chunks_are_said_to_be_so_once(
 
 
 def test_the_cpu_reads_little_at_a_time(model: Any) -> None:
-    assert batch_tokens_for(model) == CPU_BATCH_TOKENS
+    assert context_tokens_for(model) == CPU_CONTEXT_TOKENS

@@ -233,7 +233,7 @@ CONVERT = {
     "HEADS EMPTY format=kvzip lossy=true": ("EMPTY",),
     "HEADS FILE/below": ("FILE",),
     "HEADS /proc/made": ("/proc/made",),
-    "HEADS made more": ("SRC",),
+    "HEADS made more": ("more",),
     "HEADS made format=abc": ("format",),
     "HEADS made format=": ("format",),
     "HEADS made lossy=abc": ("lossy",),

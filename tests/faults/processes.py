@@ -24,6 +24,7 @@ SPAWNING.set_forkserver_preload(  # without effect where the server runs already
         *(f"duo_id.{name}.run" for name in ("train", "evaluate", "benchmark")),
         "duo_id.report.page",
         "duo_id.convert",
+        "duo_id.patterns.formats.registry",
         "duo_id.lm_eval.model",
         "duo_id.patterns.sharing",
         "transformers.models.llama.modeling_llama",

@@ -1,5 +1,6 @@
 """`python -m duo_id.report`: where the page goes, and what is refused in one line."""
 
+import re
 import sys
 from contextlib import chdir, redirect_stdout
 from io import StringIO
@@ -31,10 +32,16 @@ def run(tmp_path: Path) -> Path:
     return save(tmp_path / "run", results)
 
 
-def test_help_shows_the_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_report("--help", folder=tmp_path, monkeypatch=monkeypatch) == (0, report.USAGE + "\n")
+def test_help_has_the_settings_and_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for option in ("--help", "-h"):
+        status, output = run_report("run", option, folder=tmp_path, monkeypatch=monkeypatch)
+        assert status == 0
+        assert output.startswith("Usage: python -m duo_id.report FOLDER... [KEY=VALUE ...]\n")
+        assert "\n  python -m duo_id.report outputs/evaluate/DATE/TIME reference=saliency\n" in output
+        assert re.search(r"^  out=<str> +the page; report.html in the first folder without it$", output, re.M)
     _, output = run_report("--open", folder=tmp_path, monkeypatch=monkeypatch)
-    assert output == f"error: --open: there are no options, settings are KEY=VALUE: {report.USAGE}\n"
+    assert output.startswith("error: --open: there are no options, settings are KEY=VALUE; --help has examples, and ")
+    assert output.count("\n") == 1
 
 
 def test_the_page_goes_to_the_first_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +107,9 @@ def test_folders_may_have_an_equals_sign(run: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give at least one run folder"),
-        (["out=x.html"], "give at least one run folder"),
-        (["run", "output=x.html"], "output=x.html: there is no such setting and no such folder"),
+        ([], "Missing argument 'FOLDER'; --help has examples"),
+        (["out=x.html"], "Missing argument 'FOLDER'"),
+        (["run", "output=x.html"], "No such option: output (Possible options: out); --help has examples"),
         (["nowhere"], "nowhere is missing"),
         (["run", "out=run"], "out=run is a folder: give a file, such as out=run/report.html"),
         (["."], "results.json is missing"),
@@ -123,7 +130,7 @@ def test_ctrl_c_leaves_nothing_behind(run: Path, monkeypatch: pytest.MonkeyPatch
     def interrupted(*_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "report", interrupted)
+    monkeypatch.setattr("duo_id.report.page.report", interrupted)
     status, output = run_report("run", folder=run.parent, monkeypatch=monkeypatch)
     assert (status, output) == (130, "interrupted\n")
     assert [path.name for path in run.iterdir()] == ["results.json"]

@@ -4,7 +4,6 @@ Every attention module of an attached model holds one function `(query, key, val
 as a plain attribute: one of `duo_id.attention.functions`, which decides what the layer computes.
 """
 
-import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from duo_id.attention.padding import padding_mask, real_first, reorder
 from duo_id.attention.parity import check_parity
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.ulysses import Exchange
-from duo_id.common.compat import attention_configs, implementations_kept, set_implementations
+from duo_id.common.compat import attention_configs, implementations_kept, keeps_logits, set_implementations
 from duo_id.common.errors import UserError
 
 IMPLEMENTATION = "duo_id"  # the name under which transformers knows the attention function
@@ -127,7 +126,7 @@ def _pass_all_tokens(model: PreTrainedModel) -> list[Any]:
         return args, kwargs
 
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    accepting = [part for part in parts if "logits_to_keep" in inspect.signature(part.forward).parameters]
+    accepting = [part for part in parts if keeps_logits(part)]
     return [part.register_forward_pre_hook(before, with_kwargs=True) for part in accepting]
 
 

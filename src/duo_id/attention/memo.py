@@ -1,4 +1,7 @@
-"""Results of full attention, kept so that a layer that is recomputed for its gradient need not attend again."""
+"""Results of full attention, kept so that a layer that is recomputed for its gradient need not attend again.
+
+`functools.cache` would not do: the second pass has its own tensors, and only the order of its calls is the same.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,7 +1,8 @@
 """Ulysses sequence parallelism: processes that share a sample's tokens exchange them for heads, and back.
 
 Each process computes everything but attention for its own tokens; in attention it has all tokens of some heads.
-Source: DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv 2309.14509).
+Source: DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv 2309.14509). DeepSpeed's own class for transformers refuses heads
+that do not divide among the processes, and its exchange of uneven heads takes only models without grouped queries.
 """
 
 from dataclasses import dataclass

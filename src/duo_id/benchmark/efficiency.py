@@ -9,8 +9,8 @@ import torch
 from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.benchmark.tables import MeasuredModel
 from duo_id.common.config import parse
-from duo_id.common.documents import FIRST, Count, Data, Line, Positive, checked, one_line, read_object
-from duo_id.common.errors import UserError, check
+from duo_id.common.documents import FIRST, Data, Line, Natural, NonNegative, checked, read_object
+from duo_id.common.errors import UserError, check, one_line
 
 StepKey = tuple[int, str]  # context length and blend
 
@@ -19,10 +19,10 @@ class _StepRow(Data):
     """A row of task=train_step; one that ran out of memory has no speed."""
 
     step: Line
-    context: Count
+    context: Natural
     blend: Line
     status: Line
-    tokens_per_s: Positive = 0.0
+    tokens_per_s: NonNegative = 0.0
 
 
 class _BaselineRun(Data):
@@ -32,7 +32,7 @@ class _BaselineRun(Data):
     device: Line
     model: MeasuredModel
     settings: dict[str, Any]
-    devices: Count = 1
+    devices: Natural = 1
 
 
 def read_baseline(settings: BenchmarkSettings, device: torch.device, card: str, groups: int) -> dict[StepKey, float]:

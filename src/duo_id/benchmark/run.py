@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from duo_id.attention.functions import Backends
 from duo_id.attention.interface import routed
@@ -30,6 +29,7 @@ from duo_id.common.errors import UserError, check
 from duo_id.common.figures import save_figure
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
+from duo_id.common.progress import progress_bar
 from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
 from duo_id.models.language_model import LanguageModel
@@ -94,9 +94,8 @@ def _measure(
         "settings": plain(settings),
         "versions": cli.versions() | _kernel_versions(),
     }
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=cli.console, transient=True) as progress:
+        with progress_bar(cli.console) as progress:
             progress_task = progress.add_task("")
 
             def announce(phase: str) -> None:

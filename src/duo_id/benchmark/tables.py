@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from duo_id.common.documents import FIRST, Count, Data, Line, Positive, Share
+from duo_id.common.documents import FIRST, Data, Line, Natural, NonNegative, Share
 
 FULL = ("full", "full-dual")  # the baselines: SDPA over a static cache, and the dual cache without streaming heads
 NAMES = {"full": "full, static cache", "full-dual": "full, dual cache", "duo": "duo"}
@@ -19,14 +19,14 @@ class MeasurementRow(Data):
 
     attention: Literal["full", "full-dual", "duo"]
     sparsity: Share
-    context: Count
-    chunk_size: Count | None
+    context: Natural
+    chunk_size: Natural | None
     status: Line
-    weights_bytes: Count
-    peak_bytes: Count | None
-    cache_bytes: Count | None
-    ms: Positive = 0.0
-    floor_ms: Positive = 0.0
+    weights_bytes: Natural
+    peak_bytes: Natural | None
+    cache_bytes: Natural | None
+    ms: NonNegative = 0.0
+    floor_ms: NonNegative = 0.0
 
 
 class MeasuredModel(Data):

@@ -22,6 +22,11 @@ def cache_argument(call: Callable[..., Any] | nn.Module) -> str:
     return next((name for name in CACHE_NAMES if name in names), GENERATE_CACHE)
 
 
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether a model can be asked for the logits of some positions alone, by `logits_to_keep`."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
 def given_cache(arguments: dict[str, Any]) -> Any:
     """The cache among the keyword arguments of a forward, under whichever name; None if there is none."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)

@@ -51,10 +51,10 @@ class _First(FailFast):
 
 
 Line = Annotated[str, Field(max_length=1000)]  # a name
-Count = Annotated[int, Field(ge=0, le=2**53)]
+Natural = Annotated[int, Field(ge=0, le=2**53)]
 Tokens = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 FIRST = _First()  # in the type of a list of many: the first error is enough
 
 
@@ -155,7 +155,7 @@ def parse_json(text: str, where: str | Path, line: int = 1, mend: bool = False, 
         elif isinstance(one, list):
             left += one
         elif isinstance(one, int) and not -(2**63) <= one < 2**63:
-            raise UserError(f"{where}: {shown(one)} is beyond 64 bits")
+            raise UserError(f"{where}: {excerpt(one)} is beyond 64 bits")
         elif isinstance(one, float) and not isfinite(one):
             raise UserError(f"{where}: {one} is no finite number")
     stands = where if line == 1 else f"{where}, line {line}"
@@ -184,32 +184,21 @@ def checked(schema: type[Schema], contents: Any, where: str | Path, under: str =
         first = error.errors(include_url=False, include_context=False)[0]
         missing = first["type"] == "missing"
         path = [str(part) for part in (*filter(None, [under]), *(first["loc"][:-1] if missing else first["loc"]))]
-        place = shown(".".join(path), 4 * SHOWN).strip("'\"")
+        place = excerpt(".".join(path), 4 * SHOWN).strip("'\"")
         if missing:
             kin = [one["loc"] for one in error.errors(include_url=False) if one["type"] == "missing"]
             lacking = [str(loc[-1]) for loc in kin if loc[:-1] == first["loc"][:-1]]
             owner = f"{where}: {place}" if place else str(where)
             raise UserError(f"{owner} lacks {', '.join(lacking)}") from None
         reason = KINDS.get(first["type"], re.sub(r"^\w+ should", "must", first["msg"]))
-        value = f"={shown(first['input'])}" if place else ""
+        value = f"={excerpt(first['input'])}" if place else ""
         told = f"is {reason}" if first["type"] in KINDS else reason
         raise UserError(f"{where}: {f'{place}{value} {told}'.strip()}") from None
 
 
-def shown(value: Any, most: int = SHOWN) -> str:
+def excerpt(value: Any, most: int = SHOWN) -> str:
     """A value on one line, cut off where it is long."""
     if isinstance(value, dict | list):
         return "{...}" if isinstance(value, dict) else "[...]"
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def one_line(reason: object, most: int = 300) -> str:
-    """What a library says of a file, on one line, whatever the file has put into it."""
-    text = printable(" ".join(str(reason).split())) or type(reason).__name__
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def printable(text: str) -> str:
-    """A text without what could steer a terminal."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

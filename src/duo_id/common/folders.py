@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from duo_id.common.documents import Count, Data, Line, checked, parse_json
+from duo_id.common.documents import Data, Line, Natural, checked, parse_json
 from duo_id.common.errors import UserError
 
 LOCK = ".lock"  # in a folder: held by the process that works there, and says which it is
@@ -27,10 +27,10 @@ NO_LOCK = "tells who works in this folder, and is no plain file: remove it"
 class _Holder(Data):
     """What `LOCK` says; anybody may have written it."""
 
-    pid: Count | None = None
+    pid: Natural | None = None
     host: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]*$", max_length=255)] | None = None
     sweep: Line | None = None
-    job: Count | None = None
+    job: Natural | None = None
 
 
 def fresh(folder: str | Path) -> Path:

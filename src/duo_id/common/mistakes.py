@@ -11,7 +11,7 @@ from hydra.utils import get_method
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf.errors import ConfigTypeError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, first_line, one_line
 
 KINDS: dict[type[Any], str] = {dict: "a mapping, such as {key: value}", list: "a list, such as [value]"}
 
@@ -23,7 +23,7 @@ def explained(error: BaseException) -> str:
         chain.append(cause)
     for link in chain:
         if isinstance(link, UserError):
-            return _joined(link)
+            return one_line(link, None)
     for link in chain:
         if isinstance(link, OverrideParseException):
             return _unread(link)
@@ -31,13 +31,13 @@ def explained(error: BaseException) -> str:
             key = link.full_key or str(link).split()[-1]
             return f"{key}: its value is missing, give {key}=VALUE"
         if isinstance(link, ConfigTypeError) and link.object_type in KINDS:
-            return f"{_joined(error)}: {link.full_key} is {KINDS[link.object_type]}"
+            return f"{one_line(error)}: {link.full_key} is {KINDS[link.object_type]}"
         if isinstance(link, ValidationError) and "is not a ListConfig" in str(link):
             return f"{link.full_key} is {KINDS[list]}"
     if isinstance(error, OmegaConfBaseException):
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         return f"{error.full_key}: {reason}" if error.full_key else reason
-    return _joined(error)
+    return one_line(error, None)
 
 
 def literal(value: Any) -> Any:
@@ -56,7 +56,7 @@ def check_named(override: str, target: Any) -> None:
     try:
         get_method(target)
     except Exception as error:  # whatever a module does while it is imported
-        raise UserError(f"{override}={target}: there is no such class ({_joined(error)})") from error
+        raise UserError(f"{override}={target}: there is no such class ({one_line(error)})") from error
 
 
 def instantiate(group: str, settings: Mapping[str, Any], *args: Any, about: str = "_target_", **others: Any) -> Any:
@@ -89,7 +89,7 @@ def instantiate(group: str, settings: Mapping[str, Any], *args: Any, about: str 
             )  # nothing of this kind
         named = named or [about]
         overrides = ", ".join(f"{group}.{key}={settings.get(key)}" for key in named)
-        raise UserError(f"{overrides}: {_joined(reason)}") from reason
+        raise UserError(f"{overrides}: {one_line(reason)}") from reason
 
 
 def no_choice(override: str) -> bool:
@@ -127,11 +127,7 @@ def as_typed(override: str) -> str:
 def _unread(error: OverrideParseException) -> str:
     """An override that Hydra cannot read, with the quotes that its value needs, such as a path with `=` in it."""
     key, _, value = error.override.partition("=")
-    reason = str(error).splitlines()[0]
+    reason = first_line(error)
     if value[:1] not in "[{\"'" and (mended := quoted(error.override)):
         return f"{error.override}: the value of {key} needs quotes that Hydra sees: {mended}"
     return f"{error.override}: Hydra cannot read it ({reason})"
-
-
-def _joined(error: BaseException) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__

@@ -1,15 +1,24 @@
-"""Progress bars of long work, with an estimate of the time left."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""The bar that long commands show."""
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
-@contextmanager
-def progress_bar(console: Console) -> Iterator[Progress]:
-    """A bar that is gone when the block ends."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as progress:
-        yield progress
+def progress_bar(console: Console, counted: bool = True) -> Progress:
+    """What is being done, how much of it is, and the time that it has taken and will take; gone when it ends.
+
+    Args:
+        console: shows it.
+        counted: whether tasks consist of things that one counts; otherwise their share is shown.
+    """
+    share = MofNCompleteColumn() if counted else TaskProgressColumn()
+    times = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}"), BarColumn(), share, *times, console=console, transient=True)

@@ -13,8 +13,8 @@ import datasets
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.documents import Count, Data, Line, checked, one_line, read_json
-from duo_id.common.errors import UserError, check
+from duo_id.common.documents import Data, Line, Natural, checked, read_json
+from duo_id.common.errors import UserError, check, one_line
 from duo_id.common.files import whole_folder
 from duo_id.common.integrity import check_sums
 from duo_id.data.samples import Sample, Task
@@ -69,7 +69,7 @@ class _Card(Data):
 
     settings: _Settings
     vocabulary: Line
-    longest: Count
+    longest: Natural
 
 
 class DiskTask:

@@ -1,6 +1,5 @@
 """Read a long prompt in chunks, so that activations take the memory of a single chunk."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from duo_id.attention.padding import first_position
-from duo_id.common.compat import cache_argument
+from duo_id.common.compat import cache_argument, keeps_logits
 from duo_id.common.errors import UserError
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.chunks import Continuation, check_chunks
@@ -74,7 +73,7 @@ def read_in_chunks(
     last = (real * torch.arange(1, tokens + 1, device=real.device)).argmax(-1) if tokens else real.sum(-1)
     if not bool(real.any()):
         raise UserError("prefill needs a prompt of at least one token")
-    has_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+    has_logits_to_keep = keeps_logits(model)
     name, options, logits = cache_argument(model), dict[str, Any](), None
     for start in track(range(0, tokens, chunk_size), "prefill", disable=not progress, transient=True):
         end = min(tokens, start + chunk_size)

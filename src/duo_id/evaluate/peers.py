@@ -11,9 +11,9 @@ from pydantic import Field
 from duo_id.common.documents import (
     FIRST,
     LARGEST_ROWS,
-    Count,
     Data,
     Line,
+    Natural,
     Share,
     Tokens,
     checked,
@@ -54,13 +54,13 @@ class _Header(Data):
 class _QuestionAnswer(Data):
     """An answered question."""
 
-    question: Count
+    question: Natural
     loss: float
     kl: float
-    tokens: Count
-    correct: Count
-    bytes: Count
-    full_bytes: Count
+    tokens: Natural
+    correct: Natural
+    bytes: Natural
+    full_bytes: Natural
     generated: Annotated[list[TokenId], FIRST] | None
 
 
@@ -69,7 +69,7 @@ class _FailureLine(Data):
 
     task: Line
     length: Tokens
-    index: Count
+    index: Natural
     sparsity: Share
     error: str
 
@@ -79,7 +79,7 @@ class _AnswerLine(Data):
 
     task: Line
     length: Tokens
-    index: Count
+    index: Natural
     sparsity: Share
     questions: Annotated[list[_QuestionAnswer], FIRST]
 

@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from duo_id.common.errors import UserError
+from duo_id.common.progress import progress_bar
 from duo_id.deploy.chunks import continuation
 from duo_id.deploy.install import duo_attention
 from duo_id.evaluate.contenders import Contender
@@ -17,7 +17,7 @@ from duo_id.evaluate.judging import score_rows
 from duo_id.evaluate.reading import Answers, Reader, batches, end_tokens
 from duo_id.models.language_model import LanguageModel
 
-CPU_BATCH_TOKENS = 4096
+CPU_CONTEXT_TOKENS = 4096
 
 
 def run(
@@ -40,7 +40,7 @@ def run(
         contenders: full attention first.
         journal: receives the rows after each batch of each contender.
         generate: also generate answers.
-        batch_tokens: see `Reader`; None: what fits the device, see `batch_tokens_for`.
+        batch_tokens: see `Reader`; None: what fits the device, see `context_tokens_for`.
         chunk_size: tokens per forward pass.
         console: shows the progress, and warns if contexts are not read in chunks.
 
@@ -49,7 +49,7 @@ def run(
     """
     full = contenders[0]
     assert full.kind == "full"
-    batch_tokens = batch_tokens or batch_tokens_for(model)
+    batch_tokens = batch_tokens or context_tokens_for(model)
     reader = Reader(model, batch_tokens, chunk_size)
     rows = partial(score_rows, tokenizer=model.tokenizer, ends=end_tokens(model))
 
@@ -75,7 +75,7 @@ def run(
     ]
     if todo:
         _warn_if_stepwise(model, todo[0][0][0], full, chunk_size, console)
-    with _progress(console) as progress:
+    with progress_bar(console, counted=False) as progress:
         work = sum(_work(batch) + sum(map(_work, others.values())) for batch, others in todo)
         bar = progress.add_task("evaluating", total=work)
         for batch, others in todo:
@@ -104,14 +104,14 @@ def _warn_if_stepwise(model: LanguageModel, item: Item, full: Contender, chunk_s
         )
 
 
-def batch_tokens_for(model: LanguageModel) -> int:
+def context_tokens_for(model: LanguageModel) -> int:
     """Tokens whose full KV cache takes a seventh of a GPU's free memory (it is copied, and copies grow).
 
     On a CPU, where larger batches are no faster, a few thousand: progress is saved after each batch.
     """
     device, config = model.model.device, model.model.config.get_text_config()
     if device.type != "cuda":
-        return CPU_BATCH_TOKENS
+        return CPU_CONTEXT_TOKENS
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * dim * model.model.dtype.itemsize
@@ -121,8 +121,3 @@ def batch_tokens_for(model: LanguageModel) -> int:
 def _work(batch: Sequence[Item]) -> int:
     """Tokens read plus those that may be generated, weighted: a proxy for time."""
     return sum(len(item.context) + 32 * item.max_new_tokens for item in batch)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)

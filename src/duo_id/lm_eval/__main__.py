@@ -8,8 +8,7 @@ if __name__ == "__main__":
 import sys
 
 from duo_id.common import cli
-from duo_id.common.documents import one_line
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, one_line
 from duo_id.common.stopping import describe_interrupt, status_of, stoppable
 
 ADVICE = {

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from rich.console import Console
 
-from duo_id.common.documents import Count, Data, Positive, checked, read_json
+from duo_id.common.documents import Data, Natural, NonNegative, checked, read_json
 from duo_id.common.errors import UserError, check
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
@@ -33,12 +33,12 @@ CPU_BATCH_TOKENS = 16384
 class _Searched(Data):
     """What `ORDER` holds."""
 
-    shape: Annotated[list[Count], Field(min_length=2, max_length=2)]
-    first: list[Count]
-    last: list[Count]
+    shape: Annotated[list[Natural], Field(min_length=2, max_length=2)]
+    first: list[Natural]
+    last: list[Natural]
     hints: list[float]
-    swaps: Count = 0
-    seconds: Positive = 0.0
+    swaps: Natural = 0
+    seconds: NonNegative = 0.0
 
 
 def find(gated_model: GatedModel, samples: SampleModule, settings: SearchSettings, run: Run) -> HeadPattern:

@@ -1,6 +1,5 @@
 """A frozen language model of any family: its states, its logits, what it is."""
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.padding import first_position, no_padding
 from duo_id.attention.ulysses import from_previous
+from duo_id.common.compat import keeps_logits
 from duo_id.distributed.ranks import Ranks
 
 
@@ -58,7 +58,7 @@ class LanguageModel:
     @property
     def keeps_logits(self) -> bool:
         """Whether the model can compute the logits of selected positions only."""
-        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        return keeps_logits(self.model)
 
     @property
     def trunk(self) -> PreTrainedModel:

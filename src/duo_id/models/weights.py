@@ -6,7 +6,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, first_line
 
 DAMAGED = (SafetensorError, RuntimeError, KeyError, EOFError)  # what transformers raises for damaged files
 
@@ -41,4 +41,4 @@ def damage_error(name: str, source: str, revision: str | None, error: Exception)
 def reason_of(error: Exception) -> str:
     """The first line of an error's message, or of its cause if it is a failed check of a config."""
     cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
-    return str(cause or error).strip().partition("\n")[0][:400]
+    return first_line(cause or error)

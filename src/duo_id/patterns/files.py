@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import torch
 
-from duo_id.common.documents import FIRST, Count, Data, Line, Tokens, checked, read_object, read_text, shown
+from duo_id.common.documents import FIRST, Data, Line, Natural, Tokens, checked, excerpt, read_object, read_text
 from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
 from duo_id.common.integrity import DIFFERS, SEAL, digest_of, sealed
@@ -39,15 +39,15 @@ class Sizes(Data):
     sink_size: Tokens
     recent_size: Tokens
     model_name: Line | None = None
-    gated_layers: Annotated[list[Count], FIRST] | None = None
+    gated_layers: Annotated[list[Natural], FIRST] | None = None
 
 
 class Heads(Sizes):
     """The contents of a heads.json, besides its schema and version."""
 
-    gated_layers: Annotated[list[Count], FIRST]
-    layers: Count
-    kv_heads: Count
+    gated_layers: Annotated[list[Natural], FIRST]
+    layers: Natural
+    kv_heads: Natural
     provenance: dict[str, Any]
     scores: Annotated[list[Annotated[list[float], FIRST]], FIRST]
 
@@ -145,7 +145,7 @@ def pattern_from_json(contents: dict[str, Any], path: str | Path) -> HeadPattern
     """
     if contents.get("schema") != SCHEMA:
         raise UserError(
-            f"{path} is not a head pattern: its schema is {shown(contents.get('schema'))}, not {SCHEMA!r} "
+            f"{path} is not a head pattern: its schema is {excerpt(contents.get('schema'))}, not {SCHEMA!r} "
             "(python -m duo_id.convert reads other tools' files)"
         )
     while isinstance(version := contents.get("version"), int) and version < VERSION and version in MIGRATIONS:
@@ -154,7 +154,7 @@ def pattern_from_json(contents: dict[str, Any], path: str | Path) -> HeadPattern
         newer = isinstance(version, int) and version > VERSION
         advice = "; a newer duo_id wrote it, upgrade to read it" if newer else ""
         raise UserError(
-            f"{path} has version {shown(version)} of its schema, but this duo_id reads version {VERSION}{advice}"
+            f"{path} has version {excerpt(version)} of its schema, but this duo_id reads version {VERSION}{advice}"
         )
     heads = checked(Heads, contents, path)
     scores = number_rows(f"{path}: scores, row", enumerate(heads.scores, start=1))

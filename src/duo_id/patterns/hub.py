@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, first_line
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -57,20 +57,15 @@ def readable_errors(repo: str, revision: str | None = None, local: bool = True) 
             "(hf auth login, or HF_TOKEN)"
         ) from None
     except errors.HFValidationError as error:
-        raise UserError(f"{name} is not the name of a repo: {_line(error)}") from None
+        raise UserError(f"{name} is not the name of a repo: {first_line(error)}") from None
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403):
             raise UserError(f"{name}: the hub refuses this login (HTTP {status}): hf auth login, or HF_TOKEN") from None
-        raise UserError(f"{name}: the hub returned an error ({_line(error)})") from None
+        raise UserError(f"{name}: the hub returned an error ({first_line(error)})") from None
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         advice = "copy the repo's folder and pass its path" if local else "upload the heads/ folder from elsewhere"
         raise UserError(
             f"{name}{' is not a local folder, and' if local else ':'} the hub cannot be reached "
-            f"({_line(error.__cause__ or error)}): check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or {advice}"
+            f"({first_line(error.__cause__ or error)}): check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or {advice}"
         ) from None
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duo_id.common.documents import MOST_TOKENS, checked, shown
+from duo_id.common.documents import MOST_TOKENS, checked, excerpt
 from duo_id.common.errors import UserError
 from duo_id.patterns.provenance import Provenance
 
@@ -280,7 +280,7 @@ def _set_checked_fields(owner: HeadPattern | HeadMask, name: str, heads: Tensor)
         size = getattr(owner, window)
         if not isinstance(size, Integral) or isinstance(size, bool) or not smallest <= int(size) <= MOST_TOKENS:
             most = f", at most {MOST_TOKENS}" if isinstance(size, Integral) and int(size) > MOST_TOKENS else ""
-            raise UserError(f"{window}={shown(size)} must be a whole number of tokens, at least {smallest}{most}")
+            raise UserError(f"{window}={excerpt(size)} must be a whole number of tokens, at least {smallest}{most}")
         object.__setattr__(owner, window, int(size))
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from duo_id.common.documents import FIRST, Count, Data, Line, Positive, Share
+from duo_id.common.documents import FIRST, Data, Line, Natural, NonNegative, Share
 
 
 class Model(Data):
@@ -13,17 +13,17 @@ class Model(Data):
     revision: Line | None = None
     source: Line | None = None
     dtype: Line | None = None
-    layers: Count | None = None
-    gated_layers: Count | None = None
-    kv_heads: Count | None = None
-    heads: Count | None = None
+    layers: Natural | None = None
+    gated_layers: Natural | None = None
+    kv_heads: Natural | None = None
+    heads: Natural | None = None
 
 
 class SampleSettings(Data):
     """The settings of the samples."""
 
     task: Line | None = None
-    mixture: dict[str, Positive] | None = None
+    mixture: dict[str, NonNegative] | None = None
 
 
 class MethodSettings(Data):
@@ -46,7 +46,7 @@ class RunRecord(Data):
 
     settings: Settings | None = None
     versions: dict[str, Line | None] | None = None
-    seed: Count | None = None
+    seed: Natural | None = None
     budget: Share | None = None
 
 
@@ -54,7 +54,7 @@ class Provenance(RunRecord):
     """Of a pattern."""
 
     model: Model | None = None
-    seconds: Positive | None = None
+    seconds: NonNegative | None = None
 
 
 class Result(Data):
@@ -62,15 +62,15 @@ class Result(Data):
 
     heads: Line
     sparsity: Share
-    seed: Count | None = None  # of random masks
+    seed: Natural | None = None  # of random masks
     answer_loss: float
     token_accuracy: float | None = None
     exact_answers: float | None = None
     loss: float | None = None  # sums behind the means
-    correct: Count | None = None
-    tokens: Count | None = None
-    exact: Count | None = None
-    answers: Count | None = None
+    correct: Natural | None = None
+    tokens: Natural | None = None
+    exact: Natural | None = None
+    answers: Natural | None = None
 
 
 class Evidence(RunRecord):
@@ -83,8 +83,8 @@ class Summary(Evidence):
     """A summary.json as reports read it."""
 
     model: Model
-    seconds: dict[str, Positive] | Positive | None = None  # of each part; the total in early versions
-    steps: Count | None = None
+    seconds: dict[str, NonNegative] | NonNegative | None = None  # of each part; the total in early versions
+    steps: Natural | None = None
     mean_gate: float = 0.0
     validation_loss: float | None = None
 
@@ -93,7 +93,7 @@ class PublishedSummary(Evidence):
     """A summary.json as published: only these fields. Its settings are in the pattern's provenance."""
 
     model: Model | None = None
-    seconds: dict[str, Positive] | Positive | None = None
-    steps: Count | None = None
+    seconds: dict[str, NonNegative] | NonNegative | None = None
+    steps: Natural | None = None
     mean_gate: float | None = None
     validation_loss: float | None = None

@@ -12,8 +12,8 @@ import pandas as pd
 from huggingface_hub import HfApi, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from duo_id.common.documents import checked, printable, read_object
-from duo_id.common.errors import UserError
+from duo_id.common.documents import checked, read_object
+from duo_id.common.errors import UserError, printable
 from duo_id.common.figures import save_figure
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed

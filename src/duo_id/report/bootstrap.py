@@ -6,6 +6,7 @@ multiplied by random numbers instead (Wu 1986, "Jackknife, bootstrap and other r
 analysis"), such that the mean of n normal values gets exactly the interval of Student's t with n - 1 degrees of
 freedom, 4.3 standard errors either side for 3 seeds. The samples of all tasks share their degrees of freedom. The sum
 of both sources has the Behrens-Fisher interval, whose coverage is 95% or slightly more.
+`scipy.stats.bootstrap` has neither: it resamples units of one kind, with replacement.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from duo_id.common.documents import Count, Data, Line, Share, Tokens
+from duo_id.common.documents import Data, Line, Natural, Share, Tokens
 
 SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
 ScoredRow = dict[str, Any]  # one contender's scores on one question, see `duo_id.evaluate.judging`
@@ -15,18 +15,18 @@ class Scored(Data):
 
     task: Line
     length: Tokens
-    index: Count
-    question: Count
+    index: Natural
+    question: Natural
     depth: Share | None
     kind: Literal["full", "pattern", "baseline", "eviction"]
     heads: Line
     sparsity: Share
-    seed: Count | None
+    seed: Natural | None
     loss: float
     kl: float | None
-    tokens: Count
-    correct: Count
+    tokens: Natural
+    correct: Natural
     score: float | None
     exact: bool | None
     text: str | None
-    bytes: Count | None
+    bytes: Natural | None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 
-from duo_id.common.documents import FIRST, LARGEST_ROWS, Count, Data, Line, checked, read_json, shown
+from duo_id.common.documents import FIRST, LARGEST_ROWS, Data, Line, Natural, checked, excerpt, read_json
 from duo_id.common.errors import UserError
 from duo_id.patterns.files import pattern_from_json
 from duo_id.patterns.provenance import Model
@@ -75,7 +75,7 @@ class Results(Data):
     versions: dict[str, Line | None]
     rows: Annotated[list[Scored], FIRST]
     split: Line | None = None
-    seed: Count | None = None
+    seed: Natural | None = None
     chat_template: bool | None = None
 
 
@@ -96,10 +96,10 @@ def load_results(path: str | Path) -> dict[str, Any]:
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         raise UserError(f"{path} does not hold the results of an evaluation (schema {SCHEMA})")
     if results.get("version") != VERSION:
-        raise UserError(f"{path} has version {shown(results.get('version'))}, this duo_id reads version {VERSION}")
+        raise UserError(f"{path} has version {excerpt(results.get('version'))}, this duo_id reads version {VERSION}")
     checked(Results, results, path)
     for name, pattern in results["patterns"].items():
-        pattern_from_json(pattern, f"{path}: patterns.{shown(name)}")
+        pattern_from_json(pattern, f"{path}: patterns.{excerpt(name)}")
     if not results["rows"]:
         raise UserError(f"{path} holds no rows: nothing was scored")
     if all(row["kind"] != "full" for row in results["rows"]):

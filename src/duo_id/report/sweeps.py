@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
-from duo_id.common.cli import ERROR
-from duo_id.common.documents import checked, one_line, read_object, read_text
-from duo_id.common.errors import UserError
+from duo_id.common.documents import checked, read_object, read_text
+from duo_id.common.errors import UserError, one_line
+from duo_id.common.run_folders import ERROR
 from duo_id.patterns.files import HEADS, load_pattern
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.provenance import Summary

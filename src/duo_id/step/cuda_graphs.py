@@ -1,4 +1,8 @@
-"""The loss of a step and its gradient as one CUDA graph: small models spend their time launching kernels."""
+"""The loss of a step and its gradient as one CUDA graph: small models spend their time launching kernels.
+
+`torch.cuda.make_graphed_callables` takes tensors alone, of one set of shapes, and makes two graphs of forward and
+backward pass; torch.compile's `reduce-overhead` would compile the model too, which is for `step.compile` to say.
+"""
 
 from collections.abc import Callable
 from typing import Any

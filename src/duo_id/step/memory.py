@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from math import inf, nan
+from math import inf
 from typing import Any
 
 import torch
@@ -138,37 +138,30 @@ class MeasuredCosts(Costs):
         smallest = self.plan_for([Keep.INPUT] * layers, tokens, budget)
         smallest.check()
         room = inf if budget is None else (1 - smallest.spared) * budget - smallest.total
-        beyond = [[row[level] - row[Keep.INPUT] for level in Keep] for row in self.kept]
-        more = tokens * _of_runs(torch.tensor(beyond, dtype=torch.float64))
-        work = _of_runs(torch.tensor(self.again(tokens), dtype=torch.float64))
-        work[(more > room) | work.isnan()] = inf
+        # All ways to cut the layers into runs of one level: two levels alone leave up to a sixth more to do again.
+        ends = torch.combinations(torch.arange(layers + 1), len(Keep) - 1, with_replacement=True)
+        more = tokens * _sums_of_runs([[row[level] - row[Keep.INPUT] for level in Keep] for row in self.kept], ends)
+        work = _sums_of_runs(self.again(tokens), ends)
+        work[more > room] = inf
         more[work > work.min()] = inf
-        best = (more == more.min()).nonzero()[-1].tolist()  # of equals the one in which most layers keep their input
-        starts = [0, *best, layers]
-        runs = zip(reversed(Keep), pairwise(starts), strict=True)
+        best = (more == more.min()).nonzero()[-1, 0]  # of equals the one in which most layers keep their input
+        runs = zip(reversed(Keep), pairwise([0, *ends[best].tolist(), layers]), strict=True)
         levels = [level for level, (start, end) in runs for _ in range(start, end)]
         return self.plan_for(levels, tokens, budget)
 
 
-def _of_runs(table: Tensor) -> Tensor:
+def _sums_of_runs(table: Sequence[Sequence[float]], ends: Tensor) -> Tensor:
     """What layers come to if the first ones do as the last column says, the next ones as the one before it, and so on.
 
     Args:
-        table: (layers, n) float64, a layer's value at each of n levels.
+        table: (layers, n), a layer's value at each of n levels.
+        ends: (..., n - 1), the layers at which all runs but the last end.
 
     Returns:
-        (layers + 1, ...), n - 1 dimensions: the sum, by the layers at which runs of one level end; nan where a run
-        would end before it starts.
+        (...) float64.
     """
-    layers, levels = table.shape
-    sums = F.pad(table.cumsum(0), (0, 0, 1, 0))
-    found = sums[layers, 0]
-    ends = torch.meshgrid(*[torch.arange(layers + 1)] * (levels - 1), indexing="ij")
-    for level, end in zip(range(levels - 1, 0, -1), ends, strict=True):
-        found = found + sums[end, level] - sums[end, level - 1]
-    for first, second in pairwise(ends):
-        found = found.masked_fill(first > second, nan)
-    return found
+    sums = F.pad(torch.tensor(table, dtype=torch.float64).cumsum(0), (0, 0, 1, 0))
+    return sums[-1, 0] + sums.diff(dim=1).flip(1).gather(0, ends).sum(-1)
 
 
 class MemoryPlanner:

@@ -17,8 +17,7 @@ from duo_id.attention.blends import BLENDS
 from duo_id.attention.functions import masked_layers
 from duo_id.attention.interface import bound
 from duo_id.common.config import plain, shown
-from duo_id.common.documents import printable
-from duo_id.common.errors import UserError, check
+from duo_id.common.errors import UserError, check, printable
 from duo_id.common.mistakes import as_typed
 from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, with_scored
 from duo_id.methods.gates import GATES

@@ -9,8 +9,8 @@ import lightning
 import numpy as np
 import pandas as pd
 
-from duo_id.common.documents import one_line, read_text
-from duo_id.common.errors import UserError
+from duo_id.common.documents import read_text
+from duo_id.common.errors import UserError, one_line
 from duo_id.common.files import write_text
 from duo_id.common.integrity import SEAL, sealed_csv, unsealed_csv
 

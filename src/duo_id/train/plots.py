@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from duo_id.common.documents import LARGEST_ROWS, one_line, read_text, shown
-from duo_id.common.errors import UserError
+from duo_id.common.documents import LARGEST_ROWS, read_text
+from duo_id.common.documents import excerpt as shown
+from duo_id.common.errors import UserError, one_line
 from duo_id.common.figures import (
     COLORS,
     MARKERS,

@@ -16,8 +16,11 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, Tim
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 from pydantic import Field
 
-from duo_id.common.documents import Count, Data, Line, Positive, checked, one_line, shown
-from duo_id.common.errors import UserError, check
+from duo_id.common.documents import Data, Line, checked
+from duo_id.common.documents import Natural as Count
+from duo_id.common.documents import NonNegative as Positive
+from duo_id.common.documents import excerpt as shown
+from duo_id.common.errors import UserError, check, one_line
 from duo_id.common.foreign import walk
 
 MOST = 2**53  # of a count

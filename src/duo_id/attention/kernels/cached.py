@@ -24,10 +24,11 @@ FAR_BELOW = tl.constexpr(-1e30)  # below any score; unlike -inf it can be subtra
 
 
 @triton.jit
-def _fold(query, key, value, visible, row_max, total, out, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def fold(query, key, value, visible, row_max, total, out, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """Fold one block of keys (n, dim) into the running softmax of the queries (m, dim)."""
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-    scores = tl.where(visible, scores, float("-inf"))
+    if MASKED:
+        scores = tl.where(visible, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     weights = tl.exp2(scores - new_max[:, None])
     rescale = tl.exp2(row_max - new_max)
@@ -85,8 +86,8 @@ def _decode(  # type: ignore[no-untyped-def]
         offsets = slots_read.to(tl.int64)[:, None] * DIM + columns[None, :]
         block_keys = tl.load(keys + offsets, visible[:, None] & in_head[None, :], 0.0)
         block_values = tl.load(values + offsets, visible[:, None] & in_head[None, :], 0.0)
-        row_max, total, out = _fold(
-            queries, block_keys, block_values, visible[None, :], row_max, total, out, scale, PRECISION
+        row_max, total, out = fold(
+            queries, block_keys, block_values, visible[None, :], row_max, total, out, scale, True, PRECISION
         )
     if (split == 0) & (slot < slots):
         tl.store(keys + slot.to(tl.int64) * DIM + columns, new_key, in_head)
@@ -165,7 +166,9 @@ def _stream(  # type: ignore[no-untyped-def]
         stored = tl.where(slot < sink, slot, past - 1 - (past - 1 - slot) % recent)  # the position that a slot holds
         near = (slot[None, :] < sink) | (position[:, None] - stored[None, :] < recent)
         visible = (slot[None, :] < used) & near
-        row_max, total, out = _fold(queries, block_keys, block_values, visible, row_max, total, out, scale, PRECISION)
+        row_max, total, out = fold(
+            queries, block_keys, block_values, visible, row_max, total, out, scale, True, PRECISION
+        )
 
     keys, values = key + batch * key_batch + head * key_head, value + batch * value_batch + head * value_head
     nearest = tl.maximum(begin - recent + 1, 0) // BLOCK * BLOCK  # the first block that a window reaches into
@@ -180,7 +183,9 @@ def _stream(  # type: ignore[no-untyped-def]
         block_values = tl.load(values + token.to(tl.int64)[:, None] * value_token + columns[None, :], inside, 0.0)
         near = (past + token[None, :] < sink) | (row[:, None] - token[None, :] < recent)
         visible = (token[None, :] <= row[:, None]) & (token[None, :] < end) & near
-        row_max, total, out = _fold(queries, block_keys, block_values, visible, row_max, total, out, scale, PRECISION)
+        row_max, total, out = fold(
+            queries, block_keys, block_values, visible, row_max, total, out, scale, True, PRECISION
+        )
 
     at = output + batch * output_batch + (head * GROUP + member) * output_head
     at += row.to(tl.int64)[:, None] * output_token + columns[None, :]

@@ -8,7 +8,7 @@ rows see need no mask. Softmax is computed online, in base 2; its log-sum is kep
 import triton
 import triton.language as tl
 
-from duo_id.attention.kernels.cached import FAR_BELOW
+from duo_id.attention.kernels.cached import FAR_BELOW, fold
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -73,20 +73,6 @@ def _sees(query, key, sink, recent):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _fold(queries, keys, values, visible, row_max, total, out, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Fold one block of keys into the running softmax of the rows."""
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-    if MASKED:
-        scores = tl.where(visible, scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_max[:, None])
-    rescale = tl.exp2(row_max - new_max)
-    total = total * rescale + tl.sum(weights, 1)
-    out = tl.dot(weights.to(values.dtype), values, out * rescale[:, None], input_precision=PRECISION)
-    return new_max, total, out
-
-
-@triton.jit
 def streaming_forward(  # type: ignore[no-untyped-def]
     query, key, value, output, log_sum, scale, tokens, sink, recent,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
@@ -110,14 +96,14 @@ def streaming_forward(  # type: ignore[no-untyped-def]
         token = _inner_block(number, nearest, sinks, inner_start, BLOCK) + tl.arange(0, BLOCK)
         keys = _load_keys(key, token, tokens, key_token, columns, DIM)
         values = _load_keys(value, token, tokens, value_token, columns, DIM)
-        row_max, total, out = _fold(queries, keys, values, True, row_max, total, out, scale, False, PRECISION)
+        row_max, total, out = fold(queries, keys, values, True, row_max, total, out, scale, False, PRECISION)
     for number in range(0, tl.cdiv(sinks, BLOCK) - sinks // BLOCK + inner_start + blocks - inner_end):
         start, limit = _edge_block(number, nearest, sinks, inner_start, inner_end, tokens, BLOCK)
         token = start + tl.arange(0, BLOCK)
         keys = _load_keys(key, token, limit, key_token, columns, DIM)
         values = _load_keys(value, token, limit, value_token, columns, DIM)
         visible = _sees(position[:, None], token[None, :], sink, recent) & (token < limit)[None, :]
-        row_max, total, out = _fold(queries, keys, values, visible, row_max, total, out, scale, True, PRECISION)
+        row_max, total, out = fold(queries, keys, values, visible, row_max, total, out, scale, True, PRECISION)
     output += batch * output_batch + head * GROUP * output_head
     total = tl.where(row < end, total, 1.0)
     _store_rows(output, out / total[:, None], row, end, output_head, output_token, columns, GROUP, DIM)

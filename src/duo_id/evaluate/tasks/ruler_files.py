@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from duo_id.common.documents import LARGEST_ROWS, Data, Line, Tokens, checked, one_line, parse_lines, read_text
-from duo_id.common.errors import UserError, check
+from duo_id.common.documents import LARGEST_ROWS, Data, Line, Tokens, checked, parse_lines, read_text
+from duo_id.common.errors import UserError, check, one_line
 
 HUB = "simonjegou/ruler"  # the data set that NVIDIA/kvpress evaluates on: 4096, 8192 and 16384 tokens
 SUFFIXES = (".jsonl", ".parquet")

@@ -16,8 +16,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from duo_id.common.documents import one_line, read_json, read_text
-from duo_id.common.errors import UserError
+from duo_id.common.documents import read_json, read_text
+from duo_id.common.errors import UserError, one_line
 from duo_id.common.files import write_text
 from duo_id.patterns.formats.options import Options, as_pattern, pool, query_heads, repeat_scores
 from duo_id.patterns.pattern import HeadPattern
