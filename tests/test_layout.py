@@ -96,16 +96,12 @@ def test_nobody_imports_the_entry_points() -> None:
         ("common.errors", ""),
         ("common.files", "common.integrity common.errors"),
         ("common.figures", "common.files common.integrity common.errors"),
-        ("patterns.pattern", "patterns.provenance common.documents common.integrity common.errors"),
+        ("patterns.files", "patterns.tables patterns.hub common.files common.documents common.integrity common.errors"),
+        ("patterns.heatmap", "patterns.cells common.figures common.files common.integrity common.errors"),
         (
-            "patterns.files",
-            "patterns.pattern patterns.tables patterns.hub patterns.provenance common.files common.documents "
-            "common.integrity common.errors",
-        ),
-        (
-            "patterns.plots",
-            "patterns.pattern patterns.provenance common.figures common.files common.documents common.integrity "
-            "common.errors",
+            "patterns.pattern",
+            "patterns.cells patterns.fields patterns.files patterns.heatmap patterns.tables patterns.hub "
+            "patterns.provenance common.figures common.files common.documents common.integrity common.errors",
         ),
         ("attention.layers", "attention.padding common.errors"),
         (

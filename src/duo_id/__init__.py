@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from duo_id.deploy.install import dual_cache, duo_attention, install, remove
     from duo_id.deploy.prefill import prefill
     from duo_id.evaluate.api import evaluate_pattern
-    from duo_id.patterns.files import list_patterns, load_pattern, save_pattern
+    from duo_id.patterns.files import list_patterns
     from duo_id.patterns.pattern import HeadMask, HeadPattern
+    from duo_id.patterns.saved import load_pattern, save_pattern
     from duo_id.patterns.sharing import push_to_hub
     from duo_id.train.api import identify
 
@@ -25,11 +26,11 @@ _HOMES = {
     "identify": "duo_id.train.api",
     "install": "duo_id.deploy.install",
     "list_patterns": "duo_id.patterns.files",
-    "load_pattern": "duo_id.patterns.files",
+    "load_pattern": "duo_id.patterns.saved",
     "prefill": "duo_id.deploy.prefill",
     "push_to_hub": "duo_id.patterns.sharing",
     "remove": "duo_id.deploy.install",
-    "save_pattern": "duo_id.patterns.files",
+    "save_pattern": "duo_id.patterns.saved",
 }
 __all__ = [
     "DualCache",

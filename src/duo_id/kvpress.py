@@ -9,7 +9,7 @@ from typing import Any
 
 from kvpress import DuoAttentionPress
 
-from duo_id.patterns.files import load_pattern
+from duo_id.patterns.saved import load_pattern
 
 
 @dataclass

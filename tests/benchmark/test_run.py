@@ -14,8 +14,8 @@ from duo_id.benchmark import caches
 from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.common.config import conf_dir
 from duo_id.common.integrity import SEAL, unsealed
-from duo_id.patterns.files import save_pattern
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.saved import save_pattern
 from tests.support.commands import run_command, settings_of
 from tests.test_layout import leaves
 

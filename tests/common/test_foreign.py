@@ -20,8 +20,8 @@ from duo_id.common.mistakes import literal
 from duo_id.evaluate import run as evaluating
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.settings import ModelSettings
-from duo_id.patterns.files import load_pattern, save_pattern
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.saved import load_pattern, save_pattern
 from duo_id.patterns.sharing import model_card
 from duo_id.report.__main__ import main as report
 from duo_id.train.settings import TrainSettings

@@ -31,8 +31,9 @@ from duo_id.methods.head_order import Order
 from duo_id.methods.search import ORDER, _read
 from duo_id.models.loading import byte_tokenizer
 from duo_id.models.settings import ModelSettings
-from duo_id.patterns.files import TABLES, load_pattern, save_pattern
+from duo_id.patterns.files import TABLES
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.saved import load_pattern, save_pattern
 from duo_id.report.summary import load_results
 from duo_id.train.checkpoints import AtomicCheckpointIO
 from duo_id.train.history import HISTORY, read_history

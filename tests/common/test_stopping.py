@@ -13,7 +13,7 @@ import pytest
 from omegaconf import DictConfig
 
 from duo_id.common import cli, stopping
-from duo_id.patterns.files import load_pattern
+from duo_id.patterns.saved import load_pattern
 from duo_id.train.gate_training import GateTraining
 from tests.support.commands import QUICK, run_command
 from tests.support.processes import run_file, run_module, start

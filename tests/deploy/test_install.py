@@ -24,7 +24,7 @@ from duo_id.common.compat import GENERATE_CACHE, attention_configs, cache_of
 from duo_id.common.errors import UserError
 from duo_id.deploy.chunks import continuation
 from duo_id.models.loading import byte_tokenizer
-from duo_id.patterns.pattern import random_mask
+from duo_id.patterns.random_masks import random_mask
 from tests.deploy.cases import (
     HYBRID,
     TOKENS,

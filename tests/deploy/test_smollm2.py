@@ -10,7 +10,7 @@ from duo_id.common.config import conf_dir
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import load_model
 from duo_id.models.settings import ModelSettings
-from duo_id.patterns.pattern import random_mask
+from duo_id.patterns.random_masks import random_mask
 from tests.deploy.reference import brute_force
 
 SINK, RECENT = 4, 12

@@ -6,7 +6,8 @@ import torch
 from duo_id.common.errors import UserError
 from duo_id.evaluate.contenders import check_windows, contenders, kept_tokens
 from duo_id.evaluate.items import Item, Question
-from duo_id.patterns.pattern import HeadPattern, random_mask
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.random_masks import random_mask
 
 FOUND = HeadPattern(torch.tensor([[0.1, 0.9], [0.3, 0.2], [0.8, 0.4]]), sink_size=4, recent_size=16)
 OTHER = HeadPattern(torch.tensor([[0.9, 0.1], [0.3, 0.2], [0.8, 0.4]]), sink_size=2, recent_size=8)

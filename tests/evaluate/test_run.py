@@ -11,8 +11,8 @@ import torch
 
 from duo_id.evaluate import runner
 from duo_id.evaluate.journal import JOURNAL
-from duo_id.patterns.files import save_pattern
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.saved import save_pattern
 from tests.support.commands import Finished, run_command
 
 PATTERN = HeadPattern(torch.tensor([[0.1, 0.9], [0.3, 0.2], [0.8, 0.4]]), sink_size=4, recent_size=60)

@@ -77,10 +77,10 @@ def make_others(folder: str) -> None:
     import zstandard
 
     from duo_id.models.loading import byte_tokenizer
-    from duo_id.patterns.files import save_pattern
     from duo_id.patterns.formats.options import Options
     from duo_id.patterns.formats.registry import FORMATS
     from duo_id.patterns.pattern import HeadPattern
+    from duo_id.patterns.saved import save_pattern
     from tests.models.test_wheels import write_gguf
     from tests.patterns.formats.cases import CASES
     from tests.support.tiny import tiny_model

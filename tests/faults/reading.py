@@ -65,7 +65,7 @@ def _told(pattern: Any) -> list[Any]:
 
 @reader
 def heads(path: str) -> Any:
-    from duo_id.patterns.files import load_pattern
+    from duo_id.patterns.saved import load_pattern
 
     return _told(load_pattern(path))
 
@@ -100,7 +100,7 @@ def history(path: str) -> Any:
 
 @reader
 def card(path: str) -> Any:
-    from duo_id.patterns.files import load_pattern
+    from duo_id.patterns.saved import load_pattern
     from duo_id.patterns.sharing import write_folder
 
     write_folder(load_pattern(path), Path("shared"), "user/repo", path, (0.5,))
@@ -109,7 +109,7 @@ def card(path: str) -> Any:
 
 @reader
 def resumed_training(path: str) -> Any:
-    from duo_id.patterns.files import load_pattern
+    from duo_id.patterns.saved import load_pattern
 
     _command("duo_id.train", f"resume={path}", "trainer.max_steps=2")
     steps = Path(path, "gates.csv")

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from duo_id.common.errors import UserError
 from duo_id.deploy.install import duo_attention
 from duo_id.models.loading import byte_tokenizer
-from duo_id.patterns.files import save_pattern
 from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.patterns.saved import save_pattern
 
 lm_eval = pytest.importorskip("lm_eval")
 

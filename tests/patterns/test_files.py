@@ -12,8 +12,9 @@ import torch
 from duo_id.common.errors import UserError
 from duo_id.common.integrity import unsealed
 from duo_id.patterns import files
-from duo_id.patterns.files import contents_of, list_patterns, load_pattern, pattern_from_json, save_pattern
+from duo_id.patterns.files import contents_of, list_patterns
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.saved import load_pattern, pattern_from_json, save_pattern
 
 pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.pattern.TieWarning")  # their order is what is tested
 

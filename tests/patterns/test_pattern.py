@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from duo_id.common.errors import UserError
-from duo_id.patterns.pattern import HeadMask, HeadPattern, TieWarning, mix_prior, normalized_ranks, random_mask
+from duo_id.patterns.combining import mix_prior, normalized_ranks
+from duo_id.patterns.pattern import HeadMask, HeadPattern, TieWarning
+from duo_id.patterns.random_masks import random_mask
 
 
 def brute_force(pattern: HeadPattern, sparsity: float) -> list[list[bool]]:

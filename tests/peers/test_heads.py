@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from duo_id.patterns.files import load_pattern
+from duo_id.patterns.saved import load_pattern
 from tests.peers.cases import RECENT, SINK, make_items, model_folder, write_run
 
 SCORES = torch.rand(2, 2, generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from duo_id.evaluate.items import Item, Question
 from duo_id.evaluate.peers import read_answers
-from duo_id.patterns.files import load_pattern
+from duo_id.patterns.saved import load_pattern
 from tests.peers.cases import (
     RECENT,
     SINK,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from duo_id.patterns.files import save_pattern
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.saved import save_pattern
 from tests.peers.cases import RECENT, SINK, TOKENS, answer_logits, make_items, model_folder
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from duo_id.common.errors import UserError
-from duo_id.patterns.files import save_pattern
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.saved import save_pattern
 from duo_id.report.__main__ import _read_sweep
 from duo_id.report.page import report
 from duo_id.report.sweep_figures import plot_history, plot_losses, sweep_figures

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from duo_id.patterns.files import load_pattern
-from duo_id.patterns.pattern import HeadPattern, normalized_ranks
+from duo_id.patterns.combining import normalized_ranks
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.saved import load_pattern
 from tests.scale.devices import environment
 from tests.support.commands import Finished, run_command
 from tests.support.processes import run_file, start

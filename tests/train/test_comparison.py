@@ -15,7 +15,8 @@ from duo_id.attention.layers import AttentionLayer
 from duo_id.common.errors import UserError
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
-from duo_id.patterns.pattern import HeadMask, HeadPattern, random_mask
+from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.patterns.random_masks import random_mask
 from duo_id.train import comparison
 from duo_id.train.comparison import Result, check_window, compare, results_table
 from duo_id.train.scoring import Score, score

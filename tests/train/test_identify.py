@@ -16,8 +16,9 @@ from duo_id import load_pattern
 from duo_id.common.integrity import sealed
 from duo_id.methods.candidates import MaskLosses
 from duo_id.methods.random import random_scores
-from duo_id.patterns.files import save_pattern
-from duo_id.patterns.pattern import HeadPattern, normalized_ranks
+from duo_id.patterns.combining import normalized_ranks
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.saved import save_pattern
 from duo_id.step import recompute
 from duo_id.step.memory import MemoryPlanner, Plan
 from duo_id.step.recompute import Keep

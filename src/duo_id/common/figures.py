@@ -6,6 +6,7 @@ legible when a figure is shown as wide as one column of a page.
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,10 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         raise UserError(f"{path}: a figure needs a suffix that names its format, such as .png, .pdf or .svg")
     with atomic_path(path) as beside:
         figure.savefig(beside)
+
+
+def as_png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

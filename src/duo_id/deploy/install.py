@@ -18,7 +18,7 @@ from duo_id.common.compat import GENERATE_CACHE, cache_argument, given_cache
 from duo_id.common.errors import UserError
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.wrappers import REFUSED, check_prefix, refusal, restarts, unwrapped
-from duo_id.patterns.pattern import HeadMask
+from duo_id.patterns.pattern import HeadMask, HeadPattern
 
 INSTALLED = "duo_id_deployment"  # the attribute of a model that holds its deployment
 UNBOUND = {"module": None, "sharers": (), "own": None}  # what layers of a cache loaded from a file do not have
@@ -165,21 +165,29 @@ class Deployment:
         return prepare
 
 
-def install(model: Any, mask: HeadMask, backends: Backends | None = None) -> None:
-    """Put `model` under `mask` until `remove(model)`: every forward is hard-masked, and caches are dual caches.
+def install(
+    model: Any,
+    heads: HeadMask | HeadPattern,
+    backends: Backends | None = None,
+    *,
+    sparsity: float | None = None,
+    threshold: float | None = None,
+) -> None:
+    """Put `model` under a head mask until `remove(model)`: every forward is hard-masked, and caches are dual caches.
 
     Args:
         model: any causal language model of transformers, also inside `torch.compile` or one of PEFT's adapters.
-        mask: which heads stream, and their window.
+        heads: which heads stream, and their window: a mask, or a pattern with `sparsity` or `threshold`.
         backends: attention implementations; all automatic by default.
+        sparsity: of a pattern, the fraction of its KV heads that stream; see `HeadPattern.binarize`.
+        threshold: of a pattern of gates, below which heads stream.
 
     Raises:
         UserError: the mask has another shape, the model is already under a mask, or its attention is not supported.
     """
     check_prefix(model)
     model = unwrapped(model)
-    if not isinstance(mask, HeadMask):
-        raise UserError(f"a {type(mask).__name__} is not a HeadMask: pattern.binarize(sparsity=0.5) makes one")
+    mask = _mask_of(heads, sparsity, threshold)
     if hasattr(model, INSTALLED):
         raise UserError("the model is already under duo_attention: leave that block, or call duo_id.remove(model)")
     backends = backends or Backends()
@@ -218,9 +226,16 @@ def remove(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def duo_attention(model: PreTrainedModel, mask: HeadMask, backends: Backends | None = None) -> Iterator[None]:
-    """Put `model` under `mask` for a block; see `install`."""
-    install(model, mask, backends)
+def duo_attention(
+    model: Any,
+    heads: HeadMask | HeadPattern,
+    backends: Backends | None = None,
+    *,
+    sparsity: float | None = None,
+    threshold: float | None = None,
+) -> Iterator[None]:
+    """Put `model` under a head mask for a block; see `install`."""
+    install(model, heads, backends, sparsity=sparsity, threshold=threshold)
     try:
         yield
     finally:
@@ -251,6 +266,16 @@ def deployment_of(model: PreTrainedModel) -> Deployment:
     deployment = getattr(model, INSTALLED)
     assert isinstance(deployment, Deployment)
     return deployment
+
+
+def _mask_of(heads: Any, sparsity: float | None, threshold: float | None) -> HeadMask:
+    if isinstance(heads, HeadPattern):
+        return heads.binarize(sparsity, threshold)
+    if not isinstance(heads, HeadMask):
+        raise UserError(f"a {type(heads).__name__} is neither a HeadMask nor a HeadPattern")
+    if sparsity is not None or threshold is not None:
+        raise UserError("a HeadMask has decided which heads stream: pass sparsity and threshold with a HeadPattern")
+    return heads
 
 
 def _restore(model: PreTrainedModel, name: str, value: Any) -> None:

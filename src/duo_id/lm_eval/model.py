@@ -19,8 +19,8 @@ from duo_id.common.foreign import model_of, told_model
 from duo_id.deploy.install import install
 from duo_id.models.loading import load_model
 from duo_id.models.settings import ModelSettings
-from duo_id.patterns.files import load_pattern
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.saved import load_pattern
 from duo_id.patterns.tables import as_float
 
 log = logging.getLogger(__name__)

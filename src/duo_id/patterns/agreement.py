@@ -10,7 +10,8 @@ from matplotlib.patches import Patch
 from rich.table import Table
 
 from duo_id.common.figures import UNGATED, draw_cells, hatch_ungated, number_heads, plain, style
-from duo_id.patterns.pattern import HeadPattern, normalized_ranks
+from duo_id.patterns.combining import normalized_ranks
+from duo_id.patterns.pattern import HeadPattern
 
 
 def agreement(patterns: Mapping[str, HeadPattern], sparsities: Sequence[float]) -> dict[str, pd.DataFrame]:

@@ -9,19 +9,19 @@ heads/
 heads.schema.json, next to this module, is the schema of heads.json. Other tools' files: see `duo_id.patterns.formats`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from os.path import lexists
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from duo_id.common.documents import FIRST, Data, Line, Natural, Tokens, checked, excerpt, read_object, read_text
 from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
 from duo_id.common.integrity import DIFFERS, SEAL, digest_of, sealed
 from duo_id.patterns import hub
-from duo_id.patterns.pattern import HeadMask, HeadPattern
 from duo_id.patterns.tables import exact_rows, json_text, number_rows, read_tsv, tsv
 
 SCHEMA = "duo_id/heads"
@@ -31,6 +31,29 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 SHIPPED = Path(__file__).parent / "head_patterns"
 HEADS, SCORES, CONFIG = "heads.json", "full_attention_heads.tsv", "config.json"
 TABLES = "tables_sha256"  # in a config.json: checksums of the TSVs in its folder, by name
+
+
+Made = TypeVar("Made")
+Make = Callable[[Tensor, int, int, tuple[int, ...], dict[str, Any]], Made]  # the fields of a pattern, in this order
+
+
+class Fields(Protocol):
+    """What is written of a pattern: see `duo_id.patterns.pattern.HeadPattern`."""
+
+    @property
+    def scores(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def sink_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def recent_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def gated_layers(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    @property
+    def provenance(self) -> dict[str, Any]: ...  # noqa: D102
 
 
 class Sizes(Data):
@@ -52,17 +75,18 @@ class Heads(Sizes):
     scores: Annotated[list[Annotated[list[float], FIRST]], FIRST]
 
 
-def save_pattern(pattern: HeadPattern, folder: str | Path, sparsities: Iterable[float] = (0.25, 0.5, 0.75)) -> None:
-    """Write `pattern` and its masks at `sparsities` to `folder`, each file atomically, `heads.json` last.
+def write_heads(pattern: Fields, masks: Mapping[float, Tensor], folder: str | Path) -> None:
+    """Write a pattern and masks to `folder`, each file atomically, `heads.json` last.
 
     Masks of an earlier export at other sparsities are removed.
 
-    Raises:
-        UserError: a sparsity is outside [0, 1]; nothing is written.
+    Args:
+        pattern: what is written.
+        masks: by sparsity, (layers, KV heads) bool, True = retrieval.
+        folder: made if there is none.
     """
     folder = Path(folder)
-    masks = {sparsity: pattern.binarize(sparsity=sparsity) for sparsity in sorted(sparsities)}
-    files = {_mask_name(sparsity): tsv(mask.retrieval.int()) for sparsity, mask in masks.items()}
+    files = {_mask_name(sparsity): tsv(retrieval.int()) for sparsity, retrieval in masks.items()}
     stale = [path for path in folder.glob("mask_sparsity_*.tsv") if path.name not in files]
     files[SCORES] = tsv(pattern.scores)
     files[CONFIG] = json_text(duo_config(pattern, files))
@@ -73,7 +97,7 @@ def save_pattern(pattern: HeadPattern, folder: str | Path, sparsities: Iterable[
         path.unlink(missing_ok=True)
 
 
-def load_pattern(source: str | Path) -> HeadPattern:
+def read_heads(source: str | Path, make: Make[Made]) -> Made:
     """Read a pattern.
 
     Args:
@@ -82,12 +106,13 @@ def load_pattern(source: str | Path) -> HeadPattern:
             `config.json`, or a `heads.json`; if there is no such file, a repo on the hub, `user/repo` or
             `user/repo@revision`. A folder's `heads.json` takes precedence over its other files. Scores are not
             clipped: published gates range from -0.0015 to 1.
+        make: called with what a pattern holds.
 
     Raises:
         UserError: one line that names the file (and the row of a table), or says why the hub could not be used.
     """
     if str(source) in list_patterns():
-        return load_pattern(SHIPPED / source / HEADS)
+        return read_heads(SHIPPED / source / HEADS, make)
     path = Path(source).expanduser()
     repo = _repo(source)
     if repo is not None:
@@ -107,7 +132,9 @@ def load_pattern(source: str | Path) -> HeadPattern:
         raise UserError(f"no head pattern {str(source)!r}: not a file, a folder or a shipped name ({shipped})")
     if path.suffix not in (".json", ".tsv"):
         raise UserError(f"{path} is not a head pattern: pass a folder, a {HEADS} or a {SCORES}")
-    return pattern_from_json(read_object(path), path) if path.suffix == ".json" else _read_duo(path)
+    if path.suffix == ".json":
+        return heads_from_json(read_object(path), path, make)
+    return _read_duo(path, make)
 
 
 def list_patterns() -> list[str]:
@@ -128,20 +155,21 @@ def _repo(source: str | Path) -> tuple[str, str | None] | None:
     return None if Path(source).expanduser().exists() else hub.split_revision(str(source))
 
 
-def contents_of(pattern: HeadPattern) -> dict[str, Any]:
+def contents_of(pattern: Fields) -> dict[str, Any]:
     """The contents of `heads.json` for a pattern, without masks."""
     return _contents(pattern, {})
 
 
-def pattern_from_json(contents: dict[str, Any], path: str | Path) -> HeadPattern:
+def heads_from_json(contents: dict[str, Any], path: str | Path, make: Make[Made]) -> Made:
     """The pattern in the parsed contents of a `heads.json`.
 
     Args:
         contents: the parsed file.
         path: of the file, for messages.
+        make: see `read_heads`.
 
     Raises:
-        UserError: see `load_pattern`.
+        UserError: see `read_heads`.
     """
     if contents.get("schema") != SCHEMA:
         raise UserError(
@@ -164,10 +192,10 @@ def pattern_from_json(contents: dict[str, Any], path: str | Path) -> HeadPattern
             f"{path}: scores are {shape[0]} layers x {shape[1]} KV heads, "
             f"but layers and kv_heads say {declared[0]} x {declared[1]}"
         )
-    return _pattern(path, scores, heads, heads.provenance)
+    return _made(path, scores, heads, heads.provenance, make)
 
 
-def _contents(pattern: HeadPattern, masks: dict[float, HeadMask]) -> dict[str, Any]:
+def _contents(pattern: Fields, masks: Mapping[float, Tensor]) -> dict[str, Any]:
     layers, kv_heads = pattern.scores.shape
     return {
         "schema": SCHEMA,
@@ -180,12 +208,12 @@ def _contents(pattern: HeadPattern, masks: dict[float, HeadMask]) -> dict[str, A
         "provenance": pattern.provenance,
         "scores": exact_rows(pattern.scores),
         "masks": [
-            {"sparsity": sparsity, "retrieval": mask.retrieval.int().tolist()} for sparsity, mask in masks.items()
+            {"sparsity": sparsity, "retrieval": retrieval.int().tolist()} for sparsity, retrieval in masks.items()
         ],
     }
 
 
-def duo_config(pattern: HeadPattern, tables: Mapping[str, str]) -> dict[str, Any]:
+def duo_config(pattern: Fields, tables: Mapping[str, str]) -> dict[str, Any]:
     """The contents of config.json: what DuoAttention's loaders look up, plus what we need to read its TSVs safely.
 
     The latter are `gated_layers`, for the TSV of a hybrid model, and checksums, its own and those of the TSVs.
@@ -201,7 +229,7 @@ def duo_config(pattern: HeadPattern, tables: Mapping[str, str]) -> dict[str, Any
     return sealed({**name, **sizes, "gated_layers": pattern.gated_layers, TABLES: digests})
 
 
-def _read_duo(path: Path) -> HeadPattern:
+def _read_duo(path: Path, make: Make[Made]) -> Made:
     scores = read_tsv(path)
     config_path = path.with_name(CONFIG)
     if not config_path.is_file():
@@ -213,13 +241,16 @@ def _read_duo(path: Path) -> HeadPattern:
         raise UserError(f"{path} {DIFFERS} from that in {CONFIG}; {advice}")
     sizes = checked(Sizes, config, config_path)
     model = {"id": sizes.model_name, "layers": len(scores), "kv_heads": len(scores[0])}
-    return _pattern(path.parent, scores, sizes, {"format": "DuoAttention", "model": model, "config": config})
+    provenance = {"format": "DuoAttention", "model": model, "config": config}
+    return _made(path.parent, scores, sizes, provenance, make)
 
 
-def _pattern(path: str | Path, scores: list[list[float]], sizes: Sizes, provenance: dict[str, Any]) -> HeadPattern:
+def _made(
+    path: str | Path, scores: list[list[float]], sizes: Sizes, provenance: dict[str, Any], make: Make[Made]
+) -> Made:
     gated = tuple(range(len(scores)) if sizes.gated_layers is None else sizes.gated_layers)
     try:
-        return HeadPattern(torch.tensor(scores), sizes.sink_size, sizes.recent_size, gated, provenance)
+        return make(torch.tensor(scores), sizes.sink_size, sizes.recent_size, gated, provenance)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -3,24 +3,25 @@
 import json
 import math
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from numbers import Integral
+from base64 import b64encode
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from duo_id.common.documents import MOST_TOKENS, checked, excerpt
-from duo_id.common.errors import UserError
+from duo_id.common.documents import checked
+from duo_id.common.errors import UserError, check
+from duo_id.patterns import fields, files
+from duo_id.patterns.cells import Cells
 from duo_id.patterns.provenance import Provenance
 
 
 class TieWarning(UserWarning):
     """A mask separates heads that have the same score."""
-
-
-MOST_HEADS = 2**12  # layers, and KV heads of a layer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,7 +46,7 @@ class HeadMask:
         retrieval = torch.as_tensor(self.retrieval).detach().to("cpu", copy=True)
         if retrieval.dtype != torch.bool:
             raise UserError(f"a head mask holds bools, not {retrieval.dtype}: binarize a HeadPattern")
-        _set_checked_fields(self, "retrieval", retrieval)
+        fields.set_checked_fields(self, "retrieval", retrieval)
 
     @property
     def sparsity(self) -> float:
@@ -53,17 +54,24 @@ class HeadMask:
         gated = self.retrieval[list(self.gated_layers)]
         return 1 - int(gated.sum()) / gated.numel()
 
+    def cells(self) -> Cells:
+        """The mask as figures draw it."""
+        title = f"{100 * self.sparsity:.3g}% of the heads stream"
+        return Cells(self.retrieval.numpy(), self.gated_layers, title, (0.0, 1.0))
+
     def check_fits(self, layers: int, kv_heads: int, model_name: str) -> None:
         """Raise a `UserError` unless the model `model_name` has this many layers and KV heads."""
-        _check_fits("mask", self.retrieval, layers, kv_heads, model_name)
+        fields.check_fits("mask", self.retrieval, layers, kv_heads, model_name)
 
     def __eq__(self, other: object) -> bool:
         """Whether the same heads stream, with the same window."""
-        return isinstance(other, HeadMask) and _identity(self, self.retrieval) == _identity(other, other.retrieval)
+        return isinstance(other, HeadMask) and fields.identity(self, self.retrieval) == fields.identity(
+            other, other.retrieval
+        )
 
     def __repr__(self) -> str:
         """Shape and sizes, not the single heads."""
-        return f"HeadMask({_summary(self, self.retrieval)}, sparsity={self.sparsity:.4g})"
+        return f"HeadMask({fields.summary(self, self.retrieval)}, sparsity={self.sparsity:.4g})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,7 +101,7 @@ class HeadPattern:
     def __post_init__(self) -> None:
         """Copy scores and provenance and check all fields."""
         scores = torch.as_tensor(self.scores).detach().to("cpu", torch.float32, copy=True)
-        _set_checked_fields(self, "scores", scores)
+        fields.set_checked_fields(self, "scores", scores)
         nonfinite = (~self.scores.isfinite()).nonzero().tolist()
         if nonfinite:
             layer, head = nonfinite[0]
@@ -118,9 +126,15 @@ class HeadPattern:
     def holds_gates(self) -> bool:
         """Whether scores are, or may be, gates (1 = full attention): in [0, 1], and not from another kind of method."""
         low, high = self.scores[list(self.gated_layers)].aminmax()
+        return bool(low >= -0.01 and high <= 1.01) and self._other_kind() is None
+
+    def _other_kind(self) -> str | None:
+        """The method whose scores are not gates, if provenance names one."""
         method = (self.provenance.get("settings") or {}).get("method") or {}
-        blends = method.get("name", "duo") == "duo" and method.get("gate") != "nested" and method.get("prior") is None
-        return bool(low >= -0.01 and high <= 1.01) and blends
+        name, prior = method.get("name", "duo"), method.get("prior")
+        if method.get("gate") == "nested":
+            return "nested"
+        return name if name != "duo" else None if prior is None else f"{name} with a prior"
 
     def binarize(self, sparsity: float | None = None, threshold: float | None = None) -> HeadMask:
         """Decide which heads stream, by budget or by score.
@@ -133,10 +147,16 @@ class HeadPattern:
             TieWarning: `sparsity` separates heads with the same score, so the order above decides.
 
         Raises:
-            UserError: not exactly one of the two is given, or it is out of range.
+            UserError: not exactly one of the two is given, it is out of range, or `threshold` is given and the scores
+                are not gates.
         """
         if (sparsity is None) == (threshold is None):
             raise UserError(f"pass either sparsity or threshold, not {'both' if threshold is not None else 'neither'}")
+        if threshold is not None and (method := self._other_kind()) is not None:
+            raise UserError(
+                f"threshold={threshold}: scores of method={method} order the heads and are not gates, so a threshold "
+                "means nothing; pass sparsity"
+            )
         budget = self.provenance.get("budget")
         if budget is not None and sparsity not in (None, budget, 0, 1):
             warnings.warn(f"this pattern was refined for sparsity={budget}, not {sparsity}", stacklevel=2)
@@ -158,11 +178,75 @@ class HeadPattern:
             retrieval[gated] = self.scores[gated] >= threshold
         return HeadMask(retrieval, self.sink_size, self.recent_size, self.gated_layers)
 
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "HeadPattern":
+        """Read a pattern.
+
+        Args:
+            source: a shipped name, a run folder, its `heads/` folder, a `heads.json`, a folder or table of scores of
+                DuoAttention's, or a repo of the hub: see `duo_id.patterns.files.read_heads`.
+
+        Raises:
+            UserError: there is none, or it is damaged; the message names the file.
+        """
+        return files.read_heads(source, cls)
+
+    def save(self, folder: str | Path, sparsities: Iterable[float] = (0.25, 0.5, 0.75)) -> None:
+        """Write the pattern and its masks at some sparsities, each file atomically, `heads.json` last.
+
+        Masks of an earlier export at other sparsities are removed.
+
+        Raises:
+            UserError: a sparsity is outside [0, 1]; nothing is written.
+        """
+        masks = {sparsity: self.binarize(sparsity=sparsity).retrieval for sparsity in sorted(sparsities)}
+        files.write_heads(self, masks, folder)
+
+    def cells(self) -> Cells:
+        """The scores as figures draw them: gates, or another kind of scores."""
+        values = self.scores.numpy()
+        if self.holds_gates:
+            return Cells(values, self.gated_layers, "gate α (1 = retrieval)", (0.0, 1.0))
+        low, high = (value.item() for value in self.scores[list(self.gated_layers)].aminmax())
+        return Cells(values, self.gated_layers, "score (higher = retrieval)", (low, high))
+
+    def plot(self, sparsity: float | None = None, *, title: str | None = None, mask: HeadMask | None = None) -> Any:
+        """Heatmap of the scores, layers x KV heads, and next to it a mask.
+
+        Args:
+            sparsity: of the mask; None: no mask, or `mask`.
+            title: of the figure; None: the model's id, if the provenance has it.
+            mask: any other mask of the same shape.
+
+        Returns:
+            a `matplotlib.figure.Figure`, which notebooks show.
+
+        Raises:
+            UserError: the mask has another shape, or both are given.
+        """
+        from duo_id.patterns.heatmap import plot_heads  # matplotlib, which nothing else here needs
+
+        if sparsity is not None:
+            check(mask is None, "pass either sparsity or mask, not both")
+            mask = self.binarize(sparsity=sparsity)
+        if mask is not None:
+            layers, kv_heads = self.scores.shape
+            mask.check_fits(layers, kv_heads, "the pattern")
+        name = (self.provenance.get("model") or {}).get("id")
+        return plot_heads(self.cells(), None if mask is None else mask.cells(), name if title is None else title)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the heatmap, and below it the shape and the sizes."""
+        from duo_id.common.figures import as_png  # as above
+
+        image = b64encode(as_png(self.plot())).decode()
+        return f'<img src="data:image/png;base64,{image}" style="max-width: 480px"><br>{escape(repr(self))}'
+
     def check_fits(self, layers: int, kv_heads: int, model_name: str) -> None:
         """Raise a `UserError` unless the model `model_name` has this many layers and KV heads."""
         model_id = (self.provenance.get("model") or {}).get("id")
         kind = f"pattern (of {model_id})" if model_id else "pattern"
-        _check_fits(kind, self.scores, layers, kv_heads, model_name)
+        fields.check_fits(kind, self.scores, layers, kv_heads, model_name)
 
     def check_scores(self, gated_layers: Iterable[int]) -> None:
         """Raise a `UserError` unless the heads of all these layers have scores."""
@@ -177,74 +261,14 @@ class HeadPattern:
         """Whether scores, window, gated layers and provenance are all equal."""
         return (
             isinstance(other, HeadPattern)
-            and _identity(self, self.scores) == _identity(other, other.scores)
+            and fields.identity(self, self.scores) == fields.identity(other, other.scores)
             and self.provenance == other.provenance
         )
 
     def __repr__(self) -> str:
         """Shape and sizes, not the single heads."""
         low, high = self.scores[list(self.gated_layers)].aminmax()
-        return f"HeadPattern({_summary(self, self.scores)}, scores in [{low:.4g}, {high:.4g}])"
-
-
-def average(patterns: Sequence[HeadPattern]) -> HeadPattern:
-    """The pattern with the mean scores of several seeds, which agree in everything else; a single one is returned."""
-    if len(patterns) == 1:
-        return patterns[0]
-    scores = torch.stack([pattern.scores for pattern in patterns]).mean(0)
-    seeds = [pattern.provenance.get("seed") for pattern in patterns]
-    return replace(patterns[0], scores=scores, provenance=patterns[0].provenance | {"seeds": seeds})
-
-
-def normalized_ranks(scores: Tensor) -> Tensor:
-    """The rank of each score (any shape), from 0 for the lowest to 1; equal scores share their mean rank."""
-    _, which, counts = scores.unique(return_inverse=True, return_counts=True)
-    middle = counts.cumsum(0) - (counts + 1) / 2
-    return (middle / max(scores.numel() - 1, 1))[which]
-
-
-def mix_prior(pattern: HeadPattern, prior: HeadPattern, weight: float) -> HeadPattern:
-    """Average a pattern's scores with the ranks of a prior.
-
-    Where a method hardly separates heads, chance decides their order; there the prior decides instead, and it changes
-    little where scores differ clearly.
-
-    Args:
-        pattern: with scores in about [0, 1], such as gates.
-        prior: only its order matters, over the gated layers of `pattern`.
-        weight: positive weight of a head's rank in the prior (`normalized_ranks`); its own score has weight 1.
-
-    Returns:
-        the pattern with the weighted means of both.
-
-    Raises:
-        UserError: the prior has another shape, or lacks scores for a gated layer.
-    """
-    layers, kv_heads = pattern.scores.shape
-    prior.check_fits(layers, kv_heads, "the pattern")
-    prior.check_scores(pattern.gated_layers)
-    gated, scores = list(pattern.gated_layers), pattern.scores.clone()
-    scores[gated] = scores[gated].lerp(normalized_ranks(prior.scores[gated]), weight / (1 + weight))
-    return replace(pattern, scores=scores)
-
-
-def random_mask(
-    layers: int,
-    kv_heads: int,
-    sparsity: float,
-    seed: int,
-    *,
-    sink_size: int,
-    recent_size: int,
-    gated_layers: Iterable[int] | None = None,
-) -> HeadMask:
-    """A mask with the same budget as `HeadPattern.binarize`, but with random heads: the baseline to beat.
-
-    Deterministic in its arguments; masks of one seed are nested over sparsity.
-    """
-    ranks = torch.randperm(layers * kv_heads, generator=torch.Generator().manual_seed(seed)).view(layers, kv_heads)
-    gated = tuple(range(layers) if gated_layers is None else gated_layers)
-    return HeadPattern(ranks, sink_size, recent_size, gated).binarize(sparsity=sparsity)
+        return f"HeadPattern({fields.summary(self, self.scores)}, scores in [{low:.4g}, {high:.4g}])"
 
 
 def _tie(ranked: Tensor, streaming: int) -> str:
@@ -256,54 +280,3 @@ def _tie(ranked: Tensor, streaming: int) -> str:
         f"separates heads with the same score: {int(equal.sum())} of {len(ranked)} have {ranked[streaming]:.4g}, of "
         f"which {int(equal[:streaming].sum())} stream only because of their position, early layers first"
     )
-
-
-def _set_checked_fields(owner: HeadPattern | HeadMask, name: str, heads: Tensor) -> None:
-    """Check and set the fields that patterns and masks share; `heads` (layers, KV heads) is modified in place."""
-    if heads.dim() != 2 or heads.numel() == 0:
-        raise UserError(f"{name} must have the shape (layers, KV heads), both at least 1, not {tuple(heads.shape)}")
-    if max(heads.shape) > MOST_HEADS:
-        raise UserError(
-            f"{name} of shape {tuple(heads.shape)} are larger than any model: at most {MOST_HEADS} each way"
-        )
-    layers = range(len(heads))
-    indices = list(layers if owner.gated_layers is None else owner.gated_layers)
-    if not indices or any(not isinstance(layer, Integral) or layer not in layers for layer in indices):
-        raise UserError(
-            f"gated_layers={indices!s:.60} must name the gated layers, at least one, from 0 to {layers[-1]}"
-        )
-    gated = tuple(sorted({int(layer) for layer in indices}))
-    heads[sorted({*layers} - {*gated})] = 1
-    object.__setattr__(owner, name, heads)
-    object.__setattr__(owner, "gated_layers", gated)
-    for window, smallest in (("sink_size", 0), ("recent_size", 1)):
-        size = getattr(owner, window)
-        if not isinstance(size, Integral) or isinstance(size, bool) or not smallest <= int(size) <= MOST_TOKENS:
-            most = f", at most {MOST_TOKENS}" if isinstance(size, Integral) and int(size) > MOST_TOKENS else ""
-            raise UserError(f"{window}={excerpt(size)} must be a whole number of tokens, at least {smallest}{most}")
-        object.__setattr__(owner, window, int(size))
-
-
-def _check_fits(kind: str, heads: Tensor, layers: int, kv_heads: int, model_name: str) -> None:
-    if tuple(heads.shape) != (layers, kv_heads):
-        raise UserError(
-            f"this head {kind} is for {heads.shape[0]} layers x {heads.shape[1]} KV heads, "
-            f"but {model_name} has {layers} layers x {kv_heads} KV heads"
-        )
-
-
-def _identity(owner: HeadPattern | HeadMask, heads: Tensor) -> tuple[Any, ...]:
-    return heads.tolist(), owner.sink_size, owner.recent_size, owner.gated_layers
-
-
-def _summary(owner: HeadPattern | HeadMask, heads: Tensor) -> str:
-    layers, kv_heads = heads.shape
-    gated = "" if len(owner.gated_layers) == layers else f" ({len(owner.gated_layers)} layers gated)"
-    return f"{layers} layers x {kv_heads} KV heads{gated}, sink_size={owner.sink_size}, recent_size={owner.recent_size}"
-
-
-def random_like(pattern: HeadPattern, sparsity: float, seed: int) -> HeadMask:
-    """A random mask for the model of a pattern, with the same window."""
-    layers, kv_heads = pattern.scores.shape
-    sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
-    return random_mask(layers, kv_heads, sparsity, seed, gated_layers=pattern.gated_layers, **sizes)

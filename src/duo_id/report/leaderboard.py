@@ -5,8 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-from duo_id.patterns.files import pattern_from_json
-from duo_id.patterns.pattern import HeadPattern, average
+from duo_id.patterns.combining import average
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.saved import pattern_from_json
 from duo_id.report.summary import CONTENDER, contender_of, contenders, frame, name_of
 from duo_id.report.tables import Cell, Grid, metric_cell
 

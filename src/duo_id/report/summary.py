@@ -11,8 +11,8 @@ import pandas as pd
 
 from duo_id.common.documents import FIRST, LARGEST_ROWS, Data, Line, Natural, checked, excerpt, read_json
 from duo_id.common.errors import UserError
-from duo_id.patterns.files import pattern_from_json
 from duo_id.patterns.provenance import Model
+from duo_id.patterns.saved import pattern_from_json
 from duo_id.report.bootstrap import bootstrap, with_intervals
 from duo_id.report.rows import QUESTION, SCHEMA, VERSION, Scored
 

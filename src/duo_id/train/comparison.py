@@ -13,7 +13,8 @@ from duo_id.attention.functions import Backends, masked_layers
 from duo_id.attention.interface import attached, bound
 from duo_id.common.errors import UserError
 from duo_id.models.language_model import LanguageModel
-from duo_id.patterns.pattern import HeadMask, HeadPattern, random_like
+from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.patterns.random_masks import random_like
 from duo_id.train.scoring import Score, score, total
 
 COMPARED = ("answer_loss", "token_accuracy", "exact_answers")

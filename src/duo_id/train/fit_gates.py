@@ -16,7 +16,8 @@ from duo_id.methods.run import Run
 from duo_id.methods.settings import GateSettings
 from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
-from duo_id.patterns.pattern import HeadPattern, mix_prior
+from duo_id.patterns.combining import mix_prior
+from duo_id.patterns.pattern import HeadPattern
 from duo_id.step.prepare import prepared
 from duo_id.train.checkpoints import CHECKPOINT, AtomicCheckpointIO, LastCheckpoint
 from duo_id.train.gate_training import GateTraining

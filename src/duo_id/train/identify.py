@@ -17,8 +17,8 @@ from duo_id.methods import (
 from duo_id.methods.run import Find
 from duo_id.methods.settings import METHODS, MethodSettings, SearchSettings, name_nested_override, nested_override
 from duo_id.models.gated_model import GatedModel
-from duo_id.patterns.files import load_pattern
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.saved import load_pattern
 from duo_id.train import fit_gates
 from duo_id.train.fit_gates import TrainRun, sample_module
 

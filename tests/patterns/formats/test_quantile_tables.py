@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from duo_id.common.errors import UserError
-from duo_id.patterns.files import load_pattern
 from duo_id.patterns.formats.options import Options
 from duo_id.patterns.formats.quantile_tables import (
     evenly_spaced_ranks,
@@ -22,6 +21,7 @@ from duo_id.patterns.formats.quantile_tables import (
     write_rlkv,
 )
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.saved import load_pattern
 from tests.patterns.formats.cases import CASES, pattern, random, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.pattern.TieWarning")  # their order is what is tested

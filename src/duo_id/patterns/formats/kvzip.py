@@ -8,9 +8,10 @@ from torch import Tensor
 from duo_id.common.documents import LARGEST
 from duo_id.common.errors import UserError
 from duo_id.common.files import atomic_path
+from duo_id.patterns.fields import MOST_HEADS
 from duo_id.patterns.formats.options import Options, as_pattern
 from duo_id.patterns.formats.quantile_tables import streaming_heads
-from duo_id.patterns.pattern import MOST_HEADS, HeadPattern
+from duo_id.patterns.pattern import HeadPattern
 
 
 def read_kvzip(path: Path, options: Options) -> HeadPattern:

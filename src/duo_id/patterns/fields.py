@@ -1,0 +1,58 @@
+"""The fields that head patterns and head masks share, checked: the heads, their window and the gated layers."""
+
+from numbers import Integral
+from typing import Any
+
+from torch import Tensor
+
+from duo_id.common.documents import MOST_TOKENS, excerpt
+from duo_id.common.errors import UserError
+
+MOST_HEADS = 2**12  # layers, and KV heads of a layer
+
+
+def set_checked_fields(owner: Any, name: str, heads: Tensor) -> None:
+    """Check and set the fields that patterns and masks share; `heads` (layers, KV heads) is modified in place."""
+    if heads.dim() != 2 or heads.numel() == 0:
+        raise UserError(f"{name} must have the shape (layers, KV heads), both at least 1, not {tuple(heads.shape)}")
+    if max(heads.shape) > MOST_HEADS:
+        raise UserError(
+            f"{name} of shape {tuple(heads.shape)} are larger than any model: at most {MOST_HEADS} each way"
+        )
+    layers = range(len(heads))
+    indices = list(layers if owner.gated_layers is None else owner.gated_layers)
+    if not indices or any(not isinstance(layer, Integral) or layer not in layers for layer in indices):
+        raise UserError(
+            f"gated_layers={indices!s:.60} must name the gated layers, at least one, from 0 to {layers[-1]}"
+        )
+    gated = tuple(sorted({int(layer) for layer in indices}))
+    heads[sorted({*layers} - {*gated})] = 1
+    object.__setattr__(owner, name, heads)
+    object.__setattr__(owner, "gated_layers", gated)
+    for window, smallest in (("sink_size", 0), ("recent_size", 1)):
+        size = getattr(owner, window)
+        if not isinstance(size, Integral) or isinstance(size, bool) or not smallest <= int(size) <= MOST_TOKENS:
+            most = f", at most {MOST_TOKENS}" if isinstance(size, Integral) and int(size) > MOST_TOKENS else ""
+            raise UserError(f"{window}={excerpt(size)} must be a whole number of tokens, at least {smallest}{most}")
+        object.__setattr__(owner, window, int(size))
+
+
+def check_fits(kind: str, heads: Tensor, layers: int, kv_heads: int, model_name: str) -> None:
+    """Raise a `UserError` unless `heads` of a pattern or mask are those of the model `model_name`."""
+    if tuple(heads.shape) != (layers, kv_heads):
+        raise UserError(
+            f"this head {kind} is for {heads.shape[0]} layers x {heads.shape[1]} KV heads, "
+            f"but {model_name} has {layers} layers x {kv_heads} KV heads"
+        )
+
+
+def identity(owner: Any, heads: Tensor) -> tuple[Any, ...]:
+    """What two equal patterns or masks share."""
+    return heads.tolist(), owner.sink_size, owner.recent_size, owner.gated_layers
+
+
+def summary(owner: Any, heads: Tensor) -> str:
+    """Shape and sizes, for people."""
+    layers, kv_heads = heads.shape
+    gated = "" if len(owner.gated_layers) == layers else f" ({len(owner.gated_layers)} layers gated)"
+    return f"{layers} layers x {kv_heads} KV heads{gated}, sink_size={owner.sink_size}, recent_size={owner.recent_size}"
