@@ -1,32 +1,12 @@
-"""Write samples to disk: `python data_gen/write.py out=DIR n=1000 [data=key_value model=... data.length_max=...]`."""
+"""`python -m duo_id.data`, for a source tree: `python data_gen/write.py out=DIR n=1000 data=key_value`."""
 
 from duo_id.common import stopping
 
 if __name__ == "__main__":
     stopping.die_quietly()
 
-from omegaconf import DictConfig
-
 from duo_id.common import cli
-from duo_id.common.config import parse
-from duo_id.data.disk import write_dataset
-from duo_id.data.registry import make_task
-from duo_id.data.settings import DataGenSettings
-from duo_id.models.loading import load_tokenizer
-
-
-def generate(config: DictConfig) -> None:
-    """Write the data set that the config describes.
-
-    Raises:
-        UserError: the settings do not fit together, or `out` exists.
-    """
-    settings = parse(DataGenSettings, config)
-    tokenizer = load_tokenizer(settings.model)
-    counts = {"train": settings.n, "validation": settings.n_validation, "test": settings.n_test}
-    tasks = {split: make_task(settings.data, tokenizer, split) for split, count in counts.items() if count > 0}
-    cli.say(write_dataset(settings, tokenizer, tasks))
-
+from duo_id.data.__main__ import generate
 
 if __name__ == "__main__":
     cli.run("data_gen", generate)

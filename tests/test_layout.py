@@ -19,7 +19,7 @@ LONGEST = 320  # lines of a module
 PACKAGES = (
     "common distributed patterns attention deploy models data step methods lm_eval train benchmark report evaluate"
 ).split()
-DOORS = {"duo_id.convert", "duo_id.kvpress"}  # beside the packages: for other tools, and imported by nobody
+DOORS = {"duo_id.__main__", "duo_id.convert", "duo_id.kvpress"}  # beside the packages, imported by nobody
 FAMILIES = (
     "llama mistral mixtral qwen gemma phi[0-9]? gpt_?neox gpt-?2 opt falcon bloom stablelm olmo cohere granite smollm "
     "deepseek nemotron starcoder glm pythia mamba"

@@ -19,10 +19,11 @@ from transformers import (
     pipeline,
 )
 
-from duo_id import DualCache, HeadMask, dual_cache, duo_attention, install, prefill, remove
+from duo_id import DualCache, HeadMask, HeadPattern, dual_cache, duo_attention, install, prefill, remove
 from duo_id.common.compat import GENERATE_CACHE, attention_configs, cache_of
 from duo_id.common.errors import UserError
 from duo_id.deploy.chunks import continuation
+from duo_id.deploy.install import INSTALLED
 from duo_id.models.loading import byte_tokenizer
 from duo_id.patterns.random_masks import random_mask
 from tests.deploy.cases import (
@@ -142,6 +143,35 @@ def test_install_and_remove_are_the_same_as_calls() -> None:
     for call in (remove, dual_cache):
         with pytest.raises(UserError, match="not under duo_attention"):
             call(given.model)
+
+
+def test_a_pattern_with_a_budget_is_its_mask() -> None:
+    given = case("llama")
+    layers, kv_heads = given.mask.retrieval.shape
+    pattern = HeadPattern(torch.rand(layers, kv_heads), given.mask.sink_size, given.mask.recent_size)
+    for budget in ({"sparsity": 0.5}, {"threshold": 0.3}):
+        with duo_attention(given.model, pattern.binarize(**budget)):
+            expected = given.model(given.ids).logits
+        with duo_attention(given.model, pattern, **budget):
+            assert torch.equal(given.model(given.ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("heads", "budget", "message"),
+    [
+        (HeadPattern(torch.rand(3, 2), 3, 8), {}, "^pass either sparsity or threshold, not neither$"),
+        (HeadPattern(torch.rand(3, 2), 3, 8), {"sparsity": 0.5, "threshold": 0.5}, "not both$"),
+        (HeadPattern(torch.rand(3, 2), 3, 8).binarize(sparsity=0.5), {"sparsity": 0.5}, "^a HeadMask has decided"),
+        (torch.ones(3, 2), {}, "^a Tensor is neither a HeadMask nor a HeadPattern$"),
+    ],
+    ids=["no budget", "two budgets", "a mask with a budget", "a tensor"],
+)
+def test_heads_that_leave_it_open_who_streams(
+    heads: Any, budget: dict[str, float], message: str, model: PreTrainedModel
+) -> None:
+    with pytest.raises(UserError, match=message), duo_attention(model, heads, **budget):
+        pass
+    assert not hasattr(model, INSTALLED)
 
 
 def test_one_mask_after_another(model: PreTrainedModel, ids: Tensor) -> None:

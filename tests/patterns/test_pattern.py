@@ -1,8 +1,10 @@
 """Budgets are exact, order is deterministic, and nothing that cannot be a pattern becomes one."""
 
+import base64
 import dataclasses
 import random
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -289,3 +291,50 @@ def test_provenance_that_misleads_is_refused(provenance: dict[str, Any], message
 def test_sizes_that_no_model_has_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="at most"):
         HeadPattern(**{"scores": torch.rand(2, 3), "sink_size": 4, "recent_size": 8} | change)
+
+
+def nested(scores: torch.Tensor) -> HeadPattern:
+    provenance = {"settings": {"method": {"name": "nested", "gate": "nested"}}, "model": {"id": "a/model<b>"}}
+    return HeadPattern(scores, 4, 8, provenance=provenance)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "duo", "gate": "nested"},
+        {"name": "nested", "gate": "nested"},
+        {"name": "saliency"},
+        {"name": "duo", "gate": "clamp", "prior": "DIR"},
+    ],
+)
+def test_a_threshold_on_scores_that_are_no_gates_is_refused(method: dict[str, str]) -> None:
+    pattern = HeadPattern(torch.rand(3, 2), 4, 8, provenance={"settings": {"method": method}})
+    with pytest.raises(UserError, match=r"^threshold=0\.05: scores of method=.* pass sparsity$"):
+        pattern.binarize(threshold=0.05)
+
+
+def test_a_pattern_plots_itself() -> None:
+    pattern = nested(torch.rand(3, 2))
+    alone, beside = pattern.plot(), pattern.plot(sparsity=0.5, title="mine")
+    assert [len(figure.axes) for figure in (alone, beside)] == [2, 3], "panels and their scale"
+    assert alone.get_suptitle() == "a/model<b>"
+    assert beside.get_suptitle() == "mine"
+    cells = beside.axes[1].collections[0].get_array()
+    assert cells.astype(bool).tolist() == pattern.binarize(sparsity=0.5).retrieval.tolist()
+    with pytest.raises(UserError, match="not both"):
+        pattern.plot(sparsity=0.5, mask=pattern.binarize(sparsity=0.25))
+
+
+def test_notebooks_show_the_heatmap_and_what_it_is() -> None:
+    shown = nested(torch.rand(3, 2))._repr_html_()
+    picture = base64.b64decode(shown.partition("base64,")[2].partition('"')[0])
+    assert picture.startswith(b"\x89PNG")
+    assert "3 layers x 2 KV heads, sink_size=4, recent_size=8" in shown
+
+
+def test_a_pattern_saves_itself_and_comes_back(tmp_path: Path) -> None:
+    pattern = nested(torch.rand(3, 2))
+    pattern.save(tmp_path, sparsities=[0.5])
+    assert HeadPattern.from_pretrained(tmp_path) == pattern
+    assert [path.name for path in tmp_path.glob("mask_*")] == ["mask_sparsity_50.tsv"]
+    assert HeadPattern.from_pretrained("SmolLM2-135M-Instruct").scores.shape == (30, 3)

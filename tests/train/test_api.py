@@ -147,7 +147,7 @@ def test_mistakes_are_one_line(changes: dict[str, Any], message: str, model: Pre
 
 
 def test_other_things_are_no_models(model: PreTrainedModel) -> None:
-    with pytest.raises(UserError, match=r"^a Linear is no model of transformers"):
+    with pytest.raises(UserError, match=r"^a Linear is not a transformers model"):
         found(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"^tokenizer: a function is no tokenizer"):
         duo_id.identify(model, lambda text: text)

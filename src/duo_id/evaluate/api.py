@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from duo_id.attention.interface import attached
 from duo_id.common.composing import composed, override
 from duo_id.common.config import conf_dir, parse
 from duo_id.evaluate.run import score
@@ -55,7 +56,8 @@ def evaluate_pattern(
         UserError: something cannot work; the message names the setting.
     """
     language_model = language_model_of(model, tokenizer)
-    pattern.check_fits(language_model.num_layers, pattern.scores.shape[1], language_model.name)
+    with attached(language_model.model) as layers:
+        pattern.check_fits(language_model.num_layers, layers[0].kv_heads, language_model.name)
     presets = {path.stem for path in (conf_dir() / "evaluation").glob("*.yaml")}
     is_preset = isinstance(tasks, str) and tasks in presets
     config = composed("evaluate", [f"evaluation={tasks}"] if is_preset else [])

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,18 +10,14 @@ from transformers import PreTrainedTokenizerFast
 
 from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import UserError
+from duo_id.data import __main__ as command
 from duo_id.data.registry import TRAINING_TASKS, make_task
 from duo_id.data.settings import DataSettings
-
-SCRIPT = Path(__file__).parents[2] / "data_gen" / "write.py"
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("data_gen_write", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return command
 
 
 @pytest.fixture

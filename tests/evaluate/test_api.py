@@ -1,0 +1,78 @@
+"""Head patterns scored on a model in memory, from Python."""
+
+import io
+from contextlib import redirect_stdout
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import duo_id
+from duo_id.common.errors import UserError
+from duo_id.models.tokenizers import byte_tokenizer
+from tests.support.tiny import hooks_of, tiny_model
+
+TOKENIZER = byte_tokenizer()
+TASKS = ["json-lookup", "language"]
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """Reads bytes, and long enough contexts."""
+    return tiny_model("llama", vocab_size=len(TOKENIZER), max_position_embeddings=2048).requires_grad_(True)
+
+
+PATTERN = duo_id.HeadPattern(torch.rand(3, 2, generator=torch.Generator().manual_seed(0)), 4, 16)
+
+
+def scored(model: PreTrainedModel, **changes: Any) -> pd.DataFrame:
+    arguments = {"tasks": TASKS, "lengths": 700, "samples": 2, "random_masks": 1, "baselines": [], "progress": False}
+    return duo_id.evaluate_pattern(model, TOKENIZER, PATTERN, **arguments | changes)
+
+
+def test_a_table_of_contenders_with_intervals(model: PreTrainedModel) -> None:
+    table = scored(model, sparsity=[0.25, 0.5])
+    assert table[["kind", "sparsity"]].to_records(index=False).tolist() == [
+        ("full", 0.0),
+        ("pattern", 0.25),
+        ("baseline", 0.25),
+        ("pattern", 0.5),
+        ("baseline", 0.5),
+    ]
+    assert (table["samples"] == 4).all()
+    assert (table["loss_low"] <= table["loss"]).all()
+    assert (table["loss"] <= table["loss_high"]).all()
+    assert table["kept"].is_monotonic_decreasing
+    assert table["rise"][0] == 0
+    assert {row["task"] for row in table.attrs["results"]["rows"]} == set(TASKS)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not hooks_of(model)
+
+
+def test_presets_and_a_bar(model: PreTrainedModel) -> None:
+    shown = io.StringIO()
+    with redirect_stdout(shown):
+        table = scored(model, tasks="quick", lengths=1500, samples=None, sparsity=0.5, progress=True, generate=False)
+    assert len(table) == 3
+    assert "Traceback" not in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": "quik"}, "^tasks: there is no quik"),
+        ({"sparsity": 2}, r"^sparsity=2 must be at most 1"),
+        ({"lengths": 5}, r"^lengths=5 is too short for json-lookup"),
+        ({"nosuch": 1}, "^nosuch: there is no such argument or setting$"),
+    ],
+)
+def test_mistakes_are_one_line(changes: dict[str, Any], message: str, model: PreTrainedModel) -> None:
+    with pytest.raises(UserError, match=message):
+        scored(model, **changes)
+
+
+def test_a_pattern_of_another_model(model: PreTrainedModel) -> None:
+    with pytest.raises(UserError, match=r"is for 30 layers x 3 KV heads, but LlamaForCausalLM has 3 layers x 2"):
+        duo_id.evaluate_pattern(model, TOKENIZER, duo_id.load_pattern("SmolLM2-135M-Instruct"))
