@@ -13,7 +13,7 @@ from duo_id.methods.settings import SaliencySettings
 from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.step.distillation import Distillation
-from duo_id.step.prepare import prepared
+from duo_id.step.prepare import prepared_step
 
 DRAWS = 4  # of labels, from one forward
 
@@ -24,7 +24,7 @@ def find(gated_model: GatedModel, samples: SampleModule, settings: SaliencySetti
     chosen = samples.samples("train", settings.samples)
     distillation = Distillation(gated_model, settings.resolved_objective, settings.tokens)
     step = replace(run.step, compile=False)  # a few passes do not pay for compiling
-    with prepared(distillation, step) as apply_plan:
+    with prepared_step(distillation, step) as apply_plan:
         apply_plan(max(len(sample["input_ids"]) for sample in chosen))
         return gated_model.pattern(mean_scores(saliency, gated_model, chosen, settings, run.console))
 

@@ -16,7 +16,7 @@ from duo_id.methods.settings import GateSettings
 from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.pattern import HeadPattern, mix_prior
-from duo_id.step.prepare import prepared
+from duo_id.step.prepare import prepared_step
 from duo_id.train.checkpoints import CHECKPOINT, AtomicCheckpointIO, LastCheckpoint
 from duo_id.train.gate_training import GateTraining
 from duo_id.train.history import GateHistory
@@ -57,7 +57,7 @@ def find(gated_model: GatedModel, samples: SampleModule, method: GateSettings, r
     steps = settings.trainer["max_steps"]
     gates = GateTraining(gated_model, method, run.step, steps, settings.sparsity, run.seed)
     longest = settings.data.length_max or gated_model.model.max_length
-    with prepared(gates.distillation, run.step) as gates.apply_plan:
+    with prepared_step(gates.distillation, run.step) as gates.apply_plan:
         if longest is not None and settings.data.task != "disk":  # else each step says when it does not fit
             plan = gates.apply_plan(longest * settings.data.batch_size)
             if plan is not None:
