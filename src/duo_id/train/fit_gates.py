@@ -82,7 +82,7 @@ def _trainer(method: GateSettings, run: TrainRun, callbacks: Sequence[Callback])
     """The trainer of the settings, with the user's callbacks and ours."""
     settings = run.settings
     theirs = _callbacks(settings) if method is settings.method else []  # not for a method that comes before it
-    ours = [*callbacks, GateTracking(settings.sparsity), LambdaCallback(on_train_start=lambda *_: run.accepted())]
+    ours = [*callbacks, GateTracking(settings.sparsity), LambdaCallback(on_train_start=lambda *_: run.on_accepted())]
     if not settings.trainer.get("fast_dev_run"):
         ours.append(LastCheckpoint(run.folder, settings.checkpoint_seconds))
     if settings.trainer.get("enable_progress_bar", True) and not any(isinstance(x, ProgressBar) for x in theirs):
@@ -103,7 +103,7 @@ def _trainer(method: GateSettings, run: TrainRun, callbacks: Sequence[Callback])
 def _prior(run: TrainRun) -> HeadPattern | None:
     """The pattern whose order has a part in the scores; an error says how to do without it."""
     try:
-        return run.order()
+        return run.named_pattern()
     except UserError as error:
         raise UserError(f"{error}; method.prior=null does without") from error
 

@@ -150,7 +150,7 @@ class GateTraining(lightning.LightningModule):
         }
         if self.method.reg_weight:
             shown["penalty"] = penalty.detach()
-        if self.gates.BLENDS:
+        if self.gates.OPENNESS_IS_SHARE:
             shown["mean_gate"] = openness.detach().mean()
         self._clock = now
         self.log_dict({f"train/{key}": value for key, value in shown.items()}, prog_bar=True)

@@ -51,21 +51,21 @@ def identify(gated_model: GatedModel, method: MethodSettings, run: TrainRun) -> 
     samples = sample_module(gated_model.model, run.settings, run.seed)
     samples.task("train")  # what cannot work is refused before anything is computed
     key = "start" if isinstance(method, SearchSettings) else "prior"
-    order = partial(_order, key, getattr(method, key, None), gated_model, run)
-    return FIND[method.name](gated_model, samples, method, replace(run, order=order))
+    named_pattern = partial(_named_pattern, key, getattr(method, key, None), gated_model, run)
+    return FIND[method.name](gated_model, samples, method, replace(run, named_pattern=named_pattern))
 
 
-def _order(key: str, named: Any, gated_model: GatedModel, run: TrainRun) -> HeadPattern | None:
+def _named_pattern(key: str, named: Any, gated_model: GatedModel, run: TrainRun) -> HeadPattern | None:
     """The pattern that `method.KEY` names, which a method of its own may have to find first."""
     if named is None:
         return None
     if isinstance(named, MethodSettings):
         resumable = isinstance(named, SearchSettings)  # a resumed run takes up what it has found so far
-        accepted = run.accepted if resumable else lambda: None
+        on_accepted = run.on_accepted if resumable else lambda: None
         loggers = run.loggers if key == "start" else ()  # beside a prior they show the gates' own training
         try:
             return identify(
-                gated_model, named, replace(run, folder=run.folder / key, accepted=accepted, loggers=loggers)
+                gated_model, named, replace(run, folder=run.folder / key, on_accepted=on_accepted, loggers=loggers)
             )
         except UserError as error:
             raise UserError(name_nested_override(key, str(error))) from error

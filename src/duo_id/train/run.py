@@ -30,7 +30,7 @@ from duo_id.common.record import (
 )
 from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
-from duo_id.methods.search import ORDER
+from duo_id.methods.search import SEARCH_FILE
 from duo_id.methods.settings import GateSettings
 from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
@@ -97,7 +97,7 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
             settings = _shared(settings, device, ranks, folder)
         model = load_model(settings.model, device, settings.seed, ranks)
         with attached(model.model, settings.step.backends, ranks.group) as layers:
-            accepted = partial(keep_settings, folder, asked | used, before) if ranks.first else lambda: None
+            on_accepted = partial(keep_settings, folder, asked | used, before) if ranks.first else lambda: None
             gated_model = GatedModel(model, layers, method.window, settings.step.backends)
             run = TrainRun(
                 settings=settings,
@@ -106,7 +106,7 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
                 resume=bool(settings.resume),
                 step=settings.step,
                 console=cli.console,
-                accepted=accepted,
+                on_accepted=on_accepted,
             )
             samples = sample_module(model, settings, settings.seed)
             test = samples.samples("test", settings.comparison.samples)
@@ -181,7 +181,9 @@ def _check_resumed(settings: TrainSettings, folder: Path) -> Earlier:
     if not begun:
         return {}, {}
     free = [*NOT_RECORDED, *CHANGEABLE, *MEANTIME, "method.prior_weight", "method.batch_tokens"]
-    if not any((place / "prior" / ORDER).is_file() for place in begun) or not isinstance(now["method"]["prior"], dict):
+    if not any((place / "prior" / SEARCH_FILE).is_file() for place in begun) or not isinstance(
+        now["method"]["prior"], dict
+    ):
         free.append("method.prior")  # which is found, or read, once more
     found = {key: values for key, values in differences(earlier, now).items() if not within(key, free)}
     check_honoured(found, f"resume={settings.resume}: it was made", "and what it has found so far holds for that alone")
@@ -190,7 +192,7 @@ def _check_resumed(settings: TrainSettings, folder: Path) -> Earlier:
 
 def _begun(folder: Path) -> bool:
     """Whether a run folder, or that of a seed, holds something that a resumed run would not do again."""
-    orders = [folder / name / ORDER for name in (".", "prior", "start")]
+    orders = [folder / name / SEARCH_FILE for name in (".", "prior", "start")]
     seed = folder.name.startswith("seed-") and (folder / "heads" / HEADS).is_file()
     return seed or any(path.is_file() for path in (folder / CHECKPOINT, *orders))
 
@@ -246,9 +248,9 @@ def _identify_repeatedly(gated_model: GatedModel, run: TrainRun, found: dict[str
             continue
         with tracked(settings.logger if gated_model.model.ranks.first else {}, folder) as loggers:
             known = found | {"seed": seed}
-            accepted = partial(_accepted, run, loggers, known)
+            on_accepted = partial(_log_accepted, run, loggers, known)
             began = time.perf_counter()
-            of_seed = replace(run, folder=folder, seed=seed, accepted=accepted, loggers=loggers)
+            of_seed = replace(run, folder=folder, seed=seed, on_accepted=on_accepted, loggers=loggers)
             pattern = identify(gated_model, settings.method, of_seed)
             told = dict(pattern.provenance)
             took = {"seconds": time.perf_counter() - began + told.pop("seconds_before", 0.0)}
@@ -285,8 +287,8 @@ def _found_before(folder: Path, settings: TrainSettings) -> HeadPattern:
     return pattern
 
 
-def _accepted(run: TrainRun, loggers: Sequence[Logger], known: dict[str, Any]) -> None:
-    run.accepted()
+def _log_accepted(run: TrainRun, loggers: Sequence[Logger], known: dict[str, Any]) -> None:
+    run.on_accepted()
     log_config(loggers, known)
 
 
