@@ -94,17 +94,17 @@ def test_the_default_is_the_measured_method(chosen: str, tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The plain values of each command's config."""
-    found: dict[str, Any] = {}
+    configs: dict[str, Any] = {}
     for name in SCHEMAS:
         finished = run_command(
             name,
             "model=tiny",
             *NEEDED.get(name, []),
             folder=tmp_path_factory.mktemp("base"),
-            command=lambda config, name=name: found.update({name: OmegaConf.to_container(config, resolve=True)}),
+            command=lambda config, name=name: configs.update({name: OmegaConf.to_container(config, resolve=True)}),
         )
         assert finished.status == 0, finished.output
-    return found
+    return configs
 
 
 def changed(config: dict[str, Any], changes: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m duo_id.train`: find a model's retrieval heads by any method, and show how good they are."""
+"""`python -m duo_id.train`: find a model's retrieval heads by any method, and evaluate their masks."""
 
 from duo_id.common import stopping
 
@@ -16,7 +16,7 @@ from duo_id.train.settings import train_settings
 
 
 def main(config: DictConfig) -> float | None:
-    """Run the command; returns what a sweep minimises: the found masks' mean answer loss on validation samples."""
+    """Run the command; returns what a sweep minimises: the masks' mean answer loss on validation samples."""
     config, folder, _ = cli.start_run(config)
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
