@@ -101,7 +101,7 @@ def test_the_advice_for_a_changed_history_works(tmp_path: Path) -> None:
     path = tmp_path / HISTORY
     rows = path.read_text().splitlines()
     path.write_text("".join(f"{row}\n" for row in [*rows[:-1], "3,0.5,0.5,0.5,0.5,"]))
-    advice = "restore it, or remove it, .*; if you changed it yourself, delete the column sha256 from every row$"
+    advice = "restore it, or remove it to .*; if you changed it yourself, delete the column sha256 from every row$"
     with pytest.raises(UserError, match=advice):
         read_history(tmp_path)
     changed = path.read_text()

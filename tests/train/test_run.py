@@ -114,7 +114,7 @@ def test_heads_are_exported_in_both_formats(run: Run) -> None:
 
 def test_gates_have_moved(run: Run) -> None:
     scores = load_pattern(run.folder).scores
-    assert scores.min() < 0.5 < scores.max(), "some heads have won places, others lost them"
+    assert scores.min() < 0.5 < scores.max(), "some heads have gained, others lost"
     assert scores.max() - scores.min() < 0.2, "in two steps not far"
     assert "mean_gate" not in run.summary, "nested masks rank heads"
 
