@@ -227,7 +227,8 @@ class GateTraining(lightning.LightningModule):
         saved_steps = checkpoint.get("global_step", 0)
         if saved_steps > self.steps:
             raise UserError(
-                f"resume: the checkpoint is at step {saved_steps}, beyond trainer.max_steps={self.steps}: raise that"
+                f"resume: the checkpoint has reached trainer.max_steps={saved_steps}, this run has trainer.max_steps="
+                f"{self.steps}: give at least as many"
             )
         if self._trainer is not None:
             keep_matching(checkpoint, self)
