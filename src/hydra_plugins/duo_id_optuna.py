@@ -1,7 +1,7 @@
-"""`hydra/sweeper=optuna`: Optuna chooses what the jobs of a sweep run with, by what the jobs before have returned.
+"""`hydra/sweeper=optuna`: Optuna chooses the overrides of a sweep's jobs by the results of earlier jobs.
 
-Hydra's own plugin holds Optuna below version 3; this one knows Optuna by its ask-and-tell interface alone. Hydra
-imports this module whenever a command starts, so what is heavy is imported when a sweep begins.
+Hydra's own plugin pins Optuna below version 3; this one uses only Optuna's ask-and-tell interface. Hydra imports this
+module whenever a command starts, so heavy imports wait until a sweep begins.
 """
 
 import json
@@ -32,7 +32,7 @@ SAMPLERS = ("tpe", "random")
 
 
 class OptunaSweeper(Sweeper):
-    """Runs the trials of a study as the jobs of a sweep, in batches; a sweep that was killed is gone on with."""
+    """Runs the trials of a study as the jobs of a sweep, in batches; a killed sweep can be resumed."""
 
     hydra_context: HydraContext
     config: DictConfig
@@ -48,7 +48,7 @@ class OptunaSweeper(Sweeper):
         storage: str | None,
         params: Mapping[str, str],
     ) -> None:
-        """Keep the settings, see conf/hydra/sweeper/optuna.yaml."""
+        """Store the settings, see conf/hydra/sweeper/optuna.yaml."""
         self.n_trials, self.n_jobs, self.sampler, self.seed = n_trials, n_jobs, sampler, seed
         self.direction, self.storage, self.params = direction, storage, params
 
@@ -60,23 +60,23 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run trials until the study has `n_trials` that ended, and keep the best in `RESULTS`.
+        """Run trials until `n_trials` of the study have ended, and write the best to `RESULTS`.
 
         Args:
-            arguments: overrides, those that sweep among them.
+            arguments: overrides, including those that sweep.
 
         Raises:
-            UserError: a setting or a sweep makes no sense, or the folder holds another sweep.
+            UserError: a setting or a sweep is invalid, or the folder holds another sweep.
         """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._check()
+        self._check_settings()
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
-        given = {override.get_key_element(): override for override in overrides}  # the command line's come last
-        space = {key: distribution(one) for key, one in given.items() if one.is_sweep_override()}
-        fixed = [str(one.input_line) for one in given.values() if not one.is_sweep_override()]
+        by_key = {override.get_key_element(): override for override in overrides}  # the command line wins
+        space = {key: distribution(override) for key, override in by_key.items() if override.is_sweep_override()}
+        fixed = [str(override.input_line) for override in by_key.values() if not override.is_sweep_override()]
         if not space:
             raise UserError(
                 "hydra/sweeper=optuna: no override sweeps; give one, such as 'method.lr=interval(0.01,0.2)'"
@@ -84,65 +84,65 @@ class OptunaSweeper(Sweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        with self._storing(folder):
-            study = self._study(folder, {key: str(one) for key, one in space.items()}, fixed)
+        with self._storage_errors(folder):
+            study = self._study(folder, {key: str(override) for key, override in space.items()}, fixed)
         while True:
-            with self._storing(folder):
-                trials = self._next(study, space)
+            with self._storage_errors(folder):
+                trials = self._next_trials(study, space)
             if not trials:
                 return
             batch = [[*fixed, *(f"{key}={trial.params[key]}" for key in space)] for trial in trials]
             self.validate_batch_is_legal(batch)
-            ended = self.launcher.launch(batch, initial_job_idx=trials[0].number)
-            with self._storing(folder):
-                for trial, job in zip(trials, ended, strict=True):
+            jobs = self.launcher.launch(batch, initial_job_idx=trials[0].number)
+            with self._storage_errors(folder):
+                for trial, job in zip(trials, jobs, strict=True):
                     state, value = outcome(job)
                     study.tell(trial.number, value, state)
             _write_best(study, folder)
 
-    def _next(
+    def _next_trials(
         self, study: "optuna.Study", space: "dict[str, optuna.distributions.BaseDistribution]"
     ) -> "Sequence[optuna.Trial | optuna.trial.FrozenTrial]":
-        """The next batch of trials, those first that were cut off; none once `n_trials` have ended.
+        """The next batch of trials, interrupted ones first; empty once `n_trials` have ended.
 
-        What is drawn depends on how many trials there are, not on how often the sweep was cut off.
+        Draws depend on the number of trials, not on how often the sweep was interrupted.
         """
         import optuna
 
-        known, running = study.get_trials(), optuna.trial.TrialState.RUNNING
-        whole = [trial for trial in known if trial.params.keys() >= space.keys()]  # not cut off while they were drawn
-        cut_off = [trial for trial in whole if trial.state == running]
-        if self.storage is None:  # nobody else is at work on it
-            for trial in known:
-                if trial.state == running and trial not in whole:
+        trials, running = study.get_trials(), optuna.trial.TrialState.RUNNING
+        complete = [trial for trial in trials if trial.params.keys() >= space.keys()]  # drawn completely
+        cut_off = [trial for trial in complete if trial.state == running]
+        if self.storage is None:  # then no other process uses it
+            for trial in trials:
+                if trial.state == running and trial not in complete:
                     study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             if cut_off:
                 first = cut_off[0].number
-                return [trial for place, trial in enumerate(cut_off) if trial.number == first + place][: self.n_jobs]
+                return [trial for offset, trial in enumerate(cut_off) if trial.number == first + offset][: self.n_jobs]
         if self.sampler in SAMPLERS:
             kind = optuna.samplers.TPESampler if self.sampler == "tpe" else optuna.samplers.RandomSampler
-            study.sampler = kind(seed=self.seed + len(whole))  # a seed draws its values once
-        left = self.n_trials - sum(trial.state.is_finished() for trial in whole)
-        return [study.ask(space) for _ in range(min(left, self.n_jobs))]
+            study.sampler = kind(seed=self.seed + len(complete))  # never the same draw twice
+        remaining = self.n_trials - sum(trial.state.is_finished() for trial in complete)
+        return [study.ask(space) for _ in range(min(remaining, self.n_jobs))]
 
     @contextmanager
-    def _storing(self, folder: Path) -> Iterator[None]:
-        """Turn what SQLAlchemy, Optuna and SQLite say of a storage that fails into one line."""
+    def _storage_errors(self, folder: Path) -> Iterator[None]:
+        """Turn errors of SQLAlchemy, Optuna and SQLite about the storage into one line."""
         try:
             yield
         except UserError:
             raise
         except Exception as error:  # of many kinds
             reason = first_line(error.__cause__ or error)
-            storage = self._where(folder)
+            storage = self._storage_url(folder)
             raise UserError(
                 f"hydra.sweeper.storage={self.storage}: {storage} cannot be opened or written ({reason})"
             ) from error
 
-    def _where(self, folder: Path) -> str:
+    def _storage_url(self, folder: Path) -> str:
         return self.storage or f"sqlite:///{folder.absolute() / DATABASE}"
 
-    def _check(self) -> None:
+    def _check_settings(self) -> None:
         for key in ("n_trials", "n_jobs"):
             if getattr(self, key) < 1:
                 raise UserError(f"hydra.sweeper.{key}={getattr(self, key)} must be at least 1")
@@ -152,30 +152,30 @@ class OptunaSweeper(Sweeper):
             raise UserError(f"hydra.sweeper.direction={self.direction}: choose minimize or maximize")
 
     def _study(self, folder: Path, space: Mapping[str, str], fixed: Sequence[str]) -> "optuna.Study":
-        """A new study, or that of the folder."""
+        """The folder's study, new if there is none."""
         import optuna
 
         study = optuna.create_study(
-            storage=self._where(folder), study_name=folder.name, direction=self.direction, load_if_exists=True
+            storage=self._storage_url(folder), study_name=folder.name, direction=self.direction, load_if_exists=True
         )
-        asked = json.dumps([space, sorted(fixed), self.direction])
-        before = study.user_attrs.get("asked", asked)
-        if before != asked:
-            raise UserError(f"hydra.sweep.dir={folder} holds another sweep, of {before}; choose another folder")
-        study.set_user_attr("asked", asked)
+        definition = json.dumps([space, sorted(fixed), self.direction])
+        saved = study.user_attrs.get("asked", definition)
+        if saved != definition:
+            raise UserError(f"hydra.sweep.dir={folder} holds another sweep, of {saved}; choose another folder")
+        study.set_user_attr("asked", definition)
         if self.sampler not in SAMPLERS:
             study.sampler = self.sampler
         return study
 
 
 def distribution(override: Override) -> "optuna.distributions.BaseDistribution":
-    """What an override sweeps over, as Optuna has it.
+    """The distribution that an override sweeps over.
 
-    `choice(...)`, lists and globs are choices, `range(...)` and `interval(...)` are numbers with their order; with
-    `tag(log, ...)` numbers are drawn on a logarithmic scale.
+    `choice(...)`, lists and globs are categorical, `range(...)` and `interval(...)` numeric, on a logarithmic scale
+    with `tag(log, ...)`.
 
     Raises:
-        UserError: Optuna knows no such sweep.
+        UserError: Optuna does not support the sweep.
     """
     from optuna import distributions
 
@@ -191,7 +191,7 @@ def distribution(override: Override) -> "optuna.distributions.BaseDistribution":
                 return distributions.IntDistribution(low, high, log=log)
             return distributions.FloatDistribution(low, high, log=log)
         if isinstance(sweep, RangeSweep):
-            values, step = sorted(sweep.range()), abs(sweep.step)  # like Python's range, without its end
+            values, step = sorted(sweep.range()), abs(sweep.step)  # as in Python, without its end
             if isinstance(step, int) and all(isinstance(value, int) for value in values):
                 return distributions.IntDistribution(int(values[0]), int(values[-1]), log=log, step=step)
             return distributions.FloatDistribution(values[0], values[-1], log=log, step=None if log else step)
@@ -201,7 +201,7 @@ def distribution(override: Override) -> "optuna.distributions.BaseDistribution":
 
 
 def outcome(job: JobReturn) -> tuple["optuna.trial.TrialState", float | None]:
-    """How a trial ended, and with which value: what is no number has failed."""
+    """A trial's final state and value; a value that is not a finite number is a failure."""
     import optuna
 
     states = optuna.trial.TrialState
@@ -218,5 +218,5 @@ def _write_best(study: "optuna.Study", folder: Path) -> None:
 
     if study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
         best = study.best_trial
-        found = {"name": "optuna", "best_params": best.params, "best_value": best.value, "best_job": best.number}
-        write_text(folder / RESULTS, OmegaConf.to_yaml(OmegaConf.create(found)))
+        results = {"name": "optuna", "best_params": best.params, "best_value": best.value, "best_job": best.number}
+        write_text(folder / RESULTS, OmegaConf.to_yaml(OmegaConf.create(results)))

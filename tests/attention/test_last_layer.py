@@ -17,7 +17,7 @@ from duo_id.attention.streaming import streaming_attention
 from duo_id.attention.window import Window
 from duo_id.step.compiled import compiled_parts
 from duo_id.step.distillation import Distillation
-from duo_id.step.recompute import Keep, recomputed
+from duo_id.step.recompute import Keep, activation_checkpointing
 from tests.step.test_distillation import HYBRID, batch_of, distilling, gates_of
 from tests.support.planted import random_sample
 
@@ -108,7 +108,7 @@ def test_whatever_the_blend_and_the_way(blend: str, tokens: str, how: str, make_
             if "compiled" in how:
                 stack.enter_context(compiled_parts(model, layers, attention=True, backend="eager"))
             if how.split()[-1] in Keep.__members__:
-                stack.enter_context(recomputed(model, layers, Keep[how.split()[-1]]))
+                stack.enter_context(activation_checkpointing(model, layers, Keep[how.split()[-1]]))
             found = loss_and_gradient(distillation, batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected[1].abs().max()))
 

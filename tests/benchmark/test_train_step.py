@@ -17,7 +17,7 @@ from duo_id.distributed.launch import check_ranks
 from duo_id.distributed.ranks import Ranks
 from duo_id.models.loading import meta_model
 from duo_id.models.settings import ModelSettings
-from duo_id.step.devices import calculated_costs, fitted
+from duo_id.step.devices import calculated_costs, fit_memory
 from tests.benchmark.cases import layers_of, named
 from tests.support.commands import run_command, settings_of
 from tests.support.tiny import tiny_model
@@ -158,7 +158,7 @@ def test_presets_share_a_step_among_devices(preset: str, tokens: int, groups: in
     assert model.config.max_position_embeddings >= tokens
     ranks = Ranks(groups, 8 // groups, sharded=True)
     costs = calculated_costs(model, ranks, torch.device("cuda"))
-    fitted(settings.step, costs, ranks.tokens(tokens, settings.batch_size), 80 * 10**9)
+    fit_memory(settings.step, costs, ranks.tokens(tokens, settings.batch_size), 80 * 10**9)
 
 
 @pytest.mark.gpu
@@ -187,7 +187,7 @@ def test_a_step_waits_for_nothing(blend: str) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_keeps_its_budget(blend: str, compiled: bool) -> None:
     """Between keeping everything and keeping the minimum; the budget includes a reserve of 1 GiB."""
-    from duo_id.step.prepare import prepared
+    from duo_id.step.prepare import prepared_step
     from duo_id.step.recompute import Keep
     from duo_id.step.settings import StepSettings
     from tests.step.test_distillation import batch_of, distilling
@@ -200,7 +200,7 @@ def test_a_step_keeps_its_budget(blend: str, compiled: bool) -> None:
         for key, value in batch_of(random_sample(16384, 1)).items()
     }
     step = StepSettings(memory="3GiB", compile=compiled)
-    with distilling(model, "hidden_l2", blend) as distillation, prepared(distillation, step) as apply_plan:
+    with distilling(model, "hidden_l2", blend) as distillation, prepared_step(distillation, step) as apply_plan:
         plan = apply_plan(16384)
         assert plan is not None
         assert len(set(plan.levels)) > 1 or plan.levels[0] != Keep.ALL

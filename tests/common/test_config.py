@@ -16,7 +16,7 @@ from duo_id.common.config import parse
 from duo_id.common.errors import UserError
 from duo_id.methods.settings import METHODS
 from duo_id.train.settings import TrainSettings, train_settings
-from duo_id.train.trainer import OURS, TrainerSettings
+from duo_id.train.trainer import RESERVED, TrainerSettings
 from tests.support.commands import QUICK, run_command
 from tests.train.test_settings import NEEDED, SCHEMAS
 
@@ -163,7 +163,7 @@ def test_what_is_listed_as_accepted_is_somewhere(composed: dict[str, Any]) -> No
 
 def test_every_argument_of_lightnings_trainer_is_taken_or_told() -> None:
     arguments = set(inspect.signature(lightning.Trainer.__init__).parameters) - {"self"}
-    assert arguments - set(get_type_hints(TrainerSettings)) == set(OURS)
+    assert arguments - set(get_type_hints(TrainerSettings)) == set(RESERVED)
 
 
 BAD = {  # overrides of train, and how the line begins

@@ -47,9 +47,9 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_one_before_stays(the
         io.save_checkpoint(FORM | {"state_dict": {"gates": torch.ones(2)}}, path)
     with small_disk(2**16), pytest.raises(UserError) as error:
         io.save_checkpoint({"gates": torch.zeros(2**18)}, path)
-    advice = f"resume={tmp_path / 'run'} then goes on from the checkpoint before" if there else "then start again"
+    advice = f"resume={tmp_path / 'run'} from the previous checkpoint" if there else "start again"
     assert str(error.value).startswith(f"{path} cannot be written (")
-    assert str(error.value).endswith(f": make room there; {advice}")
+    assert str(error.value).endswith(f": make room there, then {advice}")
     assert "\n" not in str(error.value)
     assert list(path.parent.iterdir()) == [path] * there
     if there:

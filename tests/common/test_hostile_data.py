@@ -21,8 +21,8 @@ from duo_id.evaluate.contenders import contenders
 from duo_id.evaluate.journal import JOURNAL, Journal
 from duo_id.evaluate.peers import read_answers, write_samples
 from duo_id.evaluate.tasks.ruler_files import read_ruler
-from duo_id.methods.head_order import Order
-from duo_id.methods.search import _read as read_search
+from duo_id.methods.head_order import HeadOrder
+from duo_id.methods.search import _read_order as read_search
 from duo_id.models.loading import meta_model
 from duo_id.models.settings import ModelSettings
 from duo_id.patterns.agreement import agreement, agreement_table
@@ -146,7 +146,7 @@ def search(folder: Path) -> dict[str, Any]:
 
 
 def use_search(path: Path) -> None:
-    order, _ = read_search(path, Order((1, 3)))
+    order, _ = read_search(path, HeadOrder((1, 3)))
     order.scores()
 
 

@@ -27,8 +27,8 @@ from duo_id.data.samples import Sample
 from duo_id.data.settings import DataGenSettings, DataSettings
 from duo_id.evaluate.items import Item, Question
 from duo_id.evaluate.journal import JOURNAL, RESULTS, Journal, write_results
-from duo_id.methods.head_order import Order
-from duo_id.methods.search import ORDER, _read
+from duo_id.methods.head_order import HeadOrder
+from duo_id.methods.search import SEARCH_FILE, _read_order
 from duo_id.models.loading import byte_tokenizer
 from duo_id.models.settings import ModelSettings
 from duo_id.patterns.files import TABLES
@@ -104,7 +104,7 @@ def write_history(folder: Path) -> None:
 
 def write_search(folder: Path) -> None:
     state = {"shape": [3, 4], "first": [3, 1], "last": [2], "hints": [0.25] * 12, "swaps": 0, "seconds": 9.5}
-    (folder / ORDER).write_text(json.dumps(sealed(state)))
+    (folder / SEARCH_FILE).write_text(json.dumps(sealed(state)))
 
 
 def write_evaluation(folder: Path) -> None:
@@ -156,7 +156,9 @@ KINDS = {
         "[cf]*",
     ),
     "history": Kind(write_history, lambda folder: read_history(folder).to_csv(), HISTORY),
-    "search": Kind(write_search, lambda folder: plain(asdict(_read(folder / ORDER, Order((3, 4)))[0])), ORDER),
+    "search": Kind(
+        write_search, lambda folder: plain(asdict(_read_order(folder / SEARCH_FILE, HeadOrder((3, 4)))[0])), SEARCH_FILE
+    ),
     "settings": Kind(lambda folder: keep_settings(folder, RUN, {}), read_settings, SETTINGS),
     "journal": Kind(write_journal, lambda folder: Journal(folder, {"seed": 0}).rows, JOURNAL),
     "results": Kind(write_evaluation, load_results, RESULTS),

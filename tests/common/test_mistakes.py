@@ -39,7 +39,11 @@ def raised(call: Callable[[], Any]) -> BaseException:
             "4 query heads do not divide among 3 KV heads",
         ),
         ("train", ["method=search", "method.start=nowhere"], "method.start=nowhere: no head pattern"),
-        ("train", ["method=search", "method.swap_at=0.5", "method.max_swaps=1", "repeats=2"], "repeats=2: heads are"),
+        (
+            "train",
+            ["method=search", "method.swap_at=0.5", "method.max_swaps=1", "repeats=2"],
+            "repeats=2: method.swap_at",
+        ),
         ("train", ["step.memory=0GiB"], "step.memory: a step of"),
         ("train", [f"step.memory={'9' * 320}GiB"], "choose auto, outputs, least, or a budget such as 60GiB"),
         ("train", ["trainer.accelerator=nosuch"], "trainer.accelerator=nosuch: You selected an invalid accelerator"),

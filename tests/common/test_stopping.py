@@ -84,7 +84,7 @@ def test_of_several_seeds_those_that_are_done_are_kept(tmp_path: Path, monkeypat
         patch.setattr(GateTraining, "training_step", told)
         finished = run_command("train", *QUICK, *FEW, "repeats=2", folder=tmp_path)
     assert finished.status == 143, finished.output
-    assert f"stopped; to go on: python -m duo_id.train resume={tmp_path / 'run'}" in finished.output
+    assert f"stopped; to resume: python -m duo_id.train resume={tmp_path / 'run'}" in finished.output
     assert (tmp_path / "run" / "seed-0" / "heads" / "heads.json").is_file()
     assert not (tmp_path / "run" / "heads").exists()
     resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)

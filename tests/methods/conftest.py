@@ -1,4 +1,4 @@
-"""Tiny models with gates, ready to be scored, and needles in random tokens."""
+"""Tiny gated models ready to be scored, and needles in random tokens."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,7 +23,7 @@ MakeGatedModel = Callable[..., AbstractContextManager[GatedModel]]
 
 
 def one_word_tokenizer() -> PreTrainedTokenizerFast:
-    """Every word is token 12: nothing that the vocabulary of tiny models lacks."""
+    """Every word is token 12, which the vocabularies of tiny models have."""
     tokenizer = Tokenizer(WordLevel({"<unk>": 12}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
@@ -31,29 +31,29 @@ def one_word_tokenizer() -> PreTrainedTokenizerFast:
 
 @contextmanager
 def gated_model_of(model: PreTrainedModel, window: Window = WINDOW) -> Iterator[GatedModel]:
-    """A model, attached while the block lasts."""
+    """A model attached within the block."""
     wrapped = LanguageModel(model, one_word_tokenizer(), "tiny", "tiny", None, "random")
     with attached(model, Backends()) as layers:
         yield GatedModel(wrapped, layers, window, Backends())
 
 
 def settings(reduction: str = "max") -> AttentionSettings:
-    """Of any method that looks at attention weights."""
+    """Settings of any method that uses attention weights."""
     return AttentionSettings("attention_profile", 3, 8, samples=1, reduction=reduction)
 
 
 def haystack(tokens: int, *needles: tuple[int, int, int], seed: int = 0) -> Sample:
-    """Random tokens in which needles (where, where it is asked for, length) are repeated, as answers in turn."""
+    """Random tokens in which needles (position, answer position, length) are repeated, as answers in turn."""
     ids = torch.randint(3, 96, (tokens,), generator=torch.Generator().manual_seed(seed))
     answers = torch.zeros_like(ids)
-    for turn, (place, asked, length) in enumerate(needles, 1):
-        ids[asked : asked + length] = ids[place : place + length]
-        answers[asked : asked + length] = turn
+    for turn, (position, answer_position, length) in enumerate(needles, 1):
+        ids[answer_position : answer_position + length] = ids[position : position + length]
+        answers[answer_position : answer_position + length] = turn
     return Sample(input_ids=ids, labels=torch.where(answers > 0, ids, UNSCORED), answers=answers)
 
 
 def grouped(values: torch.Tensor, kv_heads: int, reduction: str) -> torch.Tensor:
-    """From query heads to KV heads, one after the other."""
+    """Reduce query heads to KV heads, one by one."""
     group = len(values) // kv_heads
     parts = [values[group * head : group * (head + 1)] for head in range(kv_heads)]
     return torch.stack([part.max() if reduction == "max" else part.sum() / group for part in parts])
@@ -61,5 +61,5 @@ def grouped(values: torch.Tensor, kv_heads: int, reduction: str) -> torch.Tensor
 
 @pytest.fixture(params=["max", "mean"])
 def reduction(request: pytest.FixtureRequest) -> str:
-    """Each of the two."""
+    """Both reductions over query heads."""
     return str(request.param)

@@ -1,4 +1,4 @@
-"""Where single heads look: weights against the dense matrix, shares by hand, figures that hold both."""
+"""Where single heads look: weights against the dense matrix, shares by hand, figures that show both."""
 
 from collections.abc import Callable
 
@@ -27,10 +27,10 @@ def test_weights_of_the_answers_queries(
     with dense_attention(model) as seen:
         model(sample["input_ids"][None], use_cache=False)
     with gated_model_of(model) as gated_model:
-        found = answer_attention(gated_model, sample, heads)
+        attention = answer_attention(gated_model, sample, heads)
         kv_heads = gated_model.shape[1]
-    assert list(found) == (heads or [(layer, head) for layer in range(3) for head in range(kv_heads)])
-    for (layer, head), weight in found.items():
+    assert list(attention) == (heads or [(layer, head) for layer in range(3) for head in range(kv_heads)])
+    for (layer, head), weight in attention.items():
         expected = seen.weights[layer][:, queries].unflatten(0, (kv_heads, -1))[head].mean(0)
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
 
@@ -44,7 +44,7 @@ def test_a_head_that_does_not_exist_is_named(make_model: Callable[..., PreTraine
 
 
 def by_hand() -> tuple[dict[tuple[int, int], torch.Tensor], Sample]:
-    """30 tokens with a needle at 12 to 13 that is asked for at 28: the queries are 27 and 28."""
+    """30 tokens with a needle at 12 to 13 whose answer begins at 28: the queries are 27 and 28."""
     sample = haystack(30, (12, 28, 2))
     weight = torch.zeros(2, 30)
     weight[0, [1, 12, 20, 26]] = torch.tensor([0.1, 0.4, 0.2, 0.3])  # sink, needle, elsewhere, recent
@@ -58,12 +58,12 @@ def test_shares_divide_the_attention() -> None:
     assert shares.loc[(2, 0)].to_dict() == {"needle": 0, "elsewhere": 0, "recent": 0, "sink": 1}
 
 
-def test_a_needle_within_the_window_is_the_windows() -> None:
+def test_a_needle_within_the_window_counts_as_recent() -> None:
     shares = attention_shares(*by_hand(), Window(3, 20))
     assert shares.loc[(0, 1)].to_dict() == pytest.approx({"needle": 0, "elsewhere": 0, "recent": 0.8, "sink": 0.2})
 
 
-def test_figures_hold_the_weights_and_the_shares() -> None:
+def test_figures_show_the_weights_and_the_shares() -> None:
     (maps, sample), window, pattern = by_hand(), Window(3, 5), HeadPattern(torch.rand(3, 2), 3, 5)
     figure = plot_attention(maps, sample, window, pattern)
     for axes, (head, weight) in zip(figure.axes[:2], maps.items(), strict=True):
@@ -77,7 +77,7 @@ def test_figures_hold_the_weights_and_the_shares() -> None:
     assert "30% needle, 20% sink, 40% recent" in figure.axes[0].get_title(loc="left")
     shares = attention_shares(maps, sample, window)
     left, right = plot_shares(shares, pattern).axes
-    places = np.asarray(left.collections[0].get_offsets())
-    np.testing.assert_allclose(places, [[pattern.scores[0, 1], 30], [pattern.scores[2, 0], 0]], rtol=1e-5)
+    points = np.asarray(left.collections[0].get_offsets())
+    np.testing.assert_allclose(points, [[pattern.scores[0, 1], 30], [pattern.scores[2, 0], 0]], rtol=1e-5)
     best = max(maps, key=lambda head: float(pattern.scores[head]))
     assert right.get_yticklabels()[0].get_text() == f"{best[0]}.{best[1]}"

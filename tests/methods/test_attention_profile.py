@@ -21,7 +21,7 @@ def test_profile_is_the_mass_outside_the_window(
     with dense_attention(model) as seen:
         model(sample["input_ids"][None], use_cache=False)
     with gated_model_of(model) as gated_model:
-        found = attention_profile(gated_model, sample, settings(reduction))
+        profile = attention_profile(gated_model, sample, settings(reduction))
         kv_heads = gated_model.shape[1]
     for layer in range(3):
         total = torch.zeros(4)
@@ -30,18 +30,18 @@ def test_profile_is_the_mass_outside_the_window(
             for key in range(query + 1):
                 if key >= WINDOW.sink_size and query - key >= WINDOW.recent_size:
                     total += seen.weights[layer][:, query, key]
-        torch.testing.assert_close(found[layer], grouped(total / scored, kv_heads, reduction), rtol=1e-4, atol=1e-6)
-    assert 0 < found.min() < found.max() < 1
+        torch.testing.assert_close(profile[layer], grouped(total / scored, kv_heads, reduction), rtol=1e-4, atol=1e-6)
+    assert 0 < profile.min() < profile.max() < 1
 
 
 def test_labels_alone_say_which_queries(make_model: Callable[..., PreTrainedModel]) -> None:
     sample = haystack(60, (20, 40, 3))
     with gated_model_of(make_model("llama")) as gated_model:
-        found = attention_profile(gated_model, sample, settings())
+        profile = attention_profile(gated_model, sample, settings())
         sample["answers"] = torch.zeros_like(sample["answers"])
-        assert torch.equal(attention_profile(gated_model, sample, settings()), found)
+        assert torch.equal(attention_profile(gated_model, sample, settings()), profile)
         sample["labels"][:30] = sample["input_ids"][:30]
-        assert not torch.equal(attention_profile(gated_model, sample, settings()), found)
+        assert not torch.equal(attention_profile(gated_model, sample, settings()), profile)
 
 
 def test_within_the_window_there_is_nothing(make_model: Callable[..., PreTrainedModel]) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from duo_id.attention.interface import bound_functions
 from duo_id.attention.softmax import Softmax
 from duo_id.methods.anatomy import answer_attention
-from duo_id.methods.attention_weights import ROWS, score_attention, weights
+from duo_id.methods.attention_weights import ROWS, attention_rows, score_attention
 from tests.methods.conftest import gated_model_of, grouped, haystack
 from tests.step.test_distillation import HYBRID
 from tests.support.dense import dense_attention
@@ -36,28 +36,28 @@ def test_weights_are_those_of_the_full_matrix(
     ids = torch.randint(3, 96, (150,), generator=torch.Generator().manual_seed(1))
     with dense_attention(model) as seen:
         model(ids[None], use_cache=False)
-    found: list[Tensor] = []
+    collected: list[Tensor] = []
 
     def keep(rows: Rows) -> Tensor:
         parts = list(rows)
-        assert torch.cat([places for places, _ in parts]).tolist() == queries
-        assert all(len(places) <= ROWS for places, _ in parts)
-        found.append(torch.cat([part for _, part in parts], 1))
-        return found[-1][:, -1, 0]
+        assert torch.cat([positions for positions, _ in parts]).tolist() == queries
+        assert all(len(positions) <= ROWS for positions, _ in parts)
+        collected.append(torch.cat([part for _, part in parts], 1))
+        return collected[-1][:, -1, 0]
 
     with gated_model_of(model) as gated_model:
-        before = bound_functions(gated_model.layers)
+        functions = bound_functions(gated_model.layers)
         scores = score_attention(gated_model, ids, torch.tensor(queries), keep, "max")
-        assert bound_functions(gated_model.layers) == before
+        assert bound_functions(gated_model.layers) == functions
         layers = [layer.index for layer in gated_model.layers]
         shape = gated_model.shape
     assert scores.shape == shape
-    assert len(found) == len(layers)
-    for index, own in zip(layers, found, strict=True):
-        torch.testing.assert_close(own, seen.weights[index][:, queries], rtol=1e-4, atol=2e-6)
+    assert len(collected) == len(layers)
+    for index, layer_weights in zip(layers, collected, strict=True):
+        torch.testing.assert_close(layer_weights, seen.weights[index][:, queries], rtol=1e-4, atol=2e-6)
 
 
-def test_layers_that_share_keys_are_query_heads_of_these(reduction: str) -> None:
+def test_layers_that_share_keys_count_as_further_query_heads(reduction: str) -> None:
     """Layers 2 and 3 read the keys of layers 0 and 1, of which the second has gates."""
     model = tiny_model("gemma3n_text", **SHARED)
     ids = torch.randint(3, 96, (30,), generator=torch.Generator().manual_seed(1))
@@ -88,48 +88,50 @@ def test_query_heads_become_kv_heads(family: str, reduction: str, make_model: Ma
         return sum(part[:, :, 1].sum(-1) for _, part in rows)  # type: ignore[return-value]
 
     with gated_model_of(model) as gated_model:
-        found = score_attention(gated_model, ids, torch.arange(30), on_the_second, reduction)
+        scores = score_attention(gated_model, ids, torch.arange(30), on_the_second, reduction)
         kv_heads = gated_model.shape[1]
     columns = [seen.weights[layer][:, :, 1].sum(-1) for layer in range(3)]
     expected = torch.stack([grouped(column, kv_heads, reduction) for column in columns])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert (found.dtype, found.device.type) == (torch.float32, "cpu")
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    assert (scores.dtype, scores.device.type) == (torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_scale(scale: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 6, 20, 4, generator=generator), torch.randn(1, 2, 20, 4, generator=generator)
-    ((places, found),) = list(weights(query.bfloat16(), key.bfloat16(), torch.tensor([0, 7, 19]), Softmax(scale)))
-    assert places.tolist() == [0, 7, 19]
-    assert found.dtype == torch.float32
+    ((positions, weights),) = list(
+        attention_rows(query.bfloat16(), key.bfloat16(), torch.tensor([0, 7, 19]), Softmax(scale))
+    )
+    assert positions.tolist() == [0, 7, 19]
+    assert weights.dtype == torch.float32
     for head in range(6):
-        for row, place in enumerate(places.tolist()):
-            scores = key.bfloat16().float()[0, head // 3, : place + 1] @ query.bfloat16().float()[0, head, place]
-            expected = (scores * (0.5 if scale is None else scale)).softmax(0)
-            torch.testing.assert_close(found[head, row, : place + 1], expected)
-            assert not found[head, row, place + 1 :].any()
+        for row, position in enumerate(positions.tolist()):
+            logits = key.bfloat16().float()[0, head // 3, : position + 1] @ query.bfloat16().float()[0, head, position]
+            expected = (logits * (0.5 if scale is None else scale)).softmax(0)
+            torch.testing.assert_close(weights[head, row, : position + 1], expected)
+            assert not weights[head, row, position + 1 :].any()
 
 
-def test_the_model_sees_all_while_it_is_watched(make_model: MakeModel) -> None:
-    """Upper layers are scored behind full attention below, whatever is bound."""
+def test_full_attention_runs_while_weights_are_recorded(make_model: MakeModel) -> None:
+    """Upper layers are scored after full attention in the lower ones, whatever is bound."""
     model = make_model("llama")
     ids = torch.randint(3, 96, (30,), generator=torch.Generator().manual_seed(1))
     states = []
     with gated_model_of(model) as gated_model:
         expected = gated_model.model.hidden_states({"input_ids": ids[None]})
-        hook = model.base_model.register_forward_hook(lambda *given: states.append(given[-1].last_hidden_state))
+        hook = model.base_model.register_forward_hook(lambda *args: states.append(args[-1].last_hidden_state))
         score_attention(gated_model, ids, torch.tensor([4]), lambda rows: next(rows)[1][:, 0, 0], "max")
         hook.remove()
     assert torch.equal(states[0], expected)
 
 
-def test_what_is_watched_is_unwatched_after_an_exception(make_model: MakeModel) -> None:
+def test_bindings_are_restored_after_an_exception(make_model: MakeModel) -> None:
     def fails(rows: Rows) -> Tensor:
         raise RuntimeError("on purpose")
 
     with gated_model_of(make_model("llama")) as gated_model:
-        before = bound_functions(gated_model.layers)
+        functions = bound_functions(gated_model.layers)
         with pytest.raises(RuntimeError, match="on purpose"):
             score_attention(gated_model, torch.arange(3, 20), torch.tensor([4]), fails, "max")
-        assert bound_functions(gated_model.layers) == before
+        assert bound_functions(gated_model.layers) == functions

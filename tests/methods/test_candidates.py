@@ -1,4 +1,4 @@
-"""Many masks in one forward, against each mask alone."""
+"""Many masks in one forward against each mask by itself."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -31,7 +31,7 @@ SAMPLES = [random_sample(40, 1, 5), random_sample(31, 2, 3)]
 
 
 def drawn(count: int, shape: tuple[int, int], seed: int = 0) -> Tensor:
-    """Masks, some of which agree on their first layers, and some of which are equal."""
+    """Random masks, some of which agree on their first layers and some of which are equal."""
     masks = torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     masks[1:4, 0] = masks[0, 0]
     masks[2, :-1] = masks[1, :-1]
@@ -41,8 +41,8 @@ def drawn(count: int, shape: tuple[int, int], seed: int = 0) -> Tensor:
 
 
 def one_by_one(gated_model: GatedModel, masks: Tensor, objective: Objective, tokens: str = "labelled") -> Tensor:
-    """Mean over the samples, with the package's own forward under one mask."""
-    distillation, found = Distillation(gated_model, objective, tokens), []
+    """The mean loss over the samples, from the package's forward under one mask at a time."""
+    distillation, losses = Distillation(gated_model, objective, tokens), []
     gated = [layer.index for layer in gated_model.layers]
     batches = [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
     teachers = [distillation.teacher(batch) for batch in batches]
@@ -57,8 +57,8 @@ def one_by_one(gated_model: GatedModel, masks: Tensor, objective: Objective, tok
             with torch.no_grad(), bound(gated_model.layers, functions):
                 student = distillation.outputs(batch)
             total = total + (objective(student, teacher.outputs or student) * teacher.weights).sum()
-        found.append(total / len(SAMPLES))
-    return torch.stack(found)
+        losses.append(total / len(SAMPLES))
+    return torch.stack(losses)
 
 
 @pytest.mark.parametrize(("family", "changes"), MODELS, ids=[name for name, _ in MODELS])
@@ -73,10 +73,10 @@ def test_losses_equal_each_mask_alone(
         batches = [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
         for batch_tokens in (10_000, 120, 1):  # all at once, three at a time, one at a time
             losses = MaskLosses(distillation, batches, batch_tokens)
-            found = losses(masks)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6)
-            assert (found.dtype, found.device.type, found.shape) == (torch.float32, "cpu", (12,))
-            assert found[-1] == found[0]
+            batched = losses(masks)
+            torch.testing.assert_close(batched, expected, rtol=1e-4, atol=2e-6)
+            assert (batched.dtype, batched.device.type, batched.shape) == (torch.float32, "cpu", (12,))
+            assert batched[-1] == batched[0]
     assert expected.max() - expected.min() > 1e-3
 
 
@@ -108,7 +108,7 @@ def test_mixtures_and_far_tokens(objective: dict[str, float], make_model: MakeMo
             torch.testing.assert_close(losses(masks), expected, rtol=1e-4, atol=2e-6)
 
 
-def test_models_that_cannot_leave_logits_out(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_always_compute_all_logits(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with gated_model_of(make_model("llama")) as gated_model:
         masks, batches = drawn(6, gated_model.shape), [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
         losses = MaskLosses(Distillation(gated_model, OBJECTIVES["kl"], "labelled"), batches, 10_000)
@@ -131,7 +131,7 @@ def test_open_masks_cost_nothing(make_model: MakeModel) -> None:
     assert closed_loss > 1e-3
 
 
-def test_beginnings_are_shared() -> None:
+def test_prefixes_are_shared() -> None:
     """Four masks of three layers with one head each, layer by layer: 101, 100, 111, 101 again."""
     masks = torch.tensor([[1, 0, 1], [1, 0, 0], [1, 1, 1], [1, 0, 1]]).bool()[..., None]
     tree = prefix_tree(masks)
@@ -141,12 +141,12 @@ def test_beginnings_are_shared() -> None:
     assert tree.size == 1 + 2 + 3
 
 
-def test_layers_that_agree_behind_others_that_differ_are_not_shared() -> None:
+def test_equal_layers_after_different_ones_are_not_shared() -> None:
     tree = prefix_tree(torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()[..., None])
     assert [len(layer) for layer in tree.masks] == [2, 2, 2]
 
 
-def test_every_mask_is_found_again_on_its_way_through_the_tree() -> None:
+def test_every_mask_can_be_traced_through_the_tree() -> None:
     masks = drawn(40, (5, 3))
     tree = prefix_tree(masks)
     for number, mask in enumerate(masks):
@@ -170,23 +170,23 @@ def test_forwards_are_counted(make_model: MakeModel) -> None:
         assert losses.forwards == 0, "the teacher's are not counted"
         losses(masks)
         assert losses.forwards == pytest.approx(2 * (3 + 5 + 6) / 3)
-        before = losses.forwards
+        forwards = losses.forwards
         losses(torch.cat([masks, masks, masks]))
-        assert losses.forwards == pytest.approx(2 * before), "equal masks are computed once"
+        assert losses.forwards == pytest.approx(2 * forwards), "equal masks are computed once"
         losses(masks[:1])
-        assert losses.forwards == pytest.approx(2 * before + 2)
-        apart = MaskLosses(losses.distillation, batches, 1)
-        apart(masks)
-        assert apart.forwards == pytest.approx(2 * 6), "nothing is shared one by one"
+        assert losses.forwards == pytest.approx(2 * forwards + 2)
+        separate = MaskLosses(losses.distillation, batches, 1)
+        separate(masks)
+        assert separate.forwards == pytest.approx(2 * 6), "one by one, nothing is shared"
 
 
 def rows_computed(gated_model: GatedModel, run: Callable[[], Any]) -> list[int]:
-    """How many rows went through each transformer block."""
+    """The number of rows that went through each transformer block."""
     rows = [0] * gated_model.model.num_layers
     blocks: Any = gated_model.model.model.base_model.layers
 
     def counting(index: int) -> Callable[..., None]:
-        return lambda module, given, out: rows.__setitem__(index, rows[index] + len(out))
+        return lambda module, args, output: rows.__setitem__(index, rows[index] + len(output))
 
     hooks = [block.mlp.register_forward_hook(counting(index)) for index, block in enumerate(blocks)]
     run()
@@ -212,25 +212,25 @@ def test_the_forward_has_no_more_rows_than_the_tree(
         assert rows_computed(gated_model, lambda: losses(masks)) == rows
 
 
-def test_no_forward_holds_more_tokens_than_told(make_model: MakeModel) -> None:
+def test_no_forward_exceeds_batch_tokens(make_model: MakeModel) -> None:
     with gated_model_of(make_model("llama")) as gated_model:
         losses = MaskLosses(
             Distillation(gated_model, OBJECTIVES["kl"], "labelled"), [batch_of_one(SAMPLES[0], gated_model.device)], 130
         )
-        seen: list[int] = []
-        hook = gated_model.model.model.base_model.register_forward_hook(lambda *given: seen.append(len(given[-1][0])))
+        rows: list[int] = []
+        hook = gated_model.model.model.base_model.register_forward_hook(lambda *args: rows.append(len(args[-1][0])))
         losses(drawn(12, gated_model.shape, seed=4))
         hook.remove()
-    assert sum(seen) == len(torch.unique(drawn(12, (3, 2), seed=4).flatten(1), dim=0))
-    assert max(seen) == 3
+    assert sum(rows) == len(torch.unique(drawn(12, (3, 2), seed=4).flatten(1), dim=0))
+    assert max(rows) == 3
 
 
-def test_nothing_stays_hooked_or_bound_and_memory_is_a_users_error(
+def test_running_out_of_memory_is_a_user_error_and_leaves_nothing_hooked_or_bound(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with gated_model_of(make_model("llama")) as gated_model:
         distillation = Distillation(gated_model, OBJECTIVES["layer_l2"], "labelled")
-        losses, before = (
+        losses, functions = (
             MaskLosses(distillation, [batch_of_one(SAMPLES[0], gated_model.device)], 200),
             bound_functions(gated_model.layers),
         )
@@ -244,18 +244,18 @@ def test_nothing_stays_hooked_or_bound_and_memory_is_a_users_error(
             losses(drawn(12, gated_model.shape))
         assert "\n" not in str(error.value)
         hook.remove()
-        assert bound_functions(gated_model.layers) == before
+        assert bound_functions(gated_model.layers) == functions
         assert hooks_of(gated_model.model.model) == hooks
         losses(drawn(3 + 4, gated_model.shape))
-        assert bound_functions(gated_model.layers) == before
+        assert bound_functions(gated_model.layers) == functions
 
 
 SHARED = ["llama", "qwen3_next"]
-UNSPLIT = ["gemma3n_text", "gpt_bigcode", "zaya"]  # several streams, a view of the input, what routed the layer before
+UNSPLIT = ["gemma3n_text", "gpt_bigcode", "zaya"]  # residual streams, a view of the input, earlier routing
 
 
 def family_model(family: str) -> PreTrainedModel:
-    """The tiny model of a family; skips where there is none that runs."""
+    """The tiny model of a family; skips if none runs."""
     try:
         model = families.tiny_model(family)
         with torch.no_grad():
@@ -286,12 +286,12 @@ def test_losses_of_any_family_equal_each_mask_alone(family: str) -> None:
     assert losses.splits or losses.forwards == len(SAMPLES) * len(masks.unique(dim=0))
 
 
-def test_a_model_whose_rows_cannot_split_is_told_once(recwarn: pytest.WarningsRecorder) -> None:
+def test_a_model_whose_rows_cannot_be_split_warns_once(recwarn: pytest.WarningsRecorder) -> None:
     with gated_model_of(family_model("gpt_bigcode")) as gated_model:
         batches = [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
         losses = MaskLosses(Distillation(gated_model, OBJECTIVES["kl"], "labelled"), batches, 1000)
         recwarn.clear()
         for _ in range(3):
             losses(drawn(5, gated_model.shape))
-    (warning,) = [one for one in recwarn if "one by one" in str(one.message)]
+    (warning,) = [record for record in recwarn if "one by one" in str(record.message)]
     assert "\n" not in str(warning.message)

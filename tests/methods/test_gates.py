@@ -1,4 +1,4 @@
-"""Gates: where they start and stay, what is drawn, and the order they give."""
+"""Gates: their initial values and bounds, what is drawn, and the order that results."""
 
 import itertools
 import math
@@ -22,15 +22,15 @@ from duo_id.methods.gates import (
 )
 from duo_id.patterns.pattern import HeadPattern
 
-CHANCES = {"hard_concrete", "straight_through"}  # each gate is open or not by a chance of its own
+CHANCES = {"hard_concrete", "straight_through"}  # each gate is drawn independently
 DRAWN = CHANCES | {"nested"}
-KEPT_OFF = {"sigmoid", "hard_concrete", "nested"}  # from 0 and 1, where they would hardly move
+KEPT_OFF = {"sigmoid", "hard_concrete", "nested"}  # initially kept off 0 and 1, where they would hardly move
 
 
 @pytest.mark.parametrize("name", GATES)
 @pytest.mark.parametrize("initial", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
-def test_gates_start_where_they_are_told_in_float32(name: str, initial: float, temperature: float) -> None:
+def test_gates_start_at_their_initial_openness_in_float32(name: str, initial: float, temperature: float) -> None:
     gates = GATES[name](3, 2, initial, temperature)
     openness, expected = gates.openness(), initial
     if name in KEPT_OFF:
@@ -43,7 +43,7 @@ def test_gates_start_where_they_are_told_in_float32(name: str, initial: float, t
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_what_is_between_0_and_1_is_alpha_too(name: str) -> None:
+def test_openness_and_alpha_are_in_0_to_1(name: str) -> None:
     gates = GATES[name](2, 3, 0.3)
     gates.weight.data += torch.linspace(-0.25, 0.6, 6).view(2, 3)
     for _ in range(5):
@@ -62,10 +62,10 @@ def test_every_weight_opens_its_gate(name: str, what: str) -> None:
     gates, total = GATES[name](3, 2, 0.5), torch.zeros(6)
     for _ in range(40):  # draws at the clamp have no gradient
         value = getattr(gates, what)().flatten()
-        gradients = [torch.autograd.grad(own, gates.weight, retain_graph=True)[0].flatten() for own in value]
-        own = torch.stack(gradients).diagonal()
-        assert (own >= 0).all()
-        total += own
+        gradients = [torch.autograd.grad(slope, gates.weight, retain_graph=True)[0].flatten() for slope in value]
+        slope = torch.stack(gradients).diagonal()
+        assert (slope >= 0).all()
+        total += slope
     assert (total > 0).all()
 
 
@@ -143,7 +143,7 @@ def test_straight_through_gates_are_0_or_1_and_pass_the_gradient_on_unchanged() 
         assert torch.equal(gradient, factor)
 
 
-def test_straight_through_gates_that_are_sure_are_never_drawn_otherwise() -> None:
+def test_straight_through_gates_at_0_and_1_are_certain() -> None:
     gates = StraightThroughGates(100, 200)
     gates.weight.data = (torch.arange(200) % 2).float().expand(100, 200).clone()
     for _ in range(10):
@@ -161,7 +161,7 @@ def nested(weights: list[float], **settings: Any) -> NestedGates:
     return gates
 
 
-def test_nested_masks_open_the_heads_of_the_largest_weights_as_many_as_the_budget_has() -> None:
+def test_nested_masks_open_the_heads_of_the_largest_weights_within_the_budget() -> None:
     weights = torch.randn(10, generator=torch.Generator().manual_seed(2)).tolist()
     gates, order, opened = nested(weights, budgets=(0.2, 0.9)), sorted(weights, reverse=True), set()
     for _ in range(60):
@@ -179,7 +179,7 @@ def test_nested_masks_open_the_heads_of_the_largest_weights_as_many_as_the_budge
 def test_budgets_are_drawn_evenly(seed: int) -> None:
     gates = nested([0.0] * 100, budgets=(0.0, 1.0), seed=seed)
     kept = sorted(int(gates.alpha().sum()) for _ in range(50))
-    gaps = [after - before for before, after in itertools.pairwise(kept)]
+    gaps = [larger - smaller for smaller, larger in itertools.pairwise(kept)]
     assert kept[0] <= 5
     assert kept[-1] >= 95
     assert max(gaps) <= 5
@@ -190,10 +190,10 @@ def test_seeds_draw_other_budgets_and_not_the_same_ones_later() -> None:
     for seed in range(4):
         gates = nested([0.0] * 1000, budgets=(0.0, 1.0), seed=seed)
         series.append([int(gates.alpha().sum()) for _ in range(60)])
-    for one, other in itertools.combinations(series, 2):
+    for first, second in itertools.combinations(series, 2):
         for shift in range(-20, 21):
-            pairs = list(zip(one[20:40], other[20 + shift : 40 + shift], strict=True))
-            assert max(abs(first - second) for first, second in pairs) > 1
+            pairs = list(zip(first[20:40], second[20 + shift : 40 + shift], strict=True))
+            assert max(abs(a - b) for a, b in pairs) > 1
 
 
 @pytest.mark.parametrize(("heads", "sparsity"), [(45, 0.5), (90, 0.35), (90, 0.65), (10, 0.25), (6, 0.9), (90, 1.0)])
@@ -215,7 +215,7 @@ def test_gradients_of_nested_gates_are_numbers(temperature: float, gap: float) -
     assert gradient.sum().abs() < 1e-3
 
 
-def test_equal_nested_gates_are_opened_by_lot() -> None:
+def test_equal_nested_gates_are_opened_at_random() -> None:
     gates = nested([0.0] * 8, budgets=(0.5, 0.5))
     first = [gates.alpha() for _ in range(10)]
     assert all(alpha.sum() == 4 for alpha in first)
@@ -234,15 +234,15 @@ def test_nested_gates_have_the_gradient_of_a_relaxed_mask_whose_threshold_keeps_
         low, high = -10.0, 10.0
         for _ in range(80):
             middle = (low + high) / 2
-            more = torch.sigmoid((moved - middle) / temperature).sum() > kept
-            low, high = (middle, high) if more else (low, middle)
+            too_many = torch.sigmoid((moved - middle) / temperature).sum() > kept
+            low, high = (middle, high) if too_many else (low, middle)
         return torch.sigmoid((moved - low) / temperature)
 
-    own = torch.tensor(weights, dtype=torch.float64)
-    kept = float(torch.sigmoid((own + 0.05) / temperature).sum())
+    weight = torch.tensor(weights, dtype=torch.float64)
+    kept = float(torch.sigmoid((weight + 0.05) / temperature).sum())
     step = 1e-5
     expected = [
-        float((value * (relaxed(own + step * unit) - relaxed(own - step * unit))).sum()) / (2 * step)
+        float((value * (relaxed(weight + step * unit) - relaxed(weight - step * unit))).sum()) / (2 * step)
         for unit in torch.eye(4, dtype=torch.float64)
     ]
     torch.testing.assert_close(gradient[0].tolist(), expected, atol=1e-5, rtol=1e-4)
@@ -257,20 +257,20 @@ def drawn(name: str, seed: int = 0) -> DrawnGates:
 
 @pytest.mark.parametrize("name", sorted(DRAWN))
 def test_what_is_drawn_is_a_function_of_seed_and_draws(name: str) -> None:
-    first, again, other = drawn(name, 3), drawn(name, 3), drawn(name, 4)
+    first, same, other = drawn(name, 3), drawn(name, 3), drawn(name, 4)
     state = torch.get_rng_state()
     series = [first.alpha() for _ in range(6)]
     torch.manual_seed(99)  # the global state has no part in it
-    assert all(torch.equal(again.alpha(), alpha) for alpha in series)
+    assert all(torch.equal(same.alpha(), alpha) for alpha in series)
     torch.set_rng_state(state)
     assert any(not torch.equal(other.alpha(), alpha) for alpha in series)
     noise = [drawn(name, seed).uniform() for seed in (0, 1, 2**32 - 1)] + [first.uniform(), first.uniform()]
-    assert all(not torch.equal(one, two) for one, two in itertools.combinations(noise, 2))
-    assert all((one > 0).all() and (one < 1).all() for one in noise)
+    assert all(not torch.equal(left, right) for left, right in itertools.combinations(noise, 2))
+    assert all((left > 0).all() and (left < 1).all() for left in noise)
 
 
 @pytest.mark.parametrize("name", sorted(DRAWN))
-def test_a_checkpoint_goes_on_with_the_draws(name: str) -> None:
+def test_a_checkpoint_continues_the_draws(name: str) -> None:
     undisturbed, stopped, resumed = drawn(name, 7), drawn(name, 7), drawn(name, 7)
     for _ in range(3):
         undisturbed.alpha()
@@ -295,15 +295,15 @@ def test_nothing_is_drawn_outside_training(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_scores_are_openness_and_some_of_its_mean_over_the_steps(name: str) -> None:
+def test_scores_mix_openness_with_its_mean_over_the_steps(name: str) -> None:
     gates, courses = GATES[name](2, 2, 0.5), []
-    before = gates.scores()
-    torch.testing.assert_close(before, gates.openness())
+    initial = gates.scores()
+    torch.testing.assert_close(initial, gates.openness())
     for step in (0.2, -0.15, 0.1):
         gates.weight.data += step * torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
         gates.project_()
         courses.append(gates.openness().detach().clone())
-    if name == "nested":  # late steps alone: s(s+1)(s+2) of Shamir and Zhang 2013, which is about s to the third
+    if name == "nested":  # late steps count most: s(s+1)(s+2) of Shamir and Zhang 2013, which is about s to the third
         expected = (6 * courses[0] + 24 * courses[1] + 60 * courses[2]) / 90
     else:
         expected = 0.99 * courses[-1] + 0.01 * torch.stack(courses).mean(0)
@@ -327,9 +327,9 @@ def test_clamped_ties_are_ordered_by_their_course() -> None:
 
 
 def test_the_course_never_inverts_gates_that_differ_by_more_than_its_weight() -> None:
-    """Not even the worst course: open all along and closing at the end, beside the reverse."""
+    """Not even in the worst case: one gate open all along that closes at the end, against the reverse."""
     gates = ClampedGates(1, 2)
-    for difference in (1.02 * Gates.COURSE, 2 * Gates.COURSE, 0.5):
+    for difference in (1.02 * Gates.MEAN_WEIGHT, 2 * Gates.MEAN_WEIGHT, 0.5):
         gates.mean.copy_(torch.tensor([[1.0, 0.0]]))
         gates.weight.data = torch.tensor([[0.4, 0.4 + difference]])
         low, high = gates.scores().flatten().tolist()

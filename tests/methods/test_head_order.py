@@ -1,4 +1,4 @@
-"""Searches over masks, on losses made by hand, against naive loops and enumeration."""
+"""Searches over masks, on hand-made losses, against naive loops and enumeration."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -7,28 +7,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from duo_id.methods.head_order import STRATEGIES, Order, eliminate, from_scores, select, swap
+from duo_id.methods.head_order import STRATEGIES, HeadOrder, eliminate, from_scores, select, swap
 
 Losses = Callable[[Tensor], Tensor]
 COSTS = [0.5, 0.1, 0.9, 0.3, 0.7, 0.2]  # of six heads, 2 x 3
 
 
 def additive(masks: Tensor) -> Tensor:
-    """What each streaming head costs, added up."""
+    """The summed costs of the streaming heads."""
     return ((~masks).flatten(1) * torch.tensor(COSTS)).sum(1)
 
 
 def entangled(seed: int, heads: int = 6) -> Losses:
-    """Costs that depend on every pair of streaming heads, and a little on each whole mask."""
+    """Costs that depend on every pair of streaming heads, with a little noise for each mask."""
     generator = torch.Generator().manual_seed(seed)
     pairs = torch.randn(heads, heads, generator=generator)
-    own = torch.rand(heads, generator=generator) + 1
+    single = torch.rand(heads, generator=generator) + 1
     table = torch.rand(2**heads, generator=generator) * 0.1
 
     def losses(masks: Tensor) -> Tensor:
         closed = (~masks).flatten(1).float()
-        whole = table[(closed.long() * 2 ** torch.arange(heads)).sum(1)]
-        return closed @ own + ((closed @ pairs) * closed).sum(1) + whole
+        noise = table[(closed.long() * 2 ** torch.arange(heads)).sum(1)]
+        return closed @ single + ((closed @ pairs) * closed).sum(1) + noise
 
     return losses
 
@@ -38,12 +38,12 @@ def cost(losses: Losses, streaming: Sequence[int], shape: tuple[int, int] = (2, 
     return losses(mask.view(1, *shape)).item()
 
 
-def nothing(order: Order) -> None:
+def nothing(_: HeadOrder) -> None:
     pass
 
 
-def searched(strategy: str, losses: Losses, shape: tuple[int, int] = (2, 3), at_once: int = 1) -> Order:
-    order = Order(shape)
+def searched(strategy: str, losses: Losses, shape: tuple[int, int] = (2, 3), at_once: int = 1) -> HeadOrder:
+    order = HeadOrder(shape)
     STRATEGIES[strategy](order, losses, at_once, nothing)
     return order
 
@@ -53,8 +53,8 @@ def searched(strategy: str, losses: Losses, shape: tuple[int, int] = (2, 3), at_
 def test_additive_costs_give_the_exact_order(strategy: str, at_once: int) -> None:
     order = searched(strategy, additive, at_once=at_once)
     ranked = torch.tensor(COSTS).argsort().tolist()
-    assert order.all == ranked
-    assert order.open == []
+    assert order.ranking == ranked
+    assert order.undecided == []
     assert order.scores().flatten().argsort().tolist() == ranked
 
 
@@ -64,7 +64,7 @@ def test_elimination_is_greedy(seed: int) -> None:
     while len(expected) < 6:
         left = [head for head in range(6) if head not in expected]
         expected.append(min(left, key=lambda head: cost(losses, [*expected, head])))
-    assert searched("elimination", losses).all == expected
+    assert searched("elimination", losses).ranking == expected
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -73,11 +73,13 @@ def test_selection_is_greedy(seed: int) -> None:
     while len(opened) < 6:
         left = [head for head in range(6) if head not in opened]
         opened.insert(0, min(left, key=lambda head: cost(losses, [other for other in left if other != head])))
-    assert searched("selection", losses).all == opened
+    assert searched("selection", losses).ranking == opened
 
 
 def test_the_two_differ() -> None:
-    assert any(searched("elimination", entangled(s)).all != searched("selection", entangled(s)).all for s in range(8))
+    assert any(
+        searched("elimination", entangled(s)).ranking != searched("selection", entangled(s)).ranking for s in range(8)
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -89,8 +91,8 @@ def test_several_heads_a_round_are_the_cheapest_by_themselves(seed: int, at_once
     while left := [head for head in range(6) if head not in opened]:
         by_gain = sorted(left, key=lambda head: -cost(losses, [o for o in left if o != head]))
         opened[:0] = by_gain[-at_once:]
-    assert searched("elimination", losses, at_once=at_once).all == expected
-    assert searched("selection", losses, at_once=at_once).all == opened
+    assert searched("elimination", losses, at_once=at_once).ranking == expected
+    assert searched("selection", losses, at_once=at_once).ranking == opened
 
 
 def test_how_many_masks_are_tried() -> None:
@@ -103,29 +105,29 @@ def test_how_many_masks_are_tried() -> None:
                 return additive(masks)
 
             searched(strategy, losses, at_once=at_once)
-            assert tried == expected, "the last head alone needs no trying"
+            assert tried == expected, "the last head need not be tried"
 
 
 def test_equal_costs_go_by_number() -> None:
     """As in `HeadPattern`: of two equal heads the first streams first."""
     for strategy in STRATEGIES:
-        assert searched(strategy, lambda masks: torch.zeros(len(masks))).all == list(range(6))
+        assert searched(strategy, lambda masks: torch.zeros(len(masks))).ranking == list(range(6))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (4, 5)])
 def test_orders_are_permutations_and_scores_a_total_order(strategy: str, shape: tuple[int, int]) -> None:
     heads = shape[0] * shape[1]
-    order = Order(shape)
-    assert order.all == list(range(heads))
+    order = HeadOrder(shape)
+    assert order.ranking == list(range(heads))
 
-    def look(order: Order) -> None:
-        assert sorted(order.all) == list(range(heads))
+    def look(order: HeadOrder) -> None:
+        assert sorted(order.ranking) == list(range(heads))
         scores = order.scores()
         assert scores.shape == shape
         assert len(set(scores.flatten().tolist())) == heads
         assert 0 <= scores.min() <= scores.max() <= 1
-        assert scores.flatten()[order.all].diff().gt(0).all()
+        assert scores.flatten()[order.ranking].diff().gt(0).all()
 
     look(order)
     generator = torch.Generator().manual_seed(0)
@@ -134,26 +136,26 @@ def test_orders_are_permutations_and_scores_a_total_order(strategy: str, shape: 
 
 
 def test_masks() -> None:
-    order = Order((2, 3))
+    order = HeadOrder((2, 3))
     assert order.mask([]).all()
     assert order.mask([4, 0]).tolist() == [[False, True, True], [True, False, True]]
 
 
-def test_from_scores_leaves_open_what_lies_between() -> None:
+def test_from_scores_leaves_heads_between_undecided() -> None:
     scores = torch.tensor([[0.9, 0.1, 0.5], [0.5, 0.2, 0.7]])
     whole = [1, 4, 2, 3, 5, 0]
     order = from_scores(scores, [0.0, 1.0])
-    assert (order.shape, order.first, order.open, order.last) == ((2, 3), [], whole, [])
+    assert (order.shape, order.stream_first, order.undecided, order.stream_last) == ((2, 3), [], whole, [])
     order = from_scores(scores, [1 / 3, 5 / 6])
-    assert (order.first, order.open, order.last) == ([1, 4], [2, 3, 5], [0])
-    assert order.all == whole
+    assert (order.stream_first, order.undecided, order.stream_last) == ([1, 4], [2, 3, 5], [0])
+    assert order.ranking == whole
     assert order.scores().flatten().argsort().tolist() == whole
     order = from_scores(scores, [0.5, 0.5])
-    assert (order.first, order.open, order.last) == (whole[:3], [], whole[3:])
+    assert (order.stream_first, order.undecided, order.stream_last) == (whole[:3], [], whole[3:])
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_only_heads_between_are_searched_beside_the_settled_ones(seed: int) -> None:
+def test_only_heads_between_are_searched(seed: int) -> None:
     losses, scores = entangled(seed), torch.tensor([[0.9, 0.1, 0.5], [0.5, 0.2, 0.7]])
     first, between, last = [1], [4, 2, 3, 5], [0]
     tried: list[Tensor] = []
@@ -168,7 +170,7 @@ def test_only_heads_between_are_searched_beside_the_settled_ones(seed: int) -> N
     while len(expected) < 5:
         left = [head for head in sorted(between) if head not in expected]
         expected.append(min(left, key=lambda head: cost(losses, [*expected, head])))
-    assert order.all == expected + last
+    assert order.ranking == expected + last
     order = from_scores(scores, [1 / 6, 5 / 6])
     select(order, watched, 1, nothing)
     opened: list[int] = []
@@ -176,14 +178,14 @@ def test_only_heads_between_are_searched_beside_the_settled_ones(seed: int) -> N
         left = [head for head in between if head not in opened]
         streaming = [*first, *left]
         opened.insert(0, min(left, key=lambda head: cost(losses, [o for o in streaming if o != head])))
-    assert order.all == first + opened + last
+    assert order.ranking == first + opened + last
     everything = torch.cat(tried).flatten(1)
     assert not everything[:, 1].any(), "settled as streaming"
     assert everything[:, 0].all(), "settled as retrieval"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_an_interrupted_search_leaves_the_order_so_far_and_can_go_on(strategy: str) -> None:
+def test_an_interrupted_search_keeps_its_order_and_can_be_resumed(strategy: str) -> None:
     losses, calls, saved = entangled(3), [0], list[list[int]]()
 
     def stops(masks: Tensor) -> Tensor:
@@ -192,31 +194,33 @@ def test_an_interrupted_search_leaves_the_order_so_far_and_can_go_on(strategy: s
             raise KeyboardInterrupt
         return losses(masks)
 
-    order = Order((2, 3))
+    order = HeadOrder((2, 3))
     with pytest.raises(KeyboardInterrupt):
-        STRATEGIES[strategy](order, stops, 1, lambda order: saved.append(order.all))
+        STRATEGIES[strategy](order, stops, 1, lambda order: saved.append(order.ranking))
     assert len(saved) == 2
-    assert len(order.open) == 4
-    assert order.all == saved[-1]
+    assert len(order.undecided) == 4
+    assert order.ranking == saved[-1]
     undisturbed = searched(strategy, losses)
-    settled = order.first if strategy == "elimination" else order.last
-    expected = undisturbed.all[:2] if strategy == "elimination" else undisturbed.all[-2:]
+    settled = order.stream_first if strategy == "elimination" else order.stream_last
+    expected = undisturbed.ranking[:2] if strategy == "elimination" else undisturbed.ranking[-2:]
     assert settled == expected
-    by_hint = sorted(order.open, key=lambda head: order.hints[head].item())
-    assert order.open == by_hint, "the rest stands in the order of the last round"
+    by_hint = sorted(order.undecided, key=lambda head: order.estimates[head].item())
+    assert order.undecided == by_hint, "undecided heads are ordered by the last round"
     assert len(set(order.scores().flatten().tolist())) == 6
     STRATEGIES[strategy](order, losses, 1, nothing)
-    assert order.all == undisturbed.all
+    assert order.ranking == undisturbed.ranking
 
 
 def naive_swap(losses: Losses, closed: list[int], most: int, width: int) -> list[int]:
-    """The heads that stream in the end: pairs of the promising, the best of all while it helps."""
+    """The final streaming heads: the best pair of promising heads is exchanged while that helps."""
     for _ in range(most):
         opened = [head for head in range(6) if head not in closed]
-        into = sorted(closed, key=lambda head: cost(losses, [o for o in closed if o != head]))[:width]
-        out = sorted(opened, key=lambda head: cost(losses, [*closed, head]))[:width]
-        tried = [[*(o for o in closed if o != mine), theirs] for mine in into for theirs in out]
-        best = min(tried, key=lambda heads: cost(losses, heads))
+        to_open = sorted(closed, key=lambda head: cost(losses, [other for other in closed if other != head]))[:width]
+        to_close = sorted(opened, key=lambda head: cost(losses, [*closed, head]))[:width]
+        candidates = [
+            [*(other for other in closed if other != opening), closing] for opening in to_open for closing in to_close
+        ]
+        best = min(candidates, key=lambda heads: cost(losses, heads))
         if cost(losses, best) >= cost(losses, closed):
             break
         closed = best
@@ -231,58 +235,61 @@ def test_exchanges_are_the_best_of_those_tried_and_never_worsen(
     seed: int, streaming: int, width: int, most: int
 ) -> None:
     losses = entangled(seed)
-    order = Order((2, 3), list(range(6)))
-    values = [cost(losses, order.all[:streaming])]
+    order = HeadOrder((2, 3), list(range(6)))
+    values = [cost(losses, order.ranking[:streaming])]
 
-    def look(order: Order) -> None:
-        assert sorted(order.all) == list(range(6))
-        values.append(cost(losses, order.all[:streaming]))
+    def look(order: HeadOrder) -> None:
+        assert sorted(order.ranking) == list(range(6))
+        values.append(cost(losses, order.ranking[:streaming]))
 
     swap(order, losses, streaming, most, width, look)
     assert order.swaps == len(values) - 1 <= most
-    assert all(after < before for before, after in itertools.pairwise(values))
-    assert sorted(order.all[:streaming]) == naive_swap(losses, list(range(streaming)), most, width)
+    assert all(value < previous for previous, value in itertools.pairwise(values))
+    assert sorted(order.ranking[:streaming]) == naive_swap(losses, list(range(streaming)), most, width)
     if not order.swaps:
-        assert order.all == list(range(6))
+        assert order.ranking == list(range(6))
 
 
 @pytest.mark.parametrize("streaming", range(1, 6))
 def test_exchanges_reach_the_optimum_where_single_ones_lead_there(streaming: int) -> None:
     start = torch.tensor(COSTS).argsort(descending=True).tolist()  # the worst order
-    order = Order((2, 3), start)
+    order = HeadOrder((2, 3), start)
     swap(order, additive, streaming, 20, 6, nothing)
     best = min(itertools.combinations(range(6), streaming), key=lambda heads: cost(additive, heads))
-    assert sorted(order.all[:streaming]) == sorted(best)
+    assert sorted(order.ranking[:streaming]) == sorted(best)
     assert order.swaps == len(set(start[:streaming]) - set(best)), "no exchange is wasted"
 
 
 def test_an_exchanged_head_takes_the_others_place() -> None:
-    order = Order((2, 3), [2, 1, 5, 3, 0, 4])  # head 2 costs most of those that stream, head 3 least of the others
+    order = HeadOrder((2, 3), [2, 1, 5, 3, 0, 4])  # head 2 costs most of those that stream, head 3 least of the others
     swap(order, additive, 3, 1, 6, nothing)
-    assert order.all == [3, 1, 5, 2, 0, 4]
-    assert (order.first, order.last) == ([3, 1, 5], [2, 0, 4])
+    assert order.ranking == [3, 1, 5, 2, 0, 4]
+    assert (order.stream_first, order.stream_last) == ([3, 1, 5], [2, 0, 4])
 
 
 @pytest.mark.parametrize("streaming", [0, 6])
-def test_with_nothing_on_one_side_there_is_nothing_to_exchange(streaming: int) -> None:
-    order = Order((2, 3), [2, 1, 5, 3, 0, 4])
+def test_an_empty_side_leaves_nothing_to_exchange(streaming: int) -> None:
+    order = HeadOrder((2, 3), [2, 1, 5, 3, 0, 4])
     swap(order, additive, streaming, 5, 6, nothing)
-    assert (order.all, order.swaps) == ([2, 1, 5, 3, 0, 4], 0)
+    assert (order.ranking, order.swaps) == ([2, 1, 5, 3, 0, 4], 0)
 
 
-def test_exchanges_go_on_where_they_stopped() -> None:
-    losses, start = additive, torch.tensor(COSTS).argsort(descending=True).tolist()  # all three that stream would go
-    whole, parts = Order((2, 3), list(start)), Order((2, 3), list(start))
+def test_exchanges_resume_where_they_stopped() -> None:
+    losses, start = (
+        additive,
+        torch.tensor(COSTS).argsort(descending=True).tolist(),
+    )  # all three streaming heads would be exchanged
+    whole, parts = HeadOrder((2, 3), list(start)), HeadOrder((2, 3), list(start))
     swap(whole, losses, 3, 2, 6, nothing)
     assert whole.swaps == 2
     swap(parts, losses, 3, 1, 6, nothing)
     swap(parts, losses, 3, 2, 6, nothing)
-    assert (parts.all, parts.swaps) == (whole.all, 2)
+    assert (parts.ranking, parts.swaps) == (whole.ranking, 2)
     swap(parts, losses, 3, 2, 6, nothing)
-    assert (parts.all, parts.swaps) == (whole.all, 2), "as many as were asked for, however often it is gone on with"
+    assert (parts.ranking, parts.swaps) == (whole.ranking, 2), "no more exchanges than asked for, however often resumed"
 
 
 def test_heads_that_cost_the_same_are_not_exchanged() -> None:
-    order = Order((2, 3), list(range(6)))
+    order = HeadOrder((2, 3), list(range(6)))
     swap(order, lambda masks: torch.ones(len(masks)), 3, 5, 6, nothing)
-    assert (order.all, order.swaps) == (list(range(6)), 0)
+    assert (order.ranking, order.swaps) == (list(range(6)), 0)

@@ -1,4 +1,4 @@
-"""Answers found in their contexts."""
+"""Needles: answers located in their contexts."""
 
 import pytest
 import torch
@@ -14,13 +14,13 @@ def sample(ids: list[int], answers: list[int]) -> Sample:
     return Sample(input_ids=torch.tensor(ids), labels=torch.tensor(ids), answers=torch.tensor(answers))
 
 
-def listed(found: list[tuple[Tensor, Tensor]]) -> list[tuple[list[int], list[int]]]:
-    return [(answer.tolist(), source.tolist()) for answer, source in found]
+def listed(spans: list[tuple[Tensor, Tensor]]) -> list[tuple[list[int], list[int]]]:
+    return [(answer.tolist(), source.tolist()) for answer, source in spans]
 
 
-def test_each_answer_in_its_turn_with_where_it_stood() -> None:
-    found = needles(haystack(80, (30, 60, 4), (10, 70, 3), (50, 76, 1)))
-    assert listed(found) == [
+def test_each_answer_in_turn_with_its_source() -> None:
+    spans = needles(haystack(80, (30, 60, 4), (10, 70, 3), (50, 76, 1)))
+    assert listed(spans) == [
         ([60, 61, 62, 63], [30, 31, 32, 33]),
         ([70, 71, 72], [10, 11, 12]),
         ([76], haystack_place(76)),
@@ -38,7 +38,7 @@ def test_the_first_of_several_occurrences_counts_and_all_tokens_must_agree() -> 
 
 def test_an_occurrence_may_end_right_before_the_answer_but_not_overlap_it() -> None:
     assert listed(needles(sample([1, 5, 6, 5, 6], [0, 0, 0, 1, 1]))) == [([3, 4], [1, 2])]
-    with pytest.raises(UserError, match="stand in their contexts"):
+    with pytest.raises(UserError, match="occur in their contexts"):
         needles(sample([1, 5, 5, 5], [0, 0, 1, 1]))
     assert listed(needles(sample([5, 6, 5, 6], [0, 0, 1, 1]))) == [([2, 3], [0, 1])]
 
@@ -46,11 +46,11 @@ def test_an_occurrence_may_end_right_before_the_answer_but_not_overlap_it() -> N
 @pytest.mark.parametrize(
     ("ids", "answers", "message"),
     [
-        ([1, 2, 3, 4, 9], [0, 0, 0, 0, 1], r"answers stand in their contexts, such as data=passkey"),
-        ([7, 7, 7], [0, 1, 1], r"answers stand in their contexts, such as data=passkey"),
-        ([7, 7], [1, 1], r"answers stand in their contexts, such as data=passkey"),
+        ([1, 2, 3, 4, 9], [0, 0, 0, 0, 1], r"answers occur in their contexts, such as data=passkey"),
+        ([7, 7, 7], [0, 1, 1], r"answers occur in their contexts, such as data=passkey"),
+        ([7, 7], [1, 1], r"answers occur in their contexts, such as data=passkey"),
         ([1, 2, 3], [0, 0, 0], r"samples with answers, such as data=passkey"),
-        ([4, 5, 4, 9], [0, 0, 1, 2], r"answers stand in their contexts"),
+        ([4, 5, 4, 9], [0, 0, 1, 2], r"answers occur in their contexts"),
     ],
 )
 def test_refusals(ids: list[int], answers: list[int], message: str) -> None:

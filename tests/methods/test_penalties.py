@@ -90,9 +90,9 @@ def test_a_toy_problem_reaches_the_sparsity_it_is_asked_for(
             optimizer.step()
             training.gates.project_()
             scheduler.step()
-        found = 1 - training.gates.openness().mean().item()
+        sparsity_reached = 1 - training.gates.openness().mean().item()
         ranked = training.gates.openness().flatten()
-    assert found == pytest.approx(target, abs=0.02)
+    assert sparsity_reached == pytest.approx(target, abs=0.02)
     assert (ranked.diff() >= -0.02).all(), "what is worth more stays open"
 
 

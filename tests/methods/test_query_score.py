@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from duo_id.methods.query_score import BEFORE, query_score
+from duo_id.methods.query_score import LEAD_TOKENS, query_score
 from tests.methods.conftest import gated_model_of, grouped, haystack, settings
 from tests.support.dense import dense_attention
 
@@ -29,7 +29,7 @@ CASES = {
 def test_score_is_the_mass_from_the_question_to_the_answers_sentence(
     case: str, reduction: str, make_model: Callable[..., PreTrainedModel]
 ) -> None:
-    assert BEFORE == 16
+    assert LEAD_TOKENS == 16
     model, sample = make_model("llama"), haystack(160, *(needle for needle, _, _ in CASES[case]))
     ids = sample["input_ids"]
     if case == "many":
@@ -38,12 +38,14 @@ def test_score_is_the_mass_from_the_question_to_the_answers_sentence(
     with dense_attention(model) as seen:
         model(ids[None], use_cache=False)
     with gated_model_of(model) as gated_model:
-        found = query_score(gated_model, sample, settings(reduction))
+        scores = query_score(gated_model, sample, settings(reduction))
     for layer in range(3):
-        total, asked = torch.zeros(4), 0
+        total, queries_seen = torch.zeros(4), 0
         for _, queries, keys in CASES[case]:
             for query in queries:
-                asked += 1
+                queries_seen += 1
                 for key in keys:
                     total += seen.weights[layer][:, query, key]
-        torch.testing.assert_close(found[layer], grouped(total / max(asked, 1), 2, reduction), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            scores[layer], grouped(total / max(queries_seen, 1), 2, reduction), rtol=1e-4, atol=1e-6
+        )

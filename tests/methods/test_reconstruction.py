@@ -17,7 +17,7 @@ from tests.support.planted import random_sample
 ASKED = len(tokenize(one_word_tokenizer(), REQUEST))
 
 
-@pytest.mark.parametrize("window", [WINDOW, Window(5, 35)])  # the second still sees some while they are given again
+@pytest.mark.parametrize("window", [WINDOW, Window(5, 35)])  # the second still sees some while they are repeated
 @pytest.mark.parametrize(("tokens", "limit", "kept"), [(40, 512, 40), (70, 512, 70), (60, 100, (100 - ASKED) // 2)])
 def test_score_is_the_most_that_lost_tokens_get_while_the_text_is_repeated(
     tokens: int, limit: int, kept: int, window: Window, reduction: str, make_model: Callable[..., PreTrainedModel]
@@ -29,17 +29,17 @@ def test_score_is_the_most_that_lost_tokens_get_while_the_text_is_repeated(
     with dense_attention(model) as seen:
         model(ids[None], use_cache=False)
     with gated_model_of(model, window) as gated_model:
-        found = reconstruction(gated_model, sample, settings(reduction))
+        scores = reconstruction(gated_model, sample, settings(reduction))
     for layer in range(3):
-        most = torch.zeros(4, kept)
-        for given in range(kept + ASKED, len(ids)):
-            query = given - 1
+        highest = torch.zeros(4, kept)
+        for position in range(kept + ASKED, len(ids)):
+            query = position - 1
             for key in range(kept):
                 if key >= window.sink_size and query - key >= window.recent_size:
-                    most[:, key] = torch.maximum(most[:, key], seen.weights[layer][:, query, key])
-        expected = most[:, window.sink_size :].mean(-1)
-        torch.testing.assert_close(found[layer], grouped(expected, 2, reduction), rtol=1e-4, atol=1e-6)
-    assert found.min() > 0
+                    highest[:, key] = torch.maximum(highest[:, key], seen.weights[layer][:, query, key])
+        expected = highest[:, window.sink_size :].mean(-1)
+        torch.testing.assert_close(scores[layer], grouped(expected, 2, reduction), rtol=1e-4, atol=1e-6)
+    assert scores.min() > 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ MakeModel = Callable[..., PreTrainedModel]
 def test_score_is_how_often_the_copied_token_is_attended_to_most(
     rows: int, reduction: str, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With few different tokens: any place of the right one within the needle counts, and none outside."""
+    """With few different tokens: any position of the right one within the needle counts, and none outside."""
     monkeypatch.setattr(attention_weights, "ROWS", rows)
     needles = [(5, 100, 30), (40, 140, 40)]
     sample = haystack(190, *needles)
@@ -34,22 +34,22 @@ def test_score_is_how_often_the_copied_token_is_attended_to_most(
         with dense_attention(model) as seen:
             model(ids[None], use_cache=False)
         with gated_model_of(model) as gated_model:
-            found = retrieval_score(gated_model, sample, settings(reduction))
+            scores = retrieval_score(gated_model, sample, settings(reduction))
         total, mass = [0, 0], torch.zeros(3, 4)
         for layer in range(3):
             hits = torch.zeros(4)
-            for turn, (place, asked, length) in enumerate(needles):
+            for turn, (position, asked, length) in enumerate(needles):
                 for step in range(length):
-                    most = seen.weights[layer][:, asked + step - 1].argmax(-1)
-                    mass[layer] += seen.weights[layer][:, asked + step - 1, place : place + length].sum(-1) / 70
+                    strongest = seen.weights[layer][:, asked + step - 1].argmax(-1)
+                    mass[layer] += seen.weights[layer][:, asked + step - 1, position : position + length].sum(-1) / 70
                     for head in range(4):
-                        at = int(most[head])
-                        hit = place <= at < place + length and bool(ids[at] == ids[asked + step])
+                        key = int(strongest[head])
+                        hit = position <= key < position + length and bool(ids[key] == ids[asked + step])
                         hits[head] += hit
                         total[turn] += hit
-            torch.testing.assert_close(found[0, layer], grouped(hits / 70, 2, reduction))
-            torch.testing.assert_close(found[1, layer], grouped(mass[layer], 2, reduction))
-    assert min(total) > 0, "a reference without hits tells nothing"
+            torch.testing.assert_close(scores[0, layer], grouped(hits / 70, 2, reduction))
+            torch.testing.assert_close(scores[1, layer], grouped(mass[layer], 2, reduction))
+    assert min(total) > 0, "a reference without hits would test nothing"
 
 
 @pytest.mark.parametrize(("layer", "kv_head"), [(0, 1), (2, 0)])
@@ -66,5 +66,5 @@ def test_the_planted_head_copies_always(layer: int, kv_head: int, make_model: Ma
 def test_samples_without_needles_are_refused(make_model: MakeModel) -> None:
     sample = random_sample(20, 1)
     sample["input_ids"][:-5] = 2
-    with gated_model_of(make_model("llama")) as gated_model, pytest.raises(UserError, match="stand in their contexts"):
+    with gated_model_of(make_model("llama")) as gated_model, pytest.raises(UserError, match="occur in their contexts"):
         retrieval_score(gated_model, sample, settings())

@@ -31,30 +31,30 @@ def test_gradient_is_what_closing_each_gate_a_little_costs(
 ) -> None:
     """By central differences in float64, at one value and as the mean over several."""
     model, sample = make_model("gpt_neox").double(), random_sample(40, 1, 6)
-    asked = [0.3, 0.8]
+    openness = [0.3, 0.8]
     with gated_model_of(model) as gated_model:
-        found = saliency(gated_model, sample, of(objective=objective, at=asked))
-        single = [saliency(gated_model, sample, of(objective=objective, at=[value])) for value in asked]
+        averaged = saliency(gated_model, sample, of(objective=objective, at=openness))
+        single = [saliency(gated_model, sample, of(objective=objective, at=[value])) for value in openness]
         monkeypatch.setattr(Tensor, "float", lambda self: self)  # objectives would round to float32
         distillation = Distillation(gated_model, make_objective(objective), "labelled")
         batch = batch_of_one(sample, gated_model.device)
         expected = []
-        for value in asked:
+        for value in openness:
             slopes = torch.zeros(gated_model.shape, dtype=torch.float64)
-            for place in range(slopes.numel()):
+            for index in range(slopes.numel()):
                 step = torch.zeros(slopes.numel(), dtype=torch.float64)
-                step[place] = 1e-4
+                step[index] = 1e-4
                 with torch.no_grad():
                     closed, opened = (
                         distillation.loss((value + sign * step).view(gated_model.shape), batch) for sign in (-1, 1)
                     )
-                slopes.view(-1)[place] = (closed - opened) / 2e-4
+                slopes.view(-1)[index] = (closed - opened) / 2e-4
             expected.append(slopes)
         monkeypatch.undo()
-    for own, slopes in zip(single, expected, strict=True):
-        torch.testing.assert_close(own, slopes.float(), rtol=2e-3, atol=1e-5)
-    torch.testing.assert_close(found, torch.stack(expected).mean(0).float(), rtol=2e-3, atol=1e-5)
-    assert (found.dtype, found.requires_grad) == (torch.float32, False)
+    for scores, slopes in zip(single, expected, strict=True):
+        torch.testing.assert_close(scores, slopes.float(), rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(averaged, torch.stack(expected).mean(0).float(), rtol=2e-3, atol=1e-5)
+    assert (averaged.dtype, averaged.requires_grad) == (torch.float32, False)
 
 
 def slow_logits(model: PreTrainedModel, sample: Any, alpha: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def slow_logits(model: PreTrainedModel, sample: Any, alpha: Tensor) -> Tensor:
 def test_fisher_is_the_expectation_over_all_labels(
     at: float, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a vocabulary of 7 every label's gradient is worked out; many draws come near to the mean of their squares.
+    """On a vocabulary of 7 every label's gradient is worked out; many draws approach the mean of their squares.
 
     That is the Gauss-Newton matrix too, the curvature of the KL divergence.
     """
@@ -88,11 +88,11 @@ def test_fisher_is_the_expectation_over_all_labels(
     torch.testing.assert_close(brute, gauss_newton, rtol=1e-3, atol=1e-7)
     with gated_model_of(model) as gated_model:
         few = saliency(gated_model, sample, of(kind="fisher", at=[at]))
-        assert torch.equal(few, saliency(gated_model, sample, of(kind="fisher", at=[at]))), "the same every time"
+        assert torch.equal(few, saliency(gated_model, sample, of(kind="fisher", at=[at]))), "deterministic"
         monkeypatch.setattr(module, "DRAWS", 1000)
         many = saliency(gated_model, sample, of(kind="fisher", at=[at]))
     torch.testing.assert_close(many, brute, rtol=0.25, atol=0)  # the error of squares is about sqrt(2 / 1000)
-    assert brute.max() > 3 * brute.min(), "heads that cannot be mixed up tell nothing"
+    assert brute.max() > 3 * brute.min(), "the heads must differ for the test to mean anything"
     assert (few >= 0).all()
 
 
@@ -107,8 +107,8 @@ def test_fisher_takes_the_mean_over_at(make_model: MakeModel) -> None:
 def test_far_tokens_alone_can_be_asked_for(make_model: MakeModel) -> None:
     sample = random_sample(60, 3, 30)
     with gated_model_of(make_model("llama")) as gated_model:
-        found = {tokens: saliency(gated_model, sample, of(at=[0.5], tokens=tokens)) for tokens in ("labelled", "far")}
+        scores = {tokens: saliency(gated_model, sample, of(at=[0.5], tokens=tokens)) for tokens in ("labelled", "far")}
         alpha = torch.full((3, 2), 0.5, requires_grad=True)
         loss = Distillation(gated_model, OBJECTIVES["kl"], "far").loss(alpha, batch_of_one(sample, gated_model.device))
-        torch.testing.assert_close(found["far"], -torch.autograd.grad(loss, alpha)[0])
-    assert (found["far"] - found["labelled"]).abs().max() > 1e-4
+        torch.testing.assert_close(scores["far"], -torch.autograd.grad(loss, alpha)[0])
+    assert (scores["far"] - scores["labelled"]).abs().max() > 1e-4

@@ -15,7 +15,7 @@ from duo_id.methods.query_score import query_score
 from duo_id.methods.reconstruction import reconstruction
 from duo_id.methods.retrieval_score import retrieval_score
 from duo_id.methods.saliency import saliency
-from duo_id.methods.sample_scores import SETTLING, Score, mean_scores, settled
+from duo_id.methods.sample_scores import TIE_RANGE, Score, break_ties, mean_scores
 from duo_id.methods.settings import AttentionSettings, SaliencySettings
 from tests.methods.conftest import gated_model_of, haystack
 from tests.support.planted import HEADS, assert_first, planted_model, planted_sample, random_sample
@@ -78,36 +78,38 @@ def test_heads_that_copy_equally_often_are_ordered_by_their_attention_to_the_nee
         alone = torch.stack([SCORES["retrieval_score"](gated_model, sample, settings) for sample in samples])
         copied, attention = alone.mean(0).flatten(1)
         scores = mean_scores(SCORES[settings.name], gated_model, samples, settings, CONSOLE).flatten()
-    assert len(copied.unique()) < len(copied), "without equals there is nothing to see"
+    assert len(copied.unique()) < len(copied), "the test needs ties"
     assert len(scores.unique()) == len(scores)
     pairs = list(zip(copied.round(decimals=6).tolist(), attention.tolist(), strict=True))
     assert scores.argsort().tolist() == sorted(range(len(pairs)), key=lambda head: pairs[head])
-    assert ((scores >= copied - 1e-6) & (scores <= copied + SETTLING + 1e-6)).all()
+    assert ((scores >= copied - 1e-6) & (scores <= copied + TIE_RANGE + 1e-6)).all()
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_decides_among_equals_decides_nothing_else(seed: int) -> None:
+def test_tie_breaks_order_ties_and_nothing_else(seed: int) -> None:
     """Against Python's sort of pairs: scores of few values, some of them neighbours in float32, negative or large."""
     random = torch.Generator().manual_seed(seed)
     near = torch.tensor([0.3, 0.5, -2.0, 1e4])
     values = torch.cat([torch.rand(4, generator=random), torch.zeros(1), near, near.nextafter(torch.tensor(torch.inf))])
     scores = values[torch.randint(len(values), (30, 3), generator=random)]
-    deciding = torch.rand(30, 3, generator=random, dtype=torch.float64)
-    deciding.view(-1)[:2] = torch.tensor([0.0, 1.0])
-    found = settled(scores.double(), deciding)
-    assert (found.shape, found.dtype) == (scores.shape, torch.float32)
-    assert ((found >= scores) & (found.double() <= scores.double() + 1.001 * SETTLING)).all()
-    before, after, rank = scores.flatten(), found.flatten(), deciding.flatten()
-    lower = before[:, None] < before
-    assert (after[:, None] < after)[lower].all(), "no order of different scores changes"
-    equal = (before[:, None] == before) & (rank[:, None] < rank)
-    assert (after[:, None] <= after)[equal].all()
-    zero = torch.isin(before, torch.zeros(1))
-    assert after[zero].argsort().tolist() == rank[zero].argsort().tolist(), "where there is room, none stay equal"
+    tie_breaks = torch.rand(30, 3, generator=random, dtype=torch.float64)
+    tie_breaks.view(-1)[:2] = torch.tensor([0.0, 1.0])
+    settled = break_ties(scores.double(), tie_breaks)
+    assert (settled.shape, settled.dtype) == (scores.shape, torch.float32)
+    assert ((settled >= scores) & (settled.double() <= scores.double() + 1.001 * TIE_RANGE)).all()
+    scores_flat, settled_flat, ranks = scores.flatten(), settled.flatten(), tie_breaks.flatten()
+    lower = scores_flat[:, None] < scores_flat
+    assert (settled_flat[:, None] < settled_flat)[lower].all(), "no order of different scores changes"
+    equal = (scores_flat[:, None] == scores_flat) & (ranks[:, None] < ranks)
+    assert (settled_flat[:, None] <= settled_flat)[equal].all()
+    zero = torch.isin(scores_flat, torch.zeros(1))
+    assert settled_flat[zero].argsort().tolist() == ranks[zero].argsort().tolist(), (
+        "where there is room, none stay equal"
+    )
 
 
 @pytest.mark.parametrize("name", ["retrieval_score", "query_score"])
-def test_samples_that_do_not_hold_their_answers_do_not_count(name: str, make_model: MakeModel) -> None:
+def test_samples_without_their_answers_in_context_do_not_count(name: str, make_model: MakeModel) -> None:
     settings = AttentionSettings(name, **WINDOW)
     with gated_model_of(planted_model(make_model, 1, 0)) as gated_model:
         held, text = planted_sample(0, answered=True), random_sample(60, 1, scored=20)

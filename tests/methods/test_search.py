@@ -18,7 +18,7 @@ from duo_id.common.integrity import MARK, SEAL, unsealed
 from duo_id.data.samples import Sample
 from duo_id.methods import search as module
 from duo_id.methods.candidates import MaskLosses
-from duo_id.methods.search import ORDER, search
+from duo_id.methods.search import SEARCH_FILE, search
 from duo_id.methods.settings import SearchSettings
 from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.pattern import HeadPattern
@@ -40,8 +40,8 @@ def samples() -> list[Sample]:
 
 
 def searched(gated_model: GatedModel, folder: Path, pattern: HeadPattern | None = None, **changes: Any) -> Any:
-    found = search(gated_model, samples(), searching(**changes), pattern, folder, CONSOLE)
-    return found.scores[[layer.index for layer in gated_model.layers]], found.provenance
+    result = search(gated_model, samples(), searching(**changes), pattern, folder, CONSOLE)
+    return result.scores[[layer.index for layer in gated_model.layers]], result.provenance
 
 
 @pytest.mark.parametrize(("layer", "kv_head"), HEADS)
@@ -55,12 +55,12 @@ def test_searches_rank_the_planted_head_first(
     with gated_model_of(planted_model(make_model, layer, kv_head)) as gated_model:
         samples = [planted_sample(seed, objective == "kl") for seed in range(3)]
         pattern = search(gated_model, samples, settings, None, tmp_path, CONSOLE)
-    scores, told = pattern.scores, pattern.provenance
+    scores, provenance = pattern.scores, pattern.provenance
     assert_first(scores, layer, kv_head)
     torch.testing.assert_close(scores.flatten().sort().values, torch.linspace(0, 1, 6))
-    assert told["samples"] == 3
-    assert told["forwards"] > 0
-    assert "budget" not in told
+    assert provenance["samples"] == 3
+    assert provenance["forwards"] > 0
+    assert "budget" not in provenance
 
 
 @pytest.mark.parametrize("strategy", ["elimination", "selection"])
@@ -68,12 +68,12 @@ def test_searches_rank_the_planted_head_first(
 def test_a_resumed_search_ends_as_an_undisturbed_one(
     strategy: str, stop_at: int, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in any round, of the search or of the exchanges behind it."""
+    """Stopped in any round of the search or of the exchanges that follow it."""
     changes: dict[str, Any] = {"strategy": strategy, "swap_at": 0.5, "max_swaps": 1, "swap_width": 3}
     plain, calls = MaskLosses.__call__, [0]
 
-    def crooked(self: MaskLosses, masks: Tensor) -> Tensor:
-        """Losses with which there is something to exchange."""
+    def distorted(self: MaskLosses, masks: Tensor) -> Tensor:
+        """Losses that leave something to exchange."""
         calls[0] += 1
         if calls[0] == stop_at:
             raise KeyboardInterrupt
@@ -81,21 +81,21 @@ def test_a_resumed_search_ends_as_an_undisturbed_one(
         together = closed[:, 1] * closed[:, 2] * closed[:, 5] * (closed.sum(1) == 3)
         return plain(self, masks) * 0.01 + closed @ torch.arange(6.0) - 20 * together
 
-    monkeypatch.setattr(MaskLosses, "__call__", crooked)
+    monkeypatch.setattr(MaskLosses, "__call__", distorted)
     with gated_model_of(make_model("llama")) as gated_model:
         (tmp_path / "stopped").mkdir()
-        with suppress(KeyboardInterrupt):  # the last ones find it over
+        with suppress(KeyboardInterrupt):  # not raised if the search ends first
             searched(gated_model, tmp_path / "stopped", **changes)
         calls[0] = stop_at
-        scores, told = searched(gated_model, tmp_path / "stopped", **changes)
-        again, told_again = searched(gated_model, tmp_path / "stopped", **changes)
+        scores, provenance = searched(gated_model, tmp_path / "stopped", **changes)
+        repeated, repeated_provenance = searched(gated_model, tmp_path / "stopped", **changes)
         (tmp_path / "whole").mkdir()
-        expected, expected_told = searched(gated_model, tmp_path / "whole", **changes)
+        expected, expected_provenance = searched(gated_model, tmp_path / "whole", **changes)
     assert torch.equal(scores, expected)
-    assert torch.equal(again, expected), "one that is over stays as it is"
-    assert told["swaps"] == told_again["swaps"] == expected_told["swaps"] == 1
-    assert told["budget"] == 0.5
-    states = [json.loads((tmp_path / name / ORDER).read_text()) for name in ("stopped", "whole")]
+    assert torch.equal(repeated, expected), "a finished search stays as it is"
+    assert provenance["swaps"] == repeated_provenance["swaps"] == expected_provenance["swaps"] == 1
+    assert provenance["budget"] == 0.5
+    states = [json.loads((tmp_path / name / SEARCH_FILE).read_text()) for name in ("stopped", "whole")]
     assert all(state.pop("seconds") > 0 for state in states)
     assert all(state.pop(SEAL).startswith(MARK) for state in states), "of the seconds too, which differ"
     assert states[0] == states[1]
@@ -126,7 +126,7 @@ def test_a_resumed_search_ends_as_an_undisturbed_one(
     ],
 )
 def test_a_broken_search_json_is_one_line(text: str, make_model: MakeModel, tmp_path: Path) -> None:
-    (tmp_path / ORDER).write_bytes(text.encode("latin-1"))
+    (tmp_path / SEARCH_FILE).write_bytes(text.encode("latin-1"))
     with (
         gated_model_of(make_model("llama")) as gated_model,
         pytest.raises(UserError, match=r"^resume: .*search\.json") as error,
@@ -136,19 +136,19 @@ def test_a_broken_search_json_is_one_line(text: str, make_model: MakeModel, tmp_
     assert "delete it to start anew" in str(error.value)
 
 
-def test_a_start_settles_the_heads_outside_and_hybrid_models_take_their_gated_rows(
+def test_a_start_decides_the_heads_outside_and_hybrid_models_use_their_gated_rows(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     kv_heads = 2
-    scores = torch.tensor([[0.1, 0.8], [1.0, 1.0], [0.6, 0.3], [1.0, 1.0]])
-    start = HeadPattern(scores, 3, 8, gated_layers=(0, 2))
+    start_scores = torch.tensor([[0.1, 0.8], [1.0, 1.0], [0.6, 0.3], [1.0, 1.0]])
+    start = HeadPattern(start_scores, 3, 8, gated_layers=(0, 2))
     with gated_model_of(make_model("gemma3_text", **HYBRID)) as gated_model:
         assert gated_model.shape == (2, kv_heads)
-        found, _ = searched(gated_model, tmp_path, start, start="any", between=[0.25, 0.75])
+        scores, _ = searched(gated_model, tmp_path, start, start="any", between=[0.25, 0.75])
         (tmp_path / "none").mkdir()
         settled, _ = searched(gated_model, tmp_path / "none", start, start="any", between=[0.5, 0.5])
-    assert found.flatten()[0] == 0
-    assert found.flatten()[1] == 1
+    assert scores.flatten()[0] == 0
+    assert scores.flatten()[1] == 1
     assert settled.flatten().argsort().tolist() == [0, 3, 2, 1]
 
 
@@ -164,7 +164,7 @@ def test_a_budget_of_no_head_or_all_is_refused(sparsity: float, make_model: Make
 def test_an_order_of_another_model_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     with gated_model_of(make_model("llama")) as gated_model:
         searched(gated_model, tmp_path)
-    state = unsealed(json.loads((tmp_path / ORDER).read_text()))
+    state = unsealed(json.loads((tmp_path / SEARCH_FILE).read_text()))
     assert set(state) == {"shape", "first", "last", "hints", "swaps", "seconds"}
     with (
         gated_model_of(make_model("llama", num_hidden_layers=2)) as other,
@@ -173,7 +173,7 @@ def test_an_order_of_another_model_is_refused(make_model: MakeModel, tmp_path: P
         searched(other, tmp_path)
 
 
-def test_candidates_fill_what_the_device_has(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_fill_the_free_memory(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with gated_model_of(make_model("llama")) as gated_model:
         assert module.fitting_batch_tokens(gated_model, 0.5) == module.CPU_BATCH_TOKENS
         monkeypatch.setattr(GatedModel, "device", torch.device("cuda"))
@@ -185,18 +185,18 @@ def test_candidates_fill_what_the_device_has(make_model: MakeModel, monkeypatch:
         assert module.fitting_batch_tokens(gated_model, 1.0) == 1
 
 
-@pytest.mark.parametrize("asked", [None, 77])
-def test_candidates_fill_what_is_asked_for(
-    asked: int | None, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("batch_tokens", [None, 77])
+def test_batch_tokens_can_be_set(
+    batch_tokens: int | None, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[int] = []
+    used: list[int] = []
 
     class Watched(MaskLosses):
         def __call__(self, masks: Tensor) -> Tensor:
-            seen.append(self.batch_tokens)
+            used.append(self.batch_tokens)
             return super().__call__(masks)
 
     monkeypatch.setattr(module, "MaskLosses", Watched)
     with gated_model_of(make_model("llama")) as gated_model:
-        searched(gated_model, tmp_path, batch_tokens=asked)
-    assert set(seen) == {asked or module.CPU_BATCH_TOKENS}
+        searched(gated_model, tmp_path, batch_tokens=batch_tokens)
+    assert set(used) == {batch_tokens or module.CPU_BATCH_TOKENS}

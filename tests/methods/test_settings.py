@@ -32,10 +32,10 @@ def settings(name: Any, **changes: Any) -> Any:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_its_name_and_window(name: str) -> None:
     changes = {"at": [0.5]} if name == "saliency" else {}
-    found = settings(name, **changes)
-    assert type(found) is METHODS[name]
-    assert (found.name, found.sink_size, found.recent_size) == (name, 3, 8)
-    assert method_settings(OmegaConf.create(plain(found))) == found, "as provenance keeps it"
+    typed = settings(name, **changes)
+    assert type(typed) is METHODS[name]
+    assert (typed.name, typed.sink_size, typed.recent_size) == (name, 3, 8)
+    assert method_settings(OmegaConf.create(plain(typed))) == typed, "as provenance keeps it"
 
 
 SCORED = [name for name, schema in METHODS.items() if issubclass(schema, ScoreSettings)]
@@ -55,7 +55,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("saliency", {"at": [0.5, 1.5]}, "method.at=1.5 must be at most 1"),
     ("saliency", {"at": [-0.1]}, "method.at=-0.1 must be at least 0"),
     ("saliency", {"at": []}, "method.at=[] must be a list of at least one value"),
-    ("saliency", {"at": [1.0]}, "method.at=[1.0]: at 1 the student is the teacher"),
+    ("saliency", {"at": [1.0]}, "method.at=[1.0]: at 1 the student equals the teacher"),
     ("saliency", {"at": [1.0, 1.0], "objective": {"kl": 1, "next_token": 1}}, "method.at=[1.0, 1.0]: at 1 the"),
     ("search", {"strategy": "random"}, "method.strategy=random: choose one of elimination, selection"),
     ("search", {"heads_per_round": 0}, "method.heads_per_round=0 must be at least 1"),
@@ -65,7 +65,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "search",
         {"start": "DIR", "between": [0.5]},
-        "method.between=[0.5] must be two fractions from 0 to 1, in this order",
+        "method.between=[0.5] must be two fractions from 0 to 1, in ascending order",
     ),
     ("search", {"start": "DIR", "between": [0.6, 0.5]}, "method.between=[0.6, 0.5] must be two fractions"),
     ("search", {"start": "DIR", "between": [-0.1, 0.5]}, "method.between=-0.1 must be at least 0"),
@@ -88,13 +88,13 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         "method.penalty=target with method.reg_weight=0",
     ),
     ("duo", NESTED | {"penalty": "binary"}, "method.penalty=binary with method.reg_weight=0"),
-    ("duo", NESTED | {"budgets": [0.5]}, "method.budgets=[0.5] must be two fractions from 0 to 1, in this order"),
+    ("duo", NESTED | {"budgets": [0.5]}, "method.budgets=[0.5] must be two fractions from 0 to 1, in ascending order"),
     ("duo", NESTED | {"budgets": [0.9, 0.4]}, "method.budgets=[0.9, 0.4] must be two fractions"),
     ("duo", NESTED | {"budgets": [-0.1, 0.4]}, "method.budgets=-0.1 must be at least 0"),
     ("duo", NESTED | {"budgets": [0.4, 1.1]}, "method.budgets=1.1 must be at most 1"),
     ("duo", NESTED | {"budgets": [[0.1], 0.5]}, "method.budgets=[0.1] must be a number"),
-    ("duo", NESTED | {"budgets": [0, 0]}, "method.budgets=[0.0, 0.0] never decides between heads"),
-    ("duo", NESTED | {"budgets": [1, 1]}, "method.budgets=[1.0, 1.0] never decides between heads"),
+    ("duo", NESTED | {"budgets": [0, 0]}, "method.budgets=[0.0, 0.0] opens all heads or none"),
+    ("duo", NESTED | {"budgets": [1, 1]}, "method.budgets=[1.0, 1.0] opens all heads or none"),
     ("duo", {"penalty": "l2"}, "method.penalty=l2: choose one of l1, binary, target"),
     ("duo", {"penalty": {"l1": 1, "l2": 1}}, "method.penalty=l2: choose one of l1, binary, target"),
     ("duo", {"penalty": ["l1"]}, "method.penalty=['l1']: choose one of l1, binary, target, or weights"),
@@ -171,9 +171,9 @@ def test_a_method_without_a_name() -> None:
     ],
     ids=str,
 )
-def test_what_is_no_mistake(name: str, changes: dict[str, Any]) -> None:
-    found = settings(name, **changes)
-    assert (found.sink_size, found.recent_size) == (3, 8)
+def test_valid_combinations(name: str, changes: dict[str, Any]) -> None:
+    typed = settings(name, **changes)
+    assert (typed.sink_size, typed.recent_size) == (3, 8)
 
 
 def test_penalties_are_weights() -> None:
@@ -182,13 +182,13 @@ def test_penalties_are_weights() -> None:
 
 
 def test_a_start_or_prior_is_a_method_over_the_same_window() -> None:
-    given = {"name": "duo", "sink_size": 99, "recent_size": 98, "lr": 0.5}
-    found = settings("search", start=given, between=[0.2, 0.5])
-    assert isinstance(found, SearchSettings)
-    assert isinstance(found.start, GateSettings)
-    assert (found.start.sink_size, found.start.recent_size, found.start.lr) == (3, 8, 0.5)
-    given = {"name": "reconstruction", "sink_size": 99, "recent_size": 98, "samples": 2}
-    gates = settings("duo", prior=given)
+    order_config = {"name": "duo", "sink_size": 99, "recent_size": 98, "lr": 0.5}
+    typed = settings("search", start=order_config, between=[0.2, 0.5])
+    assert isinstance(typed, SearchSettings)
+    assert isinstance(typed.start, GateSettings)
+    assert (typed.start.sink_size, typed.start.recent_size, typed.start.lr) == (3, 8, 0.5)
+    order_config = {"name": "reconstruction", "sink_size": 99, "recent_size": 98, "samples": 2}
+    gates = settings("duo", prior=order_config)
     assert isinstance(gates, GateSettings)
     assert isinstance(gates.prior, AttentionSettings)
     assert (gates.prior.sink_size, gates.prior.recent_size, gates.prior.samples) == (3, 8, 2)
@@ -199,11 +199,11 @@ def test_a_start_or_prior_is_a_method_over_the_same_window() -> None:
 
 def test_starts_may_be_nested() -> None:
     inner = {"name": "search", "start": {"name": "saliency", "at": [0.5]}, "between": [0.1, 0.9]}
-    found = settings("search", start=inner, between=[0.2, 0.5])
-    assert isinstance(found.start, SearchSettings)
-    assert isinstance(found.start.start, SaliencySettings)
-    assert (found.start.between, found.start.start.at) == ([0.1, 0.9], [0.5])
-    assert (found.start.start.sink_size, found.start.start.recent_size) == (3, 8)
+    typed = settings("search", start=inner, between=[0.2, 0.5])
+    assert isinstance(typed.start, SearchSettings)
+    assert isinstance(typed.start.start, SaliencySettings)
+    assert (typed.start.between, typed.start.start.at) == ([0.1, 0.9], [0.5])
+    assert (typed.start.start.sink_size, typed.start.start.recent_size) == (3, 8)
     assert type(settings("search", start={"name": "random"}).start) is MethodSettings
 
 
@@ -221,7 +221,7 @@ def test_starts_may_be_nested() -> None:
     ],
     ids=str,
 )
-def test_mistakes_of_a_start_or_prior_name_its_override(start: dict[str, Any], message: str) -> None:
+def test_mistakes_in_a_start_or_prior_name_its_override(start: dict[str, Any], message: str) -> None:
     for name, key in ("search", "start"), ("duo", "prior"):
         named = re.escape(message.replace("method.start", f"method.{key}"))
         with pytest.raises(UserError, match=f"^{named}") as error:
@@ -241,12 +241,12 @@ def test_mistakes_of_a_start_or_prior_name_its_override(start: dict[str, Any], m
     ],
     ids=str,
 )
-def test_mistakes_of_a_prior_name_what_to_change(changes: dict[str, Any], message: str) -> None:
+def test_mistakes_in_a_prior_name_what_to_change(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         settings("duo", **changes)
 
 
-def test_a_mistake_at_work_on_an_order_names_its_overrides_but_for_the_windows() -> None:
+def test_errors_of_a_nested_method_name_its_overrides_except_for_the_window() -> None:
     message = "method=saliency: raise data.length_min, or lower method.recent_size, or method.samples=8"
     named = (
         "method@method.start=saliency: raise data.length_min, or lower method.recent_size, or method.start.samples=8"

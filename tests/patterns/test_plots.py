@@ -254,7 +254,7 @@ def test_what_holds_no_metrics_is_named(tmp_path: Path) -> None:
         plot_training(tmp_path / "nowhere.csv")
     with pytest.raises(UserError, match="no column named step"):
         plot_training(write_version(tmp_path, 0, "a,b\n1,2\n"))
-    with pytest.raises(UserError, match="'b' holds something else than numbers"):
+    with pytest.raises(UserError, match="'b' holds values other than numbers"):
         plot_training(write_version(tmp_path, 1, "step,b\n1,x\n"))
     with pytest.raises(UserError, match="is not a metrics CSV: Error tokenizing data"):
         plot_training(write_version(tmp_path, 2, "step,b\n1,2,3,4\n1\n2,2,2,2,2,2\n"))

@@ -28,7 +28,7 @@ from duo_id.models.loading import load_model
 from duo_id.models.settings import ModelSettings
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.step.compiled import compiled_parts
-from duo_id.step.recompute import Keep, recomputed
+from duo_id.step.recompute import Keep, activation_checkpointing
 from duo_id.step.settings import StepSettings
 from duo_id.train.comparison import compare
 from duo_id.train.gate_training import GateTraining
@@ -103,7 +103,7 @@ def loaded(case: Case, ranks: Ranks, device: str) -> Iterator[tuple[LanguageMode
     with (
         attached(model.model, BACKENDS, ranks.group) as layers,
         compiled(model.model, layers, ranks, device) if case.compile else nullcontext(),
-        recomputed(model.model, layers, case.recompute) if case.recompute else nullcontext(),
+        activation_checkpointing(model.model, layers, case.recompute) if case.recompute else nullcontext(),
     ):
         settings = StepSettings(streaming_backend=BACKENDS.streaming)
         settings_of_method = GateSettings(name="duo", **method)

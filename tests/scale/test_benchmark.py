@@ -13,7 +13,7 @@ from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.common.config import plain
 from duo_id.distributed.ranks import Ranks
 from duo_id.models.loading import meta_model
-from duo_id.step.devices import calculated_costs, fitted
+from duo_id.step.devices import calculated_costs, fit_memory
 from tests.scale.devices import environment
 from tests.support.commands import Finished, settings_of
 from tests.support.processes import run_file, start
@@ -99,7 +99,7 @@ def test_what_was_measured_before_is_kept(run: tuple[Path, Finished, float]) -> 
     assert row["efficiency"] == pytest.approx(row["tokens_per_s"] / 2 / 100)
     settings, ranks = settings_of("benchmark", BenchmarkSettings, *OVERRIDES, folder=run[0]), Ranks(1, 2, sharded=True)
     costs = calculated_costs(meta_model(settings.model, torch.float32), ranks, torch.device("cpu"), True)
-    plan = str(fitted(settings.step, costs, 31, None)[1])
+    plan = str(fit_memory(settings.step, costs, 31, None)[1])
     if row["peak_bytes"] is not None:  # a GPU's also has libraries, and what it has free
         plan, row["plan"] = (told.partition(" of 3 layers")[2] for told in (plan, row["plan"]))
     assert row["plan"] == plan, "as before the weights are loaded"

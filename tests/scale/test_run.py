@@ -194,13 +194,13 @@ def test_scores_that_processes_cannot_share_are_refused(given: list[str], tmp_pa
     plain = [override for override in OVERRIDES if not override.startswith("method")]
     finished = run_two("cpu", tmp_path, [*plain, *given, "method.sink_size=4", "method.recent_size=60"])
     assert finished.status == 2, finished.output
-    assert f"trainer.devices=2: {given[0]} works on 1 device; on several do trained gates" in finished.output
+    assert f"trainer.devices=2: {given[0]} only works on a single device; gate training works on" in finished.output
     assert "Traceback" not in finished.output
 
 
 def test_a_prior_that_processes_cannot_share_is_refused(tmp_path: Path) -> None:
     finished = run_two("cpu", tmp_path, [*OVERRIDES, "method@method.prior=reconstruction", "step.sequence_parallel=2"])
     assert finished.status == 2, finished.output
-    assert "trainer.devices=2: method@method.prior=reconstruction works on 1 device" in finished.output
+    assert "trainer.devices=2: method@method.prior=reconstruction only works on a single device" in finished.output
     assert "method.prior=null does without" in finished.output
     assert "Traceback" not in finished.output

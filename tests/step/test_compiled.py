@@ -27,16 +27,16 @@ def loss_and_gradient(distillation: Distillation, length: int) -> tuple[Tensor, 
     return loss.detach(), gradient
 
 
-@pytest.mark.parametrize(("family", "more"), [("llama", range(40, 89)), ("gpt_neox", range(40, 43))])
+@pytest.mark.parametrize(("family", "more_lengths"), [("llama", range(40, 89)), ("gpt_neox", range(40, 43))])
 def test_graphs_grow_neither_with_layers_nor_with_lengths(
-    family: str, more: range, make_model: Callable[..., PreTrainedModel]
+    family: str, more_lengths: range, make_model: Callable[..., PreTrainedModel]
 ) -> None:
-    """The first length is that of the hidden size, which must not be taken for the same number.
+    """The first length equals the hidden size, with which it must not be identified.
 
-    In the second, scored tokens are few enough for the last layer to compute them alone.
+    In the second, scored tokens are few enough for the last layer to compute only them.
     """
     counts = []
-    for layers, lengths in ((2, [HIDDEN, 88, *more]), (4, [HIDDEN, 88])):
+    for layers, lengths in ((2, [HIDDEN, 88, *more_lengths]), (4, [HIDDEN, 88])):
         model, counter = make_model(family, num_hidden_layers=layers), CompileCounter()
         with (
             distilling(model, "hidden_l2") as distillation,
@@ -53,10 +53,10 @@ def test_graphs_grow_neither_with_layers_nor_with_lengths(
 
 @pytest.mark.parametrize("objective", ["hidden_l2", "kl"])
 def test_compiled_layers_give_the_same_gradients(objective: str, make_model: Callable[..., PreTrainedModel]) -> None:
-    """Of every blend; what is compiled for the first serves the others, and none may fall back to plain code."""
+    """For every blend: graphs compiled for the first serve the others, and none may fall back to eager code."""
     model = make_model("llama")
     with distilling(model, objective) as distillation:
-        expected, found = {}, {}
+        expected, compiled = {}, {}
         for blend in BLENDS:
             distillation.blend = BLENDS[blend]
             expected[blend] = loss_and_gradient(distillation, 61)
@@ -67,14 +67,14 @@ def test_compiled_layers_give_the_same_gradients(objective: str, make_model: Cal
         ):
             for blend in BLENDS:
                 distillation.blend = BLENDS[blend]
-                found[blend] = loss_and_gradient(distillation, 61)
+                compiled[blend] = loss_and_gradient(distillation, 61)
         assert counter.frame_count >= 8
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-7)
     gradients = [gradient for _, gradient in expected.values()]
     assert not any(torch.allclose(*pair, rtol=1e-3) for pair in combinations(gradients, 2)), "blends that are the same"
 
 
-def test_the_model_is_as_before_afterwards(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_the_model_is_restored_afterwards(make_model: Callable[..., PreTrainedModel]) -> None:
     model = make_model("llama")
     with attached(model) as layers, compiled_parts(model, layers, attention=True, backend="eager"):
         assert sum("forward" in part.__dict__ for part in model.modules()) == 4 * 3

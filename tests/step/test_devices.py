@@ -1,4 +1,4 @@
-"""The memory of a step by calculation: what is counted, and which model fits which devices."""
+"""The calculated memory of a step: what is counted, and which model fits which devices."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ from duo_id.common.errors import UserError
 from duo_id.distributed.ranks import Ranks
 from duo_id.models.loading import meta_model
 from duo_id.step.budget import memory_bytes
-from duo_id.step.devices import calculated_costs, fitted, shared_step
+from duo_id.step.devices import calculated_costs, fit_memory, shared_step
 from duo_id.step.memory import GIB, LIBRARIES, SPARED, Plan
 from duo_id.step.recompute import Keep
 from duo_id.step.settings import StepSettings
@@ -19,7 +19,7 @@ from duo_id.train.settings import TrainSettings
 from tests.support.commands import settings_of
 from tests.support.tiny import tiny_model
 
-META, GPU = torch.device("meta"), torch.device("cuda")  # neither is used: what is planned has no weights
+META, GPU = torch.device("meta"), torch.device("cuda")  # neither is used: planning needs no weights
 LEAST = StepSettings(memory="least")
 A100 = StepSettings(memory="80GB")
 
@@ -33,10 +33,10 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
 
 
 def planned(
-    model: PreTrainedModel, ranks: Ranks, tokens: int, samples: int = 1, step: StepSettings = LEAST, **given: Any
+    model: PreTrainedModel, ranks: Ranks, tokens: int, samples: int = 1, step: StepSettings = LEAST, **changes: Any
 ) -> Plan:
-    costs = calculated_costs(model, ranks, **({"device": META} | given))
-    return fitted(step, costs, ranks.tokens(tokens, samples), memory_bytes(step.memory))[1]
+    costs = calculated_costs(model, ranks, **({"device": META} | changes))
+    return fit_memory(step, costs, ranks.tokens(tokens, samples), memory_bytes(step.memory))[1]
 
 
 def test_a_70b_fits_eight_gpus_of_80_gb(large: PreTrainedModel) -> None:
@@ -49,38 +49,38 @@ def test_a_70b_fits_eight_gpus_of_80_gb(large: PreTrainedModel) -> None:
 
 
 def test_what_does_not_fit_is_refused_with_its_numbers(large: PreTrainedModel) -> None:
-    told = r"^step\.memory: a step of 32,768 tokens needs at least [\d.]+ GiB of its device \(weights"
+    message = r"^step\.memory: a step of 32,768 tokens needs at least [\d.]+ GiB of its device \(weights"
     for sharded in (False, True):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             planned(large, Ranks(8, 1, sharded=sharded), 32768, 8, A100, device=GPU)
 
 
 def test_layers_keep_everything_where_it_fits() -> None:
     costs, step = calculated_costs(tiny_model("llama"), Ranks(2), META), StepSettings(compile=True)
     everything = costs.plan_for([Keep.ALL] * 3, 64, None)
-    assert fitted(step, costs, 64, everything.total) == (step, replace(everything, budget=everything.total))
+    assert fit_memory(step, costs, 64, everything.total) == (step, replace(everything, budget=everything.total))
     outputs = costs.plan_for([Keep.OUTPUT] * 3, 64, None)
     for budget, memory, level in (
         (everything.total - 1, "outputs", Keep.OUTPUT),
         (outputs.total, "outputs", Keep.OUTPUT),
         (outputs.total - 1, "least", Keep.INPUT),
     ):
-        less, plan = fitted(step, costs, 64, budget)
-        assert less == StepSettings(compile=True, memory=memory)
+        lowered, plan = fit_memory(step, costs, 64, budget)
+        assert lowered == StepSettings(compile=True, memory=memory)
         assert set(plan.levels) == {level}
-        assert fitted(less, costs, 64, None) == (less, replace(plan, budget=None)), "what is asked for is kept"
+        assert fit_memory(lowered, costs, 64, None) == (lowered, replace(plan, budget=None)), "what fits is kept"
     with pytest.raises(UserError, match="needs at least"):
-        fitted(StepSettings(memory="outputs"), costs, 64, outputs.total - 1)
+        fit_memory(StepSettings(memory="outputs"), costs, 64, outputs.total - 1)
 
 
 def test_without_full_attention_there_is_no_output_to_keep() -> None:
     costs = calculated_costs(tiny_model("llama"), Ranks(2), META, teacher_outputs=True)
     budget = costs.plan_for([Keep.ALL] * 3, 64, None).total - 1
-    assert fitted(StepSettings(), costs, 64, budget)[0].memory == "least"
+    assert fit_memory(StepSettings(), costs, 64, budget)[0].memory == "least"
 
 
 def test_gpus_have_libraries_and_a_part_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one GPU has, see `tests.step.test_memory`; and the fullest of them counts."""
+    """As on one GPU, see `tests.step.test_memory`; the fullest GPU counts."""
     model, room = tiny_model("llama"), [80 * GIB]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room[0] - 2 * GIB, 90 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
@@ -94,13 +94,13 @@ def test_gpus_have_libraries_and_a_part_to_spare(monkeypatch: pytest.MonkeyPatch
     ("change", "message"),
     [({"cuda_graphs": True}, r"step\.cuda_graphs=true"), ({"shape": "paper", "memory": "least"}, r"step\.shape=paper")],
 )
-def test_what_is_for_one_device_alone_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=rf"^{message} works on 1 device alone"):
+def test_single_device_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^{message} only works on a single device"):
         shared_step(tiny_model("llama"), StepSettings(**change), Ranks(2), META, 64, 2, teacher_outputs=False)
 
 
 def test_the_published_shape_is_what_was_measured() -> None:
-    """Two streams of 32K in one batch, all layers recomputed: 46 GiB on an H200 (design, numbers to stand on)."""
+    """Two streams of 32K in one batch, all layers recomputed: 46 GiB on an H200."""
     architecture = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
     config = AutoConfig.for_model("llama", num_attention_heads=32, num_key_value_heads=8, **architecture)
     with META:

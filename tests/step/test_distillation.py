@@ -21,7 +21,7 @@ from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
 from duo_id.step.distillation import Distillation
 from duo_id.step.objectives import OBJECTIVES, Objective, Outputs
-from duo_id.step.recompute import recomputed
+from duo_id.step.recompute import activation_checkpointing
 from tests.support.dense import dense_attention, plain_outputs, slow_objective
 from tests.support.planted import random_sample
 from tests.support.tiny import hooks_of
@@ -77,8 +77,8 @@ def test_loss_and_gradient_equal_a_slow_computation(
         alpha = gates_of(len(layers), layers[0].kv_heads).requires_grad_()
         loss = distillation.loss(alpha, batch_of(sample))
         (gradient,) = torch.autograd.grad(loss, alpha)
-        again = distillation.loss(alpha, batch_of(sample), distillation.teacher(batch_of(sample)))
-    assert torch.equal(loss, again)
+        repeated_loss = distillation.loss(alpha, batch_of(sample), distillation.teacher(batch_of(sample)))
+    assert torch.equal(loss, repeated_loss)
     expected = slow_loss(model, sample, dict(zip(indices, alpha, strict=True)), objective, blend)
     (slow_gradient,) = torch.autograd.grad(expected, alpha)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
@@ -99,7 +99,7 @@ def test_layers_with_several_states_a_token_have_no_layer_l2(make_model: MakeMod
         distillation.loss(gates_of(3, 2), batch)
 
 
-def test_models_that_cannot_leave_logits_out_give_the_same(make_model: MakeModel, monkeypatch: Any) -> None:
+def test_models_that_always_compute_all_logits_give_the_same_loss(make_model: MakeModel, monkeypatch: Any) -> None:
     batch = batch_of(random_sample(40, 1), random_sample(40, 2))
     with distilling(make_model("llama"), "kl") as distillation:
         alpha = gates_of(3, 2)
@@ -117,7 +117,7 @@ def test_a_padded_batch_is_the_mean_of_its_samples(side: str, objective: str, ma
         together = distillation.loss(alpha, batch_of(*samples, side=side))
         alone = [distillation.loss(alpha, batch_of(sample)) for sample in samples]
     torch.testing.assert_close(together, (alone[0] + alone[1]) / 2, rtol=1e-4, atol=1e-6)
-    assert abs(alone[0] - alone[1]) > 1e-3 * abs(alone[0]), "samples that cannot be mixed up tell nothing"
+    assert abs(alone[0] - alone[1]) > 1e-3 * abs(alone[0]), "the samples must differ for the test to mean anything"
 
 
 @pytest.mark.parametrize("blend", BLENDS)
@@ -173,8 +173,8 @@ def test_far_weights_of_a_batch_are_shared_out_over_all_its_tokens(make_model: M
             torch.testing.assert_close(weights, gains / gains.sum(), rtol=1e-3, atol=1e-5)
 
 
-def test_what_is_scored_to_fill_up_counts_nothing(make_model: MakeModel) -> None:
-    """Also where it would gain, as in some of these samples."""
+def test_padding_of_the_scored_tokens_has_no_weight(make_model: MakeModel) -> None:
+    """Even where it would gain, as in some of these samples."""
     with distilling(make_model("llama"), tokens="far") as distillation:
         for seed in range(8):
             sample = random_sample(60, seed, 20)
@@ -211,7 +211,7 @@ def forwards_of(model: PreTrainedModel, run: Callable[[], Any]) -> int:
         ("hidden_l2", "student", "far", 3),
     ],
 )
-def test_the_teacher_is_run_if_anything_looks_at_it(
+def test_the_teacher_is_run_only_if_needed(
     objective: str, blend: str, tokens: str, forwards: int, make_model: MakeModel
 ) -> None:
     model, batch = make_model("llama"), batch_of(random_sample(40, 1))
@@ -258,10 +258,10 @@ def test_recomputation_changes_no_objective(objective: str, blend: str, make_mod
     with distilling(model, objective, blend) as distillation:
         loss = distillation.loss(alpha, batch)
         expected = (loss, *torch.autograd.grad(loss, alpha))
-        with recomputed(model, distillation.gated_model.layers):
+        with activation_checkpointing(model, distillation.gated_model.layers):
             loss = distillation.loss(alpha, batch)
-            found = (loss, *torch.autograd.grad(loss, alpha))
-    torch.testing.assert_close(found, expected)
+            recomputed = (loss, *torch.autograd.grad(loss, alpha))
+    torch.testing.assert_close(recomputed, expected)
 
 
 @pytest.mark.parametrize("where", ["attention", "block", "objective"])
@@ -294,7 +294,7 @@ def test_nothing_stays_hooked_or_bound_after_an_exception(where: str, blend: str
     assert not any(hasattr(module, BOUND) for module in model.modules())
 
 
-# LayerNorm models: RMSNorm computes in float32 even in a float64 model, which differences cannot look through.
+# LayerNorm models: RMSNorm computes in float32 even in a float64 model, too coarse for finite differences.
 @pytest.mark.parametrize("family", ["stablelm", "gpt_neox"])
 @pytest.mark.parametrize("objective", ["kl", "next_token"])
 @pytest.mark.parametrize("tokens", ["labelled", "far"])
@@ -308,8 +308,8 @@ def test_gate_gradients_equal_finite_differences(
         alpha = gates_of(3, distillation.gated_model.layers[0].kv_heads).double().requires_grad_()
         loss = distillation.loss(alpha, batch, teacher)
         assert loss.dtype == torch.float64
-        (found,) = torch.autograd.grad(loss, alpha)
-        expected = torch.zeros_like(found)
+        (gradient,) = torch.autograd.grad(loss, alpha)
+        expected = torch.zeros_like(gradient)
         with torch.no_grad():
             for index in range(alpha.numel()):
                 step = torch.zeros(alpha.numel(), dtype=torch.float64)
@@ -318,20 +318,20 @@ def test_gate_gradients_equal_finite_differences(
                     distillation.loss(alpha + sign * step.view_as(alpha), batch, teacher) for sign in (1, -1)
                 )
                 expected.view(-1)[index] = (above - below) / 2e-5
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
     assert expected.abs().min() > 1e-6
 
 
-def test_outputs_say_what_the_model_does_at_present(make_model: MakeModel) -> None:
-    """Without gates that is full attention, token by token as a plain forward has it."""
+def test_outputs_of_an_ungated_model_are_those_of_plain_forwards(make_model: MakeModel) -> None:
+    """Token by token, with either padding."""
     model, samples = make_model("llama"), [random_sample(40, 1), random_sample(61, 2)]
     expected = [plain_outputs(model, sample, [0, 1, 2]) for sample in samples]
     with distilling(model, "layer_l2") as distillation:
         for side in ("left", "right"):
-            found: Outputs = distillation.outputs(batch_of(*samples, side=side), logits=True)
+            batched: Outputs = distillation.outputs(batch_of(*samples, side=side), logits=True)
             for name in ("hidden", "logits", "targets"):
-                both = torch.cat([getattr(one, name) for one in expected])
-                torch.testing.assert_close(getattr(found, name), both, rtol=1e-4, atol=1e-5)
+                joined = torch.cat([getattr(single, name) for single in expected])
+                torch.testing.assert_close(getattr(batched, name), joined, rtol=1e-4, atol=1e-5)
             for layer in range(3):
-                both = torch.cat([one.layers[layer] for one in expected])
-                torch.testing.assert_close(found.layers[layer], both, rtol=1e-4, atol=1e-5)
+                joined = torch.cat([single.layers[layer] for single in expected])
+                torch.testing.assert_close(batched.layers[layer], joined, rtol=1e-4, atol=1e-5)

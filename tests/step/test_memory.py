@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from duo_id.common.errors import UserError
 from duo_id.step.budget import memory_bytes
 from duo_id.step.memory import MeasuredCosts, MemoryPlanner, measure_costs
-from duo_id.step.recompute import Keep, recomputed
+from duo_id.step.recompute import Keep, activation_checkpointing
 from tests.attention.test_memo import counted
 from tests.step.test_distillation import batch_of, distilling, gates_of
 from tests.support.planted import random_sample
@@ -88,7 +88,7 @@ def test_every_plan_gives_the_same_gradients(
         alpha = gates_of(*shape).requires_grad_()
         loss = distillation.loss(alpha, batch)
         expected = (loss, *torch.autograd.grad(loss, alpha))
-        with recomputed(model, distillation.gated_model.layers, Keep.ALL) as recomputation:
+        with activation_checkpointing(model, distillation.gated_model.layers, Keep.ALL) as recomputation:
             for levels in [(level,) * 3 for level in Keep] + [tuple(Keep)[:3], tuple(Keep)[:0:-1]]:
                 recomputation.levels[:] = levels
                 loss = distillation.loss(alpha, batch)
@@ -103,7 +103,7 @@ def test_mlps_run_once_more_where_they_are_not_kept(make_model: Callable[..., Pr
             part.register_forward_pre_hook(lambda *_, place=place: calls.__setitem__(place, calls[place] + 1))
     with (
         distilling(model, "hidden_l2") as distillation,
-        recomputed(model, distillation.gated_model.layers, Keep.ALL) as recomputation,
+        activation_checkpointing(model, distillation.gated_model.layers, Keep.ALL) as recomputation,
     ):
         teacher = distillation.teacher(batch)
         recomputation.levels[:] = (Keep.INPUT, Keep.ATTENTION, Keep.ALL)
@@ -116,7 +116,7 @@ def test_attention_is_not_computed_again_where_its_output_is_kept(make_model: Ca
     model, batch = make_model("llama"), batch_of(random_sample(61, 1))
     with (
         distilling(model, "hidden_l2") as distillation,
-        recomputed(model, distillation.gated_model.layers, Keep.ALL) as recomputation,
+        activation_checkpointing(model, distillation.gated_model.layers, Keep.ALL) as recomputation,
     ):
         teacher, found = distillation.teacher(batch), []
         for level in Keep:
@@ -134,7 +134,7 @@ def test_counted_bytes_foretell_those_of_longer_steps(blend: str, make_model: Ca
     model = make_model("llama", max_position_embeddings=4096)
     with (
         distilling(model, "hidden_l2", blend) as distillation,
-        recomputed(model, distillation.gated_model.layers, Keep.ALL) as recomputation,
+        activation_checkpointing(model, distillation.gated_model.layers, Keep.ALL) as recomputation,
     ):
         costs = measure_costs(distillation, recomputation)
         assert distillation.last is not None
@@ -172,7 +172,7 @@ def test_the_planner_sets_the_levels_of_each_step(make_model: Callable[..., PreT
     model = make_model("llama")
     with (
         distilling(model, "hidden_l2") as distillation,
-        recomputed(model, distillation.gated_model.layers, Keep.ALL) as recomputation,
+        activation_checkpointing(model, distillation.gated_model.layers, Keep.ALL) as recomputation,
     ):
         kept = [dict(zip(Keep, (10.0, 5.0, 2.0, 1.0), strict=True))] * 3
         costs = MeasuredCosts(0, kept, 0, again=lambda tokens: COSTS.again(tokens)[:3])

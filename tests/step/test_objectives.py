@@ -1,4 +1,4 @@
-"""What the student must match: by hand-worked numbers, and against torch's own losses."""
+"""The objectives against numbers worked out by hand and against torch's own losses."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ N, HIDDEN, VOCABULARY, LAYERS = 5, 8, 11, 3
 
 
 def outputs(seed: int, *leading: int, dtype: torch.dtype = torch.float32) -> Outputs:
-    """Random ones."""
+    """Random outputs."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> Tensor:
@@ -42,7 +42,7 @@ def test_hidden_l2_by_hand() -> None:
 def test_relative_l2_by_hand() -> None:
     assert OBJECTIVES["relative_l2"](STUDENT, TEACHER).tolist() == [(4 + 16) / (1 + 9), 1.0]
     nothing = of_hidden([0.0, 0.0], [0.0, 0.0])
-    assert OBJECTIVES["relative_l2"](nothing, nothing).tolist() == [0, 0], "a state of zeros divides by nothing"
+    assert OBJECTIVES["relative_l2"](nothing, nothing).tolist() == [0, 0], "no division by zero"
 
 
 def test_layer_l2_by_hand() -> None:
@@ -65,8 +65,8 @@ def test_kl_by_hand() -> None:
 def test_next_token_by_hand() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0], [1.0, 1.0, 6.0]]).log()
     student = Outputs(torch.zeros(2, 1), logits=logits, targets=torch.tensor([0, 1]))
-    found = OBJECTIVES["next_token"](student, Outputs(torch.zeros(0)))
-    torch.testing.assert_close(found, torch.tensor([math.log(2), math.log(8)]))
+    losses = OBJECTIVES["next_token"](student, Outputs(torch.zeros(0)))
+    torch.testing.assert_close(losses, torch.tensor([math.log(2), math.log(8)]))
 
 
 def test_distributions_against_torch() -> None:
@@ -74,8 +74,8 @@ def test_distributions_against_torch() -> None:
     assert student.logits is not None
     assert teacher.logits is not None
     assert student.targets is not None
-    own, theirs = student.logits.log_softmax(-1), teacher.logits.log_softmax(-1)
-    expected = F.kl_div(own, theirs, reduction="none", log_target=True).sum(-1)
+    student_log, teacher_log = student.logits.log_softmax(-1), teacher.logits.log_softmax(-1)
+    expected = F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(-1)
     torch.testing.assert_close(OBJECTIVES["kl"](student, teacher), expected)
     likelihood = F.cross_entropy(student.logits, student.targets, reduction="none")
     torch.testing.assert_close(OBJECTIVES["next_token"](student, teacher), likelihood)
@@ -91,32 +91,32 @@ def test_objectives_are_zero_for_equal_outputs_alone_and_work_in_float32(name: s
     assert not same.any() or "next_token" in name
     assert (different > 0).all()
 
-    def up(found: Outputs) -> Outputs:
-        assert found.logits is not None
-        layers = tuple(layer.float() for layer in found.layers)
-        return Outputs(found.hidden.float(), layers, found.logits.float(), found.targets)
+    def upcast(halves: Outputs) -> Outputs:
+        assert halves.logits is not None
+        layers = tuple(layer.float() for layer in halves.layers)
+        return Outputs(halves.hidden.float(), layers, halves.logits.float(), halves.targets)
 
-    assert torch.equal(different, OBJECTIVES[name](up(other), up(teacher)))
+    assert torch.equal(different, OBJECTIVES[name](upcast(other), upcast(teacher)))
 
 
 def test_hidden_l2_keeps_small_differences_beside_large_ones() -> None:
     student = Outputs(torch.tensor([[256.0, 1.0, 1.0, 1.0]]).bfloat16())
-    found = OBJECTIVES["hidden_l2"](student, Outputs(torch.zeros(1, 4).bfloat16()))
-    assert found.item() == (256**2 + 3) / 4  # bfloat16 would say 256 ** 2 / 4
+    losses = OBJECTIVES["hidden_l2"](student, Outputs(torch.zeros(1, 4).bfloat16()))
+    assert losses.item() == (256**2 + 3) / 4  # bfloat16 would say 256 ** 2 / 4
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("leading", [(4,), (2, 3), (1,), (N,)])
 def test_candidates_are_compared_with_one_teacher(name: str, leading: tuple[int, ...]) -> None:
     student, teacher = outputs(1, *leading), outputs(2)
-    found = OBJECTIVES[name](student, teacher)
-    assert found.shape == (*leading, N)
+    losses = OBJECTIVES[name](student, teacher)
+    assert losses.shape == (*leading, N)
     assert student.logits is not None
-    for place in torch.cartesian_prod(*map(torch.arange, leading)).view(-1, len(leading)).tolist():
-        at = tuple(place)
+    for position in torch.cartesian_prod(*map(torch.arange, leading)).view(-1, len(leading)).tolist():
+        at = tuple(position)
         layers = tuple(layer[at] for layer in student.layers)
         alone = Outputs(student.hidden[at], layers, student.logits[at], student.targets)
-        torch.testing.assert_close(found[at], OBJECTIVES[name](alone, teacher))
+        torch.testing.assert_close(losses[at], OBJECTIVES[name](alone, teacher))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

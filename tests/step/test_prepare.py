@@ -12,7 +12,7 @@ from duo_id.common.errors import UserError
 from duo_id.methods.settings import GateSettings
 from duo_id.step import prepare
 from duo_id.step.paper_shape import PaperShape
-from duo_id.step.prepare import prepared
+from duo_id.step.prepare import prepared_step
 from duo_id.step.recompute import Keep
 from duo_id.step.settings import StepSettings
 from tests.step.test_distillation import batch_of, distilling, gates_of
@@ -46,7 +46,7 @@ def test_the_published_shape_is_the_same_step(
         ):
             expected = step(distillation, batch)
             for settings in (StepSettings(), StepSettings(memory="least")):
-                with prepared(paper, settings):
+                with prepared_step(paper, settings):
                     torch.testing.assert_close(step(paper, batch), expected, rtol=1e-5, atol=1e-7)
 
 
@@ -55,23 +55,23 @@ def test_the_published_shape_is_the_same_step(
 def test_the_fast_step_is_the_simple_step_within_any_budget(
     blend: str, share: float, make_model: Callable[..., PreTrainedModel]
 ) -> None:
-    """Budgets between what the least and what everything takes."""
+    """Budgets between the memory of `least` and that of keeping everything."""
     model, batch = make_model("llama", max_position_embeddings=1024), batch_of(random_sample(700, 1))
     with distilling(model, "hidden_l2", blend) as distillation:
         expected = step(distillation, batch)
-        with prepared(distillation, StepSettings(memory="1GiB")) as apply_plan:
+        with prepared_step(distillation, StepSettings(memory="1GiB")) as apply_plan:
             everything = apply_plan(700)
         assert everything is not None
         assert set(everything.levels) == {Keep.ALL}
         for too_little in ("0MiB", "0.1MiB"):
             with (
                 pytest.raises(UserError, match="a step of 700 tokens needs at least"),
-                prepared(distillation, StepSettings(memory=too_little)) as apply_plan,
+                prepared_step(distillation, StepSettings(memory=too_little)) as apply_plan,
             ):
                 apply_plan(700)
         fixed = everything.weights + everything.buffers
         budget = f"{(fixed + everything.activations * (share - 1) / share) / 2**20:.4f}MiB"
-        with prepared(distillation, StepSettings(memory=budget)) as apply_plan:
+        with prepared_step(distillation, StepSettings(memory=budget)) as apply_plan:
             try:
                 plan = apply_plan(700)
             except UserError:
@@ -82,14 +82,14 @@ def test_the_fast_step_is_the_simple_step_within_any_budget(
             torch.testing.assert_close(step(distillation, batch), expected, rtol=1e-5, atol=1e-8)
 
 
-def test_the_least_needs_no_plan_whatever_there_is(
+def test_least_needs_no_plan_whatever_the_budget(
     make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, which has a limit."""
+    """Simulates a GPU, whose memory is limited."""
     monkeypatch.setattr(prepare, "available", lambda memory, device: 2**30)
     with distilling(make_model("llama"), "hidden_l2") as distillation:
         for memory, planned in (("auto", True), ("least", False)):
-            with prepared(distillation, StepSettings(memory=memory)) as apply_plan:
+            with prepared_step(distillation, StepSettings(memory=memory)) as apply_plan:
                 assert (apply_plan(40) is not None) == planned
 
 
@@ -102,8 +102,8 @@ def test_compiled_blends_are_the_same(make_model: Callable[..., PreTrainedModel]
     expected = _blend(gate, full, streaming)
     torch.testing.assert_close(out, expected)
     assert out.dtype == torch.bfloat16
-    found, wanted = (torch.autograd.grad(x.float().square().sum(), gate) for x in (out, expected))
-    torch.testing.assert_close(found, wanted)
+    gradient, expected_gradient = (torch.autograd.grad(x.float().square().sum(), gate) for x in (out, expected))
+    torch.testing.assert_close(gradient, expected_gradient)
     with pytest.raises(AssertionError, match="never rounded"):
         _blend(gate.bfloat16(), full, streaming)
 

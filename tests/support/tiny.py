@@ -12,7 +12,7 @@ from duo_id.methods.settings import GateSettings
 from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
-from duo_id.step.prepare import prepared
+from duo_id.step.prepare import prepared_step
 from duo_id.step.settings import StepSettings
 from duo_id.train.gate_training import GateTraining
 
@@ -81,5 +81,5 @@ def tiny_training(
     with attached(model, step.backends) as layers:
         gated_model = GatedModel(language_model, layers, method.window, step.backends)
         training = GateTraining(gated_model, method, step, 10, [0.5]).to(device)
-        with prepared(training.distillation, step) as training.apply_plan:
+        with prepared_step(training.distillation, step) as training.apply_plan:
             yield training

@@ -50,12 +50,12 @@ def test_each_row_is_scored_under_its_own_mask(monkeypatch: pytest.MonkeyPatch) 
     model = tiny()
     full = [score(model, sample) for sample in samples()]
     results = compare(model, PATTERN, samples(), [0.5, 1 / 3], random_masks=2, seed=7)
-    after = [score(model, sample) for sample in samples()]
+    restored = [score(model, sample) for sample in samples()]
     with (
         attached(model.model) as layers,
         bound(layers, masked_layers(layers, PATTERN.binarize(sparsity=0.5), Backends())),
     ):
-        found = [score(model, sample) for sample in samples()]
+        masked = [score(model, sample) for sample in samples()]
 
     assert [(row.heads, row.sparsity, row.seed) for row in results] == [
         ("full", 0.0, None),
@@ -72,9 +72,9 @@ def test_each_row_is_scored_under_its_own_mask(monkeypatch: pytest.MonkeyPatch) 
     assert masks[1] == PATTERN.binarize(sparsity=0.5)
     assert masks[2] == random_mask(3, 2, 0.5, 7, sink_size=2, recent_size=4)
     assert masks[2] != masks[3]
-    assert full == after, "afterwards the model is as it was"
-    for row, wanted in ((results[0], full), (results[1], found)):
-        for scored, expected in zip(row.samples, wanted, strict=True):
+    assert full == restored, "afterwards the model is as it was"
+    for row, expected_scores in ((results[0], full), (results[1], masked)):
+        for scored, expected in zip(row.samples, expected_scores, strict=True):
             assert scored.loss == pytest.approx(expected.loss, abs=1e-4)
             assert replace(scored, loss=0) == replace(expected, loss=0)
     assert len({row.summary()["loss"] for row in results}) > 4, "different masks score differently"
@@ -125,15 +125,15 @@ def test_table_has_a_row_for_each_kind_and_the_spread_of_random_masks() -> None:
     console = Console(width=120, record=True, file=StringIO())
     console.print(results_table(results, "a title"))
     lines = console.export_text().splitlines()
-    (full,), (found,) = ([line for line in lines if name in line] for name in ("full attention", "found mask"))
-    (scattered,), (streaming,) = ([line for line in lines if name in line] for name in ("random (2)", "all heads"))
+    (full_row,), (found_row,) = ([line for line in lines if name in line] for name in ("full attention", "found mask"))
+    (random_row,), (streaming_row,) = ([line for line in lines if name in line] for name in ("random (2)", "all heads"))
     assert lines[0].startswith("a title")
-    assert lines.index(full) < lines.index(found) < lines.index(scattered) < lines.index(streaming)
-    assert all(part in found for part in ("0.5", "1.250", "75.0 %", "50.0 %"))
-    assert "±" not in found
-    assert f"2.500 ± {stdev([2, 3]):.3f}" in scattered
-    assert "75.0 ± 0.0 %" in scattered
-    assert "4.000" in streaming
+    assert lines.index(full_row) < lines.index(found_row) < lines.index(random_row) < lines.index(streaming_row)
+    assert all(part in found_row for part in ("0.5", "1.250", "75.0 %", "50.0 %"))
+    assert "±" not in found_row
+    assert f"2.500 ± {stdev([2, 3]):.3f}" in random_row
+    assert "75.0 ± 0.0 %" in random_row
+    assert "4.000" in streaming_row
 
 
 def test_samples_within_the_window_are_refused() -> None:

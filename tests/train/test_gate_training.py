@@ -95,12 +95,12 @@ def test_only_gates_learn_and_they_stay_in_range(blend: str, memory: str, gate_t
     settings = method(blend=blend, reg_weight=2.0, initial=0.05)
     with gate_training(settings, StepSettings(memory=memory)) as training:
         model = training.language_model.model
-        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        parameters_before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         fit(training, [batch_of(random_sample(40, seed)) for seed in range(10)], 10)
         for name, parameter in model.named_parameters():
             assert parameter.grad is None, name
             assert not parameter.requires_grad, name
-            assert torch.equal(parameter, before[name]), name
+            assert torch.equal(parameter, parameters_before[name]), name
         assert not model.training
         assert training.gates.weight.dtype == torch.float32
         assert list(dict(training.named_parameters())) == ["gates.weight"]
@@ -132,7 +132,7 @@ def test_a_padded_batch_scores_each_token_as_alone(side: str, gate_training: Mak
         training.gates.weight.data.copy_(torch.linspace(0.1, 0.9, 6).view(3, 2))
         alpha = training.gates.alpha()
         together = training.distillation.loss(alpha, with_scored(batch_of(*samples, side=side)))
-        alone = [training.distillation.loss(alpha, with_scored(batch_of(one))) for one in samples]
+        alone = [training.distillation.loss(alpha, with_scored(batch_of(sample))) for sample in samples]
         torch.testing.assert_close(together, (alone[0] + alone[1]) / 2)
 
 
@@ -150,7 +150,7 @@ def test_padding_to_few_lengths_changes_nothing(gate_training: MakeTraining) -> 
         torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     gate_training: MakeTraining, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with gate_training(method()) as training:
@@ -160,20 +160,20 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
             return plain(*outputs) * (torch.nan if training.global_step == 3 else 1)
 
         monkeypatch.setattr(training.distillation, "objective", Objective(breaks))
-        with pytest.raises(UserError, match=r"no longer a number at step 4.*method.lr.*last good checkpoint"):
+        with pytest.raises(UserError, match=r"no longer finite at step 4.*method.lr.*last good checkpoint"):
             fit(training, [batch_of(random_sample(40, seed)) for seed in range(8)], 8, tmp_path)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 3
     assert saved["state_dict"]["gates.weight"].isfinite().all()
 
 
-def test_gates_that_are_no_numbers_are_never_saved(gate_training: MakeTraining, tmp_path: Any) -> None:
+def test_gates_that_are_not_finite_are_never_saved(gate_training: MakeTraining, tmp_path: Any) -> None:
     def spoil(grad: Tensor) -> Tensor:
         return grad * (torch.nan if training.global_step == 3 else 1)
 
     with gate_training(method()) as training:
         training.gates.weight.register_hook(spoil)  # the loss itself stays a number
-        with pytest.raises(UserError, match="no longer a number"):
+        with pytest.raises(UserError, match="no longer finite"):
             fit(training, [batch_of(random_sample(40, seed)) for seed in range(4)], 4, tmp_path)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["state_dict"]["gates.weight"].isfinite().all()
@@ -286,8 +286,8 @@ def test_the_planted_head_is_ranked_first(
     assert scores.max() - others.max() > margin, scores
 
 
-def test_a_run_that_has_ended_holds_no_graphs(gate_training: MakeTraining, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would keep their memory from the next seed of `repeats=`; on the CPU something stands in for one."""
+def test_a_finished_run_holds_no_graphs(gate_training: MakeTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would occupy memory that the next seed of `repeats=` needs; on the CPU a stand-in replaces one."""
     with gate_training(method(), StepSettings(cuda_graphs=True)) as training:
         held: list[int] = []
         training.distill._captured["shapes"] = "a graph"

@@ -1,4 +1,4 @@
-"""Gates over training are noted whole, go on after a resume, and are read back or refused in one line."""
+"""Gates over training: recorded from start to end, continued after a resume, read back or refused in one line."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from duo_id.common.errors import UserError
-from duo_id.train.history import HISTORY, NOTES, GateHistory, read_history
+from duo_id.train.history import HISTORY, RECORDS, GateHistory, read_history
 
 LAYERS = (1, 3)
 
@@ -18,7 +18,7 @@ def gates_at(step: int) -> torch.Tensor:
 
 
 def train(folder: Path, first: int, last: int, steps: int, broken: int | None = None) -> None:
-    """What Lightning calls from step `first` to `last` of `steps`; the gates are no numbers at step `broken`."""
+    """Lightning's calls from step `first` to `last` of `steps`; the gates are NaN at step `broken`."""
     history, trainer = GateHistory(folder), SimpleNamespace(global_step=first, max_steps=steps, is_global_zero=True)
     nan = torch.full((2, 2), torch.nan)
     gates = SimpleNamespace(scores=lambda: nan if trainer.global_step == broken else gates_at(trainer.global_step))
@@ -32,38 +32,38 @@ def train(folder: Path, first: int, last: int, steps: int, broken: int | None = 
         history.on_train_end(trainer, module)
 
 
-def test_every_head_of_gated_layers_is_noted_from_the_start_to_the_end(tmp_path: Path) -> None:
+def test_every_head_of_gated_layers_is_recorded_from_start_to_end(tmp_path: Path) -> None:
     train(tmp_path, 0, 7, 7)
-    found = read_history(tmp_path)
-    assert found.index.tolist() == list(range(8))
-    assert found.columns.tolist() == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    history = read_history(tmp_path)
+    assert history.index.tolist() == list(range(8))
+    assert history.columns.tolist() == [(1, 0), (1, 1), (3, 0), (3, 1)]
     expected = torch.stack([gates_at(step).flatten() for step in range(8)])
-    np.testing.assert_allclose(found.to_numpy(), expected.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(history.to_numpy(), expected.numpy(), rtol=1e-4)
     assert [path.name for path in tmp_path.iterdir()] == [HISTORY]
-    assert read_history(tmp_path / HISTORY).equals(found)
+    assert read_history(tmp_path / HISTORY).equals(history)
 
 
-def test_long_runs_are_noted_every_few_steps_and_at_the_end(tmp_path: Path) -> None:
+def test_long_runs_are_recorded_every_few_steps_and_at_the_end(tmp_path: Path) -> None:
     train(tmp_path, 0, 503, 503)
     steps = read_history(tmp_path).index.tolist()
     assert steps == [*range(0, 503, 10), 503]
-    assert len(steps) <= NOTES + 2
+    assert len(steps) <= RECORDS + 2
 
 
 def test_a_resumed_run_keeps_the_rows_before_and_replaces_those_after(tmp_path: Path) -> None:
     train(tmp_path, 0, 6, 8)
-    whole = read_history(tmp_path)
+    first_part = read_history(tmp_path)
     train(tmp_path, 4, 5, 8)
-    assert read_history(tmp_path).index.tolist() == list(range(6)), "what came after step 4 is done anew"
+    assert read_history(tmp_path).index.tolist() == list(range(6)), "rows after step 4 are dropped"
     train(tmp_path, 5, 8, 8)
-    found = read_history(tmp_path)
-    assert found.index.tolist() == list(range(9))
-    assert found.loc[:6].equals(whole)
+    history = read_history(tmp_path)
+    assert history.index.tolist() == list(range(9))
+    assert history.loc[:6].equals(first_part)
     train(tmp_path, 0, 2, 8)
-    assert read_history(tmp_path).index.tolist() == [0, 1, 2], "a run that begins anew keeps nothing of an older one"
+    assert read_history(tmp_path).index.tolist() == [0, 1, 2], "a new run keeps nothing of an older one"
 
 
-def test_gates_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+def test_gates_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     train(tmp_path, 0, 3, 5, broken=2)
     assert read_history(tmp_path).index.tolist() == [0, 1, 3]
 
@@ -89,19 +89,19 @@ def test_a_damaged_history_is_refused_in_one_line(text: str, tmp_path: Path) -> 
         read_history(tmp_path)
 
 
-def test_a_run_without_a_history_says_what_makes_one(tmp_path: Path) -> None:
+def test_a_missing_history_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"gates\.csv is missing: .* python -m duo_id\.train makes a run that has them$"
     ):
         read_history(tmp_path)
 
 
-def test_what_a_changed_history_advises_helps(tmp_path: Path) -> None:
+def test_the_advice_for_a_changed_history_works(tmp_path: Path) -> None:
     train(tmp_path, 0, 3, 6)
     path = tmp_path / HISTORY
     rows = path.read_text().splitlines()
     path.write_text("".join(f"{row}\n" for row in [*rows[:-1], "3,0.5,0.5,0.5,0.5,"]))
-    advice = "restore it, or remove it, .*; if you changed it yourself, delete the column sha256 from every row$"
+    advice = "restore it, or remove it to .*; if you changed it yourself, delete the column sha256 from every row$"
     with pytest.raises(UserError, match=advice):
         read_history(tmp_path)
     changed = path.read_text()

@@ -1,4 +1,4 @@
-"""Any method through the command: several seeds, searches that stop, resume and refine."""
+"""Any method through the command: several seeds; searches that are interrupted, resumed and refined."""
 
 import json
 import shutil
@@ -47,20 +47,20 @@ def test_several_seeds_are_one_run_whose_scores_are_averaged(tmp_path: Path, mon
     assert seeds == [3, 4]
     assert "rank correlation" in finished.output
     folders = [tmp_path / "run" / name for name in ("seed-3", "seed-4")]
-    one, other = (load_pattern(folder) for folder in folders)
-    assert not torch.equal(one.scores, other.scores)
-    assert [pattern.provenance["seed"] for pattern in (one, other)] == [3, 4]
-    both = load_pattern(tmp_path / "run")
-    assert torch.equal(both.scores, (one.scores + other.scores) / 2)
-    assert both.provenance["seeds"] == [3, 4]
+    first, second = (load_pattern(folder) for folder in folders)
+    assert not torch.equal(first.scores, second.scores)
+    assert [pattern.provenance["seed"] for pattern in (first, second)] == [3, 4]
+    averaged = load_pattern(tmp_path / "run")
+    assert torch.equal(averaged.scores, (first.scores + second.scores) / 2)
+    assert averaged.provenance["seeds"] == [3, 4]
     assert all((folder / "figures" / "training.png").is_file() for folder in folders)
     (folders[1] / "heads" / "heads.json").unlink()  # as if stopped in the second
     (folders[0] / "figures" / "training.png").unlink()  # and once before, ahead of the figure
-    before = (folders[0] / "heads" / "heads.json").stat().st_mtime_ns
+    modified = (folders[0] / "heads" / "heads.json").stat().st_mtime_ns
     resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
     assert resumed.status == 0, resumed.output
-    assert (folders[0] / "heads" / "heads.json").stat().st_mtime_ns == before
-    assert torch.equal(load_pattern(tmp_path / "run").scores, both.scores)
+    assert (folders[0] / "heads" / "heads.json").stat().st_mtime_ns == modified
+    assert torch.equal(load_pattern(tmp_path / "run").scores, averaged.scores)
     assert (folders[0] / "figures" / "training.png").is_file()
 
 
@@ -68,32 +68,32 @@ LIGHTNING = "lightning.pytorch.callbacks"
 
 
 @pytest.mark.parametrize(
-    "given",
+    "callbacks",
     [
         f"[{{_target_: {LIGHTNING}.LearningRateMonitor}}, {{_target_: {LIGHTNING}.ModelCheckpoint, dirpath: theirs, "
         "every_n_train_steps: 1}]",
         f"{{_target_: {LIGHTNING}.LearningRateMonitor}}",
     ],
 )
-def test_callbacks_of_the_user_are_called_beside_ours(given: str, tmp_path: Path) -> None:
-    finished = run_command("train", *QUICK, *SMALL, f"+trainer.callbacks={given}", folder=tmp_path)
+def test_user_callbacks_are_called_along_with_ours(callbacks: str, tmp_path: Path) -> None:
+    finished = run_command("train", *QUICK, *SMALL, f"+trainer.callbacks={callbacks}", folder=tmp_path)
     assert finished.status == 0, finished.output
     assert "lr-AdamW" in read_metrics(tmp_path / "run")
     assert (tmp_path / "run" / CHECKPOINT).is_file()
     assert (tmp_path / "run" / "gates.csv").is_file()
-    assert list((tmp_path / "theirs").glob("*.ckpt")) or given.startswith("{")
+    assert list((tmp_path / "theirs").glob("*.ckpt")) or callbacks.startswith("{")
 
 
 @pytest.mark.parametrize(
-    ("given", "shown"),
+    ("override", "shown"),
     [
         ("+trainer.enable_progress_bar=false", False),
         (f"+trainer.callbacks=[{{_target_: {LIGHTNING}.TQDMProgressBar}}]", False),
         ("+trainer.callbacks=[]", True),
     ],
 )
-def test_the_bar_can_be_turned_off_or_be_another(given: str, shown: bool, tmp_path: Path) -> None:
-    finished = run_command("train", *QUICK, *SMALL, given, folder=tmp_path)
+def test_the_bar_can_be_turned_off_or_be_another(override: str, shown: bool, tmp_path: Path) -> None:
+    finished = run_command("train", *QUICK, *SMALL, override, folder=tmp_path)
     assert finished.status == 0, finished.output
     assert ("step 2/2" in finished.output) == shown
 
@@ -118,7 +118,7 @@ def test_a_fast_dev_run_goes_through_everything_but_logs_and_checkpoints(steps: 
         (["method=duo"], "seed-0 was found with method.gate=nested, method.objective=kl_next_token,"),
     ],
 )
-def test_seeds_that_were_found_otherwise_are_not_averaged(changes: list[str], message: str, tmp_path: Path) -> None:
+def test_seeds_with_other_settings_are_not_averaged(changes: list[str], message: str, tmp_path: Path) -> None:
     few = ["repeats=2", "trainer.max_steps=1", "method=nested"]
     assert run_command("train", *QUICK, *SMALL, *few, folder=tmp_path).status == 0
     shutil.rmtree(tmp_path / "run" / "heads")
@@ -131,7 +131,7 @@ def test_seeds_that_were_found_otherwise_are_not_averaged(changes: list[str], me
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_search_keeps_its_order_and_goes_on(
+def test_an_interrupted_search_keeps_its_order_and_can_be_resumed(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run_command("train", *SEARCH, f"hydra.run.dir={tmp_path / 'whole'}", folder=tmp_path).status == 0
@@ -155,11 +155,11 @@ def test_an_interrupted_search_keeps_its_order_and_goes_on(
     (tmp_path / "run" / "search.json").write_text(json.dumps(longer))
     resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
     assert resumed.status == 0, resumed.output
-    found, whole = load_pattern(tmp_path / "run"), load_pattern(tmp_path / "whole")
-    assert torch.equal(found.scores, whole.scores)
-    assert 1000 < found.provenance["seconds"] < 1100
-    assert 0 < whole.provenance["seconds"] < 100
-    assert "seconds_before" not in found.provenance
+    resumed_pattern, expected = load_pattern(tmp_path / "run"), load_pattern(tmp_path / "whole")
+    assert torch.equal(resumed_pattern.scores, expected.scores)
+    assert 1000 < resumed_pattern.provenance["seconds"] < 1100
+    assert 0 < expected.provenance["seconds"] < 100
+    assert "seconds_before" not in resumed_pattern.provenance
     assert json.loads((tmp_path / "run" / "search.json").read_text())["seconds"] > 1000, "for a third part"
 
 
@@ -195,10 +195,10 @@ def test_a_search_refines_what_another_method_found(start: str, tmp_path: Path) 
     start = start.replace("SAVED", str(tmp_path / "saved"))
     finished = run_command("train", *SEARCH, start, "method.between=[0.34,0.67]", folder=tmp_path)
     assert finished.status == 0, finished.output
-    found = load_pattern(tmp_path / "run")
-    assert len(found.scores.unique()) == 6
+    pattern = load_pattern(tmp_path / "run")
+    assert len(pattern.scores.unique()) == 6
     if "saved" in start:
-        order = found.scores.flatten().argsort().tolist()
+        order = pattern.scores.flatten().argsort().tolist()
         assert (order[:2], sorted(order[2:4]), order[4:]) == ([0, 1], [2, 3], [4, 5])
 
 
@@ -207,18 +207,18 @@ PLACES = torch.tensor([[0.8, 0.3], [0.0, 1.0], [0.6, 0.3]])  # of equal scores t
 
 
 @pytest.mark.parametrize("gate", ["duo", "nested"])
-def test_a_prior_has_its_part_in_the_scores(gate: str, tmp_path: Path) -> None:
+def test_a_prior_is_mixed_into_the_scores(gate: str, tmp_path: Path) -> None:
     save_pattern(HeadPattern(PRIOR, 4, 60), tmp_path / "saved", [0.5])
     few = [*QUICK, *SMALL, f"method={gate}", "method.lr=0.2", "trainer.max_steps=3", "method.prior_weight=0.5"]
-    found = {}
+    patterns = {}
     for name, prior in ("without", "null"), ("with", str(tmp_path / "saved")):
         folder = tmp_path / name
         finished = run_command("train", *few, f"method.prior={prior}", f"hydra.run.dir={folder}", folder=tmp_path)
         assert finished.status == 0, finished.output
-        found[name] = load_pattern(folder)
-    assert found["without"].scores.unique().numel() > 3
-    torch.testing.assert_close(found["with"].scores, (found["without"].scores + 0.5 * PLACES) / 1.5)
-    assert (found["with"].holds_gates, found["without"].holds_gates) == (False, gate == "duo")
+        patterns[name] = load_pattern(folder)
+    assert patterns["without"].scores.unique().numel() > 3
+    torch.testing.assert_close(patterns["with"].scores, (patterns["without"].scores + 0.5 * PLACES) / 1.5)
+    assert (patterns["with"].holds_gates, patterns["without"].holds_gates) == (False, gate == "duo")
 
 
 def test_a_prior_may_be_a_method_of_the_same_run_and_of_its_samples(tmp_path: Path) -> None:
@@ -235,20 +235,20 @@ def test_a_prior_may_be_a_method_of_the_same_run_and_of_its_samples(tmp_path: Pa
     ]
     finished = run_command("train", *few, *alike, *gates, folder=tmp_path)
     assert finished.status == 0, finished.output
-    found = load_pattern(tmp_path / "gates")
-    torch.testing.assert_close(found.scores, expected, atol=1e-4, rtol=0)
-    assert found.provenance["settings"]["method"]["prior"]["name"] == "reconstruction"
+    pattern = load_pattern(tmp_path / "gates")
+    torch.testing.assert_close(pattern.scores, expected, atol=1e-4, rtol=0)
+    assert pattern.provenance["settings"]["method"]["prior"]["name"] == "reconstruction"
 
 
-def test_a_resumed_run_has_its_prior_again_or_another(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_prior_or_takes_another(tmp_path: Path) -> None:
     save_pattern(HeadPattern(PRIOR, 4, 60), tmp_path / "saved", [0.5])
     few = [*QUICK, *SMALL, "method=nested", "trainer.max_steps=1", "method.prior_weight=1e6"]
     by_name = ["method@method.prior=saliency", "method.prior.samples=1"]
     assert run_command("train", *few, *by_name, folder=tmp_path).status == 0
-    found = load_pattern(tmp_path / "run").scores
+    scores = load_pattern(tmp_path / "run").scores
     saved, other = f"method.prior={tmp_path / 'saved'}", "method@method.prior=random"
     drawn = normalized_ranks(random_scores((3, 2), 0))
-    for changes, expected in ([], found), ([saved], PLACES), ([other], drawn):
+    for changes, expected in ([], scores), ([saved], PLACES), ([other], drawn):
         shutil.rmtree(tmp_path / "run" / "heads")
         resumed = run_command("train", f"resume={tmp_path / 'run'}", *changes, folder=tmp_path)
         assert resumed.status == 0, resumed.output
@@ -260,11 +260,11 @@ def test_each_seed_has_a_prior_of_its_own(tmp_path: Path) -> None:
     finished = run_command("train", *few, folder=tmp_path)
     assert finished.status == 0, finished.output
     for seed in 3, 4:
-        found = load_pattern(tmp_path / "run" / f"seed-{seed}").scores
-        torch.testing.assert_close(found, normalized_ranks(random_scores((3, 2), seed)), atol=1e-4, rtol=0)
+        scores = load_pattern(tmp_path / "run" / f"seed-{seed}").scores
+        torch.testing.assert_close(scores, normalized_ranks(random_scores((3, 2), seed)), atol=1e-4, rtol=0)
 
 
-def test_an_interrupted_search_for_a_prior_goes_on_and_logs_nothing(
+def test_an_interrupted_search_for_a_prior_can_be_resumed_and_logs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = [*QUICK, *SMALL, "method@method.prior=search", "method.prior.samples=1", "+method@method.prior.start=duo"]
@@ -280,15 +280,15 @@ def test_an_interrupted_search_for_a_prior_goes_on_and_logs_nothing(
         patch.setattr(MaskLosses, "__call__", interrupted)
         finished = run_command("train", *few, folder=tmp_path)
     assert finished.status == 130, finished.output
-    kept = tmp_path / "run" / "prior" / "search.json"
-    before = json.loads(kept.read_text())["first"]
-    assert len(before) == 3
+    search_file = tmp_path / "run" / "prior" / "search.json"
+    first_heads = json.loads(search_file.read_text())["first"]
+    assert len(first_heads) == 3
     resumed = run_command("train", f"resume={tmp_path / 'run'}", folder=tmp_path)
     assert resumed.status == 0, resumed.output
-    assert json.loads(kept.read_text())["first"][:3] == before
+    assert json.loads(search_file.read_text())["first"][:3] == first_heads
     logged = read_metrics(tmp_path / "run").columns
     assert "train/loss" in logged
-    assert "train/penalty" not in logged, "nested gates have none, those that the search began with do"
+    assert "train/penalty" not in logged, "nested gates have none, those of the search's start do"
 
 
 def test_a_prior_of_other_layers_is_refused_before_training(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_prior_of_other_layers_is_refused_before_training(tmp_path: Path) -> N
         (["method@method.prior=saliency", "method.prior.samples=0"], "method.prior.samples=0 must be at least 1"),
     ],
 )
-def test_what_is_wrong_with_a_prior_names_its_overrides(changes: list[str], message: str, tmp_path: Path) -> None:
+def test_errors_of_a_prior_name_its_overrides(changes: list[str], message: str, tmp_path: Path) -> None:
     finished = run_command("train", *QUICK, *SMALL, "method=nested", *changes, folder=tmp_path)
     assert finished.status == 2, finished.output
     (line,) = [line for line in finished.output.splitlines() if line.startswith("error: ")]
@@ -322,11 +322,11 @@ SALIENCY = [*(override for override in SEARCH if "method=" not in override), "me
 
 
 @pytest.mark.parametrize("kind", ["gradient", "fisher"])
-def test_scores_by_backward_passes_keep_what_the_memory_holds(
+def test_scores_by_backward_passes_recompute_within_the_memory_budget(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     levels: list[set[Keep]] = []
-    again = Mock(side_effect=recompute.checkpoint)
+    checkpoint = Mock(side_effect=recompute.checkpoint)
 
     def noted(self: MemoryPlanner, tokens: int) -> Plan:
         plan = apply_plan(self, tokens)
@@ -335,21 +335,21 @@ def test_scores_by_backward_passes_keep_what_the_memory_holds(
 
     apply_plan = MemoryPlanner.apply_plan
     monkeypatch.setattr(MemoryPlanner, "apply_plan", noted)
-    monkeypatch.setattr(recompute, "checkpoint", again)
-    found, computed_again = [], []
+    monkeypatch.setattr(recompute, "checkpoint", checkpoint)
+    scores, recomputed = [], []
     for memory in "auto", "least", "1GiB":
         folder = tmp_path / memory
         few = [*SALIENCY, f"method.kind={kind}", f"step.memory={memory}", f"hydra.run.dir={folder}"]
         finished = run_command("train", *few, folder=tmp_path)
         assert finished.status == 0, finished.output
-        found.append(load_pattern(folder).scores)
-        computed_again.append(again.called)
-        again.reset_mock()
+        scores.append(load_pattern(folder).scores)
+        recomputed.append(checkpoint.called)
+        checkpoint.reset_mock()
     assert levels == [{Keep.ALL}]
-    assert computed_again[:2] == [False, True]
-    assert found[0].unique().numel() == found[0].numel()
-    torch.testing.assert_close(found[1], found[0])
-    torch.testing.assert_close(found[2], found[0])
+    assert recomputed[:2] == [False, True]
+    assert scores[0].unique().numel() == scores[0].numel()
+    torch.testing.assert_close(scores[1], scores[0])
+    torch.testing.assert_close(scores[2], scores[0])
 
 
 def test_a_score_that_does_not_fit_the_memory_is_refused(tmp_path: Path) -> None:
@@ -359,15 +359,15 @@ def test_a_score_that_does_not_fit_the_memory_is_refused(tmp_path: Path) -> None
     assert "Traceback" not in finished.output
 
 
-def test_a_search_of_another_run_in_the_folder_is_forgotten(tmp_path: Path) -> None:
+def test_a_search_of_another_run_in_the_folder_is_discarded(tmp_path: Path) -> None:
     assert run_command("train", *SEARCH, folder=tmp_path).status == 0
-    once = load_pattern(tmp_path / "run").scores
+    first_scores = load_pattern(tmp_path / "run").scores
     other = [*SEARCH, "method.strategy=selection", "seed=1"]
     assert run_command("train", *other, f"hydra.run.dir={tmp_path / 'other'}", folder=tmp_path).status == 0
     assert run_command("train", *other, folder=tmp_path).status == 0
-    again = load_pattern(tmp_path / "run").scores
-    assert torch.equal(again, load_pattern(tmp_path / "other").scores)
-    assert not torch.equal(again, once)
+    scores = load_pattern(tmp_path / "run").scores
+    assert torch.equal(scores, load_pattern(tmp_path / "other").scores)
+    assert not torch.equal(scores, first_scores)
 
 
 def test_a_pattern_with_swaps_is_for_its_budget_and_others_warn(tmp_path: Path) -> None:

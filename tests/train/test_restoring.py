@@ -1,4 +1,4 @@
-"""Checkpoints of others: each mutant of one is refused in one line or leaves the run as it would have been."""
+"""Untrusted checkpoints: each mutant is refused in one line or does not affect the run."""
 
 import copy
 import random
@@ -12,7 +12,7 @@ import torch
 
 from duo_id.common.errors import UserError
 from duo_id.train.checkpoints import CHECKPOINT
-from duo_id.train.restoring import _alike, _first_states
+from duo_id.train.restoring import _first_states, _matching
 from tests.support.commands import QUICK, Finished, run_command
 from tests.support.mutations import WRONG
 
@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resumed(run: Path, folder: Path, checkpoint: Any, *overrides: str) -> tuple[Finished, Path]:
-    """What comes of a copy of a run with another checkpoint, resumed for one step more."""
+    """Resume a copy of a run from another checkpoint for one more step."""
     copied = folder / "copied"
     shutil.rmtree(copied, ignore_errors=True)
     shutil.copytree(run, copied)
@@ -43,24 +43,24 @@ def read(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
-def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The keys that lead to each value."""
-    if at:
-        yield at
+    if path:
+        yield path
     if isinstance(value, dict | list | tuple):
-        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from places(one, (*at, key))
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from paths(item, (*path, key))
 
 
-def changed(value: Any, at: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Any:
-    """A copy in which `change` was done to a container and a key of it; tuples become lists."""
+def changed(value: Any, path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Any:
+    """A copy with `change` applied to the container and the key at a path; tuples become lists."""
     value = copy.deepcopy(value)
     inner = value
-    for key in at[:-1]:
+    for key in path[:-1]:
         if isinstance(inner[key], tuple):
             inner[key] = list(inner[key])
         inner = inner[key]
-    change(inner, at[-1])
+    change(inner, path[-1])
     return value
 
 
@@ -69,18 +69,18 @@ def put(new: Any) -> Callable[[Any, Any], None]:
 
 
 def mutants(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Each key left out, and each value replaced by those of other types and shapes."""
+    """Each key removed, and each value replaced by ones of other types and shapes."""
     tensors = [torch.zeros(7), torch.zeros(3, 2, dtype=torch.int64), torch.full((3, 2), torch.nan)]
-    for at in places(checkpoint):
-        before = checkpoint
-        for key in at:
-            before = before[key]
-        yield f"without {at}", changed(checkpoint, at, lambda inner, key: inner.__delitem__(key))
+    for path in paths(checkpoint):
+        value = checkpoint
+        for key in path:
+            value = value[key]
+        yield f"without {path}", changed(checkpoint, path, lambda inner, key: inner.__delitem__(key))
         for wrong in [*WRONG, *tensors]:
-            if type(before) is not type(wrong) or isinstance(before, list | dict):
-                yield f"{at}={wrong!r:.40}", changed(checkpoint, at, put(wrong))
-        if isinstance(before, torch.Tensor):
-            yield f"{at} of another shape", changed(checkpoint, at, put(torch.zeros(7)))
+            if type(value) is not type(wrong) or isinstance(value, list | dict):
+                yield f"{path}={wrong!r:.40}", changed(checkpoint, path, put(wrong))
+        if isinstance(value, torch.Tensor):
+            yield f"{path} of another shape", changed(checkpoint, path, put(torch.zeros(7)))
 
 
 def test_a_mutant_is_refused_in_one_line_or_changes_nothing(run: Path, tmp_path: Path) -> None:
@@ -88,22 +88,30 @@ def test_a_mutant_is_refused_in_one_line_or_changes_nothing(run: Path, tmp_path:
     finished, copied = resumed(run, tmp_path, good)
     assert finished.status == 0, finished.output
     expected = read(copied / CHECKPOINT)["state_dict"]["gates.weight"]
-    told = set()
+    errors = set()
     for name, mutant in random.Random(0).sample(list(mutants(good)), SAMPLED):
         finished, copied = resumed(run, tmp_path, mutant)
         if finished.status:
             assert "resume: " in finished.error, (name, finished.output)
-            told.add(finished.error)
+            errors.add(finished.error)
         else:
             assert torch.equal(read(copied / CHECKPOINT)["state_dict"]["gates.weight"], expected), name
-    assert len(told) > SAMPLED / 4
+    assert len(errors) > SAMPLED / 4
 
 
 OPTIMIZER = ("optimizer_states", 0, "param_groups", 0)
 REFUSED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "no-gates": (("state_dict",), None, "state_dict=None is no object"),
-    "gates-of-another-shape": (("state_dict", "gates.weight"), torch.zeros(7), "state_dict.gates.weight is no tensor"),
-    "gates-that-are-no-numbers": (("state_dict", "gates.weight"), torch.full((3, 2), torch.nan), "what is no number"),
+    "gates-of-another-shape": (
+        ("state_dict", "gates.weight"),
+        torch.zeros(7),
+        "state_dict.gates.weight is not a tensor",
+    ),
+    "gates-that-are-not-finite": (
+        ("state_dict", "gates.weight"),
+        torch.full((3, 2), torch.nan),
+        "values that are not finite",
+    ),
     "no-step": (("global_step",), None, "global_step=None"),
     "negative-step": (("global_step",), -5, "global_step=-5"),
     "another-step": (("global_step",), 1, "global_step=1, where loops have 2 steps"),
@@ -119,7 +127,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "moments-of-another-shape": (
         ("optimizer_states", 0, "state", 0, "exp_avg"),
         torch.zeros(9),
-        "state.0.exp_avg is no",
+        "state.0.exp_avg is not",
     ),
     "moments-of-another": (("optimizer_states", 0, "state", 0), {}, "optimizer_states.0.state.0 lacks step"),
     "step-before-the-first": (
@@ -136,20 +144,20 @@ REFUSED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_named(case: str, run: Path, tmp_path: Path) -> None:
-    at, new, told = REFUSED[case]
-    finished, copied = resumed(run, tmp_path, changed(read(run / CHECKPOINT), at, put(new)))
+def test_a_mismatch_is_named(case: str, run: Path, tmp_path: Path) -> None:
+    path, value, message = REFUSED[case]
+    finished, copied = resumed(run, tmp_path, changed(read(run / CHECKPOINT), path, put(value)))
     assert finished.error.startswith(f"error: resume: {copied / CHECKPOINT} does not fit this run (")
-    assert told in finished.error
+    assert message in finished.error
     assert finished.error.endswith("): remove it to train from the start")
 
 
 @pytest.mark.parametrize("whole", [[1, 2], {}, None, "x"], ids=str)
-def test_what_is_no_checkpoint_is_refused(whole: Any, run: Path, tmp_path: Path) -> None:
+def test_other_objects_are_refused(whole: Any, run: Path, tmp_path: Path) -> None:
     assert "does not fit this run" in resumed(run, tmp_path, whole)[0].error
 
 
-def test_what_lightning_stumbles_over_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_lightning_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stumble(*_: Any) -> None:
         raise KeyError("unknown")
 
@@ -173,26 +181,26 @@ def test_a_checkpoint_removes_nothing(address: str, ours: bool, run: Path, tmp_p
     name = "LastCheckpoint" if ours else "ModelCheckpoint"
     checkpoint["callbacks"][f"{name}{{{key}, 'train_time_interval': {interval}}}"] = state
     user = "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.ModelCheckpoint, every_n_train_steps: 1}]"
-    given = [] if ours else [user]
-    overrides = ["checkpoint_seconds=0", "trainer.max_steps=6", *given]
+    callbacks = [] if ours else [user]
+    overrides = ["checkpoint_seconds=0", "trainer.max_steps=6", *callbacks]
     finished, _ = resumed(run, tmp_path, checkpoint, *overrides)
     assert finished.status == 0, finished.output
     assert (victim / "precious.txt").read_text() == "precious"
 
 
-def test_callbacks_that_stop_early_go_on_counting(run: Path, tmp_path: Path) -> None:
-    given = (
+def test_early_stopping_continues_counting(run: Path, tmp_path: Path) -> None:
+    callbacks = (
         "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/loss, patience: 9}]"
     )
     checkpoint = read(run / CHECKPOINT)
     state = {"wait_count": 1, "stopped_epoch": 0, "best_score": torch.tensor(0.0), "patience": 9}
     key = "EarlyStopping{'monitor': 'train/loss', 'mode': 'min'}"
     checkpoint["callbacks"][key] = state
-    finished, copied = resumed(run, tmp_path, checkpoint, given)
+    finished, copied = resumed(run, tmp_path, checkpoint, callbacks)
     assert finished.status == 0, finished.output
     assert read(copied / CHECKPOINT)["callbacks"][key]["best_score"] == 0.0
     checkpoint["callbacks"][key] = state | {"wait_count": "x"}
-    assert "wait_count='x' is not of type int" in resumed(run, tmp_path, checkpoint, given)[0].error
+    assert "wait_count='x' is not of type int" in resumed(run, tmp_path, checkpoint, callbacks)[0].error
 
 
 OPTIMIZERS = [
@@ -222,8 +230,8 @@ def test_states_of_any_optimizer_have_the_form_of_those_of_a_first_step(name: st
     for _ in range(3):
         optimizer.step()
     states, fresh = optimizer.state_dict()["state"], made()
-    _alike(states, _first_states(fresh), "state", counts=True)
+    _matching(states, _first_states(fresh), "state", counts=True)
     assert not fresh.param_groups[0]["params"][0].any(), "the step is a copy's"
     if states:
         with pytest.raises(UserError, match="state lacks 0"):
-            _alike({}, _first_states(fresh), "state", counts=True)
+            _matching({}, _first_states(fresh), "state", counts=True)

@@ -1,4 +1,4 @@
-"""A run that is killed or interrupted and resumed ends with the gates of one left alone, bit for bit."""
+"""A run that is killed or interrupted and resumed ends with the gates of an uninterrupted one, bit for bit."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ OVERRIDES = [
     "sparsity=[0.5]",
 ]
 
-# What happens to a run, as code that it starts with: each counts calls and strikes at the last possible moment.
+# Code that a run starts with, to be killed or interrupted at a given call, as late as possible.
 COUNT = """
 import os, signal, sys, torch
 from duo_id.common import cli
@@ -76,7 +76,7 @@ DISTURBED = [event for event in EVENTS if event != "undisturbed"]
 
 
 def train_under(event: str, *arguments: str) -> None:
-    """The command, to which the event happens."""
+    """The command, with the event in it."""
     sys.argv = ["train", *arguments]
     exec(f"{COUNT}\n{event}\ncli.run('train', train.main)", {})
 
@@ -116,26 +116,26 @@ def test_resumed_gates_are_the_same_bit_for_bit(event: str, runs: dict[str, dict
     assert run["resumed_status"] == 0, run["resumed_output"]
     files = [folder / "heads" / "full_attention_heads.tsv" for folder in (run["folder"], runs["undisturbed"]["folder"])]
     assert files[0].read_text() == files[1].read_text()
-    assert len(set(files[1].read_text().split())) > 3, "gates that never moved prove nothing"
+    assert len(set(files[1].read_text().split())) > 3, "gates must have moved"
 
 
 @pytest.mark.parametrize("event", DISTURBED)
-def test_resumed_run_goes_on_where_the_other_stopped(event: str, runs: dict[str, dict]) -> None:
+def test_resumed_run_continues_where_the_other_stopped(event: str, runs: dict[str, dict]) -> None:
     steps = [line for line in runs[event]["resumed_output"].splitlines() if line.startswith("step ")]
-    assert not any(line.startswith("step 2/12") for line in steps), "it began anew"
+    assert not any(line.startswith("step 2/12") for line in steps), "it started from the beginning"
     assert any(line.startswith("step 12/12") for line in steps)
 
 
 @pytest.mark.parametrize("event", INTERRUPTED)
-def test_interrupted_run_says_how_to_go_on(event: str, runs: dict[str, dict]) -> None:
+def test_interrupted_run_says_how_to_resume(event: str, runs: dict[str, dict]) -> None:
     run = runs[event]
     assert f"python -m duo_id.train resume={run['folder']}" in run["output"]
     assert "Traceback" not in run["output"]
-    assert len([line for line in run["output"].splitlines() if line.startswith("stopped; to go on")]) == 1
+    assert len([line for line in run["output"].splitlines() if line.startswith("stopped; to resume")]) == 1
     assert not (run["folder"] / "heads" / "heads.json").is_file() or run["resumed_status"] == 0
 
 
 @pytest.mark.parametrize("event", DISTURBED)
-def test_nothing_half_written_stays(event: str, runs: dict[str, dict]) -> None:
+def test_no_partial_file_remains(event: str, runs: dict[str, dict]) -> None:
     names = {path.name for path in (runs[event]["folder"] / "checkpoints").iterdir()}
-    assert names == {"last.ckpt"}  # the resumed run removes the half of a file that a killed one could not
+    assert names == {"last.ckpt"}  # the resumed run removes the partial file that a killed one left

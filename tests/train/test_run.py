@@ -1,4 +1,4 @@
-"""The command train from end to end on tiny random weights: what a run leaves, and what it refuses."""
+"""The command train from end to end on tiny random weights: what a run writes, and what it refuses."""
 
 import hashlib
 import importlib.util
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What summary.json holds."""
+        """The content of summary.json."""
         return json.loads((self.folder / "summary.json").read_text())
 
     def rows(self, heads: str) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder / "run", finished, loaded[0], [*hashes, hash_of(loaded[0])])
 
 
-def test_heads_are_exported_for_us_and_for_duo_attention(run: Run) -> None:
+def test_heads_are_exported_in_both_formats(run: Run) -> None:
     pattern = load_pattern(run.folder)
     assert tuple(pattern.scores.shape) == (3, 2)
     assert (pattern.sink_size, pattern.recent_size) == (4, 60)
@@ -114,12 +114,12 @@ def test_heads_are_exported_for_us_and_for_duo_attention(run: Run) -> None:
 
 def test_gates_have_moved(run: Run) -> None:
     scores = load_pattern(run.folder).scores
-    assert scores.min() < 0.5 < scores.max(), "some heads have won places, others lost them"
+    assert scores.min() < 0.5 < scores.max(), "some heads have gained, others lost"
     assert scores.max() - scores.min() < 0.2, "in two steps not far"
     assert "mean_gate" not in run.summary, "nested masks rank heads"
 
 
-def test_nothing_of_the_language_model_has_changed(run: Run) -> None:
+def test_the_language_model_is_unchanged(run: Run) -> None:
     assert run.hashes[0] == run.hashes[1]
     assert not run.model.model.training
     for name, parameter in run.model.model.named_parameters():
@@ -127,7 +127,7 @@ def test_nothing_of_the_language_model_has_changed(run: Run) -> None:
         assert not parameter.requires_grad, name
 
 
-def test_figures_are_pictures(run: Run) -> None:
+def test_figures_are_valid_images(run: Run) -> None:
     for name in ("gates", "training"):
         with Image.open(run.folder / "figures" / f"{name}.png") as image:
             image.verify()
@@ -151,8 +151,8 @@ def test_summary_compares_found_masks_with_full_random_and_streaming(run: Run) -
     settings = settings_of("train", TrainSettings, *QUICK, folder=run.folder)
     samples = SampleModule(settings.data, run.model.tokenizer, 5).samples("test", 2)
     scores = [score(run.model, sample) for sample in samples]
-    assert full["answer_loss"] == pytest.approx(sum(one.loss / one.tokens for one in scores) / 2)
-    assert full["loss"] == pytest.approx(sum(one.loss for one in scores))
+    assert full["answer_loss"] == pytest.approx(sum(score.loss / score.tokens for score in scores) / 2)
+    assert full["loss"] == pytest.approx(sum(score.loss for score in scores))
     assert run.summary["steps"] == 2
     assert run.summary["settings"]["method"]["sink_size"] == 4
     assert run.summary["versions"]["torch"] == torch.__version__
@@ -256,7 +256,7 @@ def test_trains_on_samples_from_disk(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with things that cannot be used."""
+    """A folder of unusable files."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "short.txt").write_text("Too little text.\n")
     (folder / "folder").mkdir()
@@ -296,7 +296,7 @@ REFUSED_BY_TRAIN = {
     "unknown-blend": (["method.blend=nosuch"], "method.blend=nosuch"),
     "order-of-one-head": (
         ["method=nested", "model.architecture.num_hidden_layers=1", "model.architecture.num_key_value_heads=1"],
-        "method.gate=nested: a single head has a gate",
+        "method.gate=nested: the model has a single gated head",
     ),
     "unknown-optimizer": (["method.optimizer._target_=nosuch.Optimizer"], "nosuch.Optimizer"),
     "unknown-trainer-argument": (["+trainer.nosuch=1"], "nosuch"),
@@ -307,8 +307,8 @@ REFUSED_BY_TRAIN = {
     ),
     "plugins": (["+trainer.plugins=[]"], "trainer.plugins=[]: the run has its own"),
     "sampler": (["+trainer.use_distributed_sampler=true"], "trainer.use_distributed_sampler=true: leave it out"),
-    "no-callback": (["+trainer.callbacks=[stop]"], "trainer.callbacks: stop is no callback"),
-    "another-class": (["+trainer.callbacks=[{_target_: builtins.dict}]"], "is no callback"),
+    "no-callback": (["+trainer.callbacks=[stop]"], "trainer.callbacks: stop is not a callback"),
+    "another-class": (["+trainer.callbacks=[{_target_: builtins.dict}]"], "is not a callback"),
     "no-such-callback": (
         ["+trainer.callbacks=[{_target_: nosuch.Callback}]"],
         "trainer.callbacks.0._target_=nosuch.Callb",
@@ -345,11 +345,11 @@ def test_train_refuses_bad_input_in_one_line(case: str, bad: Path) -> None:
     assert not list(bad.glob("*/heads")), "nothing is exported"
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_the_last_good_checkpoint_goes_on(
+def test_a_loss_that_is_not_finite_ends_the_run_which_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = ["trainer.max_steps=4", "comparison.validation_samples=0", "comparison.random_masks=0"]
-    plain, calls, before = OBJECTIVES["kl_next_token"], [0], signal.getsignal(signal.SIGINT)
+    plain, calls, handler = OBJECTIVES["kl_next_token"], [0], signal.getsignal(signal.SIGINT)
 
     def breaks(*outputs: Outputs) -> torch.Tensor:
         calls[0] += 1
@@ -358,8 +358,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_last_good_checkpoint_goes
     with monkeypatch.context() as patch:
         patch.setitem(OBJECTIVES, "kl_next_token", replace(plain, function=breaks))
         finished = run_command("train", *QUICK, *overrides, "checkpoint_seconds=0", folder=tmp_path)
-    assert signal.getsignal(signal.SIGINT) is before, "Ctrl-C still goes to the ended run"
-    assert "no longer a number at step 3" in finished.error
+    assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C still goes to the ended run"
+    assert "no longer finite at step 3" in finished.error
     assert not (tmp_path / "run" / "heads").exists()
     saved = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
     assert saved["global_step"] == 2
@@ -377,12 +377,12 @@ def test_a_refused_resume_does_not_spoil_the_run(tmp_path: Path) -> None:
     assert "model.id=tiny, this run has model.id=other" in other.error
     assert "seed=0, this run has seed=5" in run_command("train", run, "seed=5", folder=tmp_path).error
     assert "method=search: resume=" in run_command("train", run, "method=search", folder=tmp_path).error
-    more = run_command("train", run, "trainer.max_steps=3", folder=tmp_path)
-    assert more.status == 0, more.output
+    resumed = run_command("train", run, "trainer.max_steps=3", folder=tmp_path)
+    assert resumed.status == 0, resumed.output
     assert load_pattern(tmp_path / "run").provenance["steps"] == 3
 
 
-def test_a_sweep_makes_a_run_folder_for_each_seed_and_goes_on_after_a_failed_job(tmp_path: Path) -> None:
+def test_a_sweep_makes_a_run_folder_for_each_seed_and_continues_after_a_failed_job(tmp_path: Path) -> None:
     quicker = ["trainer.max_steps=1", "comparison.samples=1", "comparison.validation_samples=0"]
     sweep = ["seed=0,1", "data.length_min=1,700"]  # 1 is too short
     command = ["duo_id.train", "--multirun", *QUICK, *quicker, *sweep]
@@ -395,7 +395,7 @@ def test_a_sweep_makes_a_run_folder_for_each_seed_and_goes_on_after_a_failed_job
     assert [load_pattern(folder).provenance["seed"] for folder in folders] == [0, 1]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     assert summaries[0]["results"][0]["answer_loss"] != summaries[1]["results"][0]["answer_loss"]
-    for summary in summaries:  # what was chosen by is not what it is judged by
+    for summary in summaries:  # selection and evaluation use different samples
         tested = [row["answer_loss"] for row in summary["results"] if row["heads"] == "found"]
         assert math.isfinite(summary["validation_loss"])
         assert summary["validation_loss"] != pytest.approx(sum(tested) / len(tested))
@@ -403,7 +403,7 @@ def test_a_sweep_makes_a_run_folder_for_each_seed_and_goes_on_after_a_failed_job
     assert not (tmp_path / "outputs" / "train").exists()
 
 
-def test_the_memory_of_a_budget_is_told_in_a_line(tmp_path: Path) -> None:
+def test_a_memory_plan_is_printed_in_one_line(tmp_path: Path) -> None:
     finished = run_command("train", *QUICK, "step.memory=1GiB", folder=tmp_path)
     assert finished.status == 0, finished.output
     (line,) = [line for line in finished.output.splitlines() if line.startswith("memory of a device with 800 tokens")]

@@ -33,8 +33,8 @@ class Scripted:
 
 def certain(*tokens: int) -> Tensor:
     """Logits that give the named token at each position probability 1/2 and share the rest."""
-    rest = 0.5 / (VOCABULARY - 1)
-    table = torch.full((len(tokens), VOCABULARY), math.log(rest))
+    other = 0.5 / (VOCABULARY - 1)
+    table = torch.full((len(tokens), VOCABULARY), math.log(other))
     table[torch.arange(len(tokens)), torch.tensor(tokens)] = math.log(0.5)
     return table
 

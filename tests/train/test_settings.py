@@ -94,17 +94,17 @@ def test_the_default_is_the_measured_method(chosen: str, tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The plain values of each command's config."""
-    found: dict[str, Any] = {}
+    configs: dict[str, Any] = {}
     for name in SCHEMAS:
         finished = run_command(
             name,
             "model=tiny",
             *NEEDED.get(name, []),
             folder=tmp_path_factory.mktemp("base"),
-            command=lambda config, name=name: found.update({name: OmegaConf.to_container(config, resolve=True)}),
+            command=lambda config, name=name: configs.update({name: OmegaConf.to_container(config, resolve=True)}),
         )
         assert finished.status == 0, finished.output
-    return found
+    return configs
 
 
 def changed(config: dict[str, Any], changes: dict[str, Any]) -> Any:
@@ -231,13 +231,13 @@ def test_plain_settings_come_back_the_same(base: dict[str, dict[str, Any]]) -> N
 
 
 def test_an_override_may_refer_to_other_settings(tmp_path: Path) -> None:
-    begun: list[Any] = []
+    runs: list[Any] = []
     overrides = ["data.num_passkeys=3", "seed=${data.num_passkeys}"]
-    finished = run_command("train", *overrides, folder=tmp_path, command=lambda config: begun.append(start_run(config)))
+    finished = run_command("train", *overrides, folder=tmp_path, command=lambda config: runs.append(start_run(config)))
     assert finished.status == 0, finished.output
-    ((config, _, given),) = begun
+    ((config, _, arguments),) = runs
     assert config.seed == 3
-    assert given[:2] == overrides
+    assert arguments[:2] == overrides
     for name, base in (("train", ["model=tiny"]), ("evaluate", ["heads=SmolLM2-135M-Instruct", "model=tiny"])):
         error = run_command(name, *base, "seed=${not.there}", folder=tmp_path).error
         assert error.startswith("error: seed: Interpolation key 'not.there' not found")

@@ -1,4 +1,4 @@
-"""Sweeps as they run: Optuna's trials, processes side by side, and what launchers are configured to."""
+"""Sweeps: Optuna's trials, parallel processes, and the configuration of launchers."""
 
 import json
 import os
@@ -61,10 +61,10 @@ def test_optuna_keeps_the_best_trial(tmp_path: Path) -> None:
     assert len(set(tried)) == 3
     assert all(0.01 <= value <= 0.2 for value in tried)
     best = min(tried, key=lambda value: abs(value - 0.1))
-    found = best_of(tmp_path)
-    assert found["best_params"] == {"method.lr": best}
-    assert found["best_value"] == pytest.approx(abs(best - 0.1))
-    assert found["best_job"] == tried.index(best)
+    results = best_of(tmp_path)
+    assert results["best_params"] == {"method.lr": best}
+    assert results["best_value"] == pytest.approx(abs(best - 0.1))
+    assert results["best_job"] == tried.index(best)
     assert "python -m duo_id.report" in finished.output
 
 
@@ -87,7 +87,7 @@ def test_failed_trials_do_not_end_the_search(tmp_path: Path) -> None:
     assert (tmp_path / "sweep" / "1" / "error.txt").read_text() == "out of memory"
 
 
-def test_a_killed_search_goes_on(tmp_path: Path) -> None:
+def test_a_killed_search_can_be_resumed(tmp_path: Path) -> None:
     tried: list[float] = []
 
     def command(config: DictConfig) -> float:
@@ -98,19 +98,19 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
 
     assert sweep(tmp_path, *OPTUNA, SPACE, command=command).status == 130
     sweep(tmp_path, *OPTUNA, SPACE, command=command)
-    assert tried[2] == tried[1], "what was cut off is tried again"
+    assert tried[2] == tried[1], "an interrupted trial is run again"
     assert len(set(tried)) == len(tried) - 1 == 3, "and counts once"
     study = load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'sweep' / 'optuna.db'}")
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
     alone: list[float] = []
     (tmp_path / "other").mkdir()
     sweep(tmp_path / "other", *OPTUNA, SPACE, command=lambda config: alone.append(config.method.lr) or distance(config))
-    assert alone == [tried[0], *tried[2:]], "what is tried does not depend on when it was cut off"
+    assert alone == [tried[0], *tried[2:]], "draws do not depend on interruptions"
     other = sweep(tmp_path, *OPTUNA, "method.lr=interval(0.01,0.3)", command=command)
     assert "holds another sweep" in other.error
 
 
-def test_trials_that_were_cut_off_while_they_were_drawn_do_not_count(tmp_path: Path) -> None:
+def test_incompletely_drawn_trials_do_not_count(tmp_path: Path) -> None:
     def cut_off(trial: Any, *args: Any) -> None:
         raise KeyboardInterrupt
 
@@ -121,7 +121,7 @@ def test_trials_that_were_cut_off_while_they_were_drawn_do_not_count(tmp_path: P
     assert [trial.state.name for trial in study.trials] == ["FAIL", *["COMPLETE"] * 3]
 
 
-def test_a_storage_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_storage_failure_is_reported_in_one_line(tmp_path: Path) -> None:
     database = tmp_path / "sweep" / "optuna.db"
 
     def command(config: DictConfig) -> float:
@@ -130,8 +130,8 @@ def test_a_storage_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
             connection.commit()
         return distance(config)
 
-    told = sweep(tmp_path, *OPTUNA, SPACE, command=command).error
-    assert f"sqlite:///{database} cannot be opened or written (" in told
+    error = sweep(tmp_path, *OPTUNA, SPACE, command=command).error
+    assert f"sqlite:///{database} cannot be opened or written (" in error
 
 
 @pytest.mark.parametrize(
@@ -165,12 +165,12 @@ def test_hydras_sweeps_are_optunas_distributions(override: str, expected: distri
         (["hydra/launcher=local", "hydra.launcher.n_jobs=0", SPACE], "hydra.launcher.n_jobs=0"),
     ],
 )
-def test_what_cannot_be_searched_is_refused_in_one_line(overrides: list[str], named: str, tmp_path: Path) -> None:
+def test_invalid_sweeps_are_refused_in_one_line(overrides: list[str], named: str, tmp_path: Path) -> None:
     assert named in sweep(tmp_path, "hydra/sweeper=optuna", *overrides, command=distance).error
 
 
 @pytest.mark.parametrize(("name", "kind"), [("local", "LocalLauncher"), ("slurm", "SlurmLauncher")])
-def test_launchers_are_found_and_can_be_made(name: str, kind: str) -> None:
+def test_launchers_can_be_instantiated(name: str, kind: str) -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("train", [f"hydra/launcher={name}", "hydra.job.num=0"], return_hydra_config=True)
         config.hydra.sweep.dir = "sweep"
@@ -186,10 +186,10 @@ def test_jobs_have_a_process_and_a_gpu_each_and_die_alone(tmp_path: Path, monkey
     monkeypatch.setenv("PYTHONPATH", SOURCES, prepend=os.pathsep)
     finished = sweep(tmp_path, "hydra/launcher=local", "seed=0,1,2", command=processes)
     assert finished.status == 2, finished.output
-    places = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("sweep/*/where.json"))]
-    assert len(places) == 2, finished.output
-    assert {gpu for gpu, _ in places} <= {"GPU-a", "7"}
-    assert len({process for _, process in places} | {os.getpid()}) == 3
+    jobs = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("sweep/*/where.json"))]
+    assert len(jobs) == 2, finished.output
+    assert {gpu for gpu, _ in jobs} <= {"GPU-a", "7"}
+    assert len({process for _, process in jobs} | {os.getpid()}) == 3
     assert (tmp_path / "sweep" / "1" / "error.txt").read_text().startswith("died: ")
     assert "job 1 died" in finished.output
 
@@ -221,7 +221,7 @@ def test_jobs_do_not_outlive_their_launcher(tmp_path: Path) -> None:
 
 
 def cut_off(folder: Path) -> None:
-    """A job that submitit cuts off at its second step and queues again; prints how each part ends."""
+    """A job that submitit preempts at its second step and requeues; prints how each part ends."""
     from submitit import LocalExecutor
     from submitit.core.submission import process_job
     from submitit.core.utils import DelayedSubmission, JobPaths
@@ -265,7 +265,7 @@ def cut_off(folder: Path) -> None:
     print(json.dumps({"ends": ends, "steps": len(steps), "whole": whole.status}))
 
 
-def test_a_job_that_is_cut_off_and_queued_again_goes_on(tmp_path: Path) -> None:
+def test_a_preempted_and_requeued_job_resumes(tmp_path: Path) -> None:
     status, output = start(cut_off, tmp_path, cwd=tmp_path, file=tmp_path / "output.txt").finish()
     assert status == 0, output
     assert json.loads(output.splitlines()[-1]) == {"ends": [144, "done"], "steps": 4, "whole": 0}, output

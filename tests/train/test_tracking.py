@@ -1,4 +1,4 @@
-"""What loggers are told: an offline wandb run read back, TensorBoard, and runs resumed into the same run."""
+"""What loggers get: an offline wandb run read back, TensorBoard, and runs resumed into the same run."""
 
 import json
 from collections.abc import Iterator
@@ -19,22 +19,22 @@ BLOCK = 32768  # bytes
 
 
 def records(path: Path) -> list:
-    """The records of a .wandb file: LevelDB's log after a header of 7 bytes, each record a message of protobuf."""
+    """The records of a .wandb file: LevelDB's log after a header of 7 bytes, each record a protobuf message."""
     from wandb.proto import wandb_internal_pb2
 
-    data, place, parts, found = path.read_bytes(), 7, b"", []
+    data, offset, parts, messages = path.read_bytes(), 7, b"", []
     assert data[:4] == b":W&B"
-    while place + 7 <= len(data):
-        if BLOCK - place % BLOCK < 7:  # no room for a record's header: the block's end is empty
-            place += BLOCK - place % BLOCK
+    while offset + 7 <= len(data):
+        if BLOCK - offset % BLOCK < 7:  # no room for a record's header: the block's end is empty
+            offset += BLOCK - offset % BLOCK
             continue
-        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
+        length, kind = int.from_bytes(data[offset + 4 : offset + 6], "little"), data[offset + 6]
+        parts += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            found.append(wandb_internal_pb2.Record.FromString(parts))
+            messages.append(wandb_internal_pb2.Record.FromString(parts))
             parts = b""
-    return found
+    return messages
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +54,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def told(run: Path) -> list[list]:
+def wandb_records(run: Path) -> list[list]:
     """The records of the run and of its continuation."""
     return [records(path) for path in sorted(run.glob("wandb/offline-run-*/run-*.wandb"))]
 
 
-def history(found: list) -> list[dict]:
+def history(messages: list) -> list[dict]:
     """The steps that a run logged."""
-    items = [record.history.item for record in found if record.HasField("history")]
+    items = [record.history.item for record in messages if record.HasField("history")]
     return [{".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in items]
 
 
-def test_a_resumed_run_is_the_same_run(run: Path, told: list[list]) -> None:
-    ids = [record.run.run_id for found in told for record in found if record.HasField("run")]
-    assert len(told) == 2
+def test_a_resumed_run_is_the_same_run(run: Path, wandb_records: list[list]) -> None:
+    ids = [record.run.run_id for messages in wandb_records for record in messages if record.HasField("run")]
+    assert len(wandb_records) == 2
     assert set(ids) == {(run / RUN_ID).read_text()}
 
 
-def test_wandb_has_the_config(told: list[list]) -> None:
+def test_wandb_has_the_config(wandb_records: list[list]) -> None:
     updates = {}
-    for record in told[0]:
+    for record in wandb_records[0]:
         for change in (record.config.update, record.run.config.update):
             updates |= {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in change}
     assert updates["settings"]["method"]["sink_size"] == 4
@@ -81,9 +81,9 @@ def test_wandb_has_the_config(told: list[list]) -> None:
     assert updates["seed"] == 0
 
 
-def test_wandb_and_csv_have_the_same_numbers(run: Path, told: list[list]) -> None:
+def test_wandb_and_csv_have_the_same_numbers(run: Path, wandb_records: list[list]) -> None:
     table = pd.read_csv(run / "metrics" / "version_0" / "metrics.csv")
-    rows = history(told[0])
+    rows = history(wandb_records[0])
     layers = [f"layers/{kind}_{layer:02}" for kind in ("score", "sparsity_25", "sparsity_50") for layer in range(3)]
     for column in ("train/loss", "train/distill", "val/answer_loss_50", *layers):
         logged = [row[column] for row in rows if column in row]
@@ -91,13 +91,13 @@ def test_wandb_and_csv_have_the_same_numbers(run: Path, told: list[list]) -> Non
         assert logged == pytest.approx(table[column].dropna().tolist()), column
 
 
-def test_wandb_has_the_heatmap_over_time_and_the_pattern(run: Path, told: list[list]) -> None:
-    kinds = [row["gates._type"] for row in history(told[0]) if "gates._type" in row]
+def test_wandb_has_the_heatmap_over_time_and_the_pattern(run: Path, wandb_records: list[list]) -> None:
+    kinds = [row["gates._type"] for row in history(wandb_records[0]) if "gates._type" in row]
     assert kinds == ["images/separated"] * 2  # one for each validation
     assert len(list(run.glob("wandb/offline-run-*/files/media/images/gates_*.png"))) == 3
     (artifact,) = [
         record.request.log_artifact.artifact if record.request.HasField("log_artifact") else record.artifact
-        for record in told[0]
+        for record in wandb_records[0]
         if record.HasField("artifact") or record.request.HasField("log_artifact")
     ]
     assert artifact.type == "head-pattern"
@@ -107,12 +107,12 @@ def test_wandb_has_the_heatmap_over_time_and_the_pattern(run: Path, told: list[l
 
 def test_tensorboard_has_numbers_and_the_heatmap(run: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = accumulator.EventAccumulator(str(run / "tensorboard" / "version_0"))
-    found.Reload()
-    tags = found.Tags()
+    events = accumulator.EventAccumulator(str(run / "tensorboard" / "version_0"))
+    events.Reload()
+    tags = events.Tags()
     assert {"train/loss", "val/answer_loss_50", "layers/sparsity_50_02"} <= set(tags["scalars"])
     assert tags["images"] == ["gates"]
-    assert [event.step for event in found.Images("gates")] == [1, 2]
+    assert [event.step for event in events.Images("gates")] == [1, 2]
 
 
 def test_without_training_the_pattern_is_logged_too(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_layers_are_counted_at_each_sparsity() -> None:
     )
 
 
-def test_wandb_without_an_account_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_an_account_suggests_offline_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     wandb.teardown()  # it keeps the environment of the first run in a process, which was offline

@@ -31,7 +31,7 @@ from duo_id.models.language_model import LanguageModel
 from duo_id.step.devices import shared_step
 from duo_id.step.objectives import OBJECTIVES
 from duo_id.step.paper_shape import SHAPES
-from duo_id.step.prepare import prepared
+from duo_id.step.prepare import prepared_step
 from duo_id.step.settings import StepSettings
 
 SCORED = 512  # tokens that the loss covers, at the end of a sample
@@ -141,7 +141,7 @@ class StepBench:
             return ranks.mean(torch.autograd.grad(distillation.loss(alpha, batch), alpha)[0])
 
         def measure() -> tuple[Timing, int | None]:
-            with prepared(distillation, step) as apply_plan:
+            with prepared_step(distillation, step) as apply_plan:
                 with self.watch.phase("compile" if step.compile else "first step"):
                     plan = apply_plan(batch["input_ids"].numel())
                     columns.setdefault("plan", None if plan is None else str(plan))

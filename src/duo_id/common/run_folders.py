@@ -115,5 +115,5 @@ def _run_folder(resume: str | None, progress: str, folder: str) -> str:
     if not isinstance(resume, str) or not resume.strip():
         raise UserError(f"resume={resume}: give the folder of a run")
     if not (Path(resume) / progress).is_file():
-        raise UserError(f"resume={resume}: there is no {progress} to go on from; leave out resume to start anew")
+        raise UserError(f"resume={resume}: there is no {progress} to resume from; leave out resume to start anew")
     return resume

@@ -1,1 +1,1 @@
-"""Ways to find retrieval heads: by gates that are trained, by scores read off a model, by searches over masks."""
+"""Methods that find retrieval heads: trained gates, scores read off the model, and searches over masks."""

@@ -1,4 +1,4 @@
-"""Where single heads look in one sample: the attention from its answers over its context, computed and drawn."""
+"""Where single heads look in one sample: attention from its answers over its context, computed and plotted."""
 
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
@@ -19,7 +19,7 @@ from duo_id.attention.window import Window
 from duo_id.common.errors import UserError
 from duo_id.common.figures import COLORS, GATES, style
 from duo_id.data.samples import Sample
-from duo_id.methods.attention_weights import weights
+from duo_id.methods.attention_weights import attention_rows
 from duo_id.methods.needles import needles
 from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.pattern import HeadPattern
@@ -31,60 +31,67 @@ PARTS = {"needle": COLORS[1], "elsewhere": "#BBBBBB", "recent": COLORS[4], "sink
 def answer_attention(
     gated_model: GatedModel, sample: Sample, heads: Collection[Head] | None = None
 ) -> dict[Head, Tensor]:
-    """Attention weights of full attention from the tokens that predict the answers; no other queries are computed.
+    """Full attention's weights from the tokens that predict the answers; no other queries are computed.
 
     Args:
         gated_model: the model.
-        sample: whose answers stand in its context.
-        heads: which ones; None: all of the gated layers.
+        sample: with answers that occur in its context.
+        heads: None: all heads of the gated layers.
 
     Returns:
-        for each head (answer tokens, tokens) float32 on the CPU, the mean over the query heads that share it; the
-        rows are those of `needles`, in its order.
+        for each head, (answer tokens, tokens) float32 on the CPU, the mean over its query heads; rows in the order of
+        `needles`.
 
     Raises:
-        UserError: a head does not exist, or an answer stands nowhere in the context.
+        UserError: a head does not exist, or an answer does not occur in the context.
     """
-    known = [(layer.index, head) for layer in gated_model.layers for head in range(layer.kv_heads)]
-    chosen = known if heads is None else list(heads)
-    if missing := [head for head in chosen if head not in known]:
-        layer, head = missing[0]
-        raise UserError(f"layer {layer} has no KV head {head} with a gate: they are {known[0]} to {known[-1]}")
+    gated_heads = [(layer.index, head) for layer in gated_model.layers for head in range(layer.kv_heads)]
+    selected = gated_heads if heads is None else list(heads)
+    if unknown := [head for head in selected if head not in gated_heads]:
+        layer, head = unknown[0]
+        raise UserError(
+            f"layer {layer} has no KV head {head} with a gate: gated heads are {gated_heads[0]} to {gated_heads[-1]}"
+        )
     ids = sample["input_ids"].to(gated_model.device)
     queries = torch.cat([answer for answer, _ in needles(sample)]).to(gated_model.device) - 1
-    found: dict[Head, list[Tensor]] = {head: [] for head in chosen}
+    collected: dict[Head, list[Tensor]] = {head: [] for head in selected}
 
     def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, layer: int) -> Tensor:
-        rows = torch.cat([part for _, part in weights(query, key, queries, softmax)], 1)  # (heads, queries, tokens)
-        of_head = rows.unflatten(0, (key.shape[1], -1)).mean(1).cpu()
-        for head in (head for head in chosen if head[0] == layer):
-            found[head].append(of_head[head[1]])  # once more for each layer that shares the keys
+        rows = torch.cat([weights for _, weights in attention_rows(query, key, queries, softmax)], 1)
+        kv_heads = rows.unflatten(0, (key.shape[1], -1)).mean(1).cpu()  # (KV heads, queries, tokens)
+        for head in (head for head in selected if head[0] == layer):
+            collected[head].append(kv_heads[head[1]])  # one entry per layer that shares the keys
         return full_attention(query, key, value, softmax, gated_model.backends.full)
 
-    watching: dict[int, AttendFunction] = {layer: partial(attend, layer=layer) for layer, _ in chosen}
-    with torch.no_grad(), bound(gated_model.layers, watching):
+    functions: dict[int, AttendFunction] = {layer: partial(attend, layer=layer) for layer, _ in selected}
+    with torch.no_grad(), bound(gated_model.layers, functions):
         gated_model.model.hidden_states({"input_ids": ids[None]})
-    return {head: torch.stack(parts).mean(0) for head, parts in found.items()}
+    return {head: torch.stack(parts).mean(0) for head, parts in collected.items()}
 
 
 def attention_shares(maps: Mapping[Head, Tensor], sample: Sample, window: Window) -> pd.DataFrame:
-    """How much of a head's attention falls on which part of the context, mean over the answer tokens.
+    """How a head's attention divides over the parts of the context, mean over the answer tokens.
 
     Args:
-        maps: as of `answer_attention`.
-        sample: the same.
-        window: which tokens are sink and recent.
+        maps: from `answer_attention`.
+        sample: the same sample.
+        window: sink and recent size.
 
     Returns:
-        one row a head (layer, head), columns `needle` (what answers, beyond the window), `elsewhere`, `recent` and
-        `sink`, which sum to 1.
+        one row per head (layer, head); columns `needle` (the answer's source, beyond the window), `elsewhere`,
+        `recent` and `sink` sum to 1.
     """
-    found = needles(sample)
-    queries = torch.cat([answer for answer, _ in found])[:, None] - 1
+    spans = needles(sample)
+    queries = torch.cat([answer for answer, _ in spans])[:, None] - 1
     keys = torch.arange(len(sample["input_ids"]))
-    sink, seen = keys < window.sink_size, window.sees(queries, keys)
-    needle = torch.cat([torch.isin(keys, source).expand(len(answer), -1) for answer, source in found])
-    parts = {"needle": needle & ~seen, "elsewhere": ~needle & ~seen, "recent": seen & ~sink, "sink": seen & sink}
+    sink, in_view = keys < window.sink_size, window.sees(queries, keys)
+    needle = torch.cat([torch.isin(keys, source).expand(len(answer), -1) for answer, source in spans])
+    parts = {
+        "needle": needle & ~in_view,
+        "elsewhere": ~needle & ~in_view,
+        "recent": in_view & ~sink,
+        "sink": in_view & sink,
+    }
     rows = {
         head: {name: float((weight * part).sum(-1).mean()) for name, part in parts.items()}
         for head, weight in maps.items()
@@ -96,38 +103,38 @@ def attention_shares(maps: Mapping[Head, Tensor], sample: Sample, window: Window
 
 @style()
 def plot_attention(maps: Mapping[Head, Tensor], sample: Sample, window: Window, pattern: HeadPattern) -> Figure:
-    """One panel a head: from each answer token (down) over the context (to the right); the needles are marked above.
+    """One panel per head: from each answer token (down) over the context (to the right), needles marked above.
 
     Args:
-        maps: as of `answer_attention`, of a few heads.
-        sample: the same.
-        window: which tokens are sink and recent; what lies right of the stepped line is recent.
-        pattern: says how open the heads' gates are.
+        maps: from `answer_attention`, of a few heads.
+        sample: the same sample.
+        window: sink and recent size; tokens right of the stepped line are recent.
+        pattern: of the same model, for the gates in the titles.
     """
-    found, shares = needles(sample), attention_shares(maps, sample, window)
-    queries = torch.cat([answer for answer, _ in found]).numpy() - 1
+    spans, shares = needles(sample), attention_shares(maps, sample, window)
+    queries = torch.cat([answer for answer, _ in spans]).numpy() - 1
     tokens = int(queries[-1]) + 1
     figure = Figure(figsize=(5.2, 1.0 + 1.55 * len(maps)))
     grid = figure.subplots(len(maps), squeeze=False, sharex=True)[:, 0]
     top = max(float(weight.max()) for weight in maps.values())
-    scale = PowerNorm(0.5, 0, top)  # the many small weights are seen beside the few large ones
+    scale = PowerNorm(0.5, 0, top)  # makes the many small weights visible beside the few large ones
     for axes, (head, weight) in zip(grid, maps.items(), strict=True):
-        places = np.arange(tokens + 1) - 0.5, np.arange(len(queries) + 1) - 0.5
-        mesh = axes.pcolormesh(*places, weight[:, :tokens].numpy(), cmap=GATES, norm=scale, rasterized=True)
-        for _, source in found:
+        columns, rows = np.arange(tokens + 1) - 0.5, np.arange(len(queries) + 1) - 0.5
+        mesh = axes.pcolormesh(columns, rows, weight[:, :tokens].numpy(), cmap=GATES, norm=scale, rasterized=True)
+        for _, source in spans:
             axes.plot([source[0] - 0.5, source[-1] + 0.5], [-1.1, -1.1], color=PARTS["needle"], linewidth=3.5)
         axes.axvline(window.sink_size - 0.5, color=PARTS["sink"], linewidth=1.0)
         recent = np.append(queries, queries[-1]) - window.recent_size + 0.5
-        axes.step(recent, places[1], where="pre", color=PARTS["recent"], linewidth=1.2)
+        axes.step(recent, rows, where="pre", color=PARTS["recent"], linewidth=1.2)
         axes.set_ylim(len(queries) - 0.5, -1.6)
         axes.set_yticks([])
         axes.set_ylabel("answer tokens", fontsize=8)
         share = shares.loc[head]
-        told = ", ".join(f"{100 * share[name]:.0f}% {name}" for name in ("needle", "sink", "recent"))
+        shares_text = ", ".join(f"{100 * share[name]:.0f}% {name}" for name in ("needle", "sink", "recent"))
         axes.set_title(
-            f"layer {head[0]}, KV head {head[1]}, α = {pattern.scores[head]:.2f}: {told}", loc="left", fontsize=8
+            f"layer {head[0]}, KV head {head[1]}, α = {pattern.scores[head]:.2f}: {shares_text}", loc="left", fontsize=8
         )
-    grid[-1].set_xlabel("place in the context (tokens)")
+    grid[-1].set_xlabel("position in the context (tokens)")
     bar = figure.colorbar(mesh, ax=list(grid), location="bottom", label="attention weight", aspect=40, shrink=0.7)
     bar.outline.set_visible(False)
     marks = [("needles", PARTS["needle"]), ("end of the sink", PARTS["sink"]), ("recent window", PARTS["recent"])]
@@ -137,10 +144,10 @@ def plot_attention(maps: Mapping[Head, Tensor], sample: Sample, window: Window, 
 
 @style()
 def plot_shares(shares: pd.DataFrame, pattern: HeadPattern) -> Figure:
-    """Every head's gate against its attention beyond sink and window, and how the attention of the extremes divides.
+    """Gates against attention beyond sink and window, and the attention of the most and the least open heads.
 
     Args:
-        shares: as of `attention_shares`, best of all heads.
+        shares: from `attention_shares`, preferably of all heads.
         pattern: of the same model.
     """
     gates = np.array([float(pattern.scores[head]) for head in shares.index])
@@ -152,16 +159,19 @@ def plot_shares(shares: pd.DataFrame, pattern: HeadPattern) -> Figure:
     left.set(xlabel="gate α (1 = retrieval)", ylabel="attention (%)", ylim=(-2, 102))
     left.grid(axis="y")
     left.legend(loc="upper left")
-    order = gates.argsort(kind="stable")[::-1]
-    ends = [*order[: min(5, len(order))], *order[max(5, len(order) - 5) :]]
-    begun = np.zeros(len(ends))
+    ranking = gates.argsort(kind="stable")[::-1]
+    extremes = [*ranking[: min(5, len(ranking))], *ranking[max(5, len(ranking) - 5) :]]
+    offsets = np.zeros(len(extremes))
     for name, color in PARTS.items():
-        part = 100 * shares[name].to_numpy()[ends]
-        right.barh(range(len(ends)), part, left=begun, color=color, label=name, height=0.75)
-        begun += part
-    right.set_yticks(range(len(ends)), [f"{layer}.{head}" for layer, head in shares.index[ends]])
+        part = 100 * shares[name].to_numpy()[extremes]
+        right.barh(range(len(extremes)), part, left=offsets, color=color, label=name, height=0.75)
+        offsets += part
+    right.set_yticks(range(len(extremes)), [f"{layer}.{head}" for layer, head in shares.index[extremes]])
     right.set(
-        ylim=(len(ends) - 0.4, -0.6), xlim=(0, 100), xlabel="attention (%)", ylabel="layer.head by gate, highest on top"
+        ylim=(len(extremes) - 0.4, -0.6),
+        xlim=(0, 100),
+        xlabel="attention (%)",
+        ylabel="layer.head by gate, highest on top",
     )
     figure.legend(handles=_keys(PARTS.items()), loc="outside lower center", ncols=4)
     return figure

@@ -1,4 +1,4 @@
-"""Attention profile: how much a head looks beyond its window where answers are given."""
+"""Attention profile: how much a head looks beyond its window from the answers."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from duo_id.models.gated_model import GatedModel
 
 
 def attention_profile(gated_model: GatedModel, sample: Sample, settings: AttentionSettings) -> Tensor:
-    """Mean attention mass that falls outside sink and window, from the tokens that predict the labelled ones.
+    """Mean attention mass outside sink and window, from the tokens that predict the labelled ones.
 
     Args:
         gated_model: the model.
@@ -27,9 +27,9 @@ def attention_profile(gated_model: GatedModel, sample: Sample, settings: Attenti
 
     def distant(rows: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         total = torch.zeros(())
-        for places, weights in rows:
+        for positions, weights in rows:
             keys = torch.arange(weights.shape[-1], device=weights.device)
-            far = ~gated_model.window.sees(places[:, None], keys)
+            far = ~gated_model.window.sees(positions[:, None], keys)
             total = total.to(weights) + (weights * far).sum((1, 2))
         return total / len(queries)
 

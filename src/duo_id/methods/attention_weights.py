@@ -1,4 +1,4 @@
-"""The attention weights of chosen queries, a few at a time: no tokens x tokens matrix is ever built."""
+"""Attention weights of chosen queries, a few at a time: no tokens x tokens matrix is ever built."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,7 +11,7 @@ from duo_id.attention.interface import bound
 from duo_id.attention.softmax import Softmax
 from duo_id.models.gated_model import GatedModel
 
-ROWS = 64  # queries whose weights are held at the same time
+ROWS = 64  # queries whose weights are held at once
 Reduce = Callable[[Iterator[tuple[Tensor, Tensor]]], Tensor]
 
 
@@ -21,33 +21,35 @@ def score_attention(gated_model: GatedModel, ids: Tensor, queries: Tensor, reduc
     Args:
         gated_model: the model.
         ids: (tokens,), one text.
-        queries: (n,) positions whose queries are looked at.
-        reduce: from the queries and their weights, some at a time, (queries,) and (heads, queries, tokens) float32, to
-            one value or several a query head, (..., heads).
-        reduction: how the query heads of a KV head become one: max | mean.
+        queries: (n,) positions of the queries.
+        reduce: maps blocks of queries and their weights, (queries,) and (heads, queries, tokens) float32, to one or
+            several values per query head, (..., heads).
+        reduction: over the query heads of a KV head: max | mean.
     """
-    found: dict[int, list[Tensor]] = {layer.index: [] for layer in gated_model.layers}
+    collected: dict[int, list[Tensor]] = {layer.index: [] for layer in gated_model.layers}
     queries = queries.to(gated_model.device)
 
-    def watching(index: int) -> AttendFunction:
+    def recording(index: int) -> AttendFunction:
         def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-            values = reduce(weights(query, key, queries, softmax))
-            found[index].append(values.unflatten(-1, (key.shape[1], -1)))  # once more for each layer that shares keys
+            values = reduce(attention_rows(query, key, queries, softmax))
+            collected[index].append(values.unflatten(-1, (key.shape[1], -1)))  # one entry per layer that shares keys
             return full_attention(query, key, value, softmax, gated_model.backends.full)
 
         return attend
 
     with (
         torch.no_grad(),
-        bound(gated_model.layers, {layer.index: watching(layer.index) for layer in gated_model.layers}),
+        bound(gated_model.layers, {layer.index: recording(layer.index) for layer in gated_model.layers}),
     ):
         gated_model.model.hidden_states({"input_ids": ids.to(gated_model.device)[None]})
-    heads = [torch.cat(found[layer.index], -1) for layer in gated_model.layers]
-    return torch.stack([x.amax(-1) if reduction == "max" else x.mean(-1) for x in heads], -2).float().cpu()
+    heads = [torch.cat(collected[layer.index], -1) for layer in gated_model.layers]
+    return (
+        torch.stack([values.amax(-1) if reduction == "max" else values.mean(-1) for values in heads], -2).float().cpu()
+    )
 
 
-def weights(query: Tensor, key: Tensor, queries: Tensor, softmax: Softmax) -> Iterator[tuple[Tensor, Tensor]]:
-    """The causal attention weights of some queries, `ROWS` at a time.
+def attention_rows(query: Tensor, key: Tensor, queries: Tensor, softmax: Softmax) -> Iterator[tuple[Tensor, Tensor]]:
+    """Causal attention weights of some queries, `ROWS` at a time.
 
     Args:
         query: (1, heads, tokens, head_dim).
@@ -58,7 +60,7 @@ def weights(query: Tensor, key: Tensor, queries: Tensor, softmax: Softmax) -> It
     Yields:
         positions (rows,) and weights (heads, rows, tokens) float32.
     """
-    places = torch.arange(key.shape[2], device=key.device)
+    positions = torch.arange(key.shape[2], device=key.device)
     for rows in queries.split(ROWS):
-        visible = places <= rows[:, None]
+        visible = positions <= rows[:, None]
         yield rows, softmax.weights(query[:, :, rows].float(), key.float(), visible)[0]

@@ -1,4 +1,4 @@
-"""What many masks cost, in few forwards: masks that agree on the first layers share their way through these."""
+"""Losses of many masks in few forwards: masks that agree on their first layers share the forward through these."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from duo_id.attention.functions import masked_rows
 from duo_id.attention.interface import bound
 from duo_id.attention.layers import blocks
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, first_line
 from duo_id.step.distillation import Distillation, Teacher
 from duo_id.step.objectives import Outputs
 
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """The distinct beginnings of some masks, layer by layer: those of one layer are the rows of its forward.
+    """The distinct prefixes of some masks: those that end at a layer are the batch rows of its forward.
 
     Attributes:
-        masks: one (rows, KV heads) bool CPU tensor a layer.
-        parents: one (rows,) a layer: the row of the layer before that a row goes on from.
-        rows: one (masks,) a layer: the row of each of the masks.
+        masks: for each layer, (rows, KV heads) bool on the CPU.
+        parents: for each layer, (rows,): the row of the previous layer that a row continues.
+        rows: for each layer, (masks,): the row of each mask.
     """
 
     masks: list[Tensor]
@@ -33,51 +33,48 @@ class PrefixTree:
 
     @property
     def size(self) -> int:
-        """Rows of all layers: what a forward costs, in forwards of one row through one layer."""
+        """Rows of all layers: the cost of a forward, in forwards of one row through one layer."""
         return sum(map(len, self.masks))
 
 
 def prefix_tree(masks: Tensor) -> PrefixTree:
-    """The tree of (masks, layers, KV heads) bool CPU tensors.
-
-    Masks that agree on layers 0 to l are one row up to layer l.
-    """
+    """The tree of (masks, layers, KV heads) bool on the CPU; masks that agree on layers 0 to l share a row up to l."""
     rows = torch.zeros(len(masks), dtype=torch.long)
     tree = PrefixTree([], [], [])
     for layer in masks.unbind(1):
-        keys, found = torch.unique(torch.cat([rows[:, None], layer.long()], 1), dim=0, return_inverse=True)
-        tree.masks.append(keys[:, 1:].bool())
-        tree.parents.append(keys[:, 0])
-        tree.rows.append(found)
-        rows = found
+        distinct, layer_rows = torch.unique(torch.cat([rows[:, None], layer.long()], 1), dim=0, return_inverse=True)
+        tree.masks.append(distinct[:, 1:].bool())
+        tree.parents.append(distinct[:, 0])
+        tree.rows.append(layer_rows)
+        rows = layer_rows
     return tree
 
 
 def separate_rows(masks: Tensor) -> PrefixTree:
-    """The same where no mask shares anything: each is a row of its own from the first layer on."""
+    """A tree in which nothing is shared: each mask is a row of its own from the first layer on."""
     rows = torch.arange(len(masks))
     return PrefixTree(list(masks.unbind(1)), [rows] * masks.shape[1], [rows] * masks.shape[1])
 
 
 class UnsplitError(Exception):
-    """Between the layers of a model lies something else than one row of states a sample."""
+    """A model passes something other than one row of hidden states per sample between its layers."""
 
 
 class MaskLosses:
     """The objective under masks, mean over some samples, as `losses(masks)`.
 
-    `forwards` counts what was computed, in forwards of one sample through all gated layers, for comparing searches.
-    Some models keep more than a row of states a sample between their layers, such as several streams of them or what
-    routed the tokens before. Their rows cannot split there, so their masks share nothing, after a warning.
+    `forwards` counts the work done, in forwards of one sample through all gated layers, for comparing searches.
+    Some models pass more than one row of hidden states per sample between their layers, such as several residual
+    streams or earlier routing decisions. Rows cannot be split there, so masks share nothing, after a warning.
     """
 
     def __init__(self, distillation: Distillation, batches: Sequence[dict[str, Any]], batch_tokens: int) -> None:
-        """Take the samples and compute full attention's passes over them.
+        """Run the teacher on the samples.
 
         Args:
             distillation: the model and the objective.
-            batches: one sample each.
-            batch_tokens: tokens of all rows of a forward.
+            batches: of one sample each.
+            batch_tokens: most tokens of one forward, over all its rows.
         """
         self.distillation, self.batch_tokens = distillation, batch_tokens
         self.samples = [(batch, distillation.teacher(batch)) for batch in batches]
@@ -85,14 +82,14 @@ class MaskLosses:
 
     @torch.no_grad()
     def __call__(self, masks: Tensor) -> Tensor:
-        """Losses (masks,) float32 CPU of (masks, gated layers, KV heads) bool; equal masks may come more than once."""
-        distinct, back = torch.unique(masks.flatten(1), dim=0, return_inverse=True)
+        """Losses (masks,) float32 CPU of (masks, gated layers, KV heads) bool; masks may repeat."""
+        distinct, inverse = torch.unique(masks.flatten(1), dim=0, return_inverse=True)
         distinct = distinct.view(-1, *masks.shape[1:])  # in lexicographic order: neighbours share the most layers
         total = torch.zeros(len(distinct))
         for batch, teacher in self.samples:
-            most = max(1, self.batch_tokens // batch["input_ids"].shape[1])
-            total += torch.cat([self._of_sample(part, batch, teacher) for part in distinct.split(most)])
-        return total[back] / len(self.samples)
+            rows_at_once = max(1, self.batch_tokens // batch["input_ids"].shape[1])
+            total += torch.cat([self._of_sample(part, batch, teacher) for part in distinct.split(rows_at_once)])
+        return total[inverse] / len(self.samples)
 
     def _of_sample(self, masks: Tensor, batch: dict[str, Any], teacher: Teacher) -> Tensor:
         objective = self.distillation.objective
@@ -111,7 +108,7 @@ class MaskLosses:
         return torch.stack(losses).float().cpu()
 
     def _outputs(self, masks: Tensor, batch: dict[str, Any]) -> tuple[PrefixTree, Outputs]:
-        """What the masks leave of a sample, and how they came there."""
+        """The outputs of a sample under the masks, and the tree that leads to their rows."""
         if self.splits:
             tree = prefix_tree(masks)
             try:
@@ -120,7 +117,7 @@ class MaskLosses:
             except (torch.OutOfMemoryError, UserError):
                 raise
             except (UnsplitError, LookupError, RuntimeError, ValueError) as error:
-                reason = error
+                failure = error
         tree = separate_rows(masks)
         repeated = {
             key: value.expand(len(masks), -1)
@@ -131,33 +128,33 @@ class MaskLosses:
             outputs = self.distillation.outputs(batch | repeated, candidates=True)
         if self.splits:
             self.splits = False
-            told = (str(reason).splitlines() or [type(reason).__name__])[0]
+            message = first_line(failure)
             warnings.warn(
-                f"candidates go through this model's layers one by one, which takes longer: {told}", stacklevel=2
+                f"candidates go through this model's layers one by one, which takes longer: {message}", stacklevel=2
             )
         return tree, outputs
 
 
 @contextmanager
 def branching(distillation: Distillation, tree: PrefixTree, split: bool = True) -> Iterator[None]:
-    """Let a forward of one sample split into the rows of a tree on its way through the gated layers.
+    """Split a forward of one sample into the rows of a tree as it passes the gated layers, within the block.
 
     Args:
         distillation: the model.
         tree: the rows.
-        split: whether the forward begins with one row, and not with all.
+        split: whether the forward starts with one row instead of all.
     """
     layers = distillation.gated_model.layers
     functions = {
         layer.index: masked_rows(mask, distillation.gated_model.window, distillation.gated_model.backends)
         for layer, mask in zip(layers, tree.masks, strict=True)
     }
-    around = zip(
+    splits = zip(
         blocks(distillation.gated_model.model.model, layers), tree.parents, [1, *map(len, tree.parents)], strict=False
     )
     hooks = [
-        block.register_forward_pre_hook(_splitting(parents, before), with_kwargs=True)
-        for block, parents, before in around
+        block.register_forward_pre_hook(_row_splitter(parents, rows), with_kwargs=True)
+        for block, parents, rows in splits
         if split
     ]
     try:
@@ -168,22 +165,22 @@ def branching(distillation: Distillation, tree: PrefixTree, split: bool = True) 
             hook.remove()
 
 
-def _splitting(parents: Tensor, before: int) -> Any:
-    def grown(states: Tensor) -> Tensor:
-        if states.dim() != 3 or len(states) != before:
-            raise UnsplitError(f"states of shape {tuple(states.shape)} lie between them")
+def _row_splitter(parents: Tensor, rows: int) -> Any:
+    def expanded(states: Tensor) -> Tensor:
+        if states.dim() != 3 or len(states) != rows:
+            raise UnsplitError(f"they pass on states of shape {tuple(states.shape)}")
         return states[parents.to(states.device)]
 
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (grown(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": grown(kwargs["hidden_states"])}
+            return (expanded(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": expanded(kwargs["hidden_states"])}
 
     return hook
 
 
 def _of_row(outputs: Outputs, row: int, tree: PrefixTree) -> Outputs:
-    """What one of the masks left, of outputs with a leading dimension of rows."""
+    """The outputs of one mask, from outputs with a leading dimension of rows."""
     last = int(tree.rows[-1][row])
     layers = tuple(states[int(rows[row])] for states, rows in zip(outputs.layers, tree.rows, strict=False))  # if any
     logits = None if outputs.logits is None else outputs.logits[last]

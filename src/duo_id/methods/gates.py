@@ -1,4 +1,4 @@
-"""The trained gates: parametrisations of alpha, one small class each."""
+"""Parametrisations of the trained gates (alpha), one small class each."""
 
 import math
 import random
@@ -8,26 +8,26 @@ import torch
 from torch import Tensor, nn
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # of the hard concrete distribution, as its authors chose them
-GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, less their whole part, cover [0, 1) evenly from the first one on
-APART = math.sqrt(2)  # how far apart seeds begin: no sum of a whole number and a multiple of GOLDEN
-JITTER = 1e-3  # of the weights of nested gates, which are all equal at first
-TINY = 1e-30  # below what the slopes of any gates that still move add up to
+GOLDEN = (math.sqrt(5) - 1) / 2  # the fractional parts of its multiples cover [0, 1) evenly, however many are taken
+SEED_OFFSET = math.sqrt(2)  # no whole number plus a multiple of GOLDEN, so the sequences of two seeds never meet
+JITTER = 1e-3  # breaks ties of nested gates, which all start equal
+TINY = 1e-30  # below the sum of slopes of any gates that still move
 
 
 class Gates(nn.Module):
-    """What all parametrisations have: a float32 weight a gate, and the mean over training of how open it was.
+    """Base class: one float32 weight per gate, and the mean of its openness over training.
 
-    Float32 whatever the model computes in: bfloat16 has a grid of 1/256 above 0.5, on which late updates vanish.
+    Float32 whatever the model's dtype: bfloat16 has a grid of 1/256 above 0.5, where late updates would vanish.
 
     Attributes:
-        COURSE: the weight in a gate's score of how open it was over training, beside how open it is.
-        LATE: how much more late steps count in that: step t about as t to this power.
-        BLENDS: whether how open a gate is says how much full attention its head is given.
+        MEAN_WEIGHT: weight of the mean openness in a gate's score; the rest is the current openness.
+        LATE_POWER: weights late steps in that mean: step t counts about as t to this power.
+        OPENNESS_IS_SHARE: whether openness is the share of full attention that the head gets.
     """
 
-    COURSE = 1e-2
-    LATE = 0
-    BLENDS = True
+    MEAN_WEIGHT = 1e-2
+    LATE_POWER = 0
+    OPENNESS_IS_SHARE = True
 
     def __init__(
         self,
@@ -38,15 +38,15 @@ class Gates(nn.Module):
         seed: int = 0,
         budgets: Sequence[float] = (0.4, 0.97),
     ) -> None:
-        """Make the gates.
+        """Initialise all gates alike.
 
         Args:
-            layers: how many have gates.
-            kv_heads: of a layer.
-            initial: how open all gates are at first, in [0, 1].
-            temperature: of the gates that have one.
-            seed: of the gates that are drawn.
-            budgets: of nested gates: the sparsities between which masks are drawn.
+            layers: number of gated layers.
+            kv_heads: per layer.
+            initial: openness of all gates at first, in [0, 1].
+            temperature: of sigmoid and nested gates.
+            seed: of drawn gates.
+            budgets: of nested gates: the range of sparsities from which masks are drawn.
         """
         super().__init__()
         self.temperature, self.seed, self.budgets = temperature, seed, budgets
@@ -57,38 +57,38 @@ class Gates(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
 
     def weight_of(self, openness: float) -> float:
-        """The weight at which a gate is this open."""
+        """The weight of a gate of this openness."""
         return openness
 
     def openness(self) -> Tensor:
-        """(layers, KV heads) float32 in [0, 1], with a gradient: what penalties look at; 1 = full attention."""
+        """(layers, KV heads) float32 in [0, 1], with a gradient, for penalties; 1 = full attention."""
         return self.weight
 
     def alpha(self) -> Tensor:
-        """(layers, KV heads) float32 in [0, 1]: what heads are blended with; while training, perhaps drawn."""
+        """(layers, KV heads) float32 in [0, 1], the blend of each head; some gates draw it while training."""
         return self.openness()
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Called after each optimizer step: bring the weight back to where it means a gate, and note how open it is."""
+        """Project the weights to valid gates and update the mean openness; called after each optimizer step."""
         self.bound_()
         self.steps += 1
-        self.mean += (self.openness() - self.mean) * ((self.LATE + 1) / (self.LATE + self.steps))
+        self.mean += (self.openness() - self.mean) * ((self.LATE_POWER + 1) / (self.LATE_POWER + self.steps))
 
     def bound_(self) -> None:
-        """Bring the weight back to where it means a gate."""
+        """Project the weights to valid gates, in place."""
 
     @torch.no_grad()
     def scores(self) -> Tensor:
-        """(layers, KV heads) in [0, 1]: how open the gates are, and among equals how open they were over training.
+        """(layers, KV heads) in [0, 1]: the openness, with ties broken by its mean over training.
 
-        Gates that are clamped, or saturate, tie at 0 and 1; a mask's budget must not be settled by chance there.
+        Clamped and saturated gates tie at 0 and 1; chance must not decide which of them a mask keeps.
         """
-        return (1 - self.COURSE) * self.openness() + self.COURSE * self.mean
+        return (1 - self.MEAN_WEIGHT) * self.openness() + self.MEAN_WEIGHT * self.mean
 
 
 class ClampedGates(Gates):
-    """Alpha is the weight itself, projected to [0, 1] in place between optimizer steps (DuoAttention, section 2.2)."""
+    """Alpha is the weight itself, clamped to [0, 1] after each optimizer step (DuoAttention, section 2.2)."""
 
     def bound_(self) -> None:
         """Clamp."""
@@ -96,10 +96,10 @@ class ClampedGates(Gates):
 
 
 class SigmoidGates(Gates):
-    """Alpha is the sigmoid of the weight over a temperature: the lower it is, the sooner gates are 0 or 1."""
+    """Alpha is the sigmoid of the weight over a temperature: the lower, the sooner gates reach 0 or 1."""
 
     def weight_of(self, openness: float) -> float:
-        """The inverse; gates do not begin nearer to 0 or 1 than 0.01, where they would hardly move."""
+        """The inverse of the sigmoid, at least 0.01 away from 0 and 1, where gates would hardly move."""
         return self.temperature * _logit(openness)
 
     def openness(self) -> Tensor:
@@ -110,37 +110,37 @@ class SigmoidGates(Gates):
 class DrawnGates(Gates):
     """Gates that are drawn at every training step.
 
-    What is drawn is a function of a seed and the number of draws so far, which checkpoints hold: a resumed run draws
-    what an undisturbed one would.
+    A draw is a function of the seed and of the number of draws so far, which checkpoints hold: a resumed run draws
+    what an uninterrupted one would.
     """
 
     draws = 0
 
     def uniform(self) -> Tensor:
-        """(layers, KV heads) uniform noise in (0, 1), other at every call."""
-        drawn = random.Random(f"{self.seed}:{self.draws}").getrandbits(32)  # all that CPU generators take of a seed
-        generator = torch.Generator().manual_seed(drawn)
+        """(layers, KV heads) uniform noise in (0, 1), different on every call."""
+        seed = random.Random(f"{self.seed}:{self.draws}").getrandbits(32)  # CPU generators use 32 bits of a seed
+        generator = torch.Generator().manual_seed(seed)
         self.draws += 1
         noise = torch.rand(self.weight.shape, generator=generator)
         return noise.clamp(1e-6, 1 - 1e-6).to(self.weight.device, non_blocking=True)
 
     def get_extra_state(self) -> dict[str, int]:
-        """What a checkpoint holds beside tensors."""
+        """The number of draws, for the checkpoint."""
         return {"draws": self.draws}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the number of draws from a checkpoint."""
         self.draws = int(state["draws"])
 
 
 class HardConcreteGates(DrawnGates):
-    """The stretched and clamped concrete distribution (Louizos et al. 2018, arXiv 1712.01312), as in PruLong.
+    """The stretched and clamped concrete distribution (Louizos et al. 2018, arXiv 1712.01312).
 
-    Source: PruLong is Bhaskar et al. 2025, arXiv 2506.17121.
+    As in PruLong (Bhaskar et al. 2025, arXiv 2506.17121).
     """
 
     def weight_of(self, openness: float) -> float:
-        """Where the probability of being open is this."""
+        """The weight at which the gate is nonzero with this probability."""
         return _logit(openness) + BETA * math.log(-GAMMA / ZETA)
 
     def openness(self) -> Tensor:
@@ -148,7 +148,7 @@ class HardConcreteGates(DrawnGates):
         return torch.sigmoid(self.weight - BETA * math.log(-GAMMA / ZETA))
 
     def alpha(self) -> Tensor:
-        """Drawn while training; afterwards without noise."""
+        """Drawn while training, noiseless otherwise."""
         if not self.training:
             return self._stretched(torch.sigmoid(self.weight))
         noise = self.uniform()
@@ -160,9 +160,9 @@ class HardConcreteGates(DrawnGates):
 
 
 class StraightThroughGates(DrawnGates):
-    """Alpha is 0 or 1, drawn with the weight as probability, whose gradient passes as if it were the weight.
+    """Alpha is 0 or 1, drawn with the weight as probability; its gradient is passed straight to the weight.
 
-    Source: Bengio et al. 2013, arXiv 1308.3432, section 4. Outside training it is 1 from a half on.
+    Outside training it is 1 for weights from 0.5 on. Source: Bengio et al. 2013, arXiv 1308.3432, section 4.
     """
 
     def bound_(self) -> None:
@@ -176,54 +176,53 @@ class StraightThroughGates(DrawnGates):
 
 
 class NestedGates(DrawnGates):
-    """Hard masks of one order, each of a budget drawn anew: what is trained is which head comes next at any sparsity.
+    """Hard masks from one order of the heads, each at a budget drawn anew: trains the order at all sparsities at once.
 
-    Alpha is 1 for the heads with the largest weights, as many as the budget has, but one at least, and 0 for the
+    Alpha is 1 for the heads with the largest weights, as many as the budget allows but at least one, and 0 for the
     others. Its gradient is that of a sigmoid of the weight's distance from the mask's threshold, over the temperature,
-    where the threshold moves with the weights such that the budget stays: heads compete for places, and no penalty is
-    needed.
-    Outside training the budget is the middle one. Heads between which no budget decides clearly change places until
-    the end, so scores are means over the last third or so of the training, which costs nothing and settles them
-    (polynomial-decay averaging: Shamir and Zhang 2013, arXiv 1212.1824).
+    where the threshold moves with the weights so that the budget holds: heads compete, and no penalty is needed.
+    Outside training the budget is the middle of the range. Heads that no budget clearly separates keep swapping ranks
+    until the end, so scores are means over roughly the last third of training (polynomial-decay averaging: Shamir and
+    Zhang 2013, arXiv 1212.1824).
 
     Source: the gradient is straight-through (Bengio et al. 2013, arXiv 1308.3432) of a relaxed choice of k
     (Xie and Ermon 2019, arXiv 1901.10517); budgets drawn in training are those of slimmable networks (Yu et al. 2019,
     arXiv 1812.08928).
     """
 
-    COURSE = 1.0
-    LATE = 3
-    BLENDS = False
+    MEAN_WEIGHT = 1.0
+    LATE_POWER = 3
+    OPENNESS_IS_SHARE = False
 
     def weight_of(self, openness: float) -> float:
-        """As of sigmoid gates at temperature 1."""
+        """As for sigmoid gates at temperature 1."""
         return _logit(openness)
 
     def openness(self) -> Tensor:
-        """The sigmoid of the weight: the order of the heads in (0, 1), and not how many of them are open."""
+        """The sigmoid of the weight: it orders the heads in (0, 1) but does not say how many are open."""
         return torch.sigmoid(self.weight)
 
     def alpha(self) -> Tensor:
         """0 or 1."""
-        place, order = 0.5, self.weight.detach()
+        fraction, order = 0.5, self.weight.detach()
         if self.training:
-            place = (self.seed * APART + self.draws * GOLDEN) % 1
+            fraction = (self.seed * SEED_OFFSET + self.draws * GOLDEN) % 1
             order = order + JITTER * self.uniform()
-        sparsity = self.budgets[0] + place * (self.budgets[1] - self.budgets[0])
+        sparsity = self.budgets[0] + fraction * (self.budgets[1] - self.budgets[0])
         heads = order.numel()
         kept = max(heads - round(sparsity * heads), 1)
         ranked = order.flatten().sort(descending=True)
         mask = torch.zeros_like(ranked.values).scatter_(0, ranked.indices[:kept], 1.0).view_as(order)
         threshold = ranked.values[kept - 1 : kept + 1].mean()
-        near = torch.sigmoid((order - threshold) / self.temperature)
-        slope = near * (1 - near) / self.temperature
-        moved = self.weight - self.weight.detach()  # 0, with a gradient
-        return mask + slope * (moved - (slope * moved).sum() / slope.sum().clamp(min=TINY))
+        closeness = torch.sigmoid((order - threshold) / self.temperature)
+        slope = closeness * (1 - closeness) / self.temperature
+        zero = self.weight - self.weight.detach()  # 0, with a gradient
+        return mask + slope * (zero - (slope * zero).sum() / slope.sum().clamp(min=TINY))
 
 
 def _logit(openness: float) -> float:
-    inside = min(max(openness, 0.01), 0.99)
-    return math.log(inside / (1 - inside))
+    clamped = min(max(openness, 0.01), 0.99)
+    return math.log(clamped / (1 - clamped))
 
 
 GATES: dict[str, type[Gates]] = {

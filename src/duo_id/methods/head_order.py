@@ -1,4 +1,4 @@
-"""Search over masks: heads closed or opened one after the other, and exchanged, by what that costs."""
+"""Search over masks: heads are closed or opened one after the other, and exchanged, by the loss that results."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -6,142 +6,151 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-Losses = Callable[[Tensor], Tensor]  # of masks (n, layers, KV heads): (n,)
+Losses = Callable[[Tensor], Tensor]  # maps masks (n, layers, KV heads) to (n,)
 
 
 @dataclass
-class Order:
-    """The heads in the order in which they stream: what a search has decided so far.
+class HeadOrder:
+    """The order in which heads become streaming heads, as far as a search has decided it.
 
     Heads are numbered layer by layer.
 
     Attributes:
         shape: gated layers and KV heads.
-        first: heads that stream first, in this order.
-        last: heads that stream last, in this order: the last of them is the last to stream.
-        hints: (heads,) what to order the rest by, ascending, should the search end here.
-        swaps: how many heads have been exchanged.
+        stream_first: decided heads that stream before all others, in this order.
+        stream_last: decided heads that stream after all others, in this order.
+        estimates: (heads,) provisional cost of streaming, which orders the undecided heads.
+        swaps: number of exchanges so far.
     """
 
     shape: tuple[int, int]
-    first: list[int] = field(default_factory=list)
-    last: list[int] = field(default_factory=list)
-    hints: Tensor = field(default_factory=lambda: torch.empty(0))
+    stream_first: list[int] = field(default_factory=list)
+    stream_last: list[int] = field(default_factory=list)
+    estimates: Tensor = field(default_factory=lambda: torch.empty(0))
     swaps: int = 0
 
     def __post_init__(self) -> None:
-        """Begin with no hints."""
-        if not len(self.hints):
-            self.hints = torch.zeros(self.shape[0] * self.shape[1])
+        """Start with equal estimates."""
+        if not len(self.estimates):
+            self.estimates = torch.zeros(self.shape[0] * self.shape[1])
 
     @property
-    def open(self) -> list[int]:
-        """Heads that are not decided about, in the order of the hints."""
-        decided = {*self.first, *self.last}
-        return [head for head in self.hints.argsort(stable=True).tolist() if head not in decided]
+    def undecided(self) -> list[int]:
+        """Undecided heads, in ascending order of their estimates."""
+        decided = {*self.stream_first, *self.stream_last}
+        return [head for head in self.estimates.argsort(stable=True).tolist() if head not in decided]
 
     @property
-    def all(self) -> list[int]:
-        """All heads, the first to stream first."""
-        return [*self.first, *self.open, *self.last]
+    def ranking(self) -> list[int]:
+        """All heads in the order in which they stream."""
+        return [*self.stream_first, *self.undecided, *self.stream_last]
 
     def scores(self) -> Tensor:
-        """(layers, KV heads) in [0, 1]: a head's place in the order."""
-        ranks = torch.empty(len(self.hints))
-        ranks[self.all] = torch.linspace(0, 1, len(self.hints))
+        """(layers, KV heads) in [0, 1]: the heads' ranks in the order."""
+        ranks = torch.empty(len(self.estimates))
+        ranks[self.ranking] = torch.linspace(0, 1, len(self.estimates))
         return ranks.view(self.shape)
 
     def mask(self, streaming: Sequence[int]) -> Tensor:
-        """(layers, KV heads) bool: False for the heads that stream."""
-        retrieval = torch.ones(len(self.hints), dtype=torch.bool)
+        """(layers, KV heads) bool: False for the streaming heads."""
+        retrieval = torch.ones(len(self.estimates), dtype=torch.bool)
         retrieval[list(streaming)] = False
         return retrieval.view(self.shape)
 
 
-def from_scores(scores: Tensor, between: Sequence[float]) -> Order:
-    """An order that a pattern has settled but for the heads between two sparsities.
+def from_scores(scores: Tensor, between: Sequence[float]) -> HeadOrder:
+    """The order of a pattern's scores, with the heads between two sparsities left undecided.
 
     Args:
-        scores: (layers, KV heads) of the pattern, gated layers alone.
+        scores: (layers, KV heads) of the pattern's gated layers.
         between: two fractions of the heads.
     """
     ranked = scores.flatten().argsort(stable=True).tolist()
     low, high = (round(fraction * len(ranked)) for fraction in between)
-    hints = torch.empty(len(ranked))
-    hints[ranked] = torch.linspace(0, 1, len(ranked))
+    estimates = torch.empty(len(ranked))
+    estimates[ranked] = torch.linspace(0, 1, len(ranked))
     layers, heads = scores.shape
-    return Order((layers, heads), ranked[:low], ranked[high:], hints)
+    return HeadOrder((layers, heads), ranked[:low], ranked[high:], estimates)
 
 
-def eliminate(order: Order, losses: Losses, heads_per_round: int, decided: Callable[[Order], None]) -> None:
-    """Greedy elimination: in each round the heads that cost least by streaming, beside those that do already, follow.
-
-    Args:
-        order: is filled from the front.
-        losses: of masks.
-        heads_per_round: how many follow in a round.
-        decided: called after each round.
-    """
-    while open_heads := order.open:
-        if len(open_heads) > 1:
-            found = losses(torch.stack([order.mask([*order.first, head]) for head in open_heads]))
-            order.hints[open_heads] = found
-        order.first += order.open[:heads_per_round]
-        decided(order)
-
-
-def select(order: Order, losses: Losses, heads_per_round: int, decided: Callable[[Order], None]) -> None:
-    """Forward selection: from all heads streaming on, those that gain most by seeing all are opened.
+def eliminate(order: HeadOrder, losses: Losses, heads_per_round: int, on_decision: Callable[[HeadOrder], None]) -> None:
+    """Greedy elimination: each round closes the heads whose streaming costs least, on top of those already closed.
 
     Args:
-        order: is filled from the back.
+        order: filled from the front, in place.
         losses: of masks.
-        heads_per_round: how many are opened in a round.
-        decided: called after each round.
+        heads_per_round: heads closed per round.
+        on_decision: called after each round.
     """
-    while open_heads := order.open:
-        if len(open_heads) > 1:
-            streaming = [*order.first, *open_heads]
-            masks = [order.mask([other for other in streaming if other != head]) for head in open_heads]
-            order.hints[open_heads] = -losses(torch.stack(masks))
-        order.last[:0] = order.open[-heads_per_round:]
-        decided(order)
+    while undecided := order.undecided:
+        if len(undecided) > 1:
+            costs = losses(torch.stack([order.mask([*order.stream_first, head]) for head in undecided]))
+            order.estimates[undecided] = costs
+        order.stream_first += order.undecided[:heads_per_round]
+        on_decision(order)
 
 
-def swap(order: Order, losses: Losses, streaming: int, most: int, width: int, decided: Callable[[Order], None]) -> None:
-    """Exchange heads across a budget for as long as that helps.
+def select(order: HeadOrder, losses: Losses, heads_per_round: int, on_decision: Callable[[HeadOrder], None]) -> None:
+    """Forward selection: starting with all heads streaming, each round opens those that gain most from full attention.
 
-    In each round the `width` streaming heads that would gain most by seeing all are tried with the `width` others that
-    would cost least by streaming; the best pair changes places.
+    Args:
+        order: filled from the back, in place.
+        losses: of masks.
+        heads_per_round: heads opened per round.
+        on_decision: called after each round.
+    """
+    while undecided := order.undecided:
+        if len(undecided) > 1:
+            streaming = [*order.stream_first, *undecided]
+            masks = [order.mask([other for other in streaming if other != head]) for head in undecided]
+            order.estimates[undecided] = -losses(torch.stack(masks))
+        order.stream_last[:0] = order.undecided[-heads_per_round:]
+        on_decision(order)
+
+
+def swap(
+    order: HeadOrder,
+    losses: Losses,
+    streaming: int,
+    max_swaps: int,
+    width: int,
+    on_decision: Callable[[HeadOrder], None],
+) -> None:
+    """Exchange heads across a budget for as long as that lowers the loss.
+
+    Each round tries the `width` streaming heads that would gain most from full attention against the `width` others
+    whose streaming would cost least; the best pair is exchanged.
 
     Args:
         order: of all heads; changed in place.
         losses: of masks.
-        streaming: how many heads stream.
-        most: exchanges at most, those that the order already counts among them.
+        streaming: number of streaming heads.
+        max_swaps: limit on exchanges, including those that the order already counts.
         width: see above.
-        decided: called after each exchange.
+        on_decision: called after each exchange.
     """
-    ranked = order.all
+    ranked = order.ranking
     closed, opened = ranked[:streaming], ranked[streaming:]
-    if not closed or not opened or order.swaps >= most:
+    if not closed or not opened or order.swaps >= max_swaps:
         return
-    best = float(losses(order.mask(closed)[None]))
-    while order.swaps < most:
-        without = losses(torch.stack([order.mask([other for other in closed if other != head]) for head in closed]))
-        added = losses(torch.stack([order.mask([*closed, head]) for head in opened]))
-        into = [closed[place] for place in without.argsort(stable=True)[:width].tolist()]
-        out = [opened[place] for place in added.argsort(stable=True)[:width].tolist()]
-        pairs = [(mine, theirs) for mine in into for theirs in out]
-        masks = [order.mask([theirs, *(head for head in closed if head != mine)]) for mine, theirs in pairs]
-        found = losses(torch.stack(masks))
-        if float(found.min()) >= best:
+    lowest = float(losses(order.mask(closed)[None]))
+    while order.swaps < max_swaps:
+        losses_opened = losses(
+            torch.stack([order.mask([other for other in closed if other != head]) for head in closed])
+        )
+        losses_closed = losses(torch.stack([order.mask([*closed, head]) for head in opened]))
+        to_open = [closed[index] for index in losses_opened.argsort(stable=True)[:width].tolist()]
+        to_close = [opened[index] for index in losses_closed.argsort(stable=True)[:width].tolist()]
+        pairs = [(opening, closing) for opening in to_open for closing in to_close]
+        masks = [order.mask([closing, *(head for head in closed if head != opening)]) for opening, closing in pairs]
+        pair_losses = losses(torch.stack(masks))
+        if float(pair_losses.min()) >= lowest:
             return
-        best = float(found.min())
-        mine, theirs = pairs[int(found.argmin())]
-        closed[closed.index(mine)], opened[opened.index(theirs)] = theirs, mine
-        order.first, order.last, order.swaps = closed, opened, order.swaps + 1
-        decided(order)
+        lowest = float(pair_losses.min())
+        opening, closing = pairs[int(pair_losses.argmin())]
+        closed[closed.index(opening)], opened[opened.index(closing)] = closing, opening
+        order.stream_first, order.stream_last, order.swaps = closed, opened, order.swaps + 1
+        on_decision(order)
 
 
 STRATEGIES = {"elimination": eliminate, "selection": select}

@@ -1,4 +1,4 @@
-"""What makes gates sparse: one small class each, all of how open the gates are."""
+"""Penalties on the openness of the gates, which make them sparse: one small class each."""
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,13 @@ class L1(nn.Module):
 
         Args:
             openness: (layers, KV heads) in [0, 1], see `duo_id.methods.gates`.
-            progress: fraction of the steps that are done.
+            progress: fraction of the training steps done.
         """
         return openness.abs().mean()
 
 
 class Binary(nn.Module):
-    """A push to 0 or 1: the mean of 4 * openness * (1 - openness), which is 1 where all gates are half open."""
+    """Pushes gates to 0 or 1: the mean of 4 * openness * (1 - openness), which is 1 if all gates are half open."""
 
     def forward(self, openness: Tensor, progress: float) -> Tensor:
         """As `L1`."""
@@ -28,7 +28,7 @@ class Binary(nn.Module):
 class TargetSparsity(nn.Module):
     """A Lagrangian that holds the sparsity at a target, which rises from 0 over the first steps.
 
-    The multipliers of the difference and of its square rise against the loss: the optimizer maximises them.
+    The optimizer maximises over the multipliers of the difference and of its square.
     Source: PruLong (Bhaskar et al. 2025, arXiv 2506.17121), after Wang et al. 2020 (arXiv 1910.04732).
     """
 
@@ -39,7 +39,7 @@ class TargetSparsity(nn.Module):
         self.multipliers = nn.Parameter(torch.zeros(2))
 
     def forward(self, openness: Tensor, progress: float) -> Tensor:
-        """As `L1`; with a gradient for the multipliers too."""
+        """As `L1`, with a gradient for the multipliers too."""
         target = self.target * min(1.0, progress / self.rise if self.rise else 1.0)
         missing = target - (1 - openness.mean())
         return self.multipliers[0] * missing + self.multipliers[1] * missing.square()

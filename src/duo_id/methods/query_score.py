@@ -1,4 +1,4 @@
-"""Query-focused score: how much a head attends from the question to what answers it."""
+"""Query-focused score: how much a head attends from the question to its answer in the context."""
 
 from collections.abc import Iterator
 
@@ -12,46 +12,46 @@ from duo_id.methods.sample_scores import mean_over_samples
 from duo_id.methods.settings import AttentionSettings
 from duo_id.models.gated_model import GatedModel
 
-BEFORE = 16  # tokens in front of an answer in the context that belong to what answers: they say what it is
+LEAD_TOKENS = 16  # tokens before the answer in the context that count as part of it: they say what it is
 
 
 def query_score(gated_model: GatedModel, sample: Sample, settings: AttentionSettings) -> Tensor:
-    """Attention mass from a question's tokens to the sentence that answers it, mean over the tokens and questions.
+    """Attention mass from a question's tokens to the sentence that answers it, mean over tokens and questions.
 
-    Source: QRHead, Zhang et al. 2025, arXiv 2506.09944, section 3; there the target is a whole document, here the
-    answer where it stands in the context, with the few tokens before it.
+    Source: QRHead, Zhang et al. 2025, arXiv 2506.09944, section 3; there the target is a whole document, here it is
+    the answer in the context with the few tokens before it.
 
     Args:
         gated_model: the model.
-        sample: a training sample whose answers stand in its context.
+        sample: a training sample whose answers occur in its context.
         settings: of the method.
 
     Returns:
         (gated layers, KV heads) in [0, 1].
     """
     ids = sample["input_ids"].to(gated_model.device)
-    queries, first, last = [], [], []
-    ended = 0
+    questions, first, last = [], [], []
+    previous_end = 0
     for answer, source in needles(sample):
-        begin = max(ended, int(answer[0]) - BEFORE, int(source[-1]) + 1)
-        asked = torch.arange(begin, int(answer[0]))
-        queries.append(asked)
-        first.append(torch.full_like(asked, max(int(source[0]) - BEFORE, 0)))
-        last.append(torch.full_like(asked, int(source[-1])))
-        ended = int(answer[-1]) + 1
-    places, low, high = (torch.cat(parts).to(gated_model.device) for parts in (queries, first, last))
+        start = max(previous_end, int(answer[0]) - LEAD_TOKENS, int(source[-1]) + 1)
+        question = torch.arange(start, int(answer[0]))
+        questions.append(question)
+        first.append(torch.full_like(question, max(int(source[0]) - LEAD_TOKENS, 0)))
+        last.append(torch.full_like(question, int(source[-1])))
+        previous_end = int(answer[-1]) + 1
+    queries, low, high = (torch.cat(parts).to(gated_model.device) for parts in (questions, first, last))
 
     def answering(rows: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        total, done = torch.zeros(()), 0
+        total, rows_done = torch.zeros(()), 0
         keys = torch.arange(len(ids), device=ids.device)
-        for part, weights in rows:
-            chosen = slice(done, done + len(part))
-            inside = (keys >= low[chosen, None]) & (keys <= high[chosen, None])
-            total = total.to(weights) + (weights * inside).sum((1, 2))
-            done += len(part)
-        return total / max(len(places), 1)
+        for positions, weights in rows:
+            block = slice(rows_done, rows_done + len(positions))
+            in_answer = (keys >= low[block, None]) & (keys <= high[block, None])
+            total = total.to(weights) + (weights * in_answer).sum((1, 2))
+            rows_done += len(positions)
+        return total / max(len(queries), 1)
 
-    return score_attention(gated_model, ids, places, answering, settings.reduction)
+    return score_attention(gated_model, ids, queries, answering, settings.reduction)
 
 
 find = mean_over_samples(query_score)

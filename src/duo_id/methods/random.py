@@ -1,4 +1,4 @@
-"""Random scores: what every method must beat."""
+"""Random scores: the baseline that every method must beat."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ from duo_id.patterns.pattern import HeadPattern
 
 
 def find(gated_model: GatedModel, samples: SampleModule, settings: MethodSettings, run: Run) -> HeadPattern:
-    """Scores that order the heads at random, a function of the seed."""
-    run.accepted()
+    """Order the heads at random, by the run's seed."""
+    run.on_accepted()
     return gated_model.pattern(random_scores(gated_model.shape, run.seed))
 
 
 def random_scores(shape: tuple[int, int], seed: int) -> Tensor:
     """Scores (layers, KV heads) in [0, 1], all different."""
-    drawn = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed))
-    return drawn.view(shape) / max(len(drawn) - 1, 1)
+    ranks = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed))
+    return ranks.view(shape) / max(len(ranks) - 1, 1)

@@ -17,21 +17,21 @@ REQUEST = "\n\nThe whole text again, word for word:\n\n"
 
 
 def reconstruction(gated_model: GatedModel, sample: Sample, settings: AttentionSettings) -> Tensor:
-    """The most attention that each token of a text gets while the text is given again, mean over the tokens.
+    """The highest attention that each token of a text gets while the text is repeated, mean over the tokens.
 
-    Only tokens that a window would have lost count. Source: the importance of KVzip, Kim et al. 2025, arXiv 2505.23416,
-    section 3, there of single entries, here of a head.
+    Only attention beyond the window counts. Source: the importance score of KVzip, Kim et al. 2025, arXiv 2505.23416,
+    section 3, there of single cache entries, here of a head.
 
     Args:
         gated_model: the model.
-        sample: a training sample; as much of it as fits twice is repeated.
+        sample: a training sample; cut so that it fits the model twice.
         settings: of the method.
 
     Returns:
         (gated layers, KV heads) in [0, 1].
 
     Raises:
-        UserError: too little fits for anything to lie outside the window.
+        UserError: the text is too short for anything to lie outside the window.
     """
     request = torch.tensor(tokenize(gated_model.model.tokenizer, REQUEST))
     limit, window = gated_model.model.max_length, gated_model.window
@@ -40,21 +40,21 @@ def reconstruction(gated_model: GatedModel, sample: Sample, settings: AttentionS
         text = text[: max(limit - len(request), 0) // 2]
     if len(text) + len(request) <= window.recent_size or len(text) <= window.sink_size:
         raise UserError(
-            f"method=reconstruction repeats {len(text)} tokens, of which the window of {window.recent_size} loses "
-            "none: raise data.length_min, or lower method.recent_size"
+            f"method=reconstruction repeats {len(text)} tokens, all within the window of {window.recent_size}: raise "
+            "data.length_min, or lower method.recent_size"
         )
     ids = torch.cat([text, request, text])
     queries = torch.arange(len(text) + len(request) - 1, len(ids) - 1)
 
-    def looked_at(rows: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        most = torch.zeros(())
-        for places, weights in rows:
+    def highest_weights(rows: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        highest = torch.zeros(())
+        for positions, weights in rows:
             keys = torch.arange(len(text), device=weights.device)
-            far = ~window.sees(places[:, None], keys)
-            most = torch.maximum(most.to(weights), (weights[:, :, : len(text)] * far).amax(1))
-        return most[:, window.sink_size :].mean(-1)
+            far = ~window.sees(positions[:, None], keys)
+            highest = torch.maximum(highest.to(weights), (weights[:, :, : len(text)] * far).amax(1))
+        return highest[:, window.sink_size :].mean(-1)
 
-    return score_attention(gated_model, ids, queries, looked_at, settings.reduction)
+    return score_attention(gated_model, ids, queries, highest_weights, settings.reduction)
 
 
 find = mean_over_samples(reconstruction)

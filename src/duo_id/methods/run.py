@@ -1,4 +1,4 @@
-"""What every method is: a function from a gated model and samples to a head pattern."""
+"""The interface of a method: a function from a gated model and samples to a head pattern."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,17 +15,17 @@ from duo_id.step.settings import StepSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a method may use of the run that it is part of, beside the model, the samples and its own settings.
+    """What a method may use of its run, besides the model, the samples and its own settings.
 
     Attributes:
-        seed: of whatever is drawn.
-        folder: where progress is kept.
-        resume: whether to continue from what is kept there.
-        step: how a step is computed.
+        seed: of all random draws.
+        folder: where progress is saved.
+        resume: whether to continue from the progress saved there.
+        step: settings of a training step.
         console: shows the progress.
-        accepted: to be called once the settings have proved to work, before the long part.
+        on_accepted: called by the method once the settings have proved to work, before the long part.
         partial: let an interrupted run return the pattern so far, with `interrupted` in its provenance.
-        order: finds or reads the pattern that `method.start` or `method.prior` names, if it names one.
+        named_pattern: computes or reads the pattern named by `method.start` or `method.prior`; None if neither is set.
     """
 
     seed: int = 0
@@ -33,20 +33,20 @@ class Run:
     resume: bool = False
     step: StepSettings = field(default_factory=StepSettings)
     console: Console = field(default_factory=lambda: Console(quiet=True))
-    accepted: Callable[[], None] = lambda: None
+    on_accepted: Callable[[], None] = lambda: None
     partial: bool = False
-    order: Callable[[], HeadPattern | None] = lambda: None
+    named_pattern: Callable[[], HeadPattern | None] = lambda: None
 
 
 class Find(Protocol):
-    """A method: `find` of the module that is named as `method=NAME`."""
+    """A method: the function `find` of a module named as in `method=NAME`."""
 
     def __call__(self, gated_model: GatedModel, samples: SampleModule, settings: Any, run: Any, /) -> HeadPattern:
-        """The pattern; its provenance says what the method alone knows.
+        """Find the pattern; its provenance holds what only the method knows.
 
         Args:
             gated_model: the model.
             samples: of the run's seed.
             settings: of the method.
-            run: what else it may use, a `Run`.
+            run: the rest, a `Run`.
         """

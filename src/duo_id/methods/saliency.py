@@ -1,4 +1,4 @@
-"""First-order saliency: what closing each gate a little costs, for all heads from one backward pass."""
+"""First-order saliency: the cost of closing each gate a little, for all heads from one backward pass."""
 
 from dataclasses import replace
 
@@ -13,28 +13,28 @@ from duo_id.methods.settings import SaliencySettings
 from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.step.distillation import Distillation
-from duo_id.step.prepare import prepared
+from duo_id.step.prepare import prepared_step
 
 DRAWS = 4  # of labels, from one forward
 
 
 def find(gated_model: GatedModel, samples: SampleModule, settings: SaliencySettings, run: Run) -> HeadPattern:
-    """The mean over samples, while layers keep what the memory holds of the longest one for the backward pass."""
-    run.accepted()
-    chosen = samples.samples("train", settings.samples)
+    """Average over samples, with activation checkpointing planned for the longest one."""
+    run.on_accepted()
+    training_samples = samples.samples("train", settings.samples)
     distillation = Distillation(gated_model, settings.resolved_objective, settings.tokens)
-    step = replace(run.step, compile=False)  # a few passes do not pay for compiling
-    with prepared(distillation, step) as apply_plan:
-        apply_plan(max(len(sample["input_ids"]) for sample in chosen))
-        return gated_model.pattern(mean_scores(saliency, gated_model, chosen, settings, run.console))
+    step = replace(run.step, compile=False)  # not worth it for a few passes
+    with prepared_step(distillation, step) as apply_plan:
+        apply_plan(max(len(sample["input_ids"]) for sample in training_samples))
+        return gated_model.pattern(mean_scores(saliency, gated_model, training_samples, settings, run.console))
 
 
 def saliency(gated_model: GatedModel, sample: Sample, settings: SaliencySettings) -> Tensor:
-    """How much the objective rises as each gate closes, by its slope where all gates stand at the same value.
+    """How much the objective rises as each gate closes, by its slope where all gates have the same value.
 
-    `kind=gradient`: minus the gradient, mean over `at` (along a path from 1 to 0 this would be the integrated gradient,
+    `kind=gradient`: minus the gradient, mean over `at` (along a path from 1 to 0 this is the integrated gradient,
     Sundararajan et al. 2017, arXiv 1703.01365). `kind=fisher`: the diagonal of the Fisher information, which is the
-    curvature of the KL divergence at its minimum, where its gradient is 0; from labels drawn from the model.
+    curvature of the KL divergence at its minimum, where its gradient is 0; labels are sampled from the model.
 
     Args:
         gated_model: the model.
@@ -42,34 +42,34 @@ def saliency(gated_model: GatedModel, sample: Sample, settings: SaliencySettings
         settings: of the method.
 
     Returns:
-        (gated layers, KV heads), of any scale.
+        (gated layers, KV heads), on an arbitrary scale.
     """
     batch = batch_of_one(sample, gated_model.device)
     distillation = Distillation(gated_model, settings.resolved_objective, settings.tokens)
     teacher = distillation.teacher(batch)
-    found = []
+    scores = []
     for value in settings.at:
         alpha = torch.full(gated_model.shape, value, device=gated_model.device, requires_grad=True)
         if settings.kind == "gradient":
             loss = distillation.loss(alpha, batch, teacher)
-            found.append(-torch.autograd.grad(loss, alpha)[0])
+            scores.append(-torch.autograd.grad(loss, alpha)[0])
         else:
             logits = distillation.student(alpha, batch, teacher, logits=True).logits
             assert logits is not None
-            found.append(_fisher(logits.float().log_softmax(-1), alpha))
-    return torch.stack(found).mean(0).float().cpu()
+            scores.append(_fisher(logits.float().log_softmax(-1), alpha))
+    return torch.stack(scores).mean(0).float().cpu()
 
 
 def _fisher(log_probabilities: Tensor, alpha: Tensor) -> Tensor:
-    """The Fisher information's diagonal, a token, of gates (layers, KV heads) that gave (tokens, vocabulary).
+    """Diagonal of the Fisher information per token: from (tokens, vocabulary) to the gates' (layers, KV heads).
 
-    Labels of different tokens are drawn apart, so products of their gradients vanish in expectation, and one gradient
-    of their sum does for all tokens.
+    Labels of different tokens are sampled independently, so the products of their gradients vanish in expectation and
+    one gradient of their sum serves all tokens.
     """
     generator = torch.Generator(alpha.device).manual_seed(0)
-    drawn = torch.multinomial(log_probabilities.detach().exp(), DRAWS, replacement=True, generator=generator)
+    sampled_labels = torch.multinomial(log_probabilities.detach().exp(), DRAWS, replacement=True, generator=generator)
     squares = torch.zeros_like(alpha)
-    for labels in drawn.T:
+    for labels in sampled_labels.T:
         likelihood = log_probabilities.gather(-1, labels[:, None]).sum()
         squares += torch.autograd.grad(likelihood, alpha, retain_graph=True)[0].square()
-    return squares / DRAWS / len(drawn)
+    return squares / DRAWS / len(sampled_labels)

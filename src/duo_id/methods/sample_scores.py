@@ -1,4 +1,4 @@
-"""Methods that score each head on some samples, one by one: the scores are the mean."""
+"""Methods whose scores are the mean of a score of each head over some samples."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,16 +19,16 @@ from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.pattern import HeadPattern
 
 Score = Callable[[GatedModel, Sample, Any], Tensor]  # (gated layers, KV heads), or two such parts
-SETTLING = 1e-4  # below what one answer token is of all, so that two digits less are those of the score
+TIE_RANGE = 1e-4  # far below one answer token's share of all, so that ties are broken without visibly changing a score
 
 
 def mean_over_samples(score: Score) -> Find:
     """The method whose scores are the mean of `score` over `method.samples` training samples."""
 
     def find(gated_model: GatedModel, samples: SampleModule, settings: ScoreSettings, run: Run) -> HeadPattern:
-        run.accepted()
-        chosen = samples.samples("train", settings.samples)
-        return gated_model.pattern(mean_scores(score, gated_model, chosen, settings, run.console))
+        run.on_accepted()
+        training_samples = samples.samples("train", settings.samples)
+        return gated_model.pattern(mean_scores(score, gated_model, training_samples, settings, run.console))
 
     return find
 
@@ -38,12 +38,11 @@ def mean_scores(
 ) -> Tensor:
     """The mean of a score over samples: (gated layers, KV heads) float32 CPU.
 
-    Of a score of two parts, (2, gated layers, KV heads), the second decides among heads whose means of the first are
-    equal.
-    Samples without what the score looks for, such as plain text in a mixture, do not count.
+    If a score has two parts, (2, gated layers, KV heads), the second breaks ties between equal means of the first.
+    Samples without answers in their context, such as plain text in a mixture, do not count.
 
     Raises:
-        UserError: there is none that has it.
+        UserError: no sample has them.
     """
     scores = []
     with progress_bar(console) as progress:
@@ -54,29 +53,29 @@ def mean_scores(
             progress.advance(bar)
     check(
         bool(scores),
-        f"method={settings.name} needs samples whose answers stand in their contexts, and none of the method.samples="
+        f"method={settings.name} needs samples whose answers occur in their contexts, and none of the method.samples="
         f"{settings.samples} is one: choose data=passkey",
     )
     stacked = torch.stack(scores)
-    return settled(*stacked.double().mean(0)) if stacked.dim() == 4 else stacked.mean(0)
+    return break_ties(*stacked.double().mean(0)) if stacked.dim() == 4 else stacked.mean(0)
 
 
-def settled(scores: Tensor, deciding: Tensor) -> Tensor:
-    """Scores with an order among equal ones: by `scores`, and where these are equal in float32, by `deciding`.
+def break_ties(scores: Tensor, tie_breaks: Tensor) -> Tensor:
+    """Break ties between scores that are equal in float32.
 
-    Each score rises by `deciding` times a little that is the same for its equals: `SETTLING`, or less where half the
-    way to the next score is less. So no two different scores change places, and a score of 0.25 is still read as that.
-    Where seeds are averaged, heads that are equal in all of them keep the order of their mean `deciding`.
+    Each score is raised by `tie_breaks` times a small range, the same for all scores it ties with: `TIE_RANGE`, or
+    half the gap to the next score if that is less. So different scores never change order, and 0.25 still reads as
+    0.25. If seeds are averaged, heads that tie in all of them are ordered by their mean `tie_breaks`.
 
     Args:
         scores: of any shape, float64.
-        deciding: of the same shape, in [0, 1].
+        tie_breaks: of the same shape, in [0, 1].
 
     Returns:
         float32.
     """
-    values, which = scores.float().unique(return_inverse=True)  # ascending
-    above = torch.cat([values[1:], torch.full((1,), torch.inf)])
-    room = ((above.double() - values) / 2).clamp(max=SETTLING)
-    risen = (values.double()[which] + room[which] * deciding).float()
-    return risen.minimum(torch.nextafter(above, values)[which])  # rounding might reach the next
+    values, group = scores.float().unique(return_inverse=True)  # ascending
+    next_values = torch.cat([values[1:], torch.full((1,), torch.inf)])
+    room = ((next_values.double() - values) / 2).clamp(max=TIE_RANGE)
+    raised = (values.double()[group] + room[group] * tie_breaks).float()
+    return raised.minimum(torch.nextafter(next_values, values)[group])  # rounding might reach the next score

@@ -1,1 +1,1 @@
-"""One training step: teacher, student and objective, what it keeps in memory, compiles and replays."""
+"""One training step: teacher, student and objective; its memory, compilation and CUDA graphs."""

@@ -1,4 +1,4 @@
-"""A budget of memory, from its words."""
+"""Parse a memory budget such as `60GiB`."""
 
 import re
 
@@ -8,15 +8,15 @@ UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
 
 
 def memory_bytes(memory: str) -> int | None:
-    """The bytes of a budget such as `60GiB`; None for `auto`, `outputs` and `least`, which have none.
+    """Bytes of a budget such as `60GiB`; None for `auto`, `outputs` and `least`.
 
     Raises:
-        UserError: it is none of these.
+        UserError: `memory` is neither.
     """
     if memory in ("auto", "outputs", "least"):
         return None
-    found = re.fullmatch(rf"([0-9.]+) ?({'|'.join(UNITS)})", memory)
+    match = re.fullmatch(rf"([0-9.]+) ?({'|'.join(UNITS)})", memory)
     try:
-        return int(float(found[1]) * UNITS[found[2]])  # type: ignore[index]
+        return int(float(match[1]) * UNITS[match[2]])  # type: ignore[index]
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"step.memory={memory}: choose auto, outputs, least, or a budget such as 60GiB") from None

@@ -1,7 +1,7 @@
-"""torch.compile of what stands around attention: each layer's norms, MLP, projections and rotation.
+"""torch.compile for everything around attention: each layer's norms, MLP, projections and rotation.
 
-Attention itself stays out: it is made of kernels already, and what a layer does is bound to its module, on which a
-graph would be compiled again for every layer. All layers share a handful of graphs, and so do all lengths.
+Attention itself is left out: it already consists of kernels, and its function is bound to each layer's module, so a
+graph of it would be recompiled for every layer. All layers and all lengths share a handful of graphs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,13 +24,13 @@ def compiled_parts(
     dynamic: bool = True,
     backend: Any = "inductor",
 ) -> Iterator[None]:
-    """Compile norms and MLP of each layer for a block.
+    """Compile the norms and MLP of each layer within the block.
 
     Args:
         model: the model.
         layers: its attention layers.
-        attention: also what the attention modules do before and after attention; the model must be attached.
-        dynamic: one graph for all lengths, instead of one for each.
+        attention: also compile the attention modules' projections and rotation; the model must be attached.
+        dynamic: one graph for all lengths instead of one per length.
         backend: of torch.compile.
     """
     parts = [
@@ -39,16 +39,16 @@ def compiled_parts(
     if attention:
         parts += [layer.module for layer in layers]
         AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(attention_forward))
-    own = {part: part.__dict__.get("forward") for part in parts}  # such as a hook of accelerate
+    own_forwards = {part: part.__dict__.get("forward") for part in parts}  # e.g. accelerate's hooks
     torch._dynamo.reset()
     try:
-        # A length that equals the hidden size would else be taken for the same number, and fixed.
-        with shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # made when torch is imported
+        # Duck shaping would identify a length with the hidden size where they are equal, and specialise on it.
+        with shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # created when torch is imported
             for part in parts:
                 part.forward = torch.compile(part.forward, dynamic=dynamic, backend=backend)
             yield
     finally:
-        for part, forward in own.items():
+        for part, forward in own_forwards.items():
             part.__dict__.pop("forward", None)
             if forward is not None:
                 part.forward = forward

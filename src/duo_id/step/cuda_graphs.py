@@ -1,7 +1,7 @@
-"""The loss of a step and its gradient as one CUDA graph: small models spend their time launching kernels.
+"""A step's loss and gradient as one CUDA graph: small models spend their time launching kernels.
 
-`torch.cuda.make_graphed_callables` takes tensors alone, of one set of shapes, and makes two graphs of forward and
-backward pass; torch.compile's `reduce-overhead` would compile the model too, which is for `step.compile` to say.
+`torch.cuda.make_graphed_callables` takes only tensors, of one set of shapes, and makes two graphs, one of each pass;
+torch.compile's `reduce-overhead` would compile the model too, which is for `step.compile` to say.
 """
 
 from collections.abc import Callable
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 LossFunction = Callable[[Tensor, dict[str, Any]], Tensor]
-WARM_UPS = 2  # runs before a capture, in which libraries choose and load their kernels
+WARM_UPS = 2  # runs before a capture, for libraries to choose and load their kernels
 
 
 class GraphedLoss:
-    """Replays `loss(alpha, batch)` with its gradient for alpha; each new shape of batch is captured once.
+    """Replays `loss(alpha, batch)` and its gradient with respect to alpha; each batch shape is captured once.
 
-    On the CPU it calls the function as it is. What a graph needs: the function waits for nothing on the device and its
-    kernels depend on the batch's shapes alone.
+    On the CPU it simply calls the function. To be captured, the function must never wait for the device, and its
+    kernels may depend only on the batch's shapes.
     """
 
     def __init__(self, loss: LossFunction) -> None:
@@ -37,12 +37,12 @@ class GraphedLoss:
         return _Replay.apply(alpha, self._captured[shapes], batch)
 
     def release(self) -> None:
-        """Give the memory of all graphs back; what is called afterwards is captured anew."""
+        """Free the memory of all graphs; later calls capture new ones."""
         self._captured.clear()
 
 
 class _Capture:
-    """One graph with the tensors it reads and writes. Graphs replay in turn, so all share one memory pool."""
+    """One graph with the tensors that it reads and writes. Graphs never run at once, so they share a memory pool."""
 
     def __init__(self, loss: LossFunction, alpha: Tensor, batch: dict[str, Any], pool: Any) -> None:
         self.alpha = alpha.detach().clone().requires_grad_()

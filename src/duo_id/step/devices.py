@@ -1,4 +1,4 @@
-"""A step that several devices share: what it needs of each, by calculation, before weights are loaded."""
+"""The memory of a step that several devices share, calculated before any weights are loaded."""
 
 from dataclasses import replace
 
@@ -22,88 +22,89 @@ def shared_step(
     samples: int,
     teacher_outputs: bool,
 ) -> tuple[StepSettings, Plan]:
-    """A step as several devices can share it, see `fitted`.
+    """Fit a step that several devices share into the memory of each, see `fit_memory`.
 
     Args:
-        model: of its weights; the meta device will do.
-        step: what is asked for.
+        model: may be on the meta device.
+        step: the requested settings.
         ranks: the devices.
-        device: this process's.
-        tokens: of a sample, at most.
-        samples: of a step, of all devices together.
+        device: of this process.
+        tokens: of the longest sample.
+        samples: per step, over all devices.
         teacher_outputs: whether the teacher's attention outputs are kept.
 
     Returns:
-        the step's settings, step.memory perhaps another, and its plan on each device.
+        the settings, with step.memory lowered if need be, and the plan of each device.
 
     Raises:
-        UserError: a device has not that much memory, or the step is for one device alone.
+        UserError: a device has too little memory, or the settings only work on a single device.
     """
-    check(not step.cuda_graphs, "step.cuda_graphs=true works on 1 device alone")
-    check(step.shape == "fast", f"step.shape={step.shape} works on 1 device alone")
+    check(not step.cuda_graphs, "step.cuda_graphs=true only works on a single device")
+    check(step.shape == "fast", f"step.shape={step.shape} only works on a single device")
     costs = calculated_costs(model, ranks, device, teacher_outputs)
     budget = available(step.memory, device)
     if budget is not None:  # that of the fullest device
         budget = -int(ranks.reduce_max(-budget, device=device)[0])
-    return fitted(step, costs, ranks.tokens(tokens, samples), budget)
+    return fit_memory(step, costs, ranks.tokens(tokens, samples), budget)
 
 
-def fitted(step: StepSettings, costs: Costs, tokens: int, budget: int | None) -> tuple[StepSettings, Plan]:
-    """A step with step.memory=outputs if layers cannot keep everything, and least if they cannot keep that.
+def fit_memory(step: StepSettings, costs: Costs, tokens: int, budget: int | None) -> tuple[StepSettings, Plan]:
+    """Lower step.memory to `outputs` where layers cannot keep everything, and to `least` where that is too much.
 
     All layers keep the same, since all devices must do the same.
 
     Args:
-        step: what is asked for.
-        costs: of each device.
-        tokens: that a device computes.
-        budget: bytes of a device; None: no limit.
+        step: the requested settings.
+        costs: per device.
+        tokens: that each device computes.
+        budget: bytes per device; None: no limit.
 
     Raises:
-        UserError: that is not enough.
+        UserError: even `least` does not fit.
     """
     levels = {step.memory: FIXED[step.memory]} if step.memory in FIXED else {step.memory: Keep.ALL} | FIXED
     plans = {memory: costs.plan_for([level] * len(costs.kept), tokens, budget) for memory, level in levels.items()}
-    *_, least = plans.values()
-    least.check()
+    *_, minimal = plans.values()
+    minimal.check()
     fitting = [memory for memory, plan in plans.items() if plan.fits]
-    most = max(reversed(fitting), key=lambda memory: plans[memory].activations)  # of equals the one with the least
-    return replace(step, memory=most), plans[most]
+    highest = max(reversed(fitting), key=lambda memory: plans[memory].activations)  # among equals, the lowest level
+    return replace(step, memory=highest), plans[highest]
 
 
 def calculated_costs(
     model: PreTrainedModel, ranks: Ranks, device: torch.device, teacher_outputs: bool = False
 ) -> Costs:
-    """What a step needs of each device, as far as the model's widths tell.
+    """A step's memory on each device, estimated from the model's widths.
 
-    The weights are counted exactly: this device's share, and what is gathered at once, two layers and what lies outside
-    them. Of a layer the widest tensors are: its queries, keys and values, the outputs of full and streaming attention,
-    and what its feed-forward network is as wide as; in the backward pass each has a gradient.
+    Weights are counted exactly: the device's own share plus what is gathered at any one time, which is two layers and
+    everything outside the layers. Of a layer's activations the widest are counted: queries, keys and values, the
+    outputs of full and streaming attention, and those of the feed-forward network; each has a gradient in the backward
+    pass.
 
     Args:
-        model: of these weights; the meta device will do.
+        model: may be on the meta device.
         ranks: the devices.
-        device: of what kind they are.
+        device: of their kind.
         teacher_outputs: whether the teacher's attention outputs are kept.
     """
     config = model.config.get_text_config()
     size = next(model.parameters()).element_size()
     layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=weight_bytes)
-    whole, layer = weight_bytes(model), max(weight_bytes(block) for block in layers)
-    weights = whole
+    model_bytes, layer_bytes = weight_bytes(model), max(weight_bytes(block) for block in layers)
+    weights = model_bytes
     if ranks.sharded:
-        weights = -(-whole // ranks.world) + 2 * layer + whole - weight_bytes(layers)
+        weights = -(-model_bytes // ranks.world) + 2 * layer_bytes + model_bytes - weight_bytes(layers)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention = (heads + 2 * (getattr(config, "num_key_value_heads", None) or heads)) * width
-    inner = 4 * config.hidden_size + 2 * attention + 3 * heads * width + 3 * config.intermediate_size
-    output = 0 if teacher_outputs else (size * width + 4) * heads  # with its log-sums
+    layer_width = 4 * config.hidden_size + 2 * attention + 3 * heads * width + 3 * config.intermediate_size
+    output_width = 0 if teacher_outputs else (size * width + 4) * heads  # and its log-sum-exp
     return Costs(
         weights,
         [
             {
-                Keep.ALL: size * inner,
-                Keep.OUTPUT: size * config.hidden_size + output,
+                Keep.ALL: size * layer_width,
+                Keep.OUTPUT: size * config.hidden_size + output_width,
                 Keep.INPUT: size * config.hidden_size,
             }
         ]

@@ -1,4 +1,4 @@
-"""A frozen model beside its full attention: what training, saliency and search all measure."""
+"""A gated or masked model against its own full attention: what training, saliency and search all measure."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,17 +17,17 @@ from duo_id.common.errors import UserError
 from duo_id.models.gated_model import GatedModel
 from duo_id.step.objectives import OBJECTIVES, Objective, Outputs
 
-Batch = Mapping[str, Any]  # with what `duo_id.data.samples.with_scored` adds
+Batch = Mapping[str, Any]  # as `duo_id.data.samples.with_scored` returns it
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """What full attention leaves of a batch.
+    """Full attention's pass over a batch.
 
     Attributes:
-        outputs: at the scored tokens; None where nothing looks at them.
-        weights: (scored tokens,) float32, what each counts; their sum is 1, in the mean over processes.
-        attention: the output of each gated layer's attention, for blends that need it.
+        outputs: at the scored tokens; None where nothing needs them.
+        weights: (scored tokens,) float32, the weight of each in the loss; they sum to 1 on average over processes.
+        attention: the attention output of each gated layer, for blends that need it.
     """
 
     outputs: Outputs | None
@@ -36,7 +36,7 @@ class Teacher:
 
 
 class Distillation:
-    """How far a gated or masked model is from its full attention, by an objective at the scored tokens."""
+    """The distance of a gated or masked model from full attention, by an objective at the scored tokens."""
 
     def __init__(
         self,
@@ -45,37 +45,37 @@ class Distillation:
         tokens: str = "labelled",
         blend: Blend = BLENDS["student"],
     ) -> None:
-        """Take the parts.
+        """Combine model, objective and blend.
 
         Args:
             gated_model: the frozen model.
-            objective: what is compared, token by token.
-            tokens: what a scored token counts: `labelled`: each the same; `far`: as much as its loss falls by seeing
-                more than the windows, for then plain text without a template tells which heads must look far.
-            blend: which full attention enters gated heads.
+            objective: compared token by token.
+            tokens: the weights of scored tokens: `labelled`: all equal; `far`: by how much a token's loss falls when
+                more than the windows is seen, so that plain text without a template shows which heads must look far.
+            blend: which full attention gated heads are blended with.
         """
         if blend.needs_teacher and any(layer.sharers for layer in gated_model.layers):
             raise UserError(
-                "method.blend=teacher: layers of this model share keys, so that a gate has several outputs of the "
-                "teacher; use method.blend=student"
+                "method.blend=teacher: layers of this model share keys, so one gate would blend several teacher "
+                "outputs; use method.blend=student"
             )
         self.gated_model, self.objective, self.far, self.blend = gated_model, objective, tokens == "far", blend
         self.last = last_layer(gated_model.model.model, gated_model.layers)
 
     def loss(self, alpha: Tensor, batch: Batch, teacher: Teacher | None = None) -> Tensor:
-        """The objective under gates, weighted over the scored tokens: a scalar.
+        """The objective under gates, a weighted sum over the scored tokens: a scalar.
 
         Args:
             alpha: (gated layers, KV heads) float32.
             batch: samples, with `scored` and `weights`.
-            teacher: of this batch; None: it is computed.
+            teacher: of this batch; None: compute it.
         """
         teacher = teacher or self.teacher(batch)
         student = self.student(alpha, batch, teacher)
         return (self.objective(student, teacher.outputs or student) * teacher.weights).sum()
 
     def student(self, alpha: Tensor, batch: Batch, teacher: Teacher, logits: bool | None = None) -> Outputs:
-        """What the gated model leaves of a batch: arguments as of `loss` and `outputs`."""
+        """The gated model's outputs for a batch; for the arguments see `loss` and `outputs`."""
         gated = {
             layer.index: gated_heads(
                 row[layer.own],
@@ -91,7 +91,7 @@ class Distillation:
 
     @torch.no_grad()
     def teacher(self, batch: Batch) -> Teacher:
-        """Full attention's pass over a batch, if anything looks at it."""
+        """Full attention's pass over a batch, run only if anything needs it."""
         attention: dict[int, Tensor] = {}
         record: dict[int, AttendFunction] = {}
         if self.blend.needs_teacher:
@@ -110,30 +110,30 @@ class Distillation:
         return Teacher(outputs, weights, attention)
 
     def outputs(self, batch: Batch, logits: bool | None = None, candidates: bool = False) -> Outputs:
-        """What the model, doing what is bound to its attention at present, leaves at the scored tokens.
+        """Outputs at the scored tokens, under whatever functions are bound to the attention layers.
 
         Args:
             batch: samples, with `scored`.
-            logits: whether to compute them; None: if the objective looks at them.
-            candidates: the one sample of the batch has become several on its way through the layers, and so all that
-                is returned has a leading dimension of them.
+            logits: whether to compute them; None: if the objective needs them.
+            candidates: the layers split the batch's one sample into several candidates, so everything returned has a
+                leading dimension of candidates.
         """
         scored, tokens = batch["scored"], batch["input_ids"].shape[1]
         logits = self.objective.logits if logits is None else logits
-        with nullcontext() if candidates else self._last_at_scored(batch, logits), self._caught() as (hidden, layers):
-            found = None
+        with nullcontext() if candidates else self._last_at_scored(batch, logits), self._captured() as (hidden, layers):
+            values = None
             if not logits:
                 self.gated_model.model.hidden_states(dict(batch))
             elif candidates:
-                found = self.gated_model.model.logits(dict(batch), (scored - 1) % tokens)
+                values = self.gated_model.model.logits(dict(batch), (scored - 1) % tokens)
             else:
-                found = self.gated_model.model.predictions(dict(batch), scored)
+                values = self.gated_model.model.predictions(dict(batch), scored)
 
         def pick(states: Tensor) -> Tensor:
             return states[:, scored] if candidates else states.flatten(0, 1)[scored]
 
         targets = batch["input_ids"].flatten()[scored]
-        return Outputs(pick(hidden[0]), tuple(pick(states) for states in layers), found, targets)
+        return Outputs(pick(hidden[0]), tuple(pick(states) for states in layers), values, targets)
 
     @torch.no_grad()
     def _far_weights(self, batch: Batch, full: Outputs) -> Tensor:
@@ -149,12 +149,12 @@ class Distillation:
 
     @contextmanager
     def _last_at_scored(self, batch: Batch, logits: bool) -> Iterator[None]:
-        """Let the last layer compute the scored tokens, and those that predict them, alone, where these are few."""
+        """Restrict the last layer to the scored tokens, and those that predict them, where these are few."""
         (samples, tokens), rows = batch["input_ids"].shape, batch["scored"]
-        if logits or self.objective.logits or self.far:  # teacher and student alike, for blends with the teacher's
+        if logits or self.objective.logits or self.far:  # for teacher and student alike: blends may mix both
             rows = torch.cat([rows, (rows - 1) % tokens])
-        whole = samples == 1 and batch.get("attention_mask") is None and self.gated_model.model.ranks.group is None
-        if self.last is None or not whole or not worth_splitting(rows, tokens):
+        unsplit = samples == 1 and batch.get("attention_mask") is None and self.gated_model.model.ranks.group is None
+        if self.last is None or not unsplit or not worth_splitting(rows, tokens):
             yield
             return
         function = bound_functions([self.last])[self.last.index]
@@ -162,12 +162,12 @@ class Distillation:
             yield
 
     @contextmanager
-    def _caught(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """The last hidden states, and those behind each gated layer, of the forward in the block."""
+    def _captured(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Capture the last hidden states, and those after each gated layer, of the forward within the block."""
         hidden: list[Tensor] = []
         layers: list[Tensor] = []
         trunk = self.gated_model.model.trunk
-        hooks = [trunk.register_forward_hook(lambda module, given, out: hidden.append(out.last_hidden_state))]
+        hooks = [trunk.register_forward_hook(lambda module, args, output: hidden.append(output.last_hidden_state))]
         if self.objective.layers:
             hooks += [
                 block.register_forward_hook(_append(layers))
@@ -180,14 +180,14 @@ class Distillation:
                 hook.remove()
 
 
-def _append(found: list[Tensor]) -> Any:
-    def hook(module: nn.Module, given: Any, out: Any) -> None:
-        states = out if isinstance(out, Tensor) else out[0]
+def _append(collected: list[Tensor]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        states = output if isinstance(output, Tensor) else output[0]
         if states.dim() != 3:
             raise UserError(
                 f"method.objective: layers of this model return hidden states of shape {tuple(states.shape)}, not one "
-                "a token, so choose an objective that does not compare them"
+                "per token; choose an objective that does not compare layers"
             )
-        found.append(states)
+        collected.append(states)
 
     return hook

@@ -1,7 +1,7 @@
-"""What the student must match, token by token: one small function each, a user's own too, and weighted sums of them.
+"""Distillation objectives: small functions, built in or a user's own, and weighted sums of them.
 
-All take what two forwards leave at the scored tokens, the student's and the teacher's, and return one float32 value a
-token, (..., scored tokens): leading dimensions of the student (candidates) are kept.
+Each compares the student's outputs at the scored tokens with the teacher's and returns one float32 value per token,
+(..., scored tokens); leading dimensions of the student (candidates) are kept.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from duo_id.common.errors import UserError
 
-HEAVIEST = 1e9  # weight of one objective or penalty in a sum
+MAX_WEIGHT = 1e9  # of one objective or penalty in a sum
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a forward leaves at n scored tokens.
+    """A forward's outputs at n scored tokens.
 
     Attributes:
         hidden: (..., n, hidden size), last hidden states after the final norm, at the scored tokens.
-        layers: (..., n, hidden size) of each gated layer's transformer block, if an objective needs them.
+        layers: (..., n, hidden size) after each gated layer's transformer block, if an objective needs them.
         logits: (..., n, vocabulary) that predict the scored tokens, if an objective needs them.
         targets: (n,), the scored tokens themselves.
     """
@@ -40,13 +40,13 @@ ObjectiveFunction = Callable[[Outputs, Outputs], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """A function of the two forwards, and what it needs of them.
+    """A function of student and teacher, and which outputs it needs.
 
     Attributes:
-        function: student and teacher to (..., n) float32.
-        layers: whether it looks at each layer.
-        logits: whether it looks at the logits.
-        teacher: whether it looks at the teacher at all.
+        function: maps student and teacher to (..., n) float32.
+        layers: whether it needs the states after each layer.
+        logits: whether it needs logits.
+        teacher: whether it needs a teacher at all.
     """
 
     function: ObjectiveFunction
@@ -62,40 +62,40 @@ class Objective:
 def hidden_l2(student: Outputs, teacher: Outputs) -> Tensor:
     """Squared difference of the last hidden states, mean over the hidden size.
 
-    Source: DuoAttention, section 2.2, equation 2; its mean over the scored tokens is the caller's.
+    Source: DuoAttention, section 2.2, equation 2; averaging over the scored tokens is left to the caller.
     """
     return _difference(student.hidden, teacher.hidden)
 
 
 def relative_l2(student: Outputs, teacher: Outputs) -> Tensor:
-    """As `hidden_l2`, in units of the teacher's mean square: tokens with large hidden states count no more."""
+    """`hidden_l2` in units of the teacher's mean square: tokens with large hidden states do not dominate."""
     return _relative(student.hidden, teacher.hidden)
 
 
 def layer_l2(student: Outputs, teacher: Outputs) -> Tensor:
-    """Relative squared difference behind every gated layer, mean over the layers."""
+    """Relative squared difference after every gated layer, mean over the layers."""
     pairs = zip(student.layers, teacher.layers, strict=True)
-    return torch.stack([_relative(own, theirs) for own, theirs in pairs]).mean(0)
+    return torch.stack([_relative(student_states, teacher_states) for student_states, teacher_states in pairs]).mean(0)
 
 
 def kl(student: Outputs, teacher: Outputs) -> Tensor:
     """KL divergence of the student's next-token distribution from the teacher's, in nats (Hinton et al. 2015)."""
     assert student.logits is not None
     assert teacher.logits is not None
-    own, theirs = (F.log_softmax(outputs.logits.float(), -1) for outputs in (student, teacher))  # type: ignore[union-attr]
-    return (theirs.exp() * (theirs - own)).sum(-1)
+    student_log, teacher_log = (F.log_softmax(outputs.logits.float(), -1) for outputs in (student, teacher))  # type: ignore[union-attr]
+    return (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
 
 
 def next_token(student: Outputs, teacher: Outputs) -> Tensor:
-    """Negative log-likelihood of the scored tokens, in nats: no teacher, as PruLong trains (arXiv 2506.17121)."""
+    """Negative log-likelihood of the scored tokens, in nats: no teacher, as in PruLong (arXiv 2506.17121)."""
     assert student.logits is not None
     assert student.targets is not None
-    own = student.logits.float().log_softmax(-1)
-    return -own.gather(-1, student.targets.expand(own.shape[:-1])[..., None])[..., 0]
+    log_probabilities = student.logits.float().log_softmax(-1)
+    return -log_probabilities.gather(-1, student.targets.expand(log_probabilities.shape[:-1])[..., None])[..., 0]
 
 
 def kl_next_token(student: Outputs, teacher: Outputs) -> Tensor:
-    """`kl` and three tenths of `next_token`: near to full attention, and of equally near masks the right one."""
+    """`kl` plus 0.3 `next_token`: close to full attention and, among equally close masks, right about the text."""
     return kl(student, teacher) + 0.3 * next_token(student, teacher)
 
 
@@ -110,7 +110,7 @@ OBJECTIVES = {
 
 
 def make_objective(chosen: str | Mapping[str, float]) -> Objective:
-    """One of `OBJECTIVES` or an `Objective` of any importable module by name, or a sum of several, from their weights.
+    """An objective by name, one of `OBJECTIVES` or MODULE.NAME, or the sum of several by their weights.
 
     Raises:
         UserError: there is no such objective, or a weight is not positive.
@@ -138,13 +138,13 @@ def make_objective(chosen: str | Mapping[str, float]) -> Objective:
 
 
 def check_weight(weight: Any, override: str) -> None:
-    """Raise a `UserError` unless a value is a positive weight that float32 holds with room for its products."""
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= HEAVIEST:
-        raise UserError(f"{override}={weight!s:.80} must be a positive weight, at most {HEAVIEST:g}")
+    """Raise a `UserError` unless a value is a positive weight whose products fit float32."""
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= MAX_WEIGHT:
+        raise UserError(f"{override}={weight!s:.80} must be a positive weight, at most {MAX_WEIGHT:g}")
 
 
 def _named(name: str) -> Objective:
-    """The objective that a name, or a dotted name such as `my_module.my_objective`, stands for."""
+    """The objective of a name, or of a dotted name such as `my_module.my_objective`."""
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     if "." not in str(name):
@@ -153,20 +153,20 @@ def _named(name: str) -> Objective:
             "Objective of your own as MODULE.NAME"
         )
     try:
-        found = resolve_name(str(name))
+        objective = resolve_name(str(name))
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"method.objective={name} cannot be imported from here: {error}") from error
-    if not isinstance(found, Objective):
+    if not isinstance(objective, Objective):
         raise UserError(
-            f"method.objective={name} is a {type(found).__name__}, not a duo_id.step.objectives.Objective: wrap your "
-            "function, as in Objective(function)"
+            f"method.objective={name} is a {type(objective).__name__}, not a duo_id.step.objectives.Objective: wrap "
+            "your function, as in Objective(function)"
         )
-    return found
+    return objective
 
 
-def _difference(own: Tensor, theirs: Tensor) -> Tensor:
-    return (own.float() - theirs.float()).square().mean(-1)
+def _difference(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student.float() - teacher.float()).square().mean(-1)
 
 
-def _relative(own: Tensor, theirs: Tensor) -> Tensor:
-    return _difference(own, theirs) / theirs.float().square().mean(-1).clamp(min=1e-12)
+def _relative(student: Tensor, teacher: Tensor) -> Tensor:
+    return _difference(student, teacher) / teacher.float().square().mean(-1).clamp(min=1e-12)

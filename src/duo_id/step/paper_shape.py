@@ -17,13 +17,14 @@ from duo_id.step.objectives import Outputs
 class PaperShape(Distillation):
     """The step as DuoAttention's code computes it: teacher and student are two halves of one batch.
 
-    The teacher's half is part of the graph, though nothing flows into it. Loss and gradients are the same.
+    The teacher's half is part of the autograd graph although it gets no gradient. Loss and gradients are those of
+    `Distillation`.
     """
 
     def loss(self, alpha: Tensor, batch: Batch, teacher: Teacher | None = None) -> Tensor:
-        """See `Distillation`; a `teacher` that is known already is computed nevertheless."""
+        """See `Distillation`; a given `teacher` is computed again all the same."""
         ids, mask, scored = batch["input_ids"], batch.get("attention_mask"), batch["scored"]
-        both = dict(batch) | {
+        doubled = dict(batch) | {
             "input_ids": torch.cat([ids, ids]),
             "attention_mask": None if mask is None else torch.cat([mask, mask]),
             "scored": torch.cat([scored, scored + ids.numel()]),
@@ -32,13 +33,13 @@ class PaperShape(Distillation):
             layer.index: self._halves(row, len(ids)) for layer, row in zip(self.gated_model.layers, alpha, strict=True)
         }
         with bound(self.gated_model.layers, gated):
-            outputs = self.outputs(both)
+            outputs = self.outputs(doubled)
         full, student = _split(outputs)
         weights = self._far_weights(batch, self.teacher(batch).outputs or full) if self.far else batch["weights"]
         return (self.objective(student, full) * weights).sum()
 
     def _halves(self, alpha: Tensor, samples: int) -> AttendFunction:
-        """A layer in which the first `samples` of the batch attend in full, and the others by the gates."""
+        """Full attention for the first `samples` of the batch, gated attention for the rest."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
             full = full_attention(
@@ -51,13 +52,13 @@ class PaperShape(Distillation):
 
 
 def _split(outputs: Outputs) -> tuple[Outputs, Outputs]:
-    """The teacher's half, without a gradient, and the student's."""
+    """The teacher's half, detached, and the student's."""
 
     def half(value: Any, number: int) -> Any:
         if isinstance(value, tuple):
             return tuple(half(item, number) for item in value)
-        chosen = None if value is None else value.chunk(2)[number]
-        return chosen if chosen is None or number else chosen.detach()
+        states = None if value is None else value.chunk(2)[number]
+        return states if states is None or number else states.detach()
 
     first, second = (
         Outputs(**{item.name: half(getattr(outputs, item.name), number) for item in fields(Outputs)})

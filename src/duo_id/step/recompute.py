@@ -1,6 +1,6 @@
-"""Activation checkpointing of a frozen model that stays in eval mode, layer by layer.
+"""Activation checkpointing, layer by layer, of a frozen model in eval mode.
 
-transformers' own checkpointing acts only in train mode, which would switch on dropout and router noise.
+transformers' own checkpointing works in train mode only, which would switch on dropout and router noise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +18,15 @@ from duo_id.attention.memo import Memo
 
 
 class Keep(IntEnum):
-    """What a transformer layer keeps for the backward pass; the rest is computed again."""
+    """What a transformer layer keeps for the backward pass; the rest is recomputed."""
 
     ALL = 0
     ATTENTION = 1  # norms and MLP keep only their inputs
-    OUTPUT = 2  # the layer keeps its input and what full attention gave: much work for few bytes
+    OUTPUT = 2  # the layer keeps its input and full attention's output: much work saved for few bytes
     INPUT = 3  # the layer keeps only its input
 
 
-# What step.memory may say, of all layers, instead of how much there is.
+# Values of step.memory that set one level for all layers, without a budget.
 FIXED = {"outputs": Keep.OUTPUT, "least": Keep.INPUT}
 
 
@@ -36,72 +36,75 @@ class Recomputation:
     Attributes:
         blocks: the transformer layers, in order.
         levels: what each keeps.
-        noted: called with a layer's place and its memo once it has computed what that keeps.
+        noted: called with a layer's index and its memo after the layer's forward.
+        attention: the gated attention layers within each transformer layer.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer], keep: Keep) -> None:
         stack = layer_list(layers[0].name)
-        numbered = dict(model.get_submodule(stack).named_children())
-        self.blocks = list(numbered.values())
+        children = dict(model.get_submodule(stack).named_children())
+        self.blocks = list(children.values())
         self.levels = [keep] * len(self.blocks)
-        self.noted: Callable[[int, Memo], None] = lambda place, memo: None
+        self.noted: Callable[[int, Memo], None] = lambda index, memo: None
         self.attention = [
-            [layer for layer in layers if layer.name.startswith(f"{stack}.{number}.")] for number in numbered
+            [layer for layer in layers if layer.name.startswith(f"{stack}.{number}.")] for number in children
         ]
 
     def regions(self) -> Iterator[tuple[nn.Module, int, tuple[Keep, ...]]]:
-        """Each module that can be computed again, its layer's place, and the levels at which it is."""
-        for place, (block, inside) in enumerate(zip(self.blocks, self.attention, strict=True)):
-            yield block, place, (Keep.OUTPUT, Keep.INPUT)
-            for part in norms_and_mlp(block, inside[0]) if inside else []:
-                yield part, place, (Keep.ATTENTION,)
+        """Each module that can be recomputed, its layer's index, and the levels at which it is."""
+        for index, (block, attention) in enumerate(zip(self.blocks, self.attention, strict=True)):
+            yield block, index, (Keep.OUTPUT, Keep.INPUT)
+            for part in norms_and_mlp(block, attention[0]) if attention else []:
+                yield part, index, (Keep.ATTENTION,)
 
 
 @contextmanager
-def recomputed(model: nn.Module, layers: Sequence[AttentionLayer], keep: Keep = Keep.INPUT) -> Iterator[Recomputation]:
-    """Let transformer layers keep less than all for a block.
+def activation_checkpointing(
+    model: nn.Module, layers: Sequence[AttentionLayer], keep: Keep = Keep.INPUT
+) -> Iterator[Recomputation]:
+    """Let transformer layers keep less than everything within the block.
 
     Args:
         model: the language model.
-        layers: its attention layers that get gates, which say where the list of transformer layers is.
-        keep: what all layers keep, until the levels that are yielded are changed.
+        layers: its gated attention layers, whose names lead to the list of transformer layers.
+        keep: the level of all layers, until the yielded levels are changed.
     """
-    chosen = Recomputation(model, layers, keep)
-    regions = list(chosen.regions())
-    own = {module: module.__dict__.get("forward") for module, _, _ in regions}  # such as a hook of accelerate
+    recomputation = Recomputation(model, layers, keep)
+    regions = list(recomputation.regions())
+    own_forwards = {module: module.__dict__.get("forward") for module, _, _ in regions}  # e.g. accelerate's hooks
     try:
-        for module, place, levels in regions:
-            module.forward = _checkpointed(module.forward, chosen, place, levels)
-        yield chosen
+        for module, index, levels in regions:
+            module.forward = _checkpointed(module.forward, recomputation, index, levels)
+        yield recomputation
     finally:
-        for module, forward in own.items():
+        for module, forward in own_forwards.items():
             module.__dict__.pop("forward", None)
             if forward is not None:
                 module.forward = forward
 
 
 def _checkpointed(
-    forward: Callable[..., Any], chosen: Recomputation, place: int, levels: Sequence[Keep]
+    forward: Callable[..., Any], recomputation: Recomputation, index: int, levels: Sequence[Keep]
 ) -> Callable[..., Any]:
-    layers = chosen.attention[place]
+    layers = recomputation.attention[index]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        level = chosen.levels[place]
+        level = recomputation.levels[index]
         if not torch.is_grad_enabled() or level not in levels:
             return forward(*args, **kwargs)
         functions = bound_functions(layers)
         memo = Memo() if level == Keep.OUTPUT else None
-        known = False
+        recomputing = False
 
         def compute(*args: Any, **kwargs: Any) -> Any:
-            # By the time of the backward pass other functions, or none, may be bound.
-            with bound(layers, functions), nullcontext() if memo is None else memo.noting(replay=known):
+            # By the backward pass other functions, or none, may be bound.
+            with bound(layers, functions), nullcontext() if memo is None else memo.noting(replay=recomputing):
                 return forward(*args, **kwargs)
 
-        found = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        known = True
+        output = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        recomputing = True
         if memo is not None:
-            chosen.noted(place, memo)
-        return found
+            recomputation.noted(index, memo)
+        return output
 
     return run

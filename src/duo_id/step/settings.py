@@ -1,4 +1,4 @@
-"""How a training step is computed: see conf/step/."""
+"""Settings of a training step: see conf/step/."""
 
 from typing import Annotated, Literal
 
@@ -27,18 +27,18 @@ class StepSettings:
     """How a training step is computed: see conf/step/."""
 
     shape: Literal["fast", "paper"] = "fast"  # paper: teacher and student in one batch, as DuoAttention's code has it
-    memory: Annotated[Text, AfterValidator(_budget)] = "auto"  # what the GPU has; a budget such as 60GiB; outputs or
-    # least: see duo_id.step.recompute
+    memory: Annotated[Text, AfterValidator(_budget)] = "auto"  # auto: what the GPU has; a budget such as 60GiB;
+    # outputs or least: see duo_id.step.recompute
     compile: bool = False  # norms, MLP, projections and blends of all layers
     full_backend: Annotated[Text, one_of(FULL_BACKENDS)] = "auto"
     streaming_backend: Annotated[Text, one_of(STREAMING_BACKENDS)] = "auto"
-    cuda_graphs: bool = False  # replay the step as one graph for each length, padded to a multiple of the next
+    cuda_graphs: bool = False  # replay the step as one graph per length, padded to a multiple of length_multiple
     length_multiple: Positive = 1024  # tokens
     sequence_parallel: Positive = 1  # processes that share the tokens of each sample
-    shard: bool = True  # several processes: each keeps a share of the weights (FSDP2) alone
+    shard: bool = True  # with several processes, each keeps only a shard of the weights (FSDP2)
 
     def __post_init__(self) -> None:
-        """Check what goes together."""
+        """Check that the settings go together."""
         check(
             self.shape == "fast" or self.memory == "least",
             f"step.shape=paper needs step.memory=least, not {self.memory}: step=paper_shape sets both",

@@ -1,4 +1,4 @@
-"""`python -m duo_id.train`: find a model's retrieval heads by any method, and show how good they are."""
+"""`python -m duo_id.train`: find a model's retrieval heads by any method, and evaluate their masks."""
 
 from duo_id.common import stopping
 
@@ -16,14 +16,14 @@ from duo_id.train.settings import train_settings
 
 
 def main(config: DictConfig) -> float | None:
-    """Run the command; returns what a sweep minimises: the found masks' mean answer loss on validation samples."""
+    """Run the command; returns what a sweep minimises: the masks' mean answer loss on validation samples."""
     config, folder, _ = cli.start_run(config)
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         summary = train(train_settings(config), folder, in_sweep)
     except (KeyboardInterrupt, OSError):
         if (folder / SETTINGS).is_file():
-            cli.say(f"stopped; to go on: {cli.to_resume('train', folder)}")
+            cli.say(f"stopped; to resume: {cli.to_resume('train', folder)}")
         raise
     cli.say(f"heads: {folder / 'heads'}   figures: {folder / 'figures'}")
     return summary.get("validation_loss")

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and a Ctrl-C, or another signal to end, that leaves one."""
+"""Checkpoints, written atomically, also after Ctrl-C or another terminating signal."""
 
 import shutil
 from datetime import timedelta
@@ -11,70 +11,70 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, first_line
 from duo_id.common.files import atomic_path
 from duo_id.common.integrity import check_zip, seal_zip
 from duo_id.common.stopping import listen
-from duo_id.train.restoring import check_form
+from duo_id.train.restoring import check_structure
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"  # in a run folder
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside, syncs and renames, for Lightning's own writing can leave half a file; reads weights only."""
+    """Writes to a temporary file, syncs and renames it, since Lightning may leave half a file; reads weights only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint` to `path`, whole or not at all.
+        """Write `checkpoint` to `path`, completely or not at all.
 
         Raises:
             UserError: it cannot be written, as on a full disk.
         """
         try:
-            with atomic_path(path) as beside:
-                torch.save(checkpoint, beside)
-                seal_zip(beside)
-        except (OSError, RuntimeError) as error:  # torch's own writer makes a RuntimeError of a full disk
+            with atomic_path(path) as temporary:
+                torch.save(checkpoint, temporary)
+                seal_zip(temporary)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError if the disk is full
             raise UserError(f"{path} cannot be written ({_reason(error, path)}): {_advice(path)}") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
-        """Read a checkpoint, tensors and plain values only.
+        """Read a checkpoint: tensors and plain values only.
 
         Raises:
-            UserError: the file is not a checkpoint, or lacks parts of one.
+            UserError: the file is not a checkpoint, or is incomplete.
         """
         try:
-            check_zip(path)  # torch reads over flipped bits, those of its archive's own checksums too
+            check_zip(path)  # torch ignores flipped bits, even where the archive's checksums show them
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # files may be damaged in any way
             raise UserError(
                 f"resume: {path} is not a checkpoint ({_reason(error, path)}): remove it to train from the start"
             ) from error
-        check_form(checkpoint, path)
+        check_structure(checkpoint, path)
         return checkpoint
 
 
 def _reason(error: Exception, path: str | Path) -> str:
-    """What is wrong, in a line: of what torch's writer says, whether the disk has room is the part that helps."""
+    """The reason in one line; for errors of torch's writer, the free disk space."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, RuntimeError) and "file write failed" in str(error):
         free = shutil.disk_usage(Path(path).parent).free
-        return f"the file system has {free / 2**20:.0f} MiB free, or a limit on files is reached"
+        return f"the file system has {free / 2**20:.0f} MiB free, or a limit on file sizes is reached"
     if Path(path).is_file() and Path(path).stat().st_size == 0:
         return "it is empty"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _advice(path: str | Path) -> str:
     run = Path(path).parents[1]
-    before = f"resume={run} then goes on from the checkpoint before" if Path(path).is_file() else "then start again"
-    return f"make room there; {before}"
+    next_step = f"resume={run} from the previous checkpoint" if Path(path).is_file() else "start again"
+    return f"make room there, then {next_step}"
 
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps one checkpoint, the latest, written every `seconds`, at the last step and after Ctrl-C.
 
-    SIGTERM, SIGHUP and SIGUSR1 are as Ctrl-C. The first lets the step in progress end, a second one stops at once.
+    SIGTERM, SIGHUP and SIGUSR1 act as Ctrl-C. The first signal lets the current step finish, a second stops at once.
     """
 
     def __init__(self, run: str | Path, seconds: float) -> None:
@@ -89,20 +89,20 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: there is one file, and the run knows where."""
+        """Nothing: there is one file at a known path."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take nothing: the paths in a checkpoint, which others may have written, are those that Lightning removes."""
+        """Restore nothing: Lightning deletes the paths in a checkpoint, and others may have written it."""
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Count the seconds from here and listen for Ctrl-C."""
+        """Start the timer and listen for signals."""
         super().on_train_start(trainer, pl_module)
         self._restore = listen(partial(setattr, pl_module, "interrupted"))
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *args: Any) -> None:
-        """Save when it is time, at the end, and when interrupted, on whichever rank."""
-        if trainer.world_size > 1:  # all end by the signal that any of them got
+        """Save periodically, at the end, and when any rank is interrupted."""
+        if trainer.world_size > 1:  # a signal to any rank ends all
             number = torch.tensor(int(pl_module.interrupted), device=trainer.strategy.root_device)
             pl_module.interrupted = int(trainer.strategy.reduce(number, reduce_op="max"))
         if pl_module.interrupted or trainer.global_step >= trainer.max_steps:
@@ -112,9 +112,9 @@ class LastCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, *args)
 
     def _remove_checkpoint(self, trainer: lightning.Trainer, filepath: str) -> None:
-        """Remove nothing: the one file is written over, and Lightning removes folders too."""
+        """Remove nothing: the one file is overwritten, and Lightning would remove folders too."""
 
     def teardown(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
-        """Stop listening."""
+        """Restore the signal handlers."""
         if hasattr(self, "_restore"):
             self._restore()

@@ -1,4 +1,4 @@
-"""A pattern's masks beside the full model, random masks at the same sparsity and all heads streaming."""
+"""Compare a pattern's masks with the full model, random masks at the same sparsity and all heads streaming."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,15 +17,15 @@ from duo_id.patterns.pattern import HeadMask, HeadPattern
 from duo_id.patterns.random_masks import random_like
 from duo_id.train.scoring import Score, score, total
 
-COMPARED = ("answer_loss", "token_accuracy", "exact_answers")
+METRICS = ("answer_loss", "token_accuracy", "exact_answers")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one mask scored on the held-out samples.
+    """The scores of one mask on the held-out samples.
 
     Attributes:
-        heads: which heads see the whole context: full | found | random | streaming.
+        heads: the kind of mask: full | found | random | streaming.
         sparsity: fraction of the gated KV heads that stream.
         seed: of a random mask.
         samples: the score of each sample.
@@ -37,13 +37,13 @@ class Result:
     samples: tuple[Score, ...]
 
     def summary(self) -> dict[str, Any]:
-        """The metrics, means over the samples, and the pooled sums, as plain values.
+        """The metrics, averaged over samples, and the pooled sums, as plain values.
 
-        Each sample has one vote: a text of many labelled tokens weighs as much as a short answer.
+        Samples have equal weight: a text of many labelled tokens counts as much as a short answer.
         """
-        metrics = {metric: mean(getattr(one, metric) for one in self.samples) for metric in COMPARED}
-        told = {"heads": self.heads, "sparsity": self.sparsity, "seed": self.seed}
-        return told | metrics | asdict(total(self.samples))
+        metrics = {metric: mean(getattr(score, metric) for score in self.samples) for metric in METRICS}
+        mask = {"heads": self.heads, "sparsity": self.sparsity, "seed": self.seed}
+        return mask | metrics | asdict(total(self.samples))
 
 
 def compare(
@@ -55,23 +55,23 @@ def compare(
     seed: int,
     backends: Backends | None = None,
 ) -> list[Result]:
-    """Score every mask on every sample, teacher-forced. Ranks that share the model must all call it, and get the same.
+    """Score every mask on every sample, teacher-forced. Ranks that share a model must all call it; all get the results.
 
     Args:
         model: the language model.
         pattern: whose masks are compared.
         samples: held-out samples, see `duo_id.train.scoring.score`.
         sparsities: fractions of streaming heads.
-        random_masks: how many random masks at each sparsity.
+        random_masks: number of random masks per sparsity.
         seed: of the random masks.
         backends: attention implementations.
     """
-    rows: list[tuple[str, float, int | None, HeadMask]] = [("full", 0.0, None, pattern.binarize(sparsity=0))]
+    masks: list[tuple[str, float, int | None, HeadMask]] = [("full", 0.0, None, pattern.binarize(sparsity=0))]
     for sparsity in sparsities:
-        rows.append(("found", sparsity, None, pattern.binarize(sparsity=sparsity)))
-        for drawn in range(seed, seed + random_masks):
-            rows.append(("random", sparsity, drawn, random_like(pattern, sparsity, drawn)))
-    rows.append(("streaming", 1.0, None, pattern.binarize(sparsity=1)))
+        masks.append(("found", sparsity, None, pattern.binarize(sparsity=sparsity)))
+        for drawn_seed in range(seed, seed + random_masks):
+            masks.append(("random", sparsity, drawn_seed, random_like(pattern, sparsity, drawn_seed)))
+    masks.append(("streaming", 1.0, None, pattern.binarize(sparsity=1)))
     backends = backends or Backends()
     results = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -79,25 +79,25 @@ def compare(
         Progress(*columns, transient=True, disable=not model.ranks.first) as progress,
         attached(model.model, backends, model.ranks.group) as layers,
     ):
-        task = progress.add_task("scoring masks", total=len(rows) * len(samples))
-        for heads, sparsity, number, mask in rows:
+        task = progress.add_task("scoring masks", total=len(masks) * len(samples))
+        for heads, sparsity, mask_seed, mask in masks:
             scores = []
             with bound(layers, masked_layers(layers, mask, backends)):
                 for sample in samples:
                     scores.append(score(model, sample))
                     progress.advance(task)
-            results.append(Result(heads, sparsity, number, tuple(scores)))
+            results.append(Result(heads, sparsity, mask_seed, tuple(scores)))
     return results
 
 
-def found_loss(
+def pattern_loss(
     model: LanguageModel,
     pattern: HeadPattern,
     samples: Sequence[Mapping[str, Any]],
     sparsities: Sequence[float],
     backends: Backends | None = None,
 ) -> float:
-    """The answer loss of the pattern's masks, in nats a token: the mean over the samples and the sparsities."""
+    """The answer loss of the pattern's masks, in nats per token, averaged over samples and sparsities."""
     losses, backends = [], backends or Backends()
     with attached(model.model, backends, model.ranks.group) as layers:
         for sparsity in sparsities:
@@ -107,21 +107,21 @@ def found_loss(
 
 
 def check_window(samples: Sequence[Mapping[str, Any]], sink_size: int, recent_size: int) -> None:
-    """Raise a `UserError` if no sample is longer than the window, for then every mask is full attention."""
+    """Raise a `UserError` if no sample is longer than the window: every mask would be full attention."""
     longest = max(len(sample["input_ids"]) for sample in samples)
     if longest <= sink_size + recent_size:
         raise UserError(
-            f"the longest sample has {longest} tokens, of which sink_size={sink_size} and recent_size={recent_size} "
-            "leave none outside the window: raise data.length_max"
+            f"the longest sample has {longest} tokens, all within the window of sink_size={sink_size} and "
+            f"recent_size={recent_size}: raise data.length_max"
         )
 
 
 def results_table(results: Sequence[Result], title: str) -> Table:
-    """The comparison for the terminal; random masks of one sparsity share a row, mean ± standard deviation."""
+    """The comparison as a table; random masks of one sparsity share a row, mean ± standard deviation."""
     table = Table(
         title=escape(title),
         title_justify="left",
-        caption="means over the samples; answer loss in nats a token",
+        caption="means over the samples; answer loss in nats per token",
         caption_justify="left",
     )
     for heading in ("heads", "streaming", "answer loss", "token accuracy", "exact answers"):

@@ -1,4 +1,4 @@
-"""`method=duo` and `method=nested`: gates, trained by Lightning."""
+"""`method=duo` and `method=nested`: train gates with Lightning."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +18,12 @@ from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.combining import mix_prior
 from duo_id.patterns.pattern import HeadPattern
-from duo_id.step.prepare import prepared
+from duo_id.step.prepare import prepared_step
 from duo_id.train.checkpoints import CHECKPOINT, AtomicCheckpointIO, LastCheckpoint
 from duo_id.train.gate_training import GateTraining
 from duo_id.train.history import GateHistory
 from duo_id.train.progress import TrainingBar
-from duo_id.train.restoring import misfit, while_restoring
+from duo_id.train.restoring import checkpoint_error, raised_while_restoring
 from duo_id.train.settings import TrainSettings
 from duo_id.train.tracking import GateTracking
 
@@ -33,8 +33,8 @@ class TrainRun(Run):
     """A run of the command.
 
     Attributes:
-        settings: all of them.
-        loggers: get what training logs.
+        settings: of the whole run.
+        loggers: of the training's metrics.
         tasks: of splits whose samples are not those that the settings name.
     """
 
@@ -46,7 +46,7 @@ class TrainRun(Run):
 def sample_module(
     model: LanguageModel, settings: TrainSettings, seed: int, tasks: Mapping[str, Task] | None = None
 ) -> SampleModule:
-    """The samples of a seed; `tasks` as of `TrainRun`."""
+    """The data module of a seed; `tasks`: see `TrainRun`."""
     held_out = settings.comparison.validation_samples
     return SampleModule(
         settings.data, model.tokenizer, seed, model.max_length, num_validation=held_out, ranks=model.ranks, tasks=tasks
@@ -54,30 +54,30 @@ def sample_module(
 
 
 def find(gated_model: GatedModel, samples: SampleModule, method: GateSettings, run: TrainRun) -> HeadPattern:
-    """The gates that training ends with, and a prior's part in them."""
+    """Train the gates; a prior is mixed into their scores."""
     settings, timer = run.settings, Timer()
     trainer = _trainer(method, run, [*([GateHistory(run.folder)] if gated_model.model.ranks.first else []), timer])
-    prior = _prior(run)
+    prior = _load_prior(run)
     checkpoint = run.folder / CHECKPOINT
-    resumed = str(checkpoint) if run.resume and checkpoint.is_file() else None
+    checkpoint_path = str(checkpoint) if run.resume and checkpoint.is_file() else None
     steps = settings.trainer["max_steps"]
     gates = GateTraining(gated_model, method, run.step, steps, settings.sparsity, run.seed)
     longest = settings.data.length_max or gated_model.model.max_length
-    with prepared(gates.distillation, run.step) as gates.apply_plan:
-        if longest is not None and settings.data.task != "disk":  # else each step says when it does not fit
+    with prepared_step(gates.distillation, run.step) as gates.apply_plan:
+        if longest is not None and settings.data.task != "disk":  # otherwise each step checks itself
             plan = gates.apply_plan(longest * settings.data.batch_size)
             if plan is not None:
                 run.console.print(str(plan), soft_wrap=True, highlight=False, markup=False)
         try:
-            trainer.fit(gates, datamodule=samples, ckpt_path=resumed, weights_only=True)
-        except SystemExit as end:
-            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning makes an exit of it, with status 1
-                raise end.__context__ from None
+            trainer.fit(gates, datamodule=samples, ckpt_path=checkpoint_path, weights_only=True)
+        except SystemExit as exit_error:
+            if isinstance(exit_error.__context__, KeyboardInterrupt):  # Lightning turns it into an exit with status 1
+                raise exit_error.__context__ from None
             raise
-        except Exception as error:  # whatever Lightning stumbles over in a checkpoint
-            if resumed is None or isinstance(error, UserError) or not while_restoring(error):
+        except Exception as error:  # Lightning raises anything on a checkpoint that does not fit
+            if checkpoint_path is None or isinstance(error, UserError) or not raised_while_restoring(error):
                 raise
-            raise misfit(resumed, error) from error
+            raise checkpoint_error(checkpoint_path, error) from error
     if gates.interrupted and not run.partial:
         stop(gates.interrupted)
     interrupted = {"interrupted": True} if gates.interrupted else {}
@@ -88,42 +88,50 @@ def find(gated_model: GatedModel, samples: SampleModule, method: GateSettings, r
 def _trainer(method: GateSettings, run: TrainRun, callbacks: Sequence[Callback]) -> Trainer:
     """The trainer of the settings, with the user's callbacks and ours."""
     settings = run.settings
-    theirs = _callbacks(settings) if method is settings.method else []  # not for a method that comes before it
-    ours = [*callbacks, GateTracking(settings.sparsity), LambdaCallback(on_train_start=lambda *_: run.accepted())]
+    user_callbacks = (
+        _user_callbacks(settings) if method is settings.method else []
+    )  # not for a method that comes before it
+    own_callbacks = [
+        *callbacks,
+        GateTracking(settings.sparsity),
+        LambdaCallback(on_train_start=lambda *_: run.on_accepted()),
+    ]
     if not settings.trainer.get("fast_dev_run"):
-        ours.append(LastCheckpoint(run.folder, settings.checkpoint_seconds))
-    if settings.trainer.get("enable_progress_bar", True) and not any(isinstance(x, ProgressBar) for x in theirs):
-        ours.append(TrainingBar())
+        own_callbacks.append(LastCheckpoint(run.folder, settings.checkpoint_seconds))
+    if settings.trainer.get("enable_progress_bar", True) and not any(
+        isinstance(callback, ProgressBar) for callback in user_callbacks
+    ):
+        own_callbacks.append(TrainingBar())
     trainer: Trainer = instantiate(
         "trainer",
-        # The stream of samples has no end, and ranks are told apart where samples are made.
+        # The stream of samples is endless, and the data module splits it between ranks itself.
         {"limit_train_batches": settings.trainer["max_steps"]} | settings.trainer | {"use_distributed_sampler": False},
-        about="callbacks" if theirs else "_target_",
+        about="callbacks" if user_callbacks else "_target_",
         logger=list(run.loggers),
-        callbacks=[*ours, *theirs],
+        callbacks=[*own_callbacks, *user_callbacks],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run.folder),
     )
     return trainer
 
 
-def _prior(run: TrainRun) -> HeadPattern | None:
-    """The pattern whose order has a part in the scores; an error says how to do without it."""
+def _load_prior(run: TrainRun) -> HeadPattern | None:
+    """The pattern whose order is mixed into the scores, if any; errors say how to do without."""
     try:
-        return run.order()
+        return run.named_pattern()
     except UserError as error:
         raise UserError(f"{error}; method.prior=null does without") from error
 
 
-def _callbacks(settings: TrainSettings) -> list[Callback]:
-    """The user's own, of `trainer.callbacks`."""
+def _user_callbacks(settings: TrainSettings) -> list[Callback]:
+    """The callbacks of `trainer.callbacks`."""
     callbacks = []
-    for index, described in enumerate(settings.trainer.get("callbacks") or []):
-        is_object = isinstance(described, Mapping) and "_target_" in described
-        callback = instantiate(f"trainer.callbacks.{index}", described) if is_object else None
+    for index, config in enumerate(settings.trainer.get("callbacks") or []):
+        is_object = isinstance(config, Mapping) and "_target_" in config
+        callback = instantiate(f"trainer.callbacks.{index}", config) if is_object else None
         if not isinstance(callback, Callback):
             raise UserError(
-                f"trainer.callbacks: {described} is no callback; give [{{_target_: MODULE.CLASS}}], a class of "
+                f"trainer.callbacks: {config} is not a callback; give [{{_target_: MODULE.CLASS}}], a class of "
                 "Lightning's Callback"
             )
         callbacks.append(callback)
@@ -131,6 +139,6 @@ def _callbacks(settings: TrainSettings) -> list[Callback]:
 
 
 def _seconds_before(timer: Timer) -> float:
-    """Seconds of training in earlier parts of a resumed run, as its checkpoint told."""
+    """Seconds of training in earlier parts of a resumed run, from its checkpoint."""
     start, end = timer.start_time(), timer.end_time()
     return timer.time_elapsed() - (0.0 if start is None or end is None else end - start)

@@ -1,4 +1,4 @@
-"""Any method on any model: from settings to a head pattern."""
+"""Run any method on any model: from settings to a head pattern."""
 
 from dataclasses import replace
 from functools import partial
@@ -36,45 +36,47 @@ FIND: dict[str, Find] = {
 
 
 def identify(gated_model: GatedModel, method: MethodSettings, run: TrainRun) -> HeadPattern:
-    """Carry a method out; the pattern's provenance says what the method alone knows.
+    """Run a method; the pattern's provenance holds what only the method knows.
 
     Raises:
         UserError: something in the settings cannot work; the message names the override.
         KeyboardInterrupt: after Ctrl-C, once progress is saved.
     """
     ranks, devices = gated_model.model.ranks, run.settings.trainer.get("devices")
-    runs = ranks.world == 1 or method.devices == "shared" or (method.devices == "replicas" and ranks.group is None)
+    is_supported = (
+        ranks.world == 1 or method.devices == "shared" or (method.devices == "replicas" and ranks.group is None)
+    )
     check(
-        runs,
-        f"trainer.devices={devices}: method={method.name} works on 1 device; on several do trained gates, and without "
-        "step.sequence_parallel all but searches",
+        is_supported,
+        f"trainer.devices={devices}: method={method.name} only works on a single device; gate training works on "
+        "several, and without step.sequence_parallel all methods but search do",
     )
     samples = sample_module(gated_model.model, run.settings, run.seed, run.tasks)
-    samples.task("train")  # what cannot work is refused before anything is computed
+    samples.task("train")  # refuses bad settings before anything is computed
     key = "start" if isinstance(method, SearchSettings) else "prior"
-    order = partial(_order, key, getattr(method, key, None), gated_model, run)
-    return FIND[method.name](gated_model, samples, method, replace(run, order=order))
+    named_pattern = partial(_named_pattern, key, getattr(method, key, None), gated_model, run)
+    return FIND[method.name](gated_model, samples, method, replace(run, named_pattern=named_pattern))
 
 
-def _order(key: str, named: Any, gated_model: GatedModel, run: TrainRun) -> HeadPattern | None:
-    """The pattern that `method.KEY` names, which a method of its own may have to find first."""
-    if named is None:
+def _named_pattern(key: str, source: Any, gated_model: GatedModel, run: TrainRun) -> HeadPattern | None:
+    """The pattern named by `method.KEY`, computed first if another method is named."""
+    if source is None:
         return None
-    if isinstance(named, MethodSettings):
-        resumable = isinstance(named, SearchSettings)  # a resumed run takes up what it has found so far
-        accepted = run.accepted if resumable else lambda: None
-        loggers = run.loggers if key == "start" else ()  # beside a prior they show the gates' own training
+    if isinstance(source, MethodSettings):
+        resumable = isinstance(source, SearchSettings)  # a resumed run continues its search
+        on_accepted = run.on_accepted if resumable else lambda: None
+        loggers = run.loggers if key == "start" else ()  # with a prior, they are for the gates' own training
         try:
             return identify(
-                gated_model, named, replace(run, folder=run.folder / key, accepted=accepted, loggers=loggers)
+                gated_model, source, replace(run, folder=run.folder / key, on_accepted=on_accepted, loggers=loggers)
             )
         except UserError as error:
             raise UserError(name_nested_override(key, str(error))) from error
     try:
-        pattern = load_pattern(str(named))
+        pattern = load_pattern(str(source))
         pattern.check_fits(*gated_model.pattern_shape, gated_model.model.name)
         pattern.check_scores(layer.index for layer in gated_model.layers)
     except UserError as error:
-        advice = f"; the method of that name is {nested_override(key)}={named}" if named in METHODS else ""
-        raise UserError(f"method.{key}={named}: {error}{advice}") from error
+        advice = f"; the method of that name is {nested_override(key)}={source}" if source in METHODS else ""
+        raise UserError(f"method.{key}={source}: {error}{advice}") from error
     return pattern

@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from duo_id.common.documents import LARGEST_ROWS, read_text
-from duo_id.common.documents import excerpt as shown
+from duo_id.common.documents import LARGEST_ROWS, excerpt, read_text
 from duo_id.common.errors import UserError, one_line
 from duo_id.common.figures import (
     COLORS,
@@ -26,11 +25,11 @@ ANSWER_LOSS = re.compile(r"val/answer_loss_\d+(\.\d+)?", re.ASCII)
 
 @style()
 def plot_history(history: pd.DataFrame, sparsity: float = 0.5, title: str | None = None) -> Figure:
-    """The course of every gate over training, coloured by what the last gates make of its head.
+    """Every gate over training, coloured by the kind of its head in the final mask.
 
     Args:
-        history: as `duo_id.train.history.read_history` gives it.
-        sparsity: fraction of heads that stream; the order among equal gates is that of `HeadPattern`.
+        history: from `duo_id.train.history.read_history`.
+        sparsity: fraction of heads that stream; ties are broken as in `HeadPattern`.
         title: above the figure.
     """
     last = history.iloc[-1].to_numpy().argsort(kind="stable")
@@ -57,14 +56,14 @@ def plot_history(history: pd.DataFrame, sparsity: float = 0.5, title: str | None
 
 @style()
 def plot_training(metrics: pd.DataFrame | str | Path, title: str | None = None) -> Figure:
-    """Loss parts, mean gate and validation answer loss over training steps; a panel without data is left out.
+    """Loss parts, mean gate and validation answer loss over training steps; panels without data are left out.
 
     Args:
         metrics: a frame with a `step` column as `read_metrics` returns it, a metrics CSV or a run folder.
         title: above the figure.
 
     Raises:
-        UserError: if none of the expected columns holds a number.
+        UserError: none of the expected columns holds a number.
     """
     if not isinstance(metrics, pd.DataFrame):
         path = Path(metrics)
@@ -93,7 +92,7 @@ def plot_training(metrics: pd.DataFrame | str | Path, title: str | None = None) 
         if any(curves.values()):
             panel.legend()
         if curves.keys() <= losses.keys() and any((steps[name] > 0).any() for name in curves):
-            panel.set_yscale("log", nonpositive="mask")  # while all gates are 1 there is no distillation loss
+            panel.set_yscale("log", nonpositive="mask")  # while all gates are 1 the distillation loss is 0
         if "train/mean_gate" in curves:
             panel.set_ylim(0, 1.02)
     axes[-1].set_xlabel("step")
@@ -104,13 +103,13 @@ def plot_training(metrics: pd.DataFrame | str | Path, title: str | None = None) 
 
 
 def read_metrics(run_dir: str | Path) -> pd.DataFrame:
-    """The metrics that a run logged, one row a step, ascending; NaN where a metric was not logged at a step.
+    """The metrics that a run logged, one row per step, ascending; NaN where a metric was not logged at a step.
 
-    A resumed run writes a further `metrics/version_N/metrics.csv`; where two versions hold a value for the same step
-    the latest wins.
+    A resumed run writes another `metrics/version_N/metrics.csv`; if two versions have a value for a step, the later
+    one wins.
 
     Raises:
-        UserError: if the run has logged nothing yet.
+        UserError: the run has not logged anything yet.
     """
     files = Path(run_dir).glob("metrics/version_*/metrics.csv")
     named = [(path.parent.name.removeprefix("version_"), path) for path in files if path.stat().st_size > 0]
@@ -121,7 +120,7 @@ def read_metrics(run_dir: str | Path) -> pd.DataFrame:
 
 
 def _curve(axes: Axes, values: pd.Series, label: str, color: str, marker: str) -> None:
-    """Draw one metric; of a long noisy one the running median, with the values themselves faint behind it."""
+    """Plot one metric; for a long series, the running median over the faint values."""
     window = len(values) // 40
     if window >= 5:
         axes.plot(values.index, values, color=color, alpha=0.25, linewidth=0.6)
@@ -134,12 +133,12 @@ def _read_csv(path: Path) -> pd.DataFrame:
         table = pd.read_csv(StringIO(read_text(path, LARGEST_ROWS)))
     except UserError:
         raise
-    except Exception as error:  # pandas ends in errors of many kinds
+    except Exception as error:  # pandas raises errors of many kinds
         raise UserError(f"{path} is not a metrics CSV: {one_line(error)}") from None
     if "step" not in table:
         raise UserError(f"{path} is not a metrics CSV: it has no column named step")
     for name in table.select_dtypes(exclude="number"):
-        raise UserError(f"{path} is not a metrics CSV: {shown(name)} holds something else than numbers")
+        raise UserError(f"{path} is not a metrics CSV: {excerpt(name)} holds values other than numbers")
     return table
 
 

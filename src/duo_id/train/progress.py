@@ -1,4 +1,4 @@
-"""What the terminal shows while gates train: a bar with the loss, the gates and the speed."""
+"""Progress of gate training in the terminal: a bar with loss, gates and speed."""
 
 import math
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ SHOWN = {
 
 
 class TrainingBar(RichProgressBar):
-    """Lightning's bar with our metrics under short names; a log file gets a line for each tenth of the run instead."""
+    """Lightning's bar with our metrics under short names; a log file instead gets a line per tenth of the run."""
 
     def __init__(self) -> None:
-        """Nothing is shown yet."""
+        """Start without metrics."""
         super().__init__()
         self._shown: dict[str, Any] = {}
 
@@ -33,7 +33,7 @@ class TrainingBar(RichProgressBar):
         return self._shown
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any) -> None:
-        """Move the bar, or write a line."""
+        """Advance the bar, or write a line."""
         super().on_train_batch_end(trainer, pl_module, *args)
         tenth = trainer.global_step % math.ceil(trainer.max_steps / 10) == 0
         if tenth and trainer.is_global_zero and not (console := Console()).is_terminal:

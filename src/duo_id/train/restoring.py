@@ -1,6 +1,6 @@
-"""What a checkpoint may say: only what has the form of what this run would write, which is all that is restored of it.
+"""Sanitise a checkpoint: only what has the structure of this run's own checkpoints is restored.
 
-Lightning restores whatever it finds: attributes of its loops, paths that callbacks remove later, steps of optimizers.
+Lightning restores whatever a file holds: attributes of its loops, paths that callbacks delete later, optimizer steps.
 """
 
 import copy
@@ -16,84 +16,81 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, Tim
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 from pydantic import Field
 
-from duo_id.common.documents import Data, Line, checked
-from duo_id.common.documents import Natural as Count
-from duo_id.common.documents import NonNegative as Positive
-from duo_id.common.documents import excerpt as shown
+from duo_id.common.documents import Data, Line, Natural, NonNegative, checked, excerpt
 from duo_id.common.errors import UserError, check, one_line
 from duo_id.common.foreign import walk
 
-MOST = 2**53  # of a count
-One = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1)]
+MAX_COUNT = 2**53
+SingleState = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1)]
 Plain = None | bool | int | float | str
 
 
 class _Checkpoint(Data):
-    """What Lightning and we read of a checkpoint before anything is known of the run."""
+    """The parts of a checkpoint that are read before the run is known."""
 
     version: Annotated[Line, Field(alias="pytorch-lightning_version", pattern=r"^[2-9]\d{0,3}(\.\d{1,6}){1,3}")]
-    epoch: Count
-    global_step: Count
+    epoch: Natural
+    global_step: Natural
     state_dict: dict[str, Any]
     loops: dict[str, Any]
     callbacks: dict[str, Any] = Field(default_factory=dict)
-    optimizer_states: One
-    lr_schedulers: One
+    optimizer_states: SingleState
+    lr_schedulers: SingleState
 
 
 class _Position(Data):
-    position: Count
-    global_step: Count
+    position: Natural
+    global_step: Natural
     seed: int
 
 
-class _Clock(Data):
-    time_elapsed: dict[str, Positive]
+class _TimerState(Data):
+    time_elapsed: dict[str, NonNegative]
 
 
-def misfit(path: str | Path | None, reason: object) -> UserError:
-    """The error of a checkpoint that cannot be gone on from."""
+def checkpoint_error(path: str | Path | None, reason: object) -> UserError:
+    """The error for a checkpoint that this run cannot be resumed from."""
     return UserError(
         f"resume: {path or 'the checkpoint'} does not fit this run ({one_line(reason)}): remove it to train from the "
         "start"
     )
 
 
-def check_form(checkpoint: Any, path: str | Path) -> None:
-    """Raise a `UserError` unless what was read has the parts of a checkpoint."""
+def check_structure(checkpoint: Any, path: str | Path) -> None:
+    """Raise a `UserError` unless the file's content has the parts of a checkpoint."""
     try:
         checked(_Checkpoint, checkpoint, "it")
-        if not all(isinstance(one, Plain) for _, one in walk(checkpoint.get("duo_id"))):
+        if not all(isinstance(leaf, Plain) for _, leaf in walk(checkpoint.get("duo_id"))):
             raise UserError("duo_id holds more than plain values")
     except UserError as error:
-        raise misfit(path, error) from None
+        raise checkpoint_error(path, error) from None
 
 
-def keep_fitting(checkpoint: dict[str, Any], training: lightning.LightningModule) -> None:
-    """Leave of a checkpoint what `training`, which is about to be restored from it, has a place for.
+def keep_matching(checkpoint: dict[str, Any], training: lightning.LightningModule) -> None:
+    """Reduce a checkpoint to what matches the state of `training`, which is about to be restored from it.
 
     Raises:
-        UserError: something is lacking, or has another type, shape or range than what this run writes.
+        UserError: something is missing, or differs in type, shape or range from what this run writes.
     """
     trainer = training.trainer
     try:
         step = checkpoint["global_step"]
-        checkpoint["state_dict"] = _alike(checkpoint["state_dict"], training.state_dict(), "state_dict", finite=True)
-        checkpoint["callbacks"] = dict(_states(trainer.callbacks, checkpoint.get("callbacks") or {}))  # type: ignore[attr-defined]
-        loop = _alike(checkpoint["loops"].get("fit_loop"), trainer.fit_loop.state_dict(), "loops.fit_loop")
+        checkpoint["state_dict"] = _matching(checkpoint["state_dict"], training.state_dict(), "state_dict", finite=True)
+        checkpoint["callbacks"] = dict(_callback_states(trainer.callbacks, checkpoint.get("callbacks") or {}))  # type: ignore[attr-defined]
+        loop = _matching(checkpoint["loops"].get("fit_loop"), trainer.fit_loop.state_dict(), "loops.fit_loop")
         checkpoint["loops"] = {"fit_loop": loop}
         progress = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
         check(progress["completed"] == step, f"global_step={step}, where loops have {progress['completed']} steps")
         _keep_optimizer(checkpoint, training.configure_optimizers(), step)
         if (data := trainer.datamodule) is not None:  # type: ignore[attr-defined]
             key = type(data).__qualname__
-            found = checked(_Position, checkpoint.get(key), "it", under=key)
-            check(found.global_step == step, f"global_step={step}, where {key} has {found.global_step}")
+            position = checked(_Position, checkpoint.get(key), "it", under=key)
+            check(position.global_step == step, f"global_step={step}, where {key} has {position.global_step}")
     except UserError as error:
-        raise misfit(trainer.ckpt_path, error) from None
+        raise checkpoint_error(trainer.ckpt_path, error) from None
 
 
-def while_restoring(error: Exception) -> bool:
+def raised_while_restoring(error: Exception) -> bool:
     """Whether Lightning raised this while it restored a checkpoint."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(
@@ -103,71 +100,74 @@ def while_restoring(error: Exception) -> bool:
     )
 
 
-def _alike(found: Any, ours: Any, place: str, finite: bool = False, counts: bool = False) -> Any:
-    """What was found, as far as ours has a place for it.
+def _matching(saved: Any, current: Any, path: str, finite: bool = False, counts: bool = False) -> Any:
+    """The part of a saved state that matches the structure of the current one.
 
     Args:
-        found: plain values and tensors.
-        ours: what this run would write now.
-        place: of both, for messages.
-        finite: tensors hold numbers.
-        counts: tensors of one number hold counts, or what else is not negative.
+        saved: plain values and tensors.
+        current: the state that this run would write now.
+        path: of both, for messages.
+        finite: tensors must be finite.
+        counts: scalar tensors must be finite and not negative, such as counts.
 
     Raises:
-        UserError: a key is lacking, or has another type, shape or range.
+        UserError: a key is missing, or differs in type, shape or range.
     """
-    if isinstance(ours, torch.Tensor):
-        fits = isinstance(found, torch.Tensor) and found.layout == torch.strided and not found.is_meta
-        fits = fits and (found.shape, found.dtype) == (ours.shape, ours.dtype)
-        check(fits, f"{place} is no tensor of {ours.dtype}, {list(ours.shape)}")
-        whole = found.isfinite().all() if finite or (counts and not found.ndim) else True
-        check(bool(whole), f"{place} holds what is no number")
-        check(not counts or found.ndim > 0 or bool(found >= 0), f"{place} is negative")
-        return found
-    if isinstance(ours, Mapping):
-        check(isinstance(found, Mapping), f"{place} is no mapping")
-        for key in ours:
-            check(key in found, f"{place} lacks {key}")
-        return {key: _alike(found[key], one, f"{place}.{key}", finite, counts) for key, one in ours.items()}
-    check(type(found) is type(ours), f"{place}={shown(found)} is not of type {type(ours).__name__}")
-    if isinstance(ours, list | tuple):
-        check(len(found) == len(ours), f"{place} has {len(found)} values, not {len(ours)}")
-        both = zip(found, ours, strict=True)
-        return type(ours)([_alike(one, other, f"{place}.{at}", finite, counts) for at, (one, other) in enumerate(both)])
-    if isinstance(ours, int) and not isinstance(ours, bool):
-        check(0 <= found <= MOST, f"{place}={shown(found)} is no count")
-    elif isinstance(ours, float):
-        check(isfinite(found), f"{place}={found} is no number")
-    return found
+    if isinstance(current, torch.Tensor):
+        fits = isinstance(saved, torch.Tensor) and saved.layout == torch.strided and not saved.is_meta
+        fits = fits and (saved.shape, saved.dtype) == (current.shape, current.dtype)
+        check(fits, f"{path} is not a tensor of {current.dtype}, {list(current.shape)}")
+        is_finite = saved.isfinite().all() if finite or (counts and not saved.ndim) else True
+        check(bool(is_finite), f"{path} holds values that are not finite")
+        check(not counts or saved.ndim > 0 or bool(saved >= 0), f"{path} is negative")
+        return saved
+    if isinstance(current, Mapping):
+        check(isinstance(saved, Mapping), f"{path} is not a mapping")
+        for key in current:
+            check(key in saved, f"{path} lacks {key}")
+        return {key: _matching(saved[key], value, f"{path}.{key}", finite, counts) for key, value in current.items()}
+    check(type(saved) is type(current), f"{path}={excerpt(saved)} is not of type {type(current).__name__}")
+    if isinstance(current, list | tuple):
+        check(len(saved) == len(current), f"{path} has {len(saved)} values, not {len(current)}")
+        pairs = enumerate(zip(saved, current, strict=True))
+        return type(current)([_matching(*pair, f"{path}.{index}", finite, counts) for index, pair in pairs])
+    if isinstance(current, int) and not isinstance(current, bool):
+        check(0 <= saved <= MAX_COUNT, f"{path}={excerpt(saved)} is not a count")
+    elif isinstance(current, float):
+        check(isfinite(saved), f"{path}={saved} is not finite")
+    return saved
 
 
-def _keep_optimizer(checkpoint: dict[str, Any], made: Any, step: int) -> None:
-    """Take the state of each gate, the learning rates and the place in their schedule; the rest is this run's own."""
-    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
-    place, found = "optimizer_states.0", checkpoint["optimizer_states"][0]
+def _keep_optimizer(checkpoint: dict[str, Any], configured: Any, step: int) -> None:
+    """Take the optimizer's state, the learning rates and the position in their schedule; the rest is this run's."""
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    path, saved = "optimizer_states.0", checkpoint["optimizer_states"][0]
     schedule, groups = scheduler.state_dict(), optimizer.state_dict()["param_groups"]
-    told = found.get("param_groups")
-    check(isinstance(told, list) and len(told) == len(groups), f"{place}.param_groups has no {len(groups)} values")
-    for at, (group, ours) in enumerate(zip(told, groups, strict=True)):
-        where = f"{place}.param_groups.{at}"
-        check(isinstance(group, Mapping), f"{where} is no mapping")
-        for key, value in ours.items():
+    saved_groups = saved.get("param_groups")
+    check(
+        isinstance(saved_groups, list) and len(saved_groups) == len(groups),
+        f"{path}.param_groups has no {len(groups)} values",
+    )
+    for index, (group, own_group) in enumerate(zip(saved_groups, groups, strict=True)):
+        group_path = f"{path}.param_groups.{index}"
+        check(isinstance(group, Mapping), f"{group_path} is not a mapping")
+        for key, value in own_group.items():
             if key != "lr" and key in group:
                 same = type(group[key]) is type(value) and group[key] == value
-                check(same, f"{where}.{key}={shown(group[key])}, this run has {shown(value)}")
+                check(same, f"{group_path}.{key}={excerpt(group[key])}, this run has {excerpt(value)}")
         lr = group.get("lr")
-        check(isinstance(lr, float) and 0 <= lr < float("inf"), f"{where}.lr={shown(lr)} is no learning rate")
-        ours["lr"] = lr
-    states = found.get("state")
-    if isinstance(optimizer, torch.optim.LBFGS):  # whose lists grow
-        check(_numbers(states), f"{place}.state holds more than numbers")
+        check(isinstance(lr, float) and 0 <= lr < float("inf"), f"{group_path}.lr={excerpt(lr)} is not a learning rate")
+        own_group["lr"] = lr
+    states = saved.get("state")
+    if isinstance(optimizer, torch.optim.LBFGS):  # its lists grow
+        check(_is_numeric(states), f"{path}.state holds more than numbers")
     else:
-        ours = _first_states(optimizer) if step else optimizer.state_dict()["state"]
-        states = _alike(states, ours, f"{place}.state", counts=True)
+        own_states = _first_states(optimizer) if step else optimizer.state_dict()["state"]
+        states = _matching(states, own_states, f"{path}.state", counts=True)
     checkpoint["optimizer_states"] = [{"state": states, "param_groups": groups}]
 
-    told = _alike(checkpoint["lr_schedulers"][0], schedule, "lr_schedulers.0")
-    check(told["last_epoch"] == step, f"global_step={step}, where lr_schedulers.0 has {told['last_epoch']}")
+    last_epoch = _matching(checkpoint["lr_schedulers"][0], schedule, "lr_schedulers.0")["last_epoch"]
+    check(last_epoch == step, f"global_step={step}, where lr_schedulers.0 has {last_epoch}")
     rates = [group["lr"] for group in groups]
     checkpoint["lr_schedulers"] = [
         schedule | {"last_epoch": step, "_step_count": step + 1, "_is_initial": False, "_last_lr": rates}
@@ -175,37 +175,39 @@ def _keep_optimizer(checkpoint: dict[str, Any], made: Any, step: int) -> None:
 
 
 def _first_states(optimizer: torch.optim.Optimizer) -> dict[int, Any]:
-    """What an optimizer keeps of each parameter, as it is after a step of a copy."""
+    """An optimizer's state of each parameter, from one step of a copy."""
     copied = copy.deepcopy(optimizer)
     for group in copied.param_groups:
         group |= {key: False for key in ("capturable", "fused", "foreach", "differentiable") if key in group}
-        for one in group["params"]:
-            one.grad = torch.ones_like(one)
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
     copied.step()
     return copied.state_dict()["state"]
 
 
-def _states(callbacks: Iterable[Callback], found: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """The states of these callbacks that are numbers; those of checkpoints are paths, which would be removed later."""
+def _callback_states(callbacks: Iterable[Callback], saved: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """The callbacks' states that hold only numbers; those of checkpoint callbacks are paths that they would delete."""
     for callback in callbacks:
         key = callback.state_key
-        if key not in found or isinstance(callback, Checkpoint):
+        if key not in saved or isinstance(callback, Checkpoint):
             continue
-        state, place = found[key], f"callbacks.{key}"
-        check(isinstance(state, Mapping), f"{place} is no mapping")
+        state, path = saved[key], f"callbacks.{key}"
+        check(isinstance(state, Mapping), f"{path} is not a mapping")
         if type(callback) is Timer:
-            yield key, checked(_Clock, state, "it", under=place).model_dump()
+            yield key, checked(_TimerState, state, "it", under=path).model_dump()
         elif type(callback) is EarlyStopping:
-            ours = callback.state_dict()
-            ours = {name: one for name, one in ours.items() if name in state and name != "stopping_reason_message"}
-            yield key, _alike(state, ours, place)
+            current = callback.state_dict()
+            current = {
+                name: value for name, value in current.items() if name in state and name != "stopping_reason_message"
+            }
+            yield key, _matching(state, current, path)
         else:
-            check(_numbers(state), f"{place} holds more than numbers")
+            check(_is_numeric(state), f"{path} holds more than numbers")
             yield key, state
 
 
-def _numbers(state: Any) -> bool:
-    leaves = (one for _, one in walk(state))
+def _is_numeric(state: Any) -> bool:
+    leaves = (leaf for _, leaf in walk(state))
     return isinstance(state, Mapping) and all(
-        isinstance(one, None | bool | int | float | torch.Tensor) for one in leaves
+        isinstance(leaf, None | bool | int | float | torch.Tensor) for leaf in leaves
     )

@@ -30,7 +30,7 @@ from duo_id.common.record import (
 )
 from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
-from duo_id.methods.search import ORDER
+from duo_id.methods.search import SEARCH_FILE
 from duo_id.methods.settings import GateSettings
 from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
@@ -43,47 +43,47 @@ from duo_id.patterns.plots import plot_gates
 from duo_id.patterns.saved import load_pattern, save_pattern
 from duo_id.step.devices import shared_step
 from duo_id.train.checkpoints import CHECKPOINT
-from duo_id.train.comparison import check_window, compare, found_loss, results_table
+from duo_id.train.comparison import check_window, compare, pattern_loss, results_table
 from duo_id.train.fit_gates import TrainRun, sample_module
 from duo_id.train.identify import identify
 from duo_id.train.plots import plot_training, read_metrics
 from duo_id.train.settings import TrainSettings
-from duo_id.train.tracking import log_config, log_gates, log_heads, tracked
+from duo_id.train.tracking import log_config, log_gates, log_heads, run_loggers
 
-Earlier = tuple[dict[str, Any], dict[str, Any]]  # settings, and what was there before them by override
-STEPS = ("trainer.max_steps",)
+EarlierSettings = tuple[dict[str, Any], dict[str, Any]]  # settings, and values that they replaced, by override
+MAX_STEPS = "trainer.max_steps"
 CHANGEABLE = (
     "comparison",
     "sparsity",
     "repeats",
     "model.name",
     "data.num_workers",
-)  # done anew, or without a trace in heads
-MEANTIME = ("step", "trainer")  # what a resumed run may change for the steps to come, which provenance tells
+)  # used again on resume, or without effect on the heads
+STEP_SETTINGS = ("step", "trainer")  # a resumed run may change them for the steps to come; provenance records it
 NOT_RECORDED = (
     "logger",
     "resume",
     "checkpoint_seconds",
-)  # settings that say nothing about what was found, only about a disk
+)  # settings that do not affect the heads
 
 
 def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict[str, Any]:
     """Find heads by the chosen method, export them as a head pattern and compare its masks.
 
     Args:
-        settings: what to identify, on which samples, how.
+        settings: of the run.
         folder: the run folder; `heads/`, `figures/` and `summary.json` are written to it.
-        in_sweep: score the found masks on validation samples too, for a sweep to choose by; the test samples of the
-            table would flatter what was chosen on them.
+        in_sweep: also score the pattern's masks on validation samples, for a sweep to choose by; selecting on the test
+            samples would bias the table.
 
     Returns:
-        the summary that is also written.
+        the summary, as written to `summary.json`.
 
     Raises:
         UserError: something in the settings cannot work; the message names the override.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
-    began = time.perf_counter()
+    started = time.perf_counter()
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
     method = settings.method
     device, ranks = launch(
@@ -91,15 +91,15 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
     )
     cli.console.quiet = not ranks.first
     folder = Path(ranks.broadcast(str(folder)))
-    asked, earlier = plain(settings), _check_resumed(settings, folder)
-    used = _used(earlier, asked, folder)
-    before = _before(earlier, asked | used)
+    requested, earlier = plain(settings), _check_resume(settings, folder)
+    kept = _finished_settings(earlier, requested, folder)
+    replaced = _replaced_settings(earlier, requested | kept)
     with ranks.one_line_errors():
         if ranks.world > 1:
-            settings = _shared(settings, device, ranks, folder)
+            settings = _plan_shared_step(settings, device, ranks, folder)
         model = load_model(settings.model, device, settings.seed, ranks)
         with attached(model.model, settings.step.backends, ranks.group) as layers:
-            accepted = partial(keep_settings, folder, asked | used, before) if ranks.first else lambda: None
+            on_accepted = partial(keep_settings, folder, requested | kept, replaced) if ranks.first else lambda: None
             gated_model = GatedModel(model, layers, method.window, settings.step.backends)
             run = TrainRun(
                 settings=settings,
@@ -108,21 +108,21 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
                 resume=bool(settings.resume),
                 step=settings.step,
                 console=cli.console,
-                accepted=accepted,
+                on_accepted=on_accepted,
             )
             samples = sample_module(model, settings, settings.seed)
             test = samples.samples("test", settings.comparison.samples)
             check_window(test, method.sink_size, method.recent_size)
             validation = samples.samples("validation", settings.comparison.samples) if in_sweep else []
-            found = {
+            provenance = {
                 "model": model.describe(layers),
-                "settings": {key: value for key, value in (plain(settings) | used).items() if key not in NOT_RECORDED},
+                "settings": {key: value for key, value in (plain(settings) | kept).items() if key not in NOT_RECORDED},
                 "versions": cli.versions(),
             }
-            if before:
-                found["before"] = before
+            if replaced:
+                provenance["before"] = replaced
             loaded = time.perf_counter()
-            patterns = _identify_repeatedly(gated_model, run, found)
+            patterns = _identify_repeatedly(gated_model, run, provenance)
             identified = time.perf_counter()
         pattern = average(list(patterns.values()))
         sparsities = _sparsities(settings, pattern)
@@ -131,18 +131,18 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
         results = compare(
             model, pattern, test, sparsities, settings.comparison.random_masks, settings.seed, settings.step.backends
         )
-        chosen_by = {}
+        validation_summary = {}
         if in_sweep:
-            loss = found_loss(model, pattern, validation, sparsities, settings.step.backends)
-            chosen_by = {"validation_loss": loss}
-        done = time.perf_counter()
-        told: dict[str, Any] = {
-            "seconds": {"load": loaded - began, "identify": identified - loaded, "compare": done - identified},
+            loss = pattern_loss(model, pattern, validation, sparsities, settings.step.backends)
+            validation_summary = {"validation_loss": loss}
+        compared = time.perf_counter()
+        measured: dict[str, Any] = {
+            "seconds": {"load": loaded - started, "identify": identified - loaded, "compare": compared - identified},
             "results": [result.summary() for result in results],
         }
         if pattern.holds_gates:
-            told["mean_gate"] = float(pattern.scores[list(pattern.gated_layers)].mean())
-        summary = pattern.provenance | told | chosen_by
+            measured["mean_gate"] = float(pattern.scores[list(pattern.gated_layers)].mean())
+        summary = pattern.provenance | measured | validation_summary
         if ranks.first:
             write_text(folder / "summary.json", json.dumps(sealed(summary), indent=1))
             save_figure(plot_gates(pattern, title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
@@ -152,75 +152,77 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
         return summary
 
 
-def _check_resumed(settings: TrainSettings, folder: Path) -> Earlier:
-    """Refuse to go on with a run under settings that what it has found so far was not found with.
+def _check_resume(settings: TrainSettings, folder: Path) -> EarlierSettings:
+    """Refuse to resume a run under settings that differ from those of its results so far.
 
     Returns:
-        the settings of the earlier part, and those that parts before it had instead; nothing of either if there is
-        nothing to go on from, for then everything is done under today's.
+        the settings of the earlier part, and the values that they replaced in parts before it; both empty if there is
+        no progress to continue from, since everything is then computed under today's settings.
     """
     if not settings.resume:
         return {}, {}
-    (earlier, before), now = read_settings(folder), plain(settings)
-    done = (folder / "heads" / HEADS).is_file()
-    begun = [place for place in (folder, *sorted(folder.glob("seed-*"))) if _begun(place)]
-    if done or begun:
+    (earlier, replaced), requested = read_settings(folder), plain(settings)
+    has_heads = (folder / "heads" / HEADS).is_file()
+    started_folders = [
+        run_folder for run_folder in (folder, *sorted(folder.glob("seed-*"))) if _has_progress(run_folder)
+    ]
+    if has_heads or started_folders:
         method, repeats = earlier.get("method"), earlier.get("repeats", settings.repeats)
         name = method.get("name") if isinstance(method, dict) else None
-        refused = f"resume={settings.resume} is a run of"
+        reason = f"resume={settings.resume} is a run of"
         check(
             name in (None, settings.method.name),
-            f"method={settings.method.name}: {refused} method={name}; leave out resume",
+            f"method={settings.method.name}: {reason} method={name}; leave out resume",
         )
         check(
             (repeats == 1) == (settings.repeats == 1),
-            f"repeats={settings.repeats}: {refused} repeats={repeats}, whose heads would be replaced; leave out resume",
+            f"repeats={settings.repeats}: {reason} repeats={repeats}, whose heads would be replaced; leave out resume",
         )
     if settings.repeats > 1:
         for seed in range(settings.seed, settings.seed + settings.repeats):
-            if ((place := folder / f"seed-{seed}") / "heads" / HEADS).is_file():
-                _found_before(place, settings)
-    if not begun:
+            if ((run_folder := folder / f"seed-{seed}") / "heads" / HEADS).is_file():
+                _load_seed_pattern(run_folder, settings)
+    if not started_folders:
         return {}, {}
-    free = [*NOT_RECORDED, *CHANGEABLE, *MEANTIME, "method.prior_weight", "method.batch_tokens"]
-    if not any((place / "prior" / ORDER).is_file() for place in begun) or not isinstance(now["method"]["prior"], dict):
-        free.append("method.prior")  # which is found, or read, once more
-    found = {key: values for key, values in differences(earlier, now).items() if not within(key, free)}
-    check_honoured(found, f"resume={settings.resume}: it was made", "and what it has found so far holds for that alone")
-    return earlier, before
+    changeable = [*NOT_RECORDED, *CHANGEABLE, *STEP_SETTINGS, "method.prior_weight", "method.batch_tokens"]
+    prior_started = any((run_folder / "prior" / SEARCH_FILE).is_file() for run_folder in started_folders)
+    if not prior_started or not isinstance(requested["method"]["prior"], dict):
+        changeable.append("method.prior")  # computed or read again
+    changed = {key: values for key, values in differences(earlier, requested).items() if not within(key, changeable)}
+    check_honoured(changed, f"resume={settings.resume}: it was made", "and its results so far depend on that")
+    return earlier, replaced
 
 
-def _begun(folder: Path) -> bool:
-    """Whether a run folder, or that of a seed, holds something that a resumed run would not do again."""
-    orders = [folder / name / ORDER for name in (".", "prior", "start")]
-    seed = folder.name.startswith("seed-") and (folder / "heads" / HEADS).is_file()
-    return seed or any(path.is_file() for path in (folder / CHECKPOINT, *orders))
+def _has_progress(folder: Path) -> bool:
+    """Whether a run folder, or that of a seed, holds results that a resumed run would not compute again."""
+    search_files = [folder / name / SEARCH_FILE for name in (".", "prior", "start")]
+    is_finished_seed = folder.name.startswith("seed-") and (folder / "heads" / HEADS).is_file()
+    return is_finished_seed or any(path.is_file() for path in (folder / CHECKPOINT, *search_files))
 
 
-def _used(earlier: Earlier, now: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What a finished run had in place of today's `MEANTIME`, under which no step will be taken."""
+def _finished_settings(earlier: EarlierSettings, requested: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The `STEP_SETTINGS` of a finished run, which stay, since no step is taken under today's."""
     settings = earlier[0]
-    ended = (folder / "heads" / HEADS).is_file() and settings.get("trainer", {}).get("max_steps") == now["trainer"][
-        "max_steps"
-    ]
-    return {group: settings[group] for group in MEANTIME if ended and group in settings}
+    has_heads, max_steps = (folder / "heads" / HEADS).is_file(), requested["trainer"]["max_steps"]
+    is_finished = has_heads and settings.get("trainer", {}).get("max_steps") == max_steps
+    return {group: settings[group] for group in STEP_SETTINGS if is_finished and group in settings}
 
 
-def _before(earlier: Earlier, now: dict[str, Any]) -> dict[str, Any]:
-    """What the first part of a resumed run had instead of today's settings, by override."""
-    settings, before = earlier
-    found = {key: old for key, (old, _) in differences(settings, now).items() if within(key, MEANTIME)}
-    return found | before if settings else {}
+def _replaced_settings(earlier: EarlierSettings, requested: dict[str, Any]) -> dict[str, Any]:
+    """The values of a resumed run's first part that today's settings replace, by override."""
+    settings, replaced = earlier
+    changed = {key: old for key, (old, _) in differences(settings, requested).items() if within(key, STEP_SETTINGS)}
+    return changed | replaced if settings else {}
 
 
-def _shared(settings: TrainSettings, device: torch.device, ranks: Ranks, folder: Path) -> TrainSettings:
-    """Show what the first step will need of each device, and how a run that is cut off goes on.
+def _plan_shared_step(settings: TrainSettings, device: torch.device, ranks: Ranks, folder: Path) -> TrainSettings:
+    """Show the memory plan of each device, and the command that resumes the run if a process is lost.
 
     Returns:
-        the settings, with step.memory=outputs or least where memory does not let layers keep everything.
+        the settings, with step.memory=outputs or least where layers cannot keep everything.
 
     Raises:
-        UserError: a device has not that much, or the settings are for one device alone.
+        UserError: a device has too little memory, or the settings only work on a single device.
     """
     model = meta_model(settings.model, dtype_of(settings.model.dtype, device))
     tokens = settings.data.length_max or model.config.get_text_config().max_position_embeddings
@@ -231,30 +233,30 @@ def _shared(settings: TrainSettings, device: torch.device, ranks: Ranks, folder:
     return replace(settings, step=step)
 
 
-def _identify_repeatedly(gated_model: GatedModel, run: TrainRun, found: dict[str, Any]) -> dict[str, HeadPattern]:
-    """A pattern for each seed, by its name; several have a folder each, where a resumed run finds what is done.
+def _identify_repeatedly(gated_model: GatedModel, run: TrainRun, provenance: dict[str, Any]) -> dict[str, HeadPattern]:
+    """The pattern of each seed, by name; with several seeds each has a folder, which a resumed run skips if finished.
 
     Args:
         gated_model: the model.
         run: of the first seed.
-        found: provenance that all share.
+        provenance: shared by all seeds.
     """
     settings, patterns = run.settings, {}
     for seed in range(settings.seed, settings.seed + settings.repeats):
         folder = run.folder if settings.repeats == 1 else run.folder / f"seed-{seed}"
         if settings.repeats > 1 and (folder / "heads" / HEADS).is_file():
-            patterns[f"seed {seed}"] = _found_before(folder, settings)
-            _draw_training(gated_model.model, settings, folder, again=False)
+            patterns[f"seed {seed}"] = _load_seed_pattern(folder, settings)
+            _draw_training(gated_model.model, settings, folder, redraw=False)
             continue
-        with tracked(settings.logger if gated_model.model.ranks.first else {}, folder) as loggers:
-            known = found | {"seed": seed}
-            accepted = partial(_accepted, run, loggers, known)
-            began = time.perf_counter()
-            of_seed = replace(run, folder=folder, seed=seed, accepted=accepted, loggers=loggers)
-            pattern = identify(gated_model, settings.method, of_seed)
-            told = dict(pattern.provenance)
-            took = {"seconds": time.perf_counter() - began + told.pop("seconds_before", 0.0)}
-            pattern = replace(pattern, provenance=known | took | told)
+        with run_loggers(settings.logger if gated_model.model.ranks.first else {}, folder) as loggers:
+            seed_provenance = provenance | {"seed": seed}
+            on_accepted = partial(_log_accepted, run, loggers, seed_provenance)
+            started = time.perf_counter()
+            seed_run = replace(run, folder=folder, seed=seed, on_accepted=on_accepted, loggers=loggers)
+            pattern = identify(gated_model, settings.method, seed_run)
+            method_provenance = dict(pattern.provenance)
+            timing = {"seconds": time.perf_counter() - started + method_provenance.pop("seconds_before", 0.0)}
+            pattern = replace(pattern, provenance=seed_provenance | timing | method_provenance)
             sparsities = _sparsities(settings, pattern)
             if gated_model.model.ranks.first:
                 save_pattern(pattern, folder / "heads", sparsities)
@@ -266,33 +268,32 @@ def _identify_repeatedly(gated_model: GatedModel, run: TrainRun, found: dict[str
     return patterns
 
 
-def _draw_training(model: LanguageModel, settings: TrainSettings, folder: Path, again: bool = True) -> None:
-    """The figure of how gates were trained in a folder; not `again`: only if that was cut off before it."""
+def _draw_training(model: LanguageModel, settings: TrainSettings, folder: Path, redraw: bool = True) -> None:
+    """Plot the training of gates in a folder; without `redraw`, only if there is no figure yet."""
     figure, trained = folder / "figures" / "training.png", isinstance(settings.method, GateSettings)
-    if model.ranks.first and trained and "csv" in settings.logger and (again or not figure.is_file()):
+    if model.ranks.first and trained and "csv" in settings.logger and (redraw or not figure.is_file()):
         save_figure(plot_training(read_metrics(folder), title=f"Training gates of {model.name}"), figure)
 
 
-def _found_before(folder: Path, settings: TrainSettings) -> HeadPattern:
-    """The pattern of a seed that an earlier part of the run has found, in the way in which others are being found."""
+def _load_seed_pattern(folder: Path, settings: TrainSettings) -> HeadPattern:
+    """The pattern of a seed from an earlier part of the run; its settings must be those of the other seeds."""
     pattern = load_pattern(folder)
-    found = differences(told_settings(pattern.provenance), plain(settings))
-    found = {
+    changed = {
         key: values
-        for key, values in found.items()
-        if key in STEPS or not within(key, [*NOT_RECORDED, *CHANGEABLE, *MEANTIME])
+        for key, values in differences(told_settings(pattern.provenance), plain(settings)).items()
+        if key == MAX_STEPS or not within(key, [*NOT_RECORDED, *CHANGEABLE, *STEP_SETTINGS])
     }
-    told = f"resume={settings.resume}: {folder.name} was found"
-    check_honoured(found, told, "and a mean of both would mean nothing")
+    description = f"resume={settings.resume}: {folder.name} was found"
+    check_honoured(changed, description, "and averaging both would be meaningless")
     return pattern
 
 
-def _accepted(run: TrainRun, loggers: Sequence[Logger], known: dict[str, Any]) -> None:
-    run.accepted()
-    log_config(loggers, known)
+def _log_accepted(run: TrainRun, loggers: Sequence[Logger], provenance: dict[str, Any]) -> None:
+    run.on_accepted()
+    log_config(loggers, provenance)
 
 
 def _sparsities(settings: TrainSettings, pattern: HeadPattern) -> list[float]:
-    """Of the masks that are exported: a pattern that was refined for one sparsity has that one alone."""
+    """Sparsities of the exported masks: only its own for a pattern that was refined for one sparsity."""
     budget = pattern.provenance.get("budget")
     return settings.sparsity if budget is None else [budget]

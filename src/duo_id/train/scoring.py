@@ -16,10 +16,10 @@ class Score:
 
     Attributes:
         loss: summed negative log-likelihood of the answer tokens, in nats.
-        correct: how many answer tokens are the model's first choice.
-        tokens: how many answer tokens there are.
-        exact: how many answers have every token right, which is when greedy decoding would give them.
-        answers: how many answers there are.
+        correct: number of answer tokens that are the model's first choice.
+        tokens: number of answer tokens.
+        exact: number of answers with every token right, as greedy decoding would then give them.
+        answers: number of answers.
     """
 
     loss: float = 0.0
@@ -50,9 +50,9 @@ class Score:
 
 @torch.no_grad()
 def score(model: LanguageModel, sample: Mapping[str, Any]) -> Score:
-    """Score the model, doing what is bound to its attention layers at present, on one sample.
+    """Score the model on one sample, under whatever functions are bound to its attention layers.
 
-    Processes that share a sample's tokens must all call it, and get the same.
+    Processes that share a sample's tokens must all call it; all get the same score.
 
     Args:
         model: the language model.
@@ -60,18 +60,18 @@ def score(model: LanguageModel, sample: Mapping[str, Any]) -> Score:
     """
     ranks, device = model.ranks, model.model.device
     batch: dict[str, Any] = {key: sample[key].to(device)[None] for key in ("input_ids", "answers")}
-    asked = batch["answers"][batch["answers"] > 0]  # of all processes
+    answer_ids = batch["answers"][batch["answers"] > 0]  # of all processes
     if ranks.group is not None:
         batch = split_batch(batch, ranks.part, ranks.sequence)
     positions = batch["answers"].flatten().nonzero()[:, 0]
     logits = model.predictions(batch, positions).float()
-    targets, owners = (batch[key].flatten()[positions] for key in ("input_ids", "answers"))
+    targets, token_answers = (batch[key].flatten()[positions] for key in ("input_ids", "answers"))
     loss = ranks.group_sum(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-    wrong = torch.zeros(int(asked.max()) + 1, dtype=torch.int64, device=device)  # tokens of each answer
-    wrong = ranks.group_sum(wrong.index_add_(0, owners, (logits.argmax(-1) != targets).long()))
-    answers = asked.unique()
+    wrong = torch.zeros(int(answer_ids.max()) + 1, dtype=torch.int64, device=device)  # tokens of each answer
+    wrong = ranks.group_sum(wrong.index_add_(0, token_answers, (logits.argmax(-1) != targets).long()))
+    answers = answer_ids.unique()
     exact = int((wrong[answers] == 0).sum())
-    return Score(float(loss), len(asked) - int(wrong.sum()), len(asked), exact, len(answers))
+    return Score(float(loss), len(answer_ids) - int(wrong.sum()), len(answer_ids), exact, len(answers))
 
 
 def total(scores: Iterable[Score]) -> Score:

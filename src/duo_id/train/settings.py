@@ -1,4 +1,4 @@
-"""Typed settings: what Hydra composes is checked here once, and every error names the override to change."""
+"""Typed settings of `duo_id.train`: Hydra's config is checked here once; every error names the override to change."""
 
 from collections.abc import Mapping
 from dataclasses import field
@@ -27,7 +27,7 @@ from duo_id.data.settings import DataSettings
 from duo_id.methods.settings import GateSettings, MethodSettings, make_optimizer, method_settings
 from duo_id.models.settings import ModelSettings
 from duo_id.step.settings import StepSettings
-from duo_id.train.trainer import Trainer, check_run
+from duo_id.train.trainer import Trainer, check_trainer
 
 
 @settings("comparison")
@@ -35,7 +35,7 @@ class ComparisonSettings:
     """The table at the end of a training run, and the validation during it."""
 
     samples: Positive  # held-out samples of the final table
-    random_masks: Count  # random masks at each sparsity
+    random_masks: Count  # per sparsity
     validation_samples: Count  # held-out samples scored during training
 
 
@@ -50,16 +50,16 @@ class TrainSettings:
     comparison: ComparisonSettings
     sparsity: Annotated[
         Some[Fraction], Field(description="such as sparsity=[0.5]")
-    ]  # fractions of KV heads that stream, of the exported masks
+    ]  # of the exported masks: fractions of KV heads that stream
     trainer: Trainer
-    logger: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # null: not this one
+    logger: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # null: off
     seed: Seed = 0
-    repeats: Annotated[Positive, Field(le=10000)] = 1  # runs with the seeds from `seed` on, whose scores are averaged
+    repeats: Annotated[Positive, Field(le=10000)] = 1  # runs with consecutive seeds, whose scores are averaged
     checkpoint_seconds: Annotated[Number, Field(ge=0, le=1e9)] = 60.0  # between checkpoints
-    resume: Text | None = None  # a run folder to go on with
+    resume: Text | None = None  # folder of a run to resume
 
     def __post_init__(self) -> None:
-        """Check what depends on several groups."""
+        """Check settings across groups."""
         self.sparsity = sorted(set(self.sparsity))
         window = self.method.sink_size + self.method.recent_size
         check(
@@ -69,16 +69,16 @@ class TrainSettings:
         )
         check(
             not self.step.cuda_graphs or self.data.batch_size == 1,
-            f"step.cuda_graphs=true needs data.batch_size=1, not {self.data.batch_size}: padding would be looked at",
+            f"step.cuda_graphs=true needs data.batch_size=1, not {self.data.batch_size}: heads would attend to padding",
         )
         check(
             self.seed + self.repeats <= 2**32,
-            f"repeats={self.repeats}: the last seed, from seed={self.seed} on, is too large",
+            f"repeats={self.repeats}: seeds from seed={self.seed} on become too large",
         )
-        check_run(self.trainer)
-        self.logger = {name: one for name, one in self.logger.items() if one}
-        for name, one in self.logger.items():
-            target = one.get("_target_") if one else None
+        check_trainer(self.trainer)
+        self.logger = {name: config for name, config in self.logger.items() if config}
+        for name, config in self.logger.items():
+            target = config.get("_target_") if config else None
             check(
                 isinstance(target, str) and bool(target),
                 f"logger.{name}._target_={shown(target)} must name a class: choose logger=csv, tensorboard or wandb",
@@ -88,25 +88,24 @@ class TrainSettings:
 
 
 def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
-    """The typed settings of a training run, its method's among them.
+    """The typed settings of a training run, including its method's.
 
     Raises:
         UserError: as `parse`.
     """
-    given = dict(contents(config))
-    given["method"] = method_settings(given.get("method", {}))
-    settings = parse(TrainSettings, given)
+    values = dict(contents(config))
+    values["method"] = method_settings(values.get("method", {}))
+    settings = parse(TrainSettings, values)
     check(
         isinstance(settings.method, GateSettings) or not settings.trainer.get("callbacks"),
-        f"trainer.callbacks: method={settings.method.name} trains nothing that they could be called at",
+        f"trainer.callbacks: method={settings.method.name} trains nothing, so they would never be called",
     )
     if isinstance(settings.method, GateSettings):
-        make_optimizer(settings.method, [torch.nn.Parameter(torch.zeros(1))])  # told now, not once a model is loaded
-    for name, one in settings.logger.items():
-        check_named(f"logger.{name}._target_", (one or {}).get("_target_"))
+        make_optimizer(settings.method, [torch.nn.Parameter(torch.zeros(1))])  # fails now, not after loading a model
+    for name, logger in settings.logger.items():
+        check_named(f"logger.{name}._target_", (logger or {}).get("_target_"))
     check(
         settings.repeats == 1 or getattr(settings.method, "swap_at", None) is None,
-        f"repeats={settings.repeats}: heads are exchanged (method.swap_at) in the mask of one run; the mean of several "
-        "has another",
+        f"repeats={settings.repeats}: method.swap_at refines the mask of one run, which averaging several would undo",
     )
     return settings

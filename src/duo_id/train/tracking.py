@@ -1,6 +1,6 @@
-"""What loggers get beside Lightning's metrics: the config, each layer's sparsity, the gates as a figure, the pattern.
+"""What is logged besides Lightning's metrics: the config, each layer's sparsity, the gates as a figure, the pattern.
 
-`logger=csv|wandb|tensorboard` chooses them. What is particular to one kind of logger is here and nowhere else.
+`logger=csv|wandb|tensorboard` chooses the loggers. Code for one kind of logger is only here.
 """
 
 import sys
@@ -20,25 +20,25 @@ from duo_id.common.mistakes import instantiate
 from duo_id.patterns.pattern import HeadPattern, TieWarning
 from duo_id.patterns.plots import plot_gates
 
-RUN_ID = "run_id.txt"  # in a run folder: a resumed run goes on in the same run of the tracking service
+RUN_ID = "run_id.txt"  # in a run folder: a resumed run continues the same run of the tracking service
 
 
 @contextmanager
-def tracked(settings: Mapping[str, Any], folder: Path) -> Iterator[list[Logger]]:
-    """The loggers of a run, which end with the block, so that the next run of this process gets its own.
+def run_loggers(settings: Mapping[str, Any], folder: Path) -> Iterator[list[Logger]]:
+    """The loggers of a run, closed after the block, so that the next run of this process gets its own.
 
     Args:
         settings: of each logger, by name: see conf/logger/.
         folder: of the run.
 
     Raises:
-        UserError: a logger cannot be had.
+        UserError: a logger cannot be created.
     """
-    earlier = _wandb_run()
-    failed = True
+    previous = _wandb_run()
+    has_failed = True
     try:
-        yield [_logger(name, dict(one), folder) for name, one in settings.items()]
-        failed = False
+        yield [_logger(name, dict(config), folder) for name, config in settings.items()]
+        has_failed = False
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "wandb":
             raise
@@ -47,18 +47,18 @@ def tracked(settings: Mapping[str, Any], folder: Path) -> Iterator[list[Logger]]
             f"logger=wandb: {reason} To keep the run on this machine alone: logger.wandb.offline=true"
         ) from error
     finally:
-        if (run := _wandb_run()) is not None and run is not earlier:
-            run.finish(exit_code=int(failed))
+        if (run := _wandb_run()) is not None and run is not previous:
+            run.finish(exit_code=int(has_failed))
 
 
 def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
-    """What the run was asked for: the settings, the model and versions."""
+    """Log the settings, the model and the versions."""
     for logger in loggers:
         logger.log_hyperparams(config)
 
 
 def log_gates(loggers: Sequence[Logger], pattern: HeadPattern, sparsities: Sequence[float], step: int) -> None:
-    """The pattern at a step: `layer_values` to every logger, and its heatmap to those that show pictures."""
+    """Log the pattern at a step: `layer_values` to every logger, its heatmap to those that take images."""
     for logger in loggers:
         logger.log_metrics(layer_values(pattern, sparsities), step)
         if isinstance(logger, WandbLogger):
@@ -69,7 +69,7 @@ def log_gates(loggers: Sequence[Logger], pattern: HeadPattern, sparsities: Seque
 
 
 def log_heads(loggers: Sequence[Logger], heads: Path) -> None:
-    """The exported pattern, as an artifact where a logger keeps files."""
+    """Log the exported pattern as an artifact, where a logger stores files."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             import wandb
@@ -80,9 +80,9 @@ def log_heads(loggers: Sequence[Logger], heads: Path) -> None:
 
 
 def layer_values(pattern: HeadPattern, sparsities: Sequence[float]) -> dict[str, float]:
-    """The mean score of each gated layer, and the part of its KV heads that streams at each sparsity, by column."""
+    """The mean score of each gated layer, and the fraction of its KV heads that stream at each sparsity, by column."""
     values = {}
-    with warnings.catch_warnings(action="ignore", category=TieWarning):  # the export tells them
+    with warnings.catch_warnings(action="ignore", category=TieWarning):  # the export warns
         masks = {sparsity: pattern.binarize(sparsity=sparsity).retrieval for sparsity in sparsities}
     for layer in pattern.gated_layers:
         values[f"layers/score_{layer:02}"] = pattern.scores[layer].mean().item()
@@ -96,11 +96,11 @@ class GateTracking(lightning.Callback):
     """Logs the gates after each validation and at the end."""
 
     def __init__(self, sparsities: Sequence[float]) -> None:
-        """Log which part of each layer streams at these sparsities."""
+        """Log the fraction of each layer's heads that stream at these sparsities."""
         self.sparsities, self.step = sparsities, -1
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Log, where other metrics of the validation are."""
+        """Log at the step of the validation's other metrics."""
         if not trainer.sanity_checking and trainer.global_step != self.step:
             self.step = trainer.global_step
             log_gates(trainer.loggers, pl_module.pattern(), self.sparsities, self.step)
@@ -117,12 +117,14 @@ def _logger(name: str, settings: dict[str, Any], folder: Path) -> Logger:
     try:
         return instantiate(f"logger.{name}", settings, save_dir=str(folder))
     except UserError as error:
-        ours = str(settings.get("_target_")).startswith("lightning.")  # which is there, so what it needs is not
-        if not (ours and isinstance(error.__cause__, ImportError)):
+        from_lightning = str(settings.get("_target_")).startswith(
+            "lightning."
+        )  # which is there, so what it needs is not
+        if not (from_lightning and isinstance(error.__cause__, ImportError)):
             raise
         raise UserError(f"logger={name} needs a package that is missing: pip install 'duo_id[{name}]'") from error
 
 
 def _wandb_run() -> Any:
-    """The run that is under way in this process."""
+    """The wandb run that is active in this process."""
     return sys.modules["wandb"].run if "wandb" in sys.modules else None
