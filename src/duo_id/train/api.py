@@ -39,10 +39,12 @@ GPU: dict[str, Any] = {  # what experiment=best has on a GPU, beside lengths
     "data.passkey_words": 16,
     "method.sink_size": 64,
     "method.recent_size": 256,
+    "data.num_workers": 4,
     "trainer.max_steps": 400,
     "trainer.log_every_n_steps": 20,
 }
 GATES = {"method.lr": 0.02}  # on a GPU, of methods that train
+SMALL = 2e8  # parameters of a model whose logits and graphs are small beside a GPU's memory
 
 
 def identify(
@@ -181,6 +183,8 @@ def _device_defaults(model: LanguageModel, config: DictConfig) -> dict[str, Any]
     chosen: dict[str, Any] = GPU | {"trainer.accelerator": "cuda", "trainer.devices": [device.index or 0]}
     if "lr" in config.method:
         chosen |= GATES
+    if model.model.num_parameters() <= SMALL:
+        chosen["step.cuda_graphs"] = True  # launches are the bottleneck
     return chosen | {"data.length_max": min(limit or LONGEST, LONGEST)}
 
 
