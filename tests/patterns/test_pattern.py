@@ -294,7 +294,7 @@ def test_sizes_that_no_model_has_are_refused(change: dict[str, Any]) -> None:
 
 
 def nested(scores: torch.Tensor) -> HeadPattern:
-    provenance = {"settings": {"method": {"name": "nested", "gate": "nested"}}, "model": {"id": "a/model<b>"}}
+    provenance = {"settings": {"method": {"name": "nested", "gate": "nested"}}, "model": {"name": "model<b>", "id": "a/model<b>"}}
     return HeadPattern(scores, 4, 8, provenance=provenance)
 
 
@@ -317,7 +317,7 @@ def test_a_pattern_plots_itself() -> None:
     pattern = nested(torch.rand(3, 2))
     alone, beside = pattern.plot(), pattern.plot(sparsity=0.5, title="mine")
     assert [len(figure.axes) for figure in (alone, beside)] == [2, 3], "panels and their scale"
-    assert alone.get_suptitle() == "a/model<b>"
+    assert alone.get_suptitle() == "model<b>"
     assert beside.get_suptitle() == "mine"
     cells = beside.axes[1].collections[0].get_array()
     assert cells.astype(bool).tolist() == pattern.binarize(sparsity=0.5).retrieval.tolist()

@@ -215,7 +215,7 @@ class HeadPattern:
 
         Args:
             sparsity: of the mask; None: no mask, or `mask`.
-            title: of the figure; None: the model's id, if the provenance has it.
+            title: of the figure; None: the model's name, if the provenance has it.
             mask: any other mask of the same shape.
 
         Returns:
@@ -232,7 +232,8 @@ class HeadPattern:
         if mask is not None:
             layers, kv_heads = self.scores.shape
             mask.check_fits(layers, kv_heads, "the pattern")
-        name = (self.provenance.get("model") or {}).get("id")
+        model = self.provenance.get("model") or {}
+        name = model.get("name") or model.get("id")
         return plot_heads(self.cells(), None if mask is None else mask.cells(), name if title is None else title)
 
     def _repr_html_(self) -> str:
