@@ -10,8 +10,8 @@ from duo_id.common.compat import (
     GENERATE_CACHE,
     attention_configs,
     cache_argument,
+    cache_from_arguments,
     cache_of,
-    given_cache,
     implementations,
     implementations_kept,
     set_implementations,
@@ -42,8 +42,8 @@ def test_the_name_is_that_of_the_forward_whichever_transformers_prefers() -> Non
 def test_a_cache_is_found_under_either_name() -> None:
     cache = object()
     for arguments in ({"cache": cache}, {"past_key_values": cache}, {"cache": None, "past_key_values": cache}):
-        assert given_cache(arguments) is cache
-    assert given_cache({"cache": None, "use_cache": True}) is None
+        assert cache_from_arguments(arguments) is cache
+    assert cache_from_arguments({"cache": None, "use_cache": True}) is None
 
 
 def test_an_output_without_a_cache_has_none() -> None:

@@ -153,7 +153,7 @@ def test_of_two_that_make_a_folder_the_second_is_told(tmp_path: Path) -> None:
             (tmp_path / "folder").mkdir()
             (tmp_path / "folder" / "theirs").touch()
 
-    with pytest.raises(UserError, match="folder exists by now, another"):
+    with pytest.raises(UserError, match="folder was created by another process"):
         second()
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "theirs"]
 

@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 
 from duo_id.common.config import conf_dir, parse, plain
 from duo_id.common.errors import UserError
-from duo_id.common.foreign import class_of, model_of
-from duo_id.common.mistakes import literal
+from duo_id.common.foreign import is_allowed_class, model_of
+from duo_id.common.mistakes import escape_interpolations
 from duo_id.evaluate import run as evaluating
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.settings import ModelSettings
@@ -186,7 +186,7 @@ def test_every_model_of_ours_comes_back_from_a_pattern() -> None:
 
 @pytest.mark.parametrize("text", [TEXT, r"\${x}", "${", r"a\\${b", "}${{", "$" * 3 + "{"])
 def test_a_literal_is_given_back_by_omegaconf(text: str) -> None:
-    config = OmegaConf.merge(OmegaConf.create({"x": ["other"]}), OmegaConf.create(literal({"x": [text]})))
+    config = OmegaConf.merge(OmegaConf.create({"x": ["other"]}), OmegaConf.create(escape_interpolations({"x": [text]})))
     assert OmegaConf.to_object(config) == {"x": [text]}
 
 
@@ -537,13 +537,13 @@ def test_a_run_of_ones_own_is_resumed_as_it_was(case: str, tmp_path: Path) -> No
     ],
 )
 def test_which_classes_the_files_of_a_run_may_name(target: str, role: str, allowed: bool) -> None:
-    assert class_of(target, role) is allowed
+    assert is_allowed_class(target, role) is allowed
 
 
 def test_nothing_is_imported_to_look_a_class_up(arrived: Path, marker: Path) -> None:
     (arrived / "duo_id").mkdir()
-    assert not class_of("stranger_code.Callback", "callback")
-    assert not class_of("torch.optim.stranger_code.SGD", "optimizer")
+    assert not is_allowed_class("stranger_code.Callback", "callback")
+    assert not is_allowed_class("torch.optim.stranger_code.SGD", "optimizer")
     assert not marker.exists()
 
 

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from duo_id.benchmark.figures import plot_benchmark
 from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import UserError
-from duo_id.common.foreign import model_of, told_model
-from duo_id.common.record import differences, read_settings, told_settings
+from duo_id.common.foreign import describe_model, model_of
+from duo_id.common.record import differences, read_settings, recorded_settings
 from duo_id.evaluate.contenders import contenders
 from duo_id.evaluate.journal import JOURNAL, Journal
 from duo_id.evaluate.peers import read_answers, write_samples
@@ -70,9 +70,9 @@ def use_heads(path: Path) -> None:
         pattern.holds_gates,
         repr(pattern),
     )
-    differences(told_settings(pattern.provenance), {"method": {"name": "duo"}, "model": {"architecture": {"x": 1}}})
+    differences(recorded_settings(pattern.provenance), {"method": {"name": "duo"}, "model": {"architecture": {"x": 1}}})
     if model_of(pattern.provenance, f"heads={path}"):
-        told_model(pattern.provenance, f"heads={path}", "model=NAME")
+        describe_model(pattern.provenance, f"heads={path}", "model=NAME")
     agreement({"a": pattern, "b": pattern}, [0.5]), agreement_table({"a": pattern, "b": pattern}, [0.5])
     model_card(pattern, "user/repo")
     for name in FORMATS:

@@ -20,7 +20,7 @@ from torch import Tensor
 from duo_id.common.errors import UserError
 from duo_id.common.files import whole_folder
 from duo_id.common.integrity import SEAL, SUMS, check_sums, sealed, sealed_csv
-from duo_id.common.mistakes import explained
+from duo_id.common.mistakes import describe_error
 from duo_id.common.record import SETTINGS, keep_settings, read_settings
 from duo_id.data.disk import DiskTask, write_dataset
 from duo_id.data.samples import Sample
@@ -297,11 +297,11 @@ def test_a_missing_file_is_named_and_paths_out_of_the_folder_are_not_followed(tm
     sums = tmp_path / "weights" / SUMS
     whole = sums.read_text()
     sums.write_text(whole + f"{digest}  ../secret\n")
-    with pytest.raises(UserError, match=r"tells of '\.\./secret', which is missing; remove it$"):
+    with pytest.raises(UserError, match=r"lists '\.\./secret', which is missing; remove it$"):
         check_sums(tmp_path / "weights", "remove it")
     sums.write_text(whole)
     (tmp_path / "weights" / "inner" / "config.json").unlink()
-    with pytest.raises(UserError, match=r"tells of 'inner/config\.json', which is missing; remove it$"):
+    with pytest.raises(UserError, match=r"lists 'inner/config\.json', which is missing; remove it$"):
         check_sums(tmp_path / "weights", "remove it")
 
 
@@ -353,7 +353,7 @@ def as_nobody(read: Callable[[Path], Any], folder: Path) -> str:
             os.seteuid(65534)
             read(Path())
         except (UserError, OSError) as error:
-            said = explained(error)
+            said = describe_error(error)
         except BaseException as error:
             said = repr(error)
         finally:

@@ -10,7 +10,7 @@ import torch
 
 from duo_id import load_pattern
 from duo_id.common.errors import UserError
-from duo_id.common.record import SETTINGS, check_honoured, differences, read_settings
+from duo_id.common.record import SETTINGS, check_unchanged, differences, read_settings
 from duo_id.methods.candidates import MaskLosses
 from duo_id.train.checkpoints import CHECKPOINT
 from tests.common.test_foreign import QUICKER
@@ -252,5 +252,5 @@ def test_differences(before: Any, now: Any, expected: Any) -> None:
 def test_a_refusal_is_short() -> None:
     found = {f"model.architecture.{number}": ("x" * 999, None) for number in range(9)}
     with pytest.raises(UserError, match=r"\(and 6 more\)") as raised:
-        check_honoured(found, "resume=RUN: it was made", "and that matters")
+        check_unchanged(found, "resume=RUN: it was made", "and that matters")
     assert len(str(raised.value)) < 600

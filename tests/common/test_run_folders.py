@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from duo_id.common import folders
-from duo_id.common.folders import LOCK, held
+from duo_id.common.folders import LOCK, lock_folder
 from tests.common.test_folders import elsewhere
 from tests.support.commands import QUICK, run_command
 from tests.support.sweep_jobs import leave
@@ -65,7 +65,7 @@ def test_links_out_of_a_run_are_refused_before_anything_is_written(name: str, tm
     for overrides in ([f"resume={link.parents[name.count('/')]}"], [], ["--multirun", "hydra.sweep.dir=run"]):
         error = run_command("train", *overrides, folder=tmp_path, command=pytest.fail).error
         assert f"{name} is a symbolic link out of " in error
-        assert error.endswith("remove it, or put there what it leads to")
+        assert error.endswith("remove it, or replace it by its target")
     assert sorted((tmp_path / "run").rglob("*")) == before
     assert precious.read_text() == "precious"
 
@@ -103,9 +103,9 @@ def test_a_second_run_in_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
     def second() -> str:
         return run_command("train", *QUICK, folder=tmp_path).error
 
-    with held(tmp_path / "run", "wait"):
+    with lock_folder(tmp_path / "run", "wait"):
         told = elsewhere(second)
-    assert f"process {os.getpid()} on {socket.gethostname()} works in this folder" in told
+    assert f"process {os.getpid()} on {socket.gethostname()} is working in this folder" in told
     assert told.endswith("wait until it ends, or give another hydra.run.dir")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
 
@@ -140,9 +140,9 @@ def test_a_second_sweep_in_a_folder_is_told_who_has_it_and_starts_no_job(tmp_pat
     def second() -> str:
         return run_command("train", *sweep, folder=tmp_path, command=pytest.fail).error
 
-    with held(tmp_path / "sweep", "wait"):
+    with lock_folder(tmp_path / "sweep", "wait"):
         told = elsewhere(second)
-    assert told.endswith("works in this folder: wait until it ends, or give another hydra.sweep.dir")
+    assert told.endswith("is working in this folder: wait until it ends, or give another hydra.sweep.dir")
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == [LOCK]
 
 
@@ -154,7 +154,7 @@ def test_many_may_work_on_a_study_that_has_its_own_storage(tmp_path: Path) -> No
     def second() -> int:
         return run_command("train", *where, folder=tmp_path, command=lambda config: leave(config.method.lr)).status
 
-    with held(tmp_path / "sweep", "wait"):
+    with lock_folder(tmp_path / "sweep", "wait"):
         assert elsewhere(second) == "0"
 
 

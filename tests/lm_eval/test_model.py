@@ -223,14 +223,14 @@ def test_the_default_model_is_the_patterns_own(tmp_path: Path, pattern: HeadPatt
         ({"heads": "", "model": "tiny", "sparsity": 2}, r"must lie in \[0, 1\]"),
         ({"heads": "", "model": "tiny", "sparsity": "abc"}, "sparsity=abc is not a number"),
         ({"heads": "SmolLM2-135M-Instruct", "model": "tiny"}, "is for 30 layers"),
-        ({"heads": "", "model": "tiny", "peft": "adapter"}, "^--model_args peft=adapter .* give it pretrained=MODEL$"),
+        ({"heads": "", "model": "tiny", "peft": "adapter"}, "^--model_args peft=adapter .* add pretrained=MODEL$"),
         ({"heads": "", "model": "tiny", "load_in_4bit": True}, "^--model_args load_in_4bit=True .* pretrained=MODEL$"),
         ({"heads": "", "pretrained": "./nowhere"}, r"^--model_args pretrained=\./nowhere: lm-eval cannot load it: .+$"),
         (
             {"heads": "", "model": "tiny", "mixed_precision_dtype": "bf16"},
             "^--model_args mixed_precision_dtype=bf16",
         ),
-        ({"heads": "", "pretrained": "x", "mixed_precision_dtype": "auto"}, "=auto is no type of torch"),
+        ({"heads": "", "pretrained": "x", "mixed_precision_dtype": "auto"}, "=auto: choose bfloat16 or float16"),
         ({"heads": "", "model": "tiny", "truncation_side": "right"}, "truncation_side=right: choose left or middle"),
         (
             {"heads": "", "model": "tiny", "truncation_side": "middle", "truncation": True},
@@ -294,7 +294,7 @@ def test_the_command_line_is_that_of_lm_eval(folder: Path, tmp_path: Path) -> No
         ({"dtype": "abc"}, "dtype=abc: choose auto, float32"),
         ({"max_length": "abc"}, "max_length=abc must be a whole number"),
         ({"max_length": 0}, "max_length=0 must be a whole number"),
-        ({"device": "abc"}, "device=abc: give --device in its place"),
+        ({"device": "abc"}, "device=abc: give --device instead"),
     ],
     ids=["none", "list", "true", "dtype", "length", "zero", "device"],
 )

@@ -21,9 +21,9 @@ from duo_id.common.config import (
     Some,
     Text,
     Weight,
-    contents,
     one_of,
     parse,
+    resolve,
     settings,
     shown,
 )
@@ -235,7 +235,7 @@ def method_settings(config: DictConfig | Mapping[str, Any]) -> MethodSettings:
     Raises:
         UserError: there is no such method, or a setting is unknown, of the wrong type or out of range.
     """
-    given = contents(config)
+    given = resolve(config)
     check(isinstance(given, Mapping), f"method={shown(given)}: choose one of conf/method/")
     name = given.get("name")
     known = isinstance(name, str) and name in METHODS

@@ -97,7 +97,7 @@ def _trainer(method: GateSettings, run: TrainRun, callbacks: Sequence[Callback])
         "trainer",
         # The stream of samples has no end, and ranks are told apart where samples are made.
         {"limit_train_batches": settings.trainer["max_steps"]} | settings.trainer | {"use_distributed_sampler": False},
-        about="callbacks" if theirs else "_target_",
+        default_key="callbacks" if theirs else "_target_",
         logger=list(run.loggers),
         callbacks=[*ours, *theirs],
         plugins=[AtomicCheckpointIO()],

@@ -21,12 +21,12 @@ from duo_id.common.figures import save_figure
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
 from duo_id.common.record import (
-    check_honoured,
+    check_unchanged,
     differences,
+    in_groups,
     keep_settings,
     read_settings,
-    told_settings,
-    within,
+    recorded_settings,
 )
 from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
@@ -183,8 +183,10 @@ def _check_resumed(settings: TrainSettings, folder: Path) -> Earlier:
     free = [*NOT_RECORDED, *CHANGEABLE, *MEANTIME, "method.prior_weight", "method.batch_tokens"]
     if not any((place / "prior" / ORDER).is_file() for place in begun) or not isinstance(now["method"]["prior"], dict):
         free.append("method.prior")  # which is found, or read, once more
-    found = {key: values for key, values in differences(earlier, now).items() if not within(key, free)}
-    check_honoured(found, f"resume={settings.resume}: it was made", "and what it has found so far holds for that alone")
+    found = {key: values for key, values in differences(earlier, now).items() if not in_groups(key, free)}
+    check_unchanged(
+        found, f"resume={settings.resume}: it was made", "and what it has found so far holds for that alone"
+    )
     return earlier, before
 
 
@@ -207,7 +209,7 @@ def _used(earlier: Earlier, now: dict[str, Any], folder: Path) -> dict[str, Any]
 def _before(earlier: Earlier, now: dict[str, Any]) -> dict[str, Any]:
     """What the first part of a resumed run had instead of today's settings, by override."""
     settings, before = earlier
-    found = {key: old for key, (old, _) in differences(settings, now).items() if within(key, MEANTIME)}
+    found = {key: old for key, (old, _) in differences(settings, now).items() if in_groups(key, MEANTIME)}
     return found | before if settings else {}
 
 
@@ -225,7 +227,7 @@ def _shared(settings: TrainSettings, device: torch.device, ranks: Ranks, folder:
     teacher_outputs = isinstance(settings.method, GateSettings) and BLENDS[settings.method.blend].needs_teacher
     step, plan = shared_step(model, settings.step, ranks, device, tokens, settings.data.batch_size, teacher_outputs)
     cli.say(str(plan))
-    cli.say(f"if a process is lost: {cli.to_resume('train', folder)}")
+    cli.say(f"if a process is lost: {cli.resume_command('train', folder)}")
     return replace(settings, step=step)
 
 
@@ -274,14 +276,14 @@ def _draw_training(model: LanguageModel, settings: TrainSettings, folder: Path, 
 def _found_before(folder: Path, settings: TrainSettings) -> HeadPattern:
     """The pattern of a seed that an earlier part of the run has found, in the way in which others are being found."""
     pattern = load_pattern(folder)
-    found = differences(told_settings(pattern.provenance), plain(settings))
+    found = differences(recorded_settings(pattern.provenance), plain(settings))
     found = {
         key: values
         for key, values in found.items()
-        if key in STEPS or not within(key, [*NOT_RECORDED, *CHANGEABLE, *MEANTIME])
+        if key in STEPS or not in_groups(key, [*NOT_RECORDED, *CHANGEABLE, *MEANTIME])
     }
     told = f"resume={settings.resume}: {folder.name} was found"
-    check_honoured(found, told, "and a mean of both would mean nothing")
+    check_unchanged(found, told, "and a mean of both would mean nothing")
     return pattern
 
 

@@ -16,13 +16,13 @@ from duo_id.common.config import (
     Seed,
     Some,
     Text,
-    contents,
     parse,
+    resolve,
     settings,
     shown,
 )
 from duo_id.common.errors import check
-from duo_id.common.mistakes import check_named
+from duo_id.common.mistakes import check_importable
 from duo_id.data.settings import DataSettings
 from duo_id.methods.settings import GateSettings, MethodSettings, make_optimizer, method_settings
 from duo_id.models.settings import ModelSettings
@@ -93,7 +93,7 @@ def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
     Raises:
         UserError: as `parse`.
     """
-    given = dict(contents(config))
+    given = dict(resolve(config))
     given["method"] = method_settings(given.get("method", {}))
     settings = parse(TrainSettings, given)
     check(
@@ -103,7 +103,7 @@ def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
     if isinstance(settings.method, GateSettings):
         make_optimizer(settings.method, [torch.nn.Parameter(torch.zeros(1))])  # told now, not once a model is loaded
     for name, one in settings.logger.items():
-        check_named(f"logger.{name}._target_", (one or {}).get("_target_"))
+        check_importable(f"logger.{name}._target_", (one or {}).get("_target_"))
     check(
         settings.repeats == 1 or getattr(settings.method, "swap_at", None) is None,
         f"repeats={settings.repeats}: heads are exchanged (method.swap_at) in the mask of one run; the mean of several "
