@@ -85,6 +85,7 @@ METHOD = {"name": "duo", "sink_size": 16, "recent_size": 64}
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 0.01}
 OWN = {  # what a method needs for its values to be told apart
     "duo": {"optimizer": ADAMW},
+    "nested": {"optimizer": ADAMW},
     "saliency": {"at": [0.5]},
 }
 
@@ -169,7 +170,7 @@ def test_every_argument_of_lightnings_trainer_is_taken_or_told() -> None:
 BAD = {  # overrides of train, and how the line begins
     "trainer.max_steps=10000000000000000000000": "trainer.max_steps=10000000000000000000000 must be at most 2147483648",
     "trainer.max_steps=1e22": "trainer.max_steps=1e+22 must be at most 2147483648",
-    "model.architecture.model_type={}": "model.architecture.model_type={} must be the name of",
+    "model.architecture.model_type={}": "model.architecture.model_type={} must be a model type that",
     "model.architecture.hidden_size={}": "model.architecture.hidden_size={} must be a whole number, at least 1 and",
     "resume={}": "resume={}: give the folder of a run",
     "model=[[a]]": "model=[[a]]",

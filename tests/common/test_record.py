@@ -81,7 +81,7 @@ NOT_HONOURED = {  # the override, and how the refusal names both values
     "config": (["+model.config.rope_theta=5"], "model.config.rope_theta=null", "model.config.rope_theta=5"),
     "seed": (["seed=5"], "seed=0", "seed=5"),
     "repeats": (["repeats=2"], "repeats=1", "repeats=2"),
-    "method": (["method=random"], "method=duo", "method=random"),
+    "method": (["method=random"], "method=nested", "method=random"),
     "steps": (["trainer.max_steps=1"], "trainer.max_steps=2", "trainer.max_steps=1"),
 }
 
