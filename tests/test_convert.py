@@ -76,7 +76,7 @@ def test_what_is_lost_is_told_exactly() -> None:
     assert lost_parts(CASES["random"], "retrieval-head", options) == kept
     assert lost_parts(CASES["random"], "prulong", options) == [*kept, "scores (their order remains)"]
     assert lost_parts(CASES["random"], "prulong", masked) == [*kept, "scores (a mask remains)"]
-    assert lost_parts(CASES["ones"], "prulong", convert.Options(sparsity=0)) == kept
+    assert lost_parts(CASES["ones"], "prulong", Options(sparsity=0)) == kept
     assert lost_parts(CASES["random"], "qrhead", masked) == [*kept, "scores (a mask remains)"]
     assert lost_parts(CASES["trained"], "headkv", options) == [*kept, "negative scores (they become 0)"]
     assert lost_parts(CASES["hybrid"], "kvzip", options) == [*kept, "which layers have gates"]
@@ -110,8 +110,8 @@ def test_a_table_beside_its_config_needs_no_more(source: Path, tmp_path: Path) -
 def test_mistakes_are_named(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     refused("Missing argument 'DST'; see --help for examples", source)
-    refused(r"unexpected extra argument\(s\) \(.*/out\); --help", source, target, target)
-    refused("'' is no path", source, "")
+    refused(r"unexpected extra argument\(s\) \(.*/out\); see --help", source, target, target)
+    refused("SRC and DST must not be empty", source, "")
     refused("sink_size: Input should be less than or equal to 16777216$", source, target, "sink_size=99999999999")
     refused("format=b: format is given twice", source, target, "format=a", "format=b")
     refused("--lossy: there are no options, give settings as KEY=VALUE", source, target, "--lossy")

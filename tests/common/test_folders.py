@@ -24,24 +24,24 @@ def elsewhere(block: Callable[[], object]) -> str:
 
     def run() -> None:
         try:
-            ours.send(str(block()))
+            sender.send(str(block()))
         except Exception as error:
-            ours.send(str(error))
+            sender.send(str(error))
 
-    theirs, ours = (context := get_context("fork")).Pipe()
+    receiver, sender = (context := get_context("fork")).Pipe()
     process = context.Process(target=run)
     process.start()
     try:
-        assert theirs.poll(60)
-        return theirs.recv()
+        assert receiver.poll(60)
+        return receiver.recv()
     finally:
         process.join()
 
 
 def test_a_folder_of_the_same_second_is_another(tmp_path: Path) -> None:
-    made = [make_new_folder(tmp_path / "day" / "12-00-00") for _ in range(3)]
-    assert [path.name for path in made] == ["12-00-00", "12-00-00-2", "12-00-00-3"]
-    assert all(path.is_dir() for path in made)
+    folders = [make_new_folder(tmp_path / "day" / "12-00-00") for _ in range(3)]
+    assert [path.name for path in folders] == ["12-00-00", "12-00-00-2", "12-00-00-3"]
+    assert all(path.is_dir() for path in folders)
 
 
 def test_other_processes_of_a_run_take_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,14 +56,14 @@ def test_other_processes_of_a_run_take_no_folder(monkeypatch: pytest.MonkeyPatch
 
 def test_a_folder_is_held_by_one_process_which_is_told(tmp_path: Path) -> None:
     def work() -> str:
-        with lock_folder(tmp_path / "run", "give another", job=2) as before:
-            return json.dumps(before)
+        with lock_folder(tmp_path / "run", "give another", job=2) as previous:
+            return json.dumps(previous)
 
     assert work() == "{}"
     with lock_folder(tmp_path / "run", "give another", job=1):
-        told = elsewhere(work)
+        message = elsewhere(work)
     host = socket.gethostname()
-    assert told == f"{tmp_path / 'run'}: process {os.getpid()} on {host} is working in this folder: give another"
+    assert message == f"{tmp_path / 'run'}: process {os.getpid()} on {host} is working in this folder: give another"
     assert json.loads(elsewhere(work)) == {"pid": os.getpid(), "host": host, "job": 1}
 
 
@@ -78,15 +78,15 @@ def test_a_killed_process_holds_nothing_and_neither_do_its_children(tmp_path: Pa
                 os.read(reading, 1)  # until the test is over
             os._exit(0)
     os.waitpid(child, 0)
-    with lock_folder(tmp_path, "wait") as before:
-        assert before["pid"] == child
+    with lock_folder(tmp_path, "wait") as previous:
+        assert previous["pid"] == child
     os.close(writing)
 
 
 def test_a_damaged_or_removed_lock_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / LOCK).write_text("[")
-    with lock_folder(tmp_path, "wait", keep=False) as before:
-        assert before == {}
+    with lock_folder(tmp_path, "wait", keep=False) as previous:
+        assert previous == {}
     assert not (tmp_path / LOCK).exists()
     with lock_folder(tmp_path / "new", "wait", keep=False):
         pass

@@ -87,8 +87,8 @@ def raised(call: Callable[[], Any]) -> BaseException:
     ],
 )
 def test_a_librarys_error_names_the_override(command: str, overrides: list[str], message: str, tmp_path: Path) -> None:
-    given = {"train": QUICK, "benchmark": STEPS}[command]
-    assert message in run_command(command, *given, *overrides, folder=tmp_path).error
+    valid = {"train": QUICK, "benchmark": STEPS}[command]
+    assert message in run_command(command, *valid, *overrides, folder=tmp_path).error
 
 
 def test_what_a_settings_group_describes_is_built() -> None:
@@ -144,16 +144,16 @@ def test_the_quotes_that_are_shown_are_those_that_hydra_needs(
     line, _, shown = typed.error.partition(" needs quotes that reach Hydra: ")
     assert line == f"error: {key}={path}: the value of {key}"
     (override,) = shlex.split(shown)
-    found: list[Any] = []
+    configs: list[Any] = []
 
     def read(config: DictConfig) -> None:
-        found.append(OmegaConf.select(config, key.lstrip("+")))
+        configs.append(OmegaConf.select(config, key.lstrip("+")))
 
     finished = run_command(
         command, *method, override, f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path, command=read
     )
     assert finished.status == 0, finished.output
-    assert found == [path]
+    assert configs == [path]
 
 
 def test_published_heads_are_read_by_the_line_that_is_shown(tmp_path: Path) -> None:
@@ -161,9 +161,9 @@ def test_published_heads_are_read_by_the_line_that_is_shown(tmp_path: Path) -> N
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"sink_size": 4, "recent_size": 60}')
     (folder / "full_attention_heads.tsv").write_text("0.1\t0.2\n" * 5)
-    given = ["model=tiny", "context=[128]", "task=decode", f"hydra.run.dir={tmp_path / 'run'}"]
-    typed = run_command("benchmark", *given, f"heads={PUBLISHED}", folder=tmp_path)
-    quoted = run_command("benchmark", *given, *shlex.split(typed.error.rpartition(": ")[2]), folder=tmp_path)
+    overrides = ["model=tiny", "context=[128]", "task=decode", f"hydra.run.dir={tmp_path / 'run'}"]
+    typed = run_command("benchmark", *overrides, f"heads={PUBLISHED}", folder=tmp_path)
+    quoted = run_command("benchmark", *overrides, *shlex.split(typed.error.rpartition(": ")[2]), folder=tmp_path)
     assert "5 layers x 2 KV heads" in quoted.error, "which the tiny model does not have"
 
 
