@@ -77,7 +77,7 @@ def test_what_is_lost_is_told_exactly() -> None:
     assert lost_parts(CASES["random"], "retrieval-head", options) == kept
     assert lost_parts(CASES["random"], "prulong", options) == [*kept, "scores (their order remains)"]
     assert lost_parts(CASES["random"], "prulong", masked) == [*kept, "scores (a mask remains)"]
-    assert lost_parts(CASES["ones"], "prulong", convert.Options(sparsity=0)) == kept
+    assert lost_parts(CASES["ones"], "prulong", Options(sparsity=0)) == kept
     assert lost_parts(CASES["random"], "qrhead", masked) == [*kept, "scores (a mask remains)"]
     assert lost_parts(CASES["trained"], "headkv", options) == [*kept, "negative scores (they become 0)"]
     assert lost_parts(CASES["hybrid"], "kvzip", options) == [*kept, "which layers have gates"]
@@ -110,12 +110,12 @@ def test_a_table_beside_its_config_needs_no_more(source: Path, tmp_path: Path) -
 
 def test_mistakes_are_named(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    refused("Missing argument 'DST'; --help has examples", source)
-    refused(r"unexpected extra argument\(s\) \(.*/out\); --help", source, target, target)
-    refused("'' is no path", source, "")
+    refused("Missing argument 'DST'; see --help for examples", source)
+    refused(r"unexpected extra argument\(s\) \(.*/out\); see --help", source, target, target)
+    refused("SRC and DST must not be empty", source, "")
     refused("sink_size: Input should be less than or equal to 16777216$", source, target, "sink_size=99999999999")
     refused("format=b: format is given twice", source, target, "format=a", "format=b")
-    refused("--lossy: there are no options, settings are KEY=VALUE", source, target, "--lossy")
+    refused("--lossy: there are no options, give settings as KEY=VALUE", source, target, "--lossy")
     refused("format: 'onnx' is not one of 'heads', 'duo-attention'", source, target, "format=onnx")
     refused(r"No such option: fromat \(Possible options: format\)", source, target, "fromat=rlkv")
     refused("lossy: 'yes' is not one of 'true', 'false'$", source, target, "lossy=yes")
@@ -126,8 +126,8 @@ def test_mistakes_are_named(source: Path, tmp_path: Path) -> None:
     refused("heads: Input should be greater than or equal to 0$", source, target, "heads=-1")
     refused("kv_heads=4 contradicts .* which has 3", source, target, "kv_heads=4")
     refused("sink_size=0 contradicts .* which has 16", source, target, "sink_size=0")
-    refused("run/heads stands in the way", source / "heads", source / "heads", "format=lserve")
-    refused("run stands in the way: format=kvzip writes a file", source / "heads", source, "format=kvzip", "lossy=true")
+    refused("run/heads is in the way", source / "heads", source / "heads", "format=lserve")
+    refused("run is in the way: format=kvzip writes a new file", source / "heads", source, "format=kvzip", "lossy=true")
     (tmp_path / "model.bin").write_bytes(b"")
     refused(r"model\.bin has no known format: expected a folder with heads\.json", tmp_path / "model.bin", target)
     refused("no head pattern", tmp_path / "nowhere", target)
@@ -147,6 +147,8 @@ def test_paths_may_hold_an_equals_sign(source: Path, monkeypatch: pytest.MonkeyP
     assert convert.main(["lr=0.02-reg=0.05", "./ctx=1000_32000", "sparsity=0.5"]) == Path("ctx=1000_32000")
     assert convert.main(["./ctx=1000_32000", "deep/er=1", "format=rlkv"]) == Path("deep/er=1")
     refused(
-        "No such option: ctx; --help has examples, and a path with a = in it is ./NAME", "lr=0.02-reg=0.05", "ctx=2"
+        "No such option: ctx; see --help for examples, and write a path that contains = as ./NAME",
+        "lr=0.02-reg=0.05",
+        "ctx=2",
     )
     refused("nosuch/lr=0.1", "nosuch/lr=0.1", "there")

@@ -1,6 +1,6 @@
-"""`python -m duo_id.convert SRC DST format=NAME`: a head pattern into another tool's files, or out of them.
+"""`python -m duo_id.convert SRC DST format=NAME`: convert a head pattern to or from another tool's files.
 
-What needs torch is imported where the work begins: `--help` and mistakes are answered at once.
+Modules that need torch are imported late, so that `--help` and mistakes are answered at once.
 """
 
 from duo_id.common import stopping
@@ -18,12 +18,12 @@ from duo_id.common import cli
 from duo_id.common.arguments import command
 from duo_id.common.documents import MOST_TOKENS
 from duo_id.common.errors import UserError, check
-from duo_id.common.folders import held
+from duo_id.common.folders import lock_folder
 
 Format = Literal[
     "heads", "duo-attention", "lserve", "rlkv", "prulong", "retrieval-head", "headkv", "qrhead", "kvzip"
-]  # the keys of FORMATS, which tests/test_convert.py holds
-COUNT = {"min": 0, "max": MOST_TOKENS}
+]  # the keys of FORMATS; tests/test_convert.py keeps them in sync
+SIZE_RANGE = {"min": 0, "max": MOST_TOKENS}
 
 
 @command(
@@ -36,20 +36,22 @@ def main(
     source: Annotated[str, Argument(metavar="SRC", help="file or folder of any format, shipped name or hub repo")],
     target: Annotated[str, Argument(metavar="DST", help="file or folder to write")],
     format: Annotated[Format, Option(help="of DST")] = "heads",
-    lossy: Annotated[Literal["true", "false"], Option(help="go without what DST cannot hold")] = "false",
-    sparsity: Annotated[float | None, Option(min=0, max=1, help="where a file holds a decision, no scores")] = None,
-    layers: Annotated[int | None, Option(**COUNT, help="of the model")] = None,
-    heads: Annotated[int | None, Option(**COUNT, help="query heads of a layer")] = None,
-    kv_heads: Annotated[int | None, Option("--kv_heads", **COUNT, help="KV heads of a layer")] = None,
+    lossy: Annotated[Literal["true", "false"], Option(help="drop what DST cannot hold")] = "false",
+    sparsity: Annotated[float | None, Option(min=0, max=1, help="if a file holds a mask instead of scores")] = None,
+    layers: Annotated[int | None, Option(**SIZE_RANGE, help="of the model")] = None,
+    heads: Annotated[int | None, Option(**SIZE_RANGE, help="query heads of a layer")] = None,
+    kv_heads: Annotated[int | None, Option("--kv_heads", **SIZE_RANGE, help="KV heads of a layer")] = None,
     sink_size: Annotated[
-        int | None, Option("--sink_size", **COUNT, help="first tokens that streaming heads see")
+        int | None, Option("--sink_size", **SIZE_RANGE, help="first tokens that streaming heads see")
     ] = None,
-    recent_size: Annotated[int | None, Option("--recent_size", **COUNT, help="latest tokens that they see")] = None,
-    model: Annotated[str | None, Option(help="hub id, for the provenance of what is read")] = None,
+    recent_size: Annotated[
+        int | None, Option("--recent_size", **SIZE_RANGE, help="latest tokens that they see")
+    ] = None,
+    model: Annotated[str | None, Option(help="hub id of the model, recorded as the pattern's provenance")] = None,
 ) -> Path:
-    """Convert a head pattern into another tool's files, or out of them.
+    """Convert a head pattern to or from another tool's files.
 
-    Prints how the other tool takes the result.
+    Prints how to use the result in the other tool.
 
     Returns:
         DST.
@@ -60,21 +62,21 @@ def main(
     from duo_id.patterns.formats.options import Options
     from duo_id.patterns.formats.registry import FORMATS, lost_parts, read_any
 
-    check("" not in (source, target), "'' is no path: give SRC and DST")
+    check("" not in (source, target), "SRC and DST must not be empty")
     path, options = Path(target).expanduser(), Options(sparsity, layers, heads, kv_heads, sink_size, recent_size, model)
     same = path.resolve() == Path(source).expanduser().resolve()
     if path.exists() and (same or path.is_dir() != FORMATS[format].folder):
         kind = "folder" if FORMATS[format].folder else "file"
-        raise UserError(f"{path} stands in the way: format={format} writes a {kind} of its own")
+        raise UserError(f"{path} is in the way: format={format} writes a new {kind}, give another DST")
     pattern = read_any(source, options)
     lost = lost_parts(pattern, format, options)
-    check(not lost or lossy == "true", f"format={format} cannot hold {', '.join(lost)}: give lossy=true to go without")
+    check(not lost or lossy == "true", f"format={format} cannot hold {', '.join(lost)}: give lossy=true to drop it")
     advice = "wait until it ends, or give another DST"
-    with held(path, advice, keep=False) if FORMATS[format].folder else nullcontext():
-        note = FORMATS[format].write(pattern, path, options)
+    with lock_folder(path, advice, keep=False) if FORMATS[format].folder else nullcontext():
+        usage = FORMATS[format].write(pattern, path, options)
     if lost:
         cli.say(f"lost: {', '.join(lost)}")
-    cli.say(note)
+    cli.say(usage)
     return path
 
 

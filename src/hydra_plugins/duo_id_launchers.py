@@ -1,7 +1,7 @@
-"""`hydra/launcher=local`: jobs of a sweep side by side, each in a process of its own with a GPU of its own.
+"""`hydra/launcher=local`: jobs of a sweep in parallel, each in its own process with its own GPU.
 
-The processes are submitit's, whose local executor does not give each job another GPU nor let the next one wait for it.
-Hydra imports this module whenever a command starts, so what is heavy is imported when jobs start.
+submitit starts the processes; its local executor neither assigns GPUs nor queues jobs until one is free, which is done
+here. Hydra imports this module whenever a command starts, so heavy modules are imported when jobs start.
 """
 
 import fcntl
@@ -27,13 +27,13 @@ from duo_id.common.files import write_text
 from duo_id.common.stopping import describe_interrupt, status_of, stoppable
 
 console = Console()
-LOOK: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}
-GRACE = 60  # seconds that a job has for saving, once its launcher is gone
-YEAR = 365 * 24 * 60  # minutes: jobs end by themselves
+PRINT_OPTIONS: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}
+GRACE_SECONDS = 60  # for a job to save its work once its launcher has ended
+TIMEOUT_MINUTES = 365 * 24 * 60  # submitit requires one, and jobs end by themselves
 
 
 class LocalLauncher(Launcher):
-    """As many jobs at a time as there are GPUs, each with one; without GPUs `n_jobs` at a time."""
+    """Runs `n_jobs` jobs at a time: by default one per GPU, or one without GPUs."""
 
     def __init__(self, n_jobs: int | None, folder: str) -> None:
         """Keep the settings, see conf/hydra/launcher/local.yaml."""
@@ -44,78 +44,78 @@ class LocalLauncher(Launcher):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """Run the jobs, numbered from `initial_job_idx`, and wait for all of them; one that dies is a failed one."""
-        where = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
-        if len(job_overrides) > 1 and "${" not in str(where):
+        """Run the jobs, numbered from `initial_job_idx`, and wait for all; one whose process dies counts as failed."""
+        subdir = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
+        if len(job_overrides) > 1 and "${" not in str(subdir):
             raise UserError(
-                f"hydra.sweep.subdir={where} is one folder for all jobs: let it differ, as ${{hydra.job.num}} does"
+                f"hydra.sweep.subdir={subdir} is one folder for all jobs: let it vary, as ${{hydra.job.num}} does"
             )
         gpus = visible_gpus()
         count = self.n_jobs if self.n_jobs is not None else max(len(gpus), 1)
         if count < 1 or count > len(gpus) > 0:
-            most = f"at most {len(gpus)}, a job a GPU" if gpus else "at least 1"
-            raise UserError(f"hydra.launcher.n_jobs={count} must be {most}")
+            allowed = f"between 1 and {len(gpus)}, the number of GPUs" if gpus else "at least 1"
+            raise UserError(f"hydra.launcher.n_jobs={count} must be {allowed}")
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
-        free: SimpleQueue[str] = SimpleQueue()
+        free_gpus: SimpleQueue[str] = SimpleQueue()
         for index in range(count):
-            free.put(gpus[index] if gpus else "")
+            free_gpus.put(gpus[index] if gpus else "")
         threads = max(1, (os.cpu_count() or 1) // count)
-        lock = _Lock(Path(self.folder) / "launcher.lock")
+        lock = _LauncherLock(Path(self.folder) / "launcher.lock")
         state = Singleton.get_state()
-        calls = [
-            _Call(self.hydra_context, self.task_function, self.config, state, list(overrides), number, lock.path)
+        jobs = [
+            _Job(self.hydra_context, self.task_function, self.config, state, list(overrides), number, lock.path)
             for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]
 
-        def run(call: _Call) -> JobReturn:
-            gpu = free.get()
+        def run(job: _Job) -> JobReturn:
+            gpu = free_gpus.get()
             try:
-                return self._run(call, gpu, threads)
+                return self._run(job, gpu, threads)
             finally:
-                free.put(gpu)
+                free_gpus.put(gpu)
 
         with lock, ThreadPoolExecutor(count) as pool:
             try:
-                return list(pool.map(run, calls))
+                return list(pool.map(run, jobs))
             except BaseException:
                 lock.release()
-                pool.shutdown(cancel_futures=True)  # jobs that run save and end
+                pool.shutdown(cancel_futures=True)  # running jobs save and end
                 raise
 
-    def _run(self, call: "_Call", gpu: str, threads: int) -> JobReturn:
-        """Run a job in a process of its own, and wait for it."""
+    def _run(self, job: "_Job", gpu: str, threads: int) -> JobReturn:
+        """Run a job in its own process, and wait for it."""
         import submitit
 
         from duo_id.common.run_folders import ERROR
 
         shared = set(self.config.hydra.overrides.task)
-        overrides = [override for override in filter_overrides(call.overrides) if override not in shared]
+        overrides = [override for override in filter_overrides(job.overrides) if override not in shared]
         on_gpu = f" on GPU {gpu}" if gpu else ""
-        console.print(f"job {call.number}{on_gpu}: {' '.join(overrides)}", **LOOK)
+        console.print(f"job {job.number}{on_gpu}: {' '.join(overrides)}", **PRINT_OPTIONS)
         executor = submitit.LocalExecutor(self.folder)
-        # Ctrl-C reaches jobs through the launcher alone: submitit would give them a second to end.
+        # Jobs get Ctrl-C from the launcher only: submitit would give them one second to end.
         setup = [f"export CUDA_VISIBLE_DEVICES={gpu}", f"export OMP_NUM_THREADS={threads}", "trap '' INT HUP"]
-        executor.update_parameters(timeout_min=YEAR, stderr_to_stdout=True, setup=setup)
+        executor.update_parameters(timeout_min=TIMEOUT_MINUTES, stderr_to_stdout=True, setup=setup)
         try:
-            job = executor.submit(call)
-            job.cancel_at_deletion()
-            return job.result()
-        except Exception as error:  # its process was killed, or what it returned cannot be read
+            process = executor.submit(job)
+            process.cancel_at_deletion()
+            return process.result()
+        except Exception as error:  # the process was killed, or its result cannot be read
             reason = f"died: {(str(error).splitlines() or [type(error).__name__])[-1]}"
-            console.print(f"job {call.number} {reason}", **LOOK)
-            folder = Path(self.config.hydra.sweep.dir) / str(call.number)
+            console.print(f"job {job.number} {reason}", **PRINT_OPTIONS)
+            folder = Path(self.config.hydra.sweep.dir) / str(job.number)
             if folder.is_dir():
                 write_text(folder / ERROR, reason)
-            return JobReturn(overrides=call.overrides, status=JobStatus.COMPLETED, _return_value=float("nan"))
+            return JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=float("nan"))
 
 
-class _Lock:
-    """A lock that a launcher holds while it lives: jobs that wait for it know when it is gone, however it ended."""
+class _LauncherLock:
+    """A lock that a launcher holds while it runs: jobs that wait for it notice its end, even if it is killed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
 
-    def __enter__(self) -> "_Lock":
+    def __enter__(self) -> "_LauncherLock":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("w")
         fcntl.lockf(self._file, fcntl.LOCK_EX)
@@ -129,19 +129,19 @@ class _Lock:
         self.release()
 
 
-def _end_with(lock: Path) -> None:
-    """Interrupt this process once the launcher is gone; one that does not end by that within a minute is killed."""
+def _interrupt_when_launcher_ends(lock: Path) -> None:
+    """Interrupt this process once the launcher has ended, and kill it if it takes longer than `GRACE_SECONDS`."""
     with lock.open() as file:
         fcntl.lockf(file, fcntl.LOCK_SH)
         main = threading.main_thread().ident
         assert main is not None
-        signal.pthread_kill(main, signal.SIGINT)  # it may wait, and a signal to another thread would not wake it
-        time.sleep(GRACE)
+        signal.pthread_kill(main, signal.SIGINT)  # only a signal to the main thread wakes it
+        time.sleep(GRACE_SECONDS)
         os._exit(128 + signal.SIGINT)
 
 
-class _Call:
-    """One job, as it goes to another process."""
+class _Job:
+    """One job, pickled for its own process."""
 
     def __init__(
         self,
@@ -155,10 +155,10 @@ class _Call:
     ) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
         self.state, self.overrides, self.number = state, overrides, number
-        self.lock = lock  # of a launcher that the job must not outlive
+        self.lock = lock  # of the launcher, which the job must not outlive
 
     def checkpoint(self) -> Any:
-        """What submitit queues again when it cuts the job off: the same, which goes on from what it has saved."""
+        """Called by submitit when it preempts the job: requeue it, and it resumes from what it has saved."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -166,7 +166,7 @@ class _Call:
     def __call__(self) -> JobReturn:
         if self.lock is not None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            threading.Thread(target=_end_with, args=(self.lock,), daemon=True).start()
+            threading.Thread(target=_interrupt_when_launcher_ends, args=(self.lock,), daemon=True).start()
         Singleton.set_state(self.state)
         setup_globals()
         config = self.hydra_context.config_loader.load_sweep_config(self.config, self.overrides)
@@ -183,12 +183,12 @@ class _Call:
                 )
         except KeyboardInterrupt as error:
             print(describe_interrupt(error), flush=True)
-            os._exit(status_of(error))  # nothing is left to do, and what is printed at exit would be a traceback
+            os._exit(status_of(error))  # a normal exit would print a traceback
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs that this process may use, as names for CUDA_VISIBLE_DEVICES."""
     import torch
 
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return named or [str(index) for index in range(torch.cuda.device_count())]
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return visible or [str(index) for index in range(torch.cuda.device_count())]

@@ -41,11 +41,11 @@ def test_paths_and_settings_come_in_any_order(arguments: list[str], parsed: obje
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "sede=1"], r"No such option: sede \(Possible options: seed\); --help has examples"),
+        (["a", "sede=1"], r"No such option: sede \(Possible options: seed\); see --help for examples"),
         (["a", "seed=1", "seed=1"], "seed=1: seed is given twice"),
         (["a", "seed=x"], "seed: Input should be a valid integer, unable to parse string as an integer$"),
-        (["a", "-x"], "-x: there are no options, settings are KEY=VALUE"),
-        ([], "Missing argument 'paths'; --help"),
+        (["a", "-x"], "-x: there are no options, give settings as KEY=VALUE"),
+        ([], "Missing argument 'paths'; see --help"),
     ],
 )
 def test_mistakes_name_what_was_typed(arguments: list[str], message: str) -> None:

@@ -36,20 +36,20 @@ def test_ties_of_a_run_are_told_once(tmp_path: Path) -> None:
     """Gates that hardly move: the export and the comparison binarise them."""
     finished = run_command("train", *QUICK, *STILL, folder=tmp_path)
     assert finished.status == 0, finished.output
-    told = [line for line in finished.output.splitlines() if line.startswith("warning: sparsity=")]
-    assert [line.split(",")[0] for line in told] == [
+    warnings_shown = [line for line in finished.output.splitlines() if line.startswith("warning: sparsity=")]
+    assert [line.split(",")[0] for line in warnings_shown] == [
         "warning: sparsity=0.25 separates heads with the same score: 6 of 6 have 1",
         "warning: sparsity=0.5 separates heads with the same score: 6 of 6 have 1",
     ]
 
 
 def test_ties_of_gates_on_their_way_are_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = set()
+    warning_files = set()
 
     def show(message: Warning, category: type[Warning], filename: str, *_: object) -> None:
-        told.update({Path(filename).name} if category is TieWarning else ())
+        warning_files.update({Path(filename).name} if category is TieWarning else ())
 
     monkeypatch.setattr(cli, "_show_warnings", lambda: monkeypatch.setattr(warnings, "showwarning", show))
     assert run_command("train", *QUICK, *STILL, folder=tmp_path).status == 0
-    assert "files.py" in told
-    assert told.isdisjoint({"gate_training.py", "tracking.py"})
+    assert "files.py" in warning_files
+    assert warning_files.isdisjoint({"gate_training.py", "tracking.py"})

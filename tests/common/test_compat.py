@@ -10,8 +10,8 @@ from duo_id.common.compat import (
     GENERATE_CACHE,
     attention_configs,
     cache_argument,
+    cache_from_arguments,
     cache_of,
-    given_cache,
     implementations,
     implementations_kept,
     set_implementations,
@@ -27,8 +27,8 @@ def test_a_forward_takes_its_cache_under_the_name_that_is_found() -> None:
     output = model(IDS, **{cache_argument(model): cache}, use_cache=True)
     assert cache_of(output) is cache
     assert cache.get_seq_length() == IDS.shape[1]
-    made = model.generate(IDS, max_new_tokens=2, return_dict_in_generate=True, **{GENERATE_CACHE: cache})
-    assert cache_of(made) is cache
+    generated = model.generate(IDS, max_new_tokens=2, return_dict_in_generate=True, **{GENERATE_CACHE: cache})
+    assert cache_of(generated) is cache
 
 
 def test_the_name_is_that_of_the_forward_whichever_transformers_prefers() -> None:
@@ -42,8 +42,8 @@ def test_the_name_is_that_of_the_forward_whichever_transformers_prefers() -> Non
 def test_a_cache_is_found_under_either_name() -> None:
     cache = object()
     for arguments in ({"cache": cache}, {"past_key_values": cache}, {"cache": None, "past_key_values": cache}):
-        assert given_cache(arguments) is cache
-    assert given_cache({"cache": None, "use_cache": True}) is None
+        assert cache_from_arguments(arguments) is cache
+    assert cache_from_arguments({"cache": None, "use_cache": True}) is None
 
 
 def test_an_output_without_a_cache_has_none() -> None:
@@ -53,8 +53,8 @@ def test_an_output_without_a_cache_has_none() -> None:
 def test_a_part_without_a_module_of_its_own_is_found() -> None:
     model = tiny_model("llama")
     model.config = LlavaConfig(text_config=model.model.config)
-    found = {id(part) for part in attention_configs(model)}
-    assert {id(part) for part in (model.config, model.config.vision_config, model.model.config)} <= found
+    config_ids = {id(part) for part in attention_configs(model)}
+    assert {id(part) for part in (model.config, model.config.vision_config, model.model.config)} <= config_ids
 
 
 def test_every_part_keeps_the_attention_that_it_had() -> None:
@@ -67,10 +67,10 @@ def test_every_part_keeps_the_attention_that_it_had() -> None:
     assert {id(part) for part in (config, config.text_config, config.vision_config)} <= {
         id(part) for part in attention_configs(model)
     }
-    before = implementations(model)
+    original = implementations(model)
     with implementations_kept(model):
         model.set_attn_implementation("sdpa")
         assert config.text_config._attn_implementation == "sdpa"
-    assert implementations(model) == before
+    assert implementations(model) == original
     set_implementations([(config, "eager")])
     assert [part._attn_implementation for part in (config, config.vision_config)] == ["eager", "sdpa"]

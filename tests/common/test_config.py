@@ -85,6 +85,7 @@ METHOD = {"name": "duo", "sink_size": 16, "recent_size": 64}
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 0.01}
 OWN = {  # what a method needs for its values to be told apart
     "duo": {"optimizer": ADAMW},
+    "nested": {"optimizer": ADAMW},
     "saliency": {"at": [0.5]},
 }
 
@@ -94,21 +95,21 @@ def places(schema: Any, path: str = "") -> Iterator[str]:
     if schema is TrainerSettings:
         yield from (f"{path}.{name}" for name in get_type_hints(schema))
     for name, kind in get_type_hints(schema).items() if is_dataclass(schema) else []:
-        place = f"{path}.{name}".lstrip(".")
-        yield place
-        yield from places(kind, place)
+        key = f"{path}.{name}".lstrip(".")
+        yield key
+        yield from places(kind, key)
 
 
 CASES = {name: ("train" if name in METHODS else name, list(places(schema))) for name, schema in SCHEMAS.items()}
 CASES |= {name: ("train", [f"method.{key}" for key in get_type_hints(schema)]) for name, schema in METHODS.items()}
 
 
-def put(config: Any, place: str, value: Any) -> Any:
+def put(config: Any, key: str, value: Any) -> Any:
     """A copy with another value at a place."""
     config = inner = copy.deepcopy(config)
-    *path, last = place.split(".")
-    for key in path:
-        inner = inner[key]
+    *path, last = key.split(".")
+    for name in path:
+        inner = inner[name]
     inner[last] = value
     return config
 
@@ -125,15 +126,15 @@ def refusal(command: str, config: Any) -> str | None:
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The plain values of each command's config."""
-    found: dict[str, Any] = {}
+    configs: dict[str, Any] = {}
     for name in SCHEMAS:
 
         def read(config: Any, name: str = name) -> None:
-            found[name] = OmegaConf.to_container(config, resolve=True)
+            configs[name] = OmegaConf.to_container(config, resolve=True)
 
         folder = tmp_path_factory.mktemp("composed")
         assert run_command(name, "model=tiny", *NEEDED.get(name, []), folder=folder, command=read).status == 0
-    return found
+    return configs
 
 
 @pytest.mark.parametrize("kind", VALUES)
@@ -142,23 +143,23 @@ def test_a_value_that_is_none_is_one_line_that_names_its_setting(
     name: str, kind: str, composed: dict[str, Any]
 ) -> None:
     command, keys = CASES[name]
-    config, taken = composed[command], set()
+    config, accepted = composed[command], set()
     if name in METHODS:
         config = put(config, "method", METHOD | {"name": name} | OWN.get(name, {}))
     for key in keys:
-        given = put(config, key, VALUES[kind])
-        if (told := refusal(command, given)) is None:
-            taken.add(key)
+        changed = put(config, key, VALUES[kind])
+        if (message := refusal(command, changed)) is None:
+            accepted.add(key)
         else:
-            assert key in told
-            assert "\n" not in told
-            assert len(told) < 400
-    assert taken <= set(ACCEPTED.get(kind, "").split())
+            assert key in message
+            assert "\n" not in message
+            assert len(message) < 400
+    assert accepted <= set(ACCEPTED.get(kind, "").split())
 
 
 def test_what_is_listed_as_accepted_is_somewhere(composed: dict[str, Any]) -> None:
-    known = {key for _, keys in CASES.values() for key in keys}
-    assert set(" ".join(ACCEPTED.values()).split()) <= known
+    all_keys = {key for _, keys in CASES.values() for key in keys}
+    assert set(" ".join(ACCEPTED.values()).split()) <= all_keys
 
 
 def test_every_argument_of_lightnings_trainer_is_taken_or_told() -> None:
@@ -169,7 +170,7 @@ def test_every_argument_of_lightnings_trainer_is_taken_or_told() -> None:
 BAD = {  # overrides of train, and how the line begins
     "trainer.max_steps=10000000000000000000000": "trainer.max_steps=10000000000000000000000 must be at most 2147483648",
     "trainer.max_steps=1e22": "trainer.max_steps=1e+22 must be at most 2147483648",
-    "model.architecture.model_type={}": "model.architecture.model_type={} must be the name of",
+    "model.architecture.model_type={}": "model.architecture.model_type={} must be a model type that",
     "model.architecture.hidden_size={}": "model.architecture.hidden_size={} must be a whole number, at least 1 and",
     "resume={}": "resume={}: give the folder of a run",
     "model=[[a]]": "model=[[a]]",
@@ -227,7 +228,7 @@ def test_a_bad_override_of_train_is_told_before_a_model_is_loaded(override: str,
 
 
 @pytest.mark.parametrize(
-    ("command", "override", "told"),
+    ("command", "override", "message"),
     [
         ("data_gen", "n=-1", "n=-1 must be at least 0"),
         ("data_gen", "n_validation=-1", "n_validation=-1 must be at least 0"),
@@ -239,17 +240,17 @@ def test_a_bad_override_of_train_is_told_before_a_model_is_loaded(override: str,
     ],
 )
 def test_a_bad_override_of_the_other_commands_is_one_line(
-    command: str, override: str, told: str, tmp_path: Path
+    command: str, override: str, message: str, tmp_path: Path
 ) -> None:
     def read(config: Any) -> None:
         parse(SCHEMAS[command], config)
 
     refused = run_command(command, "model=tiny", *NEEDED.get(command, []), override, folder=tmp_path, command=read)
-    assert refused.error.startswith(f"error: {told}")
+    assert refused.error.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize(
-    ("override", "place", "value"),
+    ("override", "key", "value"),
     [
         ("sparsity=0.5", "sparsity", [0.5]),
         ("method.budgets=[0,1]", "method.budgets", [0.0, 1.0]),
@@ -267,17 +268,17 @@ def test_a_bad_override_of_the_other_commands_is_one_line(
         ),
     ],
 )
-def test_what_people_type_is_understood(override: str, place: str, value: Any, tmp_path: Path) -> None:
-    found: list[Any] = []
+def test_what_people_type_is_understood(override: str, key: str, value: Any, tmp_path: Path) -> None:
+    configs: list[Any] = []
 
     def read(config: Any) -> None:
-        found.append(train_settings(config))
+        configs.append(train_settings(config))
 
     finished = run_command("train", *QUICK, override, folder=tmp_path, command=read)
     assert finished.status == 0, finished.output
-    setting = found[0]
+    setting = configs[0]
     assert isinstance(setting, TrainSettings)
-    for key in place.split("."):
-        setting = setting[key] if isinstance(setting, dict) else getattr(setting, key)
+    for name in key.split("."):
+        setting = setting[name] if isinstance(setting, dict) else getattr(setting, name)
     assert setting == value
     assert type(setting) is type(value)

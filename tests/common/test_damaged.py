@@ -26,12 +26,12 @@ FEW = ["comparison.validation_samples=0", "comparison.random_masks=0", "comparis
 @contextmanager
 def small_disk(size: int) -> Iterator[None]:
     """No file of this process grows beyond `size` bytes."""
-    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    limit, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
 
 
@@ -40,19 +40,19 @@ FORM = {"pytorch-lightning_version": "2.6.0", "epoch": 0, "global_step": 1, "loo
 }
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_one_before_stays(there: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_one_before_stays(exists: bool, tmp_path: Path) -> None:
     path, io = tmp_path / "run" / CHECKPOINT, AtomicCheckpointIO()
-    if there:
+    if exists:
         io.save_checkpoint(FORM | {"state_dict": {"gates": torch.ones(2)}}, path)
     with small_disk(2**16), pytest.raises(UserError) as error:
         io.save_checkpoint({"gates": torch.zeros(2**18)}, path)
-    advice = f"resume={tmp_path / 'run'} from the previous checkpoint" if there else "start again"
+    advice = f"resume={tmp_path / 'run'} from the previous checkpoint" if exists else "start again"
     assert str(error.value).startswith(f"{path} cannot be written (")
     assert str(error.value).endswith(f": make room there, then {advice}")
     assert "\n" not in str(error.value)
-    assert list(path.parent.iterdir()) == [path] * there
-    if there:
+    assert list(path.parent.iterdir()) == [path] * exists
+    if exists:
         assert torch.equal(io.load_checkpoint(path)["state_dict"]["gates"], torch.ones(2))
 
 
@@ -73,15 +73,15 @@ def test_a_damaged_checkpoint_is_one_line(contents: bytes, tmp_path: Path) -> No
     path.write_bytes(contents)
     with pytest.raises(UserError) as error:
         AtomicCheckpointIO().load_checkpoint(path)
-    told = str(error.value)
-    assert told.startswith(f"resume: {path} is not a checkpoint (")
-    assert told.endswith("): remove it to train from the start")
-    assert ("it is empty" in told) == (contents == b"")
-    assert "\n" not in told
+    message = str(error.value)
+    assert message.startswith(f"resume: {path} is not a checkpoint (")
+    assert message.endswith("): remove it to train from the start")
+    assert ("it is empty" in message) == (contents == b"")
+    assert "\n" not in message
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def model_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("model")
     tiny_model("llama").save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -111,32 +111,32 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_weights_are_one_line(name: str, whole: dict[str, bytes], tmp_path: Path) -> None:
-    told = "do not fit its config.json (" if name == "other-shape" else "model.safetensors is damaged ("
-    for file, contents in whole.items():
+def test_damaged_weights_are_one_line(name: str, model_files: dict[str, bytes], tmp_path: Path) -> None:
+    reason = "do not fit its config.json (" if name == "other-shape" else "model.safetensors is damaged ("
+    for file, contents in model_files.items():
         (tmp_path / file).write_bytes(DAMAGES[name](contents) if file == "model.safetensors" else contents)
     with pytest.raises(UserError) as error:
         load_model(ModelSettings(id=str(tmp_path)))
     assert str(error.value).startswith(f"model.id={tmp_path}: ")
-    assert told in str(error.value)
+    assert reason in str(error.value)
     assert str(error.value).endswith(": copy it there again")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["model", "added_tokens", "normalizer"])
-def test_a_damaged_tokenizer_is_one_line(key: str, whole: dict[str, bytes], tmp_path: Path) -> None:
-    for name, contents in whole.items():
+def test_a_damaged_tokenizer_is_one_line(key: str, model_files: dict[str, bytes], tmp_path: Path) -> None:
+    for name, contents in model_files.items():
         (tmp_path / name).write_bytes(contents)
-    damaged = json.loads(whole["tokenizer.json"]) | {key: "abc"}
+    damaged = json.loads(model_files["tokenizer.json"]) | {key: "abc"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(damaged))
     with pytest.raises(UserError, match=f"model.id={tmp_path} .* cannot be loaded: .*"):
         load_model(ModelSettings(id=str(tmp_path)))
 
 
 def test_an_error_of_another_kind_is_no_damage(
-    whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, contents in whole.items():
+    for name, contents in model_files.items():
         (tmp_path / name).write_bytes(contents)
 
     def fail(*_: object, **__: object) -> None:
@@ -153,5 +153,5 @@ def test_a_conversion_on_a_full_disk_names_the_file(name: str, tmp_path: Path) -
     with small_disk(200), pytest.raises((UserError, OSError), match=str(tmp_path)) as error:
         convert.main(["SmolLM2-135M-Instruct", str(target), f"format={name}", "lossy=true"])
     assert "\n" not in str(error.value)
-    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert not [file for file in left if file.startswith(".") or file in ("made", "heads.json")]
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert not [file for file in names if file.startswith(".") or file in ("made", "heads.json")]

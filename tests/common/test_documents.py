@@ -66,7 +66,7 @@ def test_data_comes_through() -> None:
     ],
 )
 def test_half_characters_are_mended_where_that_is_asked_for(text: str, expected: str) -> None:
-    assert parse_json(text, "F", mend=True) == expected
+    assert parse_json(text, "F", replace_surrogates=True) == expected
     with pytest.raises(UserError, match="not JSON"):
         parse_json(text, "F")
 
@@ -84,7 +84,7 @@ def test_lines_have_their_numbers() -> None:
     [
         (b"\xff\xfe", "is not a text file in UTF-8"),
         ("[1]".encode("utf-16"), "is not a text file in UTF-8"),
-        (b"[" + b" " * documents.LARGEST, "has 16,777,217 bytes, more than the 16,777,216 that such a file may have"),
+        (b"[" + b" " * documents.LARGEST, "has 16,777,217 bytes, more than the limit of 16,777,216 for such a file"),
     ],
     ids=["binary", "utf-16", "huge"],
 )

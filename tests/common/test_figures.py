@@ -11,16 +11,17 @@ SOURCE = Path(__file__).parents[2] / "src" / "duo_id"
 
 
 def grey(color: str) -> float:
-    red, green, blue = (int(color[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    red, green, blue = (int(color[start : start + 2], 16) / 255 for start in (1, 3, 5))
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def test_colours_differ_in_hue_or_in_grey() -> None:
-    for one, other in combinations(COLORS, 2):
+    for first, second in combinations(COLORS, 2):
         hues = [
-            colorsys.rgb_to_hsv(*(int(c[place : place + 2], 16) / 255 for place in (1, 3, 5)))[0] for c in (one, other)
+            colorsys.rgb_to_hsv(*(int(c[start : start + 2], 16) / 255 for start in (1, 3, 5)))[0]
+            for c in (first, second)
         ]
-        assert abs(hues[0] - hues[1]) > 0.05 or abs(grey(one) - grey(other)) > 0.1, (one, other)
+        assert abs(hues[0] - hues[1]) > 0.05 or abs(grey(first) - grey(second)) > 0.1, (first, second)
 
 
 def test_the_scale_of_gates_darkens_steadily() -> None:

@@ -13,10 +13,10 @@ from duo_id.common.files import atomic_path, whole_folder, write_text
 
 def test_a_file_appears_whole_with_the_usual_permissions(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "file.txt"
-    with atomic_path(path) as beside:
-        beside.write_text("whole")
-        assert beside.parent == path.parent, "a rename is atomic within one folder only"
-        assert beside.suffix == ".txt"
+    with atomic_path(path) as temporary:
+        temporary.write_text("whole")
+        assert temporary.parent == path.parent, "a rename is atomic within one folder only"
+        assert temporary.suffix == ".txt"
         assert not path.exists()
     (tmp_path / "plain").touch()
     assert path.read_text() == "whole"
@@ -30,8 +30,8 @@ def test_an_error_leaves_the_old_file_and_nothing_else(error: BaseException, tmp
     write_text(path, "old")
 
     def interrupted() -> None:
-        with atomic_path(path) as beside:
-            beside.write_text("half")
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
             raise error
 
     with pytest.raises(type(error)):
@@ -60,11 +60,11 @@ def test_data_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "file.txt").read_bytes() == "äöü".encode()
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_link_stays_and_its_file_is_written(there: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_and_its_file_is_written(exists: bool, tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     target = tmp_path / "far" / "file.txt"
-    if there:
+    if exists:
         target.write_text("old")
     (tmp_path / "middle").symlink_to(target)
     link = tmp_path / "link"
@@ -89,13 +89,13 @@ def test_what_is_no_file_is_refused_and_stays(
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "special"
     make(path)
-    before = path.stat()
+    status = path.stat()
     if linked:
         path = tmp_path / "link"
         path.symlink_to("special")
     with pytest.raises(UserError, match=rf"{path.name} is {kind}, .*give another path"):
         write_text(path, "text")
-    assert os.path.samestat(before, (tmp_path / "special").stat())
+    assert os.path.samestat(status, (tmp_path / "special").stat())
     assert path.is_symlink() == linked
     assert len(list(tmp_path.iterdir())) == 1 + linked
 
@@ -130,8 +130,8 @@ def killed_in(block: Callable[[], object]) -> None:
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
     def half() -> None:
-        with atomic_path(tmp_path / "file.txt") as beside, whole_folder(tmp_path / "folder") as work:
-            beside.write_text("half")
+        with atomic_path(tmp_path / "file.txt") as temporary, whole_folder(tmp_path / "folder") as work:
+            temporary.write_text("half")
             (work / "inner").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -153,7 +153,7 @@ def test_of_two_that_make_a_folder_the_second_is_told(tmp_path: Path) -> None:
             (tmp_path / "folder").mkdir()
             (tmp_path / "folder" / "theirs").touch()
 
-    with pytest.raises(UserError, match="folder exists by now, another"):
+    with pytest.raises(UserError, match="folder was created by another process"):
         second()
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "theirs"]
 
@@ -170,7 +170,7 @@ def test_a_folder_that_cannot_be_written_is_named(name: str | None, tmp_path: Pa
 
 
 def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
-    with atomic_path(tmp_path / "file") as beside, whole_folder(tmp_path / "folder") as work:
+    with atomic_path(tmp_path / "file") as temporary, whole_folder(tmp_path / "folder") as work:
         child = os.fork()
         if child == 0:
             try:
@@ -181,8 +181,8 @@ def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert beside.exists()
+        assert temporary.exists()
         assert work.exists()
         (tmp_path / "folder").rmdir()
-        beside.write_text("ours")
+        temporary.write_text("ours")
     assert (tmp_path / "file").read_text() == "ours"

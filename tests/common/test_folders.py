@@ -12,7 +12,7 @@ import pytest
 
 from duo_id import convert
 from duo_id.common import folders
-from duo_id.common.folders import LOCK, first_process, fresh, held
+from duo_id.common.folders import LOCK, first_process, lock_folder, make_new_folder
 from duo_id.patterns.formats.registry import FORMATS
 from tests.support.commands import run_command
 
@@ -24,24 +24,24 @@ def elsewhere(block: Callable[[], object]) -> str:
 
     def run() -> None:
         try:
-            ours.send(str(block()))
+            sender.send(str(block()))
         except Exception as error:
-            ours.send(str(error))
+            sender.send(str(error))
 
-    theirs, ours = (context := get_context("fork")).Pipe()
+    receiver, sender = (context := get_context("fork")).Pipe()
     process = context.Process(target=run)
     process.start()
     try:
-        assert theirs.poll(60)
-        return theirs.recv()
+        assert receiver.poll(60)
+        return receiver.recv()
     finally:
         process.join()
 
 
 def test_a_folder_of_the_same_second_is_another(tmp_path: Path) -> None:
-    made = [fresh(tmp_path / "day" / "12-00-00") for _ in range(3)]
-    assert [path.name for path in made] == ["12-00-00", "12-00-00-2", "12-00-00-3"]
-    assert all(path.is_dir() for path in made)
+    folders = [make_new_folder(tmp_path / "day" / "12-00-00") for _ in range(3)]
+    assert [path.name for path in folders] == ["12-00-00", "12-00-00-2", "12-00-00-3"]
+    assert all(path.is_dir() for path in folders)
 
 
 def test_other_processes_of_a_run_take_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,14 +56,14 @@ def test_other_processes_of_a_run_take_no_folder(monkeypatch: pytest.MonkeyPatch
 
 def test_a_folder_is_held_by_one_process_which_is_told(tmp_path: Path) -> None:
     def work() -> str:
-        with held(tmp_path / "run", "give another", job=2) as before:
-            return json.dumps(before)
+        with lock_folder(tmp_path / "run", "give another", job=2) as previous:
+            return json.dumps(previous)
 
     assert work() == "{}"
-    with held(tmp_path / "run", "give another", job=1):
-        told = elsewhere(work)
+    with lock_folder(tmp_path / "run", "give another", job=1):
+        message = elsewhere(work)
     host = socket.gethostname()
-    assert told == f"{tmp_path / 'run'}: process {os.getpid()} on {host} works in this folder: give another"
+    assert message == f"{tmp_path / 'run'}: process {os.getpid()} on {host} is working in this folder: give another"
     assert json.loads(elsewhere(work)) == {"pid": os.getpid(), "host": host, "job": 1}
 
 
@@ -72,23 +72,23 @@ def test_a_killed_process_holds_nothing_and_neither_do_its_children(tmp_path: Pa
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        with held(tmp_path, "wait"):
+        with lock_folder(tmp_path, "wait"):
             if os.fork() == 0:
                 os.close(writing)
                 os.read(reading, 1)  # until the test is over
             os._exit(0)
     os.waitpid(child, 0)
-    with held(tmp_path, "wait") as before:
-        assert before["pid"] == child
+    with lock_folder(tmp_path, "wait") as previous:
+        assert previous["pid"] == child
     os.close(writing)
 
 
 def test_a_damaged_or_removed_lock_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / LOCK).write_text("[")
-    with held(tmp_path, "wait", keep=False) as before:
-        assert before == {}
+    with lock_folder(tmp_path, "wait", keep=False) as previous:
+        assert previous == {}
     assert not (tmp_path / LOCK).exists()
-    with held(tmp_path / "new", "wait", keep=False):
+    with lock_folder(tmp_path / "new", "wait", keep=False):
         pass
     assert not (tmp_path / "new").exists()
     assert tmp_path.exists()
@@ -101,7 +101,7 @@ def test_a_damaged_or_removed_lock_holds_nobody_up(tmp_path: Path, monkeypatch: 
             (tmp_path / LOCK).unlink()
 
     monkeypatch.setattr(folders.fcntl, "lockf", removed_meanwhile)
-    with held(tmp_path, "wait"):
+    with lock_folder(tmp_path, "wait"):
         assert (tmp_path / LOCK).exists()
     assert len(calls) == 2
 
@@ -117,14 +117,14 @@ def test_a_lock_that_is_no_file_is_named(stand_in: str, tmp_path: Path) -> None:
         (tmp_path / "beside").write_text("")
         lock.symlink_to("beside")
     error = run_command("train", f"hydra.run.dir={tmp_path}", folder=tmp_path, command=pytest.fail).error
-    assert error == f"error: {lock} tells who works in this folder, and is no plain file: remove it"
+    assert error == f"error: {lock} should be the lock file of this folder, but is no regular file: remove it"
 
 
 @pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.folder])
 def test_a_second_conversion_into_a_folder_is_told_who_has_it(name: str, tmp_path: Path) -> None:
     options: list[Any] = [SHIPPED, str(tmp_path / "made"), f"format={name}", "lossy=true", "sparsity=0.5"]
-    with held(tmp_path / "made", "wait", keep=False):
-        assert "works in this folder: wait until it ends, or give another DST" in elsewhere(
+    with lock_folder(tmp_path / "made", "wait", keep=False):
+        assert "is working in this folder: wait until it ends, or give another DST" in elsewhere(
             lambda: convert.main(options)
         )
     convert.main(options)

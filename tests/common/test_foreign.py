@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 
 from duo_id.common.config import conf_dir, parse, plain
 from duo_id.common.errors import UserError
-from duo_id.common.foreign import class_of, model_of
-from duo_id.common.mistakes import literal
+from duo_id.common.foreign import is_allowed_class, model_of
+from duo_id.common.mistakes import escape_interpolations
 from duo_id.evaluate import run as evaluating
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.settings import ModelSettings
@@ -77,53 +77,51 @@ def evaluate(folder: Path, *overrides: str) -> Finished:
 
 
 def test_a_pattern_does_not_switch_on_the_code_of_a_repository(tmp_path: Path, marker: Path) -> None:
-    theirs = {"id": str(repository(tmp_path / "repository", marker)), "trust_remote_code": True}
-    finished = evaluate(tmp_path, pattern(tmp_path, theirs))
+    model = {"id": str(repository(tmp_path / "repository", marker)), "trust_remote_code": True}
+    finished = evaluate(tmp_path, pattern(tmp_path, model))
     assert "cannot be loaded" in finished.error
     assert not marker.exists()
     first = finished.output.splitlines()[0]
-    assert first.startswith(
-        f"the model that heads={tmp_path / 'theirs'} names: {theirs['id']}; for another give model="
-    )
+    assert first.startswith(f"the model that heads={tmp_path / 'theirs'} names: {model['id']}; for another give model=")
     assert "trust_remote_code=true, which no pattern switches on" in first
 
 
 def test_code_of_a_repository_that_only_the_pattern_names_is_not_run(tmp_path: Path, marker: Path) -> None:
-    theirs = {"id": str(repository(tmp_path / "repository", marker)), "trust_remote_code": True}
-    finished = evaluate(tmp_path, pattern(tmp_path, theirs), "+model.trust_remote_code=true")
+    model = {"id": str(repository(tmp_path / "repository", marker)), "trust_remote_code": True}
+    finished = evaluate(tmp_path, pattern(tmp_path, model), "+model.trust_remote_code=true")
     assert "model.trust_remote_code=true: heads=" in finished.error
     assert "give model.id too" in finished.error
     assert not marker.exists()
 
 
 def test_code_of_a_repository_that_the_user_names_runs(tmp_path: Path, marker: Path) -> None:
-    theirs = str(repository(tmp_path / "repository", marker))
-    typed = ["model=hub", f"model.id={theirs}", "+model.trust_remote_code=true"]
-    evaluate(tmp_path, pattern(tmp_path, {"id": theirs}), *typed)
+    model_id = str(repository(tmp_path / "repository", marker))
+    typed = ["model=hub", f"model.id={model_id}", "+model.trust_remote_code=true"]
+    evaluate(tmp_path, pattern(tmp_path, {"id": model_id}), *typed)
     assert marker.exists(), "or the tests above prove nothing"
 
 
 def test_a_model_is_shown_before_it_is_loaded(tmp_path: Path) -> None:
-    given = pattern(tmp_path, {"id": "someone/something", "revision": "0abc"})
+    heads = pattern(tmp_path, {"id": "someone/something", "revision": "0abc"})
 
     def load(*_: Any) -> LanguageModel:
         raise UserError("loading")
 
     with patch.object(evaluating, "load_model", load):
-        finished = evaluate(tmp_path, given)
+        finished = evaluate(tmp_path, heads)
     shown, error = finished.output.splitlines()
     assert "someone/something (revision 0abc)" in shown
     assert error == "error: loading"
 
 
 def test_text_of_a_pattern_stays_text_in_results_reports_and_cards(tmp_path: Path) -> None:
-    given = pattern(tmp_path, TINY | {"name": TEXT, "revision": TEXT})
-    finished = evaluate(tmp_path, given)
+    heads = pattern(tmp_path, TINY | {"name": TEXT, "revision": TEXT})
+    finished = evaluate(tmp_path, heads)
     assert finished.status == 0, finished.output
     results = (tmp_path / "run" / "results.json").read_text()
     assert json.loads(results)["model"]["name"] == json.loads(results)["settings"]["model"]["name"] == TEXT
-    again = run_command("evaluate", f"resume={tmp_path / 'run'}", folder=tmp_path)
-    assert again.status == 0, again.output
+    resumed = run_command("evaluate", f"resume={tmp_path / 'run'}", folder=tmp_path)
+    assert resumed.status == 0, resumed.output
     report([str(tmp_path / "run"), f"out={tmp_path / 'report.html'}"])
     card = model_card(load_pattern(tmp_path / "theirs"), "user/repo")
     assert TEXT in finished.output
@@ -131,7 +129,7 @@ def test_text_of_a_pattern_stays_text_in_results_reports_and_cards(tmp_path: Pat
     assert any(path.suffix == ".html" for path in written)
     for text in (
         finished.output,
-        again.output,
+        resumed.output,
         card,
         *(path.read_bytes().decode(errors="replace") for path in written),
     ):
@@ -168,25 +166,25 @@ def test_of_a_model_a_pattern_gives_names_and_numbers(case: str, tmp_path: Path)
 
 
 def test_weights_that_no_memory_holds_are_not_asked_for(tmp_path: Path) -> None:
-    theirs = TINY | {"architecture": TINY["architecture"] | {"vocab_size": 2**24, "hidden_size": 2**14}}
-    error = evaluate(tmp_path, pattern(tmp_path, theirs)).error
+    model = TINY | {"architecture": TINY["architecture"] | {"vocab_size": 2**24, "hidden_size": 2**14}}
+    error = evaluate(tmp_path, pattern(tmp_path, model)).error
     assert "GiB of random weights, and cpu has" in error
-    theirs = TINY | {"architecture": TINY["architecture"] | {"vocab_size": 2**40}}
-    told = "model.architecture.vocab_size=1099511627776 must be a whole number"
-    assert told in evaluate(tmp_path, pattern(tmp_path, theirs)).error
+    model = TINY | {"architecture": TINY["architecture"] | {"vocab_size": 2**40}}
+    message = "model.architecture.vocab_size=1099511627776 must be a whole number"
+    assert message in evaluate(tmp_path, pattern(tmp_path, model)).error
 
 
 def test_every_model_of_ours_comes_back_from_a_pattern() -> None:
     for path in (conf_dir() / "model").glob("*.yaml"):
-        ours = OmegaConf.create({"id": "any/model"}) if path.stem == "hub" else OmegaConf.load(path)
-        settings = parse(ModelSettings, ours)
-        found = model_of({"settings": {"model": plain(settings)}}, "heads=X")
-        assert parse(ModelSettings, OmegaConf.create(found)) == settings
+        config = OmegaConf.create({"id": "any/model"}) if path.stem == "hub" else OmegaConf.load(path)
+        settings = parse(ModelSettings, config)
+        restored = model_of({"settings": {"model": plain(settings)}}, "heads=X")
+        assert parse(ModelSettings, OmegaConf.create(restored)) == settings
 
 
 @pytest.mark.parametrize("text", [TEXT, r"\${x}", "${", r"a\\${b", "}${{", "$" * 3 + "{"])
 def test_a_literal_is_given_back_by_omegaconf(text: str) -> None:
-    config = OmegaConf.merge(OmegaConf.create({"x": ["other"]}), OmegaConf.create(literal({"x": [text]})))
+    config = OmegaConf.merge(OmegaConf.create({"x": ["other"]}), OmegaConf.create(escape_interpolations({"x": [text]})))
     assert OmegaConf.to_object(config) == {"x": [text]}
 
 
@@ -200,11 +198,11 @@ def test_the_class_of_lm_eval_takes_no_code_from_a_pattern(tmp_path: Path, capsy
     settings = _settings(None, load_pattern(tmp_path), "auto")
     assert (settings.id, settings.trust_remote_code) == ("tiny", False)
     assert "--model_args heads names: tiny" in capsys.readouterr().out
-    theirs = {"settings": {"model": TINY | {"name": TEXT}}}
-    assert _settings(None, HeadPattern(SCORES, 4, 60, provenance=theirs), "auto").name == TEXT
-    theirs = {"settings": {"model": {"id": "x", "config": {"_attn_implementation": "someone/kernels"}}}}
+    provenance = {"settings": {"model": TINY | {"name": TEXT}}}
+    assert _settings(None, HeadPattern(SCORES, 4, 60, provenance=provenance), "auto").name == TEXT
+    provenance = {"settings": {"model": {"id": "x", "config": {"_attn_implementation": "someone/kernels"}}}}
     with pytest.raises(UserError, match=r"--model_args heads: .*_attn_implementation"):
-        _settings(None, HeadPattern(SCORES, 4, 60, provenance=theirs), "auto")
+        _settings(None, HeadPattern(SCORES, 4, 60, provenance=provenance), "auto")
 
 
 class Unpickled:
@@ -224,15 +222,15 @@ def stranger(folder: Path, *overrides: str) -> str:
 
 def composed(name: str, *overrides: str, folder: Path) -> Any:
     """The plain values that Hydra composes, checked by nobody."""
-    found: dict[str, Any] = {"logger": {}}
+    configs: dict[str, Any] = {"logger": {}}
 
     def read(config: DictConfig) -> None:
-        found.update(OmegaConf.to_container(config, resolve=True))
+        configs.update(OmegaConf.to_container(config, resolve=True))
 
     where = f"hydra.run.dir={folder / 'stranger'}"
     finished = run_command(name, *overrides, where, folder=folder, command=read)
     assert finished.status == 0, finished.output
-    return found
+    return configs
 
 
 def arriving(folder: Path, settings: Any) -> str:
@@ -427,8 +425,8 @@ def test_typing_one_override_again_vouches_for_no_other(arrived: Path, marker: P
 
 
 def test_a_strangers_evaluation_runs_no_code_of_a_repository(arrived: Path, marker: Path) -> None:
-    given = pattern(arrived, TINY)
-    saved = [given, "model=hub", f"model.id={arrived / 'repository'}", "+model.trust_remote_code=true"]
+    heads = pattern(arrived, TINY)
+    saved = [heads, "model=hub", f"model.id={arrived / 'repository'}", "+model.trust_remote_code=true"]
     arriving(arrived, composed("evaluate", *saved, folder=arrived))
     (arrived / "stranger" / "scores.jsonl").write_text("")
     finished = run_command("evaluate", f"resume={arrived / 'stranger'}", folder=arrived)
@@ -437,7 +435,7 @@ def test_a_strangers_evaluation_runs_no_code_of_a_repository(arrived: Path, mark
 
 
 @pytest.mark.parametrize(
-    ("place", "text"),
+    ("path", "text"),
     [
         (("model", "name"), TEXT),
         (("model", "config", "model_type"), TEXT),
@@ -448,16 +446,16 @@ def test_a_strangers_evaluation_runs_no_code_of_a_repository(arrived: Path, mark
     ],
     ids=str,
 )
-def test_text_of_a_strangers_settings_is_no_interpolation(place: tuple[str, ...], text: Any, arrived: Path) -> None:
+def test_text_of_a_strangers_settings_is_no_interpolation(path: tuple[str, ...], text: Any, arrived: Path) -> None:
     settings = json.loads(Path(stranger(arrived)[7:], "settings.json").read_text())["settings"]
     inner = settings
-    for key in place[:-1]:
+    for key in path[:-1]:
         inner = inner.setdefault(key, {})
-    inner[place[-1]] = text
+    inner[path[-1]] = text
     finished = run_command("train", arriving(arrived, settings), folder=arrived)
-    assert finished.status == (0 if place[-1] in ("name", "foreach") else 2), finished.output
+    assert finished.status == (0 if path[-1] in ("name", "foreach") else 2), finished.output
     written = [
-        path.read_bytes().decode(errors="replace") for path in (arrived / "stranger").rglob("*") if path.is_file()
+        file.read_bytes().decode(errors="replace") for file in (arrived / "stranger").rglob("*") if file.is_file()
     ]
     for text in (finished.output, *written):
         assert SECRET not in text
@@ -496,18 +494,18 @@ OWN = {
 def test_a_run_of_ones_own_is_resumed_as_it_was(case: str, tmp_path: Path) -> None:
     asked = [*QUICKER, *OWN[case]]
     wanted = settings_of("train", TrainSettings, *asked, f"hydra.run.dir={tmp_path / 'stranger'}", folder=tmp_path)
-    found: list[Any] = []
+    configs: list[Any] = []
 
     def read(config: Any) -> None:
         from duo_id.common import cli
         from duo_id.train.settings import train_settings
 
-        found.append(train_settings(cli.start_run(config)[0]))
+        configs.append(train_settings(cli.start_run(config)[0]))
 
     finished = run_command("train", stranger(tmp_path, *OWN[case]), folder=tmp_path, command=read)
     assert finished.status == 0, finished.output
-    found[0].resume = None
-    assert found[0] == wanted
+    configs[0].resume = None
+    assert configs[0] == wanted
 
 
 @pytest.mark.parametrize(
@@ -537,13 +535,13 @@ def test_a_run_of_ones_own_is_resumed_as_it_was(case: str, tmp_path: Path) -> No
     ],
 )
 def test_which_classes_the_files_of_a_run_may_name(target: str, role: str, allowed: bool) -> None:
-    assert class_of(target, role) is allowed
+    assert is_allowed_class(target, role) is allowed
 
 
 def test_nothing_is_imported_to_look_a_class_up(arrived: Path, marker: Path) -> None:
     (arrived / "duo_id").mkdir()
-    assert not class_of("stranger_code.Callback", "callback")
-    assert not class_of("torch.optim.stranger_code.SGD", "optimizer")
+    assert not is_allowed_class("stranger_code.Callback", "callback")
+    assert not is_allowed_class("torch.optim.stranger_code.SGD", "optimizer")
     assert not marker.exists()
 
 
@@ -553,9 +551,9 @@ def test_evaluation_settings_of_a_baseline_are_not_interpolated(tmp_path: Path) 
 
     ask = ["task=train_step", "model=tiny", "context=[1024]", f"compare={tmp_path}"]
     settings = settings_of("benchmark", BenchmarkSettings, *ask, folder=tmp_path)
-    theirs = plain(settings)
-    theirs["model"]["architecture"]["hidden_size"] = TEXT
-    results = {"rows": [], "device": "CPU", "model": {"name": "tiny"}, "settings": theirs}
+    recorded = plain(settings)
+    recorded["model"]["architecture"]["hidden_size"] = TEXT
+    results = {"rows": [], "device": "CPU", "model": {"name": "tiny"}, "settings": recorded}
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(UserError) as raised:
         read_baseline(settings, torch.device("cpu"), "CPU", 1)

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from duo_id.benchmark.figures import plot_benchmark
 from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import UserError
-from duo_id.common.foreign import model_of, told_model
-from duo_id.common.record import differences, read_settings, told_settings
+from duo_id.common.foreign import describe_model, model_of
+from duo_id.common.record import differences, read_settings, recorded_settings
 from duo_id.evaluate.contenders import contenders
 from duo_id.evaluate.journal import JOURNAL, Journal
 from duo_id.evaluate.peers import read_answers, write_samples
@@ -62,18 +62,18 @@ def use_heads(path: Path) -> None:
     pattern = load_pattern(path)
     pattern.check_fits(2, 2, "a model")
     contenders({"a": pattern}, [0.5], 1, ["streaming"], 0)
-    told = {"a": contents_of(pattern), "b": contents_of(pattern)}
+    contents = {"a": contents_of(pattern), "b": contents_of(pattern)}
     (
-        in_family_tasks(told.values()),
-        seconds_of(told),
-        average_over_seeds(told),
+        in_family_tasks(contents.values()),
+        seconds_of(contents),
+        average_over_seeds(contents),
         duo_config(pattern, {}),
         pattern.holds_gates,
         repr(pattern),
     )
-    differences(told_settings(pattern.provenance), {"method": {"name": "duo"}, "model": {"architecture": {"x": 1}}})
+    differences(recorded_settings(pattern.provenance), {"method": {"name": "duo"}, "model": {"architecture": {"x": 1}}})
     if model_of(pattern.provenance, f"heads={path}"):
-        told_model(pattern.provenance, f"heads={path}", "model=NAME")
+        describe_model(pattern.provenance, f"heads={path}", "model=NAME")
     agreement({"a": pattern, "b": pattern}, [0.5]), agreement_table({"a": pattern, "b": pattern}, [0.5])
     model_card(pattern, "user/repo")
     for name in FORMATS:
@@ -101,8 +101,8 @@ def summary(folder: Path) -> dict[str, Any]:
     contents = json.loads((shipped / "summary.json").read_text())
     rows = [row | {"exact_answers": 0.5} for row in contents["results"][:2]]
     settings = {"model": {"id": "x"}, "data": {"task": "text"}, "method": {"name": "duo", "gate": "nested"}}
-    told = {"results": rows, "seconds": {"load": 1.0}, "settings": settings, "validation_loss": 1.0, "mean_gate": 0.5}
-    return contents | told | {"steps": 3}
+    numbers = {"seconds": {"load": 1.0}, "validation_loss": 1.0, "mean_gate": 0.5, "steps": 3}
+    return contents | {"results": rows, "settings": settings} | numbers
 
 
 def use_journal(path: Path) -> None:
@@ -137,8 +137,8 @@ def use_model(path: Path) -> None:
 
 
 def use_settings(path: Path) -> None:
-    settings, before = read_settings(path.parent)
-    differences(settings, {"a": {"b": 2}}), differences(before, settings)
+    settings, replaced = read_settings(path.parent)
+    differences(settings, {"a": {"b": 2}}), differences(replaced, settings)
 
 
 def search(folder: Path) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def use_search(path: Path) -> None:
 
 def results(folder: Path) -> dict[str, Any]:
     compared = line_up(sparsities=(0.5,), peers=False)
-    made = saved_results(1, ("language",), (1000,), compared)
-    return made | {"rows": [row for row in made["rows"] if row["question"] == 0]}
+    contents = saved_results(1, ("language",), (1000,), compared)
+    return contents | {"rows": [row for row in contents["rows"] if row["question"] == 0]}
 
 
 GIVEN = {
@@ -294,8 +294,8 @@ def problems(case: Case, folder: Path, few: int | None) -> list[str]:
     changed = list(mutations(valid))
     if few is not None:
         changed = random.Random(case.name).sample(changed, min(few, len(changed)))
-    for place, new, contents in changed:
-        told = f"{place}={json.dumps(new)}"
+    for key, new, contents in changed:
+        mutation = f"{key}={json.dumps(new)}"
         write(contents)
         try:
             case.use(path)
@@ -303,12 +303,12 @@ def problems(case: Case, folder: Path, few: int | None) -> list[str]:
             message = str(error)
             named = re.search(case.says or re.escape(case.name), message) is not None
             if not named or not message.isprintable() or len(message) > 700:
-                wrong.append(f"{told}: says {message!r}")
+                wrong.append(f"{mutation}: says {message!r}")
         except Exception as error:
-            wrong.append(f"{told}: {type(error).__name__}: {error}")
+            wrong.append(f"{mutation}: {type(error).__name__}: {error}")
         else:
-            if not any(re.fullmatch(pattern, told) for pattern in case.accepted):
-                wrong.append(f"{told}: accepted")
+            if not any(re.fullmatch(pattern, mutation) for pattern in case.accepted):
+                wrong.append(f"{mutation}: accepted")
     return wrong
 
 

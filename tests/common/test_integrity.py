@@ -20,7 +20,7 @@ from torch import Tensor
 from duo_id.common.errors import UserError
 from duo_id.common.files import whole_folder
 from duo_id.common.integrity import SEAL, SUMS, check_sums, sealed, sealed_csv
-from duo_id.common.mistakes import explained
+from duo_id.common.mistakes import describe_error
 from duo_id.common.record import SETTINGS, keep_settings, read_settings
 from duo_id.data.disk import DiskTask, write_dataset
 from duo_id.data.samples import Sample
@@ -71,10 +71,28 @@ class Counting:
 
 
 def rows(kind: str) -> list[dict[str, Any]]:
-    told = {"task": "t", "length": 100, "index": 0, "sample": ITEM.digest, "kind": kind, "heads": kind, "sparsity": 0.5}
-    told |= {"seed": 3, "depth": None, "kl": 0.5, "tokens": 2, "correct": 1, "score": None, "exact": None, "bytes": 9}
+    columns = {
+        "task": "t",
+        "length": 100,
+        "index": 0,
+        "sample": ITEM.digest,
+        "kind": kind,
+        "heads": kind,
+        "sparsity": 0.5,
+    }
+    columns |= {
+        "seed": 3,
+        "depth": None,
+        "kl": 0.5,
+        "tokens": 2,
+        "correct": 1,
+        "score": None,
+        "exact": None,
+        "bytes": 9,
+    }
     return [
-        told | {"question": question, "text": None, "loss": 1.5 + question, "full_bytes": 18} for question in range(5)
+        columns | {"question": question, "text": None, "loss": 1.5 + question, "full_bytes": 18}
+        for question in range(5)
     ]
 
 
@@ -108,8 +126,8 @@ def write_search(folder: Path) -> None:
 
 
 def write_evaluation(folder: Path) -> None:
-    told = {"model": {"name": "m"}, "patterns": {}, "contenders": [], "settings": {}, "versions": {}}
-    write_results(folder, told | {"rows": rows("full") + rows("baseline")})
+    results = {"model": {"name": "m"}, "patterns": {}, "contenders": [], "settings": {}, "versions": {}}
+    write_results(folder, results | {"rows": rows("full") + rows("baseline")})
 
 
 def write_folder(folder: Path) -> None:
@@ -168,13 +186,13 @@ KINDS = {
 
 
 def flipped(data: bytes, draw: random.Random) -> bytes:
-    place = draw.randrange(8 * len(data))
-    return data[: place // 8] + bytes([data[place // 8] ^ 1 << place % 8]) + data[place // 8 + 1 :]
+    bit = draw.randrange(8 * len(data))
+    return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
 
 
 def zeroed(data: bytes, draw: random.Random) -> bytes:
-    place, size = draw.randrange(len(data)), draw.choice([16, 512, 4096])
-    return data[:place] + bytes(len(data[place : place + size])) + data[place + size :]
+    start, size = draw.randrange(len(data)), draw.choice([16, 512, 4096])
+    return data[:start] + bytes(len(data[start : start + size])) + data[start + size :]
 
 
 DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
@@ -198,31 +216,31 @@ def survey(kind: str, damage: str, trials: int, folder: Path) -> dict[str, int]:
     write, read, files = KINDS[kind]
     folder.mkdir(exist_ok=True)
     write(folder)
-    whole = {path: path.read_bytes() for path in sorted(folder.glob(files)) if path.is_file()}
-    expected, draw, found = read(folder), random.Random(f"{kind} {damage}"), {"equal": 0, "refused": 0}
+    originals = {path: path.read_bytes() for path in sorted(folder.glob(files)) if path.is_file()}
+    expected, draw, outcomes = read(folder), random.Random(f"{kind} {damage}"), {"equal": 0, "refused": 0}
     for _ in range(trials):
-        path = draw.choice(list(whole))
-        path.write_bytes(DAMAGES[damage](whole[path], draw))
+        path = draw.choice(list(originals))
+        path.write_bytes(DAMAGES[damage](originals[path], draw))
         got = outcome(read, folder)
         if isinstance(got, UserError):
-            names = [SUMS, *(known.name for known in whole)]
+            names = [SUMS, *(original.name for original in originals)]
             assert any(name in str(got) for name in names), got
             assert "\n" not in str(got)
-            found["refused"] += 1
+            outcomes["refused"] += 1
         else:
             # Rows at the end of a journal may be missing: it grows, and they are scored again.
             shorter = kind == "journal" and got == expected[: len(got)]
             assert got == expected or shorter, f"{path.name}, {damage}"
-            found["equal"] += 1
-        for other, data in whole.items():  # a journal is mended where it is read
-            other.write_bytes(data)
-    return found
+            outcomes["equal"] += 1
+        for file, data in originals.items():  # all, since reading a journal repairs it
+            file.write_bytes(data)
+    return outcomes
 
 
 @pytest.mark.parametrize(("kind", "damage"), list(product(KINDS, DAMAGES)))
 def test_a_damaged_file_reads_as_it_was_or_is_refused(kind: str, damage: str, tmp_path: Path) -> None:
-    found = survey(kind, damage, 1 if damage == "empty" else 6, tmp_path)
-    assert found["refused"] or kind == "journal", found
+    outcomes = survey(kind, damage, 1 if damage == "empty" else 6, tmp_path)
+    assert outcomes["refused"] or kind == "journal", outcomes
 
 
 def strip_csv(text: str) -> str:
@@ -298,13 +316,13 @@ def test_a_missing_file_is_named_and_paths_out_of_the_folder_are_not_followed(tm
     (tmp_path / "secret").write_text("theirs")
     digest = hashlib.sha256(b"theirs").hexdigest()
     sums = tmp_path / "weights" / SUMS
-    whole = sums.read_text()
-    sums.write_text(whole + f"{digest}  ../secret\n")
-    with pytest.raises(UserError, match=r"tells of '\.\./secret', which is missing; remove it$"):
+    original = sums.read_text()
+    sums.write_text(original + f"{digest}  ../secret\n")
+    with pytest.raises(UserError, match=r"lists '\.\./secret', which is missing; remove it$"):
         check_sums(tmp_path / "weights", "remove it")
-    sums.write_text(whole)
+    sums.write_text(original)
     (tmp_path / "weights" / "inner" / "config.json").unlink()
-    with pytest.raises(UserError, match=r"tells of 'inner/config\.json', which is missing; remove it$"):
+    with pytest.raises(UserError, match=r"lists 'inner/config\.json', which is missing; remove it$"):
         check_sums(tmp_path / "weights", "remove it")
 
 
@@ -323,8 +341,8 @@ def test_a_page_of_the_rows_in_parquet_that_rots_is_found(tmp_path: Path) -> Non
     write_evaluation(tmp_path)
     path = tmp_path / "results.parquet"
     data = path.read_bytes()
-    place = data.index(b"baseline")
-    path.write_bytes(data[:place] + b"b4seline" + data[place + 8 :])
+    offset = data.index(b"baseline")
+    path.write_bytes(data[:offset] + b"b4seline" + data[offset + 8 :])
     with pytest.raises(OSError, match="CRC"):
         parquet.read_table(path, page_checksum_verification=True)
 
@@ -339,38 +357,38 @@ def test_a_file_that_may_not_be_read_is_named(kind: str, tmp_path: Path) -> None
         path.chmod(0)
     for folder in (tmp_path, *(inner for inner in tmp_path.rglob("*") if inner.is_dir())):
         folder.chmod(0o777)
-    said = as_nobody(read, tmp_path)
-    assert any(path.name in said for path in paths), said
-    assert "Permission denied" in said
-    assert "\n" not in said
+    message = as_nobody(read, tmp_path)
+    assert any(path.name in message for path in paths), message
+    assert "Permission denied" in message
+    assert "\n" not in message
 
 
 def as_nobody(read: Callable[[Path], Any], folder: Path) -> str:
     """What a user without rights is told."""
-    here, there = os.pipe()
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        said = "it was read"
+        message = "it was read"
         try:
             os.chdir(folder)  # the folders above are root's own
             os.seteuid(65534)
             read(Path())
         except (UserError, OSError) as error:
-            said = explained(error)
+            message = describe_error(error)
         except BaseException as error:
-            said = repr(error)
+            message = repr(error)
         finally:
-            os.write(there, said.encode())
+            os.write(writer, message.encode())
             os._exit(0)
-    os.close(there)
+    os.close(writer)
     os.waitpid(child, 0)
-    with open(here, encoding="utf-8") as told:
-        return told.read()
+    with open(reader, encoding="utf-8") as pipe:
+        return pipe.read()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "damage"), list(product(KINDS, [name for name in DAMAGES if name != "empty"])))
 def test_a_thousand_damaged_files_read_as_they_were_or_are_refused(kind: str, damage: str, tmp_path: Path) -> None:
-    found = survey(kind, damage, 1000, tmp_path)
-    print(f"{kind} {damage}: {found['refused']} refused, {found['equal']} equal")
-    assert found["refused"] > 500 or (kind, damage) == ("journal", "cut-off")
+    outcomes = survey(kind, damage, 1000, tmp_path)
+    print(f"{kind} {damage}: {outcomes['refused']} refused, {outcomes['equal']} equal")
+    assert outcomes["refused"] > 500 or (kind, damage) == ("journal", "cut-off")

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from duo_id.common.errors import UserError
-from duo_id.common.mistakes import as_typed, explained, instantiate
+from duo_id.common.mistakes import describe_error, instantiate, shell_quoted
 from tests.support.commands import QUICK, run_command
 
 STEPS = ["task=train_step", "model=tiny", "context=60", "sink_size=4", "recent_size=8"]
@@ -91,8 +91,8 @@ def raised(call: Callable[[], Any]) -> BaseException:
     ],
 )
 def test_a_librarys_error_names_the_override(command: str, overrides: list[str], message: str, tmp_path: Path) -> None:
-    given = {"train": QUICK, "benchmark": STEPS}[command]
-    assert message in run_command(command, *given, *overrides, folder=tmp_path).error
+    valid = {"train": QUICK, "benchmark": STEPS}[command]
+    assert message in run_command(command, *valid, *overrides, folder=tmp_path).error
 
 
 def test_what_a_settings_group_describes_is_built() -> None:
@@ -105,7 +105,7 @@ def test_an_error_that_names_no_setting_is_put_down_to_one() -> None:
         instantiate("group", DIVISION, 1, 0)
     assert isinstance(error.value.__cause__, ZeroDivisionError)
     with pytest.raises(UserError, match=r"^group\.devices=None: division by zero$"):
-        instantiate("group", DIVISION, 1, 0, about="devices")
+        instantiate("group", DIVISION, 1, 0, default_key="devices")
     with pytest.raises(UserError, match=r"^group\._target_=nosuch\.name: Error loading 'nosuch\.name'"):
         instantiate("group", {"_target_": "nosuch.name"})
 
@@ -116,12 +116,12 @@ def test_our_own_error_is_found_inside_an_interpolation() -> None:
 
     OmegaConf.register_new_resolver("refuse", refuse, replace=True)
     error = raised(lambda: OmegaConf.create({"value": "${refuse:}"}).value)
-    assert explained(error) == "resume=nowhere: there is nothing"
+    assert describe_error(error) == "resume=nowhere: there is nothing"
 
 
 def test_an_error_without_words_is_its_name() -> None:
-    assert explained(OSError()) == "OSError"
-    assert explained(OSError("two\n\n lines")) == "two lines"
+    assert describe_error(OSError()) == "OSError"
+    assert describe_error(OSError("two\n\n lines")) == "two lines"
 
 
 PUBLISHED = "attn_patterns/Llama-3-8B-Instruct-Gradient-1048k/lr=0.02-reg=0.05-ctx=1000_32000-multi_passkey10"
@@ -145,19 +145,19 @@ def test_the_quotes_that_are_shown_are_those_that_hydra_needs(
     """What the shell makes of the line that is shown goes through Hydra, and comes out as what was typed."""
     method = ["method=search"] if key == "+method.start" else []
     typed = run_command(command, *method, f"{key}={path}", folder=tmp_path)
-    line, _, shown = typed.error.partition(" needs quotes that Hydra sees: ")
+    line, _, shown = typed.error.partition(" needs quotes that reach Hydra: ")
     assert line == f"error: {key}={path}: the value of {key}"
     (override,) = shlex.split(shown)
-    found: list[Any] = []
+    configs: list[Any] = []
 
     def read(config: DictConfig) -> None:
-        found.append(OmegaConf.select(config, key.lstrip("+")))
+        configs.append(OmegaConf.select(config, key.lstrip("+")))
 
     finished = run_command(
         command, *method, override, f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path, command=read
     )
     assert finished.status == 0, finished.output
-    assert found == [path]
+    assert configs == [path]
 
 
 def test_published_heads_are_read_by_the_line_that_is_shown(tmp_path: Path) -> None:
@@ -165,15 +165,15 @@ def test_published_heads_are_read_by_the_line_that_is_shown(tmp_path: Path) -> N
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"sink_size": 4, "recent_size": 60}')
     (folder / "full_attention_heads.tsv").write_text("0.1\t0.2\n" * 5)
-    given = ["model=tiny", "context=[128]", "task=decode", f"hydra.run.dir={tmp_path / 'run'}"]
-    typed = run_command("benchmark", *given, f"heads={PUBLISHED}", folder=tmp_path)
-    quoted = run_command("benchmark", *given, *shlex.split(typed.error.rpartition(": ")[2]), folder=tmp_path)
+    overrides = ["model=tiny", "context=[128]", "task=decode", f"hydra.run.dir={tmp_path / 'run'}"]
+    typed = run_command("benchmark", *overrides, f"heads={PUBLISHED}", folder=tmp_path)
+    quoted = run_command("benchmark", *overrides, *shlex.split(typed.error.rpartition(": ")[2]), folder=tmp_path)
     assert "5 layers x 2 KV heads" in quoted.error, "which the tiny model does not have"
 
 
 @pytest.mark.parametrize("override", ["method.lr=[", "method.optimizer={a", "nothing"])
 def test_what_no_quotes_mend_shows_none(override: str, tmp_path: Path) -> None:
-    assert f"{override}: Hydra cannot read it (" in run_command("train", override, folder=tmp_path).error
+    assert f"{override}: Hydra cannot parse it (" in run_command("train", override, folder=tmp_path).error
 
 
 @pytest.mark.parametrize(
@@ -181,4 +181,4 @@ def test_what_no_quotes_mend_shows_none(override: str, tmp_path: Path) -> None:
     [("runs/1", "resume=runs/1"), ("a=b", "'resume=\"a=b\"'"), ("two words", "'resume=two words'")],
 )
 def test_a_hint_has_quotes_where_it_needs_some(path: str, typed: str) -> None:
-    assert as_typed(f"resume={path}") == typed
+    assert shell_quoted(f"resume={path}") == typed

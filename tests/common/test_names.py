@@ -46,12 +46,12 @@ def test_a_run_of_strange_names_comes_to_its_end(tmp_path: Path) -> None:
 def test_what_an_encoding_lacks_is_shown_by_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ascii_only = io.TextIOWrapper(BytesIO(), encoding="ascii", errors="strict", write_through=True)
     with redirect_stdout(ascii_only):
-        cli._print_anything()
+        cli._escape_unencodable()
         cli.console.print("α:", "\udc80")
     assert ascii_only.buffer.getvalue() == rb"\u03b1: \udc80" + b"\n"  # type: ignore[attr-defined]
     for name in ("run", "run_plain", "start_run"):
         called: list[str] = []
-        monkeypatch.setattr(cli, "_print_anything", lambda called=called: called.append("now") or 1 / 0)
+        monkeypatch.setattr(cli, "_escape_unencodable", lambda called=called: called.append("now") or 1 / 0)
         monkeypatch.setattr(cli.HydraConfig, "get", lambda: None)
         with pytest.raises(ZeroDivisionError):
             getattr(cli, name)(*{"run": ("train", print), "run_plain": (print,), "start_run": ({},)}[name])

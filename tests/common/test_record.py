@@ -10,7 +10,7 @@ import torch
 
 from duo_id import load_pattern
 from duo_id.common.errors import UserError
-from duo_id.common.record import SETTINGS, check_honoured, differences, read_settings
+from duo_id.common.record import SETTINGS, check_unchanged, differences, read_settings
 from duo_id.methods.candidates import MaskLosses
 from duo_id.train.checkpoints import CHECKPOINT
 from tests.common.test_foreign import QUICKER
@@ -81,7 +81,7 @@ NOT_HONOURED = {  # the override, and how the refusal names both values
     "config": (["+model.config.rope_theta=5"], "model.config.rope_theta=null", "model.config.rope_theta=5"),
     "seed": (["seed=5"], "seed=0", "seed=5"),
     "repeats": (["repeats=2"], "repeats=1", "repeats=2"),
-    "method": (["method=random"], "method=duo", "method=random"),
+    "method": (["method=random"], "method=nested", "method=random"),
     "steps": (["trainer.max_steps=1"], "trainer.max_steps=2", "trainer.max_steps=1"),
 }
 
@@ -89,14 +89,14 @@ NOT_HONOURED = {  # the override, and how the refusal names both values
 @pytest.mark.parametrize("state", ["finished", "stopped"])
 @pytest.mark.parametrize("case", NOT_HONOURED)
 def test_what_the_checkpoint_cannot_honour_is_refused_with_both_values(case: str, state: str, run: Path) -> None:
-    overrides, before, now = NOT_HONOURED[case]
+    overrides, old, new = NOT_HONOURED[case]
     if state == "stopped":  # after its first checkpoint
         shutil.rmtree(run / "heads")
         (run / "summary.json").unlink()
     was = contents(run)
     error = train(run.parent, f"resume={run}", *overrides).error
-    assert before in error
-    assert now in error
+    assert old in error
+    assert new in error
     assert "resume" in error
     assert contents(run) == was
 
@@ -111,18 +111,19 @@ def test_a_run_without_settings_is_refused_by_name(run: Path) -> None:
 def test_what_a_resumed_run_changes_is_recorded_with_what_was_there_before(run: Path) -> None:
     resumed = train(run.parent, f"resume={run}", "trainer.max_steps=3", "step.memory=least", "sparsity=[0.75]")
     assert resumed.status == 0, resumed.output
-    before = {"trainer.max_steps": 2, "step.memory": "auto"}
-    found = load_pattern(run).provenance
-    assert found["before"] == json.loads((run / "summary.json").read_text())["before"] == before
-    assert (found["steps"], found["settings"]["trainer"]["max_steps"], found["settings"]["sparsity"]) == (3, 3, [0.75])
-    again = train(run.parent, f"resume={run}", "trainer.max_steps=4")
-    assert again.status == 0, again.output
-    found = load_pattern(run).provenance
-    assert found["before"] == before, "what it began with"
-    assert found["settings"]["trainer"]["max_steps"] == 4
+    replaced = {"trainer.max_steps": 2, "step.memory": "auto"}
+    provenance = load_pattern(run).provenance
+    assert provenance["before"] == json.loads((run / "summary.json").read_text())["before"] == replaced
+    settings = provenance["settings"]
+    assert (provenance["steps"], settings["trainer"]["max_steps"], settings["sparsity"]) == (3, 3, [0.75])
+    resumed = train(run.parent, f"resume={run}", "trainer.max_steps=4")
+    assert resumed.status == 0, resumed.output
+    provenance = load_pattern(run).provenance
+    assert provenance["before"] == replaced, "what it began with"
+    assert provenance["settings"]["trainer"]["max_steps"] == 4
     kept, kept_before = read_settings(run)
-    assert found["settings"] == {key: value for key, value in kept.items() if key in found["settings"]}
-    assert (kept["logger"]["csv"]["name"], kept_before) == ("metrics", before)
+    assert provenance["settings"] == {key: value for key, value in kept.items() if key in provenance["settings"]}
+    assert (kept["logger"]["csv"]["name"], kept_before) == ("metrics", replaced)
 
 
 def test_a_finished_run_keeps_the_settings_of_its_steps(run: Path) -> None:
@@ -130,19 +131,19 @@ def test_a_finished_run_keeps_the_settings_of_its_steps(run: Path) -> None:
     changed = ["+trainer.gradient_clip_val=1.0", "step.memory=least", "sparsity=[0.75]"]
     resumed = train(run.parent, f"resume={run}", *changed)
     assert resumed.status == 0, resumed.output
-    found, (kept, before) = load_pattern(run).provenance, read_settings(run)
-    assert "before" not in found
-    assert before == {}
-    assert found["settings"] == was | {"sparsity": [0.75]}
+    provenance, (kept, replaced) = load_pattern(run).provenance, read_settings(run)
+    assert "before" not in provenance
+    assert replaced == {}
+    assert provenance["settings"] == was | {"sparsity": [0.75]}
     assert (kept["trainer"], kept["step"]) == (was["trainer"], was["step"])
 
 
 def test_what_is_recorded_was_used(run: Path) -> None:
-    found = load_pattern(run).provenance
+    provenance = load_pattern(run).provenance
     checkpoint = torch.load(run / CHECKPOINT, weights_only=True)
-    assert checkpoint["lr_schedulers"][0]["base_lrs"] == [found["settings"]["method"]["lr"]]
-    assert checkpoint["global_step"] == found["settings"]["trainer"]["max_steps"]
-    assert "before" not in found
+    assert checkpoint["lr_schedulers"][0]["base_lrs"] == [provenance["settings"]["method"]["lr"]]
+    assert checkpoint["global_step"] == provenance["settings"]["trainer"]["max_steps"]
+    assert "before" not in provenance
 
 
 def test_what_is_found_anew_may_be_asked_for_anew(tmp_path: Path) -> None:
@@ -245,12 +246,12 @@ def test_a_damaged_record_is_one_line(text: str, run: Path) -> None:
     ],
 )
 def test_differences(before: Any, now: Any, expected: Any) -> None:
-    found = differences(before, now)
-    assert found == expected if expected is not None else set(found) == {"method.objective", "method.objective.kl"}
+    changes = differences(before, now)
+    assert changes == expected if expected is not None else set(changes) == {"method.objective", "method.objective.kl"}
 
 
 def test_a_refusal_is_short() -> None:
-    found = {f"model.architecture.{number}": ("x" * 999, None) for number in range(9)}
+    changes = {f"model.architecture.{number}": ("x" * 999, None) for number in range(9)}
     with pytest.raises(UserError, match=r"\(and 6 more\)") as raised:
-        check_honoured(found, "resume=RUN: it was made", "and that matters")
+        check_unchanged(changes, "resume=RUN: it was made", "and that matters")
     assert len(str(raised.value)) < 600

@@ -12,33 +12,33 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from duo_id.common import folders
-from duo_id.common.folders import LOCK, held
+from duo_id.common.folders import LOCK, lock_folder
 from tests.common.test_folders import elsewhere
 from tests.support.commands import QUICK, run_command
-from tests.support.sweep_jobs import leave
+from tests.support.sweep_jobs import write_summary
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "benchmark"])
 def test_runs_that_start_at_once_have_folders_of_their_own(name: str, tmp_path: Path) -> None:
-    taken = []
+    folders = []
 
     def command(_: DictConfig) -> None:
-        taken.append(Path(HydraConfig.get().runtime.output_dir))
+        folders.append(Path(HydraConfig.get().runtime.output_dir))
 
     for _ in range(2):
         now = f"hydra.run.dir=${{fresh_folder:{tmp_path}/now}}"
         assert run_command(name, now, folder=tmp_path, command=command).status == 0
-    assert [path.name for path in taken] == ["now", "now-2"]
+    assert [path.name for path in folders] == ["now", "now-2"]
     config = (Path(__file__).parents[2] / "conf" / f"{name}.yaml").read_text()
     (line,) = re.findall(r"run:\n +dir: (.*)", config)
     assert line.startswith(("${run_folder:", "${fresh_folder:"))
 
 
 def test_a_new_run_is_fresh_and_a_resumed_one_is_not(tmp_path: Path) -> None:
-    taken = []
+    folders = []
 
     def command(_: DictConfig) -> None:
-        taken.append(Path(HydraConfig.get().runtime.output_dir).name)
+        folders.append(Path(HydraConfig.get().runtime.output_dir).name)
 
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "settings.json").write_text("{}")
@@ -46,7 +46,7 @@ def test_a_new_run_is_fresh_and_a_resumed_one_is_not(tmp_path: Path) -> None:
         where = f"hydra.run.dir='${{run_folder:${{resume}},settings.json,{tmp_path}/old}}'"
         finished = run_command("train", where, f"resume={resume}", folder=tmp_path, command=command)
         assert finished.status == 0, finished.output
-    assert taken == ["old-2", "old-3", "old"]
+    assert folders == ["old-2", "old-3", "old"]
 
 
 OUTWARD = ["summary.json", "figures", "heads/heads.json", ".hydra/config.yaml", LOCK, "checkpoints"]
@@ -65,7 +65,7 @@ def test_links_out_of_a_run_are_refused_before_anything_is_written(name: str, tm
     for overrides in ([f"resume={link.parents[name.count('/')]}"], [], ["--multirun", "hydra.sweep.dir=run"]):
         error = run_command("train", *overrides, folder=tmp_path, command=pytest.fail).error
         assert f"{name} is a symbolic link out of " in error
-        assert error.endswith("remove it, or put there what it leads to")
+        assert error.endswith("remove it, or replace it by its target")
     assert sorted((tmp_path / "run").rglob("*")) == before
     assert precious.read_text() == "precious"
 
@@ -103,10 +103,10 @@ def test_a_second_run_in_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
     def second() -> str:
         return run_command("train", *QUICK, folder=tmp_path).error
 
-    with held(tmp_path / "run", "wait"):
-        told = elsewhere(second)
-    assert f"process {os.getpid()} on {socket.gethostname()} works in this folder" in told
-    assert told.endswith("wait until it ends, or give another hydra.run.dir")
+    with lock_folder(tmp_path / "run", "wait"):
+        message = elsewhere(second)
+    assert f"process {os.getpid()} on {socket.gethostname()} is working in this folder" in message
+    assert message.endswith("wait until it ends, or give another hydra.run.dir")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
 
 
@@ -114,10 +114,10 @@ def test_a_full_disk_is_told_with_the_folder(tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    told = f"error: [Errno 28] No space left on device: '{tmp_path / 'run'}'"
-    assert run_command("train", folder=tmp_path, command=full).error == told
+    message = f"error: [Errno 28] No space left on device: '{tmp_path / 'run'}'"
+    assert run_command("train", folder=tmp_path, command=full).error == message
     monkeypatch.setattr(folders.os, "pwrite", full)
-    assert run_command("train", folder=tmp_path, command=pytest.fail).error == told
+    assert run_command("train", folder=tmp_path, command=pytest.fail).error == message
 
 
 def kept(folder: Path) -> list[str]:
@@ -140,9 +140,9 @@ def test_a_second_sweep_in_a_folder_is_told_who_has_it_and_starts_no_job(tmp_pat
     def second() -> str:
         return run_command("train", *sweep, folder=tmp_path, command=pytest.fail).error
 
-    with held(tmp_path / "sweep", "wait"):
-        told = elsewhere(second)
-    assert told.endswith("works in this folder: wait until it ends, or give another hydra.sweep.dir")
+    with lock_folder(tmp_path / "sweep", "wait"):
+        message = elsewhere(second)
+    assert message.endswith("is working in this folder: wait until it ends, or give another hydra.sweep.dir")
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == [LOCK]
 
 
@@ -152,9 +152,11 @@ def test_many_may_work_on_a_study_that_has_its_own_storage(tmp_path: Path) -> No
     where += [f"hydra.sweeper.storage=sqlite:///{tmp_path / 'study.db'}", "hydra.sweeper.n_trials=1"]
 
     def second() -> int:
-        return run_command("train", *where, folder=tmp_path, command=lambda config: leave(config.method.lr)).status
+        return run_command(
+            "train", *where, folder=tmp_path, command=lambda config: write_summary(config.method.lr)
+        ).status
 
-    with held(tmp_path / "sweep", "wait"):
+    with lock_folder(tmp_path / "sweep", "wait"):
         assert elsewhere(second) == "0"
 
 
@@ -169,7 +171,7 @@ def test_jobs_of_one_sweep_do_not_share_a_folder(tmp_path: Path) -> None:
     finished = run_command("train", *sweep, folder=tmp_path, command=command)
     assert finished.status == 2
     assert done == [0]
-    assert "job 0 of this sweep has this folder" in finished.output
+    assert "job 0 of this sweep uses this folder" in finished.output
     assert not (tmp_path / "sweep" / "x" / "error.txt").exists(), "it is job 0's folder"
     assert "Traceback" not in finished.output
     run_command("train", *sweep, folder=tmp_path, command=command)

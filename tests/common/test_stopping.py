@@ -42,7 +42,7 @@ def test_a_command_that_is_told_to_end_says_so_and_ends_with_its_status(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     number = signal.Signals[name]
-    before = [signal.getsignal(one) for one in stopping.SIGNALS]
+    handlers = [signal.getsignal(handled) for handled in stopping.SIGNALS]
     says = "interrupted" if name == "SIGINT" else f"interrupted by {name}"
 
     def told(_: object) -> None:
@@ -55,7 +55,7 @@ def test_a_command_that_is_told_to_end_says_so_and_ends_with_its_status(
     with pytest.raises(SystemExit) as end:
         cli.run_plain(told)
     assert (end.value.code, capsys.readouterr().out) == (128 + number, f"{says}\n")
-    assert [signal.getsignal(one) for one in stopping.SIGNALS] == before
+    assert [signal.getsignal(handled) for handled in stopping.SIGNALS] == handlers
 
 
 def test_a_sweep_ends_at_the_job_that_is_told_to(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_of_several_seeds_those_that_are_done_are_kept(tmp_path: Path, monkeypat
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stopping.stoppable():
             signal.raise_signal(signal.SIGHUP)
@@ -103,7 +103,7 @@ def test_what_nohup_ignores_stays_ignored() -> None:
             undo()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, handler)
 
 
 def test_the_end_is_not_disturbed_by_a_second_signal_and_a_third_is_final() -> None:
@@ -134,13 +134,13 @@ def test_while_it_is_noted_what_is_at_work_goes_on_and_the_next_one_ends_it() ->
 
 
 def test_after_a_hangup_nothing_is_written_to_a_terminal_that_is_gone(tmp_path: Path) -> None:
-    terminal, ours = os.openpty()
+    terminal, replica = os.openpty()
     os.close(terminal)
     with pytest.raises(termios.error):
-        termios.tcgetattr(ours)
+        termios.tcgetattr(replica)
 
     def printing(hangup: bool) -> None:
-        os.dup2(ours, 1)
+        os.dup2(replica, 1)
         with stopping.stoppable():
             try:
                 if hangup:
@@ -151,7 +151,7 @@ def test_after_a_hangup_nothing_is_written_to_a_terminal_that_is_gone(tmp_path: 
 
     assert forked(lambda: printing(hangup=True)) == 0
     assert forked(lambda: printing(hangup=False)) == 1
-    os.close(ours)
+    os.close(replica)
 
 
 ENTRIES = [*(f"duo_id.{name}" for name in "train evaluate report convert benchmark lm_eval".split()), "write.py"]
@@ -162,8 +162,8 @@ def importing(entry: str) -> None:
     plain = builtins.__import__
 
     def interrupted(name: str, values: dict[str, Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-        ours = values is not None and values.get("__name__") == "__main__" and "__file__" in values
-        if ours and (name != "duo_id.common" or "stopping" not in args[1]):
+        is_main = values is not None and values.get("__name__") == "__main__" and "__file__" in values
+        if is_main and (name != "duo_id.common" or "stopping" not in args[1]):
             os.kill(os.getpid(), signal.SIGINT)
         return plain(name, values, *args, **kwargs)
 

@@ -10,7 +10,7 @@ from duo_id.evaluate.reading import Answers, Reader, batches, end_tokens
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
 from duo_id.patterns.pattern import HeadMask, HeadPattern
-from tests.support.families import LAYERS, OF, SIZES
+from tests.support.families import FAMILY_SIZES, LAYERS, SIZES
 from tests.support.tiny import tiny_model
 
 PATTERN = HeadPattern(torch.tensor([[0.1, 0.9], [0.3, 0.2], [0.8, 0.4]]), sink_size=4, recent_size=16)
@@ -79,7 +79,7 @@ def test_answers_are_those_of_plain_forwards(
 def test_models_that_lose_their_state_or_place_between_chunks_answer_as_without_a_cache(
     family: str, batch_tokens: int, chunk_size: int
 ) -> None:
-    numbers = LAYERS | SIZES | OF[family] | {"vocab_size": 258, "max_position_embeddings": 512}
+    numbers = LAYERS | SIZES | FAMILY_SIZES[family] | {"vocab_size": 258, "max_position_embeddings": 512}
     odd = LanguageModel(tiny_model(family, **numbers), byte_tokenizer(), "tiny", "tiny", None, "random")
     retrieval = torch.tensor([[1, 1], [0, 1], [1, 1], [1, 0]], dtype=torch.bool)
     check_answers(odd, HeadMask(retrieval, 4, 16, [1, 3]), batch_tokens, chunk_size)

@@ -90,7 +90,7 @@ class Case:
     arguments: tuple[str, ...]
     results: Results
     progress: str = ""
-    loses: str = "works in this folder"
+    loses: str = "is working in this folder"
     processes: bool = False
     varies: tuple[str, ...] = ()
     begins_with: str = ""

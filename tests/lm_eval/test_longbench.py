@@ -127,7 +127,10 @@ def test_long_prompts_are_truncated(model: PreTrainedModel, side: str, caplog: p
     halves = [x[: kept // 2] + x[-kept // 2 :] for x in ids]
     expected = {"left": [x[-kept:] for x in ids], "middle": halves}[side]
     assert answers(samples) == [written(model, prompt, 128) for prompt in expected]
-    warning = {"left": "truncating to last 372 tokens", "middle": f"{len(ids[1])} tokens loses its middle: 372 fit"}
+    warning = {
+        "left": "truncating to last 372 tokens",
+        "middle": f"middle of a prompt of {len(ids[1])} tokens is cut: the model takes 372",
+    }
     assert warning[side] in caplog.text
 
 
@@ -169,7 +172,7 @@ def test_a_missing_package_is_one_line(
         duo_id.lm_eval.__main__.main()
     *_, line = capsys.readouterr().out.splitlines()
     assert line.startswith("error: Please install")
-    assert line.endswith("pip install 'duo_id[lm-eval]', or what else the task asks for")
+    assert line.endswith("pip install 'duo_id[lm-eval]', or the package that the task needs")
 
 
 def test_without_the_hub_the_error_says_what_to_do(
@@ -181,4 +184,4 @@ def test_without_the_hub_the_error_says_what_to_do(
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", refuse)
     with pytest.raises(SystemExit, match="2"):
         duo_id.lm_eval.__main__.main()
-    assert "on the Hub: a local copy can stand in for a data set, see docs/benchmarks.md" in capsys.readouterr().out
+    assert "on the Hub: a data set can be read from a local copy, see docs/benchmarks.md" in capsys.readouterr().out

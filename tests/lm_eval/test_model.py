@@ -120,71 +120,71 @@ def written_by_hand(model: PreTrainedModel, mask: HeadMask, text: str) -> str:
     return TOKENIZER.decode(tokens[:end], skip_special_tokens=True).partition("\n\n")[0]
 
 
-def likelihoods(found: list[dict[str, Any]]) -> list[float]:
-    return [float(answer[0]) for sample in found for answer in sample["filtered_resps"]]
+def likelihoods(logged: list[dict[str, Any]]) -> list[float]:
+    return [float(answer[0]) for sample in logged for answer in sample["filtered_resps"]]
 
 
-def texts(found: list[dict[str, Any]]) -> list[str]:
-    return [sample["filtered_resps"][0] for sample in found]
+def texts(logged: list[dict[str, Any]]) -> list[str]:
+    return [sample["filtered_resps"][0] for sample in logged]
 
 
 def test_likelihoods_are_those_of_the_masked_model(
     folder: Path, saved: tuple[PreTrainedModel, Path], pattern: HeadPattern
 ) -> None:
-    model, place = saved
+    model, path = saved
     register()
-    found = samples(
-        "duo_id", folder, "choices", heads=str(folder), sparsity=0.5, pretrained=str(place), dtype="float32"
+    logged = samples(
+        "duo_id", folder, "choices", heads=str(folder), sparsity=0.5, pretrained=str(path), dtype="float32"
     )
     masks = [pattern.binarize(sparsity=sparsity) for sparsity in (0.5, 0)]
     masked, full = (
         [by_hand(model, mask, document["text"], choice) for document in DOCUMENTS for choice in document["choices"]]
         for mask in masks
     )
-    assert likelihoods(found) == pytest.approx(masked, abs=1e-4)
-    assert likelihoods(found)[0] != pytest.approx(full[0], abs=1e-2), "the mask changes nothing here"
+    assert likelihoods(logged) == pytest.approx(masked, abs=1e-4)
+    assert likelihoods(logged)[0] != pytest.approx(full[0], abs=1e-2), "the mask changes nothing here"
 
 
 def test_generated_text_is_that_of_the_masked_model(
     folder: Path, saved: tuple[PreTrainedModel, Path], pattern: HeadPattern
 ) -> None:
-    model, place = saved
+    model, path = saved
     register()
-    found = samples(
-        "duo_id", folder, "writing", heads=str(folder), sparsity=0.5, pretrained=str(place), dtype="float32"
+    logged = samples(
+        "duo_id", folder, "writing", heads=str(folder), sparsity=0.5, pretrained=str(path), dtype="float32"
     )
     mask, full = (pattern.binarize(sparsity=sparsity) for sparsity in (0.5, 0))
     wanted = [written_by_hand(model, mask, document["text"]) for document in DOCUMENTS]
-    assert texts(found) == wanted
+    assert texts(logged) == wanted
     assert wanted != [written_by_hand(model, full, document["text"]) for document in DOCUMENTS]
 
 
 def test_without_streaming_heads_it_is_plain_hflm(folder: Path, saved: tuple[PreTrainedModel, Path]) -> None:
-    place = str(saved[1])
-    plain = HFLM(pretrained=place, dtype="float32", device="cpu", batch_size=3)
-    ours = DuoLM(heads=str(folder), sparsity=0, pretrained=place, dtype="float32", device="cpu", batch_size=3)
-    wanted, found = (samples(model, folder, "choices") for model in (plain, ours))
-    assert likelihoods(found) == pytest.approx(likelihoods(wanted), abs=1e-4)
-    wanted, found = (samples(model, folder, "writing") for model in (plain, ours))
-    assert texts(found) == texts(wanted)
+    path = str(saved[1])
+    plain = HFLM(pretrained=path, dtype="float32", device="cpu", batch_size=3)
+    unmasked = DuoLM(heads=str(folder), sparsity=0, pretrained=path, dtype="float32", device="cpu", batch_size=3)
+    expected, logged = (samples(model, folder, "choices") for model in (plain, unmasked))
+    assert likelihoods(logged) == pytest.approx(likelihoods(expected), abs=1e-4)
+    expected, logged = (samples(model, folder, "writing") for model in (plain, unmasked))
+    assert texts(logged) == texts(expected)
 
 
 def test_mixed_precision_is_the_masked_model_in_bfloat16(
     folder: Path, saved: tuple[PreTrainedModel, Path], pattern: HeadPattern
 ) -> None:
     """lm-eval's `mixed_precision_dtype` runs every forward of a float32 model under torch.autocast."""
-    model, place = saved
-    given = {"heads": str(folder), "sparsity": 0.5, "pretrained": str(place), "dtype": "float32"}
-    given |= {"device": "cpu", "batch_size": 3, "mixed_precision_dtype": "bfloat16"}
-    mixed, types = DuoLM(**given), []
+    model, path = saved
+    arguments = {"heads": str(folder), "sparsity": 0.5, "pretrained": str(path), "dtype": "float32"}
+    arguments |= {"device": "cpu", "batch_size": 3, "mixed_precision_dtype": "bfloat16"}
+    mixed, types = DuoLM(**arguments), []
     assert mixed.model.dtype == torch.float32
     mixed.model.lm_head.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
-    found = likelihoods(samples(mixed, folder, "choices"))
+    logged = likelihoods(samples(mixed, folder, "choices"))
     mask = pattern.binarize(sparsity=0.5)
     pairs = [(document["text"], choice) for document in DOCUMENTS for choice in document["choices"]]
     with torch.autocast("cpu", torch.bfloat16):
-        assert found == pytest.approx([by_hand(model, mask, *pair) for pair in pairs], rel=0.02)
-    assert found == pytest.approx([by_hand(model, mask, *pair) for pair in pairs], rel=0.05)
+        assert logged == pytest.approx([by_hand(model, mask, *pair) for pair in pairs], rel=0.02)
+    assert logged == pytest.approx([by_hand(model, mask, *pair) for pair in pairs], rel=0.05)
     written = texts(samples(mixed, folder, "writing"))
     with torch.autocast("cpu", torch.bfloat16):
         wanted = [written_by_hand(model, mask, document["text"]) for document in DOCUMENTS]
@@ -199,16 +199,16 @@ def test_models_are_loaded_as_the_other_commands_do(folder: Path) -> None:
     assert model.model.dtype == torch.bfloat16
     assert model.batch_size == 2
     assert model.model.duo_id_deployment.mask.sparsity == 0.5
-    told = model.get_model_info()
-    assert (told["sparsity"], told["sink_size"], told["recent_size"]) == (0.5, 2, 5)
+    info = model.get_model_info()
+    assert (info["sparsity"], info["sink_size"], info["recent_size"]) == (0.5, 2, 5)
 
 
 def test_the_default_model_is_the_patterns_own(tmp_path: Path, pattern: HeadPattern) -> None:
     architecture = {"model_type": "llama", "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     architecture |= {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 258}
     settings = {"model": {"id": "own", "init": "random", "architecture": architecture}}
-    own = HeadPattern(pattern.scores, 2, 5, provenance={"settings": settings})
-    save_pattern(own, tmp_path / "heads")
+    described = HeadPattern(pattern.scores, 2, 5, provenance={"settings": settings})
+    save_pattern(described, tmp_path / "heads")
     assert DuoLM(heads=str(tmp_path), device="cpu").model.config.intermediate_size == 48
 
 
@@ -223,14 +223,14 @@ def test_the_default_model_is_the_patterns_own(tmp_path: Path, pattern: HeadPatt
         ({"heads": "", "model": "tiny", "sparsity": 2}, r"must lie in \[0, 1\]"),
         ({"heads": "", "model": "tiny", "sparsity": "abc"}, "sparsity=abc is not a number"),
         ({"heads": "SmolLM2-135M-Instruct", "model": "tiny"}, "is for 30 layers"),
-        ({"heads": "", "model": "tiny", "peft": "adapter"}, "^--model_args peft=adapter .* give it pretrained=MODEL$"),
+        ({"heads": "", "model": "tiny", "peft": "adapter"}, "^--model_args peft=adapter .* add pretrained=MODEL$"),
         ({"heads": "", "model": "tiny", "load_in_4bit": True}, "^--model_args load_in_4bit=True .* pretrained=MODEL$"),
         ({"heads": "", "pretrained": "./nowhere"}, r"^--model_args pretrained=\./nowhere: lm-eval cannot load it: .+$"),
         (
             {"heads": "", "model": "tiny", "mixed_precision_dtype": "bf16"},
             "^--model_args mixed_precision_dtype=bf16",
         ),
-        ({"heads": "", "pretrained": "x", "mixed_precision_dtype": "auto"}, "=auto is no type of torch"),
+        ({"heads": "", "pretrained": "x", "mixed_precision_dtype": "auto"}, "=auto: choose bfloat16 or float16"),
         ({"heads": "", "model": "tiny", "truncation_side": "right"}, "truncation_side=right: choose left or middle"),
         (
             {"heads": "", "model": "tiny", "truncation_side": "middle", "truncation": True},
@@ -247,8 +247,8 @@ def test_mistakes_are_named(folder: Path, arguments: dict[str, Any], error: str)
 
 
 def test_options_that_change_nothing_pass(folder: Path) -> None:
-    given = {"peft": None, "parallelize": False, "trust_remote_code": True, "max_length": 64, "batch_size": 2}
-    assert DuoLM(heads=str(folder), model="tiny", device="cpu", **given).max_length == 64
+    options = {"peft": None, "parallelize": False, "trust_remote_code": True, "max_length": 64, "batch_size": 2}
+    assert DuoLM(heads=str(folder), model="tiny", device="cpu", **options).max_length == 64
 
 
 def test_the_command_registers_the_model_and_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +286,7 @@ def test_the_command_line_is_that_of_lm_eval(folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"sparsity": None}, "sparsity=None is not a number"),
         ({"sparsity": [0.5]}, r"sparsity=\[0.5\] is not a number"),
@@ -294,11 +294,11 @@ def test_the_command_line_is_that_of_lm_eval(folder: Path, tmp_path: Path) -> No
         ({"dtype": "abc"}, "dtype=abc: choose auto, float32"),
         ({"max_length": "abc"}, "max_length=abc must be a whole number"),
         ({"max_length": 0}, "max_length=0 must be a whole number"),
-        ({"device": "abc"}, "device=abc: give --device in its place"),
+        ({"device": "abc"}, "device=abc: give --device instead"),
     ],
     ids=["none", "list", "true", "dtype", "length", "zero", "device"],
 )
-def test_wrong_arguments_are_named(arguments: dict[str, Any], told: str, folder: Path) -> None:
-    given = {"heads": str(folder / "heads"), "model": "tiny"} | arguments
-    with pytest.raises(UserError, match=f"--model_args {told}"):
-        DuoLM.create_from_arg_obj(given, {"device": "cpu", "batch_size": 1})
+def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str, folder: Path) -> None:
+    model_args = {"heads": str(folder / "heads"), "model": "tiny"} | arguments
+    with pytest.raises(UserError, match=f"--model_args {message}"):
+        DuoLM.create_from_arg_obj(model_args, {"device": "cpu", "batch_size": 1})

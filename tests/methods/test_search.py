@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duo_id.common.errors import UserError
-from duo_id.common.integrity import MARK, SEAL, unsealed
+from duo_id.common.integrity import DIGEST_PREFIX, SEAL, unsealed
 from duo_id.data.samples import Sample
 from duo_id.methods import search as module
 from duo_id.methods.candidates import MaskLosses
@@ -97,7 +97,7 @@ def test_a_resumed_search_ends_as_an_undisturbed_one(
     assert provenance["budget"] == 0.5
     states = [json.loads((tmp_path / name / SEARCH_FILE).read_text()) for name in ("stopped", "whole")]
     assert all(state.pop("seconds") > 0 for state in states)
-    assert all(state.pop(SEAL).startswith(MARK) for state in states), "of the seconds too, which differ"
+    assert all(state.pop(SEAL).startswith(DIGEST_PREFIX) for state in states), "of the seconds too, which differ"
     assert states[0] == states[1]
 
 

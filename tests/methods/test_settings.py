@@ -149,7 +149,7 @@ def test_refusals(name: str, changes: dict[str, Any], message: str) -> None:
 
 def test_a_method_without_a_name() -> None:
     for config in ({}, {"name": None, **WINDOW}):
-        with pytest.raises(UserError, match=r"^method\.name=null: choose one of duo, attention_profile"):
+        with pytest.raises(UserError, match=r"^method\.name=null: choose one of duo, nested, attention_profile"):
             method_settings(OmegaConf.create(config))
 
 

@@ -294,7 +294,10 @@ def test_sizes_that_no_model_has_are_refused(change: dict[str, Any]) -> None:
 
 
 def nested(scores: torch.Tensor) -> HeadPattern:
-    provenance = {"settings": {"method": {"name": "nested", "gate": "nested"}}, "model": {"name": "model<b>", "id": "a/model<b>"}}
+    provenance = {
+        "settings": {"method": {"name": "nested", "gate": "nested"}},
+        "model": {"name": "model<b>", "id": "a/model<b>"},
+    }
     return HeadPattern(scores, 4, 8, provenance=provenance)
 
 

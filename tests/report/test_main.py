@@ -40,7 +40,8 @@ def test_help_has_the_settings_and_examples(tmp_path: Path, monkeypatch: pytest.
         assert "\n  python -m duo_id.report outputs/evaluate/DATE/TIME reference=saliency\n" in output
         assert re.search(r"^  out=<str> +the page; report.html in the first folder without it$", output, re.M)
     _, output = run_report("--open", folder=tmp_path, monkeypatch=monkeypatch)
-    assert output.startswith("error: --open: there are no options, settings are KEY=VALUE; --help has examples, and ")
+    advice = "give settings as KEY=VALUE; see --help for examples, and "
+    assert output.startswith(f"error: --open: there are no options, {advice}")
     assert output.count("\n") == 1
 
 
@@ -56,7 +57,7 @@ def test_a_page_that_would_go_elsewhere_is_refused(run: Path, monkeypatch: pytes
     (run / "report.html").symlink_to("../precious")
     for argument in ("run", "run/results.json"):
         status, output = run_report(argument, folder=run.parent, monkeypatch=monkeypatch)
-        advice = "is a symbolic link out of run: remove it, or put there what it leads to"
+        advice = "is a symbolic link out of run: remove it, or replace it by its target"
         assert (status, output) == (2, f"error: run/report.html {advice}\n")
     assert (run.parent / "precious").read_text() == "precious"
     status, _ = run_report("run", "out=run/report.html", folder=run.parent, monkeypatch=monkeypatch)
@@ -107,9 +108,9 @@ def test_folders_may_have_an_equals_sign(run: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Missing argument 'FOLDER'; --help has examples"),
+        ([], "Missing argument 'FOLDER'; see --help for examples"),
         (["out=x.html"], "Missing argument 'FOLDER'"),
-        (["run", "output=x.html"], "No such option: output (Possible options: out); --help has examples"),
+        (["run", "output=x.html"], "No such option: output (Possible options: out); see --help for examples"),
         (["nowhere"], "nowhere is missing"),
         (["run", "out=run"], "out=run is a folder: give a file, such as out=run/report.html"),
         (["."], "results.json is missing"),

@@ -1,4 +1,4 @@
-"""Runs the commands as a user would, inside the test's own process, which saves their imports."""
+"""Runs the commands as a user would, but inside the test's process, which saves repeated imports."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ from duo_id.train.settings import TrainSettings, train_settings
 
 COMMANDS = {"train": train.main, "evaluate": evaluate.main, "benchmark": benchmark.main}
 
-# A run of two steps on tiny random weights. A token is a byte, so contexts are long.
+# A run of two steps on tiny random weights. Tokens are bytes, so contexts are long.
 QUICK = [
     "model=tiny",
     "data=passkey",
@@ -49,14 +49,14 @@ QUICK = [
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left on the terminal, and its exit status."""
+    """A command's output and exit status."""
 
     status: int
     output: str
 
     @property
     def error(self) -> str:
-        """The one error line, after checking that it is the only one and that nothing but it speaks of an error."""
+        """The error line, after checking that there is only one and no other sign of an error."""
         lines = [line for line in self.output.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, self.output
         assert "Traceback" not in self.output
@@ -68,12 +68,12 @@ class Finished:
 def run_command(
     name: str, *overrides: str, folder: Path, command: Callable[[DictConfig], object] | None = None
 ) -> Finished:
-    """Run a command with the working directory `folder`, where its run folder is `run` unless overridden.
+    """Run a command in the working directory `folder`, with `run` there as its run folder unless overridden.
 
     Args:
-        name: train, evaluate or benchmark, or another top config with `command`.
+        name: train, evaluate or benchmark, or another top-level config with `command`.
         overrides: the command line.
-        folder: where it is run.
+        folder: the working directory.
         command: called with the config instead of the command's own function.
     """
     if not any(override.startswith(("resume=", "hydra.run.dir=")) for override in overrides):
@@ -91,16 +91,16 @@ def run_command(
         try:
             cli.run(name, command or COMMANDS[name])
             status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
+        except SystemExit as exiting:
+            status = exiting.code if isinstance(exiting.code, int) else 1
     torch.set_rng_state(random_state)
     return Finished(status, output.getvalue())
 
 
 def settings_of(name: str, schema: type, *overrides: str, folder: Path) -> Any:
-    """The typed settings that a command gets under these overrides."""
-    found: list[Any] = []
+    """The typed settings that a command gets with these overrides."""
+    settings: list[Any] = []
     read = train_settings if schema is TrainSettings else partial(parse, schema)
-    finished = run_command(name, *overrides, folder=folder, command=lambda config: found.append(read(config)))
+    finished = run_command(name, *overrides, folder=folder, command=lambda config: settings.append(read(config)))
     assert finished.status == 0, finished.output
-    return found[0]
+    return settings[0]

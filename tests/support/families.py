@@ -1,6 +1,6 @@
-"""Every causal language model of transformers at a tiny size: what gates and masks make of it.
+"""Every causal language model of transformers at a tiny size, under gates and masks.
 
-`python -m tests.support.families` writes the table of docs/models.md; `tests/models/test_families.py` holds it true.
+`python -m tests.support.families` writes the table of docs/models.md, which `tests/models/test_families.py` checks.
 """
 
 import warnings
@@ -27,7 +27,7 @@ from duo_id.models.tokenizers import byte_tokenizer
 from duo_id.step.distillation import Distillation
 from duo_id.step.objectives import OBJECTIVES
 from tests.deploy.reference import brute_force
-from tests.support.tiny import draw_weights, faithful
+from tests.support.tiny import draw_weights, exact_attention
 
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 START, END = "<!-- families: python -m tests.support.families -->", "<!-- end of families -->"
@@ -35,7 +35,7 @@ FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 WINDOW, TOKENS, NEW = Window(1, 3), 128, 3
 LARGEST = 9_000_000  # parameters of a tiny model
 
-# Under every name that a family may give them; what a family does not know it does not read.
+# Under every name that families use; a family ignores those that it does not use.
 LAYERS = {"num_hidden_layers": 4}
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -57,9 +57,9 @@ NARROW = ("helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "dots1")
 LATENT = (
     "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 glm4_moe_lite kimi_linear longcat_flash minicpm3 youtu"
 ).split()
-OF: dict[str, dict[str, Any]] = {
+FAMILY_SIZES: dict[str, dict[str, Any]] = {
     **{family: {"num_key_value_heads": 4} for family in LATENT},
-    **{family: {"sliding_window": None} for family in WINDOWED},  # of some, others have a window in every layer
+    **{family: {"sliding_window": None} for family in WINDOWED},  # else every layer of some has a window
     **{family: {"head_dim": 8} for family in NARROW},
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
@@ -76,12 +76,12 @@ OF: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a family.
+    """The result for a family.
 
     Attributes:
         works: whether its heads can be gated, masked and deployed.
-        gated: its gated layers of all, as "2 of 4".
-        why: the reason, where it does not work.
+        gated: its gated layers out of all, such as "2 of 4".
+        why: the reason if it does not work.
         built: whether there is a tiny model to try.
     """
 
@@ -96,27 +96,27 @@ class Unbuilt(Exception):
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """Of four layers or more, of every kind that the family has, and with full attention where it may be."""
-    numbers = LAYERS | SIZES | OF.get(family, {})
-    config = AutoConfig.for_model(family, **numbers)
-    kinds = getattr(config, "layer_types", None)
-    if not kinds or "layer_types" in numbers:
+    """At least four layers, with every type of layer that the family has, and full attention if it allows that."""
+    sizes = LAYERS | SIZES | FAMILY_SIZES.get(family, {})
+    config = AutoConfig.for_model(family, **sizes)
+    tiny_types = getattr(config, "layer_types", None)
+    if not tiny_types or "layer_types" in sizes:
         return config
-    usual = getattr(AutoConfig.for_model(family), "layer_types", None) or kinds
-    wanted = list(dict.fromkeys([*usual, *kinds]))
-    if "full_attention" not in wanted and "sliding_attention" in wanted:
-        wanted.append("full_attention")
-    if set(wanted) == set(kinds):
+    default_types = getattr(AutoConfig.for_model(family), "layer_types", None) or tiny_types
+    all_types = list(dict.fromkeys([*default_types, *tiny_types]))
+    if "full_attention" not in all_types and "sliding_attention" in all_types:
+        all_types.append("full_attention")
+    if set(all_types) == set(tiny_types):
         return config
-    several = (wanted * 4)[: max(4, len(wanted))]
-    return AutoConfig.for_model(family, **numbers | {"num_hidden_layers": len(several), "layer_types": several})
+    layer_types = (all_types * 4)[: max(4, len(all_types))]
+    return AutoConfig.for_model(family, **sizes | {"num_hidden_layers": len(layer_types), "layer_types": layer_types})
 
 
 def tiny_model(family: str) -> PreTrainedModel:
-    """A frozen random model, in float32.
+    """A frozen random model in float32.
 
     Raises:
-        Unbuilt: there is none.
+        Unbuilt: the family has none.
     """
     try:
         config = tiny_config(family)
@@ -126,7 +126,9 @@ def tiny_model(family: str) -> PreTrainedModel:
             raise Unbuilt(f"{parameters // 10**6}M parameters where this test says how large a model is")
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=faithful(config))
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=exact_attention(config)
+            )
             draw_weights(model)
     except Unbuilt:
         raise
@@ -168,18 +170,18 @@ def try_family(family: str) -> Outcome:
         for module in layer.sharers:
             rows[module.layer_idx] = rows[layer.index]
     with torch.no_grad(), brute_force(model, rows, mask.sink_size, mask.recent_size):
-        close(masked, model(ids, use_cache=False).logits, "hard mask")
+        assert_close(masked, model(ids, use_cache=False).logits, "hard mask")
     assert (masked - expected).abs().max() > 1e-4, "the mask changes nothing"
     gated = f"{len(layers)} of {total}"
     try:
         check_deployed(model, mask, ids)
-    except (UserError, ValueError) as error:  # the latter from models that take no cache but their own
+    except (UserError, ValueError) as error:  # ValueError: from models that only accept a cache of their own
         return Outcome(True, gated, f"no dual cache: {error}")
     return Outcome(True, gated)
 
 
 def mask_of(model: PreTrainedModel, layers: list[AttentionLayer]) -> HeadMask:
-    """Heads that alternate; a layer of one KV head streams."""
+    """A mask of alternating heads; the only KV head of a layer streams."""
     retrieval = torch.ones(model.config.get_text_config().num_hidden_layers, layers[0].kv_heads, dtype=torch.bool)
     for layer in layers:
         retrieval[layer.index, ::2] = False
@@ -187,7 +189,7 @@ def mask_of(model: PreTrainedModel, layers: list[AttentionLayer]) -> HeadMask:
 
 
 def check_gates(model: PreTrainedModel, layers: list[AttentionLayer], ids: Tensor, expected: Tensor) -> None:
-    """All gates at 1 are the untouched model; every layer's gates get a gradient."""
+    """With all gates at 1 the outputs are the model's own, and every layer's gates get a gradient."""
 
     def logits(alpha: Tensor) -> Tensor:
         pairs = zip(layers, alpha, strict=True)
@@ -197,7 +199,7 @@ def check_gates(model: PreTrainedModel, layers: list[AttentionLayer], ids: Tenso
 
     shape = (len(layers), layers[0].kv_heads)
     with torch.no_grad():
-        close(logits(torch.ones(shape)), expected, "gates at 1")
+        assert_close(logits(torch.ones(shape)), expected, "gates at 1")
     alpha = torch.full(shape, 0.5, requires_grad=True)
     (gradient,) = torch.autograd.grad(logits(alpha).square().mean(), alpha)
     assert gradient.isfinite().all(), "a gradient is not finite"
@@ -205,7 +207,7 @@ def check_gates(model: PreTrainedModel, layers: list[AttentionLayer], ids: Tenso
 
 
 def check_step(model: PreTrainedModel, layers: list[AttentionLayer], ids: Tensor) -> None:
-    """With all gates at 1 a training step finds no distance from the model itself, in logits or in hidden states."""
+    """With all gates at 1 the loss of a training step is zero, for logits and for hidden states."""
     wrapped = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
     batch = with_scored({"input_ids": ids, "labels": ids, "attention_mask": None})
     for objective in ("kl", "hidden_l2"):
@@ -216,34 +218,34 @@ def check_step(model: PreTrainedModel, layers: list[AttentionLayer], ids: Tensor
 
 
 def check_deployed(model: PreTrainedModel, mask: HeadMask, ids: Tensor) -> None:
-    """Decoding with the dual cache finds the logits that decoding without a cache finds."""
+    """Decoding with the dual cache gives the same logits as decoding without a cache."""
 
     def decoded(cached: bool) -> Tensor:
-        made = model.generate(
+        output = model.generate(
             ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=cached, output_logits=True,
             return_dict_in_generate=True, forced_eos_token_id=None,
             suppress_tokens=[0],  # padding, which some families give no position
         )  # fmt: skip
-        return torch.stack(made.logits, 1)
+        return torch.stack(output.logits, 1)
 
     with torch.no_grad(), duo_attention(model, mask):
-        close(decoded(True), decoded(False), "dual cache")
+        assert_close(decoded(True), decoded(False), "dual cache")
 
 
-def close(found: Tensor, expected: Tensor, what: str) -> None:
-    """The greatest error is 1e-4 of the greatest logit."""
-    error = ((found - expected).abs().max() / expected.abs().max()).item()
-    assert error <= 1e-4, f"{what}: error {error:.1e}"
+def assert_close(logits: Tensor, expected: Tensor, label: str) -> None:
+    """Assert that the largest error is at most 1e-4 of the largest logit."""
+    error = ((logits - expected).abs().max() / expected.abs().max()).item()
+    assert error <= 1e-4, f"{label}: error {error:.1e}"
 
 
 def row(family: str, outcome: Outcome) -> str:
-    """A line of the table."""
+    """A row of the table."""
     verdict = "works" if outcome.works else "refused" if outcome.built else "not tried"
     return f"| {family} | {verdict} | {outcome.gated} | {outcome.why.replace('|', '/')} |"
 
 
 def main() -> None:
-    """Try all and write the table."""
+    """Try all families and write the table."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     lines = ["| family | verdict | gated layers | why |", "| --- | --- | --- | --- |"]

@@ -1,4 +1,4 @@
-"""A model hub on this machine: what huggingface_hub's client asks when it makes, fills and fetches a repo of models."""
+"""A local model hub that answers huggingface_hub's client when it creates, fills and downloads model repos."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ TOKEN = "hf_of-the-tests"
 
 
 class Hub:
-    """Repos as {repo: {branch or commit: {file: bytes}}}; those of `private` need the token."""
+    """Repos as {repo: {commit: {file: bytes}}}, and their branches; reading `private` ones needs the token."""
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
@@ -62,8 +62,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.answer({"error": "Invalid username or password."}, 401)
         elif parts == ["api", "repos", "create"]:
-            asked = json.loads(body)
-            repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            request = json.loads(body)
+            repo = f"{request.get('organization') or 'me'}/{request['name']}"
             if repo in self.hub.repos:
                 self.answer({"url": f"{constants.ENDPOINT}/{repo}"}, 409)
             else:
@@ -74,8 +74,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"errors": [] if isinstance(front.get("tags"), list) else ["no tags"], "warnings": []})
         elif parts[4] == "preupload":
             files = json.loads(body)["files"]
-            told = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
-            self.answer({"files": told})
+            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
+            self.answer({"files": modes})
         elif parts[4] == "branch":
             repo = "/".join(parts[2:4])
             branches = self.hub.branches[repo]
@@ -114,8 +114,8 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "revision":
             return self.answer({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
         if kind == "tree":
-            told = [{"type": "file", "path": name, "size": len(text), "oid": sha(text)} for name, text in files.items()]
-            return self.answer(told)
+            tree = [{"type": "file", "path": name, "size": len(data), "oid": sha(data)} for name, data in files.items()]
+            return self.answer(tree)
         name = "/".join(rest)
         if name not in files:
             return self.answer(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
@@ -123,13 +123,13 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(files[name], X_Repo_Commit=commit, ETag=f'"{sha(files[name])}"')
 
 
-def sha(text: bytes) -> str:
-    return hashlib.sha1(text).hexdigest()
+def sha(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
 
 
 @contextmanager
 def running_hub(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
-    """A hub that the client of this process asks, with a cache of its own and a login that may write."""
+    """A hub that this process's client uses, with an empty cache and a token that may write."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     threading.Thread(target=server.serve_forever, daemon=True).start()

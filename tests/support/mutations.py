@@ -1,4 +1,4 @@
-"""Wrong values in the place of each value of valid data, containers and all."""
+"""Replace each value of valid data, containers included, by wrong ones."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,32 +6,32 @@ from typing import Any
 WRONG: list[Any] = [None, [], {}, "", "x\n\x1b${oc.env:HOME}", -1, 2**53 + 1, 1.5, True, [["x"]], {"x": {"y": [None]}}]
 
 
-def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The keys that lead to each value, the whole first."""
+def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of keys to each value, beginning with the root's."""
     yield at
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, one in inner:
-        yield from places(one, (*at, key))
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from paths(inner, (*at, key))
 
 
-def replaced(value: Any, at: tuple[Any, ...], new: Any) -> Any:
-    """A copy with another value in one place."""
+def with_value(value: Any, at: tuple[Any, ...], new: Any) -> Any:
+    """A copy with the value at one path replaced."""
     if not at:
         return new
     copied = dict(value) if isinstance(value, dict) else list(value)
-    copied[at[0]] = replaced(value[at[0]], at[1:], new)
+    copied[at[0]] = with_value(value[at[0]], at[1:], new)
     return copied
 
 
-def found(value: Any, at: tuple[Any, ...]) -> Any:
-    """What is in a place."""
-    return found(value[at[0]], at[1:]) if at else value
+def value_at(value: Any, at: tuple[Any, ...]) -> Any:
+    """The value at a path."""
+    return value_at(value[at[0]], at[1:]) if at else value
 
 
 def mutations(value: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Each place, what is put there, and the whole with it; nothing of the kind that was there."""
-    for at in places(value):
+    """The dotted path of each value, a wrong value of another type, and a copy of the data with it at this path."""
+    for at in paths(value):
         for wrong in WRONG:
-            before = found(value, at)
-            if (type(before) is not type(wrong) or isinstance(before, list | dict)) and before != wrong:
-                yield ".".join(map(str, at)), wrong, replaced(value, at, wrong)
+            original = value_at(value, at)
+            if (type(original) is not type(wrong) or isinstance(original, list | dict)) and original != wrong:
+                yield ".".join(map(str, at)), wrong, with_value(value, at, wrong)

@@ -8,15 +8,15 @@ from transformers import PreTrainedModel
 
 from duo_id.data.samples import UNSCORED, Sample
 
-HEADS = [(0, 1), (1, 0), (2, 1)]  # layer and KV head that are planted
+HEADS = [(0, 1), (1, 0), (2, 1)]  # (layer, KV head) of the planted head
 PAYLOADS, QUERY, FILLERS = range(3, 11), 11, range(12, 96)
 
 
 def planted_model(make_model: Callable[..., PreTrainedModel], layer: int, kv_head: int) -> PreTrainedModel:
-    """All heads do little but one: at a QUERY token it finds the one payload token, however far, and copies its kind.
+    """One head dominates: at a QUERY token it attends to the payload token, at any distance, and copies it.
 
-    Hidden sizes 0 and 1 say "payload" and "query", 2 to 9 which payload. The head matches them in the one pair of
-    its dimensions that rotary positions hardly turn.
+    Hidden dimensions 0 and 1 mean "payload" and "query", 2 to 9 identify the payload. The head matches query and key in
+    the pair of its dimensions that rotary position embeddings rotate least.
     """
     model = make_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e9})
     with torch.no_grad():
@@ -28,26 +28,26 @@ def planted_model(make_model: Callable[..., PreTrainedModel], layer: int, kv_hea
         embedding[:, 10:] = torch.randn(96, 22, generator=torch.Generator().manual_seed(0)) * 0.3
         embedding[list(PAYLOADS), 0] = embedding[QUERY, 1] = 1.0
         embedding[list(PAYLOADS), range(2, 10)] = 1.0
-        attention, still, first = model.model.layers[layer].self_attn, 7, 2 * kv_head * 16  # of two query heads
-        attention.q_proj.weight[first + still, 1] = 8.0
-        attention.k_proj.weight[kv_head * 16 + still, 0] = 8.0
+        attention, slowest, first = model.model.layers[layer].self_attn, 7, 2 * kv_head * 16  # first of two query heads
+        attention.q_proj.weight[first + slowest, 1] = 8.0
+        attention.k_proj.weight[kv_head * 16 + slowest, 0] = 8.0
         attention.v_proj.weight[range(kv_head * 16, kv_head * 16 + 8), range(2, 10)] = 1.0
         attention.o_proj.weight[range(20, 28), range(first, first + 8)] = 1.0
     return model
 
 
 def planted_sample(seed: int, answered: bool = False) -> Sample:
-    """80 tokens with one payload and QUERY at the end, the one labelled token.
+    """80 tokens with one payload, and QUERY as the last and only labelled token.
 
-    With `answered`, the payload comes once more behind QUERY, and is what is labelled.
+    With `answered`, the payload is repeated after QUERY, and labelled instead.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(FILLERS.start, FILLERS.stop, (80,), generator=generator)
-    place = int(torch.randint(5, 60, (), generator=generator))
-    ids[place] = PAYLOADS[seed % 8]
+    position = int(torch.randint(5, 60, (), generator=generator))
+    ids[position] = PAYLOADS[seed % 8]
     ids[-1] = QUERY
     if answered:
-        ids = torch.cat([ids, ids[place, None]])
+        ids = torch.cat([ids, ids[position, None]])
     return sample_of(ids, 1)
 
 

@@ -1,7 +1,7 @@
-"""Processes of their own for commands that are killed, or that must meet others, without an import each.
+"""Separate processes for commands that are killed, or that run at the same time, without repeated imports.
 
-Importing duo_id.train takes as long as a hundred tiny steps, so one process does it, at the first call, and every other
-one is forked from that one: it has the modules, but nothing that a test has done.
+Importing duo_id.train takes as long as a hundred tiny steps, so one server process does it, at the first call, and all
+others are forked from it: they have the modules, but no state from any test.
 """
 
 import multiprocessing
@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# Whoever asks at import whether there is a GPU must not initialise CUDA, which forked processes could not use then.
+# Modules that look for a GPU when they are imported must not initialise CUDA, or forked processes could not use it.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 SPAWNING = multiprocessing.get_context("forkserver")
 SPAWNING.set_forkserver_preload(
@@ -31,10 +31,10 @@ class Started:
     file: Path
 
     def finish(self, timeout: float = 300) -> tuple[int, str]:
-        """Its exit status, -9 if it was killed by that signal, and what it printed.
+        """Its exit status, negative if a signal killed it, and its output.
 
         Raises:
-            TimeoutError: it has not ended; it is killed.
+            TimeoutError: it has not ended in time, and is killed.
         """
         self.process.join(timeout)
         status, output = self.process.exitcode, self.file.read_text()
@@ -45,8 +45,8 @@ class Started:
 
 
 def start(function: Callable[..., object], *arguments: Any, cwd: Path, file: Path, **environment: str) -> Started:
-    """Call a module's function in a new process that works in `cwd` and prints to `file`."""
-    process = SPAWNING.Process(target=_printing, args=(function, arguments, cwd, file, environment))
+    """Call a module-level function in a new process with working directory `cwd` and its output in `file`."""
+    process = SPAWNING.Process(target=_run_redirected, args=(function, arguments, cwd, file, environment))
     process.start()
     return Started(process, file)
 
@@ -54,7 +54,7 @@ def start(function: Callable[..., object], *arguments: Any, cwd: Path, file: Pat
 def run_module(name: str, *arguments: str) -> None:
     """`python -m name argument...`."""
     sys.argv = [name, *arguments]
-    sys.modules.pop(f"{name}.__main__", None)  # which a test may have imported, and Python warns of then
+    sys.modules.pop(f"{name}.__main__", None)  # Python warns if a test has imported it
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
@@ -64,10 +64,10 @@ def run_file(path: str, *arguments: str) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
-def _printing(
+def _run_redirected(
     function: Callable[..., object], arguments: tuple[Any, ...], cwd: Path, file: Path, environment: dict[str, str]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs without it
     os.chdir(cwd)
     os.environ |= environment
     with file.open("wb") as output:

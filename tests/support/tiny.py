@@ -1,4 +1,4 @@
-"""Tiny random models of many families, shared by all tests."""
+"""Tiny random models of several families, shared by all tests."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,27 +42,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
-    """A frozen random model; weights larger than usual, so that attention is far from uniform."""
+    """A frozen random model with larger weights than usual, so that attention is far from uniform."""
     config = AutoConfig.for_model(family, **{**SHARED, **FAMILIES.get(family, {}), **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=faithful(config))
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=exact_attention(config)
+        )
         draw_weights(model)
     return model.eval().requires_grad_(False)
 
 
-def faithful(config: PreTrainedConfig) -> str | None:
-    """The attention of transformers' own that keeps a soft cap; early releases choose SDPA, which leaves it out."""
+def exact_attention(config: PreTrainedConfig) -> str | None:
+    """An attention implementation that applies soft caps; early releases default to SDPA, which ignores them."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
 def hooks_of(model: torch.nn.Module) -> list[int]:
-    """The keys of all hooks that are on the modules of a model."""
+    """The ids of all forward hooks on the modules of a model."""
     return [hook for module in model.modules() for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
 
 
 def draw_weights(model: PreTrainedModel) -> None:
-    """Larger weights than a new model has, and learned sinks that are not 0."""
+    """Draw larger weights than transformers' initialisation, and non-zero attention sinks."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "embed" not in name:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * 1.5)
@@ -74,7 +76,7 @@ def draw_weights(model: PreTrainedModel) -> None:
 def tiny_training(
     method: GateSettings, step: StepSettings | None = None, device: str = "cpu", **changes: Any
 ) -> Iterator[GateTraining]:
-    """The training of a tiny model, attached."""
+    """The training of a tiny model, with gates attached."""
     step = step or StepSettings()
     model = tiny_model(**{"family": "llama"} | changes).to(device)
     language_model = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")

@@ -20,7 +20,7 @@ from PIL import Image
 import duo_id.train.run
 from duo_id import load_pattern
 from duo_id.common.config import conf_dir, plain
-from duo_id.common.integrity import MARK, unsealed
+from duo_id.common.integrity import DIGEST_PREFIX, unsealed
 from duo_id.common.record import SETTINGS, keep_settings
 from duo_id.data.datamodule import SampleModule
 from duo_id.methods.settings import GateSettings
@@ -196,8 +196,8 @@ def test_all_that_is_read_again_carries_a_checksum(run: Run) -> None:
         assert unsealed(contents) != contents, name
     tables = {path.name for path in (run.folder / "heads").glob("*.tsv")}
     assert json.loads((run.folder / "heads" / "config.json").read_text())[TABLES].keys() == tables
-    assert MARK in (run.folder / "gates.csv").read_text().splitlines()[1]
-    assert ZipFile(run.folder / CHECKPOINT).comment.startswith(MARK.encode())
+    assert DIGEST_PREFIX in (run.folder / "gates.csv").read_text().splitlines()[1]
+    assert ZipFile(run.folder / CHECKPOINT).comment.startswith(DIGEST_PREFIX.encode())
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -24,7 +24,7 @@ from duo_id.common.errors import UserError
 from duo_id.train.gate_training import GateTraining
 from tests.support.commands import QUICK, Finished, run_command
 from tests.support.processes import start
-from tests.support.sweep_jobs import ends_its_launcher, leave, processes
+from tests.support.sweep_jobs import record_process, signal_launcher, write_summary
 
 optuna = pytest.importorskip("optuna", exc_type=ImportError)  # and what it imports
 distributions, load_study = optuna.distributions, optuna.load_study
@@ -42,7 +42,7 @@ def sweep(folder: Path, *overrides: str, command: Callable[[DictConfig], Any]) -
 
 
 def distance(config: DictConfig) -> float:
-    return leave(abs(config.method.lr - 0.1))
+    return write_summary(abs(config.method.lr - 0.1))
 
 
 def best_of(folder: Path) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def test_launchers_can_be_instantiated(name: str, kind: str) -> None:
 def test_jobs_have_a_process_and_a_gpu_each_and_die_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,7")  # taken as they are named
     monkeypatch.setenv("PYTHONPATH", SOURCES, prepend=os.pathsep)
-    finished = sweep(tmp_path, "hydra/launcher=local", "seed=0,1,2", command=processes)
+    finished = sweep(tmp_path, "hydra/launcher=local", "seed=0,1,2", command=record_process)
     assert finished.status == 2, finished.output
     jobs = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("sweep/*/where.json"))]
     assert len(jobs) == 2, finished.output
@@ -197,7 +197,7 @@ def test_jobs_have_a_process_and_a_gpu_each_and_die_alone(tmp_path: Path, monkey
 def launch(folder: Path) -> None:
     """A sweep whose first job ends it."""
     os.environ["LAUNCHER"] = str(os.getpid())
-    finished = sweep(folder, "hydra/launcher=local", "hydra.launcher.n_jobs=1", "seed=0,1", command=ends_its_launcher)
+    finished = sweep(folder, "hydra/launcher=local", "hydra.launcher.n_jobs=1", "seed=0,1", command=signal_launcher)
     print(finished.output)
     sys.exit(finished.status)
 
@@ -207,12 +207,16 @@ def test_jobs_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     for number, status in (signal.SIGKILL, -9), (signal.SIGTERM, 143):
         folder = tmp_path / number.name
         folder.mkdir()
-        os.mkfifo(folder / "told")
-        environment = {"TOLD": str(folder / "told"), "NUMBER": str(int(number)), "CUDA_VISIBLE_DEVICES": ""}
+        os.mkfifo(folder / "interrupted")
+        environment = {
+            "INTERRUPT_FILE": str(folder / "interrupted"),
+            "NUMBER": str(int(number)),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         environment["PYTHONPATH"] = os.pathsep.join([SOURCES, os.environ.get("PYTHONPATH", "")])
         started[start(launch, folder, cwd=folder, file=folder / "output.txt", **environment)] = folder, status
     for launcher, (folder, status) in started.items():
-        assert (folder / "told").read_text() == "interrupted"  # and it has ended, or this would wait
+        assert (folder / "interrupted").read_text() == "interrupted"  # and it has ended, or this would wait
         ended, output = launcher.finish()
         assert ended == status, output
         assert "Traceback" not in output

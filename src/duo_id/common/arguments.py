@@ -1,4 +1,4 @@
-"""Commands that are not Hydra's: typer reads their paths and KEY=VALUE, and `--help` has their examples."""
+"""Command lines that Hydra does not parse: typer reads their paths and KEY=VALUE, and `--help` shows examples."""
 
 import inspect
 import re
@@ -13,15 +13,15 @@ from typer.exceptions import TyperException
 
 from duo_id.common.errors import UserError
 
-Made = TypeVar("Made")
-HINT = "; --help has examples, and a path with a = in it is ./NAME"
+Result = TypeVar("Result")
+HELP_HINT = "; see --help for examples, and write a path that contains = as ./NAME"
 
 
 class _Command(TyperCommand):
-    """Shows options as they are typed here, KEY=VALUE as in the commands of Hydra."""
+    """Shows options the way users type them here: KEY=VALUE, as in the Hydra commands."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Paths first, as in the examples."""
+        """Put paths first, as in the examples."""
         options, *paths = super().collect_usage_pieces(ctx)
         return [*(re.sub("[{}]", "", path) for path in paths), options]
 
@@ -31,46 +31,46 @@ class _Command(TyperCommand):
         formatter.buffer[:] = [re.sub(r"--(\w+) (<.*>)$", r"\1=\2  ", text) for text in formatter.buffer]
 
 
-def command(module: str, *examples: str) -> Callable[[Callable[..., Made]], Callable[[Sequence[str]], Made]]:
-    """Make a function whose parameters typer understands one that takes the arguments of a command line.
+def command(module: str, *examples: str) -> Callable[[Callable[..., Result]], Callable[[Sequence[str]], Result]]:
+    """Turn a function whose parameters typer understands into one that takes a command line's arguments.
 
-    A path may have a `=` too, where it is there or what stands before the `=` is no name: `./a=b`.
+    An argument with a `=` is a path if it exists or if the part before the `=` is no identifier: `./a=b`.
 
     Args:
-        module: what is run by `python -m`.
+        module: the module that `python -m` runs.
         examples: its arguments, for `--help`, which begins with the first line of the function's docstring.
 
     Raises:
-        UserError: by what is returned: an argument is missing, unknown, given twice or out of range.
+        UserError: from the returned function: an argument is missing, unknown, given twice or out of range.
     """
     program = f"python -m {module}"
 
-    def made(function: Callable[..., Made]) -> Callable[[Sequence[str]], Made]:
-        about = f"{inspect.getdoc(function)}".partition("\n")[0]
-        help = "\n".join([about, "", "\b", *(f"{program} {example}" for example in examples)])
+    def decorate(function: Callable[..., Result]) -> Callable[[Sequence[str]], Result]:
+        summary = f"{inspect.getdoc(function)}".partition("\n")[0]
+        help = "\n".join([summary, "", "\b", *(f"{program} {example}" for example in examples)])
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
         app.command(cls=_Command, help=help, options_metavar="[KEY=VALUE ...]")(function)
         parser = typer.main.get_command(app)
 
-        def main(arguments: Sequence[str]) -> Made:
+        def main(arguments: Sequence[str]) -> Result:
             try:
                 with parser.make_context(program, _as_options(arguments)) as context:
                     return parser.invoke(context)
-            except typer.Exit as end:
-                sys.exit(end.exit_code)
+            except typer.Exit as exit_request:
+                sys.exit(exit_request.exit_code)
             except TyperException as error:
-                raise UserError(_in_our_words(error.format_message())) from None
+                raise UserError(_rephrase(error.format_message())) from None
 
         return main
 
-    return made
+    return decorate
 
 
 def _as_options(arguments: Sequence[str]) -> list[str]:
-    """A command line with KEY=VALUE as typer has it, --KEY=VALUE, before the paths.
+    """The command line in typer's syntax: KEY=VALUE becomes --KEY=VALUE, followed by the paths.
 
     Raises:
-        UserError: an argument looks like an option, and there are none, or a setting is given twice.
+        UserError: an argument looks like an option, or a setting is given twice.
     """
     if {"-h", "--help"}.intersection(arguments):
         return ["--help"]
@@ -81,7 +81,7 @@ def _as_options(arguments: Sequence[str]) -> list[str]:
         if Path(argument).exists() or not (argument.startswith("-") or (equals and key.isidentifier())):
             paths.append(argument)
         elif argument.startswith("-"):
-            raise UserError(f"{argument}: there are no options, settings are KEY=VALUE{HINT}")
+            raise UserError(f"{argument}: there are no options, give settings as KEY=VALUE{HELP_HINT}")
         elif key in settings:
             raise UserError(f"{argument}: {key} is given twice")
         else:
@@ -89,7 +89,7 @@ def _as_options(arguments: Sequence[str]) -> list[str]:
     return [*settings.values(), "--", *paths]
 
 
-def _in_our_words(message: str) -> str:
-    """What typer says of a value, after its name; of the rest, how the command is used."""
+def _rephrase(message: str) -> str:
+    """Typer's message in terms of KEY=VALUE; unless it is about a value, a hint at `--help` follows."""
     message, count = re.subn(r"^Invalid value for '--(\w+)': (Value error, )?", r"\1: ", message)
-    return message.rstrip(".") if count else re.sub(r"(^|[\s(])--(?=\w)", r"\1", message).rstrip(".") + HINT
+    return message.rstrip(".") if count else re.sub(r"(^|[\s(])--(?=\w)", r"\1", message).rstrip(".") + HELP_HINT

@@ -1,4 +1,4 @@
-"""What the commands share: compose the config with Hydra, and show a user's mistake as one line."""
+"""Shared by all commands: compose the config with Hydra, and report a user's mistake in one line."""
 
 import logging
 import math
@@ -22,12 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.markup import escape
 
 from duo_id.common.config import conf_dir
-from duo_id.common.console import complain, console, name_folder, say
+from duo_id.common.console import console, print_error, say, set_missing_filename
 from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
-from duo_id.common.mistakes import as_typed, explained, literal, no_choice
-from duo_id.common.resuming import open_to_any, resumed
-from duo_id.common.run_folders import ERROR, begin, holding_job
+from duo_id.common.mistakes import describe_error, escape_interpolations, has_invalid_choice, shell_quoted
+from duo_id.common.resuming import allow_unknown_keys, resumed_settings
+from duo_id.common.run_folders import ERROR, command_folders, locked_job_folder
 from duo_id.common.stopping import describe_interrupt, status_of, stoppable
 from duo_id.common.version import __version__
 
@@ -36,46 +36,46 @@ from duo_id.common.version import __version__
 def run(name: str, command: Callable[[DictConfig], object]) -> None:
     """Compose conf/`name`.yaml with the command line's overrides and call `command` on it.
 
-    A mistake of the user ends the process with one line and status 2, Ctrl-C with status 130, and another signal that
-    asks for the end with 128 and its number.
+    A user's mistake ends the process with one line and status 2, Ctrl-C with status 130, and another terminating signal
+    with 128 plus its number.
     """
-    _print_anything()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, to be shown here
-    sys.argv[1:] = open_to_any(sys.argv[1:])
-    composed, status = False, 0
+    _escape_unencodable()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets exceptions through, to be reported here
+    sys.argv[1:] = allow_unknown_keys(sys.argv[1:])
+    config_composed, status = False, 0
 
     def task(config: DictConfig) -> object:
-        nonlocal composed, status
-        composed, ours = True, False
+        nonlocal config_composed, status
+        config_composed, folder_locked = True, False
         try:
-            with holding_job(config):
-                ours = True
+            with locked_job_folder(config):
+                folder_locked = True
                 return command(config)
         except Exception as error:
             expected = isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError)
-            name_folder(error, HydraConfig.get().runtime.output_dir)
+            set_missing_filename(error, HydraConfig.get().runtime.output_dir)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 if expected:
-                    exit_process(complain(error))  # Hydra would print more
+                    exit_process(print_error(error))  # Hydra would add lines of its own
                 if is_distributed():
                     traceback.print_exc()
                     exit_process(1)
                 raise
-            status = _note_failure(error, expected, ours)  # the other jobs of a sweep go on
+            status = _record_failure(error, expected, folder_locked)  # the sweep continues with its other jobs
             return math.nan
 
     try:
-        with begin():
+        with command_folders():
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(task)()
         sys.exit(status)
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
-        sys.exit(complain(error))
+        sys.exit(print_error(error))
     except (ValueError, TypeError, AttributeError) as error:  # Hydra's own, as on trainer=null or model=[[a]]
-        if composed:
+        if config_composed:
             raise
         groups = [text for text in sys.argv[1:] if (conf_dir() / text.strip("+~").partition("=")[0]).is_dir()]
-        given = [text for text in groups if no_choice(text)] or sys.argv[1:]
-        sys.exit(complain(UserError(f"{' '.join(given)}: Hydra cannot compose this ({explained(error)})")))
+        suspects = [text for text in groups if has_invalid_choice(text)] or sys.argv[1:]
+        sys.exit(print_error(UserError(f"{' '.join(suspects)}: Hydra cannot compose this ({describe_error(error)})")))
     except KeyboardInterrupt as error:
         say(describe_interrupt(error))
         exit_process(status_of(error))
@@ -83,95 +83,97 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
 
 @stoppable()
 def run_plain(command: Callable[[list[str]], object]) -> None:
-    """Call `command` on the arguments of a command line that is not Hydra's; errors and Ctrl-C end it as in `run`."""
-    _print_anything()
+    """Call `command`, which does not use Hydra, on the arguments; errors and Ctrl-C are handled as in `run`."""
+    _escape_unencodable()
     _show_warnings()
     try:
         command(sys.argv[1:])
     except (UserError, OSError) as error:
-        sys.exit(complain(error))
+        sys.exit(print_error(error))
     except KeyboardInterrupt as error:
         say(describe_interrupt(error))
         sys.exit(status_of(error))
 
 
 def start_run(config: DictConfig) -> tuple[DictConfig, Path, list[str]]:
-    """The config, the run's folder and today's overrides; a resumed run has the settings that it saved, under these.
+    """The config, the run's folder and the command line's overrides; a resumed run starts from its saved settings.
 
-    The run may be another person's: what its settings may not decide is refused, see `duo_id.common.foreign`.
+    The run may be another person's, so settings that could run code or reach other files are refused, see
+    `duo_id.common.foreign`.
 
     Raises:
-        UserError: the earlier run's settings cannot be read, or may not be followed.
+        UserError: the earlier run's settings cannot be read, or are not trusted.
     """
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    _print_anything()  # a job of a sweep may have a process of its own
+    _escape_unencodable()  # again, since a sweep's job may run in its own process
     _show_warnings()
-    given: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task)  # type: ignore[assignment]
+    overrides: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task)  # type: ignore[assignment]
     if config.get("resume"):
-        config = OmegaConf.create(literal(resumed(config, given)))
-    return config, Path(HydraConfig.get().runtime.output_dir), given
+        config = OmegaConf.create(escape_interpolations(resumed_settings(config, overrides)))
+    return config, Path(HydraConfig.get().runtime.output_dir), overrides
 
 
-def to_resume(command: str, folder: Path) -> str:
-    """The command line that goes on with a run."""
-    return f"python -m duo_id.{command} {as_typed(f'resume={folder}')}"
+def resume_command(command: str, folder: Path) -> str:
+    """The command line that resumes a run."""
+    return f"python -m duo_id.{command} {shell_quoted(f'resume={folder}')}"
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on, and the commit of the source tree where it is one."""
-    found = {"duo_id": __version__} | {package: version(package) for package in ("torch", "transformers", "lightning")}
+    """Versions of the packages that results depend on, and the commit if this is a git checkout."""
+    packages = ("torch", "transformers", "lightning")
+    provenance = {"duo_id": __version__} | {package: version(package) for package in packages}
     source = Path(__file__).parents[3]
     if (source / ".git").exists():
         git = subprocess.run(["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         if git.returncode == 0:
-            found["commit"] = git.stdout.strip()
-    return found
+            provenance["commit"] = git.stdout.strip()
+    return provenance
 
 
-def _print_anything() -> None:
-    """Let a letter that the terminal's encoding has not, ASCII's for one, be shown by its code instead of an error."""
+def _escape_unencodable() -> None:
+    """Print characters that the terminal's encoding lacks as escape sequences instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _show_warnings() -> None:
-    """Show each warning as one line, and once, from wherever in the run it comes."""
-    shown = set()
+    """Show each warning once, as one line, whichever part of the run raises it."""
+    printed = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        if str(message) not in shown:
-            shown.add(str(message))
+        if str(message) not in printed:
+            printed.add(str(message))
             console.print("[yellow]warning:[/]", escape(str(message)), highlight=False, soft_wrap=True)
 
     warnings.showwarning = show
 
 
-def _note_failure(error: Exception, expected: bool, ours: bool) -> int:
-    """Leave a failed job's error in its folder, if that is `ours`, and return the sweep's exit status.
+def _record_failure(error: Exception, expected: bool, folder_locked: bool) -> int:
+    """Print a failed job's error and return the sweep's exit status; unexpected errors are printed with a traceback.
 
-    The unexpected is shown in full.
+    The error is also written to the job's folder if this process has locked it.
     """
     if not expected:
         console.print_exception()
-    if ours:
-        write_text(Path(HydraConfig.get().runtime.output_dir) / ERROR, explained(error))
-    return complain(error)
+    if folder_locked:
+        write_text(Path(HydraConfig.get().runtime.output_dir) / ERROR, describe_error(error))
+    return print_error(error)
 
 
 def is_distributed() -> bool:
-    """Whether this process is connected to others of its run; only one that has imported torch can be."""
+    """Whether this process is in a process group with others of its run, which takes an import of torch."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def exit_process(status: int) -> NoReturn:
-    """End this process with an exit status; at once where it is one of several.
+    """End this process with an exit status, without cleaning up if it is one of several.
 
-    Of several the others may wait for this one in a collective, and what NCCL does at exit would wait for them. So
-    it ends without, and whoever started the processes ends the others.
+    The others may be waiting for this one in a collective, and NCCL's cleanup at exit would wait for them. Whoever
+    started the processes then ends the others.
     """
     if is_distributed():
         sys.stdout.flush()

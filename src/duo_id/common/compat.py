@@ -1,7 +1,7 @@
-"""The names of transformers that drift between its releases: no other module knows which release it runs on.
+"""Names that change between releases of transformers: no other module knows which release it runs on.
 
 transformers 5.24 renamed `past_key_values` to `cache` in models, their outputs and `generate`; the old names last until
-5.40 in models and 6.0 in `generate`. Code from a model's repository keeps the old name for longer.
+5.40 in models and 6.0 in `generate`, and longer in the code of models' own repositories.
 """
 
 import inspect
@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, StaticCache
 
-CACHE_NAMES = ("cache", "past_key_values")  # of the argument of a forward that takes the cache, newest first
+CACHE_NAMES = ("cache", "past_key_values")  # of the keyword under which a forward takes the cache, newest first
 
 
 def cache_argument(call: Callable[..., Any] | nn.Module) -> str:
@@ -23,12 +23,12 @@ def cache_argument(call: Callable[..., Any] | nn.Module) -> str:
 
 
 def keeps_logits(model: nn.Module) -> bool:
-    """Whether a model can be asked for the logits of some positions alone, by `logits_to_keep`."""
+    """Whether a model can compute the logits of selected positions only, by `logits_to_keep`."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def given_cache(arguments: dict[str, Any]) -> Any:
-    """The cache among the keyword arguments of a forward, under whichever name; None if there is none."""
+def cache_from_arguments(arguments: dict[str, Any]) -> Any:
+    """The cache among the keyword arguments of a forward, under either name; None if there is none."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
@@ -37,22 +37,22 @@ def cache_of(output: Any) -> Any:
     return getattr(output, next((name for name in CACHE_NAMES if name in output), CACHE_NAMES[-1]), None)
 
 
-GENERATE_CACHE = next(  # and of the arguments that `generate` hands around
+GENERATE_CACHE = next(  # the keyword that `generate` passes on
     name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
 
 
 def attention_configs(model: PreTrainedModel) -> list[Any]:
-    """Every config of a model and of its parts, each of which names an attention implementation."""
-    found: dict[int, Any] = {}
-    todo = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
-    while todo:
-        config = todo.pop()
-        if id(config) not in found:
-            found[id(config)] = config
-            parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
-            todo += [part for part in parts if part is not None]
-    return list(found.values())
+    """Every config of a model and of its submodels, each of which names an attention implementation."""
+    configs: dict[int, Any] = {}
+    pending = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    while pending:
+        config = pending.pop()
+        if id(config) not in configs:
+            configs[id(config)] = config
+            children = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
+            pending += [child for child in children if child is not None]
+    return list(configs.values())
 
 
 def implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
@@ -61,14 +61,14 @@ def implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
 
 
 def set_implementations(names: list[tuple[Any, str | None]]) -> None:
-    """Let configs name these implementations; the setter of transformers would set those of their parts too."""
+    """Set the implementation of each config alone; the setter of transformers would change its sub-configs too."""
     for config, name in names:
         config._attn_implementation_internal = name
 
 
 @contextmanager
 def implementations_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Afterwards every part of the model has the attention implementation that it has now."""
+    """Restore the attention implementation of every part of the model after the block."""
     before = implementations(model)
     try:
         yield
@@ -77,14 +77,14 @@ def implementations_kept(model: PreTrainedModel) -> Iterator[None]:
 
 
 def cache_layers(config: PreTrainedConfig, max_length: int | None = None) -> list[Any]:
-    """What transformers' own cache, growing or of `max_length` tokens, keeps for each layer of a model.
+    """The layers of transformers' own cache for a model, growing or of `max_length` tokens.
 
-    Early releases keep nothing for layers that read the keys of others, which are the last ones.
+    Early releases have none for layers that share the keys of earlier layers, which come last.
     """
     return list((DynamicCache(config=config) if max_length is None else StaticCache(config, max_length)).layers)
 
 
-def dequantising() -> dict[str, Any]:
-    """Arguments for `from_pretrained` to give a GGUF file's weights as floats, which early releases do unasked."""
+def gguf_arguments() -> dict[str, Any]:
+    """Arguments that make `from_pretrained` dequantise a GGUF file, which early releases do by default."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}

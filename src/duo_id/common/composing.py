@@ -12,14 +12,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from duo_id.common.config import conf_dir
 from duo_id.common.errors import UserError, check
-from duo_id.common.mistakes import explained
+from duo_id.common.mistakes import describe_error
 
 
-def composed(command: str, choices: list[str]) -> DictConfig:
-    """conf/`command`.yaml with groups chosen, also inside another application of Hydra.
+def compose(command: str, choices: list[str]) -> DictConfig:
+    """conf/`command`.yaml with the chosen groups; also works inside another Hydra application.
 
     Raises:
-        UserError: there is no such choice.
+        UserError: a choice does not exist.
     """
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
@@ -27,7 +27,7 @@ def composed(command: str, choices: list[str]) -> DictConfig:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return hydra.compose(command, choices)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explained(error)) from error
+        raise UserError(describe_error(error)) from error
     finally:
         GlobalHydra.instance().hydra = outer
 
@@ -36,23 +36,23 @@ def check_choice(argument: str, name: Any, group: str) -> None:
     """Raise a `UserError` unless conf/GROUP has a file of that name.
 
     Args:
-        argument: what the name was given as.
+        argument: the argument that the name was passed as.
         name: of the file, without its suffix.
         group: such as `method`.
     """
     choices = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
-    close = get_close_matches(str(name), choices, 1)
-    meant = f", did you mean {close[0]}?" if close else ""
-    check(name in choices, f"{argument}={name!r}: choose one of {', '.join(choices)}{meant}")
+    matches = get_close_matches(str(name), choices, 1)
+    suggestion = f", did you mean {matches[0]}?" if matches else ""
+    check(name in choices, f"{argument}={name!r}: choose one of {', '.join(choices)}{suggestion}")
 
 
 def override(config: DictConfig, values: Mapping[str, Any]) -> None:
-    """Set values by their dotted names; those that are unknown are refused where the settings are parsed.
+    """Set values by their dotted names; unknown names within a group are refused when the settings are parsed.
 
     Raises:
-        UserError: there is no such group or setting at the top.
+        UserError: a name's first part is no group or setting.
     """
-    names = {str(key) for key in config}  # `in` leaves out those whose value is missing
+    names = {str(key) for key in config}  # `in` is false for those whose value is missing
     for key, value in values.items():
         check(key.partition(".")[0] in names, f"{key}: there is no such argument or setting")
         OmegaConf.update(config, key, value, merge=False, force_add=True)

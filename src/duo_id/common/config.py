@@ -1,4 +1,4 @@
-"""What pydantic needs to check settings: types that carry their ranges, and errors that name the override to change."""
+"""Settings checked by pydantic: types that carry their ranges, and errors that name the override to change."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, is_dataclass
@@ -14,49 +14,49 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import is_typeddict
 
 from duo_id.common.errors import UserError
-from duo_id.common.mistakes import explained
+from duo_id.common.mistakes import describe_error
 
-LARGEST = 2**31  # of what is counted: positions and sizes beyond overflow somewhere below
-WIDTH = 80  # characters of a value in a message
-CLOSED = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # `model.name=7` is a text
+LARGEST = 2**31  # of counts and sizes: larger ones overflow in a library somewhere
+MAX_SHOWN = 80  # characters of a value in a message
+STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # `model.name=7` is a string
 
-Made = TypeVar("Made")
+Class = TypeVar("Class")
 Item = TypeVar("Item")
 
 
 def shown(value: Any) -> str:
-    """A value as one types it, cut off where it is long."""
+    """A value as one would type it, truncated if it is long."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     try:
         text = str(value)
-    except ValueError:  # Python does not write whole numbers of thousands of digits
+    except ValueError:  # Python refuses to print integers of thousands of digits
         text = "a number of thousands of digits"
     text = " ".join(text.split()) if len(text.splitlines()) > 1 else text  # a message is one line
-    return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 
 
-def _number(value: Any) -> Any:
+def _not_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(" must be a number")
     return value
 
 
 def check_line(value: Any) -> Any:
-    """A value whose text, where it is one or becomes one, is a line."""
-    if isinstance(value, str) and any(ord(letter) < 32 for letter in value):
+    """A value that is a single line, if it is a string or can become one."""
+    if isinstance(value, str) and any(ord(character) < 32 for character in value):
         raise ValueError(" must be one line of text")
-    if isinstance(value, int) and abs(value) >= 10**WIDTH:
+    if isinstance(value, int) and abs(value) >= 10**MAX_SHOWN:
         raise ValueError(" is too large")
     return value
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, int | float | str) else value  # sparsity=0.5, blend=teacher: what people type
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, int | float | str) else value  # people type sparsity=0.5, blend=teacher
 
 
 def one_of(choices: Collection[str]) -> AfterValidator:
-    """Only these texts, where they are not known when types are checked."""
+    """Only these strings, for choices that a `Literal` cannot list."""
 
     def check(value: str) -> str:
         if value not in choices:
@@ -66,100 +66,100 @@ def one_of(choices: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-Whole = Annotated[int, BeforeValidator(_number)]
+Whole = Annotated[int, BeforeValidator(_not_bool)]
 Count = Annotated[Whole, Field(ge=0, le=LARGEST)]
 Positive = Annotated[Whole, Field(ge=1, le=LARGEST)]
-Seed = Annotated[Whole, Field(ge=0, lt=2**32)]  # what all random generators take
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**32)]  # the range that all random generators accept
+Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
-Weight = Annotated[Number, Field(ge=0, le=1e9)]  # a float32 gradient holds its products
+Weight = Annotated[Number, Field(ge=0, le=1e9)]  # so that a gradient scaled by it fits float32
 PositiveWeight = Annotated[Number, Field(gt=0, le=1e9)]
 Words = Annotated[str, BeforeValidator(check_line)]
 Text = Annotated[Words, Field(min_length=1)]
-Named = Annotated[Any, BeforeValidator(check_line)]  # a name, or what stands in its place
-Several = Annotated[list[Item], BeforeValidator(_listed)]
-Some = Annotated[list[Item], BeforeValidator(_listed), Field(min_length=1)]
+Named = Annotated[Any, BeforeValidator(check_line)]  # a name, or a value in its place
+Several = Annotated[list[Item], BeforeValidator(_as_list)]
+Some = Annotated[list[Item], BeforeValidator(_as_list), Field(min_length=1)]
 
 
 @dataclass_transform()
-def settings(group: str) -> Callable[[type[Made]], type[Made]]:
-    """Make a class a dataclass whose values are checked, those of its parts too; a `UserError` names the first mistake.
+def settings(group: str) -> Callable[[type[Class]], type[Class]]:
+    """Make a class a dataclass whose values are checked, nested ones too; a `UserError` names the first mistake.
 
     Args:
-        group: where the class stands in the config, such as `model`; empty for all of it.
+        group: the key of these settings in the config, such as `model`; empty for the whole config.
     """
 
-    def made(cls: type[Made]) -> type[Made]:
-        checked: Any = dataclass(config=CLOSED)(cls)
-        checked.group = group
-        init = checked.__init__
+    def decorate(cls: type[Class]) -> type[Class]:
+        schema: Any = dataclass(config=STRICT)(cls)
+        schema.group = group
+        init = schema.__init__
 
         @wraps(init)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             try:
                 init(self, *args, **kwargs)
             except ValidationError as error:
-                raise mistaken(error, checked, group) from error
+                raise first_mistake(error, schema, group) from error
 
-        checked.__init__ = __init__
-        return checked
+        schema.__init__ = __init__
+        return schema
 
-    return made
+    return decorate
 
 
-def parse(schema: type[Made], config: DictConfig | Mapping[str, Any]) -> Made:
+def parse(schema: type[Class], config: DictConfig | Mapping[str, Any]) -> Class:
     """Turn a composed config, or plain values, into typed settings.
 
     Raises:
         UserError: a value is missing, unknown, of the wrong type or out of range.
     """
     try:
-        return schema.__pydantic_validator__.validate_python(contents(config))  # type: ignore[attr-defined]
+        return schema.__pydantic_validator__.validate_python(resolve(config))  # type: ignore[attr-defined]
     except ValidationError as error:
-        raise mistaken(error, schema, schema.group) from error  # type: ignore[attr-defined]
+        raise first_mistake(error, schema, schema.group) from error  # type: ignore[attr-defined]
 
 
-def contents(config: DictConfig | Mapping[str, Any]) -> Any:
-    """The plain values of a config, every interpolation resolved; plain values are given back, with their `${...}`.
+def resolve(config: DictConfig | Mapping[str, Any]) -> Any:
+    """The plain values of a config, all interpolations resolved; plain values are returned as they are, `${...}` too.
 
     Raises:
-        UserError: a value is missing, or refers to what is not there.
+        UserError: a value is missing, or refers to a key that does not exist.
     """
     if not OmegaConf.is_config(config):
         return config
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(explained(error)) from error
+        raise UserError(describe_error(error)) from error
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """Settings as plain values, for JSON; a text with `${...}` in it stays one."""
+    """Settings as plain values, for JSON; a string with `${...}` in it stays as it is."""
     return asdict(settings)
 
 
-def mistaken(error: ValidationError, schema: Any, group: str) -> UserError:
-    """The first mistake that pydantic found, as the override to change."""
+def first_mistake(error: ValidationError, schema: Any, group: str) -> UserError:
+    """An error for the first mistake that pydantic found, which names the override to change."""
     first = error.errors(include_url=False)[0]
     kind, path, value, context = first["type"], first["loc"], first["input"], first.get("ctx", {})
-    if isinstance(own := context.get("error"), UserError):
-        return own
+    if isinstance(raised := context.get("error"), UserError):
+        return raised
     names = [str(part) for part in path if isinstance(part, str) and part != "[key]"]
     key = ".".join([*([group] if group else []), *names]) or "settings"
     if kind in ("missing", "missing_argument"):
         return UserError(f"{key}: its value is missing, give {key}=VALUE")
-    owner = _owner(schema, names[:-1])
+    parent = _schema_at(schema, names[:-1])
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = get_close_matches(names[-1], _hints(owner), 1)
-        meant = f", did you mean {'.'.join([*key.split('.')[:-1], near[0]])}?" if near else ""
-        return UserError(f"{key}={shown(value)}: there is no such setting{meant}")
-    field = getattr(owner, "__pydantic_fields__", {}).get(names[-1] if names else "")
+        matches = get_close_matches(names[-1], _field_types(parent), 1)
+        suggestion = f", did you mean {'.'.join([*key.split('.')[:-1], matches[0]])}?" if matches else ""
+        return UserError(f"{key}={shown(value)}: there is no such setting{suggestion}")
+    field = getattr(parent, "__pydantic_fields__", {}).get(names[-1] if names else "")
     advice = f"; {field.description}" if field is not None and field.description else ""
-    return UserError(f"{key}={shown(value)}{_rule(kind, context, first['msg'])}{advice}")
+    return UserError(f"{key}={shown(value)}{_requirement(kind, context, first['msg'])}{advice}")
 
 
-def _rule(kind: str, context: Mapping[str, Any], message: str) -> str:
-    """What a value must be, as the end of a sentence that begins with the override."""
+def _requirement(kind: str, context: Mapping[str, Any], message: str) -> str:
+    """What a value must be, phrased to follow the override."""
     bounds = {
         "greater_than_equal": ("at least", "ge"),
         "less_than_equal": ("at most", "le"),
@@ -173,35 +173,35 @@ def _rule(kind: str, context: Mapping[str, Any], message: str) -> str:
         return str(context["error"])
     if kind == "literal_error":
         return f": choose one of {context['expected'].replace(' or ', ', ')}".replace("'", "")
-    for start, what in (
+    for prefix, expected in (
         ("int_parsing_size", f"at most {LARGEST}"),
         ("int", "a whole number"),
         ("float", "a number"),
         ("finite", "a finite number"),
         ("bool", "true or false"),
-        ("string_too_short", "a text, not empty"),
-        ("string", "a text"),
+        ("string_too_short", "a non-empty string"),
+        ("string", "a string"),
         ("too_short", "a list of at least one value"),
         ("list", "a list, such as [value]"),
         ("dict", "a mapping, such as {key: value}"),
         ("dataclass", "a mapping, such as {key: value}"),
     ):
-        if kind.startswith(start):
-            return f" must be {what}"
+        if kind.startswith(prefix):
+            return f" must be {expected}"
     return f": {message}"
 
 
-def _owner(schema: Any, path: Iterable[str]) -> Any:
-    """The settings at a place of others."""
+def _schema_at(schema: Any, path: Iterable[str]) -> Any:
+    """The schema of the settings that a path of names leads to."""
     for name in path:
-        schema = _hints(schema).get(name)
+        schema = _field_types(schema).get(name)
         while schema is not None and not is_dataclass(schema) and not is_typeddict(schema):
             schema = next(iter(get_args(schema)), None)
     return schema
 
 
-def _hints(schema: Any) -> dict[str, Any]:
-    """The names of what settings hold, and their types."""
+def _field_types(schema: Any) -> dict[str, Any]:
+    """The fields of settings by name, with their types."""
     return get_type_hints(schema) if is_dataclass(schema) or is_typeddict(schema) else {}
 
 

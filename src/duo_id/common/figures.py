@@ -1,7 +1,7 @@
-"""The one look of all figures: colours that every kind of colour vision tells apart, sizes, and how heads are drawn.
+"""The common style of all figures: a palette safe for colour blindness, sizes, and how heads are drawn.
 
-Notebooks, run folders, evaluations, benchmarks and the report's page draw with it. Sizes are chosen so that text stays
-legible when a figure is shown as wide as one column of a page.
+Notebooks, run folders, evaluations, benchmarks and the report's page use it. Sizes are chosen so that text stays
+legible when a figure is as wide as one column of a page.
 """
 
 from collections.abc import Collection, Iterator
@@ -22,16 +22,16 @@ from matplotlib.ticker import MaxNLocator
 from duo_id.common.errors import UserError
 from duo_id.common.files import atomic_path
 
-# from Okabe and Ito's set, told apart with every common kind of colour vision (jfly.uni-koeln.de/color)
+# From Okabe and Ito's palette, distinguishable with all common kinds of colour blindness (jfly.uni-koeln.de/color).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 MARKERS, DASHES = "os^Dv<", ("-", "--", ":", "-.")
-GATES = mpl.colormaps["YlGnBu"]  # light to dark, so it survives grey print too
+GATES = mpl.colormaps["YlGnBu"]  # light to dark, so that it also works in greyscale
 UNGATED: dict[str, Any] = {"facecolor": "#DDDDDD", "edgecolor": "#999999", "hatch": "//////", "linewidth": 0.0}
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The one look of all figures, for a block or a decorated function; what was set before is restored."""
+    """Apply the common style to a block or a decorated function, and restore the previous one afterwards."""
     with mpl.rc_context(
         {
             "figure.dpi": 160,
@@ -59,7 +59,7 @@ def style() -> Iterator[None]:
 
 
 def draw_cells(axes: Axes, values: np.ndarray, scale: Normalize, form: str = "", colors: Colormap = GATES) -> QuadMesh:
-    """One cell a value (rows, columns), the first row on top; with `form` the values are written into them."""
+    """Draw one cell per value (rows, columns), the first row on top; `form` formats the numbers written into them."""
     rows, columns = (np.arange(size + 1) - 0.5 for size in values.shape)
     line = min(0.4, 16 / max(values.shape) ** 1.2)
     mesh = axes.pcolormesh(columns, rows, values, cmap=colors, norm=scale, edgecolors="white", linewidth=line)
@@ -74,14 +74,14 @@ def draw_cells(axes: Axes, values: np.ndarray, scale: Normalize, form: str = "",
 
 
 def hatch_ungated(axes: Axes, layers: int, kv_heads: int, gated: Collection[int], flat: bool = False) -> None:
-    """Hatch the layers without gates in cells of one a head; `flat`: layers run to the right and not down."""
+    """Hatch the layers without gates in a grid of one cell per head; `flat`: layers run to the right, not down."""
     for layer in sorted(set(range(layers)) - set(gated)):
         corner, size = ((layer - 0.5, -0.5), (1, kv_heads)) if flat else ((-0.5, layer - 0.5), (kv_heads, 1))
         axes.add_patch(Rectangle(corner, *size, **UNGATED))
 
 
 def number_heads(axes: Axes, flat: bool = False) -> None:
-    """Label the axes of cells of one a head; inner panels of a grid go without."""
+    """Label the axes of a grid of one cell per head; inner panels of a figure stay without labels."""
     axes.set(xlabel="layer" if flat else "KV head", ylabel="KV head" if flat else "layer")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 10]))
@@ -89,16 +89,16 @@ def number_heads(axes: Axes, flat: bool = False) -> None:
 
 
 def set_title(figure: Figure, title: str | None) -> None:
-    """Give a figure its title, if there is one, letter by letter: names in it are no formulas."""
+    """Set a figure's title, if there is one, verbatim: names in it are not parsed as formulas."""
     if title:
-        lines = ("".join(one if one.isprintable() else "?" for one in line) for line in title.split("\n"))
+        lines = ("".join(char if char.isprintable() else "?" for char in line) for line in title.split("\n"))
         figure.suptitle("\n".join(lines), parse_math=False)
 
 
-def plain(name: str, most: float = 32) -> str:
-    """A name as matplotlib draws it letter by letter: no formulas, nothing unprintable, at most so many characters."""
+def plain(name: str, limit: float = 32) -> str:
+    """A name that matplotlib draws verbatim: formulas escaped, printable, at most `limit` characters."""
     name = "".join(character if character.isprintable() else "?" for character in name)
-    name = name if len(name) <= most else "…" + name[1 - int(most) :]  # runs are told apart by their last part
+    name = name if len(name) <= limit else "…" + name[1 - int(limit) :]  # names of runs differ in their last part
     return name.replace("$", r"\$")
 
 
@@ -107,8 +107,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     kind = Path(path).suffix.removeprefix(".")
     if kind not in figure.canvas.get_supported_filetypes():
         raise UserError(f"{path}: a figure needs a suffix that names its format, such as .png, .pdf or .svg")
-    with atomic_path(path) as beside:
-        figure.savefig(beside)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
 
 
 def as_png(figure: Figure) -> bytes:

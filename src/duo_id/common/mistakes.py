@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf say of a user's mistake, in one line that names the override."""
+"""One-line messages that name the override, from the errors of Hydra and OmegaConf."""
 
 import re
 import shlex
@@ -16,8 +16,8 @@ from duo_id.common.errors import UserError, first_line, one_line
 KINDS: dict[type[Any], str] = {dict: "a mapping, such as {key: value}", list: "a list, such as [value]"}
 
 
-def explained(error: BaseException) -> str:
-    """What is wrong, in one line: where there is one, our own error, which may lie inside an interpolation."""
+def describe_error(error: BaseException) -> str:
+    """An error in one line: that of a `UserError` in its chain of causes, as one from an interpolation has, if any."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -26,7 +26,7 @@ def explained(error: BaseException) -> str:
             return one_line(link, None)
     for link in chain:
         if isinstance(link, OverrideParseException):
-            return _unread(link)
+            return _describe_syntax_error(link)
         if isinstance(link, MissingMandatoryValue):
             key = link.full_key or str(link).split()[-1]
             return f"{key}: its value is missing, give {key}=VALUE"
@@ -40,60 +40,61 @@ def explained(error: BaseException) -> str:
     return one_line(error, None)
 
 
-def literal(value: Any) -> Any:
-    """Plain values such that OmegaConf gives their texts back as they are, whatever `${...}` stands in them."""
+def escape_interpolations(value: Any) -> Any:
+    """Plain values whose strings OmegaConf reads verbatim, with every `${...}` escaped."""
     if isinstance(value, Mapping):
-        return {key: literal(inner) for key, inner in value.items()}
+        return {key: escape_interpolations(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [literal(inner) for inner in value]
+        return [escape_interpolations(inner) for inner in value]
     if isinstance(value, str) and "${" in value:
-        return re.sub(r"(\\*)\$\{", lambda found: f"{found[1]}{found[1]}\\${{", value)
+        return re.sub(r"(\\*)\$\{", lambda match: f"{match[1]}{match[1]}\\${{", value)
     return value
 
 
-def check_named(override: str, target: Any) -> None:
-    """Raise a `UserError` unless what an override names can be imported; what it needs may still be missing."""
+def check_importable(override: str, target: Any) -> None:
+    """Raise a `UserError` unless the class or function that an override names can be imported."""
     try:
         get_method(target)
-    except Exception as error:  # whatever a module does while it is imported
+    except Exception as error:  # importing a module can raise anything
         raise UserError(f"{override}={target}: there is no such class ({one_line(error)})") from error
 
 
-def instantiate(group: str, settings: Mapping[str, Any], *args: Any, about: str = "_target_", **others: Any) -> Any:
+def instantiate(
+    group: str, settings: Mapping[str, Any], *args: Any, default_key: str = "_target_", **others: Any
+) -> Any:
     """The object that a group of settings describes: its `_target_`, called with them.
 
     Args:
-        group: where the settings are in the config.
+        group: key of the settings in the config.
         settings: `_target_` and arguments.
-        args: arguments by position.
-        about: the setting that an error is put down to where it names none.
-        others: arguments that are no settings.
+        args: positional arguments.
+        default_key: the setting to name if the error names none.
+        others: keyword arguments that are not settings.
 
     Raises:
-        UserError: it cannot be made; the message has the overrides of the settings that the error names.
+        UserError: it cannot be created; the message begins with the overrides that the error is about.
     """
     try:
-        # Hydra resolves what it is given, and once more when it reads that.
-        return hydra_instantiate(literal(literal(settings)), *args, **others)
+        # Hydra resolves interpolations twice: in its arguments, and when it makes a config of them.
+        return hydra_instantiate(escape_interpolations(escape_interpolations(settings)), *args, **others)
     except InstantiationException as error:
         reason = error.__cause__ or error
-        named = [key for key in settings if re.search(rf"\b{re.escape(key)}\b", str(reason))]
-        named = named or [key for key, value in settings.items() if str(reason).endswith(f": {value}")]
-        if not named and isinstance(reason, TypeError):  # of numbers that are none, such as `'<=' ... and 'str'`
-            odd = {key: value for key, value in settings.items() if not isinstance(value, int | float)}
-            named = [
-                key for key, value in odd.items() if key != "_target_" and f"'{type(value).__name__}'" in str(reason)
+        text = str(reason)
+        keys = [key for key in settings if re.search(rf"\b{re.escape(key)}\b", text)]
+        keys = keys or [key for key, value in settings.items() if text.endswith(f": {value}")]
+        if not keys and isinstance(reason, TypeError):  # no number where one is needed, as in `'<=' ... and 'str'`
+            non_numbers = {key: value for key, value in settings.items() if not isinstance(value, int | float)}
+            keys = [
+                key for key, value in non_numbers.items() if key != "_target_" and f"'{type(value).__name__}'" in text
             ]
-            named = named or ["_target_"] * bool(
-                re.search(r"\(\) (takes|missing) ", str(reason))
-            )  # nothing of this kind
-        named = named or [about]
-        overrides = ", ".join(f"{group}.{key}={settings.get(key)}" for key in named)
+            if not keys and re.search(r"\(\) (takes|missing) ", text):  # `_target_` takes other arguments
+                keys = ["_target_"]
+        overrides = ", ".join(f"{group}.{key}={settings.get(key)}" for key in keys or [default_key])
         raise UserError(f"{overrides}: {one_line(reason)}") from reason
 
 
-def no_choice(override: str) -> bool:
-    """Whether an override has a value that no group of conf/ can be chosen by, which is no name nor a list of them."""
+def has_invalid_choice(override: str) -> bool:
+    """Whether the value of an override cannot choose from a config group, being neither a name nor a list of names."""
     try:
         value = OverridesParser.create().parse_override(override).value()
     except HydraException:
@@ -102,32 +103,32 @@ def no_choice(override: str) -> bool:
     return not all(isinstance(name, str) for name in names)
 
 
-def quoted(override: str) -> str | None:
-    """KEY=VALUE as the shell takes it where the value is plain text for Hydra; None: no quotes make it so."""
+def hydra_quoted(override: str) -> str | None:
+    """KEY=VALUE quoted so that Hydra reads the value verbatim, and quoted for the shell; None if that is impossible."""
     key, equals, value = override.partition("=")
-    inner = re.sub(r'(\\*)(")', r"\1\1\\\2", value)  # Hydra halves the backslashes before a quote,
-    inner = re.sub(r"(\\+)$", r"\1\1", inner)  # so also before its own
-    made = f'{key}="{inner}"'
+    escaped = re.sub(r'(\\*)(")', r"\1\1\\\2", value)  # Hydra halves the backslashes before a quote,
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)  # the closing one included
+    override_with_quotes = f'{key}="{escaped}"'
     try:
-        read = OverridesParser.create().parse_override(made).value()
+        parsed = OverridesParser.create().parse_override(override_with_quotes).value()
     except HydraException:
         return None
-    return shlex.quote(made) if equals and isinstance(read, str) and read == value else None
+    return shlex.quote(override_with_quotes) if equals and isinstance(parsed, str) and parsed == value else None
 
 
-def as_typed(override: str) -> str:
-    """KEY=VALUE as one types it in a shell, in quotes where it needs some."""
+def shell_quoted(override: str) -> str:
+    """KEY=VALUE as one would type it in a shell, with quotes only if they are needed."""
     try:
-        plain = OverridesParser.create().parse_override(override).value() == override.partition("=")[2]
+        verbatim = OverridesParser.create().parse_override(override).value() == override.partition("=")[2]
     except HydraException:
-        plain = False
-    return shlex.quote(override) if plain else quoted(override) or override
+        verbatim = False
+    return shlex.quote(override) if verbatim else hydra_quoted(override) or override
 
 
-def _unread(error: OverrideParseException) -> str:
-    """An override that Hydra cannot read, with the quotes that its value needs, such as a path with `=` in it."""
+def _describe_syntax_error(error: OverrideParseException) -> str:
+    """A line about an override that Hydra cannot parse; shows the quotes that its value needs, as a path with `=`."""
     key, _, value = error.override.partition("=")
     reason = first_line(error)
-    if value[:1] not in "[{\"'" and (mended := quoted(error.override)):
-        return f"{error.override}: the value of {key} needs quotes that Hydra sees: {mended}"
-    return f"{error.override}: Hydra cannot read it ({reason})"
+    if value[:1] not in "[{\"'" and (corrected := hydra_quoted(error.override)):
+        return f"{error.override}: the value of {key} needs quotes that reach Hydra: {corrected}"
+    return f"{error.override}: Hydra cannot parse it ({reason})"

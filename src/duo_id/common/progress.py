@@ -1,4 +1,4 @@
-"""The bar that long commands show."""
+"""The progress bar of long commands."""
 
 from rich.console import Console
 from rich.progress import (
@@ -13,11 +13,11 @@ from rich.progress import (
 
 
 def progress_bar(console: Console, counted: bool = True) -> Progress:
-    """What is being done, how much of it is, and the time that it has taken and will take; gone when it ends.
+    """A bar with the task's description, progress, elapsed and remaining time, which disappears when it ends.
 
     Args:
-        console: shows it.
-        counted: whether tasks consist of things that one counts; otherwise their share is shown.
+        console: where to show it.
+        counted: show progress as a count, such as 3/10; otherwise as a percentage.
     """
     share = MofNCompleteColumn() if counted else TaskProgressColumn()
     times = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())

@@ -1,4 +1,4 @@
-"""What a run was made with, kept in its folder: a resumed one goes on under the same, or says what it cannot honour."""
+"""The settings of a run, recorded in its folder, so that a resumed run keeps them or reports what changed."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +11,8 @@ from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
 
-SETTINGS = "settings.json"  # in a run folder: its typed settings, and those that earlier parts of it had
-OPEN = (  # settings whose keys are not fixed, so that one that only one side has is a difference too
+SETTINGS = "settings.json"  # in a run folder: its current settings, and those that they replaced
+OPEN_GROUPS = (  # settings whose keys are not fixed by a schema: a key on one side only is a difference too
     "model.architecture",
     "model.config",
     "data.mixture",
@@ -23,23 +23,23 @@ OPEN = (  # settings whose keys are not fixed, so that one that only one side ha
     "method.start",
     "trainer",
 )
-SHOWN = 3  # differences in a message
+MAX_SHOWN = 3  # differences in a message
 
 
 class _Settings(Data):
-    """What `SETTINGS` holds."""
+    """The contents of `SETTINGS`."""
 
     settings: dict[str, Any]
     before: dict[str, Any]
 
 
 def keep_settings(folder: Path, settings: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Leave in a run folder the settings that it goes on with, and what earlier parts had instead, by override."""
+    """Record the settings that a run uses from now on, and by override the values that earlier parts of it used."""
     write_text(folder / SETTINGS, json.dumps(sealed({"settings": settings, "before": before}), indent=1))
 
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `keep_settings` left, both empty where there is no such file, as in runs of earlier versions.
+    """What `keep_settings` recorded; both are empty if there is no such file, as in runs of earlier versions.
 
     Raises:
         UserError: the file is damaged.
@@ -54,43 +54,45 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return contents.settings, contents.before
 
 
-def told_settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a pattern says it was found with, if it does."""
+def recorded_settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a pattern was found with, if it records them."""
     return provenance.get("settings") or {}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ, by override: both values, None for one that a side lacks.
+    """Settings that differ, by override: both values, None for one that is missing.
 
-    A setting that only one side knows, because another version of duo_id wrote the other, does not count.
+    Settings that only one side has do not count, because another version of duo_id may have written the other side;
+    those in `OPEN_GROUPS` do.
     """
     if not before or not now:
         return {}
-    one, other = (dict(_leaves(json.loads(json.dumps(side)))) for side in (before, now))
-    keys = [key for key in one.keys() | other.keys() if (key in one and key in other) or within(key, OPEN)]
-    return {key: (one.get(key), other.get(key)) for key in sorted(keys) if one.get(key) != other.get(key)}
+    old, new = (dict(_leaves(json.loads(json.dumps(settings)))) for settings in (before, now))
+    keys = [key for key in old.keys() | new.keys() if (key in old and key in new) or in_groups(key, OPEN_GROUPS)]
+    return {key: (old.get(key), new.get(key)) for key in sorted(keys) if old.get(key) != new.get(key)}
 
 
-def within(key: str, groups: Sequence[str]) -> bool:
-    """Whether an override is one of these groups, or of a setting inside."""
+def in_groups(key: str, groups: Sequence[str]) -> bool:
+    """Whether an override sets one of these groups, or a setting inside one."""
     return any(f"{key}.".startswith(f"{group}.") for group in groups)
 
 
-def check_honoured(found: Mapping[str, tuple[Any, Any]], told: str, why: str) -> None:
-    """Raise a `UserError` that names the overrides and both values, unless there is no difference.
+def check_unchanged(changes: Mapping[str, tuple[Any, Any]], subject: str, reason: str) -> None:
+    """Raise a `UserError` that names the overrides and both values if there are changes.
 
     Args:
-        found: what differs.
-        told: which run, and how it came about, such as `resume=RUN: it was made`.
-        why: it matters.
+        changes: from `differences`.
+        subject: how the message begins: the earlier run, such as `resume=RUN: it was made`.
+        reason: why the changes matter.
     """
-    if not found:
+    if not changes:
         return
-    keys = sorted(found, key=lambda key: not isinstance(found[key][0], str))[:SHOWN]  # names explain numbers
-    theirs, ours = (", ".join(f"{key}={shown(found[key][side])}" for key in keys) for side in (0, 1))
-    more = f" (and {len(found) - SHOWN} more)" if len(found) > SHOWN else ""
+    keys = sorted(changes, key=lambda key: not isinstance(changes[key][0], str))[:MAX_SHOWN]  # names explain numbers
+    old, new = (", ".join(f"{key}={shown(changes[key][side])}" for key in keys) for side in (0, 1))
+    omitted = f" (and {len(changes) - MAX_SHOWN} more)" if len(changes) > MAX_SHOWN else ""
     raise UserError(
-        f"{told} with {theirs}, this run has {ours}{more}, {why}; leave out what changed that, or give the former again"
+        f"{subject} with {old}, this run has {new}{omitted}, {reason}; "
+        "leave out the overrides that changed it, or give the former values"
     )
 
 

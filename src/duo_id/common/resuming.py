@@ -1,4 +1,4 @@
-"""What a run that is gone on with is asked for: the settings that it saved, with today's overrides on top."""
+"""The settings of a resumed run: those that it saved, with the command line's overrides on top."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,73 +9,74 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from duo_id.common.errors import UserError
-from duo_id.common.foreign import check_resumed
+from duo_id.common.foreign import check_resumed_settings
 from duo_id.common.record import SETTINGS, read_settings
 
 SETTING = re.compile(r"(?!hydra\.)\w+(\.\w+)+=")  # an override of a setting within a group
-Place = tuple[str, ...]  # keys that lead to a setting
+KeyPath = tuple[str, ...]  # keys that lead to a setting
 
 
-def open_to_any(arguments: Sequence[str]) -> list[str]:
-    """A command line that Hydra composes whatever the resumed run's method, data or model is.
+def allow_unknown_keys(arguments: Sequence[str]) -> list[str]:
+    """A command line that Hydra can compose whatever method, data or model the resumed run has.
 
-    Hydra lays overrides over the groups of conf/ that are chosen by default, which may not have a key that the run's
-    own have. `++` adds it; `resumed` takes it to the saved settings, whose schema knows which keys there are.
+    Hydra applies overrides to the default groups of conf/, which may lack a key that the run's groups have. `++` adds
+    it, and `resumed_settings` applies it to the saved settings, whose schema checks it.
     """
     if not any(argument.startswith("resume=") and argument not in ("resume=", "resume=null") for argument in arguments):
         return list(arguments)
     return [f"++{argument}" if SETTING.match(argument) else argument for argument in arguments]
 
 
-def resumed(typed: DictConfig, given: Sequence[str]) -> dict[str, Any]:
-    """The plain settings of the run that `resume` names, but for those that are given anew.
+def resumed_settings(config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """The saved plain settings of the run that `resume` names, except those that the command line overrides.
 
-    A group that is chosen anew, such as `data=text`, is taken as a whole. An experiment stands for all settings.
-    Settings that only this version of duo_id knows are today's.
+    A group that is chosen on the command line, such as `data=text`, replaces the saved one. An experiment replaces all
+    settings. Settings that the run did not save, being from an earlier version of duo_id, are the command line's.
 
     Args:
-        typed: composed from the command line alone.
-        given: its overrides.
+        config: composed from the command line alone.
+        overrides: of the command line.
 
     Raises:
-        UserError: the run has no settings, or such as its files may not decide.
+        UserError: the run has no settings, or some that its files are not trusted with.
     """
-    folder = Path(typed.resume)
+    folder = Path(config.resume)
     saved, _ = read_settings(folder)
     if not saved:
         raise UserError(f"resume={folder}: there is no {SETTINGS}, as in runs of early versions; leave out resume")
-    today: dict[str, Any] = OmegaConf.to_container(typed, resolve=True)  # type: ignore[assignment]
-    found: dict[str, Any] = today | saved
-    places = []
-    for override in OverridesParser.create().parse_overrides(list(given)):
+    current: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    settings: dict[str, Any] = current | saved
+    overridden = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.package if override.package is not None else override.key_or_group.replace("/", ".")
-        place = tuple(key.split("."))
-        if place[0] not in today and not override.is_delete():  # an experiment is laid over all groups
-            return today
-        places.append(place)
-        _take(found, today, place)
-    if ("method", "lr") in places and _at(saved, ("method", "optimizer", "lr")) == _at(saved, ("method", "lr")):
-        _take(found, today, ("method", "optimizer", "lr"))  # which follows it in conf/method/
-    found["resume"] = today["resume"]
-    check_resumed(found, today, str(folder))
-    return found
+        path = tuple(key.split("."))
+        if path[0] not in current and not override.is_delete():  # an experiment, which applies to all groups
+            return current
+        overridden.append(path)
+        _copy_setting(current, settings, path)
+    lr, optimizer_lr = ("method", "lr"), ("method", "optimizer", "lr")
+    if lr in overridden and _lookup(saved, optimizer_lr) == _lookup(saved, lr):  # the one interpolates the other
+        _copy_setting(current, settings, optimizer_lr)
+    settings["resume"] = current["resume"]
+    check_resumed_settings(settings, current, str(folder))
+    return settings
 
 
-def _take(found: dict[str, Any], today: Mapping[str, Any], place: Place) -> None:
-    """Let a setting be what it is today, or not be there."""
-    *path, last = place
-    for key in path:
-        found[key] = dict(inner) if isinstance(inner := found.get(key), Mapping) else {}
-        found = found[key]
-    parent = _at(today, tuple(path))
-    if isinstance(parent, Mapping) and last in parent:
-        found[last] = parent[last]
+def _copy_setting(source: Mapping[str, Any], target: dict[str, Any], path: KeyPath) -> None:
+    """Copy a setting into `target`, or remove it there if `source` lacks it."""
+    *parents, last = path
+    for key in parents:
+        target[key] = dict(inner) if isinstance(inner := target.get(key), Mapping) else {}
+        target = target[key]
+    group = _lookup(source, tuple(parents))
+    if isinstance(group, Mapping) and last in group:
+        target[last] = group[last]
     else:
-        found.pop(last, None)
+        target.pop(last, None)
 
 
-def _at(settings: Any, place: Place) -> Any:
-    """A setting, None where there is none."""
-    for key in place:
+def _lookup(settings: Any, path: KeyPath) -> Any:
+    """A setting, or None if it does not exist."""
+    for key in path:
         settings = settings.get(key) if isinstance(settings, Mapping) else None
     return settings

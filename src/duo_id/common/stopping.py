@@ -1,4 +1,4 @@
-"""Signals that ask a process to end: whatever is at work saves and ends, as after Ctrl-C, with status 128 + signal."""
+"""Signals that ask a process to end: it saves its work and exits, as after Ctrl-C, with status 128 + signal."""
 
 import errno
 import os
@@ -10,139 +10,140 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-SOON = 0.01  # seconds until a signal is given again that came where no error gets through
+RETRY_DELAY = 0.01  # seconds until a signal is sent again that arrived where an exception would be lost
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has asked for the end; whatever handles Ctrl-C handles it."""
+    """A signal has asked the process to end; handled like Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
 
-_seen = 0  # signals since the first that ended the work
+_signals_seen = 0  # including the first, which ended the work
 
 
 def status_of(error: KeyboardInterrupt) -> int:
-    """The exit status of a process that ends by it."""
+    """The exit status of a process that this interrupt ends."""
     return 128 + getattr(error, "number", signal.SIGINT)
 
 
 def describe_interrupt(error: KeyboardInterrupt) -> str:
-    """What the user is told."""
+    """The message for the user."""
     number = getattr(error, "number", signal.SIGINT)
     return "interrupted" if number == signal.SIGINT else f"interrupted by {signal.Signals(number).name}"
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Let the signals raise `Stopped` in the block.
+    """Make the signals raise `Stopped` in the block.
 
-    The work then ends, and the next signal does not disturb that; another ends the process at once. A signal that is
-    ignored (nohup) or that somebody else listens to (submitit) stays theirs.
+    The second signal is ignored, so that the work can be saved; the third ends the process at once. Signals that are
+    ignored (nohup) or have other handlers (submitit) are left alone.
     """
-    global _seen
+    global _signals_seen
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    usual = (signal.SIG_DFL, signal.default_int_handler)
-    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) in usual}
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    previous = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) in defaults}
     try:
-        for number in before:
-            signal.signal(number, _raise)
+        for number in previous:
+            signal.signal(number, _raise_stopped)
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        if before:
-            _seen = 0
+        if previous:
+            _signals_seen = 0
 
 
 def listen(note: Callable[[int], None]) -> Callable[[], None]:
-    """Hand the first signal that asks for the end to `note`, and not to who listened before; the next goes there.
+    """Pass the first signal that asks for the end to `note` instead of its handler, which gets the following ones.
 
-    In a job of submitit, the signal that it will be cut off is one of them. SIGTERM is none there: Slurm sends it
-    beside the other, and what ends by it is not queued again.
+    In a job of submitit, its preemption signal is one of them, and SIGTERM is ignored: Slurm sends it along with the
+    other, and a job that ends on it is not requeued.
 
     Returns:
         a function that stops listening.
     """
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
-    ahead = preemption()
-    numbers = {*SIGNALS, *([] if ahead is None else [ahead])}
-    before = {number: handler for number in numbers if callable(handler := signal.getsignal(number)) or handler == 0}
+    preempting = preemption()
+    numbers = {*SIGNALS, *([] if preempting is None else [preempting])}
+    previous = {number: handler for number in numbers if callable(handler := signal.getsignal(number)) or handler == 0}
 
     def restore() -> None:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
     def first(number: int, frame: FrameType | None) -> None:
-        _let_go_of_lost_terminal(number)
+        _redirect_lost_terminal(number)
         restore()
         note(number)
 
-    for number in before:
-        signal.signal(number, _stay if ahead is not None and number == signal.SIGTERM != ahead else first)
+    for number in previous:
+        ignored = preempting is not None and number == signal.SIGTERM != preempting
+        signal.signal(number, _ignore if ignored else first)
     return restore
 
 
 def stop(number: int) -> NoReturn:
-    """End the work, which is saved, for a signal that was noted; a job that submitit cuts off is queued again.
+    """End the saved work on a signal that `listen` noted; submitit requeues a job that was preempted.
 
     Raises:
-        Stopped: always, but in a job that is queued again.
+        Stopped: always, except in a job that is requeued.
     """
-    global _seen
+    global _signals_seen
     if number == preemption():
         signal.raise_signal(number)  # submitit's handler ends the process
-    _seen = max(_seen, 1)
+    _signals_seen = max(_signals_seen, 1)
     raise Stopped(number)
 
 
 def preemption() -> int | None:
-    """The signal by which submitit tells a job, if this process is one, that it will be cut off."""
+    """The signal by which submitit announces preemption to this process; None if this is no job of submitit."""
     number = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}", None)
-    known = "SUBMITIT_EXECUTOR" in os.environ and number is not None and callable(signal.getsignal(number))
-    return number if known else None
+    handled = "SUBMITIT_EXECUTOR" in os.environ and number is not None and callable(signal.getsignal(number))
+    return number if handled else None
 
 
 def die_quietly() -> None:
-    """Let Ctrl-C end the process without a word until somebody handles it: so early there is nothing to save."""
+    """Let Ctrl-C end the process silently until a handler is installed: this early there is nothing to save."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _raise(number: int, frame: FrameType | None) -> None:
-    global _seen
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    global _signals_seen
     if _in_finaliser(frame):
-        again = threading.Timer(SOON, os.kill, (os.getpid(), number))
-        again.daemon = True
-        again.start()
+        retry = threading.Timer(RETRY_DELAY, os.kill, (os.getpid(), number))
+        retry.daemon = True
+        retry.start()
         return
-    _let_go_of_lost_terminal(number)
-    _seen += 1
-    if _seen == 1:
+    _redirect_lost_terminal(number)
+    _signals_seen += 1
+    if _signals_seen == 1:
         raise Stopped(number)
-    if _seen > 2:
+    if _signals_seen > 2:
         os._exit(128 + number)
 
 
 def _in_finaliser(frame: FrameType | None) -> bool:
-    """Whether an object is being done away with, where Python prints an error and goes on."""
+    """Whether a `__del__` is running, where Python prints exceptions and continues."""
     while frame is not None and frame.f_code.co_name != "__del__":
         frame = frame.f_back
     return frame is not None
 
 
-def _stay(*_: Any) -> None:
+def _ignore(*_: Any) -> None:
     pass
 
 
-def _let_go_of_lost_terminal(number: int) -> None:
-    """After a hangup, let what is still printed go nowhere: writing to a terminal that is gone is an error."""
+def _redirect_lost_terminal(number: int) -> None:
+    """After a hangup, discard further output: writing to a closed terminal is an error."""
     if number != signal.SIGHUP:
         return
     for stream in (1, 2):
@@ -150,6 +151,6 @@ def _let_go_of_lost_terminal(number: int) -> None:
             termios.tcgetattr(stream)
         except termios.error as error:
             if error.args[0] == errno.EIO:
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream)
-                os.close(nowhere)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream)
+                os.close(null)

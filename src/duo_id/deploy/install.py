@@ -14,7 +14,7 @@ from duo_id.attention.functions import Backends, masked_layers
 from duo_id.attention.interface import IMPLEMENTATION, bound, routed
 from duo_id.attention.layers import AttentionLayer, gated_layers
 from duo_id.attention.padding import no_padding
-from duo_id.common.compat import GENERATE_CACHE, cache_argument, given_cache
+from duo_id.common.compat import GENERATE_CACHE, cache_argument, cache_from_arguments
 from duo_id.common.errors import UserError
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.wrappers import REFUSED, check_prefix, refusal, restarts, unwrapped
@@ -77,7 +77,7 @@ class Deployment:
             return (), self.before_forward(kwargs | dict(zip(names, args, strict=False)), name)
 
         def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if (cache := given_cache(kwargs)) is not None:
+            if (cache := cache_from_arguments(kwargs)) is not None:
                 cache.tokens.running = cache.tokens.announced = False
             self.watch_backward(module, output)
 
@@ -113,7 +113,7 @@ class Deployment:
             )
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise UserError("attention weights are never materialised under a head mask: pass output_attentions=False")
-        cache, use_cache, mask = given_cache(kwargs), kwargs.get("use_cache"), kwargs.get("attention_mask")
+        cache, use_cache, mask = cache_from_arguments(kwargs), kwargs.get("use_cache"), kwargs.get("attention_mask")
         if mask is None and restarts(kwargs.get("position_ids")):
             raise UserError("packed sequences do not work under a head mask: give each a row of the batch")
         mask_values = mask.values() if isinstance(mask, dict) else (mask,)  # generate makes one for each kind of layer
@@ -141,7 +141,7 @@ class Deployment:
         def prepare(generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int) -> None:
             check_prefix(getattr(model.prepare_inputs_for_generation, "__self__", None))
             kind, mask = generation_config.cache_implementation, model_kwargs.get("attention_mask")
-            if (cache := given_cache(model_kwargs)) is not None:
+            if (cache := cache_from_arguments(model_kwargs)) is not None:
                 self.check(cache)
                 if isinstance(mask, Tensor) and mask.dim() == 2:
                     cache.tokens.check_past(mask)

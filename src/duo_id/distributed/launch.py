@@ -45,7 +45,7 @@ def launch(
     arguments = {
         key: value for key, value in trainer.items() if key != "callbacks"
     }  # these are for the run's own trainer
-    planned = instantiate("trainer", arguments, about=setting, logger=False, enable_checkpointing=False)
+    planned = instantiate("trainer", arguments, default_key=setting, logger=False, enable_checkpointing=False)
     target = trainer.get("_target_")
     check(isinstance(planned, lightning.Trainer), f"trainer._target_={target} is not a Trainer: use lightning.Trainer")
     world = planned.world_size

@@ -24,7 +24,7 @@ def main(config: DictConfig) -> None:
         evaluate(parse(EvaluateSettings, config), folder)
     except (KeyboardInterrupt, OSError):
         if (folder / JOURNAL).is_file():
-            cli.say(f"stopped; to resume: {cli.to_resume('evaluate', folder)}")
+            cli.say(f"stopped; to resume: {cli.resume_command('evaluate', folder)}")
         raise
     cli.say(f"results: {folder / RESULTS}   figures: {folder / 'figures'}")
 

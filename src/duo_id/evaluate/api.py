@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.attention.interface import attached
-from duo_id.common.composing import composed, override
+from duo_id.common.composing import compose, override
 from duo_id.common.config import conf_dir, parse
 from duo_id.evaluate.run import score
 from duo_id.evaluate.settings import EvaluateSettings
@@ -60,7 +60,7 @@ def evaluate_pattern(
         pattern.check_fits(language_model.num_layers, layers[0].kv_heads, language_model.name)
     presets = {path.stem for path in (conf_dir() / "evaluation").glob("*.yaml")}
     is_preset = isinstance(tasks, str) and tasks in presets
-    config = composed("evaluate", [f"evaluation={tasks}"] if is_preset else [])
+    config = compose("evaluate", [f"evaluation={tasks}"] if is_preset else [])
     given = {"sparsity": sparsity, "lengths": lengths, "samples": samples, "seed": seed} | overrides
     given |= {} if is_preset else {"tasks": tasks if isinstance(tasks, str) else list(tasks)}
     model_settings = {"id": language_model.id, "name": language_model.name, "revision": language_model.revision}

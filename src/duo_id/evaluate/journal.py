@@ -92,8 +92,9 @@ class Journal:
                 text = text[: text.rfind("\n") + 1]
                 write_text(self.path, text)
             header_line, *row_lines = text.split("\n")
-            ((_, header),) = parse_lines([header_line], self.path, mend=True, advice=advice)
-            rows = parse_lines(["", *row_lines], self.path, mend=True, advice=ROW_ADVICE)  # numbered as in the file
+            ((_, header),) = parse_lines([header_line], self.path, replace_surrogates=True, advice=advice)
+            # The blank line makes the line numbers in messages those of the file.
+            rows = parse_lines(["", *row_lines], self.path, replace_surrogates=True, advice=ROW_ADVICE)
         except ValueError as error:
             reason = str(error).removeprefix(f"{self.path} ") if isinstance(error, UserError) else "it is empty"
             raise UserError(f"{source} cannot be read ({reason})" + f": {advice}" * (DIFFERS not in reason)) from error

@@ -15,8 +15,8 @@ from duo_id.common import cli
 from duo_id.common.config import plain
 from duo_id.common.errors import UserError, check
 from duo_id.common.figures import save_figure
-from duo_id.common.foreign import model_of, told_model
-from duo_id.common.record import check_honoured, differences, keep_settings, read_settings, within
+from duo_id.common.foreign import describe_model, model_of
+from duo_id.common.record import check_unchanged, differences, in_groups, keep_settings, read_settings
 from duo_id.common.version import __version__
 from duo_id.data.haystack import load_haystack
 from duo_id.evaluate import chat
@@ -183,7 +183,7 @@ def with_model_of_pattern(config: DictConfig, overrides: Sequence[str]) -> DictC
             OmegaConf.update(settings, key, OmegaConf.select(config, key), merge=False)
         config.model = settings.model
         if "model.id" not in model_overrides:
-            cli.console.print(told_model(provenance, override, "model=NAME"), soft_wrap=True, **VERBATIM)
+            cli.console.print(describe_model(provenance, override, "model=NAME"), soft_wrap=True, **VERBATIM)
     return config
 
 
@@ -191,8 +191,8 @@ def _check_resumed(settings: EvaluateSettings, folder: Path) -> None:
     """Refuse to resume scores of another model or text; the journal compares what its header holds."""
     if settings.resume:
         changes = differences(read_settings(folder)[0], _recorded_settings(settings))
-        relevant = {key: values for key, values in changes.items() if within(key, MEASURED) and key != "model.name"}
-        check_honoured(relevant, f"resume={settings.resume}: it was made", "and its scores are valid for that only")
+        relevant = {key: values for key, values in changes.items() if in_groups(key, MEASURED) and key != "model.name"}
+        check_unchanged(relevant, f"resume={settings.resume}: it was made", "and its scores are valid for that only")
 
 
 def _recorded_settings(settings: EvaluateSettings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Score all contenders on all items, batch by batch, so that one pass of full attention serves them all."""
+"""Score all contenders on all items, batch by batch, so that full attention reads each context once for all of them."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -30,22 +30,22 @@ def run(
     chunk_size: int,
     console: Console,
 ) -> None:
-    """Answer everything missing from the journal, the first samples of all tasks and lengths first.
+    """Answer all items that are missing from the journal, starting with the first samples of all tasks and lengths.
 
     An interrupted run thus covers every task and length.
 
     Args:
-        model: the language model, under no mask.
-        items: to be answered.
+        model: the language model, without a mask.
+        items: the items to answer.
         contenders: full attention first.
         journal: receives the rows after each batch of each contender.
         generate: also generate answers.
-        batch_tokens: see `Reader`; None: what fits the device, see `context_tokens_for`.
+        batch_tokens: see `Reader`; None: as many as fit the device, see `context_tokens_for`.
         chunk_size: tokens per forward pass.
-        console: shows the progress, and warns if contexts are not read in chunks.
+        console: shows progress, and a note if contexts are not read in chunks.
 
     Raises:
-        UserError: a batch does not fit in memory, or the model's output with a cache differs from that without.
+        UserError: a batch does not fit in memory, or the model's output with a cache differs from that without one.
     """
     full = contenders[0]
     assert full.kind == "full"
@@ -69,45 +69,47 @@ def run(
 
     pending = [item for item in items if any(missing(contender, [item]) for contender in contenders)]
     pending.sort(key=lambda item: item.index)
-    todo = [
-        (batch, {contender: asked for contender in contenders[1:] if (asked := missing(contender, batch))})
+    plan = [
+        (batch, {contender: subset for contender in contenders[1:] if (subset := missing(contender, batch))})
         for batch in sorted(batches(pending, batch_tokens), key=lambda batch: batch[0].index)
     ]
-    if todo:
-        _warn_if_stepwise(model, todo[0][0][0], full, chunk_size, console)
+    if plan:
+        _warn_if_stepwise(model, plan[0][0][0], full, chunk_size, console)
     with progress_bar(console, counted=False) as progress:
-        work = sum(_work(batch) + sum(map(_work, others.values())) for batch, others in todo)
-        bar = progress.add_task("evaluating", total=work)
-        for batch, others in todo:
+        total = sum(_work(batch) + sum(map(_work, subsets.values())) for batch, subsets in plan)
+        bar = progress.add_task("evaluating", total=total)
+        for batch, subsets in plan:
             progress.update(bar, description=f"{len(batch)} x {batch[0].length} tokens")
-            mine = missing(full, batch)
-            reference = dict(zip(batch, answer(batch, full, generate and bool(mine)), strict=True))
-            journal.add(row for item in mine for row in rows(full, item, reference[item], reference[item]))
+            unrecorded = missing(full, batch)
+            reference = dict(zip(batch, answer(batch, full, generate and bool(unrecorded)), strict=True))
+            journal.add(row for item in unrecorded for row in rows(full, item, reference[item], reference[item]))
             progress.advance(bar, _work(batch))
-            for contender, asked in others.items():
-                found = zip(asked, answer(asked, contender, generate), strict=True)
-                journal.add(row for item, given in found for row in rows(contender, item, given, reference[item]))
-                progress.advance(bar, _work(asked))
+            for contender, subset in subsets.items():
+                answers = zip(subset, answer(subset, contender, generate), strict=True)
+                journal.add(
+                    row for item, answered in answers for row in rows(contender, item, answered, reference[item])
+                )
+                progress.advance(bar, _work(subset))
 
 
 def _warn_if_stepwise(model: LanguageModel, item: Item, full: Contender, chunk_size: int, console: Console) -> None:
-    """Probe how the model continues after a context, and print a note if not in chunks."""
+    """Probe how the model continues a cached context, and print a note if it cannot read in chunks."""
     assert full.mask is not None
     with duo_attention(model.model, full.mask(len(item.context))):
         reading = continuation(model.model, torch.tensor([item.context], device=model.model.device))
     if reading.stepwise:
         console.print(
             f"{model.name} loses its state when several tokens follow cached ones: each context is read in one forward "
-            f"pass, regardless of chunk_size={chunk_size}, and what follows token by token",
+            f"pass, regardless of chunk_size={chunk_size}, and the tokens after it one by one",
             soft_wrap=True,
             markup=False,
         )
 
 
 def context_tokens_for(model: LanguageModel) -> int:
-    """Tokens whose full KV cache takes a seventh of a GPU's free memory (it is copied, and copies grow).
+    """Tokens whose full KV cache takes a seventh of a GPU's free memory, as the cache is copied and the copies grow.
 
-    On a CPU, where larger batches are no faster, a few thousand: progress is saved after each batch.
+    On a CPU a few thousand: larger batches are no faster there, and progress is saved after each batch.
     """
     device, config = model.model.device, model.model.config.get_text_config()
     if device.type != "cuda":

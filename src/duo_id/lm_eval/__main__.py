@@ -12,8 +12,8 @@ from duo_id.common.errors import UserError, one_line
 from duo_id.common.stopping import describe_interrupt, status_of, stoppable
 
 ADVICE = {
-    ImportError: "pip install 'duo_id[lm-eval]', or what else the task asks for",
-    ConnectionError: "a local copy can stand in for a data set, see docs/benchmarks.md",
+    ImportError: "pip install 'duo_id[lm-eval]', or the package that the task needs",
+    ConnectionError: "a data set can be read from a local copy, see docs/benchmarks.md",
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import UserError, check
-from duo_id.common.foreign import model_of, told_model
+from duo_id.common.foreign import describe_model, model_of
 from duo_id.deploy.install import install
 from duo_id.models.loading import load_model
 from duo_id.models.settings import ModelSettings
@@ -24,16 +24,17 @@ from duo_id.patterns.saved import load_pattern
 from duo_id.patterns.tables import as_float
 
 log = logging.getLogger(__name__)
-NAME = "duo_id"  # what lm-eval calls the class
+NAME = "duo_id"  # of the class in lm-eval
 DTYPES = get_args(ModelSettings.__annotations__["dtype"])
-Request = tuple[tuple[str, str], list[int], list[int]]  # context and continuation: as text, and the tokens of each
+Request = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation) as text, and the tokens of each
 
 
 class DuoLM(HFLM):
-    """lm-eval's HFLM, every forward of which runs under a head mask.
+    """lm-eval's HFLM with every forward pass under a head mask.
 
-    Log-likelihoods and generation read a whole request under the mask. lm-eval pads the first on the right, where
-    padding changes nothing before it, and the second on the left with a mask, after which the sink begins.
+    For log-likelihoods as for generation, whole requests are read under the mask. lm-eval pads log-likelihood requests
+    on the right, where padding does not affect the tokens before it, and prompts to generate from on the left, with an
+    attention mask; the sink starts after the padding.
     """
 
     def __init__(
@@ -47,18 +48,18 @@ class DuoLM(HFLM):
         truncation_side: str = "left",
         **options: Any,
     ) -> None:
-        """Load the model and put it under the mask.
+        """Load the model and install the mask.
 
         Args:
             heads: a run folder, its heads/ folder or a shipped name.
             sparsity: fraction of KV heads that stream; 0 is full attention.
-            model: a name of conf/model/, loaded as the other commands do. By default the pattern's own model.
-            pretrained: a hub id or local folder instead, which HFLM loads with all its options.
+            model: a name in conf/model/, loaded as in the other commands. By default the pattern's own model.
+            pretrained: instead of `model`, a hub id or local folder that HFLM loads with all its options.
             dtype: of the weights; auto: with `model` float32 on the CPU, else bfloat16, with `pretrained` as stored.
-            device: by default cuda, where there is one.
-            truncation_side: what a prompt longer than the model takes loses. left: its beginning, as with HFLM; middle:
-                each prompt its own middle, as LongBench's authors do (Bai et al. 2023, arXiv 2308.14508, section 4.1).
-            options: HFLM's own, such as batch_size and max_length; those of loading only with `pretrained`.
+            device: by default cuda if it is available.
+            truncation_side: what is cut from a prompt that is too long for the model. left: its beginning, as in HFLM;
+                middle: its middle, as LongBench's authors do (Bai et al. 2023, arXiv 2308.14508, section 4.1).
+            options: HFLM's own, such as batch_size and max_length; those for loading require `pretrained`.
 
         Raises:
             UserError: the arguments do not fit each other, the pattern or the model.
@@ -72,10 +73,11 @@ class DuoLM(HFLM):
         if math.isnan(fraction):
             raise UserError(f"--model_args sparsity={sparsity} is not a number")
         mask = pattern.binarize(sparsity=fraction)
-        _check(options, pretrained)
-        sides = f"--model_args truncation_side={truncation_side}"
-        check(truncation_side in ("left", "middle"), f"{sides}: choose left or middle")
-        check(truncation_side == "left" or not options.get("truncation"), f"{sides},truncation=True: give one of them")
+        _check_options(options, pretrained)
+        argument = f"--model_args truncation_side={truncation_side}"
+        check(truncation_side in ("left", "middle"), f"{argument}: choose left or middle")
+        both = truncation_side != "left" and options.get("truncation")
+        check(not both, f"{argument},truncation=True: give one of them")
         self.truncation_side = truncation_side
         if dtype not in DTYPES and pretrained is None:
             raise UserError(f"--model_args dtype={dtype}: choose {', '.join(DTYPES)}")
@@ -97,14 +99,14 @@ class DuoLM(HFLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "DuoLM":
-        """The model of `--model_args`; what has an option of its own is named, which it would be given twice."""
+        """The model for `--model_args`; an argument that was also given as an option of lm-eval is refused."""
         for key, value in arg_dict.items():
             if (additional_config or {}).get(key) is not None:
-                raise UserError(f"--model_args {key}={value}: give --{key} in its place")
+                raise UserError(f"--model_args {key}={value}: give --{key} instead")
         return super().create_from_arg_obj(arg_dict, additional_config)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes down of the model, with the mask."""
+        """What lm-eval records about the model, and the mask."""
         return super().get_model_info() | self.mask_info
 
     def tok_batch_encode(
@@ -123,57 +125,57 @@ class DuoLM(HFLM):
 
     def _loglikelihood_tokens(self, requests: list[Request], *args: Any, **options: Any) -> list[tuple[float, bool]]:
         if self.truncation_side == "middle":
-            most = self.max_length + 1  # the last token is predicted, not read
+            limit = self.max_length + 1  # the last token is predicted, not read
             requests = [
-                (text, self._without_middle(context, most - len(continuation)), continuation)
+                (text, self._without_middle(context, limit - len(continuation)), continuation)
                 for text, context, continuation in requests
             ]
         return super()._loglikelihood_tokens(requests, *args, **options)
 
     @staticmethod
-    def _without_middle(tokens: list[int], most: int) -> list[int]:
-        """The two ends of a prompt of more than `most` tokens, else all of it."""
-        if len(tokens) <= most:
+    def _without_middle(tokens: list[int], limit: int) -> list[int]:
+        """The two ends of a prompt of more than `limit` tokens, else all of it."""
+        if len(tokens) <= limit:
             return tokens
-        log.warning("a prompt of %d tokens loses its middle: %d fit the model", len(tokens), most)
-        return truncate_tokens(tokens, most, side="middle")
+        log.warning("the middle of a prompt of %d tokens is cut: the model takes %d", len(tokens), limit)
+        return truncate_tokens(tokens, limit, side="middle")
 
 
 def register() -> None:
-    """Make lm-eval know `DuoLM` under its name; any number of times."""
+    """Register `DuoLM` with lm-eval; may be called repeatedly."""
     model_registry.register(NAME, target=DuoLM)
 
 
-def _check(options: Mapping[str, Any], pretrained: str | None) -> None:
-    """Refuse what HFLM would stumble over, or not look at because the model is there already."""
+def _check_options(options: Mapping[str, Any], pretrained: str | None) -> None:
+    """Refuse options that HFLM fails on, and options for loading, which it ignores without `pretrained`."""
     precision = options.get("mixed_precision_dtype")
     if isinstance(precision, str) and not isinstance(getattr(torch, precision, None), torch.dtype):
-        raise UserError(f"--model_args mixed_precision_dtype={precision} is no type of torch: bfloat16 or float16")
-    longest = options.get("max_length")
-    if longest is not None and (not isinstance(longest, int) or isinstance(longest, bool) or longest < 1):
-        raise UserError(f"--model_args max_length={longest} must be a whole number of tokens, at least 1")
+        raise UserError(f"--model_args mixed_precision_dtype={precision}: choose bfloat16 or float16")
+    max_length = options.get("max_length")
+    if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1):
+        raise UserError(f"--model_args max_length={max_length} must be a whole number of tokens, at least 1")
     if pretrained is not None:
         return
-    known, loading = (inspect.signature(call).parameters for call in (HFLM.__init__, HFLM._create_model))
+    accepted, loading = (inspect.signature(call).parameters for call in (HFLM.__init__, HFLM._create_model))
     for name, value in options.items():
-        # lm-eval's own --trust_remote_code, which is for data sets too, comes along with every model.
-        unread = name != "trust_remote_code" and (name in loading or name not in known)
-        if unread and value != getattr(known.get(name), "default", None):
-            raise UserError(f"--model_args {name}={value} says how HFLM loads a model: give it pretrained=MODEL")
+        # lm-eval passes its --trust_remote_code, which is for data sets too, to every model.
+        ignored = name != "trust_remote_code" and (name in loading or name not in accepted)
+        if ignored and value != getattr(accepted.get(name), "default", None):
+            raise UserError(f"--model_args {name}={value} is about loading a model with HFLM: add pretrained=MODEL")
 
 
 def _settings(model: str | None, pattern: HeadPattern, dtype: str) -> ModelSettings:
-    """The settings of a model of conf/model/, or of the one that the pattern was found on."""
+    """The settings of a model in conf/model/, or of the model that the pattern was found on."""
     folder = conf_dir() / "model"
     if model is None:
-        contents: Any = model_of(pattern.provenance, "--model_args heads")
-        if contents is None:
+        values: Any = model_of(pattern.provenance, "--model_args heads")
+        if values is None:
             raise UserError("the pattern does not say how to load its model: add --model_args pretrained=MODEL")
-        print(told_model(pattern.provenance, "--model_args heads", "model=NAME"))
+        print(describe_model(pattern.provenance, "--model_args heads", "model=NAME"))
     elif (file := folder / f"{model}.yaml").is_file() and model != "hub":
-        contents = OmegaConf.to_container(OmegaConf.load(file))
+        values = OmegaConf.to_container(OmegaConf.load(file))
     else:
         names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "hub"))
         raise UserError(f"--model_args model={model}: choose among {names}, or give pretrained=HUB_ID_OR_FOLDER")
-    chosen = {} if dtype == "auto" else {"dtype": dtype}
-    return parse(ModelSettings, OmegaConf.create({**contents, **chosen}))
+    overrides = {} if dtype == "auto" else {"dtype": dtype}
+    return parse(ModelSettings, OmegaConf.create({**values, **overrides}))

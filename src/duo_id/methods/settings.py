@@ -21,9 +21,9 @@ from duo_id.common.config import (
     Some,
     Text,
     Weight,
-    contents,
     one_of,
     parse,
+    resolve,
     settings,
     shown,
 )
@@ -233,7 +233,7 @@ def method_settings(config: DictConfig | Mapping[str, Any]) -> MethodSettings:
     Raises:
         UserError: there is no such method, or a setting is unknown, of the wrong type or out of range.
     """
-    values = contents(config)
+    values = resolve(config)
     check(isinstance(values, Mapping), f"method={shown(values)}: choose one of conf/method/")
     name = values.get("name")
     exists = isinstance(name, str) and name in METHODS

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from duo_id.common.compat import dequantising
+from duo_id.common.compat import gguf_arguments
 from duo_id.common.errors import UserError
 from duo_id.common.files import whole_folder
 from duo_id.common.integrity import check_sums
@@ -76,7 +76,7 @@ def _convert(pieces: list[Path], folder: Path) -> None:
                     joined.write(piece.read_bytes())
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **dequantising()
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **gguf_arguments()
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except OSError:

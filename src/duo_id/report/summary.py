@@ -92,7 +92,7 @@ def load_results(path: str | Path) -> dict[str, Any]:
     path = path / "results.json" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path} is missing: give the run folder of a finished evaluation")
-    results = read_json(path, LARGEST_ROWS, mend=True)
+    results = read_json(path, LARGEST_ROWS, replace_surrogates=True)
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         raise UserError(f"{path} does not hold the results of an evaluation (schema {SCHEMA})")
     if results.get("version") != VERSION:

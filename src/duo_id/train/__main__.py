@@ -23,7 +23,7 @@ def main(config: DictConfig) -> float | None:
         summary = train(train_settings(config), folder, in_sweep)
     except (KeyboardInterrupt, OSError):
         if (folder / SETTINGS).is_file():
-            cli.say(f"stopped; to resume: {cli.to_resume('train', folder)}")
+            cli.say(f"stopped; to resume: {cli.resume_command('train', folder)}")
         raise
     cli.say(f"heads: {folder / 'heads'}   figures: {folder / 'figures'}")
     return summary.get("validation_loss")

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from duo_id.attention.interface import attached
 from duo_id.common.cli import versions
-from duo_id.common.composing import check_choice, composed, override
+from duo_id.common.composing import check_choice, compose, override
 from duo_id.common.config import plain
 from duo_id.common.errors import check
 from duo_id.data.in_memory import task_of
@@ -151,7 +151,7 @@ def _settings(
     task = data if isinstance(data, str) else "text"
     check_choice("data", task, "data")
     check_choice("method", method, "method")
-    config = composed("train", [f"data={task}", f"method={method}"])
+    config = compose("train", [f"data={task}", f"method={method}"])
     schema = METHODS.get(config.method.name)
     names = {field.name for field in fields(schema)} if schema else set()
     typed = {f"method.{key}" if key in names else key: value for key, value in overrides.items()}

@@ -106,7 +106,7 @@ def _trainer(method: GateSettings, run: TrainRun, callbacks: Sequence[Callback])
         "trainer",
         # The stream of samples is endless, and the data module splits it between ranks itself.
         {"limit_train_batches": settings.trainer["max_steps"]} | settings.trainer | {"use_distributed_sampler": False},
-        about="callbacks" if user_callbacks else "_target_",
+        default_key="callbacks" if user_callbacks else "_target_",
         logger=list(run.loggers),
         callbacks=[*own_callbacks, *user_callbacks],
         plugins=[AtomicCheckpointIO()],

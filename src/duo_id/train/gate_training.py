@@ -18,7 +18,7 @@ from duo_id.attention.functions import masked_layers
 from duo_id.attention.interface import bound
 from duo_id.common.config import plain, shown
 from duo_id.common.errors import UserError, check, printable
-from duo_id.common.mistakes import as_typed
+from duo_id.common.mistakes import shell_quoted
 from duo_id.data.samples import Batch, pad_batch, shared_weights, split_batch, with_scored
 from duo_id.methods.gates import GATES
 from duo_id.methods.penalties import PENALTIES, TargetSparsity
@@ -248,7 +248,7 @@ class GateTraining(lightning.LightningModule):
         if not bool(self._finite & self.gates.weight.isfinite().all()):
             run = Path(self.trainer.default_root_dir)
             advice = (
-                f"; {as_typed(f'resume={run}')} continues from the last good checkpoint"
+                f"; {shell_quoted(f'resume={run}')} continues from the last good checkpoint"
                 if (run / CHECKPOINT).is_file()
                 else ""
             )

@@ -21,12 +21,12 @@ from duo_id.common.figures import save_figure
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
 from duo_id.common.record import (
-    check_honoured,
+    check_unchanged,
     differences,
+    in_groups,
     keep_settings,
     read_settings,
-    told_settings,
-    within,
+    recorded_settings,
 )
 from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
@@ -188,8 +188,8 @@ def _check_resume(settings: TrainSettings, folder: Path) -> EarlierSettings:
     prior_started = any((run_folder / "prior" / SEARCH_FILE).is_file() for run_folder in started_folders)
     if not prior_started or not isinstance(requested["method"]["prior"], dict):
         changeable.append("method.prior")  # computed or read again
-    changed = {key: values for key, values in differences(earlier, requested).items() if not within(key, changeable)}
-    check_honoured(changed, f"resume={settings.resume}: it was made", "and its results so far depend on that")
+    changed = {key: values for key, values in differences(earlier, requested).items() if not in_groups(key, changeable)}
+    check_unchanged(changed, f"resume={settings.resume}: it was made", "and its results so far depend on that")
     return earlier, replaced
 
 
@@ -211,7 +211,7 @@ def _finished_settings(earlier: EarlierSettings, requested: dict[str, Any], fold
 def _replaced_settings(earlier: EarlierSettings, requested: dict[str, Any]) -> dict[str, Any]:
     """The values of a resumed run's first part that today's settings replace, by override."""
     settings, replaced = earlier
-    changed = {key: old for key, (old, _) in differences(settings, requested).items() if within(key, STEP_SETTINGS)}
+    changed = {key: old for key, (old, _) in differences(settings, requested).items() if in_groups(key, STEP_SETTINGS)}
     return changed | replaced if settings else {}
 
 
@@ -229,7 +229,7 @@ def _plan_shared_step(settings: TrainSettings, device: torch.device, ranks: Rank
     teacher_outputs = isinstance(settings.method, GateSettings) and BLENDS[settings.method.blend].needs_teacher
     step, plan = shared_step(model, settings.step, ranks, device, tokens, settings.data.batch_size, teacher_outputs)
     cli.say(str(plan))
-    cli.say(f"if a process is lost: {cli.to_resume('train', folder)}")
+    cli.say(f"if a process is lost: {cli.resume_command('train', folder)}")
     return replace(settings, step=step)
 
 
@@ -280,11 +280,11 @@ def _load_seed_pattern(folder: Path, settings: TrainSettings) -> HeadPattern:
     pattern = load_pattern(folder)
     changed = {
         key: values
-        for key, values in differences(told_settings(pattern.provenance), plain(settings)).items()
-        if key == MAX_STEPS or not within(key, [*NOT_RECORDED, *CHANGEABLE, *STEP_SETTINGS])
+        for key, values in differences(recorded_settings(pattern.provenance), plain(settings)).items()
+        if key == MAX_STEPS or not in_groups(key, [*NOT_RECORDED, *CHANGEABLE, *STEP_SETTINGS])
     }
     description = f"resume={settings.resume}: {folder.name} was found"
-    check_honoured(changed, description, "and averaging both would be meaningless")
+    check_unchanged(changed, description, "and averaging both would be meaningless")
     return pattern
 
 

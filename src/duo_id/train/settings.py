@@ -16,13 +16,13 @@ from duo_id.common.config import (
     Seed,
     Some,
     Text,
-    contents,
     parse,
+    resolve,
     settings,
     shown,
 )
 from duo_id.common.errors import check
-from duo_id.common.mistakes import check_named
+from duo_id.common.mistakes import check_importable
 from duo_id.data.settings import DataSettings
 from duo_id.methods.settings import GateSettings, MethodSettings, make_optimizer, method_settings
 from duo_id.models.settings import ModelSettings
@@ -93,7 +93,7 @@ def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
     Raises:
         UserError: as `parse`.
     """
-    values = dict(contents(config))
+    values = dict(resolve(config))
     values["method"] = method_settings(values.get("method", {}))
     settings = parse(TrainSettings, values)
     check(
@@ -103,7 +103,7 @@ def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
     if isinstance(settings.method, GateSettings):
         make_optimizer(settings.method, [torch.nn.Parameter(torch.zeros(1))])  # fails now, not after loading a model
     for name, logger in settings.logger.items():
-        check_named(f"logger.{name}._target_", (logger or {}).get("_target_"))
+        check_importable(f"logger.{name}._target_", (logger or {}).get("_target_"))
     check(
         settings.repeats == 1 or getattr(settings.method, "swap_at", None) is None,
         f"repeats={settings.repeats}: method.swap_at refines the mask of one run, which averaging several would undo",

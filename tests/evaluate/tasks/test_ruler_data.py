@@ -108,7 +108,7 @@ def test_what_the_model_cannot_take_is_refused() -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (ROW | {"outputs": [" "]}, "sample 0: the data names no answer"),
+        (ROW | {"outputs": [" "]}, "sample 0: the data has no answer"),
         (NEEDLE | {"context": ""}, "sample 0: the data has no context or no question"),
         (NEEDLE | {"question": "", "context": "A.\n", "answer_prefix": ""}, "the data has no context or no question"),
     ],

@@ -108,13 +108,13 @@ def test_what_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("contents", "words"),
     [
-        (b"", "holds no rows"),
-        (b"\n\n", "holds no rows"),
+        (b"", "has no rows"),
+        (b"\n\n", "has no rows"),
         (GOOD + GOOD[:-10], r"vt\.jsonl, line 2, column \d+: not JSON"),
         (GOOD + b"\n[1]\n", r"vt\.jsonl, line 3: expected a JSON object, found list"),
         (GOOD + GOOD.replace(b'"input": "', b'"input": null, "x": "'), r"vt\.jsonl, line 2: input=None is no text"),
         (GOOD.replace(b'"outputs"', b'"text"'), r"vt\.jsonl, line 1 lacks outputs"),
-        (GOOD.replace(b"\\n", b" "), r"vt\.jsonl, line 1: its input has one line"),
+        (GOOD.replace(b"\\n", b" "), r"vt\.jsonl, line 1: its input is a single line"),
         (GOOD.replace(b'["AB", "CD"]', b"5"), r"vt\.jsonl, line 1: outputs\S* is no text"),
         (GOOD.decode().encode("utf-16"), r"vt\.jsonl is not a text file in UTF-8"),
         (b"PK\x03\x04\xff", r"vt\.jsonl is not a text file in UTF-8"),

@@ -1,4 +1,4 @@
-"""RULER (Hsieh et al. 2024, arXiv 2404.06654) as published: data that its authors' scripts make, at fixed lengths."""
+"""RULER (Hsieh et al. 2024, arXiv 2404.06654) as published: data from its authors' scripts, at fixed lengths."""
 
 import re
 from collections.abc import Sequence
@@ -12,29 +12,29 @@ from duo_id.evaluate.items import Item, Question
 from duo_id.evaluate.tasks.ruler_files import Sample, read_ruler
 
 RULER_DATA = "ruler-data"
-# The 13 tasks of the authors' synthetic.yaml; metric and new tokens of each kind from their constants.py.
+# The 13 tasks of the authors' synthetic.yaml; the metric and number of new tokens of each kind from their constants.py.
 RULER_TASKS = (
     "niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3 niah_multivalue "
     "niah_multiquery vt cwe fwe qa_1 qa_2"
 ).split()
-KINDS = {"niah": ("all", 128), "vt": ("all", 30), "cwe": ("all", 120), "fwe": ("all", 50), "qa": ("any", 32)}
+METRICS = {"niah": ("all", 128), "vt": ("all", 30), "cwe": ("all", 120), "fwe": ("all", 50), "qa": ("any", 32)}
 
 
 def is_ruler_data(name: str) -> bool:
-    """Whether a task's name means RULER's data or a part of it, known or not."""
+    """Whether a task's name refers to RULER's data or a part of it, even one that does not exist."""
     return name.partition("/")[0] == RULER_DATA
 
 
 def expand_ruler(names: Sequence[str]) -> list[str]:
-    """RULER's own names of the tasks that `names` mean, in this order, each once.
+    """RULER's names of the tasks that `names` refer to, in order and without duplicates.
 
     Raises:
-        UserError: there is no such task; the message lists all.
+        UserError: there is no such task; the message lists all tasks.
     """
     tasks: list[str] = []
     for name in names:
         task = name.removeprefix(RULER_DATA).removeprefix("/")
-        choices = ", ".join(f"{RULER_DATA}/{one}" for one in RULER_TASKS)
+        choices = ", ".join(f"{RULER_DATA}/{choice}" for choice in RULER_TASKS)
         check(
             name == RULER_DATA or task in RULER_TASKS,
             f"tasks={name}: no such data set, choose {RULER_DATA} or {choices}",
@@ -56,12 +56,12 @@ def ruler_items(
 
     Args:
         names: ruler-data, or single tasks such as ruler-data/vt.
-        folder: a local one with the data; None: the hub.
+        folder: a local folder with the data; None: the hub.
         tokenizer: of the model.
         chat: tokens around the user's message.
-        limit: most tokens that the model takes; None: it names no limit.
-        lengths: tokens, as the data's folders are called.
-        samples: of each task and length, the first ones.
+        limit: most tokens that the model takes; None: unlimited.
+        lengths: in tokens, as in the names of the data's folders.
+        samples: number of samples to use of each task and length.
 
     Raises:
         UserError: a name is unknown, data is missing, or a sample does not fit the model.
@@ -71,13 +71,13 @@ def ruler_items(
         check(fits, f"lengths={length} exceeds the {limit} tokens that the model takes: lower it")
     items = []
     for task in expand_ruler(names):
-        metric, max_new_tokens = KINDS[task.partition("_")[0]]
+        metric, max_new_tokens = METRICS[task.partition("_")[0]]
         for length in lengths:
             rows = read_ruler(task, folder, length)
             new = rows[0].max_new_tokens or max_new_tokens
             for index, sample in enumerate(rows[:samples]):
                 where = f"tasks={RULER_DATA}/{task}, lengths={length}, sample {index}"
-                context, question = _tokens(sample, tokenizer, chat, where)
+                context, question = _tokenize_sample(sample, tokenizer, chat, where)
                 needed = len(context) + len(question.prompt) + max(len(question.answer), new)
                 check(
                     limit is None or needed <= limit,
@@ -88,13 +88,13 @@ def ruler_items(
     return items
 
 
-def _tokens(
+def _tokenize_sample(
     sample: Sample, tokenizer: PreTrainedTokenizerBase, chat: Chat, where: str
 ) -> tuple[tuple[int, ...], Question]:
-    """The context and the question about it, each tokenised alone."""
-    check(bool(sample.references), f"{where}: the data names no answer")
+    """The context and the question about it, tokenised separately."""
+    check(bool(sample.references), f"{where}: the data has no answer")
     cue = sample.cue.lstrip()
-    if cue and not chat.after:  # an assistant's turn begins without a blank
+    if cue and not chat.after:  # the assistant's turn in a chat begins without a space
         cue = _gap(sample.question) + cue
     gap = _gap(cue or ("" if chat.after else sample.question))
     prompt = [*tokenize(tokenizer, sample.question), *chat.after, *tokenize(tokenizer, cue)]
@@ -104,5 +104,5 @@ def _tokens(
 
 
 def _gap(text: str) -> str:
-    """What separates a Latin word from `text` before it: a blank, unless there is one or a bracket opens."""
+    """The separator between `text` and a Latin word after it: a space, unless it ends in one or an opening bracket."""
     return " " if re.search(r"[A-Za-z0-9:.?!)]\Z", text) else ""
