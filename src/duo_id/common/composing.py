@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -11,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from duo_id.common.config import conf_dir
-from duo_id.common.errors import UserError, check
+from duo_id.common.errors import UserError, check, one_line
 from duo_id.common.mistakes import describe_error
 
 
@@ -55,4 +56,16 @@ def override(config: DictConfig, values: Mapping[str, Any]) -> None:
     names = {str(key) for key in config}  # `in` is false for those whose value is missing
     for key, value in values.items():
         check(key.partition(".")[0] in names, f"{key}: there is no such argument or setting")
-        OmegaConf.update(config, key, value, merge=False, force_add=True)
+        try:
+            OmegaConf.update(config, key, _plain(value), merge=False, force_add=True)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            raise UserError(f"{key}: a {type(value).__name__} cannot be a setting ({one_line(error)})") from error
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy, ranges and paths as the values that files hold."""
+    if isinstance(value, range):
+        return list(value)
+    if isinstance(value, Path):
+        return str(value)
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -17,6 +17,7 @@ from duo_id.data.settings import DataSettings
 from duo_id.data.text import TextTask
 
 WHOLE = {"train": (0.0, 1.0)}  # the region of the texts that samples are drawn from
+KINDS = "the name of a task, texts, a datasets.Dataset or batches with input_ids and labels"
 
 
 class SampleList:
@@ -30,6 +31,11 @@ class SampleList:
         """How many there are."""
         return len(self.samples)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max(len(sample["input_ids"]) for sample in self.samples)
+
     def sample(self, index: int, seed: int) -> Sample:
         """Sample `index` of an endless run of passes, each in its own order of (seed, pass)."""
         number, position = divmod(index, len(self.samples))
@@ -38,76 +44,101 @@ class SampleList:
         return self.samples[order[position]]
 
 
-def task_of(
-    data: Any, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, length_limit: int | None, text_key: str
-) -> Task:
-    """What `duo_id.identify` was given as `data`, as a task.
+def read_data(data: Any, text_key: str, vocabulary: int) -> list[str] | SampleList:
+    """What `duo_id.identify` was given as `data`: texts, or finished samples.
 
     Args:
-        data: texts; a `datasets.Dataset` with a column of texts, or with the columns `input_ids` and `labels`; or
-            batches, such as a `DataLoader` gives, mappings with `input_ids` and `labels` (tokens,) or (samples,
+        data: texts; a `datasets.Dataset` with the columns `input_ids` and `labels`, or else with one of texts; or
+            batches, such as a `DataLoader` gives: mappings with `input_ids` and `labels` (tokens,) or (samples,
             tokens), and perhaps `attention_mask` and `answers`.
-        settings: of the samples that are drawn from texts.
-        tokenizer: of the model.
-        length_limit: the most tokens that the model takes; None: it names no limit.
         text_key: the column with texts.
+        vocabulary: the number of tokens that the model knows.
 
     Raises:
-        UserError: it is none of these, is empty, or holds too little text.
+        UserError: it is none of these, or is empty.
     """
-    if isinstance(data, datasets.Dataset) and text_key in data.column_names:
-        data = data[text_key]
-    elif isinstance(data, datasets.Dataset):
-        lacking = {"input_ids", "labels"} - set(data.column_names)
-        columns = ", ".join(data.column_names)
-        check(not lacking, f"data: the data set has columns {columns}, neither {text_key} nor input_ids and labels")
-        data = data.with_format("torch")
-    check(isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping), f"data: {_kind(data)}")
+    if isinstance(data, datasets.Dataset):
+        columns = set(data.column_names)
+        is_tokens = {"input_ids", "labels"} <= columns
+        names = ", ".join(data.column_names)
+        check(
+            is_tokens or text_key in columns,
+            f"data: the data set has columns {names}, neither {text_key} nor input_ids and labels",
+        )
+        data = data.with_format("torch") if is_tokens else data[text_key]
+    is_rows = (
+        isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping) and not hasattr(data, "columns")
+    )
+    check(is_rows, f"data: {type(data).__name__} is not {KINDS}")
     rows = list(data)
     check(bool(rows), "data is empty")
     if all(isinstance(row, str) for row in rows):
-        sizes = np.array([len(row.encode()) for row in rows], dtype=np.int64)
-        return TextTask(settings, tokenizer, "train", length_limit, Haystack(rows, sizes, "train", WHOLE))
-    samples = [sample for row in rows for sample in _samples(row)]
-    longest = max(len(sample["input_ids"]) for sample in samples)
+        return rows
+    samples = SampleList([sample for row in rows for sample in _samples(row)])
+    largest = max(int(sample["input_ids"].max()) for sample in samples.samples)
+    smallest = min(int(sample["input_ids"].min()) for sample in samples.samples)
     check(
-        length_limit is None or longest <= length_limit,
-        f"data: a sample has {longest} tokens, and the model takes {length_limit}",
-    )
-    return SampleList(samples)
-
-
-def _kind(value: Any) -> str:
-    return (
-        f"a {type(value).__name__} is neither the name of a task, texts, a datasets.Dataset nor batches with input_ids "
-        "and labels"
-    )
-
-
-def _samples(batch: Any) -> list[Sample]:
-    """The samples of a batch without their padding."""
-    if not (isinstance(batch, Mapping) and {"input_ids", "labels"} <= batch.keys()):
-        raise UserError(f"data: {_kind(batch)}")
-    columns = {key: _rows(batch[key]) for key in ("input_ids", "labels", "answers", "attention_mask") if key in batch}
-    ids, labels = columns["input_ids"], columns["labels"]
-    real = columns.get("attention_mask", torch.ones_like(ids)).bool()
-    answers = columns.get("answers", (labels != UNSCORED).to(ids.dtype))
-    check(
-        all(rows.shape == ids.shape for rows in (labels, real, answers)),
-        f"data: labels have the shape {tuple(labels.shape)} and input_ids {tuple(ids.shape)}",
-    )
-    samples = [
-        Sample(input_ids=ids[row][kept], labels=labels[row][kept], answers=answers[row][kept])
-        for row, kept in enumerate(real)
-    ]
-    check(
-        all(bool((sample["labels"] != UNSCORED).any()) for sample in samples),
-        f"data: a sample has no label but {UNSCORED}, so nothing in it can be scored",
+        smallest >= 0 and largest < vocabulary,
+        f"data: tokens from {smallest} to {largest} are not all in the model's vocabulary of {vocabulary}",
     )
     return samples
 
 
-def _rows(values: Any) -> Tensor:
-    rows = torch.as_tensor(values).long().cpu()
-    check(rows.dim() in (1, 2), f"data: tokens have the shape {tuple(rows.shape)}, not (samples, tokens)")
-    return rows if rows.dim() == 2 else rows[None]
+def text_task(
+    texts: Sequence[str], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, length_limit: int | None
+) -> Task:
+    """Natural text drawn from these texts, as `data=text` draws it from a haystack."""
+    sizes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
+    return TextTask(settings, tokenizer, "train", length_limit, Haystack(texts, sizes, "train", WHOLE))
+
+
+def _samples(batch: Any) -> list[Sample]:
+    """The samples of a batch without their padding."""
+    is_batch = isinstance(batch, Mapping) and {"input_ids", "labels"} <= batch.keys()
+    check(is_batch, f"data: a row is of type {type(batch).__name__}: give {KINDS}")
+    ids, labels = _rows("input_ids", batch["input_ids"]), _rows("labels", batch["labels"])
+    mask, answers = batch.get("attention_mask"), batch.get("answers")
+    real = torch.ones_like(ids) if mask is None else _rows("attention_mask", mask)
+    check(
+        labels.shape == ids.shape == real.shape,
+        f"data: input_ids have the shape {tuple(ids.shape)}, labels {tuple(labels.shape)}, attention_mask "
+        f"{tuple(real.shape)}",
+    )
+    check(
+        bool(((labels == ids) | (labels == UNSCORED)).all()),
+        f"data: labels must be the input_ids where tokens are scored and {UNSCORED} elsewhere; they are not shifted",
+    )
+    turns = _answers(answers, ids)
+    samples = []
+    for row, kept in enumerate(real.bool()):
+        own_labels, own_turns = (
+            labels[row][kept].clone(),
+            (turns if turns is not None else labels != UNSCORED)[row][kept],
+        )
+        own_labels[:1] = UNSCORED  # nothing stands before the first token that could predict it
+        own_turns = own_turns.long().masked_fill(own_labels == UNSCORED, 0)
+        check(
+            bool((own_labels != UNSCORED).any()),
+            f"data: all labels of a sample but the first are {UNSCORED}, so nothing in it can be scored",
+        )
+        samples.append(Sample(input_ids=ids[row][kept], labels=own_labels, answers=own_turns))
+    return samples
+
+
+def _answers(values: Any, ids: Tensor) -> Tensor | None:
+    """Which answer each token belongs to, if that is what the column says."""
+    try:
+        answers = _rows("answers", values)
+    except UserError:
+        return None
+    return answers if answers.shape == ids.shape else None
+
+
+def _rows(name: str, values: Any) -> Tensor:
+    try:
+        rows = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"data: {name} of a row are not whole numbers, as many in each sample of a batch") from error
+    is_whole = not rows.is_floating_point() and not rows.is_complex() and rows.dim() in (1, 2) and rows.numel() > 0
+    check(is_whole, f"data: {name} are {rows.dtype} of shape {tuple(rows.shape)}, not whole numbers (samples, tokens)")
+    return (rows if rows.dim() == 2 else rows[None]).long().cpu()

@@ -1,7 +1,7 @@
 """`duo_id.evaluate_pattern`: score a head pattern on a model that is in memory, from Python."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from duo_id.attention.interface import attached
 from duo_id.common.composing import compose, override
 from duo_id.common.config import conf_dir, parse
+from duo_id.common.errors import check
 from duo_id.evaluate.run import score
 from duo_id.evaluate.settings import EvaluateSettings
 from duo_id.models.in_memory import frozen, language_model_of
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.report.summary import contenders, frame
+
+RESERVED = ("model", "heads", "patterns", "resume", "peers")  # what a run of the command decides
 
 
 def evaluate_pattern(
@@ -50,11 +53,16 @@ def evaluate_pattern(
     Returns:
         one row a contender, full attention first. Each metric (`loss`, `kl`, `rise`, `accuracy`, `exact`, `score`,
         `kept`, ...) is followed by the ends of its 95% interval, `loss_low` and `loss_high`; NaN where the samples are
-        too few for one. `attrs["results"]` holds what results.json of the command holds.
+        too few for one. `attrs["results"]` holds the rows that it comes from, the pattern and the settings.
 
     Raises:
         UserError: something cannot work; the message names the setting.
     """
+    check(isinstance(pattern, HeadPattern), f"pattern: a {type(pattern).__name__} is not a HeadPattern")
+    check(isinstance(tasks, str | Iterable), f"tasks={tasks!r:.80} must be a preset's name, or names of tasks")
+    for key in overrides:
+        reserved = key.partition(".")[0] in RESERVED
+        check(not reserved, f"{key}: evaluate_pattern scores one pattern on the model as it is, so this cannot be set")
     language_model = language_model_of(model, tokenizer)
     with attached(language_model.model) as layers:
         pattern.check_fits(language_model.num_layers, layers[0].kv_heads, language_model.name)

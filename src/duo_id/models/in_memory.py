@@ -22,6 +22,8 @@ def language_model_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Languag
     inner = unwrapped(model)
     devices = {str(device) for device in getattr(inner, "hf_device_map", {}).values()}
     check(len(devices) < 2, f"model: its layers lie on several devices ({', '.join(sorted(devices))}): load it on one")
+    has_head = inner.get_output_embeddings() is not None or type(inner).__name__.endswith("ForCausalLM")
+    check(has_head, f"model: a {type(inner).__name__} predicts no tokens: load it with AutoModelForCausalLM")
     is_tokenizer = isinstance(tokenizer, PreTrainedTokenizerBase)
     check(is_tokenizer, f"tokenizer: a {type(tokenizer).__name__} is no tokenizer of transformers")
     identifier = inner.config.name_or_path or type(inner).__name__

@@ -7,6 +7,7 @@ from base64 import b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ class HeadPattern:
         gated = list(self.gated_layers)
         retrieval = torch.ones_like(self.scores, dtype=torch.bool)
         if sparsity is not None:
-            if not 0 <= sparsity <= 1:
+            if not isinstance(sparsity, Real) or not 0 <= sparsity <= 1:
                 raise UserError(f"sparsity={sparsity} must lie in [0, 1]: the fraction of KV heads that stream")
             ranked = self.scores[gated].flatten().sort(stable=True)
             streaming = round(sparsity * self.gated_heads)

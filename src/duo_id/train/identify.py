@@ -68,7 +68,9 @@ def _named_pattern(key: str, source: Any, gated_model: GatedModel, run: TrainRun
         loggers = run.loggers if key == "start" else ()  # with a prior, they are for the gates' own training
         try:
             return identify(
-                gated_model, source, replace(run, folder=run.folder / key, on_accepted=on_accepted, loggers=loggers)
+                gated_model,
+                source,
+                replace(run, folder=run.folder / key, on_accepted=on_accepted, loggers=loggers, partial=False),
             )
         except UserError as error:
             raise UserError(name_nested_override(key, str(error))) from error
