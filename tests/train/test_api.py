@@ -45,6 +45,11 @@ def found(model: Any, **changes: Any) -> HeadPattern:
     return duo_id.identify(model, TOKENIZER, data, **arguments)
 
 
+def test_lengths_default_to_those_of_the_command(model: PreTrainedModel) -> None:
+    settings = found(model, data="text", lengths=None, steps=1).provenance["settings"]
+    assert (settings["data"]["length_min"], settings["data"]["length_max"]) == (256, 384)
+
+
 def test_a_pattern_comes_out_and_the_model_is_as_it_was(model: PreTrainedModel) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pattern = found(model, sink_size=4, recent_size=32, seed=3, lr=0.5)

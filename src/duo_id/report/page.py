@@ -40,7 +40,7 @@ CAPTIONS = {  # of figures, by the beginning of their name
     "tasks": "Each task relative to full attention (dashed), by the fraction of streaming KV heads. "
     "Thin lines: 95% intervals.",
     "depths": "Score by context length and depth of the needle. KV: the fraction of the cache kept.",
-    "position": "Loss on plain text by position in the context, all lengths together.",
+    "position": "Loss by position in the context, all lengths together.",
 }
 PageFigure = dict[str, Any]
 

@@ -229,8 +229,8 @@ def _device_defaults(model: LanguageModel, config: DictConfig) -> dict[str, Any]
     device = model.model.device
     limit = model.max_length
     if device.type != "cuda":
-        longest = min(config.data.length_max, limit or config.data.length_max)
-        return {"trainer.accelerator": device.type, "data.length_max": longest}
+        shorter = {"data.length_max": limit} if limit and limit < config.data.length_max else {}
+        return {"trainer.accelerator": device.type} | shorter
     chosen: dict[str, Any] = GPU | {"trainer.accelerator": "cuda", "trainer.devices": [device.index or 0]}
     if "lr" in config.method:
         chosen |= GATES
