@@ -17,6 +17,7 @@ from duo_id.common.errors import UserError, check
 from duo_id.common.figures import save_figure
 from duo_id.common.foreign import model_of, told_model
 from duo_id.common.record import check_honoured, differences, keep_settings, read_settings, within
+from duo_id.common.tables import print_tables
 from duo_id.common.version import __version__
 from duo_id.data.haystack import load_haystack
 from duo_id.evaluate import chat
@@ -76,9 +77,9 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
                 raise UserError(f"{override}={sources[name]}: {error}") from error
     results = score(settings, model, patterns, folder, cli.console)
     write_results(folder, results)
-    cli.console.print(results_table(results, f"{model.name} under {settings.heads}"))
+    print_tables(cli.console, results_table(results, f"{model.name} under {settings.heads}"))
     for title, grid in (leaderboards(results) | paired_grids(results)).items():
-        cli.console.print(terminal_table(grid, title))
+        print_tables(cli.console, terminal_table(grid, title))
     for name, figure in figures(results).items():
         save_figure(figure, folder / "figures" / f"{name}.png")
     return results

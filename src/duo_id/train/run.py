@@ -28,6 +28,7 @@ from duo_id.common.record import (
     told_settings,
     within,
 )
+from duo_id.common.tables import print_tables
 from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
 from duo_id.methods.search import SEARCH_FILE
@@ -147,8 +148,8 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
             write_text(folder / "summary.json", json.dumps(sealed(summary), indent=1))
             save_figure(plot_gates(pattern, title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
         if len(patterns) > 1:
-            cli.console.print(agreement_table(patterns, settings.sparsity))
-        cli.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
+            print_tables(cli.console, agreement_table(patterns, settings.sparsity))
+        print_tables(cli.console, results_table(results, f"{model.name}: {len(test)} held-out samples"))
         return summary
 
 
