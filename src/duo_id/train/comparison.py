@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 
 from duo_id.attention.functions import Backends, masked_layers
 from duo_id.attention.interface import attached, bound
 from duo_id.common.errors import UserError
+from duo_id.common.progress import progress_bar
 from duo_id.common.tables import TextTable
 from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.pattern import HeadMask, HeadPattern
@@ -53,6 +54,7 @@ def compare(
     random_masks: int,
     seed: int,
     backends: Backends | None = None,
+    console: Console | None = None,
 ) -> list[Result]:
     """Score every mask on every sample, teacher-forced. Ranks that share a model must all call it; all get the results.
 
@@ -64,6 +66,7 @@ def compare(
         random_masks: number of random masks per sparsity.
         seed: of the random masks.
         backends: attention implementations.
+        console: shows the progress; None: nothing does.
     """
     masks: list[tuple[str, float, int | None, HeadMask]] = [("full", 0.0, None, pattern.binarize(sparsity=0))]
     for sparsity in sparsities:
@@ -73,9 +76,8 @@ def compare(
     masks.append(("streaming", 1.0, None, pattern.binarize(sparsity=1)))
     backends = backends or Backends()
     results = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        Progress(*columns, transient=True, disable=not model.ranks.first) as progress,
+        progress_bar(console or Console(quiet=True)) as progress,
         attached(model.model, backends, model.ranks.group) as layers,
     ):
         task = progress.add_task("scoring masks", total=len(masks) * len(samples))

@@ -129,9 +129,8 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
         sparsities = _sparsities(settings, pattern)
         if ranks.first and len(patterns) > 1:
             save_pattern(pattern, folder / "heads", sparsities)
-        results = compare(
-            model, pattern, test, sparsities, settings.comparison.random_masks, settings.seed, settings.step.backends
-        )
+        random_masks, backends = settings.comparison.random_masks, settings.step.backends
+        results = compare(model, pattern, test, sparsities, random_masks, settings.seed, backends, cli.console)
         validation_summary = {}
         if in_sweep:
             loss = pattern_loss(model, pattern, validation, sparsities, settings.step.backends)
