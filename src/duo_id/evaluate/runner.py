@@ -14,7 +14,7 @@ from duo_id.evaluate.contenders import Contender
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal
 from duo_id.evaluate.judging import score_rows
-from duo_id.evaluate.reading import Answers, Reader, batches, end_tokens
+from duo_id.evaluate.reading import Answers, Reader, batches, end_tokens, work
 from duo_id.models.language_model import LanguageModel
 
 CPU_CONTEXT_TOKENS = 4096
@@ -76,18 +76,31 @@ def run(
     if todo:
         _warn_if_stepwise(model, todo[0][0][0], full, chunk_size, console)
     with progress_bar(console, counted=False) as progress:
-        work = sum(_work(batch) + sum(map(_work, others.values())) for batch, others in todo)
-        bar = progress.add_task("evaluating", total=work)
+        total = sum(
+            work(batch, generate and bool(missing(full, batch)))
+            + sum(work(asked, generate) for asked in others.values())
+            for batch, others in todo
+        )
+        bar, planned = progress.add_task("evaluating", total=total), 0
+
+        def advance(done: int) -> None:
+            """Never beyond the end of a batch, which is longer than planned where a model reads token by token."""
+            progress.update(bar, completed=min(planned, progress.tasks[bar].completed + done))
+
+        reader.on_work = advance
         for batch, others in todo:
-            progress.update(bar, description=f"{len(batch)} x {batch[0].length} tokens")
             mine = missing(full, batch)
+            planned += work(batch, generate and bool(mine))
+            progress.update(bar, description=f"{full.heads}: {len(batch)} x {batch[0].length:,} tokens")
             reference = dict(zip(batch, answer(batch, full, generate and bool(mine)), strict=True))
             journal.add(row for item in mine for row in rows(full, item, reference[item], reference[item]))
-            progress.advance(bar, _work(batch))
+            progress.update(bar, completed=planned)
             for contender, asked in others.items():
+                planned += work(asked, generate)
+                progress.update(bar, description=f"{contender.heads}: {len(asked)} x {asked[0].length:,} tokens")
                 found = zip(asked, answer(asked, contender, generate), strict=True)
                 journal.add(row for item, given in found for row in rows(contender, item, given, reference[item]))
-                progress.advance(bar, _work(asked))
+                progress.update(bar, completed=planned)
 
 
 def _warn_if_stepwise(model: LanguageModel, item: Item, full: Contender, chunk_size: int, console: Console) -> None:
@@ -116,8 +129,3 @@ def context_tokens_for(model: LanguageModel) -> int:
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * dim * model.model.dtype.itemsize
     return max(1, int(torch.cuda.mem_get_info(device)[0] / 7 / token))
-
-
-def _work(batch: Sequence[Item]) -> int:
-    """Tokens read plus those that may be generated, weighted: a proxy for time."""
-    return sum(len(item.context) + 32 * item.max_new_tokens for item in batch)
