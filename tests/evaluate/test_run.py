@@ -64,7 +64,9 @@ def test_a_run_leaves_a_table_results_and_figures(finished_run: tuple[Path, Fini
     assert saved["settings"]["lengths"] == [1500]
     assert saved["versions"]["torch"] == torch.__version__
     assert saved["patterns"][NAME]["scores"][0][1] == pytest.approx(0.9)
-    assert NAME in finished.output
+    first = finished.output.splitlines()[0]
+    assert first.startswith(f"tiny on cpu: 3 layers x 2 KV heads, heads of {NAME}, 1 x 1,500 tokens of ")
+    assert str(folder) in first
     assert "full" in finished.output
     assert sorted((folder / "figures").glob("*.png"))
     for row in rows:

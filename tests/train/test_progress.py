@@ -7,8 +7,15 @@ import pytest
 from lightning import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from duo_id.train.progress import TrainingBar
-from tests.support.commands import QUICK, run_command
+from duo_id.attention.functions import Backends
+from duo_id.attention.interface import attached
+from duo_id.models.gated_model import GatedModel
+from duo_id.models.language_model import LanguageModel
+from duo_id.models.loading import byte_tokenizer
+from duo_id.train.progress import TrainingBar, introduction
+from duo_id.train.settings import TrainSettings
+from tests.support.commands import QUICK, run_command, settings_of
+from tests.support.tiny import tiny_model
 
 
 def test_a_log_file_gets_a_line_for_each_tenth_of_the_run(tmp_path: Path) -> None:
@@ -64,3 +71,22 @@ def test_the_bar_is_one_line_and_there_is_none_in_a_file(terminal: bool, width: 
     assert "\x1b[1A" not in shown, "no second line to go back over"
     assert "loss: 12345.0000" in last
     assert ("tokens_per_s: 12,345" in last) == (width == 160)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sizes", "for_gpu"),
+    [
+        (["experiment=best"], "method=nested, 400 steps, samples of 1000 to 8000 tokens", True),
+        (["trainer.max_steps=30"], "method=nested, 30 steps, samples of 256 to 384 tokens", False),
+        (["method=saliency", "data.length_max=8192"], "method=saliency, scores, samples of 256 to 8192 tokens", False),
+    ],
+)
+def test_the_first_line_says_what_runs(overrides: list[str], sizes: str, for_gpu: bool, tmp_path: Path) -> None:
+    settings = settings_of("train", TrainSettings, *overrides, folder=tmp_path)
+    model = LanguageModel(tiny_model("llama"), byte_tokenizer(), "tiny", "tiny", None, "random")
+    with attached(model.model) as layers:
+        gated_model = GatedModel(model, layers, settings.method.window, Backends())
+        first, *others = introduction(gated_model, settings, tmp_path)
+    assert first == f"tiny on cpu: 3 layers x 2 KV heads, {sizes}; folder: {tmp_path}"
+    assert [line for line in others if "meant for a GPU" in line] == others
+    assert bool(others) == for_gpu

@@ -73,7 +73,7 @@ class _Lines(Progress):
         super().advance(task_id, advance)
         self._passed(task_id, before)
 
-    def update(self, task_id: TaskID, **changes: Any) -> None:  # type: ignore[override]
+    def update(self, task_id: TaskID, **changes: Any) -> None:
         before = self._tasks[task_id].completed
         super().update(task_id, **changes)
         self._passed(task_id, before)

@@ -16,6 +16,7 @@ from duo_id.common.config import plain
 from duo_id.common.errors import UserError, check
 from duo_id.common.figures import save_figure
 from duo_id.common.foreign import model_of, told_model
+from duo_id.common.progress import headline
 from duo_id.common.record import check_honoured, differences, keep_settings, read_settings, within
 from duo_id.common.tables import print_tables
 from duo_id.common.version import __version__
@@ -75,6 +76,10 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
             except UserError as error:
                 override = "heads" if sources[name] == settings.heads else f"patterns.{name}"
                 raise UserError(f"{override}={sources[name]}: {error}") from error
+        shape = len(layers), layers[0].kv_heads
+    lengths = " and ".join(f"{length:,}" for length in settings.lengths)
+    sizes = f"{settings.samples} x {lengths} tokens of {', '.join(settings.tasks)}"
+    cli.say(headline(model.name, model.model.device, shape, f"heads of {', '.join(patterns)}", sizes, folder))
     results = score(settings, model, patterns, folder, cli.console)
     write_results(folder, results)
     print_tables(cli.console, results_table(results, f"{model.name} under {settings.heads}"))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -9,6 +10,10 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, CustomTimeColumn
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, TextColumn
+
+from duo_id.common.progress import headline
+from duo_id.models.gated_model import GatedModel
+from duo_id.train.settings import TrainSettings
 
 SHOWN = {
     "loss": ".4f",
@@ -18,8 +23,30 @@ SHOWN = {
     "length": ".0f",
     "tokens_per_s": ",.0f",
 }
+CPU_STEPS, CPU_TOKENS = 100, 1000  # a run with as many steps on longer samples takes a CPU hours
 BAR = 12  # characters of the bar itself
 TIMES = len("0:00:00 • 0:00:00")
+
+
+def introduction(gated_model: GatedModel, settings: TrainSettings, folder: Path | None = None) -> list[str]:
+    """The first lines of a run: what it does, and whether that is too much for a CPU.
+
+    Args:
+        gated_model: the model.
+        settings: of the run.
+        folder: of the run; None: it keeps none.
+    """
+    model, data, method, steps = gated_model.model, settings.data, settings.method, settings.trainer["max_steps"]
+    trains = method.devices == "shared"
+    longest = data.length_max or model.max_length
+    sizes = f"{f'{steps} steps' if trains else 'scores'}, samples of {data.length_min} to {longest} tokens"
+    lines = [headline(model.name, gated_model.device, gated_model.shape, f"method={method.name}", sizes, folder)]
+    if trains and gated_model.device.type == "cpu" and steps >= CPU_STEPS and (longest or 0) > CPU_TOKENS:
+        lines.append(
+            f"{steps} steps on samples of up to {longest} tokens are meant for a GPU: on a CPU lower "
+            "trainer.max_steps or data.length_max"
+        )
+    return lines
 
 
 class TrainingBar(RichProgressBar):

@@ -48,6 +48,7 @@ from duo_id.train.comparison import check_window, compare, pattern_loss, results
 from duo_id.train.fit_gates import TrainRun, sample_module
 from duo_id.train.identify import identify
 from duo_id.train.plots import plot_training, read_metrics
+from duo_id.train.progress import introduction
 from duo_id.train.settings import TrainSettings
 from duo_id.train.tracking import log_config, log_gates, log_heads, run_loggers
 
@@ -102,6 +103,8 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
         with attached(model.model, settings.step.backends, ranks.group) as layers:
             on_accepted = partial(keep_settings, folder, requested | kept, replaced) if ranks.first else lambda: None
             gated_model = GatedModel(model, layers, method.window, settings.step.backends)
+            for line in introduction(gated_model, settings, folder):
+                cli.say(line)
             run = TrainRun(
                 settings=settings,
                 seed=settings.seed,
