@@ -1,7 +1,6 @@
 """Compose a command's settings from Python, as the command line does."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import hydra
@@ -12,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from duo_id.common.config import conf_dir
 from duo_id.common.errors import UserError, check
-from duo_id.common.mistakes import explained
+from duo_id.common.mistakes import did_you_mean, explained
 
 
 def composed(command: str, choices: list[str]) -> DictConfig:
@@ -41,9 +40,7 @@ def check_choice(argument: str, name: Any, group: str) -> None:
         group: such as `method`.
     """
     choices = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
-    close = get_close_matches(str(name), choices, 1)
-    meant = f", did you mean {close[0]}?" if close else ""
-    check(name in choices, f"{argument}={name!r}: choose one of {', '.join(choices)}{meant}")
+    check(name in choices, f"{argument}={name!r}: choose one of {', '.join(choices)}{did_you_mean(str(name), choices)}")
 
 
 def override(config: DictConfig, values: Mapping[str, Any]) -> None:
