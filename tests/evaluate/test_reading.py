@@ -6,7 +6,7 @@ import torch
 from duo_id.deploy.chunks import continuation
 from duo_id.deploy.install import duo_attention
 from duo_id.evaluate.items import Item, Question
-from duo_id.evaluate.reading import Answers, Reader, batches, end_tokens
+from duo_id.evaluate.reading import GENERATED, Answers, Reader, batches, end_tokens, work
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
 from duo_id.patterns.pattern import HeadMask, HeadPattern
@@ -157,3 +157,15 @@ def test_batches_hold_what_can_be_read_together() -> None:
 
 def test_all_ends_of_a_text_are_known(model: LanguageModel) -> None:
     assert end_tokens(model) == {model.tokenizer.eos_token_id, 2}
+
+
+def test_work_is_reported_chunk_by_chunk_and_token_by_token(model: LanguageModel) -> None:
+    done: list[int] = []
+    items = make_items(2)
+    (batch, *_) = batches(items, 10**6)
+    with duo_attention(model.model, PATTERN.binarize(sparsity=0.5)):
+        Reader(model, 10**6, 25, done.append).read(batch, True)
+    assert done[:3] == [2 * 25] * 3, "the chunks before the last"
+    assert len(done) >= 3 + NEW_TOKENS
+    assert work(batch, False) == 200
+    assert work(batch, True) == 200 + GENERATED * 3 * (NEW_TOKENS + NEW_TOKENS + 1)

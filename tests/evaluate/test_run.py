@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from duo_id.evaluate import runner
 from duo_id.evaluate.journal import JOURNAL
+from duo_id.evaluate.run import heads_name
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import save_pattern
 from tests.support.commands import Finished, run_command
@@ -64,7 +66,9 @@ def test_a_run_leaves_a_table_results_and_figures(finished_run: tuple[Path, Fini
     assert saved["settings"]["lengths"] == [1500]
     assert saved["versions"]["torch"] == torch.__version__
     assert saved["patterns"][NAME]["scores"][0][1] == pytest.approx(0.9)
-    assert NAME in finished.output
+    first = finished.output.splitlines()[0]
+    assert first.startswith(f"tiny on cpu: 3 layers x 2 KV heads, heads of {NAME}, 1 x 1,500 tokens of ")
+    assert str(folder) in first
     assert "full" in finished.output
     assert sorted((folder / "figures").glob("*.png"))
     for row in rows:
@@ -73,6 +77,23 @@ def test_a_run_leaves_a_table_results_and_figures(finished_run: tuple[Path, Fini
     assert sum(row["kl"] for row in rows) > 0
     at_half = {row["heads"]: row["bytes"] for row in rows if row["sparsity"] == 0.5 and row["task"] == "language"}
     assert at_half[NAME] == at_half["random"] == pytest.approx(at_half["streaming"], rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("folder", "method", "name"),
+    [
+        ("outputs/train/2026-11-24/03-23-49", {"name": "nested"}, "nested"),
+        ("outputs/train/2026-11-24/03-23-49", None, "2026-11-24/03-23-49"),
+        ("outputs/train/2026-11-24/03-23-49", {"name": "random"}, "2026-11-24/03-23-49"),
+        ("runs/mine", {"name": "nested"}, "runs/mine"),
+    ],
+)
+def test_rows_are_called_after_the_method_rather_than_the_date(
+    folder: str, method: dict[str, str] | None, name: str, tmp_path: Path
+) -> None:
+    provenance = {"settings": {"method": method}} if method else {}
+    save_pattern(replace(PATTERN, provenance=provenance), tmp_path / folder / "heads")
+    assert heads_name(str(tmp_path / folder)) == name
 
 
 def test_the_run_is_reproducible(finished_run: tuple[Path, Finished], tmp_path: Path) -> None:

@@ -1,17 +1,29 @@
 """Tables show what was measured, in order, and fit their terminals."""
 
+from collections import Counter
 from io import StringIO
 
 import pytest
 from rich.console import Console
-from rich.table import Table
 
+from duo_id.common.tables import TextTable
+from duo_id.report.leaderboard import leaderboards
 from duo_id.report.summary import contenders, frame
-from duo_id.report.tables import Cell, contender_grid, headline, metric_cell, middle, results_table, task_table
+from duo_id.report.tables import (
+    Cell,
+    contender_grid,
+    headline,
+    metric_cell,
+    middle,
+    results_table,
+    task_grid,
+    task_table,
+    terminal_table,
+)
 from tests.evaluate.saved import a_pattern, line_up, saved_results
 
 
-def shown(table: Table, width: int = 120) -> str:
+def shown(table: TextTable, width: int = 120) -> str:
     console = Console(width=width, file=StringIO(), color_system=None)
     console.print(table)
     text = console.file.getvalue()
@@ -85,3 +97,14 @@ def test_names_are_no_markup() -> None:
     results = saved_results(samples=1, tasks=("language",), patterns={"[red]x[/red]": a_pattern()})
     assert "[red]x[/red]" in shown(results_table(results, "t"))
     assert set(contender_grid(frame(results)).sections) == {"head patterns", "token eviction"}
+
+
+def test_every_number_is_whole_in_a_terminal_of_80_columns() -> None:
+    patterns = {"found": a_pattern(), "a rather long name of other heads": a_pattern(1)}
+    results = saved_results(samples=2, patterns=patterns)
+    rows = frame(results)
+    for grid in (contender_grid(rows), task_grid(rows, "rise", 0.5), *leaderboards(results).values()):
+        words = Counter(shown(terminal_table(grid, "Tiny"), 80).split())
+        cells = [str(cell) for lines in grid.sections.values() for line in lines for cell in line[2:]]
+        assert Counter(" ".join(cells).split()) <= words
+        assert set(" ".join(grid.headings[1:]).split()) <= words.keys()

@@ -122,11 +122,13 @@ def test_table_has_a_row_for_each_kind_and_the_spread_of_random_masks() -> None:
         row("random", 0.5, 3.0, 1),
         row("streaming", 1.0, 4.0),
     ]
-    console = Console(width=120, record=True, file=StringIO())
+    console = Console(width=80, record=True, file=StringIO())
     console.print(results_table(results, "a title"))
     lines = console.export_text().splitlines()
     (full_row,), (found_row,) = ([line for line in lines if name in line] for name in ("full attention", "found mask"))
-    (random_row,), (streaming_row,) = ([line for line in lines if name in line] for name in ("random (2)", "all heads"))
+    (random_row,), (streaming_row,) = (
+        [line for line in lines if name in line] for name in ("random masks (2)", "all heads stream")
+    )
     assert lines[0].startswith("a title")
     assert lines.index(full_row) < lines.index(found_row) < lines.index(random_row) < lines.index(streaming_row)
     assert all(part in found_row for part in ("0.5", "1.250", "75.0 %", "50.0 %"))

@@ -159,7 +159,14 @@ def test_summary_compares_found_masks_with_full_random_and_streaming(run: Run) -
 
 
 def test_terminal_shows_the_table_and_where_things_are(run: Run) -> None:
-    for words in ("full attention", "found mask", "random (3)", "all heads", str(run.folder / "heads"), "step 2/2"):
+    for words in (
+        "full attention",
+        "found mask",
+        "random masks (3)",
+        "all heads stream",
+        str(run.folder / "heads"),
+        "step 2/2",
+    ):
         assert words in run.finished.output
 
 

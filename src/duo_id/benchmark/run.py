@@ -30,6 +30,7 @@ from duo_id.common.figures import save_figure
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
 from duo_id.common.progress import progress_bar
+from duo_id.common.tables import print_tables
 from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
 from duo_id.models.language_model import LanguageModel
@@ -123,7 +124,7 @@ def _measure(
                 progress.advance(progress_task)
     finally:  # also after Ctrl-C: show what was measured
         if results["rows"] and ranks.first:
-            cli.console.print(*(step_tables if steps else results_tables)(results), sep="\n")
+            print_tables(cli.console, *(step_tables if steps else results_tables)(results))
             if steps:
                 save_figure(plot_steps(results), folder / "train_step.png")
             for axis in [] if steps else plotted_axes(results):

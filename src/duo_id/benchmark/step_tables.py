@@ -4,28 +4,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
 
 from duo_id.common.figures import COLORS, set_title, style
+from duo_id.common.tables import TextTable
 
 NAMES = {"ours": "ours", "paper": "published shape"}
 
 
-def step_tables(results: Mapping[str, Any]) -> list[Table]:
+def step_tables(results: Mapping[str, Any]) -> list[TextTable]:
     """Time and memory of each step, and its profile if there is one.
 
     Tokens per second are of all devices together; floors, MFU and peaks are per device.
     """
     title, rates = f"{results['model']['name']} on {machine(results)}", results["ceilings"]
     caption = f"floors at {rates['flops'] / 1e12:.4g} TFLOP/s and the measured full attention"
-    table = Table(title=escape(f"train step: {title}"), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    headings = ["step", "blend", "tokens", "s", "tokens\n/s", "floor\ns", "over\nfloor", "MFU", "peak\nGiB"]
+    headings = ["s", "tokens\n/s", "floor\ns", "over\nfloor", "MFU", "peak\nGiB"]
     has_efficiency = any("efficiency" in row for row in results["rows"])
     headings += ["effi-\nciency"] if has_efficiency else []
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", overflow="fold")
+    lines = []
     for row in results["rows"]:
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.4g}"
         measured = ["OOM", "", f"{row['floor_ms'] / 1e3:.3g}", "", ""]
@@ -38,18 +34,15 @@ def step_tables(results: Mapping[str, Any]) -> list[Table]:
                 f"{100 * row['mfu']:.3g}%",
             ]
         efficiency = [f"{100 * row['efficiency']:.3g}%" if "efficiency" in row else ""] if has_efficiency else []
-        table.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *measured, peak, *efficiency)
+        lines.append([*_names(row), *measured, peak, *efficiency])
+    table = _table(headings, lines, f"train step: {title}", caption)
     profiles = [row for row in results["rows"] if "profile" in row]
     if not profiles:
         return [table]
     has_communication = any("communication" in row for row in profiles)
     groups = list(dict.fromkeys(group for row in profiles for group in row["profile"]))
-    time_table = Table(title="where the time goes (ms)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("step", "blend", "tokens", *(group.replace(" ", "\n") for group in groups)):
-        time_table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", overflow="fold")
-    for row in profiles:
-        times = [f"{row['profile'].get(group, 0):.4g}" for group in groups]
-        time_table.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *times)
+    times = [[*_names(row), *(f"{row['profile'].get(group, 0):.4g}" for group in groups)] for row in profiles]
+    time_table = _table([group.replace(" ", "\n") for group in groups], times, "where the time goes (ms)")
     return [table, time_table, _communication_table(results["rows"])] if has_communication else [table, time_table]
 
 
@@ -65,18 +58,25 @@ def machine(results: Mapping[str, Any]) -> str:
     )
 
 
-def _communication_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _communication_table(rows: Sequence[Mapping[str, Any]]) -> TextTable:
     """Communication of the first process's device, as a percentage of the step."""
     rows = [row for row in rows if "communication" in row]
     kinds = [name for name in rows[0]["communication"] if name != "step"]
-    table = Table(title="communication (% of the step)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("step", "blend", "tokens", *kinds):
-        table.add_column(heading, justify="left" if heading in ("step", "blend") else "right", overflow="fold")
+    lines = []
     for row in rows:
         times = row["communication"]
         shares = [f"{100 * times[kind] / times['step']:.3g}" for kind in kinds]
-        table.add_row(NAMES[row["step"]], row["blend"], f"{row['context']:,}", *shares)
-    return table
+        lines.append([*_names(row), *shares])
+    return _table(kinds, lines, "communication (% of the step)")
+
+
+def _names(row: Mapping[str, Any]) -> list[str]:
+    return [NAMES[row["step"]], row["blend"], f"{row['context']:,}"]
+
+
+def _table(headings: Sequence[str], rows: Sequence[list[str]], title: str, caption: str | None = None) -> TextTable:
+    """A table whose rows begin with `_names`."""
+    return TextTable(["step", "blend", "tokens", *headings], {"": rows}, title, caption, leading=3, left=2)
 
 
 @style()

@@ -3,11 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
-
 from duo_id.common.documents import FIRST, Data, Line, Natural, NonNegative, Share
+from duo_id.common.tables import TextTable
 
 FULL = ("full", "full-dual")  # the baselines: SDPA over a static cache, and the dual cache without streaming heads
 NAMES = {"full": "full, static cache", "full-dual": "full, dual cache", "duo": "duo"}
@@ -74,8 +71,8 @@ def with_gains(rows: Sequence[Mapping[str, Any]]) -> list[Measurement]:
     return compared
 
 
-def results_tables(results: Mapping[str, Any]) -> list[Table]:
-    """Times and memory for the terminal, each narrow enough for 80 columns.
+def results_tables(results: Mapping[str, Any]) -> list[TextTable]:
+    """Times and memory for the terminal.
 
     Args:
         results: as in results.json.
@@ -86,56 +83,50 @@ def results_tables(results: Mapping[str, Any]) -> list[Table]:
         results["rows"],
         key=lambda row: (row["context"], row["chunk_size"] or 0, order.index(row["attention"]), row["sparsity"]),
     )
-    leading_headings = ["attention", "context", "chunk"] if task == "prefill" else ["attention", "context"]
-    memories = _table(f"memory: {title}", [*leading_headings, "peak\nGiB", "weights\nGiB", "cache\nGiB", "full\n/ duo"])
-    times = _table(
-        f"{task}: {title}",
-        [*leading_headings, "ms", "±", "tokens\n/s", "floor\nms", "over\nfloor", "full\n/ duo", "their\nfloors"],
-        f"±: half of max - min; floors at {rates['bandwidth'] / 1e12:.3g} TB/s, {rates['flops'] / 1e12:.4g} TFLOP/s",
-    )
+    is_prefill = task == "prefill"
+    names, time_cells, memory_cells = [], [], []
     for row in rows:
-        duo, out_of_memory = row["attention"] not in FULL, row["status"] == "OOM"
-        name = (
-            f"duo {row['sparsity']:.3g}" if duo else {"full": "full SDPA", "full-dual": "full dual"}[row["attention"]]
-        )
-        leading_cells = [name, f"{row['context']:,}"] + ([f"{row['chunk_size']:,}"] if task == "prefill" else [])
-        style = "bold" if duo else None
+        out_of_memory = row["status"] == "OOM"
+        name = {"full": "full SDPA", "full-dual": "full dual"}.get(row["attention"], f"duo {row['sparsity']:.3g}")
+        names.append([name, f"{row['context']:,}"] + ([f"{row['chunk_size']:,}"] if is_prefill else []))
         spread = 50 * (row["ms_max"] - row["ms_min"]) / row["ms"] if "ms" in row else None
-        times.add_row(
-            *leading_cells,
-            "OOM" if out_of_memory else _number(row.get("ms")),
-            _cell(spread, ".2g", "%"),
-            _number(row.get("tokens_per_s")),
-            _number(row.get("floor_ms")),
-            _cell(row.get("over_floor"), ".3f"),
-            _cell(row.get("speedup"), ".2f", "x"),
-            _cell(row.get("floor_ratio"), ".2f", "x"),
-            style=style,
+        time_cells.append(
+            [
+                "OOM" if out_of_memory else _number(row.get("ms")),
+                _cell(spread, ".2g", "%"),
+                _number(row.get("tokens_per_s")),
+                _number(row.get("floor_ms")),
+                _cell(row.get("over_floor"), ".3f"),
+                _cell(row.get("speedup"), ".2f", "x"),
+                _cell(row.get("floor_ratio"), ".2f", "x"),
+            ]
         )
         gibibytes = [None if value is None else value / 2**30 for value in (row["peak_bytes"], row["cache_bytes"])]
-        memories.add_row(
-            *leading_cells,
-            "OOM" if out_of_memory else _cell(gibibytes[0], ".4g"),
-            _cell(row["weights_bytes"] / 2**30, ".4g"),
-            _cell(gibibytes[1], ".4g"),
-            _cell(row.get("memory_saving"), ".2f", "x"),
-            style=style,
+        memory_cells.append(
+            [
+                "OOM" if out_of_memory else _cell(gibibytes[0], ".4g"),
+                _cell(row["weights_bytes"] / 2**30, ".4g"),
+                _cell(gibibytes[1], ".4g"),
+                _cell(row.get("memory_saving"), ".2f", "x"),
+            ]
         )
-    return [memories] if task == "memory" else [times, memories]
+    leading = ["attention", "context", *(["chunk"] if is_prefill else [])]
+    bold = frozenset(("", number) for number, row in enumerate(rows) if row["attention"] not in FULL)
 
+    def table(title: str, headings: Sequence[str], cells: Sequence[list[str]], caption: str | None = None) -> TextTable:
+        lines = [[*first, *measured] for first, measured in zip(names, cells, strict=True)]
+        return TextTable([*leading, *headings], {"": lines}, title, caption, len(leading), bold=bold)
 
-def _table(title: str, headings: Sequence[str], caption: str | None = None) -> Table:
-    table = Table(
-        title=escape(title),
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    memories = table(f"memory: {title}", ["peak\nGiB", "weights\nGiB", "cache\nGiB", "full\n/ duo"], memory_cells)
+    if task == "memory":
+        return [memories]
+    times = table(
+        f"{task}: {title}",
+        ["ms", "±", "tokens\n/s", "floor\nms", "over\nfloor", "full\n/ duo", "their\nfloors"],
+        time_cells,
+        f"±: half of max - min; floors at {rates['bandwidth'] / 1e12:.3g} TB/s, {rates['flops'] / 1e12:.4g} TFLOP/s",
     )
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "attention" else "right", no_wrap=True)
-    return table
+    return [times, memories]
 
 
 def _ratio(full: Sequence[float | None], masked: float | None) -> float | None:

@@ -1,7 +1,6 @@
 """Compose a command's settings from Python, as the command line does."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from duo_id.common.config import conf_dir
 from duo_id.common.errors import UserError, check, one_line
-from duo_id.common.mistakes import describe_error
+from duo_id.common.mistakes import describe_error, did_you_mean
 
 
 def compose(command: str, choices: list[str]) -> DictConfig:
@@ -42,9 +41,7 @@ def check_choice(argument: str, name: Any, group: str) -> None:
         group: such as `method`.
     """
     choices = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
-    matches = get_close_matches(str(name), choices, 1)
-    suggestion = f", did you mean {matches[0]}?" if matches else ""
-    check(name in choices, f"{argument}={name!r}: choose one of {', '.join(choices)}{suggestion}")
+    check(name in choices, f"{argument}={name!r}: choose one of {', '.join(choices)}{did_you_mean(str(name), choices)}")
 
 
 def override(config: DictConfig, values: Mapping[str, Any]) -> None:

@@ -2,13 +2,21 @@
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.utils import get_method
 from hydra.utils import instantiate as hydra_instantiate
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigTypeError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from duo_id.common.errors import UserError, first_line, one_line
@@ -24,6 +32,9 @@ def describe_error(error: BaseException) -> str:
     for link in chain:
         if isinstance(link, UserError):
             return one_line(link, None)
+    misnamed = _misnamed(chain)
+    if misnamed:
+        return misnamed
     for link in chain:
         if isinstance(link, OverrideParseException):
             return _describe_syntax_error(link)
@@ -123,6 +134,47 @@ def shell_quoted(override: str) -> str:
     except HydraException:
         verbatim = False
     return shlex.quote(override) if verbatim else hydra_quoted(override) or override
+
+
+def did_you_mean(name: str, choices: Iterable[object]) -> str:
+    """The end of a message about an unknown name: the choice that is spelled most like it, if any."""
+    close = get_close_matches(name, [str(choice) for choice in choices], 1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _misnamed(chain: list[BaseException]) -> str:
+    """What is wrong where an override names no choice of a group, or no setting but nearly one; otherwise empty."""
+    for link in chain:
+        if isinstance(link, MissingConfigException) and link.missing_cfg_file and link.options:
+            group, _, choice = link.missing_cfg_file.rpartition("/")
+            options = sorted(link.options)
+            return f"{group}={choice}: choose one of {', '.join(options)}{did_you_mean(choice, options)}"
+        override = re.search(r"^To append to your config use \+(.*)$", str(link), re.MULTILINE)
+        if isinstance(link, ConfigCompositionException) and override:
+            cause = next((cause for cause in chain if isinstance(cause, OmegaConfBaseException)), None)
+            near = _nearest(override[1].partition("=")[0], cause.parent_node if cause else None)
+            return f"{override[1]}: there is no such setting, did you mean {near}?" if near else ""
+    return ""
+
+
+def _nearest(key: str, node: Any) -> str:
+    """The setting that is spelled most like a dotted key, as far as its first unknown part; empty if none is.
+
+    Args:
+        key: as typed.
+        node: any part of the config.
+    """
+    while isinstance(node, DictConfig) and (parent := node._get_parent()) is not None:
+        node = parent
+    path: list[str] = []
+    for part in key.split("."):
+        if not isinstance(node, DictConfig):
+            break
+        if part not in node.keys():  # noqa: SIM118  (`in` leaves out those whose value is missing)
+            close = get_close_matches(part, [str(name) for name in node], 1)
+            return ".".join([*path, *close]) if close else ""
+        path, node = [*path, part], node._get_node(part)
+    return ""
 
 
 def _describe_syntax_error(error: OverrideParseException) -> str:

@@ -4,7 +4,7 @@ A context is read once, in chunks, with the mask applied from its first token; e
 cache. A model that loses its state between chunks reads the context in one forward pass and the rest token by token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from duo_id.deploy.install import dual_cache
 from duo_id.evaluate.items import Item, Question
 from duo_id.models.language_model import LanguageModel
 
+GENERATED = 32  # tokens of a context that take as long as one that is generated
 CHECK_EVERY = 8  # decode steps between checks whether all answers have ended, each of which synchronises the device
 
 
@@ -43,11 +44,13 @@ class Reader:
         model: the language model.
         batch_tokens: tokens of all contexts, or copies of contexts, in memory at once.
         chunk_size: tokens per forward pass, where the model can continue after a chunk.
+        on_work: called as a batch is read, with what was done since the last call, see `work`.
     """
 
     model: LanguageModel
     batch_tokens: int
     chunk_size: int
+    on_work: Callable[[int], None] = lambda tokens: None
     _stop_masks: dict[str | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _continuation: Continuation = field(default_factory=Continuation)
 
@@ -117,6 +120,8 @@ class Reader:
         for start in range(0, context.shape[1], chunk_size):
             end = min(start + chunk_size, context.shape[1])
             chunk = context[:, start:end]
+            if start:
+                self.on_work(len(context) * chunk_size)  # the previous one
             flat = [row * (end - start) + position - start for position, row in wanted if start <= position < end]
             if not flat:
                 self._forward(chunk, cache, torch.tensor([end - start - 1], device=context.device), start)
@@ -166,6 +171,7 @@ class Reader:
         last = torch.tensor([shortest - 1], device=device)
         logits = self._forward_following(prompt_ids[:, :shortest], cache, last, past)[:, -1]
         for step in range(int(ends.max())):
+            self.on_work(GENERATED * len(questions))
             reading = starts > step
             token = torch.where(reading, prompt_ids[:, min(shortest + step, longest - 1)], logits.argmax(-1))
             chosen.append(token)
@@ -213,6 +219,12 @@ class Reader:
         blank = [not text.strip() and token not in ends for token, text in enumerate(texts)]
         stopping = [token in ends or (stop is not None and stop in text) for token, text in enumerate(texts)]
         return torch.tensor(blank, device=device), torch.tensor(stopping, device=device)
+
+
+def work(items: Sequence[Item], generate: bool) -> int:
+    """Tokens of the contexts plus those that may be generated, weighted: a proxy for the time that a batch takes."""
+    generated = [item.max_new_tokens * len(item.questions) for item in items if generate]
+    return sum(len(item.context) for item in items) + GENERATED * sum(generated)
 
 
 def end_tokens(model: LanguageModel) -> set[int]:

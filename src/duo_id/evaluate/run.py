@@ -1,6 +1,7 @@
 """Score head patterns and baselines on held-out long-context tasks."""
 
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from glob import glob
 from pathlib import Path
@@ -16,7 +17,9 @@ from duo_id.common.config import plain
 from duo_id.common.errors import UserError, check
 from duo_id.common.figures import save_figure
 from duo_id.common.foreign import describe_model, model_of
+from duo_id.common.progress import headline
 from duo_id.common.record import check_unchanged, differences, in_groups, keep_settings, read_settings
+from duo_id.common.tables import print_tables
 from duo_id.common.version import __version__
 from duo_id.data.haystack import load_haystack
 from duo_id.evaluate import chat
@@ -27,7 +30,7 @@ from duo_id.evaluate.judging import peer_rows
 from duo_id.evaluate.peers import SAMPLES, read_answers, write_samples
 from duo_id.evaluate.reading import end_tokens
 from duo_id.evaluate.runner import run
-from duo_id.evaluate.settings import EvaluateSettings
+from duo_id.evaluate.settings import BASELINES, EvaluateSettings
 from duo_id.evaluate.tasks.building import SampleBuilder
 from duo_id.evaluate.tasks.registry import make_items
 from duo_id.evaluate.tasks.ruler_data import is_ruler_data, ruler_items
@@ -44,6 +47,7 @@ from duo_id.report.summary import SEED
 from duo_id.report.tables import results_table, terminal_table
 
 VERBATIM: dict[str, Any] = {"markup": False, "highlight": False}  # for text from elsewhere
+DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")
 MEASURED = ("model", "data")  # settings that all scores of a run depend on
 NOT_RECORDED = ("resume",)  # settings that say nothing about what was measured
 
@@ -62,7 +66,7 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
         UserError: the settings cannot work; the message names the override.
     """
     _check_resumed(settings, folder)
-    name = pattern_name(settings.heads)
+    name = heads_name(settings.heads)
     check(name not in settings.patterns, f"patterns.{name}: heads={settings.heads} has this name, choose another")
     sources = {name: settings.heads} | expand_seeds(settings.patterns)
     patterns = {name: load_pattern(source) for name, source in sources.items()}
@@ -74,11 +78,15 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
             except UserError as error:
                 override = "heads" if sources[name] == settings.heads else f"patterns.{name}"
                 raise UserError(f"{override}={sources[name]}: {error}") from error
+        shape = len(layers), layers[0].kv_heads
+    lengths = " and ".join(f"{length:,}" for length in settings.lengths)
+    sizes = f"{settings.samples} x {lengths} tokens of {', '.join(settings.tasks)}"
+    cli.say(headline(model.name, model.model.device, shape, f"heads of {', '.join(patterns)}", sizes, folder))
     results = score(settings, model, patterns, folder, cli.console)
     write_results(folder, results)
-    cli.console.print(results_table(results, f"{model.name} under {settings.heads}"))
+    print_tables(cli.console, results_table(results, f"{model.name} under {settings.heads}"))
     for title, grid in (leaderboards(results) | paired_grids(results)).items():
-        cli.console.print(terminal_table(grid, title))
+        print_tables(cli.console, terminal_table(grid, title))
     for name, figure in figures(results).items():
         save_figure(figure, folder / "figures" / f"{name}.png")
     return results
@@ -126,6 +134,19 @@ def score(
         "versions": cli.versions() | {"device": _device_name()},
         "rows": journal.rows + peer_rows(eviction, items, model.tokenizer, end_tokens(model)),
     }
+
+
+def heads_name(source: str) -> str:
+    """What rows of tables call the heads at `source`: its name, but for a run in a dated folder its method.
+
+    A method that shares its name with a baseline leaves the date.
+    """
+    name = pattern_name(source)
+    if not DATED.fullmatch(name):
+        return name
+    settings = load_pattern(source).provenance.get("settings") or {}
+    method = (settings.get("method") or {}).get("name")
+    return method if method and method not in ("full", "random", *BASELINES) else name
 
 
 def expand_seeds(sources: Mapping[str, str]) -> dict[str, str]:

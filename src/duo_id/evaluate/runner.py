@@ -14,7 +14,7 @@ from duo_id.evaluate.contenders import Contender
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal
 from duo_id.evaluate.judging import score_rows
-from duo_id.evaluate.reading import Answers, Reader, batches, end_tokens
+from duo_id.evaluate.reading import Answers, Reader, batches, end_tokens, work
 from duo_id.models.language_model import LanguageModel
 
 CPU_CONTEXT_TOKENS = 4096
@@ -76,20 +76,33 @@ def run(
     if plan:
         _warn_if_stepwise(model, plan[0][0][0], full, chunk_size, console)
     with progress_bar(console, counted=False) as progress:
-        total = sum(_work(batch) + sum(map(_work, subsets.values())) for batch, subsets in plan)
-        bar = progress.add_task("evaluating", total=total)
+        total = sum(
+            work(batch, generate and bool(missing(full, batch)))
+            + sum(work(subset, generate) for subset in subsets.values())
+            for batch, subsets in plan
+        )
+        bar, planned = progress.add_task("evaluating", total=total), 0
+
+        def advance(done: int) -> None:
+            """Never beyond the end of a batch, which is longer than planned where a model reads token by token."""
+            progress.update(bar, completed=min(planned, progress.tasks[bar].completed + done))
+
+        reader.on_work = advance
         for batch, subsets in plan:
-            progress.update(bar, description=f"{len(batch)} x {batch[0].length} tokens")
             unrecorded = missing(full, batch)
+            planned += work(batch, generate and bool(unrecorded))
+            progress.update(bar, description=f"{full.heads}: {len(batch)} x {batch[0].length:,} tokens")
             reference = dict(zip(batch, answer(batch, full, generate and bool(unrecorded)), strict=True))
             journal.add(row for item in unrecorded for row in rows(full, item, reference[item], reference[item]))
-            progress.advance(bar, _work(batch))
+            progress.update(bar, completed=planned)
             for contender, subset in subsets.items():
+                planned += work(subset, generate)
+                progress.update(bar, description=f"{contender.heads}: {len(subset)} x {subset[0].length:,} tokens")
                 answers = zip(subset, answer(subset, contender, generate), strict=True)
                 journal.add(
                     row for item, answered in answers for row in rows(contender, item, answered, reference[item])
                 )
-                progress.advance(bar, _work(subset))
+                progress.update(bar, completed=planned)
 
 
 def _warn_if_stepwise(model: LanguageModel, item: Item, full: Contender, chunk_size: int, console: Console) -> None:
@@ -118,8 +131,3 @@ def context_tokens_for(model: LanguageModel) -> int:
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * dim * model.model.dtype.itemsize
     return max(1, int(torch.cuda.mem_get_info(device)[0] / 7 / token))
-
-
-def _work(batch: Sequence[Item]) -> int:
-    """Tokens read plus those that may be generated, weighted: a proxy for time."""
-    return sum(len(item.context) + 32 * item.max_new_tokens for item in batch)

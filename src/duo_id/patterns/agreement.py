@@ -7,9 +7,9 @@ import pandas as pd
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from rich.table import Table
 
 from duo_id.common.figures import UNGATED, draw_cells, hatch_ungated, number_heads, plain, style
+from duo_id.common.tables import TextTable
 from duo_id.patterns.combining import normalized_ranks
 from duo_id.patterns.pattern import HeadPattern
 
@@ -34,13 +34,13 @@ def agreement(patterns: Mapping[str, HeadPattern], sparsities: Sequence[float]) 
     return frames
 
 
-def agreement_table(patterns: Mapping[str, HeadPattern], sparsities: Sequence[float]) -> Table:
+def agreement_table(patterns: Mapping[str, HeadPattern], sparsities: Sequence[float]) -> TextTable:
     """The agreement of at least two patterns for the terminal: mean and minimum over their pairs."""
-    table = Table("agreement", "mean", "minimum", title=f"{len(patterns)} runs", title_justify="left")
+    rows = []
     for title, frame in agreement(patterns, sparsities).items():
         pairs = frame.to_numpy()[np.triu_indices(len(frame), 1)]
-        table.add_row(title.replace("\n", ", "), f"{pairs.mean():.2f}", f"{pairs.min():.2f}")
-    return table
+        rows.append((title.replace("\n", ", "), f"{pairs.mean():.2f}", f"{pairs.min():.2f}"))
+    return TextTable(("agreement", "mean", "minimum"), {"": rows}, f"{len(patterns)} runs")
 
 
 @style()

@@ -17,6 +17,7 @@ from rich.markup import escape
 from duo_id.common.documents import checked, read_object, read_text
 from duo_id.common.errors import UserError, one_line
 from duo_id.common.run_folders import ERROR
+from duo_id.common.tables import TextTable, print_tables
 from duo_id.patterns.files import HEADS
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.provenance import Summary
@@ -114,8 +115,7 @@ class SweepTable(Callback):
         except UserError as error:  # Hydra would turn it into a warning
             console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
             sys.exit(2)
-        for table in tables(sweep).values():
-            console.print(table)
+        print_tables(console, *tables(sweep).values())
         advice = f"table and figures: python -m duo_id.report {folder}"
         console.print(advice, soft_wrap=True, highlight=False, markup=False)
         if len(sweep.ended) < len(sweep.jobs):
@@ -142,7 +142,7 @@ def read_sweep(folder: str | Path) -> Sweep:
     return Sweep(name, jobs, (folder / OPTIMISED).is_file())
 
 
-def tables(sweep: Sweep) -> dict[str, Any]:
+def tables(sweep: Sweep) -> dict[str, TextTable]:
     """The `grids` for the terminal."""
     titles = {title: terminal_table(grid, f"{sweep.name}: {title}", "") for title, grid in grids(sweep).items()}
     if titles:

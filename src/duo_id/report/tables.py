@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
 
+from duo_id.common.tables import TextTable
 from duo_id.report.summary import REPORTED, Metric, contenders, frame, name_of
 
 SHOWN = ("kept", "loss", "rise", "kl", "accuracy", "exact", "relative_score")  # metrics per contender
@@ -60,20 +58,20 @@ class Grid:
     sections: Mapping[str, Sequence[Sequence[Cell]]]
 
 
-def results_table(results: Mapping[str, Any] | pd.DataFrame, title: str) -> Table:
-    """All contenders over all tasks, for a terminal of 120 columns.
+def results_table(results: Mapping[str, Any] | pd.DataFrame, title: str) -> TextTable:
+    """All contenders over all tasks, for the terminal.
 
     Args:
         results: as in results.json, or its rows as returned by `frame`.
         title: above the table.
     """
-    return terminal_table(contender_grid(_rows(results)), title, CAPTION)
+    return terminal_table(contender_grid(_rows(results)), title, CAPTION, leading=2)
 
 
 def task_table(
     results: Mapping[str, Any] | pd.DataFrame, title: str, metric: str | None = None, sparsity: float | None = None
-) -> Table:
-    """One metric by task, contenders of one sparsity across, for a terminal of 120 columns.
+) -> TextTable:
+    """One metric by task, contenders of one sparsity across, for the terminal.
 
     Args:
         results: as in results.json, or its rows as returned by `frame`.
@@ -155,26 +153,7 @@ def _rows(results: Mapping[str, Any] | pd.DataFrame) -> pd.DataFrame:
     return results if isinstance(results, pd.DataFrame) else frame(results)
 
 
-def terminal_table(grid: Grid, title: str, caption: str | None = None) -> Table:
-    """A grid as a terminal table, without the ends of intervals."""
-    table = Table(
-        title=escape(title),
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    for column, heading in enumerate(grid.headings):
-        first = column == 0
-        style = {"justify": "left", "min_width": 14} if first else {"justify": "right"}
-        table.add_column(escape(heading), overflow="fold", **style)
-    for section, lines in grid.sections.items():
-        if len(grid.sections) > 1:
-            table.add_section()
-            table.add_row(f"[italic]{escape(section)}[/]")
-        for cells in lines:
-            table.add_row(*(escape(str(cell)) for cell in cells))
-    return table
+def terminal_table(grid: Grid, title: str, caption: str | None = None, leading: int = 1) -> TextTable:
+    """A grid as a terminal table, without the ends of intervals; its first `leading` columns name the rows."""
+    sections = {section: [list(map(str, cells)) for cells in lines] for section, lines in grid.sections.items()}
+    return TextTable(grid.headings, sections, title, caption, leading)

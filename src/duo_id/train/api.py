@@ -30,6 +30,7 @@ from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.train.fit_gates import TrainRun
 from duo_id.train.identify import identify as find_heads
+from duo_id.train.progress import introduction
 from duo_id.train.settings import TrainSettings, train_settings
 
 LONGEST = 8192  # tokens of a sample on a GPU, where the model takes more and `lengths` says nothing
@@ -116,7 +117,8 @@ def identify(
         with attached(language_model.model, settings.step.backends) as layers:
             gated_model = GatedModel(language_model, layers, settings.method.window, settings.step.backends)
             console = Console(quiet=not progress)
-            console.print(_headline(gated_model, settings), soft_wrap=True, highlight=False, markup=False)
+            for line in introduction(gated_model, settings):
+                console.print(line, soft_wrap=True, highlight=False, markup=False)
             run = TrainRun(
                 settings=settings,
                 seed=seed,
@@ -237,13 +239,3 @@ def _device_defaults(model: LanguageModel, config: DictConfig) -> dict[str, Any]
     if model.model.num_parameters() <= SMALL:
         chosen["step.cuda_graphs"] = True  # launches are the bottleneck
     return chosen | {"data.length_max": min(limit or LONGEST, LONGEST)}
-
-
-def _headline(gated_model: GatedModel, settings: TrainSettings) -> str:
-    model, (layers, kv_heads) = gated_model.model, gated_model.shape
-    data, method = settings.data, settings.method
-    work = f"{settings.trainer['max_steps']} steps" if method.devices == "shared" else "scores"
-    return (
-        f"{model.name} on {gated_model.device}: {layers} layers x {kv_heads} KV heads, method={method.name}, {work}, "
-        f"samples of {data.length_min} to {data.length_max} tokens"
-    )

@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.console import Console
 
 from duo_id.attention.functions import Backends, masked_layers
 from duo_id.attention.interface import attached, bound
 from duo_id.common.errors import UserError
+from duo_id.common.progress import progress_bar
+from duo_id.common.tables import TextTable
 from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.pattern import HeadMask, HeadPattern
 from duo_id.patterns.random_masks import random_like
@@ -54,6 +54,7 @@ def compare(
     random_masks: int,
     seed: int,
     backends: Backends | None = None,
+    console: Console | None = None,
 ) -> list[Result]:
     """Score every mask on every sample, teacher-forced. Ranks that share a model must all call it; all get the results.
 
@@ -65,6 +66,7 @@ def compare(
         random_masks: number of random masks per sparsity.
         seed: of the random masks.
         backends: attention implementations.
+        console: shows the progress; None: nothing does.
     """
     masks: list[tuple[str, float, int | None, HeadMask]] = [("full", 0.0, None, pattern.binarize(sparsity=0))]
     for sparsity in sparsities:
@@ -74,9 +76,8 @@ def compare(
     masks.append(("streaming", 1.0, None, pattern.binarize(sparsity=1)))
     backends = backends or Backends()
     results = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        Progress(*columns, transient=True, disable=not model.ranks.first) as progress,
+        progress_bar(console or Console(quiet=True)) as progress,
         attached(model.model, backends, model.ranks.group) as layers,
     ):
         task = progress.add_task("scoring masks", total=len(masks) * len(samples))
@@ -116,31 +117,31 @@ def check_window(samples: Sequence[Mapping[str, Any]], sink_size: int, recent_si
         )
 
 
-def results_table(results: Sequence[Result], title: str) -> Table:
+def results_table(results: Sequence[Result], title: str) -> TextTable:
     """The comparison as a table; random masks of one sparsity share a row, mean ± standard deviation."""
-    table = Table(
-        title=escape(title),
-        title_justify="left",
-        caption="means over the samples; answer loss in nats per token",
-        caption_justify="left",
-    )
-    for heading in ("heads", "streaming", "answer loss", "token accuracy", "exact answers"):
-        table.add_column(heading, justify="left" if heading == "heads" else "right")
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result.heads, result.sparsity), []).append(result.summary())
-    names = {"full": "full attention", "found": "found mask", "streaming": "all heads"}
-    for (heads, sparsity), rows in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])):
-        name = names.get(heads, f"random ({len(rows)})")
-        table.add_row(
-            name,
+    names = {"full": "full attention", "found": "found mask", "streaming": "all heads stream"}
+    ordered = sorted(groups.items(), key=lambda item: (item[0][1], item[0][0]))
+    rows = [
+        (
+            names.get(heads, f"random masks ({len(summaries)})"),
             f"{sparsity:.4g}",
-            _cell([row["answer_loss"] for row in rows], "{:.3f}"),
-            _cell([100 * row["token_accuracy"] for row in rows], "{:.1f}", " %"),
-            _cell([100 * row["exact_answers"] for row in rows], "{:.1f}", " %"),
-            style="bold" if heads == "found" else None,
+            _cell([summary["answer_loss"] for summary in summaries], "{:.3f}"),
+            _cell([100 * summary["token_accuracy"] for summary in summaries], "{:.1f}", " %"),
+            _cell([100 * summary["exact_answers"] for summary in summaries], "{:.1f}", " %"),
         )
-    return table
+        for (heads, sparsity), summaries in ordered
+    ]
+    return TextTable(
+        ("heads", "streaming", "answer loss", "token accuracy", "exact answers"),
+        {"": rows},
+        title,
+        "means over the samples; answer loss in nats per token",
+        leading=2,
+        bold=frozenset(("", number) for number, ((heads, _), _) in enumerate(ordered) if heads == "found"),
+    )
 
 
 def _cell(values: Sequence[float], form: str, unit: str = "") -> str:

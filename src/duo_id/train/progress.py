@@ -1,12 +1,19 @@
-"""Progress of gate training in the terminal: a bar with loss, gates and speed."""
+"""Progress of gate training in the terminal: a bar of one line with the loss and what else fits."""
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, CustomTimeColumn
 from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, TextColumn
+
+from duo_id.common.progress import headline
+from duo_id.models.gated_model import GatedModel
+from duo_id.train.settings import TrainSettings
 
 SHOWN = {
     "loss": ".4f",
@@ -16,33 +23,84 @@ SHOWN = {
     "length": ".0f",
     "tokens_per_s": ",.0f",
 }
+CPU_STEPS, CPU_TOKENS = 100, 1000  # a run with as many steps on longer samples takes a CPU hours
+BAR = 12  # characters of the bar itself
+TIMES = len("0:00:00 • 0:00:00")
+
+
+def introduction(gated_model: GatedModel, settings: TrainSettings, folder: Path | None = None) -> list[str]:
+    """The first lines of a run: what it does, and whether that is too much for a CPU.
+
+    Args:
+        gated_model: the model.
+        settings: of the run.
+        folder: of the run; None: it keeps none.
+    """
+    model, data, method, steps = gated_model.model, settings.data, settings.method, settings.trainer["max_steps"]
+    trains = method.devices == "shared"
+    longest = data.length_max or model.max_length
+    sizes = f"{f'{steps} steps' if trains else 'scores'}, samples of {data.length_min} to {longest} tokens"
+    lines = [headline(model.name, gated_model.device, gated_model.shape, f"method={method.name}", sizes, folder)]
+    if trains and gated_model.device.type == "cpu" and steps >= CPU_STEPS and (longest or 0) > CPU_TOKENS:
+        lines.append(
+            f"{steps} steps on samples of up to {longest} tokens are meant for a GPU: on a CPU lower "
+            "trainer.max_steps or data.length_max"
+        )
+    return lines
 
 
 class TrainingBar(RichProgressBar):
     """Lightning's bar with our metrics under short names; a log file instead gets a line per tenth of the run."""
 
-    def __init__(self) -> None:
-        """Start without metrics."""
-        super().__init__()
+    def __init__(self, console_kwargs: dict[str, Any] | None = None) -> None:
+        """Start without metrics; `console_kwargs` as in Lightning."""
+        super().__init__(console_kwargs=console_kwargs)
         self._shown: dict[str, Any] = {}
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Show no bar where nobody can watch it move."""
+        super().setup(trainer, pl_module, stage)
+        console = Console(**self._console_kwargs)
+        if not (console.is_terminal or console.is_jupyter):
+            self.disable()
+
+    def configure_columns(self, trainer: lightning.Trainer) -> list[ProgressColumn]:
+        """What stands before the metrics, narrow enough to leave room for them."""
+        times = CustomTimeColumn(style=self.theme.time)
+        steps = BatchesProcessedColumn(style=self.theme.batch_progress)
+        return [TextColumn("{task.description}"), BarColumn(BAR), steps, times]
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
         """The metrics of the last logged step, as text: reading them at every step would wait for the device."""
         if not self._shown or trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._shown = _as_text(trainer.progress_bar_metrics)
+            steps = 2 * len(str(trainer.max_steps)) + 1
+            before = len(f"{self._get_train_description(0)} ") + BAR + 1 + steps + 1 + TIMES + 1
+            width = self._console.width if self._console else Console().width
+            self._shown = _fitting(_as_text(trainer.progress_bar_metrics), width - before)
         return self._shown
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any) -> None:
         """Advance the bar, or write a line."""
         super().on_train_batch_end(trainer, pl_module, *args)
         tenth = trainer.global_step % math.ceil(trainer.max_steps / 10) == 0
-        if tenth and trainer.is_global_zero and not (console := Console()).is_terminal:
+        if tenth and trainer.is_global_zero and self.is_disabled:
             shown = "  ".join(f"{name} {value}" for name, value in _as_text(trainer.progress_bar_metrics).items())
             line = f"step {trainer.global_step}/{trainer.max_steps}  {shown}"
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            Console(**self._console_kwargs).print(line, soft_wrap=True, highlight=False, markup=False)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"
+
+
+def _fitting(shown: Mapping[str, str], room: int) -> dict[str, str]:
+    """The first metrics, and of those that follow whichever fit into so many characters."""
+    fitting: dict[str, str] = {}
+    for name, value in shown.items():
+        size = len(f"{name}: {value}") + bool(fitting)
+        if size <= room or not fitting:
+            fitting[name] = value
+            room -= size
+    return fitting
 
 
 def _as_text(metrics: Mapping[str, Any]) -> dict[str, str]:

@@ -28,6 +28,7 @@ from duo_id.common.record import (
     read_settings,
     recorded_settings,
 )
+from duo_id.common.tables import print_tables
 from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
 from duo_id.methods.search import SEARCH_FILE
@@ -47,6 +48,7 @@ from duo_id.train.comparison import check_window, compare, pattern_loss, results
 from duo_id.train.fit_gates import TrainRun, sample_module
 from duo_id.train.identify import identify
 from duo_id.train.plots import plot_training, read_metrics
+from duo_id.train.progress import introduction
 from duo_id.train.settings import TrainSettings
 from duo_id.train.tracking import log_config, log_gates, log_heads, run_loggers
 
@@ -101,6 +103,8 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
         with attached(model.model, settings.step.backends, ranks.group) as layers:
             on_accepted = partial(keep_settings, folder, requested | kept, replaced) if ranks.first else lambda: None
             gated_model = GatedModel(model, layers, method.window, settings.step.backends)
+            for line in introduction(gated_model, settings, folder):
+                cli.say(line)
             run = TrainRun(
                 settings=settings,
                 seed=settings.seed,
@@ -128,9 +132,8 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
         sparsities = _sparsities(settings, pattern)
         if ranks.first and len(patterns) > 1:
             save_pattern(pattern, folder / "heads", sparsities)
-        results = compare(
-            model, pattern, test, sparsities, settings.comparison.random_masks, settings.seed, settings.step.backends
-        )
+        random_masks, backends = settings.comparison.random_masks, settings.step.backends
+        results = compare(model, pattern, test, sparsities, random_masks, settings.seed, backends, cli.console)
         validation_summary = {}
         if in_sweep:
             loss = pattern_loss(model, pattern, validation, sparsities, settings.step.backends)
@@ -147,8 +150,8 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
             write_text(folder / "summary.json", json.dumps(sealed(summary), indent=1))
             save_figure(plot_gates(pattern, title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
         if len(patterns) > 1:
-            cli.console.print(agreement_table(patterns, settings.sparsity))
-        cli.console.print(results_table(results, f"{model.name}: {len(test)} held-out samples"))
+            print_tables(cli.console, agreement_table(patterns, settings.sparsity))
+        print_tables(cli.console, results_table(results, f"{model.name}: {len(test)} held-out samples"))
         return summary
 
 

@@ -137,7 +137,7 @@ def test_groups_and_names_expand_once_in_their_order() -> None:
             [2600],
             None,
             3,
-            "tasks: there is no needles, choose among all, needle, .*, needle-words, .* short",
+            "tasks: there is no needles, choose among all, needle, .*, needle-words, .* short.*, did you mean needle",
         ),
         (["copying"], [2600, 9000], 8192, 3, r"lengths=\[2600, 9000\]: 9000 exceeds the 8192 tokens"),
         (["needle"], [2600], None, 0, "depths=0 must be between 1 and"),

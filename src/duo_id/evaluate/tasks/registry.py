@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from duo_id.common.errors import UserError, check
+from duo_id.common.mistakes import did_you_mean
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.tasks import language, lookup, needles, ruler
 from duo_id.evaluate.tasks.building import Draft, SampleBuilder, TaskSample, TooShort
@@ -76,10 +77,11 @@ def expand(names: Sequence[str]) -> list[EvaluationTask]:
     Raises:
         UserError: a name is neither a task nor a group.
     """
-    choices = ", ".join((*GROUPS, *EVALUATION_TASKS, RULER_DATA))
+    choices = (*GROUPS, *EVALUATION_TASKS, RULER_DATA)
     for name in names:
         check(not name.startswith("longbench"), f"tasks={name}: LongBench is run by lm-eval: {LONGBENCH}")
-        check(name in GROUPS or name in EVALUATION_TASKS, f"tasks: there is no {name}, choose among {choices}")
+        advice = f"choose among {', '.join(choices)}{did_you_mean(name, choices)}"
+        check(name in GROUPS or name in EVALUATION_TASKS, f"tasks: there is no {name}, {advice}")
     return [
         EVALUATION_TASKS[task] for task in dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,)))
     ]
