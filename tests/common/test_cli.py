@@ -69,6 +69,7 @@ FAST = [
     ("train", "experiment=nosuch"),
     ("evaluate", "heads=DIR sample=1"),
     ("evaluate", "heads=DIR samples=0"),
+    ("evaluate", "heads=DIR tasks=needles"),
     ("benchmark", "step.memory=much"),
     ("data", "out=DIR n=-1"),
 ]
