@@ -106,10 +106,10 @@ def test_nobody_imports_the_entry_points() -> None:
         ("attention.layers", "attention.padding common.errors"),
         (
             "attention.interface",
-            "attention.window attention.blends attention.ulysses attention.softmax attention.memo attention.full "
-            "attention.kernels.cached attention.kernels.streaming attention.kernels.operator attention.streaming "
-            "attention.padding attention.layers attention.parity attention.functions attention.last_layer "
-            "common.compat common.documents common.integrity common.errors",
+            "attention.window attention.choices attention.blends attention.ulysses attention.softmax attention.memo "
+            "attention.full attention.kernels.cached attention.kernels.streaming attention.kernels.operator "
+            "attention.streaming attention.padding attention.layers attention.parity attention.functions "
+            "attention.last_layer common.compat common.documents common.integrity common.errors",
         ),
     ],
 )

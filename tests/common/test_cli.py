@@ -1,5 +1,6 @@
-"""What all commands share: how warnings and mistakes look."""
+"""What all commands share: how warnings and mistakes look, and that mistakes cost no second."""
 
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -53,3 +54,33 @@ def test_ties_of_gates_on_their_way_are_not_told(tmp_path: Path, monkeypatch: py
     assert run_command("train", *QUICK, *STILL, folder=tmp_path).status == 0
     assert "files.py" in warning_files
     assert warning_files.isdisjoint({"gate_training.py", "tracking.py"})
+
+
+SLOW = ("torch", "transformers", "lightning", "datasets", "matplotlib", "pandas")
+FAST = [
+    *((command, "--help") for command in ("train", "evaluate", "benchmark", "data")),
+    ("train", "method.lrr=1"),
+    ("train", "method.lr=abc"),
+    ("train", "method.objective=nosuch"),
+    ("train", "method.blend=nosuch"),
+    ("train", "data.length_max=-1"),
+    ("train", "step.full_backend=nosuch"),
+    ("train", "trainer.max_steps=0"),
+    ("train", "experiment=nosuch"),
+    ("evaluate", "heads=DIR sample=1"),
+    ("evaluate", "heads=DIR samples=0"),
+    ("evaluate", "heads=DIR tasks=needles"),
+    ("benchmark", "step.memory=much"),
+    ("data", "out=DIR n=-1"),
+]
+
+
+@pytest.mark.parametrize(("command", "arguments"), FAST)
+def test_help_and_mistakes_wait_for_no_large_import(command: str, arguments: str, tmp_path: Path) -> None:
+    code = (
+        f"import atexit, runpy, sys; sys.argv = ['', *{arguments.split()}]; "
+        f"atexit.register(lambda: print('loaded:', sorted({set(SLOW)} & sys.modules.keys()))); "
+        f"runpy.run_module('duo_id.{command}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (2 * (arguments != "--help"), "loaded: []"), done.stdout

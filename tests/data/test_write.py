@@ -21,13 +21,13 @@ def script():
 
 
 @pytest.fixture
-def tokenizer(monkeypatch, script):
+def tokenizer(monkeypatch):
     """One token a byte, and the only one that the script can load."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    monkeypatch.setattr(script, "load_tokenizer", lambda settings: tokenizer)
+    monkeypatch.setattr("duo_id.models.loading.load_tokenizer", lambda settings: tokenizer)
     return tokenizer
 
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from duo_id.attention.choices import FULL_BACKENDS
 from duo_id.attention.memo import memo
 from duo_id.attention.softmax import Softmax, attend_at, attend_by_rows
 from duo_id.common.errors import UserError
 
-FULL_BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flash_attn")
 CUDNN_MAX_DIM = 128  # the widest head that cuDNN's forward pass takes in every supported version
 CUDNN_MIN_TOKENS = 8192  # below, planning a new shape costs cuDNN more than its speed gains
 FALLBACKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from duo_id.attention.choices import STREAMING_BACKENDS
 from duo_id.attention.full import full_attention
 from duo_id.attention.softmax import Softmax, attend_at, attend_by_rows
 from duo_id.attention.window import Window
 from duo_id.common.errors import UserError
 
-STREAMING_BACKENDS = ("auto", "blocked", "flex", "triton")
 FLEX_BLOCK = 128  # FlexAttention's block of queries and of keys
 
 

@@ -1,13 +1,13 @@
 """What a streaming head sees: the single definition that everything else is tested against."""
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, cast
 
 from duo_id.common.documents import MOST_TOKENS
 from duo_id.common.errors import UserError
+
+if TYPE_CHECKING:  # settings have a window and are checked before torch is imported
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,6 @@ class Window:
         """
         return (key <= query) & ((key < self.sink_size) | (query - key < self.recent_size))
 
-    def dense(self, queries: Tensor, keys: Tensor) -> Tensor:
+    def dense(self, queries: "Tensor", keys: "Tensor") -> "Tensor":
         """The pattern as a bool matrix (queries, keys) for two vectors of positions; for small sizes only."""
-        return torch.as_tensor(self.sees(queries[:, None], keys[None, :]))
+        return cast("Tensor", self.sees(queries[:, None], keys[None, :]))

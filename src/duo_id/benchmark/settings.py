@@ -1,16 +1,17 @@
-"""Typed settings of `python -m duo_id.benchmark`."""
+"""Typed settings of `python -m duo_id.benchmark`, which are checked without importing torch."""
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-
-from duo_id.attention.blends import BLENDS
+from duo_id.attention.choices import BLEND_NAMES
 from duo_id.common.config import Count, Fraction, Positive, Seed, Some, Text, one_of, settings
 from duo_id.common.errors import check
 from duo_id.models.settings import ModelSettings
 from duo_id.step.settings import StepSettings
 from duo_id.train.trainer import Trainer, TrainerSettings
+
+if TYPE_CHECKING:
+    import torch
 
 TRAINER_KEYS = ("_target_", "accelerator", "devices", "num_nodes", "strategy")  # trainer arguments that choose devices
 
@@ -38,7 +39,7 @@ class BenchmarkSettings:
     data: LengthSettings = field(default_factory=LengthSettings)
     heads: Text | None = None  # a run folder, its heads/ folder or a shipped name; null: heads drawn at random
     step: StepSettings = field(default_factory=StepSettings)  # train_step: ours
-    blend: Some[Annotated[Text, one_of(BLENDS)]] = field(default_factory=lambda: ["student"])  # train_step
+    blend: Some[Annotated[Text, one_of(BLEND_NAMES)]] = field(default_factory=lambda: ["student"])  # train_step
     beside: bool = True  # train_step: the step in the published shape too, on one device
     profile: bool = False  # train_step: also where the time goes
     batch_size: Positive = 1  # samples across all devices
@@ -74,6 +75,6 @@ class BenchmarkSettings:
             check(not self.step.cuda_graphs, "step.cuda_graphs=true: task=train_step measures steps without a graph")
             check(self.heads is None, f"heads={self.heads}: task=train_step trains the gates of all heads")
 
-    def compiles(self, device: torch.device) -> bool:
+    def compiles(self, device: "torch.device") -> bool:
         """Whether to compile on a device: as set, by default only on a GPU."""
         return self.step.compile or (device.type == "cuda" if self.compile is None else self.compile)

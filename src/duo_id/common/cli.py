@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -104,15 +105,21 @@ def start_run(config: DictConfig) -> tuple[DictConfig, Path, list[str]]:
     Raises:
         UserError: the earlier run's settings cannot be read, or are not trusted.
     """
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
     _escape_unencodable()  # again, since a sweep's job may run in its own process
     _show_warnings()
     overrides: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task)  # type: ignore[assignment]
     if config.get("resume"):
         config = OmegaConf.create(escape_interpolations(resumed_settings(config, overrides)))
     return config, Path(HydraConfig.get().runtime.output_dir), overrides
+
+
+def quiet_libraries() -> None:
+    """Treat the loggers of libraries as Hydra's logging configuration does; those imported after it escape it."""
+    if HydraConfig.initialized():
+        configure_log(HydraConfig.get().job_logging, HydraConfig.get().verbose)  # type: ignore[arg-type]
+    for library in ("lightning.pytorch", "lightning.fabric"):  # which set these levels when they are imported
+        logging.getLogger(library).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
 
 
 def resume_command(command: str, folder: Path) -> str:

@@ -1,4 +1,7 @@
-"""`python -m duo_id.data out=DIR n=1000 [data=key_value model=... data.length_max=...]`: write samples to disk."""
+"""`python -m duo_id.data out=DIR n=1000 [data=key_value model=... data.length_max=...]`: write samples to disk.
+
+The work is imported once the settings have been checked: `--help` and mistakes are answered at once.
+"""
 
 from duo_id.common import stopping
 
@@ -9,10 +12,7 @@ from omegaconf import DictConfig
 
 from duo_id.common import cli
 from duo_id.common.config import parse
-from duo_id.data.disk import write_dataset
-from duo_id.data.registry import make_task
 from duo_id.data.settings import DataGenSettings
-from duo_id.models.loading import load_tokenizer
 
 
 def generate(config: DictConfig) -> None:
@@ -22,6 +22,11 @@ def generate(config: DictConfig) -> None:
         UserError: the settings do not fit together, or `out` exists.
     """
     settings = parse(DataGenSettings, config)
+    from duo_id.data.disk import write_dataset
+    from duo_id.data.registry import make_task
+    from duo_id.models.loading import load_tokenizer
+
+    cli.quiet_libraries()
     tokenizer = load_tokenizer(settings.model)
     counts = {"train": settings.n, "validation": settings.n_validation, "test": settings.n_test}
     tasks = {split: make_task(settings.data, tokenizer, split) for split, count in counts.items() if count > 0}

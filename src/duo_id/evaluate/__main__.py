@@ -1,4 +1,7 @@
-"""`python -m duo_id.evaluate heads=DIR_OR_NAME`: head patterns on held-out long-context tasks."""
+"""`python -m duo_id.evaluate heads=DIR_OR_NAME`: head patterns on held-out long-context tasks.
+
+The work is imported once the settings have been checked: `--help` and mistakes are answered at once.
+"""
 
 from duo_id.common import stopping
 
@@ -9,14 +12,17 @@ from omegaconf import DictConfig, open_dict
 
 from duo_id.common import cli
 from duo_id.common.config import parse
-from duo_id.evaluate.journal import JOURNAL, RESULTS
-from duo_id.evaluate.run import evaluate, with_model_of_pattern
 from duo_id.evaluate.settings import EvaluateSettings
 
 
 def main(config: DictConfig) -> None:
     """Run the command."""
     config, folder, overrides = cli.start_run(config)
+    parse(EvaluateSettings, config)
+    from duo_id.evaluate.journal import JOURNAL, RESULTS
+    from duo_id.evaluate.run import evaluate, with_model_of_pattern
+
+    cli.quiet_libraries()
     if not config.resume:  # a resumed run has saved its model
         with open_dict(config):
             config = with_model_of_pattern(config, overrides)

@@ -32,8 +32,9 @@ from duo_id.evaluate.reading import end_tokens
 from duo_id.evaluate.runner import run
 from duo_id.evaluate.settings import BASELINES, EvaluateSettings
 from duo_id.evaluate.tasks.building import SampleBuilder
+from duo_id.evaluate.tasks.names import is_ruler_data
 from duo_id.evaluate.tasks.registry import make_items
-from duo_id.evaluate.tasks.ruler_data import is_ruler_data, ruler_items
+from duo_id.evaluate.tasks.ruler_data import ruler_items
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import load_model, weights_source
 from duo_id.patterns.files import contents_of, list_patterns, pattern_name

@@ -6,6 +6,7 @@ from typing import Literal
 from duo_id.common.config import Count, Fraction, Positive, Seed, Several, Some, Text, settings
 from duo_id.common.errors import check
 from duo_id.data.settings import HaystackSettings
+from duo_id.evaluate.tasks.names import check_tasks
 from duo_id.models.settings import ModelSettings
 
 BASELINES = ("streaming", "window")
@@ -46,6 +47,7 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         """Normalise values; what depends on the model is checked once it is loaded."""
         self.sparsity, self.lengths = sorted(set(self.sparsity)), sorted(set(self.lengths))
+        check_tasks(self.tasks)
         reserved = {"full", "random", *BASELINES}
         for name in self.patterns:
             check(name not in reserved, f"patterns.{name}: {name} is a reserved name, choose another")

@@ -1,15 +1,17 @@
-"""Settings of all methods: see conf/method/. `method=NAME` chooses one."""
+"""Settings of all methods: see conf/method/. `method=NAME` chooses one.
+
+What imports torch is imported where it is used, so that mistakes in settings are answered at once.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from omegaconf import DictConfig
 from pydantic import Field
 
-from duo_id.attention.blends import BLENDS
+from duo_id.attention.choices import BLEND_NAMES
 from duo_id.attention.window import Window
 from duo_id.common.config import (
     Count,
@@ -29,9 +31,13 @@ from duo_id.common.config import (
 )
 from duo_id.common.errors import UserError, check
 from duo_id.common.mistakes import instantiate
-from duo_id.methods.gates import GATES
-from duo_id.methods.penalties import PENALTIES
-from duo_id.step.objectives import Objective, check_weight, make_objective
+from duo_id.methods.choices import GATE_NAMES, PENALTY_NAMES
+from duo_id.step.choices import NEEDS_TEACHER, check_weight, objective_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from duo_id.step.objectives import Objective
 
 
 @settings("method")
@@ -56,9 +62,22 @@ class _WithObjective:
     objective: Any
 
     @property
-    def resolved_objective(self) -> Objective:
+    def resolved_objective(self) -> "Objective":
         """The objective that `objective` names."""
+        from duo_id.step.objectives import make_objective
+
         return make_objective(self.objective)
+
+    def needs_teacher(self) -> bool:
+        """Whether the objective needs a teacher; one of the user's own is imported to know.
+
+        Raises:
+            UserError: there is no such objective, or a weight is not positive.
+        """
+        weights = objective_weights(self.objective)
+        if weights.keys() <= NEEDS_TEACHER.keys():
+            return any(NEEDS_TEACHER[name] for name in weights)
+        return self.resolved_objective.teacher
 
 
 LEAST_TEMPERATURE = 1e-3  # of gates
@@ -91,9 +110,9 @@ class SaliencySettings(_WithObjective, ScoreSettings):
 
     def __post_init__(self) -> None:
         """Check what goes together."""
-        objective = self.resolved_objective
+        needs_teacher = self.needs_teacher()
         check(
-            self.kind == "fisher" or not objective.teacher or any(value < 1 for value in self.at),
+            self.kind == "fisher" or not needs_teacher or any(value < 1 for value in self.at),
             f"method.at={self.at}: at 1 the student equals the teacher, so the gradient of method.objective="
             f"{self.objective} is 0; add smaller values, or choose method.objective=next_token or method.kind=fisher",
         )
@@ -118,7 +137,7 @@ class SearchSettings(_WithObjective, ScoreSettings):
 
     def __post_init__(self) -> None:
         """Check what goes together."""
-        _ = self.resolved_objective
+        objective_weights(self.objective)
         _check_pair("between", self.between)
         check(
             self.start is not None or self.between == [0.0, 1.0],
@@ -129,6 +148,7 @@ class SearchSettings(_WithObjective, ScoreSettings):
         if self.swap_at is not None:
             check(self.max_swaps > 0, f"method.swap_at={self.swap_at} needs method.max_swaps=NUMBER, of exchanges")
         self.start = _typed_order("start", self.start, self)
+        self.needs_teacher()  # imports an objective of the user's own, after what costs nothing
 
 
 @settings("method")
@@ -137,8 +157,8 @@ class GateSettings(_WithObjective, MethodSettings):
 
     devices = "shared"
 
-    blend: Annotated[Text, one_of(BLENDS)] = "student"
-    gate: Annotated[Text, one_of(GATES)] = "clamp"
+    blend: Annotated[Text, one_of(BLEND_NAMES)] = "student"
+    gate: Annotated[Text, one_of(GATE_NAMES)] = "clamp"
     penalty: Named = "l1"  # a name, or weights of several
     objective: Named = "hidden_l2"  # a name, or weights of several
     tokens: Tokens = "labelled"
@@ -163,20 +183,15 @@ class GateSettings(_WithObjective, MethodSettings):
 
     def __post_init__(self) -> None:
         """Check that the settings go together."""
-        objective = self.resolved_objective
+        objective_weights(self.objective)
         check(
             bool(self.penalty) and isinstance(self.penalty, str | Mapping),
-            f"method.penalty={shown(self.penalty)}: choose one of {', '.join(PENALTIES)}, or weights of several such "
-            "as {l1: 1, binary: 0.1}",
+            f"method.penalty={shown(self.penalty)}: choose one of {', '.join(PENALTY_NAMES)}, or weights of several "
+            "such as {l1: 1, binary: 0.1}",
         )
         for name, weight in self.penalties.items():
-            check(name in PENALTIES, f"method.penalty={shown(name)}: choose one of {', '.join(PENALTIES)}")
+            check(name in PENALTY_NAMES, f"method.penalty={shown(name)}: choose one of {', '.join(PENALTY_NAMES)}")
             check_weight(weight, f"method.penalty.{name}")
-        check(
-            self.blend != "teacher" or objective.teacher,
-            f"method.blend=teacher needs a teacher pass, and method.objective={self.objective} has none: choose "
-            "method.blend=student",
-        )
         if self.gate == "nested":
             self._check_nested()
         self.prior = _typed_order("prior", self.prior, self)
@@ -194,6 +209,12 @@ class GateSettings(_WithObjective, MethodSettings):
                 f"method.target_sparsity={self.target_sparsity} needs method.penalty=target: {self.penalty} cannot "
                 "reach a target",
             )
+        needs_teacher = self.needs_teacher()  # imports an objective of the user's own, after what costs nothing
+        check(
+            self.blend != "teacher" or needs_teacher,
+            f"method.blend=teacher needs a teacher pass, and method.objective={self.objective} has none: choose "
+            "method.blend=student",
+        )
 
     def _check_nested(self) -> None:
         _check_pair("budgets", self.budgets)
@@ -249,12 +270,14 @@ def _check_pair(key: str, values: list[float]) -> None:
     )
 
 
-def make_optimizer(method: GateSettings, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(method: GateSettings, parameters: "Iterable[torch.nn.Parameter]") -> "torch.optim.Optimizer":
     """The configured optimizer over these parameters.
 
     Raises:
         UserError: it cannot be created, or is not an optimizer.
     """
+    import torch
+
     optimizer = instantiate("method.optimizer", method.optimizer, parameters)
     check(
         isinstance(optimizer, torch.optim.Optimizer),

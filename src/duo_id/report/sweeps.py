@@ -1,6 +1,5 @@
 """Sweeps: the jobs of a sweep's folder side by side, by their differing overrides."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import lexists
@@ -9,15 +8,11 @@ from statistics import mean, stdev
 from typing import Any
 
 import yaml
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
-from rich.console import Console
-from rich.markup import escape
 
 from duo_id.common.documents import checked, read_object, read_text
 from duo_id.common.errors import UserError, one_line
 from duo_id.common.run_folders import ERROR
-from duo_id.common.tables import TextTable, print_tables
+from duo_id.common.tables import TextTable
 from duo_id.patterns.files import HEADS
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.provenance import Summary
@@ -102,24 +97,6 @@ class Sweep:
         for job in self.ended:
             by_setting.setdefault(self.setting(job), []).append(job)
         return dict(sorted(by_setting.items(), key=lambda item: mean(job.objective for job in item[1])))
-
-
-class SweepTable(Callback):
-    """Shows a sweep's table at its end; a sweep with failed jobs exits with status 2, wherever they ran."""
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra, in the process that started the jobs."""
-        folder, console = Path(config.hydra.sweep.dir), Console()
-        try:
-            sweep = read_sweep(folder)
-        except UserError as error:  # Hydra would turn it into a warning
-            console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-            sys.exit(2)
-        print_tables(console, *tables(sweep).values())
-        advice = f"table and figures: python -m duo_id.report {folder}"
-        console.print(advice, soft_wrap=True, highlight=False, markup=False)
-        if len(sweep.ended) < len(sweep.jobs):
-            sys.exit(2)
 
 
 def is_sweep(folder: str | Path) -> bool:

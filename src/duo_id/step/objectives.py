@@ -7,15 +7,13 @@ Each compares the student's outputs at the scored tokens with the teacher's and 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from duo_id.common.errors import UserError
-
-MAX_WEIGHT = 1e9  # of one objective or penalty in a sum
+from duo_id.step.choices import objective_weights
 
 
 @dataclass(frozen=True)
@@ -115,15 +113,7 @@ def make_objective(chosen: str | Mapping[str, float]) -> Objective:
     Raises:
         UserError: there is no such objective, or a weight is not positive.
     """
-    if isinstance(chosen, list):
-        raise UserError(
-            f"method.objective={chosen} must be a name, or weights of several such as {{kl: 1, layer_l2: 1}}"
-        )
-    weights = dict(chosen) if isinstance(chosen, Mapping) else {chosen: 1.0}
-    if not weights:
-        raise UserError(f"method.objective={{}}: choose one of {', '.join(OBJECTIVES)}, or weights of several")
-    for name, weight in weights.items():
-        check_weight(weight, f"method.objective.{name}")
+    weights = objective_weights(chosen)
     parts = [(_named(name), weight) for name, weight in weights.items()]
 
     def weighted(student: Outputs, teacher: Outputs) -> Tensor:
@@ -137,21 +127,10 @@ def make_objective(chosen: str | Mapping[str, float]) -> Objective:
     )
 
 
-def check_weight(weight: Any, override: str) -> None:
-    """Raise a `UserError` unless a value is a positive weight whose products fit float32."""
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= MAX_WEIGHT:
-        raise UserError(f"{override}={weight!s:.80} must be a positive weight, at most {MAX_WEIGHT:g}")
-
-
 def _named(name: str) -> Objective:
     """The objective of a name, or of a dotted name such as `my_module.my_objective`."""
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    if "." not in str(name):
-        raise UserError(
-            f"method.objective={name}: choose one of {', '.join(OBJECTIVES)}, or weights of several, or name an "
-            "Objective of your own as MODULE.NAME"
-        )
     try:
         objective = resolve_name(str(name))
     except (ImportError, AttributeError, ValueError) as error:

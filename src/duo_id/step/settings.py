@@ -1,12 +1,13 @@
-"""Settings of a training step: see conf/step/."""
+"""Settings of a training step: see conf/step/.
 
-from typing import Annotated, Literal
+What imports torch is imported where it is used, so that mistakes in settings are answered at once.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator
 
-from duo_id.attention.full import FULL_BACKENDS
-from duo_id.attention.functions import Backends
-from duo_id.attention.streaming import STREAMING_BACKENDS
+from duo_id.attention.choices import FULL_BACKENDS, STREAMING_BACKENDS
 from duo_id.common.config import (
     Positive,
     Text,
@@ -15,6 +16,9 @@ from duo_id.common.config import (
 )
 from duo_id.common.errors import check
 from duo_id.step.budget import memory_bytes
+
+if TYPE_CHECKING:
+    from duo_id.attention.functions import Backends
 
 
 def _budget(value: str) -> str:
@@ -45,6 +49,8 @@ class StepSettings:
         )
 
     @property
-    def backends(self) -> Backends:
+    def backends(self) -> "Backends":
         """Implementations of attention."""
+        from duo_id.attention.functions import Backends
+
         return Backends(self.full_backend, self.streaming_backend, self.compile)

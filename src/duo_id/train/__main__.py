@@ -1,4 +1,7 @@
-"""`python -m duo_id.train`: find a model's retrieval heads by any method, and evaluate their masks."""
+"""`python -m duo_id.train`: find a model's retrieval heads by any method, and evaluate their masks.
+
+The work is imported once the settings have been checked: `--help` and mistakes are answered at once.
+"""
 
 from duo_id.common import stopping
 
@@ -11,7 +14,6 @@ from omegaconf import DictConfig
 
 from duo_id.common import cli
 from duo_id.common.record import SETTINGS
-from duo_id.train.run import train
 from duo_id.train.settings import train_settings
 
 
@@ -20,7 +22,11 @@ def main(config: DictConfig) -> float | None:
     config, folder, _ = cli.start_run(config)
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        summary = train(train_settings(config), folder, in_sweep)
+        settings = train_settings(config)
+        from duo_id.train.run import train
+
+        cli.quiet_libraries()
+        summary = train(settings, folder, in_sweep)
     except (KeyboardInterrupt, OSError):
         if (folder / SETTINGS).is_file():
             cli.say(f"stopped; to resume: {cli.resume_command('train', folder)}")

@@ -1,10 +1,12 @@
-"""Typed settings of `duo_id.train`: Hydra's config is checked here once; every error names the override to change."""
+"""Typed settings of `duo_id.train`: Hydra's config is checked here once; every error names the override to change.
+
+What imports torch or Lightning is checked last, so that other mistakes are answered at once.
+"""
 
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any
 
-import torch
 from omegaconf import DictConfig
 from pydantic import Field
 
@@ -100,12 +102,19 @@ def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
         isinstance(settings.method, GateSettings) or not settings.trainer.get("callbacks"),
         f"trainer.callbacks: method={settings.method.name} trains nothing, so they would never be called",
     )
-    if isinstance(settings.method, GateSettings):
-        make_optimizer(settings.method, [torch.nn.Parameter(torch.zeros(1))])  # fails now, not after loading a model
-    for name, logger in settings.logger.items():
-        check_importable(f"logger.{name}._target_", (logger or {}).get("_target_"))
     check(
         settings.repeats == 1 or getattr(settings.method, "swap_at", None) is None,
         f"repeats={settings.repeats}: method.swap_at refines the mask of one run, which averaging several would undo",
     )
+    _check_imported(settings)
     return settings
+
+
+def _check_imported(settings: TrainSettings) -> None:
+    """Create the optimizer and import the loggers: they fail now, not after loading a model."""
+    if isinstance(settings.method, GateSettings):
+        import torch
+
+        make_optimizer(settings.method, [torch.nn.Parameter(torch.zeros(1))])
+    for name, logger in settings.logger.items():
+        check_importable(f"logger.{name}._target_", (logger or {}).get("_target_"))

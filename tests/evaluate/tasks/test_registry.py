@@ -8,7 +8,8 @@ from duo_id.common.errors import UserError
 from duo_id.evaluate.chat import Chat, plain, split_chat
 from duo_id.evaluate.items import SPLITS
 from duo_id.evaluate.metrics import METRICS
-from duo_id.evaluate.tasks.registry import EVALUATION_TASKS, GROUPS, expand, make_items, reserved_tokens
+from duo_id.evaluate.tasks.names import GROUPS
+from duo_id.evaluate.tasks.registry import EVALUATION_TASKS, expand, make_items, reserved_tokens
 from tests.evaluate.tasks.making import AFTER, ASKED, LENGTHS, builder_of, items_of, text, tokenizer_of
 
 MATRIX = pytest.mark.parametrize("tokenizer", LENGTHS)

@@ -9,7 +9,8 @@ from duo_id.common.errors import UserError
 from duo_id.data.haystack import tokenize
 from duo_id.evaluate.chat import Chat, plain
 from duo_id.evaluate.items import Item
-from duo_id.evaluate.tasks.ruler_data import expand_ruler, is_ruler_data, ruler_items
+from duo_id.evaluate.tasks.names import expand_ruler, is_ruler_data
+from duo_id.evaluate.tasks.ruler_data import ruler_items
 from duo_id.models.loading import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()  # a token is a byte of text

@@ -5,15 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from duo_id.common.errors import UserError, check
-from duo_id.common.mistakes import did_you_mean
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.tasks import language, lookup, needles, ruler
 from duo_id.evaluate.tasks.building import Draft, SampleBuilder, TaskSample, TooShort
-from duo_id.evaluate.tasks.ruler_data import RULER_DATA
+from duo_id.evaluate.tasks.names import GROUPS, check_generated
 
 RESERVED_TOKENS = 96  # the same for almost all tasks, so that their contexts share a size and are read together
 SHORT = 64  # tokens of a sample of the task short, without those of the chat template
-LONGBENCH = "python -m duo_id.lm_eval --model duo_id --model_args heads=RUN,sparsity=0.5 --tasks longbench"
 
 
 @dataclass(frozen=True)
@@ -62,13 +60,6 @@ EVALUATION_TASKS = {
         EvaluationTask("short", lookup.short, 5, room=24, length=SHORT),
     )
 }
-GROUPS = {
-    "all": tuple(EVALUATION_TASKS),
-    "needle": tuple(name for name in EVALUATION_TASKS if name.startswith("needle-")),
-    "ruler": tuple(name for name in EVALUATION_TASKS if name.startswith("ruler-")),
-    "lookup": ("passkeys", "json-lookup", "copying", "list-reorder", "classification"),
-    "text": ("language", "rare-ngrams"),
-}
 
 
 def expand(names: Sequence[str]) -> list[EvaluationTask]:
@@ -77,11 +68,7 @@ def expand(names: Sequence[str]) -> list[EvaluationTask]:
     Raises:
         UserError: a name is neither a task nor a group.
     """
-    choices = (*GROUPS, *EVALUATION_TASKS, RULER_DATA)
-    for name in names:
-        check(not name.startswith("longbench"), f"tasks={name}: LongBench is run by lm-eval: {LONGBENCH}")
-        advice = f"choose among {', '.join(choices)}{did_you_mean(name, choices)}"
-        check(name in GROUPS or name in EVALUATION_TASKS, f"tasks: there is no {name}, {advice}")
+    check_generated(names)
     return [
         EVALUATION_TASKS[task] for task in dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,)))
     ]

@@ -9,38 +9,11 @@ from duo_id.common.errors import check
 from duo_id.data.haystack import tokenize
 from duo_id.evaluate.chat import Chat
 from duo_id.evaluate.items import Item, Question
+from duo_id.evaluate.tasks.names import RULER_DATA, expand_ruler
 from duo_id.evaluate.tasks.ruler_files import Sample, read_ruler
 
-RULER_DATA = "ruler-data"
-# The 13 tasks of the authors' synthetic.yaml; the metric and number of new tokens of each kind from their constants.py.
-RULER_TASKS = (
-    "niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3 niah_multivalue "
-    "niah_multiquery vt cwe fwe qa_1 qa_2"
-).split()
+# The metric and number of new tokens of each kind, from the authors' constants.py.
 METRICS = {"niah": ("all", 128), "vt": ("all", 30), "cwe": ("all", 120), "fwe": ("all", 50), "qa": ("any", 32)}
-
-
-def is_ruler_data(name: str) -> bool:
-    """Whether a task's name refers to RULER's data or a part of it, even one that does not exist."""
-    return name.partition("/")[0] == RULER_DATA
-
-
-def expand_ruler(names: Sequence[str]) -> list[str]:
-    """RULER's names of the tasks that `names` refer to, in order and without duplicates.
-
-    Raises:
-        UserError: there is no such task; the message lists all tasks.
-    """
-    tasks: list[str] = []
-    for name in names:
-        task = name.removeprefix(RULER_DATA).removeprefix("/")
-        choices = ", ".join(f"{RULER_DATA}/{choice}" for choice in RULER_TASKS)
-        check(
-            name == RULER_DATA or task in RULER_TASKS,
-            f"tasks={name}: no such data set, choose {RULER_DATA} or {choices}",
-        )
-        tasks += RULER_TASKS if name == RULER_DATA else [task]
-    return list(dict.fromkeys(tasks))
 
 
 def ruler_items(

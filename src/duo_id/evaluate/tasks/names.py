@@ -1,0 +1,79 @@
+"""The names that `tasks` chooses from, apart from the tasks: a mistake is answered without importing torch."""
+
+from collections.abc import Sequence
+
+from duo_id.common.errors import check
+from duo_id.common.mistakes import did_you_mean
+
+TASK_NAMES = (  # of `duo_id.evaluate.tasks.registry`
+    "needle-words",
+    "needle-numbers",
+    "needle-sentences",
+    "passkeys",
+    "ruler-single",
+    "ruler-multikey",
+    "ruler-multivalue",
+    "ruler-multiquery",
+    "ruler-variables",
+    "ruler-common-words",
+    "ruler-frequent-words",
+    "json-lookup",
+    "copying",
+    "list-reorder",
+    "classification",
+    "language",
+    "rare-ngrams",
+    "short",
+)
+GROUPS = {
+    "all": TASK_NAMES,
+    "needle": tuple(name for name in TASK_NAMES if name.startswith("needle-")),
+    "ruler": tuple(name for name in TASK_NAMES if name.startswith("ruler-")),
+    "lookup": ("passkeys", "json-lookup", "copying", "list-reorder", "classification"),
+    "text": ("language", "rare-ngrams"),
+}
+LONGBENCH = "python -m duo_id.lm_eval --model duo_id --model_args heads=RUN,sparsity=0.5 --tasks longbench"
+RULER_DATA = "ruler-data"
+# The 13 tasks of the authors' synthetic.yaml.
+RULER_TASKS = (
+    "niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3 niah_multivalue "
+    "niah_multiquery vt cwe fwe qa_1 qa_2"
+).split()
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Raise a `UserError` unless each name is a task, a group of tasks, or RULER's data or a part of it."""
+    check_generated([name for name in names if not is_ruler_data(name)])
+    expand_ruler([name for name in names if is_ruler_data(name)])
+
+
+def check_generated(names: Sequence[str]) -> None:
+    """Raise a `UserError` unless each name is a generated task or a group of them."""
+    choices = (*GROUPS, *TASK_NAMES, RULER_DATA)
+    for name in names:
+        check(not name.startswith("longbench"), f"tasks={name}: LongBench is run by lm-eval: {LONGBENCH}")
+        advice = f"choose among {', '.join(choices)}{did_you_mean(name, choices)}"
+        check(name in GROUPS or name in TASK_NAMES, f"tasks: there is no {name}, {advice}")
+
+
+def is_ruler_data(name: str) -> bool:
+    """Whether a task's name means RULER's data or a part of it, known or not."""
+    return name.partition("/")[0] == RULER_DATA
+
+
+def expand_ruler(names: Sequence[str]) -> list[str]:
+    """RULER's own names of the tasks that `names` mean, in this order, each once.
+
+    Raises:
+        UserError: there is no such task; the message lists all.
+    """
+    tasks: list[str] = []
+    for name in names:
+        task = name.removeprefix(RULER_DATA).removeprefix("/")
+        choices = ", ".join(f"{RULER_DATA}/{one}" for one in RULER_TASKS)
+        check(
+            name == RULER_DATA or task in RULER_TASKS,
+            f"tasks={name}: no such data set, choose {RULER_DATA} or {choices}",
+        )
+        tasks += RULER_TASKS if name == RULER_DATA else [task]
+    return list(dict.fromkeys(tasks))
