@@ -23,7 +23,7 @@ from rich.markup import escape
 
 from duo_id.common.config import conf_dir
 from duo_id.common.console import complain, console, name_folder, say
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, naming_extras
 from duo_id.common.files import write_text
 from duo_id.common.mistakes import as_typed, explained, literal, no_choice
 from duo_id.common.resuming import open_to_any, resumed
@@ -48,7 +48,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
         nonlocal composed, status
         composed, ours = True, False
         try:
-            with holding_job(config):
+            with holding_job(config), naming_extras(name):
                 ours = True
                 return command(config)
         except Exception as error:
@@ -65,7 +65,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
             return math.nan
 
     try:
-        with begin():
+        with begin(), naming_extras(name):
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(task)()
         sys.exit(status)
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
@@ -87,7 +87,8 @@ def run_plain(command: Callable[[list[str]], object]) -> None:
     _print_anything()
     _show_warnings()
     try:
-        command(sys.argv[1:])
+        with naming_extras():
+            command(sys.argv[1:])
     except (UserError, OSError) as error:
         sys.exit(complain(error))
     except KeyboardInterrupt as error:
