@@ -1,7 +1,7 @@
 # Whichever target comes first sets up .venv with the pinned packages of constraints.txt.
 
 # The first of these that runs and is 3.11 or newer makes .venv; PYTHON=... names another.
-PYTHON ?= python3 python3.12 python3.11
+PYTHON ?= python3 python3.13 python3.12 python3.11
 ARGS ?=
 RUN ?=
 TRANSFORMERS ?=

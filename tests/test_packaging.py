@@ -1,22 +1,28 @@
+import ast
 import importlib.util
 import os
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from duo_id import load_pattern
+from duo_id.common.errors import EXTRAS, NEEDS
+from duo_id.common.version import __version__
 from tests.support.commands import QUICK
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
@@ -35,20 +41,38 @@ def archives(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def wheel_python(archives, tmp_path_factory):
-    """The Python of a new environment that holds duo_id's wheel and nothing else.
-
-    Dependencies come from the running environment, which a .pth file puts last on the path. The .pth files
-    there have no effect from here, so an editable duo_id stays out of sight.
-    """
-    folder = tmp_path_factory.mktemp("installed") / "venv"
+def install_wheel(archives, folder):
+    """The Python of a new environment that holds duo_id's wheel and nothing else, and its folder of packages."""
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     (wheel,) = archives.glob("*.whl")
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel, cwd=folder)
     site_packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
-    Path(site_packages, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return python, Path(site_packages)
+
+
+@pytest.fixture(scope="session")
+def wheel_python(archives, tmp_path_factory):
+    """The Python of an environment with duo_id's wheel.
+
+    Dependencies come from the running environment, which a .pth file puts last on the path. The .pth files
+    there have no effect from here, so an editable duo_id stays out of sight.
+    """
+    python, site_packages = install_wheel(archives, tmp_path_factory.mktemp("installed") / "venv")
+    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return python
+
+
+@pytest.fixture(scope="session")
+def core_python(archives, tmp_path_factory):
+    """The same with links to the packages that duo_id requires without extras, and no others."""
+    python, site_packages = install_wheel(archives, tmp_path_factory.mktemp("core") / "venv")
+    for name in closure("duo_id", set()) - {"duo-id"}:
+        package = metadata.distribution(name)
+        for top in {file.parts[0] for file in package.files} - {"..", "__pycache__"}:
+            link = site_packages / top
+            if not link.exists():
+                link.symlink_to(package.locate_file(top))
     return python
 
 
@@ -86,6 +110,82 @@ def test_wheel_trains_from_any_folder(wheel_python, tmp_path):
     assert "found mask" in output
     assert load_pattern(tmp_path / "run").scores.shape == (3, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+CORE = """
+import runpy, sys
+import torch, transformers
+import duo_id
+
+pattern = duo_id.load_pattern(duo_id.list_patterns()[0])
+duo_id.save_pattern(pattern, "saved")
+sys.argv = ["convert", "saved", "converted", "format=duo-attention", "lossy=true"]
+runpy.run_module("duo_id.convert", run_name="__main__")
+sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, vocab_size=32)
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=2, **sizes))
+pattern = duo_id.HeadPattern(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), sink_size=2, recent_size=4)
+with duo_id.duo_attention(model, pattern, sparsity=0.5):
+    assert model.generate(torch.arange(1, 21)[None], max_new_tokens=3, min_new_tokens=3).shape == (1, 23)
+"""
+MISSING = """
+import duo_id, torch
+
+def plot():
+    return duo_id.HeadPattern(torch.rand(2, 2), sink_size=2, recent_size=4).plot()
+
+for missing in (lambda: duo_id.identify, lambda: duo_id.evaluate_pattern, lambda: duo_id.push_to_hub, plot):
+    try:
+        missing()
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_the_core_deploys_and_converts(core_python, tmp_path):
+    run(core_python, "-c", CORE, cwd=tmp_path)
+    assert (tmp_path / "converted").is_dir()
+
+
+def test_the_python_api_names_the_extra_that_is_missing(core_python, tmp_path):
+    identify, evaluate, push, plot = run(core_python, "-c", MISSING, cwd=tmp_path).splitlines()
+    assert identify == "identify needs lightning, which is not installed: pip install 'duo_id[train]'"
+    for line, feature in {evaluate: "evaluate_pattern", push: "push_to_hub", plot: "plot"}.items():
+        assert line.startswith(f"{feature} needs ")
+        assert line.endswith(", which is not installed: pip install 'duo_id[eval]'")
+
+
+def packages(module):
+    """The canonical names of the distributions that install a module."""
+    return {canonicalize_name(name) for name in metadata.packages_distributions().get(module, [module])}
+
+
+def named(lines):
+    """The canonical names of requirements."""
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+@pytest.mark.parametrize(("module", "extra"), EXTRAS.items())
+def test_the_extra_that_is_named_installs_the_package(module, extra):
+    brought = closure("duo_id", {extra}) if extra != "flash" else named(PROJECT["optional-dependencies"][extra])
+    assert packages(module) <= brought
+    assert not packages(module) & named(PROJECT["dependencies"])
+
+
+def test_every_other_package_that_is_imported_comes_with_the_core():
+    imported = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            imported |= {name.partition(".")[0] for name in names}
+    ours, guarded = {"duo_id", "hydra_plugins"}, {"triton", "kvpress"}  # guarded: torch's for CUDA; the user's
+    others = imported - set(sys.stdlib_module_names) - EXTRAS.keys() - ours - guarded
+    assert named(PROJECT["dependencies"]) <= set().union(*map(packages, others)) <= closure("duo_id", set())
+
+
+def test_an_extra_that_a_feature_needs_includes_evaluation():
+    extras = {name: set(map(str, map(Requirement, lines))) for name, lines in PROJECT["optional-dependencies"].items()}
+    assert all("duo_id[eval]" in extras[extra] for extra in NEEDS.values())
 
 
 def test_importing_the_package_loads_nothing_heavy(tmp_path):
@@ -145,6 +245,14 @@ def test_a_run_on_another_release_than_the_one_asked_for_fails(tested, tmp_path)
     assert ("transformers==9.8 is to be tested, not 9.9" in done.stdout) == (tested == "9.8")
 
 
+def requires(name):
+    """What a distribution requires, with markers for its extras; of duo_id, what pyproject.toml says today."""
+    if name != "duo-id":
+        return metadata.requires(name) or []
+    extras = PROJECT["optional-dependencies"].items()
+    return PROJECT["dependencies"] + [f'{line}; extra == "{extra}"' for extra, lines in extras for line in lines]
+
+
 def closure(name, extras):
     """The canonical names of an installed distribution and of all that it requires here, with these extras."""
     found, todo = set(), [(canonicalize_name(name), frozenset(extras))]
@@ -153,9 +261,25 @@ def closure(name, extras):
         if item in found:
             continue
         found.add(item)
-        for requirement in map(Requirement, metadata.requires(name) or []):
+        for requirement in map(Requirement, requires(name)):
             if requirement.marker is None or any(
                 requirement.marker.evaluate({"extra": extra}) for extra in {"", *extras}
             ):
                 todo.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
     return {name for name, _ in found}
+
+
+def test_the_citation_is_of_this_release():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (__version__, PROJECT["license"])
+    assert citation["keywords"] == PROJECT["keywords"]
+    assert f"## [{__version__}] - {citation['date-released']}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem
+)
+def test_issue_forms_ask_for_what_is_needed(path):
+    form = yaml.safe_load(path.read_text())
+    assert {"name", "description", "body"} <= form.keys()
+    assert all(field["validations"]["required"] for field in form["body"])

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from duo_id.common.errors import naming_extras
 from duo_id.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -59,4 +60,5 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: `import duo_id` alone loads nothing."""
     if name not in _HOMES:
         raise AttributeError(f"module 'duo_id' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    with naming_extras(name):
+        return getattr(import_module(_HOMES[name]), name)

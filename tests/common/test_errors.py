@@ -1,8 +1,8 @@
-"""What libraries say, on one line."""
+"""What libraries say, on one line, and packages that are missing."""
 
 import pytest
 
-from duo_id.common.errors import UserError, check, first_line, one_line
+from duo_id.common.errors import EXTRAS, NEEDS, MissingExtraError, UserError, check, first_line, naming_extras, one_line
 
 
 def test_reasons_are_one_line_without_control_characters() -> None:
@@ -22,3 +22,39 @@ def test_a_condition_that_does_not_hold_is_an_error() -> None:
     check(True, "never")
     with pytest.raises(UserError, match=r"^seed=-1 is no seed$"):
         check(False, "seed=-1 is no seed")
+
+
+def missing(name: str) -> ModuleNotFoundError:
+    """What an import raises where no such module is installed."""
+    return ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.mark.parametrize(
+    ("feature", "module", "extra"),
+    [
+        ("", "matplotlib", "eval"),
+        ("evaluate", "pandas", "eval"),
+        ("train", "pandas", "train"),
+        ("train", "optuna", "sweep"),
+        ("identify", "lightning", "train"),
+        ("", "lm_eval", "lm-eval"),
+    ],
+)
+def test_a_missing_package_is_one_line_with_the_command(feature: str, module: str, extra: str) -> None:
+    with pytest.raises(MissingExtraError) as caught, naming_extras(feature):
+        raise missing(module)
+    assert isinstance(caught.value, UserError)
+    assert isinstance(caught.value, ImportError)
+    expected = f"{feature or 'this'} needs {module}, which is not installed: pip install 'duo_id[{extra}]'"
+    assert str(caught.value) == expected
+
+
+def test_other_errors_of_imports_pass() -> None:
+    for error in (missing("torch"), missing("lightning.pytorch.nowhere"), ImportError("cannot import name")):
+        with pytest.raises(ImportError) as caught, naming_extras("train"):
+            raise error
+        assert caught.value is error
+
+
+def test_features_name_extras() -> None:
+    assert set(NEEDS.values()) <= set(EXTRAS.values())

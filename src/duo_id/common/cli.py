@@ -24,7 +24,7 @@ from rich.markup import escape
 
 from duo_id.common.config import conf_dir
 from duo_id.common.console import console, print_error, say, set_missing_filename
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, naming_extras
 from duo_id.common.files import write_text
 from duo_id.common.mistakes import describe_error, escape_interpolations, has_invalid_choice, shell_quoted
 from duo_id.common.resuming import allow_unknown_keys, resumed_settings
@@ -49,7 +49,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
         nonlocal config_composed, status
         config_composed, folder_locked = True, False
         try:
-            with locked_job_folder(config):
+            with locked_job_folder(config), naming_extras(name):
                 folder_locked = True
                 return command(config)
         except Exception as error:
@@ -66,7 +66,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
             return math.nan
 
     try:
-        with command_folders():
+        with command_folders(), naming_extras(name):
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(task)()
         sys.exit(status)
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
@@ -88,7 +88,8 @@ def run_plain(command: Callable[[list[str]], object]) -> None:
     _escape_unencodable()
     _show_warnings()
     try:
-        command(sys.argv[1:])
+        with naming_extras():
+            command(sys.argv[1:])
     except (UserError, OSError) as error:
         sys.exit(print_error(error))
     except KeyboardInterrupt as error:

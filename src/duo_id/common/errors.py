@@ -1,5 +1,29 @@
 """The exception that commands and notebooks show as one line instead of a traceback, and helpers for such lines."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXTRAS = {
+    "accelerate": "eval",
+    "datasets": "eval",
+    "filelock": "eval",
+    "jinja2": "eval",
+    "matplotlib": "eval",
+    "pandas": "eval",
+    "platformdirs": "eval",
+    "pyarrow": "eval",
+    "zstandard": "eval",
+    "lightning": "train",
+    "optuna": "sweep",
+    "submitit": "sweep",
+    "gguf": "demo",
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "lm_eval": "lm-eval",
+    "flash_attn": "flash",
+}  # an imported module -> the extra of pyproject.toml that installs it
+NEEDS = {"train": "train", "identify": "train", "benchmark": "train"}  # these include the extra eval
+
 
 class UserError(ValueError):
     """A mistake that the user can correct; the message is one line and names the override to change."""
@@ -9,10 +33,37 @@ class UserError(ValueError):
         return [f"error: {self}"]
 
 
+class MissingExtraError(UserError, ImportError):
+    """A package of an extra is not installed."""
+
+
 def check(condition: bool, message: str) -> None:
     """Raise a `UserError` with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextmanager
+def naming_extras(feature: str = "") -> Iterator[None]:
+    """Name the extra to install when the block, or the function that this decorates, misses a package of one.
+
+    Args:
+        feature: the command or public function that runs; if it needs more than the extra eval, its extra is named,
+            whichever package is missed first.
+
+    Raises:
+        MissingExtraError: a package of an extra is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        extra = EXTRAS[error.name]
+        if extra == "eval":
+            extra = NEEDS.get(feature, extra)
+        message = f"{feature or 'this'} needs {error.name}, which is not installed: pip install 'duo_id[{extra}]'"
+        raise MissingExtraError(message) from error
 
 
 def one_line(error: object, limit: int | None = 400) -> str:

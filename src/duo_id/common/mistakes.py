@@ -19,7 +19,7 @@ from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigTypeError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from duo_id.common.errors import UserError, first_line, one_line
+from duo_id.common.errors import EXTRAS, UserError, first_line, one_line
 
 KINDS: dict[type[Any], str] = {dict: "a mapping, such as {key: value}", list: "a list, such as [value]"}
 
@@ -67,6 +67,9 @@ def check_importable(override: str, target: Any) -> None:
     try:
         get_method(target)
     except Exception as error:  # importing a module can raise anything
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and cause.name in EXTRAS:
+            raise cause from None  # the command names the extra
         raise UserError(f"{override}={target}: there is no such class ({one_line(error)})") from error
 
 

@@ -13,7 +13,7 @@ from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duo_id.common.compat import gguf_arguments
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, naming_extras
 from duo_id.common.files import whole_folder
 from duo_id.common.integrity import check_sums
 from duo_id.models.weights import reason_of
@@ -66,7 +66,9 @@ def dequantised_folder(pieces: list[Path], name: str) -> Path:
     return folder
 
 
+@naming_extras("the embedded model")
 def _convert(pieces: list[Path], folder: Path) -> None:
+
     with whole_folder(folder) as temporary:
         gguf = pieces[0]
         if len(pieces) > 1:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from duo_id.common.documents import checked
-from duo_id.common.errors import UserError, check
+from duo_id.common.errors import UserError, check, naming_extras
 from duo_id.patterns import fields, files
 from duo_id.patterns.cells import Cells
 from duo_id.patterns.provenance import Provenance
@@ -211,6 +211,7 @@ class HeadPattern:
         low, high = (value.item() for value in self.scores[list(self.gated_layers)].aminmax())
         return Cells(values, self.gated_layers, "score (higher = retrieval)", (low, high))
 
+    @naming_extras("plot")
     def plot(self, sparsity: float | None = None, *, title: str | None = None, mask: HeadMask | None = None) -> Any:
         """Heatmap of the scores, layers x KV heads, and next to it a mask.
 
@@ -237,6 +238,7 @@ class HeadPattern:
         name = model.get("name") or model.get("id")
         return plot_heads(self.cells(), None if mask is None else mask.cells(), name if title is None else title)
 
+    @naming_extras("the heatmap")
     def _repr_html_(self) -> str:
         """What notebooks show: the heatmap, and below it the shape and the sizes."""
         from duo_id.common.figures import as_png  # as above
