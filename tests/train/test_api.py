@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import hydra
 import numpy as np
+import pandas
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -113,9 +114,9 @@ def batch_with_padding() -> dict[str, torch.Tensor]:
     [
         (TEXTS, "far"),
         (datasets.Dataset.from_dict({"text": TEXTS}), "far"),
-        (datasets.Dataset.from_list(ROWS), "far"),
-        (DataLoader(datasets.Dataset.from_list(ROWS).with_format("torch"), batch_size=2), "far"),
-        ([batch_with_padding()], "far"),
+        (datasets.Dataset.from_list(ROWS), "labelled"),
+        (DataLoader(datasets.Dataset.from_list(ROWS).with_format("torch"), batch_size=2, shuffle=True), "labelled"),
+        ([batch_with_padding()], "labelled"),
     ],
     ids=["texts", "data set of texts", "data set of tokens", "loader", "padded batch"],
 )
@@ -134,10 +135,28 @@ def test_ones_own_data(data: Any, tokens: str, model: PreTrainedModel) -> None:
         ({"method.lrr": 1}, r"^method\.lrr=1: there is no such setting, did you mean method\.lr\?$"),
         ({"nosuch.key": 1}, r"^nosuch\.key: there is no such argument or setting$"),
         ({"data": []}, "^data is empty$"),
-        ({"data": 3}, "^data: a int is neither the name of a task"),
-        ({"data": [3]}, "^data: a int is neither"),
+        ({"data": 3}, "^data: int is not the name of a task, texts"),
+        ({"data": [3]}, "^data: a row is of type int: give the name of a task"),
+        ({"data": pandas.DataFrame({"text": TEXTS})}, "^data: DataFrame is not the name of a task"),
         ({"data": datasets.Dataset.from_dict({"body": TEXTS})}, "^data: the data set has columns body, neither text"),
-        ({"data": [{"input_ids": [1, 2], "labels": [1]}]}, "^data: labels have the shape"),
+        (
+            {"data": [{"input_ids": [1, 2], "labels": [1]}]},
+            r"^data: input_ids have the shape \(1, 2\), labels \(1, 1\)",
+        ),
+        ({"data": [{"input_ids": [1, 2], "labels": [2, 1]}]}, "they are not shifted$"),
+        ({"data": [{"input_ids": [1.5, 2], "labels": [1.5, 2]}]}, "not whole numbers"),
+        ({"data": [{"input_ids": [[1, 2], [3]], "labels": [[1, 2], [3]]}]}, "^data: input_ids of a row are not whole"),
+        ({"data": [{"input_ids": [7, 999], "labels": [7, 999]}]}, "not all in the model's vocabulary of 258$"),
+        ({"data": [{"input_ids": [5] * 20, "labels": [5] * 20}]}, "must be below data.length_min=20"),
+        ({"trainer.devices": 2}, "^trainer.devices: identify makes one run"),
+        ({"repeats": 3}, "^repeats: identify makes one run"),
+        ({"step.shard": True}, "^step.shard: identify makes one run"),
+        ({"trainer.max_steps": 3}, "^trainer.max_steps is given twice"),
+        ({"lengths": (1, 2, 3)}, r"^lengths=\(1, 2, 3\) must be a number of tokens, or a pair"),
+        ({"seed": None}, "^seed=None"),
+        ({"sink_size": "a"}, "^sink_size='a' must be a whole number$"),
+        ({"prior": 3}, "^prior: a int is neither"),
+        ({"prior": {"name": "nestd"}}, "^prior.name='nestd': choose one of"),
         ({"data": [{"input_ids": [1, 2], "labels": [UNSCORED] * 2}]}, "nothing in it can be scored$"),
         ({"data": [{"input_ids": [5] * 600, "labels": [5] * 600}]}, "a sample has 600 tokens, and the model takes 512"),
         ({"lengths": (10, 5)}, "^data.length_max=5 must not be below"),
@@ -210,3 +229,43 @@ def test_an_interrupted_run_raises_or_returns_what_it_has(
     assert len(pattern.scores.unique()) > 1
     assert model.training
     assert not hooks_of(model)
+
+
+def test_handlers_environment_and_generators_stay(model: PreTrainedModel) -> None:
+    """Also after a failure in the middle; the user's own seed in the environment is theirs."""
+    os.environ["PL_GLOBAL_SEED"] = "77"
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
+    states = torch.get_rng_state(), random.getstate()
+    try:
+        found(model)
+        with pytest.raises(UserError):
+            found(model, data=[{"input_ids": [1, 2], "labels": [2, 1]}])
+        assert os.environ["PL_GLOBAL_SEED"] == "77"
+    finally:
+        del os.environ["PL_GLOBAL_SEED"]
+    assert [
+        signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    ] == handlers
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+
+
+def test_a_shuffled_loader_is_drawn_by_the_seed(model: PreTrainedModel) -> None:
+    rows = [
+        {"input_ids": [3 + (7 * index * row) % 200 for index in range(140)], "labels": [UNSCORED] * 140}
+        for row in (1, 3, 5, 9)
+    ]
+    for row in rows:
+        row["labels"][100:] = row["input_ids"][100:]
+    loader = DataLoader(datasets.Dataset.from_list(rows).with_format("torch"), shuffle=True)
+    given = {"data": loader, "sink_size": 2, "recent_size": 30, "lengths": None}
+    first, again = found(model, **given, seed=1), found(model, **given, seed=1)
+    assert torch.equal(first.scores, again.scores)
+
+
+def test_another_method_by_name_has_the_settings_of_its_file(model: PreTrainedModel) -> None:
+    pattern = found(model, prior="reconstruction", prior_weight=0.5)
+    prior = pattern.provenance["settings"]["method"]["prior"]
+    assert (prior["name"], prior["samples"]) == ("reconstruction", 4)
+    changed = found(model, prior={"name": "reconstruction", "samples": 1}, prior_weight=0.5)
+    assert changed.provenance["settings"]["method"]["prior"]["samples"] == 1
