@@ -297,8 +297,8 @@ REFUSED_BY_TRAIN = {
     "disk-that-refuses": (["hydra.run.dir=/proc/run"], "/proc/run"),
     "unknown-override": (["nosuch.key=1"], "nosuch.key"),
     "unreadable-override": (["method.lr=["], "["),
-    "unknown-model": (["model=nosuch"], "model/nosuch"),
-    "unknown-experiment": (["experiment=nosuch"], "experiment/nosuch"),
+    "unknown-model": (["model=nosuch"], "model=nosuch: choose one of "),
+    "unknown-experiment": (["experiment=nosuch"], "experiment=nosuch: choose one of "),
     "no-trainer": (["trainer=null"], "override"),
     "unknown-blend": (["method.blend=nosuch"], "method.blend=nosuch"),
     "order-of-one-head": (
