@@ -52,7 +52,7 @@ def test_ties_of_gates_on_their_way_are_not_told(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(cli, "_show_warnings", lambda: monkeypatch.setattr(warnings, "showwarning", show))
     assert run_command("train", *QUICK, *STILL, folder=tmp_path).status == 0
-    assert "files.py" in warning_files
+    assert "pattern.py" in warning_files, "a pattern warns as it is saved"
     assert warning_files.isdisjoint({"gate_training.py", "tracking.py"})
 
 

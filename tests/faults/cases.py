@@ -274,7 +274,7 @@ CASES = {
         _case("report", "report", "{inputs}/evaluated", "out={folder}/run/report.html", results=page_of, loses=""),
         _case("convert", "convert", *CONVERT, "format=rlkv", results=files_of),
         Case("lm_eval", harness, tuple(HARNESS), harness_of, loses="", varies=("*/results_*",)),
-        Case("data_gen", run_file, (str(ROOT / "data_gen" / "write.py"), *DATA), samples_of, loses="exists"),
+        Case("data_gen", run_file, (str(ROOT / "data_gen" / "write.py"), *DATA), samples_of, loses="or remove it"),
         Case(
             "peers",
             ask_peers,
