@@ -1,6 +1,7 @@
 """lm-eval's own LongBench tasks, prompts and metrics as they are, on made-up rows in the place of the hub's."""
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -119,7 +120,12 @@ def test_prompt_and_metric_are_those_of_lm_eval(model: PreTrainedModel, task: st
 
 @pytest.mark.usefixtures("_metrics")
 @pytest.mark.parametrize("side", ["left", "middle"])
-def test_long_prompts_are_truncated(model: PreTrainedModel, side: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_prompts_are_truncated(
+    model: PreTrainedModel, side: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for logger in logging.root.manager.loggerDict.values():  # Hydra, in an earlier test, has turned off all there were
+        if isinstance(logger, logging.Logger):
+            monkeypatch.setattr(logger, "disabled", False)
     copy_of_the_hub("longbench", "qasper", "test", *(QUESTION | {"context": story} for story in STORIES))
     kept = 500 - 128  # tokens of a prompt, beside what the task may generate
     samples = run("longbench_qasper", max_length=500, truncation_side=side)
