@@ -15,7 +15,7 @@ import pandas
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -171,6 +171,9 @@ def test_mistakes_are_one_line(changes: dict[str, Any], message: str, model: Pre
 
 
 def test_other_things_are_no_models(model: PreTrainedModel) -> None:
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(UserError, match=r"^model: a learned prompt stands before every text"):
+        found(prompted)
     with pytest.raises(UserError, match=r"^a Linear is not a transformers model"):
         found(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"^tokenizer: a function is no tokenizer"):

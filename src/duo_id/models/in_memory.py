@@ -19,6 +19,11 @@ def language_model_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Languag
         UserError: it is no model of transformers, or lies on several devices, or the tokenizer is none.
     """
     check_prefix(model)
+    adapter = getattr(model, "active_peft_config", None)
+    check(
+        not getattr(adapter, "is_prompt_learning", False),
+        "model: a learned prompt stands before every text, and heads are scored without it: give the model without it",
+    )
     inner = unwrapped(model)
     devices = {str(device) for device in getattr(inner, "hf_device_map", {}).values()}
     check(len(devices) < 2, f"model: its layers lie on several devices ({', '.join(sorted(devices))}): load it on one")
