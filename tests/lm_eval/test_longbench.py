@@ -123,9 +123,14 @@ def test_prompt_and_metric_are_those_of_lm_eval(model: PreTrainedModel, task: st
 def test_long_prompts_are_truncated(
     model: PreTrainedModel, side: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for logger in logging.root.manager.loggerDict.values():  # Hydra, in an earlier test, has turned off all there were
-        if isinstance(logger, logging.Logger):
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
+    for name, logger in logging.root.manager.loggerDict.items():  # whatever an earlier test has done to them
+        if isinstance(logger, logging.Logger) and name.startswith(("lm_eval", "duo_id")):
             monkeypatch.setattr(logger, "disabled", False)
+            monkeypatch.setattr(logger, "handlers", [caplog.handler])
+            monkeypatch.setattr(logger, "propagate", False)
+            monkeypatch.setattr(logger, "level", logging.WARNING)
+            logger._cache.clear()  # type: ignore[attr-defined]  # of levels that are enabled
     copy_of_the_hub("longbench", "qasper", "test", *(QUESTION | {"context": story} for story in STORIES))
     kept = 500 - 128  # tokens of a prompt, beside what the task may generate
     samples = run("longbench_qasper", max_length=500, truncation_side=side)
