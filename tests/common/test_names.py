@@ -15,6 +15,7 @@ from duo_id.benchmark.step_tables import plot_steps, step_tables
 from duo_id.benchmark.tables import results_tables
 from duo_id.common import cli
 from duo_id.common.figures import set_title
+from duo_id.patterns.pattern import HeadPattern
 from duo_id.report.tables import Cell, Grid, terminal_table
 from duo_id.train import run as train
 from duo_id.train.comparison import results_table
@@ -64,7 +65,7 @@ def test_results_are_there_before_anything_is_said_of_them(tmp_path: Path, monke
         run_command("train", *quick, folder=tmp_path)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["results"]
     monkeypatch.undo()
-    monkeypatch.setattr(train, "plot_gates", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(HeadPattern, "plot", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_command("train", *quick, f"hydra.run.dir={tmp_path / 'other'}", folder=tmp_path)
     assert (tmp_path / "other" / "summary.json").is_file()

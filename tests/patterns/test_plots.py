@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from duo_id.common.errors import UserError
 from duo_id.common.figures import COLORS, save_figure, style
 from duo_id.patterns.pattern import HeadPattern
-from duo_id.patterns.plots import plot_gates, plot_histogram, plot_thresholds
+from duo_id.patterns.plots import plot_histogram, plot_thresholds
 from duo_id.train.plots import plot_history, plot_training, read_metrics
 
 
@@ -39,7 +39,7 @@ def cells(figure: Figure, panel: int) -> np.ndarray:
 def test_gates_show_every_head_in_a_sensible_direction(layers: int, kv_heads: int, flat: bool) -> None:
     pattern = make(layers, kv_heads)
     mask = pattern.binarize(sparsity=0.5)
-    figure = plot_gates(pattern, title="a model", mask=mask)
+    figure = pattern.plot(title="a model", mask=mask)
     expected = (pattern.scores.T, mask.retrieval.T) if flat else (pattern.scores, mask.retrieval)
     assert np.array_equal(cells(figure, 0), expected[0].numpy())
     assert np.array_equal(cells(figure, 1), expected[1].numpy())
@@ -59,7 +59,7 @@ def test_gates_show_every_head_in_a_sensible_direction(layers: int, kv_heads: in
 def test_scores_that_are_no_gates_have_a_scale_of_their_own(method: dict[str, str]) -> None:
     told = replace(make(30, 3), provenance={"settings": {"method": method}})
     for pattern in (told, replace(make(30, 3), scores=5 * make(30, 3).scores)):
-        figure = plot_gates(pattern)
+        figure = pattern.plot()
         assert figure.axes[1].get_xlabel() == "score (higher = retrieval)"
         ends = next(item for item in figure.axes[0].collections if isinstance(item, QuadMesh)).get_clim()
         assert ends == tuple(value.item() for value in pattern.scores.aminmax())
@@ -67,12 +67,12 @@ def test_scores_that_are_no_gates_have_a_scale_of_their_own(method: dict[str, st
 
 @pytest.mark.parametrize("settings", [None, {}, {"method": None}, {"method": {"gate": "clamp"}}])
 def test_patterns_of_any_provenance_are_drawn(settings: Any) -> None:
-    figure = plot_gates(replace(make(30, 3), provenance={"settings": settings}))
+    figure = replace(make(30, 3), provenance={"settings": settings}).plot()
     assert figure.axes[1].get_xlabel() == "gate α (1 = retrieval)"
 
 
 def test_one_panel_without_a_mask() -> None:
-    figure = plot_gates(make(32, 32))
+    figure = make(32, 32).plot()
     assert len(figure.axes) == 2  # the heatmap and its colour bar
     assert not figure.legends
 
@@ -80,7 +80,7 @@ def test_one_panel_without_a_mask() -> None:
 @pytest.mark.parametrize("kv_heads", [3, 32])
 def test_layers_without_gates_are_hatched(kv_heads: int) -> None:
     pattern = make(32, kv_heads, gated=tuple(range(8, 32)))
-    figure = plot_gates(pattern, mask=pattern.binarize(sparsity=0.5))
+    figure = pattern.plot(mask=pattern.binarize(sparsity=0.5))
     for axes in figure.axes[:2]:
         hatched = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_hatch()]
         corners = sorted(patch.get_x() if kv_heads == 3 else patch.get_y() for patch in hatched)
@@ -90,9 +90,9 @@ def test_layers_without_gates_are_hatched(kv_heads: int) -> None:
 
 def test_gates_share_one_colour_scale_and_other_scores_say_so() -> None:
     pattern = HeadPattern(torch.tensor([[0.2, 0.4], [0.3, 0.3]]), 4, 8)
-    assert plot_gates(pattern).axes[0].collections[0].get_clim() == (0, 1)
+    assert pattern.plot().axes[0].collections[0].get_clim() == (0, 1)
     other = HeadPattern(torch.tensor([[0.0, 7.0], [-2.0, 3.0]]), 4, 8)
-    figure = plot_gates(other)
+    figure = other.plot()
     assert figure.axes[0].collections[0].get_clim() == (-2, 7)
     assert figure.axes[1].get_xlabel() == "score (higher = retrieval)"
     assert plot_histogram(other).axes[0].get_xlabel() == "score (higher = retrieval)"
@@ -100,7 +100,7 @@ def test_gates_share_one_colour_scale_and_other_scores_say_so() -> None:
 
 def test_a_mask_of_another_model_is_refused() -> None:
     with pytest.raises(UserError, match="30 layers x 3 KV heads"):
-        plot_gates(make(32, 8), mask=make(30, 3).binarize(sparsity=0.5))
+        make(32, 8).plot(mask=make(30, 3).binarize(sparsity=0.5))
 
 
 def test_histogram_counts_gated_heads_and_draws_the_thresholds() -> None:
@@ -272,7 +272,7 @@ def test_what_holds_no_metrics_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
 def test_figures_are_written_whole(suffix: str, magic: bytes, tmp_path: Path) -> None:
     path = tmp_path / "figures" / f"gates.{suffix}"
-    save_figure(plot_gates(make(4, 4)), path)
+    save_figure(make(4, 4).plot(), path)
     assert path.read_bytes().startswith(magic)
     assert list(path.parent.iterdir()) == [path]
 
@@ -280,7 +280,7 @@ def test_figures_are_written_whole(suffix: str, magic: bytes, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["gates", "gates.tsv"])
 def test_a_figure_needs_a_format(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.png"):
-        save_figure(plot_gates(make(4, 4)), tmp_path / name)
+        save_figure(make(4, 4).plot(), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 

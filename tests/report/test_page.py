@@ -13,7 +13,6 @@ from matplotlib.image import imread
 from duo_id.common.errors import UserError
 from duo_id.patterns.files import contents_of
 from duo_id.patterns.pattern import HeadPattern
-from duo_id.patterns.plots import plot_gates
 from duo_id.report.page import LARGEST_SVG, FigureEmbedder, report
 from duo_id.report.runs import RunFolder, free_name, merge, read_run
 from duo_id.report.summary import frame
@@ -155,7 +154,7 @@ def test_one_contender_one_task_one_length() -> None:
 
 
 def test_large_figures_become_pngs(monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = plot_gates(a_pattern())
+    figure = a_pattern().plot()
     assert str(FigureEmbedder(print)(figure, "a < b")["image"]).startswith('<svg role="img" aria-label="a &lt; b"')
     monkeypatch.setattr("duo_id.report.page.LARGEST_SVG", 100)
     assert LARGEST_SVG > 100

@@ -23,6 +23,7 @@ import duo_id
 from duo_id.common.config import conf_dir, plain
 from duo_id.common.errors import UserError
 from duo_id.data.samples import UNSCORED
+from duo_id.methods.candidates import MaskLosses
 from duo_id.models.tokenizers import byte_tokenizer
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.train.gate_training import GateTraining
@@ -153,7 +154,8 @@ def test_ones_own_data(data: Any, tokens: str, model: PreTrainedModel) -> None:
         ({"step.shard": True}, "^step.shard: identify makes one run"),
         ({"trainer.max_steps": 3}, "^trainer.max_steps is given twice"),
         ({"lengths": (1, 2, 3)}, r"^lengths=\(1, 2, 3\) must be a number of tokens, or a pair"),
-        ({"seed": None}, "^seed=None"),
+        ({"seed": None}, "^seed=None must be a whole number"),
+        ({"seed": -1}, "^seed=-1 must be a whole number from 0"),
         ({"sink_size": "a"}, "^sink_size='a' must be a whole number$"),
         ({"prior": 3}, "^prior: a int is neither"),
         ({"prior": {"name": "nestd"}}, "^prior.name='nestd': choose one of"),
@@ -178,6 +180,8 @@ def test_other_things_are_no_models(model: PreTrainedModel) -> None:
         found(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"^tokenizer: a function is no tokenizer"):
         duo_id.identify(model, lambda text: text)
+    with pytest.raises(UserError, match=r"^model: a LlamaModel predicts no tokens"):
+        found(model.model)
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     with pytest.raises(UserError, match=r"^model: its layers lie on several devices \(0, 1\)"):
         found(model)
@@ -217,8 +221,6 @@ def test_an_interrupted_run_raises_or_returns_what_it_has(
             return original(*args, **kwargs)
 
         return step
-
-    from duo_id.methods.candidates import MaskLosses
 
     owner, name = (GateTraining, "training_step") if method == "nested" else (MaskLosses, "__call__")
     monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
@@ -272,3 +274,20 @@ def test_another_method_by_name_has_the_settings_of_its_file(model: PreTrainedMo
     assert (prior["name"], prior["samples"]) == ("reconstruction", 4)
     changed = found(model, prior={"name": "reconstruction", "samples": 1}, prior_weight=0.5)
     assert changed.provenance["settings"]["method"]["prior"]["samples"] == 1
+
+
+def test_an_interrupt_in_a_prior_is_not_taken_for_the_end_of_training(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MaskLosses, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        found(model, prior={"name": "search", "samples": 1}, on_interrupt="return")
+
+
+def test_numbers_of_numpy_are_numbers(model: PreTrainedModel) -> None:
+    settings = found(model, seed=np.int64(3), sink_size=np.int64(4), lr=np.float32(0.5), budgets=np.array([0.5, 0.75]))
+    method = settings.provenance["settings"]["method"]
+    assert (method["sink_size"], method["lr"], method["budgets"]) == (4, 0.5, [0.5, 0.75])

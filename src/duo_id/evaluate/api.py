@@ -10,11 +10,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.attention.interface import attached
 from duo_id.common.composing import compose, override
 from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import check
-from duo_id.evaluate.run import score
+from duo_id.evaluate.run import describe, score
 from duo_id.evaluate.settings import EvaluateSettings
 from duo_id.models.in_memory import frozen, language_model_of
 from duo_id.patterns.pattern import HeadPattern
@@ -64,8 +63,8 @@ def evaluate_pattern(
         reserved = key.partition(".")[0] in RESERVED
         check(not reserved, f"{key}: evaluate_pattern scores one pattern on the model as it is, so this cannot be set")
     language_model = language_model_of(model, tokenizer)
-    with attached(language_model.model) as layers:
-        pattern.check_fits(language_model.num_layers, layers[0].kv_heads, language_model.name)
+    patterns = {"pattern": pattern}
+    description = describe(language_model, patterns, {"pattern": "pattern"})
     presets = {path.stem for path in (conf_dir() / "evaluation").glob("*.yaml")}
     is_preset = isinstance(tasks, str) and tasks in presets
     config = compose("evaluate", [f"evaluation={tasks}"] if is_preset else [])
@@ -77,7 +76,7 @@ def evaluate_pattern(
     settings = parse(EvaluateSettings, OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     console = Console(quiet=not progress)
     with tempfile.TemporaryDirectory() as folder, frozen(language_model.model):
-        results = score(settings, language_model, {"pattern": pattern}, Path(folder), console)
+        results = score(settings, language_model, description, patterns, Path(folder), console)
     table = contenders(frame(results))
     table.attrs["results"] = results
     return table

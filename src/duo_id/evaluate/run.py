@@ -72,18 +72,13 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     sources = {name: settings.heads} | expand_seeds(settings.patterns)
     patterns = {name: load_pattern(source) for name, source in sources.items()}
     model = load_model(settings.model, "cuda" if torch.cuda.is_available() else "cpu", settings.seed)
-    with attached(model.model) as layers:
-        for name, pattern in patterns.items():
-            try:
-                pattern.check_fits(model.num_layers, layers[0].kv_heads, model.name)
-            except UserError as error:
-                override = "heads" if sources[name] == settings.heads else f"patterns.{name}"
-                raise UserError(f"{override}={sources[name]}: {error}") from error
-        shape = len(layers), layers[0].kv_heads
+    keys = {key: "heads" if source == settings.heads else f"patterns.{key}" for key, source in sources.items()}
+    description = describe(model, patterns, {key: f"{keys[key]}={source}" for key, source in sources.items()})
+    shape = description["gated_layers"], description["kv_heads"]
     lengths = " and ".join(f"{length:,}" for length in settings.lengths)
     sizes = f"{settings.samples} x {lengths} tokens of {', '.join(settings.tasks)}"
     cli.say(headline(model.name, model.model.device, shape, f"heads of {', '.join(patterns)}", sizes, folder))
-    results = score(settings, model, patterns, folder, cli.console)
+    results = score(settings, model, description, patterns, folder, cli.console)
     write_results(folder, results)
     print_tables(cli.console, results_table(results, f"{model.name} under {settings.heads}"))
     for title, grid in (leaderboards(results) | paired_grids(results)).items():
@@ -93,9 +88,31 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     return results
 
 
+def describe(model: LanguageModel, patterns: Mapping[str, HeadPattern], origins: Mapping[str, str]) -> dict[str, Any]:
+    """What results say of the model, which is attached once to see that all patterns fit it.
+
+    Args:
+        model: under no mask.
+        patterns: by name.
+        origins: of each, for messages.
+
+    Raises:
+        UserError: the model cannot be attached, or a pattern is of another shape.
+    """
+    with attached(model.model) as layers:
+        description = model.describe(layers) | {"dtype": str(model.model.dtype).removeprefix("torch.")}
+    for name, pattern in patterns.items():
+        try:
+            pattern.check_fits(model.num_layers, layers[0].kv_heads, model.name)
+        except UserError as error:
+            raise UserError(f"{origins[name]}: {error}") from error
+    return description
+
+
 def score(
     settings: EvaluateSettings,
     model: LanguageModel,
+    description: Mapping[str, Any],
     patterns: Mapping[str, HeadPattern],
     folder: Path,
     console: Console,
@@ -105,12 +122,11 @@ def score(
     Args:
         settings: which tasks, compared with what.
         model: under no mask.
+        description: of the model.
         patterns: by name, which fit the model.
         folder: of the run.
         console: shows the progress.
     """
-    with attached(model.model) as layers:
-        description = model.describe(layers) | {"dtype": str(model.model.dtype).removeprefix("torch.")}
     items = all_items(settings, model)
     check_windows(patterns, items)
     lineup = contenders(patterns, settings.sparsity, settings.random_masks, settings.baselines, settings.seed)

@@ -18,12 +18,7 @@ from duo_id.common.figures import (
     style,
 )
 from duo_id.patterns.heatmap import MASK_COLORS, draw_heads, mask_legend
-from duo_id.patterns.pattern import HeadMask, HeadPattern
-
-
-def plot_gates(pattern: HeadPattern, title: str | None = None, mask: HeadMask | None = None) -> Figure:
-    """Heatmap of the scores, layers x KV heads, next to the mask if one is given; see `HeadPattern.plot`."""
-    return pattern.plot(title=title or "", mask=mask)
+from duo_id.patterns.pattern import HeadPattern
 
 
 @style()

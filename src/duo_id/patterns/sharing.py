@@ -20,7 +20,6 @@ from duo_id.common.integrity import sealed
 from duo_id.patterns import hub
 from duo_id.patterns.files import SHIPPED, list_patterns
 from duo_id.patterns.pattern import HeadPattern
-from duo_id.patterns.plots import plot_gates
 from duo_id.patterns.provenance import PublishedSummary
 from duo_id.patterns.saved import save_pattern
 
@@ -104,7 +103,7 @@ def write_folder(
     card = model_card(pattern, repo, results, sparsity)
     save_pattern(pattern, folder, sparsities)
     title = _model(pattern).get("name") or _model(pattern).get("id")
-    save_figure(plot_gates(pattern, title, pattern.binarize(sparsity=sparsity)), folder / FIGURE)
+    save_figure(pattern.plot(sparsity, title=title), folder / FIGURE)
     if summary is not None:
         write_text(folder / SUMMARY, json.dumps(sealed(summary), indent=1))
     write_text(folder / CARD, card)

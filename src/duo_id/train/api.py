@@ -75,7 +75,7 @@ def identify(
 
     Args:
         model: any causal language model of transformers, on the device to compute on; also inside `torch.compile` or
-            an adapter of PEFT, and quantised.
+            an adapter of PEFT.
         tokenizer: of the model.
         data: the name of a task of conf/data; texts; a `datasets.Dataset` of texts or with `input_ids` and `labels`;
             or batches with these, such as a `DataLoader`.
@@ -121,7 +121,7 @@ def identify(
                 console.print(line, soft_wrap=True, highlight=False, markup=False)
             run = TrainRun(
                 settings=settings,
-                seed=seed,
+                seed=settings.seed,
                 folder=Path(folder),
                 step=settings.step,
                 console=console,
@@ -133,11 +133,11 @@ def identify(
             "model": language_model.describe(layers),
             "settings": plain(settings),
             "versions": versions(),
-            "seed": seed,
+            "seed": settings.seed,
             "seconds": time.perf_counter() - began,
         }
-        own = {key: value for key, value in pattern.provenance.items() if key != "seconds_before"}
-        return replace(pattern, provenance=provenance | own)
+        of_method = {key: value for key, value in pattern.provenance.items() if key != "seconds_before"}
+        return replace(pattern, provenance=provenance | of_method)
 
 
 def _arguments(
@@ -152,7 +152,7 @@ def _arguments(
     for name, value in (given | {"seed": seed}).items():
         is_whole = value is None or (isinstance(value, Integral) and not isinstance(value, bool))
         check(is_whole, f"{name.rpartition('.')[2]}={value!r:.80} must be a whole number")
-    check(seed is not None, "seed=None: give a whole number")
+    check(seed is not None and 0 <= seed < 2**32, f"seed={seed} must be a whole number from 0 to {2**32 - 1}")
     if lengths is not None:
         pair = (None, lengths) if isinstance(lengths, Integral) else lengths
         is_pair = isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], Integral)

@@ -40,7 +40,6 @@ from duo_id.patterns.agreement import agreement_table
 from duo_id.patterns.combining import average
 from duo_id.patterns.files import HEADS
 from duo_id.patterns.pattern import HeadPattern
-from duo_id.patterns.plots import plot_gates
 from duo_id.patterns.saved import load_pattern, save_pattern
 from duo_id.step.devices import shared_step
 from duo_id.train.checkpoints import CHECKPOINT
@@ -148,7 +147,7 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
         summary = pattern.provenance | measured | validation_summary
         if ranks.first:
             write_text(folder / "summary.json", json.dumps(sealed(summary), indent=1))
-            save_figure(plot_gates(pattern, title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
+            save_figure(pattern.plot(title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
         if len(patterns) > 1:
             print_tables(cli.console, agreement_table(patterns, settings.sparsity))
         print_tables(cli.console, results_table(results, f"{model.name}: {len(test)} held-out samples"))

@@ -18,7 +18,6 @@ from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
 from duo_id.common.mistakes import instantiate
 from duo_id.patterns.pattern import HeadPattern, TieWarning
-from duo_id.patterns.plots import plot_gates
 
 RUN_ID = "run_id.txt"  # in a run folder: a resumed run continues the same run of the tracking service
 
@@ -62,9 +61,9 @@ def log_gates(loggers: Sequence[Logger], pattern: HeadPattern, sparsities: Seque
     for logger in loggers:
         logger.log_metrics(layer_values(pattern, sparsities), step)
         if isinstance(logger, WandbLogger):
-            logger.log_image("gates", [plot_gates(pattern, title=f"step {step}")], step=step)
+            logger.log_image("gates", [pattern.plot(title=f"step {step}")], step=step)
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure("gates", plot_gates(pattern, title=f"step {step}"), step)
+            logger.experiment.add_figure("gates", pattern.plot(title=f"step {step}"), step)
         logger.save()
 
 
