@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,7 +92,6 @@ class MaskLosses:
         return total[inverse] / len(self.samples)
 
     def _of_sample(self, masks: Tensor, batch: dict[str, Any], teacher: Teacher) -> Tensor:
-        objective = self.distillation.objective
         try:
             tree, outputs = self._outputs(masks, batch)
         except torch.OutOfMemoryError as error:
@@ -101,11 +100,9 @@ class MaskLosses:
                 f"lower method.batch_tokens={self.batch_tokens}"
             ) from error
         self.forwards += tree.size / masks.shape[1]
-        losses = []
-        for row in range(len(masks)):  # one by one: the logits of all in float32 would take more than the forward
-            student = _of_row(outputs, row, tree)
-            losses.append((objective(student, teacher.outputs or student) * teacher.weights).sum())
-        return torch.stack(losses).float().cpu()
+        student = _of_masks(outputs, tree)
+        losses = self.distillation.chunked.loss(student, teacher.outputs or student, teacher.weights)
+        return losses.float().cpu()
 
     def _outputs(self, masks: Tensor, batch: dict[str, Any]) -> tuple[PrefixTree, Outputs]:
         """The outputs of a sample under the masks, and the tree that leads to their rows."""
@@ -179,9 +176,15 @@ def _row_splitter(parents: Tensor, rows: int) -> Any:
     return hook
 
 
-def _of_row(outputs: Outputs, row: int, tree: PrefixTree) -> Outputs:
-    """The outputs of one mask, from outputs with a leading dimension of rows."""
-    last = int(tree.rows[-1][row])
-    layers = tuple(states[int(rows[row])] for states, rows in zip(outputs.layers, tree.rows, strict=False))  # if any
-    logits = None if outputs.logits is None else outputs.logits[last]
-    return Outputs(outputs.hidden[last], layers, logits, outputs.targets)
+def _of_masks(outputs: Outputs, tree: PrefixTree) -> Outputs:
+    """Outputs with a leading dimension of masks, from outputs with one of rows, which differs between layers."""
+
+    def pick(states: Tensor, rows: Tensor) -> Tensor:
+        return states[rows.to(states.device)]
+
+    hidden, predicting = (
+        None if states is None else pick(states, tree.rows[-1]) for states in (outputs.hidden, outputs.predicting)
+    )
+    layers = tuple(pick(states, rows) for states, rows in zip(outputs.layers, tree.rows, strict=False))  # if any
+    assert hidden is not None
+    return replace(outputs, hidden=hidden, layers=layers, predicting=predicting)

@@ -12,7 +12,8 @@ from duo_id.methods.sample_scores import mean_scores
 from duo_id.methods.settings import SaliencySettings
 from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.pattern import HeadPattern
-from duo_id.step.distillation import Distillation
+from duo_id.step.distillation import Batch, Distillation, Teacher
+from duo_id.step.objectives import OBJECTIVES, Objective, Outputs
 from duo_id.step.prepare import prepared_step
 
 DRAWS = 4  # of labels, from one forward
@@ -54,22 +55,29 @@ def saliency(gated_model: GatedModel, sample: Sample, settings: SaliencySettings
             loss = distillation.loss(alpha, batch, teacher)
             scores.append(-torch.autograd.grad(loss, alpha)[0])
         else:
-            logits = distillation.student(alpha, batch, teacher, logits=True).logits
-            assert logits is not None
-            scores.append(_fisher(logits.float().log_softmax(-1), alpha))
+            scores.append(_fisher(distillation, alpha, batch, teacher))
     return torch.stack(scores).mean(0).float().cpu()
 
 
-def _fisher(log_probabilities: Tensor, alpha: Tensor) -> Tensor:
-    """Diagonal of the Fisher information per token: from (tokens, vocabulary) to the gates' (layers, KV heads).
+def _fisher(distillation: Distillation, alpha: Tensor, batch: Batch, teacher: Teacher) -> Tensor:
+    """Diagonal of the Fisher information per token, of the gates' (layers, KV heads).
 
     Labels of different tokens are sampled independently, so the products of their gradients vanish in expectation and
     one gradient of their sum serves all tokens.
     """
     generator = torch.Generator(alpha.device).manual_seed(0)
-    sampled_labels = torch.multinomial(log_probabilities.detach().exp(), DRAWS, replacement=True, generator=generator)
+
+    def draw(student: Outputs, teacher: Outputs) -> Tensor:
+        assert student.logits is not None
+        probabilities = student.logits.float().softmax(-1)
+        return torch.multinomial(probabilities, DRAWS, replacement=True, generator=generator).T
+
+    likelihood = distillation.in_chunks(OBJECTIVES["next_token"])
+    outputs = distillation.student(alpha, batch, teacher)
+    ones = torch.ones(len(batch["scored"]), device=alpha.device)
     squares = torch.zeros_like(alpha)
-    for labels in sampled_labels.T:
-        likelihood = log_probabilities.gather(-1, labels[:, None]).sum()
-        squares += torch.autograd.grad(likelihood, alpha, retain_graph=True)[0].square()
-    return squares / DRAWS / len(sampled_labels)
+    for labels in distillation.in_chunks(Objective(draw, logits=True, teacher=False)).values(outputs, outputs):
+        drawn = replace(outputs, targets=labels)
+        loss = likelihood.loss(drawn, drawn, ones)
+        squares += torch.autograd.grad(loss, alpha, retain_graph=True)[0].square()
+    return squares / DRAWS / len(ones)

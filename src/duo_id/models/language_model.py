@@ -1,5 +1,6 @@
 """A frozen language model of any family: its states, its logits, what it is."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -7,13 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.padding import first_position, no_padding
 from duo_id.attention.ulysses import from_previous
 from duo_id.common.compat import keeps_logits
 from duo_id.distributed.ranks import Ranks
+
+
+class _TrunkOutput(BaseModelOutputWithPast):
+    """Last hidden states as a trunk returns them; whatever else a model asks its trunk's output for is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 @dataclass(frozen=True)
@@ -78,42 +89,77 @@ class LanguageModel:
         states: list[Tensor] = []  # FSDP must be entered through the whole model, at the cost of one logit
         hook = self.trunk.register_forward_hook(lambda *call: states.append(call[2].last_hidden_state))
         try:
-            self.model(**self._inputs(batch), **({"logits_to_keep": 1} if self.keeps_logits else {}))
+            with self.head_at(batch["input_ids"], torch.zeros(1, dtype=torch.long, device=batch["input_ids"].device)):
+                self.model(**self._inputs(batch))
         finally:
             hook.remove()
         return states[0]
 
-    def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
-        """Next-token logits at `positions` (n,) of each sample, (batch, n, vocabulary).
-
-        The model computes only these if it can.
-        """
-        if self.keeps_logits:
-            return self.model(**self._inputs(batch), logits_to_keep=positions).logits
-        return self.model(**self._inputs(batch)).logits[:, positions]
-
-    def predictions(self, batch: dict[str, Any], scored: Tensor) -> Tensor:
-        """The logits that predict some of the tokens, (n, vocabulary).
+    def predicting(self, states: Tensor, scored: Tensor) -> Tensor:
+        """The states that some of the tokens are predicted from, (n, hidden size).
 
         Args:
-            batch: see `hidden_states`; if processes share tokens, those of this process.
+            states: (batch, tokens, hidden size); if processes share tokens, those of this process.
             scored: (n,), flat indices of the tokens into (batch, tokens).
         """
-        samples, tokens = batch["input_ids"].shape
+        tokens = states.shape[1]
         row = scored // tokens
-        predictors = row * tokens + (scored - 1) % tokens
+        predicting = states.flatten(0, 1)[row * tokens + (scored - 1) % tokens]
         if self.ranks.group is None:
-            return self._logits_of(batch, predictors)
+            return predicting
         # The first token of a part is predicted at the last token of the previous part.
-        ends = torch.arange(1, samples + 1, device=scored.device) * tokens - 1
-        predicted, last_of_part = self._logits_of(batch, torch.cat([predictors, ends])).split([len(scored), samples])
-        from_previous_part = from_previous(last_of_part, self.ranks.group)
-        return torch.where((scored % tokens == 0)[:, None], from_previous_part[row], predicted)
+        from_previous_part = from_previous(states[:, -1].contiguous(), self.ranks.group)
+        return torch.where((scored % tokens == 0)[:, None], from_previous_part[row], predicting)
 
-    def _logits_of(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:
-        """Logits (n, vocabulary) at `tokens` (n,), flat indices into (batch, tokens)."""
-        with self.head_at(batch["input_ids"], tokens) as pick:
-            return pick(self.model(**self._inputs(batch)).logits)
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a token."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The logits (..., n, vocabulary) that the model makes of last hidden states (..., n, hidden size).
+
+        Whatever it does after its last layers is done: the model runs with these states in their place. Sharded
+        weights of the head are still there from the forward that made the states.
+        """
+        leading, rows = states.shape[:-1], states.flatten(0, -2)[None]
+        ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
+        with self._trunk_returns(rows), self._without_head_hooks():
+            run = self.model.forward if self.ranks.sharded else self.model
+            logits = run(input_ids=ids, attention_mask=no_padding(ids), use_cache=False).logits
+        return logits[0].view(*leading, logits.shape[-1])
+
+    @contextmanager
+    def _trunk_returns(self, states: Tensor) -> Iterator[None]:
+        trunk = self.trunk
+        former = trunk.__dict__.get("forward")
+        trunk.forward = lambda *args, **kwargs: _TrunkOutput(last_hidden_state=states)
+        try:
+            yield
+        finally:
+            if former is None:
+                del trunk.forward
+            else:
+                trunk.forward = former
+
+    @contextmanager
+    def _without_head_hooks(self) -> Iterator[None]:
+        """FSDP's hooks expect the final norm before each call of the head; here the head comes alone."""
+        head = self.model.get_output_embeddings() if self.ranks.sharded else None
+        if head is None:
+            yield
+            return
+        for module in (self.model.get_input_embeddings(), head, self.model):
+            if isinstance(module, FSDPModule):
+                module.unshard()  # does nothing where the weights are there
+        hooks = {key: getattr(head, key) for key in ("_forward_pre_hooks", "_forward_hooks")}
+        for key in hooks:
+            setattr(head, key, OrderedDict())
+        try:
+            yield
+        finally:
+            for key, former in hooks.items():
+                setattr(head, key, former)
 
     @contextmanager
     def head_at(self, ids: Tensor, tokens: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:

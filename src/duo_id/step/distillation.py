@@ -15,6 +15,7 @@ from duo_id.attention.last_layer import AtRows, last_layer, worth_splitting
 from duo_id.attention.layers import blocks
 from duo_id.common.errors import UserError
 from duo_id.models.gated_model import GatedModel
+from duo_id.step.chunks import ChunkedObjective
 from duo_id.step.objectives import OBJECTIVES, Objective, Outputs
 
 Batch = Mapping[str, Any]  # as `duo_id.data.samples.with_scored` returns it
@@ -60,6 +61,7 @@ class Distillation:
                 "outputs; use method.blend=student"
             )
         self.gated_model, self.objective, self.far, self.blend = gated_model, objective, tokens == "far", blend
+        self.chunked = self.in_chunks(objective)
         self.last = last_layer(gated_model.model.model, gated_model.layers)
 
     def loss(self, alpha: Tensor, batch: Batch, teacher: Teacher | None = None) -> Tensor:
@@ -72,10 +74,10 @@ class Distillation:
         """
         teacher = teacher or self.teacher(batch)
         student = self.student(alpha, batch, teacher)
-        return (self.objective(student, teacher.outputs or student) * teacher.weights).sum()
+        return self.chunked.loss(student, teacher.outputs or student, teacher.weights)
 
-    def student(self, alpha: Tensor, batch: Batch, teacher: Teacher, logits: bool | None = None) -> Outputs:
-        """The gated model's outputs for a batch; for the arguments see `loss` and `outputs`."""
+    def student(self, alpha: Tensor, batch: Batch, teacher: Teacher) -> Outputs:
+        """The gated model's outputs for a batch; for the arguments see `loss`."""
         gated = {
             layer.index: gated_heads(
                 row[layer.own],
@@ -87,7 +89,7 @@ class Distillation:
             for layer, row in zip(self.gated_model.layers, alpha, strict=True)
         }
         with bound(self.gated_model.layers, gated):
-            return self.outputs(batch, logits)
+            return self.outputs(batch)
 
     @torch.no_grad()
     def teacher(self, batch: Batch) -> Teacher:
@@ -102,56 +104,57 @@ class Distillation:
         outputs = None
         if self.objective.teacher or self.blend.needs_teacher or self.far:
             with bound(self.gated_model.layers, record):
-                outputs = self.outputs(batch, logits=self.objective.logits or self.far)
+                outputs = self.outputs(batch)
         weights = batch["weights"]
         if self.far:
             assert outputs is not None
             weights = self._far_weights(batch, outputs)
         return Teacher(outputs, weights, attention)
 
-    def outputs(self, batch: Batch, logits: bool | None = None, candidates: bool = False) -> Outputs:
+    def outputs(self, batch: Batch, candidates: bool = False) -> Outputs:
         """Outputs at the scored tokens, under whatever functions are bound to the attention layers.
 
         Args:
             batch: samples, with `scored`.
-            logits: whether to compute them; None: if the objective needs them.
             candidates: the layers split the batch's one sample into several candidates, so everything returned has a
                 leading dimension of candidates.
         """
-        scored, tokens = batch["scored"], batch["input_ids"].shape[1]
-        logits = self.objective.logits if logits is None else logits
-        with nullcontext() if candidates else self._last_at_scored(batch, logits), self._captured() as (hidden, layers):
-            values = None
-            if not logits:
-                self.gated_model.model.hidden_states(dict(batch))
-            elif candidates:
-                values = self.gated_model.model.logits(dict(batch), (scored - 1) % tokens)
-            else:
-                values = self.gated_model.model.predictions(dict(batch), scored)
+        model, scored, tokens = self.gated_model.model, batch["scored"], batch["input_ids"].shape[1]
+        with nullcontext() if candidates else self._last_at_scored(batch), self._captured() as (hidden, layers):
+            model.hidden_states(dict(batch))
 
         def pick(states: Tensor) -> Tensor:
             return states[:, scored] if candidates else states.flatten(0, 1)[scored]
 
+        predicting = None
+        if self.objective.logits or self.far:
+            last = hidden[0]
+            predicting = last[:, (scored - 1) % tokens] if candidates else model.predicting(last, scored)
         targets = batch["input_ids"].flatten()[scored]
-        return Outputs(pick(hidden[0]), tuple(pick(states) for states in layers), values, targets)
+        return Outputs(pick(hidden[0]), tuple(pick(states) for states in layers), None, targets, predicting)
+
+    def in_chunks(self, objective: Objective) -> ChunkedObjective:
+        """An objective of this model's outputs, computed some tokens at a time."""
+        model = self.gated_model.model
+        return ChunkedObjective(objective, model.logits, model.vocabulary)
 
     @torch.no_grad()
     def _far_weights(self, batch: Batch, full: Outputs) -> Tensor:
-        loss = OBJECTIVES["next_token"]
+        loss = self.in_chunks(OBJECTIVES["next_token"])
         streaming = {
             layer.index: streaming_heads(self.gated_model.window, self.gated_model.backends)
             for layer in self.gated_model.layers
         }
         with bound(self.gated_model.layers, streaming):
-            near = self.outputs(batch, logits=True)
-        gain = (loss(near, near) - loss(full, full)).clamp(min=0) * batch["weights"]
+            near = self.outputs(batch)
+        gain = (loss.values(near, near) - loss.values(full, full)).clamp(min=0) * batch["weights"]
         return gain / self.gated_model.model.ranks.mean(gain.sum()).clamp(min=1e-12)
 
     @contextmanager
-    def _last_at_scored(self, batch: Batch, logits: bool) -> Iterator[None]:
+    def _last_at_scored(self, batch: Batch) -> Iterator[None]:
         """Restrict the last layer to the scored tokens, and those that predict them, where these are few."""
         (samples, tokens), rows = batch["input_ids"].shape, batch["scored"]
-        if logits or self.objective.logits or self.far:  # for teacher and student alike: blends may mix both
+        if self.objective.logits or self.far:  # for teacher and student alike: blends may mix both
             rows = torch.cat([rows, (rows - 1) % tokens])
         unsplit = samples == 1 and batch.get("attention_mask") is None and self.gated_model.model.ranks.group is None
         if self.last is None or not unsplit or not worth_splitting(rows, tokens):

@@ -4,8 +4,8 @@ Each compares the student's outputs at the scored tokens with the teacher's and 
 (..., scored tokens); leading dimensions of the student (candidates) are kept.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pkgutil import resolve_name
 
 import torch
@@ -23,14 +23,35 @@ class Outputs:
     Attributes:
         hidden: (..., n, hidden size), last hidden states after the final norm, at the scored tokens.
         layers: (..., n, hidden size) after each gated layer's transformer block, if an objective needs them.
-        logits: (..., n, vocabulary) that predict the scored tokens, if an objective needs them.
+        logits: (..., n, vocabulary) that predict the scored tokens, if an objective needs them; they are computed
+            from `predicting` for some tokens at a time, see `duo_id.step.chunks`.
         targets: (n,), the scored tokens themselves.
+        predicting: (..., n, hidden size), last hidden states that the scored tokens are predicted from.
     """
 
     hidden: Tensor
     layers: tuple[Tensor, ...] = ()
     logits: Tensor | None = None
     targets: Tensor | None = None
+    predicting: Tensor | None = None
+
+    @property
+    def states(self) -> tuple[Tensor, ...]:
+        """All hidden states."""
+        return (self.hidden, *self.layers, *([] if self.predicting is None else [self.predicting]))
+
+    def with_states(self, states: Sequence[Tensor]) -> "Outputs":
+        """The same with other hidden states, in the order of `states`."""
+        hidden, *others = states
+        layers, predicting = others[: len(self.layers)], others[len(self.layers) :]
+        return replace(self, hidden=hidden, layers=tuple(layers), predicting=predicting[0] if predicting else None)
+
+    def __getitem__(self, tokens: slice) -> "Outputs":
+        """The outputs at some of the scored tokens."""
+        logits = None if self.logits is None else self.logits[..., tokens, :]
+        targets = None if self.targets is None else self.targets[tokens]
+        part = self.with_states([states[..., tokens, :] for states in self.states])
+        return replace(part, logits=logits, targets=targets)
 
 
 ObjectiveFunction = Callable[[Outputs, Outputs], Tensor]

@@ -36,7 +36,7 @@ class PaperShape(Distillation):
             outputs = self.outputs(doubled)
         full, student = _split(outputs)
         weights = self._far_weights(batch, self.teacher(batch).outputs or full) if self.far else batch["weights"]
-        return (self.objective(student, full) * weights).sum()
+        return self.chunked.loss(student, full, weights)
 
     def _halves(self, alpha: Tensor, samples: int) -> AttendFunction:
         """Full attention for the first `samples` of the batch, gated attention for the rest."""

@@ -8,6 +8,7 @@ import torch
 
 from duo_id.data.samples import split_batch
 from duo_id.models.language_model import LanguageModel
+from duo_id.step.chunks import ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,19 @@ def score(model: LanguageModel, sample: Mapping[str, Any]) -> Score:
     if ranks.group is not None:
         batch = split_batch(batch, ranks.part, ranks.sequence)
     positions = batch["answers"].flatten().nonzero()[:, 0]
-    logits = model.predictions(batch, positions).float()
+    states = model.predicting(model.hidden_states(batch), positions)
     targets, token_answers = (batch[key].flatten()[positions] for key in ("input_ids", "answers"))
-    loss = ranks.group_sum(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    loss = torch.zeros((), device=device)
+    is_wrong = torch.zeros(len(targets), dtype=torch.int64, device=device)
+    rows = max(1, ELEMENTS // model.vocabulary)
+    for start in range(0, len(targets), rows):
+        part = slice(start, start + rows)
+        logits = model.logits(states[part]).float()
+        loss += torch.nn.functional.cross_entropy(logits, targets[part], reduction="sum")
+        is_wrong[part] = (logits.argmax(-1) != targets[part]).long()
+    loss = ranks.group_sum(loss)
     wrong = torch.zeros(int(answer_ids.max()) + 1, dtype=torch.int64, device=device)  # tokens of each answer
-    wrong = ranks.group_sum(wrong.index_add_(0, token_answers, (logits.argmax(-1) != targets).long()))
+    wrong = ranks.group_sum(wrong.index_add_(0, token_answers, is_wrong))
     answers = answer_ids.unique()
     exact = int((wrong[answers] == 0).sum())
     return Score(float(loss), len(answer_ids) - int(wrong.sum()), len(answer_ids), exact, len(answers))
