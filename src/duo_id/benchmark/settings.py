@@ -72,7 +72,10 @@ class BenchmarkSettings:
                 window < shortest,
                 f"sink_size + recent_size = {window} must be below context={shortest}, or the window hides nothing",
             )
-            check(not self.step.cuda_graphs, "step.cuda_graphs=true: task=train_step measures steps without a graph")
+            check(
+                self.step.cuda_graphs is not True,
+                "step.cuda_graphs=true: task=train_step measures steps without a graph",
+            )
             check(self.heads is None, f"heads={self.heads}: task=train_step trains the gates of all heads")
 
     def compiles(self, device: "torch.device") -> bool:

@@ -111,12 +111,13 @@ def split_batch(batch: Mapping[str, Any], part: int, parts: int) -> dict[str, An
 def with_scored(batch: Mapping[str, Any], least: int = 0) -> dict[str, Any]:
     """Add `scored`, flat indices of the labelled tokens, and `weights`, which turn a sum over them into a mean.
 
-    With `least`, their number is padded, with weight 0, to the next of `least`, 2 * `least`, 4 * `least`, ...
+    With `least`, their number is padded, with weight 0, to the next of few numbers: a multiple of `least`, and of a
+    quarter of the power of 2 below it.
     """
     scored = (batch["labels"].flatten() != UNSCORED).nonzero()[:, 0]
     size = least
     while 0 < size < len(scored):
-        size *= 2
+        size += max(least, 2 ** (size.bit_length() - 1) // 4)
     gap = max(size - len(scored), 0)
     weights = torch.full((len(scored),), 1 / max(len(scored), 1))
     return {**batch, "scored": pad(scored, (0, gap)), "weights": pad(weights, (0, gap))}

@@ -4,6 +4,8 @@
 torch.compile's `reduce-overhead` would compile the model too, which is for `step.compile` to say.
 """
 
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 LossFunction = Callable[[Tensor, dict[str, Any]], Tensor]
+Shapes = tuple[tuple[str, torch.Size], ...]
+LAUNCH_SHARE = 0.8  # of a step's time: a device that is done so soon after the last launch has waited for launches
 WARM_UPS = 2  # runs before a capture, for libraries to choose and load their kernels
 
 
@@ -19,26 +23,79 @@ class GraphedLoss:
 
     On the CPU it simply calls the function. To be captured, the function must never wait for the device, and its
     kernels may depend only on the batch's shapes.
+
+    Attributes:
+        room: bytes that all graphs may take together; steps that find no room run without.
     """
 
-    def __init__(self, loss: LossFunction) -> None:
-        """Wrap `loss`, a function of the gates (layers, KV heads) and a batch, to a scalar."""
-        self.loss = loss
-        self._captured: dict[tuple[Any, ...], _Capture] = {}
+    def __init__(self, loss: LossFunction, always: bool = True) -> None:
+        """Wrap `loss`.
 
-    def __call__(self, alpha: Tensor, batch: dict[str, Any]) -> Tensor:
-        """The loss; its backward pass gives alpha the captured gradient."""
+        Args:
+            loss: a function of the gates (layers, KV heads) and a batch, to a scalar.
+            always: capture every shape; otherwise those that can be captured and whose launches take longer than
+                their kernels, which each shape's second step shows.
+        """
+        self.loss, self.always, self.room = loss, always, math.inf
+        self._captured: dict[Shapes, _Capture] = {}
+        self._worthwhile: dict[Shapes, bool | None] = {}  # None: seen once, with libraries still loading
+        self._bytes = 0
+
+    def __call__(self, alpha: Tensor, batch: dict[str, Any], num_bytes: int = 0) -> Tensor:
+        """The loss; its backward pass gives alpha the gradient.
+
+        Args:
+            alpha: the gates.
+            batch: its tensors' shapes choose the graph.
+            num_bytes: that a graph of such a batch takes at most.
+        """
         if not alpha.is_cuda:
             return self.loss(alpha, batch)
         shapes = tuple((key, value.shape) for key, value in sorted(batch.items()) if torch.is_tensor(value))
         if shapes not in self._captured:
+            if not self.always and not self._worthwhile.get(shapes):
+                return self._plain(shapes, alpha, batch)
+            if self._bytes + num_bytes > self.room:
+                return self.loss(alpha, batch)
             pool = next(iter(self._captured.values())).graph.pool() if self._captured else None
+            before = torch.cuda.memory_reserved(alpha.device)
             self._captured[shapes] = _Capture(self.loss, alpha, batch, pool)
+            self._bytes += max(torch.cuda.memory_reserved(alpha.device) - before, 0)
         return _Replay.apply(alpha, self._captured[shapes], batch)
+
+    def _plain(self, shapes: Shapes, alpha: Tensor, batch: dict[str, Any]) -> Tensor:
+        """The loss without a graph; a shape's second time decides whether a graph is worthwhile."""
+        if shapes not in self._worthwhile:
+            self._worthwhile[shapes] = None
+        elif self._worthwhile[shapes] is None:
+            value, self._worthwhile[shapes] = _timed(self.loss, alpha, batch)
+            if value is not None:
+                return value
+        return self.loss(alpha, batch)
 
     def release(self) -> None:
         """Free the memory of all graphs; later calls capture new ones."""
         self._captured.clear()
+        self._bytes = 0
+
+
+def _timed(loss: LossFunction, alpha: Tensor, batch: dict[str, Any]) -> tuple[Tensor | None, bool]:
+    """The loss, and whether a graph would be faster; no loss if it waits for the device, so no graph is possible."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value = loss(alpha, batch)
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return None, False
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    launched = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return value, launched > LAUNCH_SHARE * (time.perf_counter() - start)
 
 
 class _Capture:

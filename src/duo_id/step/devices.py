@@ -39,7 +39,7 @@ def shared_step(
     Raises:
         UserError: a device has too little memory, or the settings only work on a single device.
     """
-    check(not step.cuda_graphs, "step.cuda_graphs=true only works on a single device")
+    check(step.cuda_graphs is not True, "step.cuda_graphs=true only works on a single device")
     check(step.shape == "fast", f"step.shape={step.shape} only works on a single device")
     costs = calculated_costs(model, ranks, device, teacher_outputs)
     budget = available(step.memory, device)

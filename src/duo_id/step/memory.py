@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from duo_id.attention.layers import AttentionLayer
 from duo_id.common.errors import UserError
 from duo_id.step.budget import memory_bytes
+from duo_id.step.chunks import ELEMENT_BYTES, ELEMENTS
 from duo_id.step.distillation import Distillation
 from duo_id.step.recompute import Keep, Recomputation
 
@@ -66,6 +67,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether the budget suffices."""
         return self.budget is None or self.total <= (1 - self.spared) * self.budget
+
+    @property
+    def room(self) -> float:
+        """Bytes of the budget that are not needed."""
+        return inf if self.budget is None else max((1 - self.spared) * self.budget - self.total, 0)
 
     def check(self) -> None:
         """Raise a `UserError` unless it fits."""
@@ -191,8 +197,8 @@ def available(memory: str, device: torch.device) -> int | None:
 
 
 def libraries(device: torch.device) -> int:
-    """The bytes of a device that are no tensors."""
-    return LIBRARIES if device.type == "cuda" else 0
+    """The bytes of a GPU that are no tensors of the step, and those of a chunk of the objective."""
+    return LIBRARIES + ELEMENTS * ELEMENT_BYTES if device.type == "cuda" else 0
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -206,8 +212,8 @@ def measure_costs(distillation: Distillation, recomputation: Recomputation) -> M
     device, layers = model.device, distillation.gated_model.layers
     tokens = window.sink_size + window.recent_size + PROBED_BEYOND
     ids = (torch.arange(tokens, device=device) % model.config.get_text_config().vocab_size)[None]
-    scored = torch.arange(tokens - 1, tokens, device=device)
-    batch = {"input_ids": ids, "attention_mask": None, "scored": scored, "weights": torch.ones(1, device=device)}
+    scored = torch.arange(tokens, device=device)  # the most that can be
+    batch = {"input_ids": ids, "attention_mask": None, "scored": scored, "weights": torch.ones(tokens, device=device)}
     alpha = torch.full((len(layers), layers[0].kv_heads), 0.5, device=device, requires_grad=True)
     before, kept, other = list(recomputation.levels), [], 0
     last, distillation.last = distillation.last, None  # with many scored tokens it computes all
@@ -258,7 +264,7 @@ def _count(
 
     with ExitStack() as stack:
         teacher = distillation.teacher(batch)
-        for tensor in teacher.attention.values():
+        for tensor in (*teacher.attention.values(), *(teacher.outputs.states if teacher.outputs else ())):
             count(tensor)
         for number, block in enumerate(recomputation.blocks):
             stack.callback(block.register_forward_pre_hook(enter(number)).remove)
@@ -268,8 +274,8 @@ def _count(
         stack.callback(setattr, recomputation, "noted", recomputation.noted)
         recomputation.noted = lambda number, memo: tree_map_only(Tensor, count, memo.results)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            outputs = distillation.student(alpha, batch, teacher)
-        del outputs
+            loss = distillation.loss(alpha, batch, teacher)
+        del loss
     return inside, outside[0]
 
 

@@ -36,8 +36,8 @@ class StepSettings:
     compile: bool = False  # norms, MLP, projections and blends of all layers
     full_backend: Annotated[Text, one_of(FULL_BACKENDS)] = "auto"
     streaming_backend: Annotated[Text, one_of(STREAMING_BACKENDS)] = "auto"
-    cuda_graphs: bool = False  # replay the step as one graph per length, padded to a multiple of length_multiple
-    length_multiple: Positive = 1024  # tokens
+    cuda_graphs: bool | Literal["auto"] = "auto"  # replay the step as one graph per length; auto: where it is faster
+    length_multiple: Positive = 1024  # tokens, to which lengths are padded for CUDA graphs
     sequence_parallel: Positive = 1  # processes that share the tokens of each sample
     shard: bool = True  # with several processes, each keeps only a shard of the weights (FSDP2)
 

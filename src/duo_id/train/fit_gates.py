@@ -67,6 +67,8 @@ def find(gated_model: GatedModel, samples: SampleModule, method: GateSettings, r
         if longest is not None and settings.data.task != "disk":  # otherwise each step checks itself
             plan = gates.apply_plan(longest * settings.data.batch_size)
             if plan is not None:
+                if gates.graphs is not None:
+                    gates.graphs.room = plan.room
                 run.console.print(str(plan), soft_wrap=True, highlight=False, markup=False)
         try:
             trainer.fit(gates, datamodule=samples, ckpt_path=checkpoint_path, weights_only=True)

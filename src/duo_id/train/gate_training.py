@@ -27,6 +27,7 @@ from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.pattern import HeadPattern, TieWarning
 from duo_id.step.cuda_graphs import GraphedLoss
+from duo_id.step.memory import Plan
 from duo_id.step.paper_shape import SHAPES
 from duo_id.step.prepare import ApplyPlan
 from duo_id.step.settings import StepSettings
@@ -87,7 +88,7 @@ class GateTraining(lightning.LightningModule):
         self.distillation = SHAPES[step.shape](gated_model, objective, method.tokens, blend)
         self.gates = GATES[method.gate](*gated_model.shape, method.initial, method.temperature, seed, method.budgets)
         self.penalties = torch.nn.ModuleDict({name: self._penalty(name) for name in method.penalties})
-        self.distill = GraphedLoss(self.distillation.loss) if step.cuda_graphs else self.distillation.loss
+        self.graphs = self._graphs()
         self.apply_plan: ApplyPlan = lambda tokens: None  # sets what layers keep within the memory budget
         self.interrupted = 0  # the signal that ends training
         self._finite = torch.tensor(True)
@@ -120,12 +121,13 @@ class GateTraining(lightning.LightningModule):
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> StepBatch:
         """Find the scored tokens while the batch is on the CPU, where that needs no synchronisation."""
         length, local, ranks = batch["input_ids"].shape[1], dict(batch), self.language_model.ranks
-        if self.step.cuda_graphs and self.trainer.training:
+        graphed = self.graphs is not None and len(batch["input_ids"]) == 1
+        if graphed and self.trainer.training:
             local = dict(pad_batch(batch, self.step.length_multiple, self.language_model.max_length or sys.maxsize))
         if ranks.group is not None:
             local = split_batch(batch, ranks.part, ranks.sequence)
         sample = {key: batch[key][0] for key in ("input_ids", "answers")}
-        return with_scored(local, MIN_SCORED if self.step.cuda_graphs else 0) | {"length": length, "sample": sample}
+        return with_scored(local, MIN_SCORED if graphed else 0) | {"length": length, "sample": sample}
 
     def on_after_batch_transfer(self, batch: StepBatch, dataloader_idx: int) -> StepBatch:
         """Weight every scored token of all ranks equally, however many a rank has."""
@@ -133,9 +135,9 @@ class GateTraining(lightning.LightningModule):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """Distillation loss plus the penalty on the gates; loss and gradient are averaged over ranks."""
-        self.apply_plan(batch["input_ids"].numel())
+        plan = self.apply_plan(batch["input_ids"].numel())
         alpha, openness = self.gates.alpha(), self.gates.openness()
-        distill, penalty = self.distill(alpha, batch), self.penalty(openness)
+        distill, penalty = self._distill(alpha, batch, plan), self.penalty(openness)
         loss = distill + self.method.reg_weight * penalty
         ranks = self.language_model.ranks
         means = ranks.mean(torch.stack([loss.detach(), distill.detach()]))
@@ -172,8 +174,8 @@ class GateTraining(lightning.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Free CUDA graphs now: reference cycles between module and trainer delay garbage collection."""
-        if isinstance(self.distill, GraphedLoss):
-            self.distill.release()
+        if self.graphs is not None:
+            self.graphs.release()
 
     def on_validation_start(self) -> None:
         """Start timing validation, to exclude it from the tokens per second."""
@@ -237,6 +239,20 @@ class GateTraining(lightning.LightningModule):
         progress = self.global_step / self.steps
         weighted = [self.method.penalties[name] * part(openness, progress) for name, part in self.penalties.items()]
         return torch.stack(weighted).sum()
+
+    def _graphs(self) -> GraphedLoss | None:
+        """CUDA graphs of the step, if the settings and the device allow any."""
+        choice, ranks = self.step.cuda_graphs, self.language_model.ranks
+        if choice == "auto":
+            allowed = self.gated_model.device.type == "cuda" and ranks.world == 1
+            return GraphedLoss(self.distillation.loss, always=False) if allowed else None
+        return GraphedLoss(self.distillation.loss) if choice else None
+
+    def _distill(self, alpha: Tensor, batch: StepBatch, plan: Plan | None) -> Tensor:
+        """The distillation loss, of one sample by its CUDA graph if there is one."""
+        if self.graphs is None or len(batch["input_ids"]) > 1:
+            return self.distillation.loss(alpha, batch)
+        return self.graphs(alpha, batch, 0 if plan is None else plan.activations + plan.buffers)
 
     def _penalty(self, name: str) -> torch.nn.Module:
         if name == "target":

@@ -70,7 +70,7 @@ class TrainSettings:
             "or nothing lies outside the window",
         )
         check(
-            not self.step.cuda_graphs or self.data.batch_size == 1,
+            self.step.cuda_graphs is not True or self.data.batch_size == 1,
             f"step.cuda_graphs=true needs data.batch_size=1, not {self.data.batch_size}: heads would attend to padding",
         )
         check(
