@@ -109,13 +109,16 @@ class Ranks:
 
         Raises:
             ConnectionError: another process is gone.
-            UserError: this process's device ran out of memory. The step cannot be skipped: other processes wait in it.
+            UserError: this process's device ran out of memory. The step cannot be skipped: others may wait in it.
         """
         try:
             yield
         except torch.OutOfMemoryError as error:
             if self.world == 1:
-                raise
+                raise UserError(
+                    "the device ran out of memory: lower data.length_max (lengths, in an evaluation), use "
+                    "step.memory=least, or stop what else runs on it"
+                ) from error
             raise UserError(
                 f"process {self.rank} of {self.world} ran out of device memory: use step.memory=least, fewer tokens, "
                 "more trainer.devices or a larger step.sequence_parallel"

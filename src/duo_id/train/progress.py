@@ -40,6 +40,8 @@ def introduction(gated_model: GatedModel, settings: TrainSettings, folder: Path 
     trains = method.devices == "shared"
     longest = data.length_max or model.max_length
     sizes = f"{f'{steps} steps' if trains else 'scores'}, samples of {data.length_min} to {longest} tokens"
+    if longest and model.max_length and longest <= model.max_length // 2 and gated_model.device.type != "cpu":
+        sizes += f" (the model takes {model.max_length})"
     lines = [headline(model.name, gated_model.device, gated_model.shape, f"method={method.name}", sizes, folder)]
     if trains and gated_model.device.type == "cpu" and steps >= CPU_STEPS and (longest or 0) > CPU_TOKENS:
         lines.append(

@@ -5,7 +5,7 @@ What imports torch or Lightning is checked last, so that other mistakes are answ
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from omegaconf import DictConfig
 from pydantic import Field
@@ -30,6 +30,13 @@ from duo_id.methods.settings import GateSettings, MethodSettings, make_optimizer
 from duo_id.models.settings import ModelSettings
 from duo_id.step.settings import StepSettings
 from duo_id.train.trainer import Trainer, check_trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LENGTH_MIN, LENGTH_MAX, RECENT_SIZE = "data.length_min", "data.length_max", "method.recent_size"
+LONGEST = 32000  # tokens of data.length_max=auto at most: attention's time grows with their square
+AUTOMATIC = {LENGTH_MIN: LONGEST // 8, LENGTH_MAX: LONGEST, RECENT_SIZE: 1}  # may be `auto`; what is checked meanwhile
 
 
 @settings("comparison")
@@ -89,13 +96,17 @@ class TrainSettings:
             self.logger = {}  # Lightning logs nothing then
 
 
-def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
-    """The typed settings of a training run, including its method's.
+def train_settings(config: DictConfig | Mapping[str, Any], model: "PreTrainedModel | None" = None) -> TrainSettings:
+    """The typed settings of a training run, including its method's; what is `auto` is decided.
+
+    Args:
+        config: composed, or plain values.
+        model: the model; None: the one that the settings name.
 
     Raises:
-        UserError: as `parse`.
+        UserError: as `parse`, or the model cannot be found.
     """
-    values = dict(resolve(config))
+    values, automatic = _with_values(resolve(config))
     values["method"] = method_settings(values.get("method", {}))
     settings = parse(TrainSettings, values)
     check(
@@ -107,7 +118,22 @@ def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
         f"repeats={settings.repeats}: method.swap_at refines the mask of one run, which averaging several would undo",
     )
     _check_imported(settings)
+    if automatic:
+        from duo_id.train.fitting import fitted
+
+        settings = fitted(settings, automatic, model)
     return settings
+
+
+def _with_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A copy of plain values with numbers for what is `auto`, so that all else is checked first; and what is `auto`."""
+    copied, automatic = dict(values), []
+    for override, value in AUTOMATIC.items():
+        group, key = override.split(".")
+        if isinstance(copied.get(group), Mapping) and copied[group].get(key) == "auto":
+            copied[group] = {**copied[group], key: value}
+            automatic.append(override)
+    return copied, automatic
 
 
 def _check_imported(settings: TrainSettings) -> None:
