@@ -6,6 +6,7 @@ torch.compile's `reduce-overhead` would compile the model too, which is for `ste
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -84,8 +85,9 @@ def _timed(loss: LossFunction, alpha: Tensor, batch: dict[str, Any]) -> tuple[Te
     torch.cuda.synchronize()
     start = time.perf_counter()
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings(action="ignore"):  # that it is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         value = loss(alpha, batch)
     except RuntimeError as error:
         if "synchroniz" not in str(error):
