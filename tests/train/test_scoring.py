@@ -17,18 +17,22 @@ VOCABULARY = 4
 
 
 class Scripted:
-    """Stands for a language model: its next-token logits at each position are a table."""
+    """Stands for a language model: its state at each position is a row of a table of next-token logits."""
 
-    ranks = Ranks()
+    ranks, vocabulary = Ranks(), VOCABULARY
+    logits = staticmethod(Tensor.clone)
 
     def __init__(self, logits: Tensor) -> None:
         self.table = logits
         self.model = self
         self.device = torch.device("cpu")
 
-    def predictions(self, batch: dict[str, Any], scored: Tensor) -> Tensor:
+    def hidden_states(self, batch: dict[str, Any]) -> Tensor:
         assert batch["input_ids"].shape == (1, len(self.table))
-        return self.table[scored - 1]
+        return self.table[None]
+
+    def predicting(self, states: Tensor, scored: Tensor) -> Tensor:
+        return states[0, scored - 1]
 
 
 def certain(*tokens: int) -> Tensor:
