@@ -19,11 +19,11 @@ from duo_id.patterns.pattern import HeadMask
 from duo_id.step.distillation import Distillation
 from duo_id.step.objectives import OBJECTIVES, Objective, make_objective
 from tests.methods.conftest import WINDOW, gated_model_of
-from tests.step.test_distillation import HYBRID
+from tests.step.test_distillation import HYBRID, with_logits
 from tests.support import families
 from tests.support.dense import dense_attention, plain_outputs, slow_objective
 from tests.support.planted import random_sample
-from tests.support.tiny import FAMILIES, hooks_of
+from tests.support.tiny import FAMILIES, compute_all_logits, hooks_of
 
 MakeModel = Callable[..., PreTrainedModel]
 MODELS: list[tuple[str, dict[str, Any]]] = [*((family, {}) for family in FAMILIES), ("gemma3_text", HYBRID)]
@@ -56,7 +56,8 @@ def one_by_one(gated_model: GatedModel, masks: Tensor, objective: Objective, tok
         for batch, teacher in zip(batches, teachers, strict=True):
             with torch.no_grad(), bound(gated_model.layers, functions):
                 student = distillation.outputs(batch)
-            total = total + (objective(student, teacher.outputs or student) * teacher.weights).sum()
+            student, full = (with_logits(distillation, part) for part in (student, teacher.outputs or student))
+            total = total + (objective(student, full) * teacher.weights).sum()
         losses.append(total / len(SAMPLES))
     return torch.stack(losses)
 
@@ -113,7 +114,7 @@ def test_models_that_always_compute_all_logits(make_model: MakeModel, monkeypatc
         masks, batches = drawn(6, gated_model.shape), [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
         losses = MaskLosses(Distillation(gated_model, OBJECTIVES["kl"], "labelled"), batches, 10_000)
         expected = losses(masks)
-        monkeypatch.setattr(type(gated_model.model), "keeps_logits", False)
+        compute_all_logits(gated_model.model.model, monkeypatch)
         torch.testing.assert_close(losses(masks), expected)
 
 
@@ -218,7 +219,8 @@ def test_no_forward_exceeds_batch_tokens(make_model: MakeModel) -> None:
             Distillation(gated_model, OBJECTIVES["kl"], "labelled"), [batch_of_one(SAMPLES[0], gated_model.device)], 130
         )
         rows: list[int] = []
-        hook = gated_model.model.model.base_model.register_forward_hook(lambda *args: rows.append(len(args[-1][0])))
+        last = gated_model.model.model.base_model.layers[-1]
+        hook = last.register_forward_hook(lambda *args: rows.append(len(args[-1])))
         losses(drawn(12, gated_model.shape, seed=4))
         hook.remove()
     assert sum(rows) == len(torch.unique(drawn(12, (3, 2), seed=4).flatten(1), dim=0))

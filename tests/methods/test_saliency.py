@@ -12,6 +12,7 @@ from duo_id.data.samples import batch_of_one
 from duo_id.methods import saliency as module
 from duo_id.methods.saliency import saliency
 from duo_id.methods.settings import SaliencySettings
+from duo_id.step import chunks
 from duo_id.step.distillation import Distillation
 from duo_id.step.objectives import OBJECTIVES, make_objective
 from tests.methods.conftest import WINDOW, gated_model_of
@@ -102,6 +103,29 @@ def test_fisher_takes_the_mean_over_at(make_model: MakeModel) -> None:
         parts = [saliency(gated_model, sample, of(kind="fisher", at=[value])) for value in (1.0, 0.5)]
         both = saliency(gated_model, sample, of(kind="fisher", at=[1.0, 0.5]))
     torch.testing.assert_close(both, (parts[0] + parts[1]) / 2)
+
+
+def test_fisher_is_that_of_the_likelihood_whatever_the_objective(make_model: MakeModel) -> None:
+    """And runs the layers once, without a teacher."""
+    sample, forwards = random_sample(40, 1, 4), list[int]()
+    with gated_model_of(make_model("llama")) as gated_model:
+        blocks: Any = gated_model.model.model.base_model.layers
+        blocks[0].register_forward_hook(lambda *_: forwards.append(1))
+        scores = [saliency(gated_model, sample, of(kind="fisher", objective=name)) for name in OBJECTIVES]
+    assert all(torch.equal(score, scores[0]) for score in scores)
+    assert scores[0].max() > 0
+    assert len(forwards) == len(OBJECTIVES)
+
+
+def test_fisher_draws_the_same_labels_in_chunks_of_any_size(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = random_sample(40, 1, 7)
+    with gated_model_of(make_model("llama")) as gated_model:
+        expected = saliency(gated_model, sample, of(kind="fisher"))
+        for elements in (1, 3 * 96):
+            monkeypatch.setattr(chunks, "ELEMENTS", elements)
+            torch.testing.assert_close(saliency(gated_model, sample, of(kind="fisher")), expected)
 
 
 def test_far_tokens_alone_can_be_asked_for(make_model: MakeModel) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,11 +21,11 @@ from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
 from duo_id.step.distillation import Distillation
-from duo_id.step.objectives import OBJECTIVES, Objective, Outputs
+from duo_id.step.objectives import OBJECTIVES, Objective, Outputs, make_objective
 from duo_id.step.recompute import activation_checkpointing
 from tests.support.dense import dense_attention, plain_outputs, slow_objective
 from tests.support.planted import random_sample
-from tests.support.tiny import hooks_of
+from tests.support.tiny import compute_all_logits, hooks_of
 
 WINDOW = Window(2, 8)
 HYBRID: dict[str, Any] = {
@@ -39,12 +40,22 @@ MakeModel = Callable[..., PreTrainedModel]
 
 @contextmanager
 def distilling(
-    model: PreTrainedModel, objective: str = "hidden_l2", blend: str = "student", tokens: str = "labelled"
+    model: PreTrainedModel,
+    objective: str | dict[str, float] = "hidden_l2",
+    blend: str = "student",
+    tokens: str = "labelled",
 ) -> Iterator[Distillation]:
     wrapped = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
     with attached(model, Backends()) as layers:
-        chosen = OBJECTIVES[objective]
+        chosen = make_objective(objective)
         yield Distillation(GatedModel(wrapped, layers, WINDOW, Backends()), chosen, tokens, BLENDS[blend])
+
+
+def with_logits(distillation: Distillation, outputs: Outputs) -> Outputs:
+    """The outputs with the logits of all scored tokens, if these can be predicted."""
+    if outputs.predicting is None:
+        return outputs
+    return replace(outputs, logits=distillation.gated_model.model.logits(outputs.predicting))
 
 
 def batch_of(*samples: Sample, side: str = "right") -> dict[str, Any]:
@@ -100,11 +111,11 @@ def test_layers_with_several_states_a_token_have_no_layer_l2(make_model: MakeMod
 
 
 def test_models_that_always_compute_all_logits_give_the_same_loss(make_model: MakeModel, monkeypatch: Any) -> None:
-    batch = batch_of(random_sample(40, 1), random_sample(40, 2))
-    with distilling(make_model("llama"), "kl") as distillation:
+    model, batch = make_model("llama"), batch_of(random_sample(40, 1), random_sample(40, 2))
+    with distilling(model, "kl") as distillation:
         alpha = gates_of(3, 2)
         expected = distillation.loss(alpha, batch)
-        monkeypatch.setattr(LanguageModel, "keeps_logits", False)
+        compute_all_logits(model, monkeypatch)
         torch.testing.assert_close(distillation.loss(alpha, batch), expected)
 
 
@@ -159,7 +170,7 @@ def test_far_tokens_count_by_what_they_gain_from_seeing_far(objective: str, make
         assert teacher.weights.sum().item() == pytest.approx(1)
         assert teacher.outputs is not None
         student = distillation.student(gates_of(3, 2), batch_of(sample), teacher)
-        values = OBJECTIVES[objective](student, teacher.outputs)
+        values = OBJECTIVES[objective](*(with_logits(distillation, part) for part in (student, teacher.outputs)))
         loss = distillation.loss(gates_of(3, 2), batch_of(sample))
     torch.testing.assert_close(loss, (values * gain / gain.sum()).sum(), rtol=1e-3, atol=1e-5)
 
@@ -193,8 +204,10 @@ def test_tokens_within_the_window_gain_nothing(make_model: MakeModel) -> None:
 
 
 def forwards_of(model: PreTrainedModel, run: Callable[[], Any]) -> int:
+    """How often the layers run: logits run the model again, with the states in their place."""
     count = [0]
-    hook = model.base_model.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+    layers: Any = model.base_model.layers
+    hook = layers[0].register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
     run()
     hook.remove()
     return count[0]
@@ -241,14 +254,12 @@ def test_only_what_is_needed_is_kept(make_model: MakeModel) -> None:
     for objective in OBJECTIVES:
         with distilling(make_model("llama"), objective) as distillation:
             outputs = distillation.outputs(batch)
-            assert (outputs.logits is not None) == OBJECTIVES[objective].logits
+            assert outputs.logits is None, "a chunk's are computed when the chunk is"
+            assert (outputs.predicting is not None) == OBJECTIVES[objective].logits
             assert len(outputs.layers) == (3 if OBJECTIVES[objective].layers else 0)
-            assert outputs.hidden.shape == (5, 32)
-            asked = distillation.outputs(batch, logits=True)
-            assert asked.logits is not None
-            assert asked.targets is not None
-            assert asked.logits.shape == (5, 96)
-            assert torch.equal(asked.targets, batch["input_ids"][0, -5:])
+            assert all(states.shape == (5, 32) for states in outputs.states)
+            assert outputs.targets is not None
+            assert torch.equal(outputs.targets, batch["input_ids"][0, -5:])
 
 
 @pytest.mark.parametrize("objective", ["layer_l2", "kl"])
@@ -264,7 +275,7 @@ def test_recomputation_changes_no_objective(objective: str, blend: str, make_mod
     torch.testing.assert_close(recomputed, expected)
 
 
-@pytest.mark.parametrize("where", ["attention", "block", "objective"])
+@pytest.mark.parametrize("where", ["attention", "block", "head", "objective"])
 @pytest.mark.parametrize("blend", ["student", "teacher"])
 def test_nothing_stays_hooked_or_bound_after_an_exception(where: str, blend: str, make_model: MakeModel) -> None:
     model, batch = make_model("llama"), batch_of(random_sample(40, 1))
@@ -272,24 +283,26 @@ def test_nothing_stays_hooked_or_bound_after_an_exception(where: str, blend: str
     def fails(*_: Any) -> Any:
         raise RuntimeError("on purpose")
 
-    with distilling(model, "layer_l2", blend) as distillation:
+    with distilling(model, {"layer_l2": 1, "kl": 1}, blend) as distillation:
         functions, hooks = bound_functions(distillation.gated_model.layers), hooks_of(model)
         teacher = distillation.teacher(batch)
         block = model.model.layers[1]
         spoiled = []
         if where == "objective":
-            distillation.objective = Objective(fails, layers=True)
+            distillation.chunked = distillation.in_chunks(Objective(fails, layers=True, logits=True))
         else:
-            spoiled.append((block if where == "block" else block.self_attn).register_forward_pre_hook(fails))
+            module = {"attention": block.self_attn, "block": block, "head": model.lm_head}[where]
+            spoiled.append(module.register_forward_pre_hook(fails))
         with pytest.raises(RuntimeError, match="on purpose"):
-            distillation.loss(gates_of(3, 2), batch, teacher)
-        if where != "objective":  # it has no part in the teacher's pass
+            distillation.loss(gates_of(3, 2).requires_grad_(), batch, teacher)
+        if where in ("attention", "block"):  # the others have no part in the teacher's pass
             with pytest.raises(RuntimeError, match="on purpose"):
                 distillation.teacher(batch)
         for hook in spoiled:
             hook.remove()
         assert bound_functions(distillation.gated_model.layers) == functions
         assert hooks_of(model) == hooks
+        assert "forward" not in model.model.__dict__
     assert not hooks_of(model)
     assert not any(hasattr(module, BOUND) for module in model.modules())
 
@@ -326,9 +339,9 @@ def test_outputs_of_an_ungated_model_are_those_of_plain_forwards(make_model: Mak
     """Token by token, with either padding."""
     model, samples = make_model("llama"), [random_sample(40, 1), random_sample(61, 2)]
     expected = [plain_outputs(model, sample, [0, 1, 2]) for sample in samples]
-    with distilling(model, "layer_l2") as distillation:
+    with distilling(model, "layer_l2", tokens="far") as distillation:
         for side in ("left", "right"):
-            batched: Outputs = distillation.outputs(batch_of(*samples, side=side), logits=True)
+            batched = with_logits(distillation, distillation.outputs(batch_of(*samples, side=side)))
             for name in ("hidden", "logits", "targets"):
                 joined = torch.cat([getattr(single, name) for single in expected])
                 torch.testing.assert_close(getattr(batched, name), joined, rtol=1e-4, atol=1e-5)

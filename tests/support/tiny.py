@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from duo_id.attention.interface import attached
@@ -70,6 +72,16 @@ def draw_weights(model: PreTrainedModel) -> None:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * 1.5)
         elif "sink" in name:
             torch.nn.init.normal_(parameter)
+
+
+def compute_all_logits(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a model be one of those whose forward takes no `logits_to_keep`."""
+    plain = model.forward
+
+    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool | None = None) -> Any:
+        return plain(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    monkeypatch.setattr(model, "forward", forward)
 
 
 @contextmanager

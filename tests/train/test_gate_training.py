@@ -154,12 +154,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     gate_training: MakeTraining, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with gate_training(method()) as training:
-        plain = training.distillation.objective
+        distillation = training.distillation
 
         def breaks(*outputs: Outputs) -> Tensor:
-            return plain(*outputs) * (torch.nan if training.global_step == 3 else 1)
+            return distillation.objective(*outputs) * (torch.nan if training.global_step == 3 else 1)
 
-        monkeypatch.setattr(training.distillation, "objective", Objective(breaks))
+        monkeypatch.setattr(distillation, "chunked", distillation.in_chunks(Objective(breaks)))
         with pytest.raises(UserError, match=r"no longer finite at step 4.*method.lr.*last good checkpoint"):
             fit(training, [batch_of(random_sample(40, seed)) for seed in range(8)], 8, tmp_path)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)

@@ -1,6 +1,7 @@
 """Scores of answers, worked out by hand against a model that says what it is told to say."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,25 +11,31 @@ from torch import Tensor
 from duo_id.distributed.ranks import Ranks
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
+from duo_id.train import scoring
 from duo_id.train.scoring import Score, score, total
+from tests.support.tensors import LargestTensor
 from tests.support.tiny import tiny_model
 
 VOCABULARY = 4
 
 
 class Scripted:
-    """Stands for a language model: its next-token logits at each position are a table."""
+    """Stands for a language model: its state at each position is a row of a table of next-token logits."""
 
-    ranks = Ranks()
+    ranks, vocabulary = Ranks(), VOCABULARY
+    logits = staticmethod(Tensor.clone)
 
     def __init__(self, logits: Tensor) -> None:
         self.table = logits
         self.model = self
         self.device = torch.device("cpu")
 
-    def predictions(self, batch: dict[str, Any], scored: Tensor) -> Tensor:
+    def hidden_states(self, batch: dict[str, Any]) -> Tensor:
         assert batch["input_ids"].shape == (1, len(self.table))
-        return self.table[scored - 1]
+        return self.table[None]
+
+    def predicting(self, states: Tensor, scored: Tensor) -> Tensor:
+        return states[0, scored - 1]
 
 
 def certain(*tokens: int) -> Tensor:
@@ -77,3 +84,30 @@ def test_score_of_a_real_model_is_its_cross_entropy() -> None:
     result = score(model, {"input_ids": ids, "answers": answers})
     assert result.loss == pytest.approx(expected.item(), rel=1e-5)
     assert (result.tokens, result.answers) == (6, 2)
+
+
+def test_logits_of_a_few_tokens_at_a_time_score_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = 2000  # so many that anything else is small
+    model = LanguageModel(
+        tiny_model("llama", vocab_size=words, tie_word_embeddings=False),
+        byte_tokenizer(),
+        "tiny",
+        "tiny",
+        None,
+        "random",
+    )
+    ids = torch.randint(3, words, (40,), generator=torch.Generator().manual_seed(0))
+    answers = torch.arange(40) // 10
+    ids[15:25] = model.model(ids[None]).logits[0, 14:24].argmax(-1)  # some are right
+    results, largest = {}, {}
+    for tokens in (1, 4, 30, 100):
+        monkeypatch.setattr(scoring, "ELEMENTS", tokens * words)
+        with LargestTensor(model.model) as seen:
+            results[tokens] = score(model, {"input_ids": ids, "answers": answers})
+        largest[tokens] = seen.elements // words
+    assert 0 < results[1].correct < results[1].tokens == 30
+    for result in results.values():
+        assert result == replace(results[1], loss=pytest.approx(results[1].loss, rel=1e-6))
+    assert largest[4] == 4
+    assert largest[30] == largest[100] == 30
+    assert largest[1] <= 3, "attention's tensors are larger than the logits of one token"

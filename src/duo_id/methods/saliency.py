@@ -23,7 +23,7 @@ def find(gated_model: GatedModel, samples: SampleModule, settings: SaliencySetti
     """Average over samples, with activation checkpointing planned for the longest one."""
     run.on_accepted()
     training_samples = samples.samples("train", settings.samples)
-    distillation = Distillation(gated_model, settings.resolved_objective, settings.tokens)
+    distillation = _distillation(gated_model, settings)
     step = replace(run.step, compile=False)  # not worth it for a few passes
     with prepared_step(distillation, step) as apply_plan:
         apply_plan(max(len(sample["input_ids"]) for sample in training_samples))
@@ -46,7 +46,7 @@ def saliency(gated_model: GatedModel, sample: Sample, settings: SaliencySettings
         (gated layers, KV heads), on an arbitrary scale.
     """
     batch = batch_of_one(sample, gated_model.device)
-    distillation = Distillation(gated_model, settings.resolved_objective, settings.tokens)
+    distillation = _distillation(gated_model, settings)
     teacher = distillation.teacher(batch)
     scores = []
     for value in settings.at:
@@ -57,6 +57,12 @@ def saliency(gated_model: GatedModel, sample: Sample, settings: SaliencySettings
         else:
             scores.append(_fisher(distillation, alpha, batch, teacher))
     return torch.stack(scores).mean(0).float().cpu()
+
+
+def _distillation(gated_model: GatedModel, settings: SaliencySettings) -> Distillation:
+    """Fisher information is that of the likelihood, which needs logits and no teacher, whatever the objective."""
+    objective = OBJECTIVES["next_token"] if settings.kind == "fisher" else settings.resolved_objective
+    return Distillation(gated_model, objective, settings.tokens)
 
 
 def _fisher(distillation: Distillation, alpha: Tensor, batch: Batch, teacher: Teacher) -> Tensor:
@@ -72,12 +78,11 @@ def _fisher(distillation: Distillation, alpha: Tensor, batch: Batch, teacher: Te
         probabilities = student.logits.float().softmax(-1)
         return torch.multinomial(probabilities, DRAWS, replacement=True, generator=generator).T
 
-    likelihood = distillation.in_chunks(OBJECTIVES["next_token"])
     outputs = distillation.student(alpha, batch, teacher)
     ones = torch.ones(len(batch["scored"]), device=alpha.device)
     squares = torch.zeros_like(alpha)
     for labels in distillation.in_chunks(Objective(draw, logits=True, teacher=False)).values(outputs, outputs):
         drawn = replace(outputs, targets=labels)
-        loss = likelihood.loss(drawn, drawn, ones)
+        loss = distillation.chunked.loss(drawn, drawn, ones)
         squares += torch.autograd.grad(loss, alpha, retain_graph=True)[0].square()
     return squares / DRAWS / len(ones)
