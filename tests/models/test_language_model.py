@@ -137,6 +137,18 @@ def test_predictions_without_a_head_that_can_be_found(make_model: Callable[..., 
         torch.testing.assert_close(predictions(wrapped(model), batch), expected)
 
 
+def test_the_head_of_a_forward_computes_some_tokens_alone(make_model: Callable[..., PreTrainedModel]) -> None:
+    model, ids = make_model("gemma2", final_logit_softcapping=2.0), tokens(3, 14)
+    expected, head = model(ids).logits.flatten(0, 1)[SCORED], model.get_output_embeddings()
+    for other, rows in ((head, len(SCORED)), (None, 42), (torch.nn.Linear(1, 1), 42)):  # the last two are not found
+        model.get_output_embeddings = lambda other=other: other
+        with wrapped(model).head_at(ids, SCORED) as pick:
+            logits = model(ids).logits
+        assert logits.flatten(0, 1).shape[0] == rows
+        torch.testing.assert_close(pick(logits), expected)
+        assert not head._forward_pre_hooks
+
+
 def test_models_that_cannot_leave_logits_out_do_as_well(
     make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
