@@ -256,24 +256,13 @@ SHARED = ["llama", "qwen3_next"]
 UNSPLIT = ["gemma3n_text", "gpt_bigcode", "zaya"]  # residual streams, a view of the input, earlier routing
 
 
-def family_model(family: str) -> PreTrainedModel:
-    """The tiny model of a family; skips if none runs."""
-    try:
-        model = families.tiny_model(family)
-        with torch.no_grad():
-            model(SAMPLES[0]["input_ids"][None], use_cache=False)
-    except Exception as error:
-        pytest.skip(str(error).partition("\n")[0])
-    return model
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "family",
     [name if name in SHARED + UNSPLIT else pytest.param(name, marks=pytest.mark.slow) for name in families.FAMILIES],
 )
 def test_losses_of_any_family_equal_each_mask_alone(family: str) -> None:
-    model = family_model(family)
+    model = families.runnable_model(family)
     with ExitStack() as stack:
         try:
             gated_model = stack.enter_context(gated_model_of(model))
@@ -289,7 +278,7 @@ def test_losses_of_any_family_equal_each_mask_alone(family: str) -> None:
 
 
 def test_a_model_whose_rows_cannot_be_split_warns_once(recwarn: pytest.WarningsRecorder) -> None:
-    with gated_model_of(family_model("gpt_bigcode")) as gated_model:
+    with gated_model_of(families.runnable_model("gpt_bigcode")) as gated_model:
         batches = [batch_of_one(sample, gated_model.device) for sample in SAMPLES]
         losses = MaskLosses(Distillation(gated_model, OBJECTIVES["kl"], "labelled"), batches, 1000)
         recwarn.clear()

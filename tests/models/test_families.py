@@ -1,17 +1,31 @@
-"""Every family of transformers does what the table in docs/models.md says."""
+"""Every family of transformers does what the table in docs/models.md says, and its head runs without its layers."""
 
 import os
 import re
 import warnings
 
 import pytest
+import torch
 
-from tests.support.families import END, FAMILIES, START, TABLE, row, try_family
+from duo_id.models.language_model import LanguageModel
+from duo_id.models.loading import byte_tokenizer
+from tests.support.families import (
+    END,
+    FAMILIES,
+    START,
+    TABLE,
+    assert_close,
+    random_tokens,
+    row,
+    runnable_model,
+    try_family,
+)
 
 NAMED = (
     "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi3 olmo2 granite cohere stablelm "
     "starcoder2 gpt_neox opt smollm3 gpt_oss qwen3_next bert deepseek_v3 falcon mamba"
 ).split()
+SLOW = ("falcon_h1", "kimi_linear")  # seconds for a forward of their linear layers on a CPU
 LINES = TABLE.read_text().partition(START)[2].partition(END)[0].splitlines()[3:]
 
 
@@ -30,3 +44,16 @@ def test_a_family_does_what_the_table_says(family: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert row(family, try_family(family)) in LINES
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAMILIES]
+)
+def test_logits_of_hidden_states_are_the_models_own(family: str) -> None:
+    """Of gated and refused families alike, whatever they do to their last states and their logits."""
+    ids, model = random_tokens(2, 16), runnable_model(family)
+    language_model = LanguageModel(model, byte_tokenizer(), "tiny", "tiny", None, "random")
+    with torch.no_grad():
+        logits = language_model.logits(language_model.hidden_states({"input_ids": ids, "attention_mask": None}))
+        assert_close(logits, model(ids, use_cache=False).logits, "logits of the head alone")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -137,6 +138,22 @@ def tiny_model(family: str) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def runnable_model(family: str) -> PreTrainedModel:
+    """The tiny model of a family; skips the test if none runs."""
+    try:
+        model = tiny_model(family)
+        with torch.no_grad():
+            model(random_tokens(tokens=16), use_cache=False)
+    except Exception as error:
+        pytest.skip(str(error).partition("\n")[0])
+    return model
+
+
+def random_tokens(samples: int = 1, tokens: int = TOKENS) -> Tensor:
+    """Random tokens that every tiny model has, (samples, tokens)."""
+    return torch.randint(3, 90, (samples, tokens), generator=torch.Generator().manual_seed(1))
+
+
 def try_family(family: str) -> Outcome:
     """Gate, mask and deploy a family's tiny model.
 
@@ -147,7 +164,7 @@ def try_family(family: str) -> Outcome:
         model = tiny_model(family)
     except Unbuilt as error:
         return Outcome(False, built=False, why=str(error))
-    ids = torch.randint(3, 90, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    ids = random_tokens()
     try:
         with torch.no_grad():
             expected = model(ids, use_cache=False).logits
