@@ -9,7 +9,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from duo_id.common.config import conf_dir, plain
-from duo_id.train.settings import train_settings
+from duo_id.train.fitting import train_settings
 from tests.support.commands import run_command
 
 SOURCE = Path(__file__).parents[1] / "src"

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from duo_id.common.config import parse
 from duo_id.common.errors import UserError
 from duo_id.methods.settings import METHODS
-from duo_id.train.settings import TrainSettings, train_settings
+from duo_id.train.fitting import train_settings
+from duo_id.train.settings import TrainSettings
 from duo_id.train.trainer import RESERVED, TrainerSettings
 from tests.support.commands import QUICK, run_command
 from tests.train.test_settings import NEEDED, SCHEMAS

@@ -498,7 +498,7 @@ def test_a_run_of_ones_own_is_resumed_as_it_was(case: str, tmp_path: Path) -> No
 
     def read(config: Any) -> None:
         from duo_id.common import cli
-        from duo_id.train.settings import train_settings
+        from duo_id.train.fitting import train_settings
 
         configs.append(train_settings(cli.start_run(config)[0]))
 

@@ -26,7 +26,8 @@ from duo_id.common.config import conf_dir, parse
 from duo_id.models.loading import load_model
 from duo_id.models.settings import ModelSettings
 from duo_id.models.wheels import dequantised_folder, gguf_in_wheel
-from duo_id.train.settings import TrainSettings, train_settings
+from duo_id.train.fitting import train_settings
+from duo_id.train.settings import TrainSettings
 from tests.docs.blocks import Block, Command, blocks, commands
 from tests.support.commands import QUICK, run_command
 from tests.train.test_settings import SCHEMAS

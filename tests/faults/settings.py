@@ -125,7 +125,7 @@ STEP = {
     "step.compile": flag(),
     "step.full_backend": choice("auto"),
     "step.streaming_backend": choice("auto"),
-    "step.cuda_graphs": flag(),
+    "step.cuda_graphs": values(f"nan -1 2 1.5 inf null AUTO autox {HUGE} {SHAPELESS} {WORDS}", "1 0 yes off auto"),
     "step.length_multiple": whole(1),
     "step.sequence_parallel": whole(1),
     "step.shard": flag(),

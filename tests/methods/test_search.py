@@ -175,14 +175,13 @@ def test_an_order_of_another_model_is_refused(make_model: MakeModel, tmp_path: P
 
 def test_candidates_fill_the_free_memory(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with gated_model_of(make_model("llama")) as gated_model:
-        assert module.fitting_batch_tokens(gated_model, 0.5) == module.CPU_BATCH_TOKENS
+        assert module.fitting_batch_tokens(gated_model) == module.CPU_BATCH_TOKENS
         monkeypatch.setattr(GatedModel, "device", torch.device("cuda"))
-        for logits, width in ((0.0, 12 * 32 + 4 * 48), (0.25, 12 * 32 + 4 * 48 + 24)):
-            free = 3 * width * 4 * 500 + 7  # a third of it, in float32, holds 500 tokens
-            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
-            assert module.fitting_batch_tokens(gated_model, logits) == 500
+        free = 3 * (12 * 32 + 4 * 48) * 4 * 500 + 7  # a third of it, in float32, holds 500 tokens
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
+        assert module.fitting_batch_tokens(gated_model) == 500
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-        assert module.fitting_batch_tokens(gated_model, 1.0) == 1
+        assert module.fitting_batch_tokens(gated_model) == 1
 
 
 @pytest.mark.parametrize("batch_tokens", [None, 77])

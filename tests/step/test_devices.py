@@ -12,7 +12,7 @@ from duo_id.distributed.ranks import Ranks
 from duo_id.models.loading import meta_model
 from duo_id.step.budget import memory_bytes
 from duo_id.step.devices import calculated_costs, fit_memory, shared_step
-from duo_id.step.memory import GIB, LIBRARIES, SPARED, Plan
+from duo_id.step.memory import GIB, SPARED, Plan, libraries
 from duo_id.step.recompute import Keep
 from duo_id.step.settings import StepSettings
 from duo_id.train.settings import TrainSettings
@@ -87,7 +87,7 @@ def test_gpus_have_libraries_and_a_part_to_spare(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Ranks, "reduce_max", lambda self, value, device: [value + GIB])
     plan = shared_step(model, LEAST, Ranks(2), GPU, 64, 2, teacher_outputs=False)[1]
     assert (plan.budget, plan.spared) == (79 * GIB, SPARED)
-    assert plan.buffers == planned(model, Ranks(2), 64, 2).buffers + LIBRARIES
+    assert plan.buffers == planned(model, Ranks(2), 64, 2).buffers + libraries(GPU)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from duo_id.common import cli
 from duo_id.common.config import parse
 from duo_id.evaluate import __main__ as evaluate
 from duo_id.train import __main__ as train
-from duo_id.train.settings import TrainSettings, train_settings
+from duo_id.train.fitting import train_settings
+from duo_id.train.settings import TrainSettings
 
 COMMANDS = {"train": train.main, "evaluate": evaluate.main, "benchmark": benchmark.main}
 

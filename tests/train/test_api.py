@@ -26,8 +26,8 @@ from duo_id.data.samples import UNSCORED
 from duo_id.methods.candidates import MaskLosses
 from duo_id.models.tokenizers import byte_tokenizer
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.train.fitting import train_settings
 from duo_id.train.gate_training import GateTraining
-from duo_id.train.settings import train_settings
 from tests.support.tiny import hooks_of, tiny_model
 
 TOKENIZER = byte_tokenizer()

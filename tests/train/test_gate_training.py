@@ -290,8 +290,8 @@ def test_a_finished_run_holds_no_graphs(gate_training: MakeTraining, monkeypatch
     """They would occupy memory that the next seed of `repeats=` needs; on the CPU a stand-in replaces one."""
     with gate_training(method(), StepSettings(cuda_graphs=True)) as training:
         held: list[int] = []
-        training.distill._captured["shapes"] = "a graph"
-        monkeypatch.setattr(training, "on_train_end", lambda: held.append(len(training.distill._captured)))
+        training.graphs._captured["shapes"] = "a graph"
+        monkeypatch.setattr(training, "on_train_end", lambda: held.append(len(training.graphs._captured)))
         fit(training, [batch_of(random_sample(40, 1))], 1)
         assert held == [1]
-        assert not training.distill._captured
+        assert not training.graphs._captured

@@ -13,7 +13,8 @@ from duo_id.common.errors import UserError
 from duo_id.data.settings import DataGenSettings
 from duo_id.evaluate.settings import EvaluateSettings
 from duo_id.methods.settings import METHODS, GateSettings
-from duo_id.train.settings import TrainSettings, train_settings
+from duo_id.train.fitting import train_settings
+from duo_id.train.settings import TrainSettings
 from tests.support.commands import run_command, settings_of
 
 SCHEMAS = {

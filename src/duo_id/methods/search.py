@@ -106,9 +106,7 @@ def search(
     with progress_bar(console) as progress:
         bar = progress.add_task(settings.strategy, total=heads, completed=heads - len(order.undecided))
         batches = [batch_of_one(sample, gated_model.device) for sample in samples]
-        share = max(len(batch["scored"]) / batch["input_ids"].shape[1] for batch in batches)
-        fitting_tokens = fitting_batch_tokens(gated_model, share if distillation.objective.logits else 0.0)
-        losses = MaskLosses(distillation, batches, settings.batch_tokens or fitting_tokens)
+        losses = MaskLosses(distillation, batches, settings.batch_tokens or fitting_batch_tokens(gated_model))
         try:
             STRATEGIES[settings.strategy](order, losses, settings.heads_per_round, save)
             if settings.swap_at is not None:
@@ -123,18 +121,12 @@ def search(
     return gated_model.pattern(order.scores(), **provenance)
 
 
-def fitting_batch_tokens(gated_model: GatedModel, logits: float) -> int:
-    """Tokens of candidates per forward that take about a third of the GPU's free memory.
-
-    Args:
-        gated_model: the model.
-        logits: fraction of the tokens whose logits are computed.
-    """
+def fitting_batch_tokens(gated_model: GatedModel) -> int:
+    """Tokens of candidates per forward that take about a third of the GPU's free memory."""
     if gated_model.device.type != "cuda":
         return CPU_BATCH_TOKENS
     config = gated_model.model.model.config.get_text_config()
     width = 12 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    width += round(logits * config.vocab_size)
     free = torch.cuda.mem_get_info(gated_model.device)[0]
     return max(1, int(free / 3 / width / gated_model.model.model.dtype.itemsize))
 

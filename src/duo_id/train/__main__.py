@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from duo_id.common import cli
 from duo_id.common.record import SETTINGS
-from duo_id.train.settings import train_settings
+from duo_id.train.fitting import train_settings
 
 
 def main(config: DictConfig) -> float | None:

@@ -29,9 +29,10 @@ from duo_id.models.in_memory import frozen, language_model_of
 from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.train.fit_gates import TrainRun
+from duo_id.train.fitting import train_settings
 from duo_id.train.identify import identify as find_heads
 from duo_id.train.progress import introduction
-from duo_id.train.settings import TrainSettings, train_settings
+from duo_id.train.settings import TrainSettings
 
 LONGEST = 8192  # tokens of a sample on a GPU, where the model takes more and `lengths` says nothing
 GPU: dict[str, Any] = {  # what experiment=best has on a GPU, beside lengths

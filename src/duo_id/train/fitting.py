@@ -1,27 +1,81 @@
-"""Settings that are `auto`: what the model and its device can take decides them, before any weights are loaded."""
+"""From a composed config to the settings of a run; what is `auto` is decided by what model and device can take.
 
-from collections.abc import Collection
+What imports torch is imported last, so that mistakes are answered at once.
+"""
+
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedModel
+from omegaconf import DictConfig
 
-from duo_id.attention.blends import BLENDS
-from duo_id.distributed.ranks import Ranks
-from duo_id.methods.settings import GateSettings, MethodSettings
-from duo_id.models.loading import dtype_of, meta_model
-from duo_id.step.devices import calculated_costs
-from duo_id.step.memory import available
-from duo_id.step.recompute import Keep
-from duo_id.train.settings import LENGTH_MAX, LENGTH_MIN, LONGEST, RECENT_SIZE, TrainSettings
+from duo_id.common.config import parse, resolve
+from duo_id.common.errors import check
+from duo_id.common.mistakes import check_importable
+from duo_id.methods.settings import GateSettings, MethodSettings, make_optimizer, method_settings
+from duo_id.train.settings import TrainSettings
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+LENGTH_MIN, LENGTH_MAX, RECENT_SIZE = "data.length_min", "data.length_max", "method.recent_size"
+LONGEST = 32000  # tokens of data.length_max=auto at most: attention's time grows with their square
+AUTOMATIC = {LENGTH_MIN: LONGEST // 8, LENGTH_MAX: LONGEST, RECENT_SIZE: 1}  # may be `auto`; what is checked meanwhile
 ROUND = 1000  # tokens that the longest length is a multiple of
 SHORTEST_SHARE, WINDOW_SHARE = 8, 32  # the longest sample has so many times the tokens of the shortest, of the window
 WINDOW_ROUND = 64  # tokens that the window is a multiple of
 
 
-def fitted(settings: TrainSettings, automatic: Collection[str], model: PreTrainedModel | None = None) -> TrainSettings:
+def train_settings(config: DictConfig | Mapping[str, Any], model: "PreTrainedModel | None" = None) -> TrainSettings:
+    """The typed settings of a training run, including its method's; what is `auto` is decided.
+
+    Args:
+        config: composed, or plain values.
+        model: the model; None: the one that the settings name.
+
+    Raises:
+        UserError: as `parse`, or the model cannot be found.
+    """
+    values, automatic = _with_values(resolve(config))
+    values["method"] = method_settings(values.get("method", {}))
+    settings = parse(TrainSettings, values)
+    check(
+        isinstance(settings.method, GateSettings) or not settings.trainer.get("callbacks"),
+        f"trainer.callbacks: method={settings.method.name} trains nothing, so they would never be called",
+    )
+    check(
+        settings.repeats == 1 or getattr(settings.method, "swap_at", None) is None,
+        f"repeats={settings.repeats}: method.swap_at refines the mask of one run, which averaging several would undo",
+    )
+    _check_imported(settings)
+    return fitted(settings, automatic, model) if automatic else settings
+
+
+def _with_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A copy of plain values with numbers for what is `auto`, so that all else is checked first; and what is `auto`."""
+    copied, automatic = dict(values), []
+    for override, value in AUTOMATIC.items():
+        group, key = override.split(".")
+        if isinstance(copied.get(group), Mapping) and copied[group].get(key) == "auto":
+            copied[group] = {**copied[group], key: value}
+            automatic.append(override)
+    return copied, automatic
+
+
+def _check_imported(settings: TrainSettings) -> None:
+    """Create the optimizer and import the loggers: they fail now, not after loading a model."""
+    if isinstance(settings.method, GateSettings):
+        import torch
+
+        make_optimizer(settings.method, [torch.nn.Parameter(torch.zeros(1))])
+    for name, logger in settings.logger.items():
+        check_importable(f"logger.{name}._target_", (logger or {}).get("_target_"))
+
+
+def fitted(
+    settings: TrainSettings, automatic: Collection[str], model: "PreTrainedModel | None" = None
+) -> TrainSettings:
     """Settings in which the lengths and the window that are `auto` are decided.
 
     Args:
@@ -32,6 +86,8 @@ def fitted(settings: TrainSettings, automatic: Collection[str], model: PreTraine
     Raises:
         UserError: the model cannot be found, reached or built.
     """
+    from duo_id.models.loading import dtype_of, meta_model
+
     device = training_device(settings) if model is None else model.device
     if model is None:
         model = meta_model(settings.model, dtype_of(settings.model.dtype, device))
@@ -49,8 +105,10 @@ def fitted(settings: TrainSettings, automatic: Collection[str], model: PreTraine
     return replace(settings, data=data, method=method)
 
 
-def training_device(settings: TrainSettings) -> torch.device:
+def training_device(settings: TrainSettings) -> "torch.device":
     """The first device that the trainer's settings choose."""
+    import torch
+
     uses_gpu = settings.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return torch.device("cuda" if uses_gpu else "cpu")
 
@@ -64,8 +122,14 @@ def _with_window(method: MethodSettings, recent_size: int) -> MethodSettings:
     return replace(method, **changes)
 
 
-def _fitting_tokens(settings: TrainSettings, model: PreTrainedModel, device: torch.device) -> int:
+def _fitting_tokens(settings: TrainSettings, model: "PreTrainedModel", device: "torch.device") -> int:
     """Tokens of the longest step that fits one device if layers keep as little as they can."""
+    from duo_id.attention.blends import BLENDS
+    from duo_id.distributed.ranks import Ranks
+    from duo_id.step.devices import calculated_costs
+    from duo_id.step.memory import available
+    from duo_id.step.recompute import Keep
+
     method = settings.method
     devices = settings.trainer.get("devices", 1)
     alone = devices == 1 or (isinstance(devices, list) and len(devices) == 1)
