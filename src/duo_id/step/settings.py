@@ -3,9 +3,9 @@
 What imports torch is imported where it is used, so that mistakes in settings are answered at once.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError
 
 from duo_id.attention.choices import FULL_BACKENDS, STREAMING_BACKENDS
 from duo_id.common.config import (
@@ -26,6 +26,16 @@ def _budget(value: str) -> str:
     return value
 
 
+def _switch(value: Any) -> bool | str:
+    """True, false or auto: pydantic would name the parts of a union in its message."""
+    if value == "auto":
+        return value
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(" must be true, false or auto") from error
+
+
 @settings("step")
 class StepSettings:
     """How a training step is computed: see conf/step/."""
@@ -36,7 +46,9 @@ class StepSettings:
     compile: bool = False  # norms, MLP, projections and blends of all layers
     full_backend: Annotated[Text, one_of(FULL_BACKENDS)] = "auto"
     streaming_backend: Annotated[Text, one_of(STREAMING_BACKENDS)] = "auto"
-    cuda_graphs: bool | Literal["auto"] = "auto"  # replay the step as one graph per length; auto: where it is faster
+    cuda_graphs: Annotated[bool | Literal["auto"], BeforeValidator(_switch)] = (
+        "auto"  # replay the step as one graph per length; auto: where it is faster
+    )
     length_multiple: Positive = 1024  # tokens, to which lengths are padded for CUDA graphs
     sequence_parallel: Positive = 1  # processes that share the tokens of each sample
     shard: bool = True  # with several processes, each keeps only a shard of the weights (FSDP2)
