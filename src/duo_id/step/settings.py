@@ -47,7 +47,7 @@ class StepSettings:
     full_backend: Annotated[Text, one_of(FULL_BACKENDS)] = "auto"
     streaming_backend: Annotated[Text, one_of(STREAMING_BACKENDS)] = "auto"
     cuda_graphs: Annotated[bool | Literal["auto"], BeforeValidator(_switch)] = (
-        "auto"  # replay the step as one graph per length; auto: where it is faster
+        "auto"  # replay the step as one graph per length; auto: lengths of which that is faster
     )
     length_multiple: Positive = 1024  # tokens, to which lengths are padded for CUDA graphs
     sequence_parallel: Positive = 1  # processes that share the tokens of each sample
