@@ -83,7 +83,7 @@ def test_mistakes_are_answered_before_the_model_is_looked_up(monkeypatch: pytest
 
 def test_a_gpus_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 3 * 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2.5 * 2**30, 4 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     assert settings_of().data.length_max < 8000
     assert settings_of("trainer.accelerator=cpu").data.length_max == 8000

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from duo_id.common.errors import check
 from duo_id.distributed.ranks import Ranks
+from duo_id.step.chunks import ELEMENT_BYTES
 from duo_id.step.memory import Costs, Plan, available, libraries, weight_bytes
 from duo_id.step.recompute import FIXED, Keep
 from duo_id.step.settings import StepSettings
@@ -110,6 +111,7 @@ def calculated_costs(
         ]
         * len(layers),
         other=size * heads * width * len(layers) * teacher_outputs,
+        logits=ELEMENT_BYTES * config.vocab_size,
         exchanged=size * 2 * (attention + heads * width) * (ranks.sequence > 1),
         reserve=libraries(device),
     )

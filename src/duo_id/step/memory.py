@@ -105,6 +105,7 @@ class Costs:
         kept: for each layer, bytes a token that it keeps, by the levels of `Keep` at which it is known.
         other: bytes a token that are kept outside the layers, the teacher's recorded outputs among them.
         exchanged: bytes a token that the layer at work needs for other devices.
+        logits: bytes a token of the objective while it computes logits, which it does in chunks.
         reserve: bytes for libraries; where there are any, a part of the budget is spared.
     """
 
@@ -112,12 +113,16 @@ class Costs:
     kept: Sequence[Mapping[Keep, float]]
     other: float
     exchanged: float = 0.0
+    logits: float = 0.0
     reserve: int = 0
 
     def plan_for(self, levels: Sequence[Keep], tokens: int, budget: int | None) -> Plan:
         """The plan in which layers keep these levels, whether it fits into `budget` bytes or not."""
         activations = tokens * (self.other + sum(row[level] for row, level in zip(self.kept, levels, strict=True)))
-        buffers = tokens * (2 * max(row[Keep.ALL] for row in self.kept) + self.exchanged) + self.reserve
+        layer = tokens * (2 * max(row[Keep.ALL] for row in self.kept) + self.exchanged)
+        buffers = (
+            max(layer, min(tokens * self.logits, ELEMENTS * ELEMENT_BYTES)) + self.reserve
+        )  # logits are gone before the backward pass
         spared = SPARED * (self.reserve > 0)
         return Plan(tuple(levels), tokens, self.weights, int(activations), int(buffers), budget, spared)
 
@@ -197,8 +202,8 @@ def available(memory: str, device: torch.device) -> int | None:
 
 
 def libraries(device: torch.device) -> int:
-    """The bytes of a GPU that are no tensors of the step, and those of a chunk of the objective."""
-    return LIBRARIES + ELEMENTS * ELEMENT_BYTES if device.type == "cuda" else 0
+    """The bytes of a device that are no tensors."""
+    return LIBRARIES if device.type == "cuda" else 0
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -216,6 +221,7 @@ def measure_costs(distillation: Distillation, recomputation: Recomputation) -> M
     batch = {"input_ids": ids, "attention_mask": None, "scored": scored, "weights": torch.ones(tokens, device=device)}
     alpha = torch.full((len(layers), layers[0].kv_heads), 0.5, device=device, requires_grad=True)
     before, kept, other = list(recomputation.levels), [], 0
+    vocabulary = distillation.gated_model.model.vocabulary
     last, distillation.last = distillation.last, None  # with many scored tokens it computes all
     try:
         for level in Keep:
@@ -228,6 +234,7 @@ def measure_costs(distillation: Distillation, recomputation: Recomputation) -> M
         weight_bytes(model),
         [dict(zip(Keep, row, strict=True)) for row in zip(*kept, strict=True)],
         other / tokens,
+        logits=ELEMENT_BYTES * vocabulary if distillation.objective.logits or distillation.far else 0,
         reserve=libraries(device),
         again=_operations(recomputation, layers, full=not distillation.blend.needs_teacher),
     )

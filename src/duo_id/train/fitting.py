@@ -98,10 +98,11 @@ def fitted(
         longest = min(limit or LONGEST, LONGEST, _fitting_tokens(settings, model, device) // data.batch_size)
         longest -= longest % ROUND if longest > ROUND else 0
         data = replace(data, length_max=longest, length_min=min(data.length_min, longest))
-    if LENGTH_MIN in automatic:
-        data = replace(data, length_min=max(longest // SHORTEST_SHARE, 1))
     if RECENT_SIZE in automatic:
         method = _with_window(method, max(round(longest / WINDOW_SHARE / WINDOW_ROUND), 1) * WINDOW_ROUND)
+    if LENGTH_MIN in automatic:
+        window = method.sink_size + method.recent_size
+        data = replace(data, length_min=min(max(longest // SHORTEST_SHARE, 2 * window), longest))
     return replace(settings, data=data, method=method)
 
 
