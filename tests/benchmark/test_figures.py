@@ -13,8 +13,9 @@ from tests.benchmark import saved
 
 
 def curves(panel: Axes, dash: str) -> list[dict[float, float]]:
-    """The lines of a panel drawn with this dash, without gaps."""
-    lines = [line for line in panel.lines if line.get_linestyle() == dash and len(line.get_xdata())]
+    """The lines of a panel drawn with this dash, without gaps; "-": also points too few to be joined."""
+    dashes = ("-", "None") if dash == "-" else (dash,)
+    lines = [line for line in panel.lines if line.get_linestyle() in dashes and len(line.get_xdata())]
     curves_by_label = [dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in lines]
     return [{x: y for x, y in line.items() if y == y} for line in curves_by_label]
 
@@ -37,7 +38,16 @@ def test_over_the_retrieval_ratio_full_attention_is_a_level() -> None:
     figure = plot_benchmark(saved.results("decode", rows), "retrieval")
     level, duo = curves(figure.axes[0], "-")
     assert level == {25.0: 6.0, 50.0: 6.0, 100.0: 6.0}
+    assert figure.axes[0].lines[0].get_marker() == "", "it was measured once"
     assert duo == {25.0: 1.0, 50.0: 2.0}
+
+
+def test_lines_join_three_points_or_more() -> None:
+    rows = [saved.row("duo", 0.5, context, context / 1e3, 2**31) for context in (1000, 2000, 3000)]
+    rows += [saved.row("full", 0.0, context, context / 5e2, 2**32) for context in (1000, 2000)]
+    full, duo = (line for line in plot_benchmark(saved.results("decode", rows), "context").axes[0].lines[::2][:2])
+    assert (full.get_linestyle(), full.get_marker()) == ("None", "o")
+    assert (duo.get_linestyle(), duo.get_marker()) == ("-", "s")
 
 
 def test_prefill_over_chunk_size_is_in_seconds() -> None:
