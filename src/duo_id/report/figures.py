@@ -243,7 +243,8 @@ def plot_position(rows: pd.DataFrame, task: str) -> Figure:
             curve = _select(statistics, kind, heads)
             chosen = curve[(curve["sparsity"] == sparsity) | (curve["kind"] == "full")]
             chosen = chosen.sort_values("depth")
-            axes.plot(100 * chosen["depth"], chosen["loss"], label=_label(heads), markersize=4, **look)
+            joined = {} if len(chosen) > 2 or kind == "full" else {"linestyle": ""}
+            axes.plot(100 * chosen["depth"], chosen["loss"], label=_label(heads), markersize=4, **look | joined)
         axes.set_title(f"{100 * sparsity:.4g}% stream" if sparsity else "", loc="left")
         axes.grid(axis="y")
     grid[0, 0].set_ylabel(f"{plain(task)}: {REPORTED['loss'].label}")
