@@ -7,6 +7,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from duo_id.benchmark.figures import plot_benchmark, plotted_axes
+from duo_id.benchmark.step_tables import plot_steps
 from duo_id.common.errors import UserError
 from duo_id.common.figures import save_figure
 from tests.benchmark import saved
@@ -86,3 +87,15 @@ def test_results_are_read_from_their_file(tmp_path: Path) -> None:
         plot_benchmark(tmp_path / "other.json", "context")
     with pytest.raises(UserError, match="nothing to plot"):
         plot_benchmark(saved.results("decode", []), "context")
+
+
+def test_bars_of_steps_show_their_values() -> None:
+    shared = {"blend": "student", "floor_ms": 500.0, "status": "ok"}
+    rows = [
+        shared | {"step": "ours", "context": 8192, "ms": 763.0, "peak_bytes": 43.5 * 2**30},
+        shared | {"step": "ours", "context": 131072, "ms": 54200.0, "peak_bytes": 2**30},
+        shared | {"step": "paper", "context": 131072, "status": "OOM", "peak_bytes": None},
+    ]
+    time, memory = plot_steps({"rows": rows, "model": {"name": "a model"}, "device": "a device"}).axes
+    assert [text.get_text() for text in time.texts if text.get_text()] == ["0.763", "54.2", "OOM"]
+    assert [text.get_text() for text in memory.texts if text.get_text()] == ["43.5", "1", "OOM"]
