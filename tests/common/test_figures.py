@@ -5,7 +5,11 @@ import re
 from itertools import combinations
 from pathlib import Path
 
-from duo_id.common.figures import COLORS, GATES, plain
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from duo_id.common.figures import COLORS, GATES, label_values, name_points, plain, style
 
 SOURCE = Path(__file__).parents[2] / "src" / "duo_id"
 
@@ -37,6 +41,29 @@ def test_every_module_that_draws_takes_the_one_style() -> None:
         assert "from duo_id.common.figures import" in text, path
         assert "rc_context" not in text
         assert text.count("Figure(figsize") <= text.count("@style()"), path
+
+
+@style()
+def test_labels_of_points_cover_neither_points_nor_each_other() -> None:
+    figure = Figure(figsize=(4, 3))
+    axes = figure.subplots()
+    for number in range(6):
+        axes.plot(1 + 0.01 * number, 0.02 * number, "o", label=f"point {number}")
+    axes.set_xlim(0, 2)
+    name_points(figure, axes)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    points = [axes.transData.transform(line.get_xydata()[0]) for line in axes.lines]
+    assert len(boxes) == 6
+    assert not any(first.overlaps(second) for first, second in combinations(boxes, 2))
+    assert not any(box.contains(*point) for box in boxes for point in points)
+
+
+@pytest.mark.parametrize(("values", "scale"), [((-0.2, 0.9, np.nan), "linear"), ((0.01, -2.0), "symlog")])
+def test_an_axis_is_logarithmic_where_a_linear_one_hides_the_small(values: tuple[float, ...], scale: str) -> None:
+    axes = Figure().subplots()
+    label_values(axes, "x", np.array(values), "rise")
+    assert axes.get_xscale() == scale
+    assert axes.get_xlabel() == ("rise" if scale == "linear" else "rise, logarithmic beyond 0.1")
 
 
 def test_plain_names() -> None:

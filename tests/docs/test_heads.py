@@ -49,7 +49,7 @@ def test_the_figures_are_drawn_from_evaluations(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(script, "FIGURES", tmp_path)
     script.main([str(tmp_path / "run")])
     drawn = {path.stem.removeprefix("identification-") for path in tmp_path.glob("identification-*.png")}
-    assert drawn == {"tasks", "budget", "cost", "agreement", "heads"}
+    assert drawn == {"tasks", "depths", "budget", "cost", "agreement", "heads"}
     assert all((DOCS / "figures" / f"identification-{name}.png").is_file() for name in drawn)
 
 

@@ -73,7 +73,7 @@ def test_figures_show_the_weights_and_the_shares() -> None:
         assert list(needle) == [11.5, 13.5]
         assert sink[0] == 2.5
         assert list(recent) == [22.5, 23.5, 23.5]  # the first token of the window of 27 is 23, of 28 it is 24
-        assert axes.get_title(loc="left").startswith(f"layer {head[0]}, KV head {head[1]}, α = ")
+        assert axes.get_title(loc="left").startswith(f"layer {head[0]}, KV head {head[1]}, score ")
     assert "30% needle, 20% sink, 40% recent" in figure.axes[0].get_title(loc="left")
     shares = attention_shares(maps, sample, window)
     left, right = plot_shares(shares, pattern).axes

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.collections import QuadMesh
+from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.figure import Figure
 
+from duo_id.common.figures import GREY
 from duo_id.patterns.agreement import agreement, plot_agreement, plot_patterns
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.report.figures import (
@@ -101,6 +102,13 @@ def test_many_depths_become_tenths(rows: pd.DataFrame) -> None:
     assert next(iter(meshes(figure).values())).shape == (10, len(LENGTHS))
 
 
+def test_depths_that_fall_into_one_tenth_draw_nothing() -> None:
+    results = saved_results(4, tasks=("language",), patterns={})
+    for number, row in enumerate(results["rows"]):
+        row["depth"] = 0.09 * number / len(results["rows"])
+    assert "position-language" not in figures(results)
+
+
 def test_loss_over_the_place(rows: pd.DataFrame) -> None:
     figure = plot_position(rows, "language")
     assert len(figure.axes) == len(SPARSITIES)
@@ -111,26 +119,54 @@ def test_loss_over_the_place(rows: pd.DataFrame) -> None:
     assert line.get_ydata().tolist() == pytest.approx(statistics["loss"].tolist())
 
 
-def test_bars_of_tasks(rows: pd.DataFrame) -> None:
+def test_points_of_tasks(rows: pd.DataFrame) -> None:
+    tasks = ["needle-words", "json-lookup", "ruler-multivalue"]
     figure = plot_tasks(rows)
     assert len(figure.axes) == len(SPARSITIES)
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
-        "needle-words",
-        "json-lookup",
-        "ruler-multivalue",
-    ]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == tasks
     assert legend(figure) == NAMES
     statistics = contenders(rows, ["task"]).query("heads == 'snapkv' and sparsity == 0.5").set_index("task")
-    bars = figure.axes[1].containers[NAMES.index("snapkv")]
-    assert [bar.get_width() for bar in bars] == pytest.approx(
-        [100 * statistics.loc[task, "relative_score"] for task in ("needle-words", "json-lookup", "ruler-multivalue")]
+    (points,) = (line for line in figure.axes[1].lines if line.get_label() == "snapkv")
+    assert points.get_xdata().tolist() == pytest.approx(
+        [100 * statistics.loc[task, "relative_score"] for task in tasks]
     )
+    intervals = [item for item in figure.axes[1].collections if isinstance(item, LineCollection)][NAMES.index("snapkv")]
+    ends = [segment[:, 0].tolist() for segment in intervals.get_segments()]
+    bounds = statistics.loc[tasks, ["relative_score_low", "relative_score_high"]].to_numpy()
+    assert np.allclose(ends, 100 * bounds)
+
+
+def test_two_points_are_not_joined(rows: pd.DataFrame) -> None:
+    for sparsities, dash in (SPARSITIES, "-"), (SPARSITIES[:2], "None"):
+        axes = plot_budget(rows[rows["sparsity"].isin([0.0, *sparsities])], "rise").axes[0]
+        assert {(len(line.get_xdata()), line.get_linestyle()) for line in axes.lines[:-1]} == {(len(sparsities), dash)}
+
+
+def test_a_wide_range_is_logarithmic_and_a_narrow_one_is_not(rows: pd.DataFrame) -> None:
+    for scale, factor in (("symlog", 3.0), ("linear", 0.1)):
+        scaled = rows.assign(loss=rows["loss"] * factor)
+        budget, tasks = plot_budget(scaled, "rise").axes[0], plot_tasks(scaled, "rise").axes[0]
+        assert budget.get_yscale() == tasks.get_xscale() == scale
+        assert ("logarithmic" in budget.get_ylabel()) == (scale == "symlog")
+
+
+def test_where_full_attention_scores_nothing_accuracy_is_shown(rows: pd.DataFrame) -> None:
+    results = saved_results(1, tasks=("needle-words", "json-lookup"), lengths=(1000,))
+    for row in results["rows"]:
+        row["score"] = 0.0 if row["score"] is not None else None
+    by_name = figures(results)
+    assert "budget-score" not in by_name
+    assert by_name["tasks"].get_supxlabel() == "accuracy / full's (%)"
+    assert by_name["depths-needle-words"].axes[-1].get_xlabel().endswith("token accuracy (%)")
 
 
 def test_contenders_are_told_apart_however_many() -> None:
     lineup = line_up(tuple(f"pattern {number}" for number in range(14)), sparsities=(0.5,), peers=False)
     looks = [tuple(look.values()) for _, _, look in line_styles(pd.DataFrame(lineup))]
     assert len(set(looks)) == len(looks) == 14
+    colors = [color for color, _, _ in looks]
+    assert len(set(colors[:6])) == 6
+    assert {*colors[6:]} == {GREY}, "a colour is never repeated"
 
 
 def test_agreement_by_hand() -> None:

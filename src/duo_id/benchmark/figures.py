@@ -19,6 +19,7 @@ AXES = {
     "retrieval": "retrieval heads (% of KV heads)",
 }
 TIMES = {"decode": ("time of a decode step (ms)", 1.0), "prefill": ("time of the prefill (s)", 1e-3)}  # and unit of ms
+FULL_ATTENTION = "full attention"
 Points = list[tuple[float, Mapping[str, Any]]]
 
 
@@ -56,12 +57,13 @@ def plot_benchmark(results: Mapping[str, Any] | str | Path, axis: str) -> Figure
     figure = Figure(figsize=(3.1 * panels + 0.2, 3.3))
     axes: list[Axes] = list(figure.subplots(1, panels, squeeze=False).flat)
     for (name, points), color, marker in zip(lines.items(), cycle(COLORS), cycle(MARKERS), strict=False):
+        look = {"color": color} | _look(len(points), marker, level=axis == "retrieval" and name == FULL_ATTENTION)
         if label:
-            _plot_line(axes[0], [(x, _in_unit(row.get("ms"), unit)) for x, row in points], name, color, marker)
+            _plot_line(axes[0], [(x, _in_unit(row.get("ms"), unit)) for x, row in points], name, look)
             floors = [(x, _in_unit(row.get("floor_ms"), unit)) for x, row in points]
-            _plot_line(axes[0], floors, "", color, "", "--")
+            _plot_line(axes[0], floors, "", {"color": color, "linestyle": "--", "linewidth": 1.0})
         memories = [(x, _in_unit(memory(row), 2**-30)) for x, row in points]
-        _plot_line(axes[-1], memories, "" if label else name, color, marker)
+        _plot_line(axes[-1], memories, "" if label else name, look)
         for panel in axes:
             for x, row in points:
                 if row["status"] == "OOM":
@@ -119,7 +121,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], axis: str) -> dict[str, Points]:
         (row,) = full.values()
         coordinates = sorted({x for points in masks.values() for x, _ in points} | {100.0})
         full = dict.fromkeys(coordinates, row)
-    lines = {"full attention": list(full.items())} | masks
+    lines = {FULL_ATTENTION: list(full.items())} | masks
     return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items() if points}
 
 
@@ -131,9 +133,13 @@ def _in_unit(value: float | None, factor: float) -> float:
     return float("nan") if value is None else value * factor
 
 
-def _plot_line(
-    axes: Axes, points: list[tuple[float, float]], label: str, color: str, marker: str, dash: str = "-"
-) -> None:
-    width = 1.0 if dash == "--" else 1.4
+def _look(points: int, marker: str, level: bool) -> dict[str, Any]:
+    """Points that a line may join; two suggest a course that nobody measured, a level is one measurement."""
+    if level:
+        return {"marker": "", "linestyle": "-", "linewidth": 1.4}
+    return {"marker": marker, "linestyle": "-" if points > 2 else "", "markersize": 3.5 if points > 2 else 5}
+
+
+def _plot_line(axes: Axes, points: list[tuple[float, float]], label: str, look: Mapping[str, Any]) -> None:
     x, y = zip(*points, strict=True)
-    axes.plot(x, y, color=color, marker=marker, linestyle=dash, markersize=3.5, linewidth=width, label=label or None)
+    axes.plot(x, y, label=label or None, **look)

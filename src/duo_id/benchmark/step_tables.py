@@ -81,7 +81,7 @@ def _table(headings: Sequence[str], rows: Sequence[list[str]], title: str, capti
 
 @style()
 def plot_steps(results: Mapping[str, Any]) -> Figure:
-    """Bars of time and peak memory by step, with floors."""
+    """Bars of time and peak memory by step with their values, since lengths differ widely, and floors."""
     rows = results["rows"]
     groups = list(dict.fromkeys((row["context"], row["blend"]) for row in rows))
     kinds = [name for name in NAMES if any(row["step"] == name for row in rows)]
@@ -93,9 +93,11 @@ def plot_steps(results: Mapping[str, Any]) -> Figure:
         kind_rows = [row for row in rows if row["step"] == kind]
         offset = (number - (len(kinds) - 1) / 2) * width
         positions = [groups.index((row["context"], row["blend"])) + offset for row in kind_rows]
-        axes[0].bar(positions, [row.get("ms", 0) / 1e3 for row in kind_rows], width, color=color, label=NAMES[kind])
-        if panels > 1:
-            axes[1].bar(positions, [(row["peak_bytes"] or 0) / 2**30 for row in kind_rows], width, color=color)
+        seconds = [row.get("ms", 0) / 1e3 for row in kind_rows]
+        gibibytes = [(row["peak_bytes"] or 0) / 2**30 for row in kind_rows]
+        for panel, values in zip(axes, [seconds, gibibytes], strict=False):
+            bars = panel.bar(positions, values, width, color=color, label=NAMES[kind] if panel is axes[0] else None)
+            panel.bar_label(bars, [f"{value:.3g}" if value else "" for value in values], fontsize=7)
         for panel in axes:
             for x, row in zip(positions, kind_rows, strict=True):
                 if row["status"] == "OOM":

@@ -18,13 +18,16 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 from duo_id.common.errors import UserError
 from duo_id.common.files import atomic_path
 
 # From Okabe and Ito's palette, distinguishable with all common kinds of colour blindness (jfly.uni-koeln.de/color).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+GREY = "#8A8A8A"  # of everything beyond these colours: a seventh would be taken for one of the six
 MARKERS, DASHES = "os^Dv<", ("-", "--", ":", "-.")
+LINEAR, TICKS = 0.1, (0.05, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of axes that are logarithmic further out
 GATES = mpl.colormaps["YlGnBu"]  # light to dark, so that it also works in greyscale
 UNGATED: dict[str, Any] = {"facecolor": "#DDDDDD", "edgecolor": "#999999", "hatch": "//////", "linewidth": 0.0}
 
@@ -86,6 +89,43 @@ def number_heads(axes: Axes, flat: bool = False) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 10]))
     axes.label_outer()
+
+
+def label_values(axes: Axes, which: str, values: np.ndarray, label: str) -> None:
+    """Label an axis ("x" or "y"), logarithmic beyond ± `LINEAR` if any value reaches ten times that.
+
+    Next to 2 on a linear axis, 0.01 and 0.05 look the same.
+    """
+    values, axis = values[np.isfinite(values)], axes.xaxis if which == "x" else axes.yaxis
+    axis.set_label_text(label)
+    if not np.any(np.abs(values) >= 10 * LINEAR):
+        return
+    (axes.set_xscale if which == "x" else axes.set_yscale)("symlog", linthresh=LINEAR, linscale=0.8)
+    low, high = min(values.min(), 0), values.max()
+    axis.set_ticks([sign * tick for tick in TICKS for sign in (-1, 1) if low <= sign * tick <= high] + [0.0])
+    axis.set_ticks([], minor=True)
+    axis.set_major_formatter("{x:g}")
+    axis.set_label_text(f"{label}{', ' if which == 'x' else chr(10)}logarithmic beyond {LINEAR:g}")
+
+
+def name_points(figure: Figure, axes: Axes) -> None:
+    """Write the label of each labelled point next to it, where it covers neither another point nor its label."""
+    figure.draw_without_rendering()  # fixes the layout
+    labelled = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+    points = {str(line.get_label()): np.asarray(line.get_xydata())[0] for line in labelled}
+    pixels = {label: axes.transData.transform(point) for label, point in points.items()}
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in pixels.values()]
+    for label, (x, y) in pixels.items():
+        text = axes.text(points[label][0], points[label][1], label, fontsize=7, va="center", in_layout=False)
+        size = text.get_window_extent()
+        spots = [(offset, rise) for rise in (0, 12, -12, 24, -24, 36, -36, 48, -48) for offset in (9, -9 - size.width)]
+        boxes = [Bbox.from_bounds(x + right, y + up - size.height / 2, size.width, size.height) for right, up in spots]
+        inside = [box for box in boxes if axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1]
+        free = [box for box in inside if not any(box.overlaps(other) for other in taken)]
+        spot = next(iter(free or inside or boxes))
+        left, middle = axes.transData.inverted().transform((spot.x0, (spot.y0 + spot.y1) / 2))
+        text.set_position((left, middle))
+        taken.append(spot)
 
 
 def set_title(figure: Figure, title: str | None) -> None:

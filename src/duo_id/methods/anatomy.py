@@ -109,7 +109,7 @@ def plot_attention(maps: Mapping[Head, Tensor], sample: Sample, window: Window, 
         maps: from `answer_attention`, of a few heads.
         sample: the same sample.
         window: sink and recent size; tokens right of the stepped line are recent.
-        pattern: of the same model, for the gates in the titles.
+        pattern: of the same model, for the scores in the titles.
     """
     spans, shares = needles(sample), attention_shares(maps, sample, window)
     queries = torch.cat([answer for answer, _ in spans]).numpy() - 1
@@ -131,9 +131,8 @@ def plot_attention(maps: Mapping[Head, Tensor], sample: Sample, window: Window, 
         axes.set_ylabel("answer tokens", fontsize=8)
         share = shares.loc[head]
         shares_text = ", ".join(f"{100 * share[name]:.0f}% {name}" for name in ("needle", "sink", "recent"))
-        axes.set_title(
-            f"layer {head[0]}, KV head {head[1]}, α = {pattern.scores[head]:.2f}: {shares_text}", loc="left", fontsize=8
-        )
+        title = f"layer {head[0]}, KV head {head[1]}, score {pattern.scores[head]:.2f}: {shares_text}"
+        axes.set_title(title, loc="left", fontsize=8)
     grid[-1].set_xlabel("position in the context (tokens)")
     bar = figure.colorbar(mesh, ax=list(grid), location="bottom", label="attention weight", aspect=40, shrink=0.7)
     bar.outline.set_visible(False)
@@ -144,22 +143,22 @@ def plot_attention(maps: Mapping[Head, Tensor], sample: Sample, window: Window, 
 
 @style()
 def plot_shares(shares: pd.DataFrame, pattern: HeadPattern) -> Figure:
-    """Gates against attention beyond sink and window, and the attention of the most and the least open heads.
+    """Scores against attention beyond sink and window, and the attention of the heads with the highest and the lowest.
 
     Args:
         shares: from `attention_shares`, preferably of all heads.
         pattern: of the same model.
     """
-    gates = np.array([float(pattern.scores[head]) for head in shares.index])
+    scores = np.array([float(pattern.scores[head]) for head in shares.index])
     far = 100 * (shares["needle"] + shares["elsewhere"])
     figure = Figure(figsize=(5.2, 3.4))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
-    left.scatter(gates, 100 * shares["needle"], s=14, color=PARTS["needle"], marker="o", label="on the needle")
-    left.scatter(gates, far, s=14, facecolor="none", edgecolor="#555555", marker="o", label="beyond the window")
-    left.set(xlabel="gate α (1 = retrieval)", ylabel="attention (%)", ylim=(-2, 102))
+    left.scatter(scores, 100 * shares["needle"], s=14, color=PARTS["needle"], marker="o", label="on the needle")
+    left.scatter(scores, far, s=14, facecolor="none", edgecolor="#555555", marker="o", label="beyond the window")
+    left.set(xlabel=pattern.cells().label, ylabel="attention (%)", ylim=(-2, 102))
     left.grid(axis="y")
     left.legend(loc="upper left")
-    ranking = gates.argsort(kind="stable")[::-1]
+    ranking = scores.argsort(kind="stable")[::-1]
     extremes = [*ranking[: min(5, len(ranking))], *ranking[max(5, len(ranking) - 5) :]]
     offsets = np.zeros(len(extremes))
     for name, color in PARTS.items():
@@ -171,7 +170,7 @@ def plot_shares(shares: pd.DataFrame, pattern: HeadPattern) -> Figure:
         ylim=(len(extremes) - 0.4, -0.6),
         xlim=(0, 100),
         xlabel="attention (%)",
-        ylabel="layer.head by gate, highest on top",
+        ylabel="layer.head by score, highest on top",
     )
     figure.legend(handles=_keys(PARTS.items()), loc="outside lower center", ncols=4)
     return figure

@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from duo_id.common.figures import COLORS, DASHES, MARKERS, draw_cells, plain, style
+from duo_id.common.figures import COLORS, DASHES, GREY, MARKERS, draw_cells, label_values, name_points, plain, style
 from duo_id.patterns.agreement import plot_agreement, plot_patterns
 from duo_id.report.leaderboard import average_over_seeds, seconds_of
 from duo_id.report.summary import CONTENDER, KINDS, REPORTED, contenders, frame
@@ -35,7 +35,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, Figure]:
     by_name: dict[str, Figure] = {}
     if len(sparsities_of(rows)) > 1:
         for metric in ("score", "accuracy", "rise"):
-            if metric != "score" or rows["score"].notna().any():
+            if metric != "score" or (rows["score"] > 0).any():
                 by_name[f"budget-{metric}"] = plot_budget(rows, metric)
     if sparsities_of(rows) and rows["task"].nunique() > 1:
         by_name["tasks"] = plot_tasks(rows)
@@ -43,7 +43,8 @@ def figures(results: Mapping[str, Any]) -> dict[str, Figure]:
     if len(seconds) > 1:
         by_name["cost"] = plot_cost(rows, seconds)
     for task in _tasks_with_depths(rows, generated=True):
-        by_name[f"depths-{_slug(task)}"] = plot_depths(rows, task)
+        scored = (rows.loc[(rows["task"] == task) & (rows["kind"] == "full"), "score"] > 0).any()
+        by_name[f"depths-{_slug(task)}"] = plot_depths(rows, task, "score" if scored else "accuracy")
     for task in _tasks_with_depths(rows, generated=False):
         by_name[f"position-{_slug(task)}"] = plot_position(rows, task)
     patterns = average_over_seeds(results["patterns"])
@@ -70,23 +71,28 @@ def plot_budget(rows: pd.DataFrame, metric: str) -> Figure:
     statistics, form = contenders(rows), REPORTED[metric]
     figure = Figure(figsize=(4.8, 3.8))
     axes = figure.subplots()
+    shown = []
     for kind, heads, look in line_styles(rows):
         points = _select(statistics, kind, heads).dropna(subset=[metric, "kept"]).sort_values("kept")
         if points.empty:
             continue
         kept_percent = 100 * points["kept"].to_numpy()
         value, low, high = (form.scaled(points[metric + end].to_numpy()) for end in ("", "_low", "_high"))
-        axes.plot(kept_percent, value, label=_label(heads), markersize=4, **look)
-        if len(points) > 1:
+        if len(points) > 2:
             axes.fill_between(kept_percent, low, high, color=look["color"], alpha=0.1, linewidth=0)
-        else:
+        else:  # a line through two points suggests a course that nobody measured
+            look |= {"linestyle": ""}
             axes.vlines(kept_percent, low, high, color=look["color"])
+        axes.plot(kept_percent, value, label=_label(heads), markersize=4, **look)
+        shown.append(value)
     full = _select(statistics, "full", "full")[metric]
     if full.notna().any():
         axes.axhline(form.scaled(full.iloc[0]), label="full attention", **FULL)
     axes.set(xlabel="KV cache kept (% of full attention's bytes)", ylabel=form.label)
+    if not form.percent and shown:
+        label_values(axes, "y", np.concatenate(shown), form.label)
     axes.grid(axis="y")
-    if form.percent:
+    if form.percent and axes.get_ylim()[0] < axes.get_ylim()[1] / 3:  # else the lines would share the top of the axes
         axes.set_ylim(bottom=0)
     _legend(figure, axes)
     return figure
@@ -100,72 +106,73 @@ def plot_cost(rows: pd.DataFrame, seconds: Mapping[str, float]) -> Figure:
         rows: of the patterns in `seconds`; others are left out.
         seconds: by name, each above 0.
     """
-    statistics, panels = contenders(rows), sparsities_of(rows[rows["heads"].isin(seconds)])
-    figure = Figure(figsize=(max(4.2, 0.9 + 1.9 * len(panels)), 3.2))
+    statistics = contenders(rows[rows["heads"].isin([*seconds, "full"])])
+    timed, panels = statistics[statistics["kind"] == "pattern"], sparsities_of(statistics)
+    figure = Figure(figsize=(max(4.2, 0.9 + 2.6 * len(panels)), 3.4))
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
     for axes, sparsity in zip(grid.flat, panels, strict=True):
-        for kind, heads, look in line_styles(rows):
-            points = _select(statistics, kind, heads)
-            points = points[points["sparsity"] == sparsity]
-            if kind != "pattern" or heads not in seconds or points.empty:
-                continue
-            value, low, high = (points[f"rise{end}"].to_numpy() for end in ("", "_low", "_high"))
-            axes.plot(seconds[heads], value, label=_label(heads), markersize=5, **look | {"linestyle": ""})
-            axes.vlines(seconds[heads], low, high, color=look["color"], linewidth=0.9)
+        for point in timed[timed["sparsity"] == sparsity].to_dict("records"):
+            x, name = seconds[point["heads"]], _label(point["heads"])
+            axes.vlines(x, point["rise_low"], point["rise_high"], color=COLORS[0], linewidth=0.9, alpha=0.5)
+            axes.plot(x, point["rise"], "o", color=COLORS[0], markersize=4, label=name)
         axes.axhline(0, **FULL)
         axes.set_title(f"{100 * sparsity:.4g}% stream", loc="left")
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.margins(x=0.12)
         axes.grid(axis="y")
-    grid[0, 0].set_ylabel(REPORTED["rise"].label)
+    label_values(grid[0, 0], "y", timed["rise"].to_numpy(), REPORTED["rise"].label)
     figure.supxlabel("time to identify the heads (s)", fontsize=9)
-    _legend(figure, grid[0, 0])
+    for axes in grid.flat:
+        name_points(figure, axes)
     return figure
 
 
 @style()
 def plot_tasks(rows: pd.DataFrame, metric: str | None = None) -> Figure:
-    """Bars by task and contender, one panel per sparsity; the dashed line is full attention.
+    """A row per task, in it a point and its 95% interval per contender; one panel per sparsity; dashed: full attention.
 
     Args:
         rows: of at least one contender besides full attention.
-        metric: relative to full attention; None: see `headline`.
+        metric: relative to full attention; None: see `headline`. Tasks without values are left out.
     """
     metric = metric or headline(rows)
     form, statistics = REPORTED[metric], contenders(rows, ["task"])
-    measured_tasks = set(statistics.loc[statistics[metric].notna(), "task"])
-    tasks = [task for task in rows["task"].unique() if task in measured_tasks]
+    statistics = statistics[statistics[metric].notna() & (statistics["kind"] != "full")]
+    tasks = [task for task in rows["task"].unique() if task in set(statistics["task"])]
     styles = line_styles(rows)
-    panels = sparsities_of(statistics[statistics[metric].notna()]) or sparsities_of(rows)
-    bar_height = 0.8 / len(styles)
-    height = 1.3 + max(1, len(tasks)) * max(0.35, 0.12 * len(styles)) + 0.06 * len(styles)
-    figure = Figure(figsize=(max(4.8, 1.6 + 1.7 * len(panels)), height))
+    panels = sparsities_of(statistics) or sparsities_of(rows)
+    spacing = 0.8 / len(styles)
+    height = 1.3 + max(1, len(tasks)) * max(0.3, 0.09 * len(styles)) + 0.06 * len(styles)
+    figure = Figure(figsize=(max(4.8, 1.6 + 2.1 * len(panels)), height))
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
     for axes, sparsity in zip(grid.flat, panels, strict=True):
         for series, (kind, heads, look) in enumerate(styles):
             chosen = _select(statistics, kind, heads)
             values = chosen[chosen["sparsity"] == sparsity].set_index("task").reindex(tasks)
             value, low, high = (form.scaled(values[metric + end].to_numpy()) for end in ("", "_low", "_high"))
-            y = np.arange(len(tasks)) - 0.4 + (series + 0.5) * bar_height
-            hatch = "" if series < len(COLORS) else "////"  # where colours repeat
-            axes.barh(
-                y, value, bar_height, color=look["color"], alpha=0.75, label=_label(heads), hatch=hatch,
-                edgecolor="white",
-            )  # fmt: skip
-            axes.hlines(y, low, high, color="#222222", linewidth=0.7)
+            y = np.arange(len(tasks)) - 0.4 + (series + 0.5) * spacing
+            axes.hlines(y, low, high, color=look["color"], linewidth=0.9)
+            axes.plot(value, y, label=_label(heads), markersize=3.5, **look | {"linestyle": ""})
+        for line in range(1, len(tasks)):
+            axes.axhline(line - 0.5, color="#E4E4E4", linewidth=0.6, zorder=0)
         axes.axvline(form.scaled(1.0) if form.percent else 0.0, **FULL)
         axes.set_title(f"{100 * sparsity:.4g}% stream", loc="left")
         axes.grid(axis="x")
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     grid[0, 0].set_yticks(range(len(tasks)), [plain(task) for task in tasks])
     grid[0, 0].set_ylim(len(tasks) - 0.4, -0.6)
-    figure.supxlabel(form.label, fontsize=9)
+    if not form.percent:
+        label_values(grid[0, 0], "x", statistics[metric].to_numpy(), form.label)
+    figure.supxlabel(grid[0, 0].get_xlabel() or form.label, fontsize=9)
+    grid[0, 0].set_xlabel("")
     _legend(figure, grid[0, 0])
     return figure
 
 
 @style()
 def plot_depths(rows: pd.DataFrame, task: str, metric: str = "score") -> Figure:
-    """Heatmaps over context length and needle depth on one scale: a row per contender, a column per sparsity.
+    """Heatmaps over context length and depth of the answer on one scale: a row per contender, a column per sparsity.
 
     Contenders without values of the metric, such as scores of answers that were not generated, are left out.
 
@@ -212,14 +219,14 @@ def plot_depths(rows: pd.DataFrame, task: str, metric: str = "score") -> Figure:
             axes.tick_params(length=2, labelbottom=axes is used[-1])
     bar = figure.colorbar(mesh, ax=grid, location="top", label=f"{plain(task)}: {form.label}", aspect=40, shrink=0.8)
     bar.outline.set_visible(False)
-    figure.supylabel("depth of the needle (% of the context)", fontsize=9)
+    figure.supylabel("depth of the answer (% of the context)", fontsize=9)
     figure.supxlabel("context (tokens)", fontsize=9)
     return figure
 
 
 @style()
 def plot_position(rows: pd.DataFrame, task: str) -> Figure:
-    """Loss over the position in the context, all lengths together: one panel per sparsity, one line per contender.
+    """Loss over the position of the answer, all lengths together: one panel per sparsity, one line per contender.
 
     There are no bands: they would show how hard the text is, the same for all, and hide how close the lines are.
 
@@ -236,25 +243,26 @@ def plot_position(rows: pd.DataFrame, task: str) -> Figure:
             curve = _select(statistics, kind, heads)
             chosen = curve[(curve["sparsity"] == sparsity) | (curve["kind"] == "full")]
             chosen = chosen.sort_values("depth")
-            axes.plot(100 * chosen["depth"], chosen["loss"], label=_label(heads), markersize=4, **look)
+            joined = {} if len(chosen) > 2 or kind == "full" else {"linestyle": ""}
+            axes.plot(100 * chosen["depth"], chosen["loss"], label=_label(heads), markersize=4, **look | joined)
         axes.set_title(f"{100 * sparsity:.4g}% stream" if sparsity else "", loc="left")
         axes.grid(axis="y")
     grid[0, 0].set_ylabel(f"{plain(task)}: {REPORTED['loss'].label}")
-    figure.supxlabel("position in the context (%)", fontsize=9)
+    figure.supxlabel("position of the answer in the context (%)", fontsize=9)
     _legend(figure, grid[0, 0])
     return figure
 
 
 def line_styles(rows: pd.DataFrame) -> list[LineStyle]:
-    """Colour, marker and dashes of all contenders except full attention, patterns first."""
+    """Colour, marker and dashes of all contenders except full attention, patterns first; the seventh on are grey."""
     names = rows.loc[rows["kind"] != "full", ["kind", "heads"]].drop_duplicates().itertuples(index=False)
     styles: list[LineStyle] = []
     for index, (kind, heads) in enumerate(sorted(names, key=lambda name: KINDS.index(name[0]))):
-        round_number = index // len(COLORS)  # new markers and dashes where colours repeat
+        lap = index // len(COLORS)
         look = {
-            "color": COLORS[index % len(COLORS)],
-            "marker": MARKERS[(index + round_number) % len(MARKERS)],
-            "linestyle": DASHES[round_number % len(DASHES)],
+            "color": GREY if lap else COLORS[index],
+            "marker": MARKERS[(index + max(lap - 1, 0)) % len(MARKERS)],
+            "linestyle": DASHES[lap % len(DASHES)],
         }
         styles.append((kind, heads, look))
     return styles
@@ -276,10 +284,10 @@ def _select(statistics: pd.DataFrame, kind: str, heads: str) -> pd.DataFrame:
 
 
 def _tasks_with_depths(rows: pd.DataFrame, generated: bool) -> list[str]:
-    """Tasks with answers at several depths: either those with generated answers, or the others."""
-    by_task = rows.dropna(subset=["depth"]).groupby("task", sort=False)
-    counts = by_task.agg(depths=("depth", "nunique"), scores=("score", "count"))
-    return list(counts.index[(counts["depths"] > 1) & ((counts["scores"] > 0) == generated)])
+    """Tasks with answers at several depths as drawn: either those with generated answers, or the others."""
+    tasks = rows.loc[rows["depth"].notna(), "task"].unique()
+    of_kind = [task for task in tasks if rows.loc[rows["task"] == task, "score"].notna().any() == generated]
+    return [task for task in of_kind if _with_depths(rows, task)["depth"].nunique() > 1]
 
 
 def _with_depths(rows: pd.DataFrame, task: str) -> pd.DataFrame:

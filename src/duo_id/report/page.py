@@ -30,17 +30,17 @@ from duo_id.train.plots import plot_training
 
 LARGEST_SVG = 200_000  # characters; a larger figure becomes a PNG
 ANSWER, ANSWERS = 60, 8  # characters shown per answer; contenders per task
-CAPTIONS = {  # of figures, by the beginning of their name
-    "budget-score": "Score of the generated answers over the fraction of the KV cache kept. Bands: 95% intervals.",
-    "budget-accuracy": "Token accuracy of the right answers over the fraction of the KV cache kept. "
-    "Bands: 95% intervals.",
-    "budget-rise": "Rise of the answer loss over full attention's, by the fraction of the KV cache kept. "
-    "Bands: 95% intervals.",
-    "cost": "Rise in answer loss over the time that identifying the heads took. Thin lines: 95% intervals.",
-    "tasks": "Each task relative to full attention (dashed), by the fraction of streaming KV heads. "
-    "Thin lines: 95% intervals.",
-    "depths": "Score by context length and depth of the needle. KV: the fraction of the cache kept.",
-    "position": "Loss by position in the context, all lengths together.",
+INTERVALS = "Bands and thin lines: 95% intervals."
+CAPTIONS = {  # of figures, by the beginning of their name; its rest is the task
+    "budget-score": f"Score of the generated answers over the fraction of the KV cache kept. {INTERVALS}",
+    "budget-accuracy": f"Token accuracy of the right answers over the fraction of the KV cache kept. {INTERVALS}",
+    "budget-rise": f"Rise of the answer loss over full attention's, by the fraction of the KV cache kept. {INTERVALS}",
+    "cost": f"Rise in answer loss over the time that identifying the heads took. {INTERVALS}",
+    "tasks": f"Each task relative to full attention (dashed), by the fraction of KV heads that stream. {INTERVALS} "
+    "Tasks on which full attention scores 0 are left out.",
+    "depths-": "{task}: by context length and depth of the answer, 0% being the beginning of the context. KV: the "
+    "fraction of the cache kept.",
+    "position-": "{task}: loss by position of the answer in the context, all lengths together.",
 }
 PageFigure = dict[str, Any]
 
@@ -184,8 +184,7 @@ def _evaluation(results: Mapping[str, Any], embed: FigureEmbedder, reference: st
         },
         "grid": grid,
         "figures": [
-            embed(figure, next(text for start, text in CAPTIONS.items() if name.startswith(start)))
-            for name, figure in figures(dict(results) | {"patterns": {}}).items()
+            embed(figure, _caption(name)) for name, figure in figures(dict(results) | {"patterns": {}}).items()
         ],
         "leaderboards": leaderboards(results) | paired_grids(results, reference),
         "tables": [
@@ -198,12 +197,18 @@ def _evaluation(results: Mapping[str, Any], embed: FigureEmbedder, reference: st
         ],
         "answers": _answers(rows, middle_sparsity),
         "notes": {
-            name_of(contender["kind"], contender["heads"]): contender["note"]
+            name_of(contender["kind"], contender_of(contender["heads"])): contender["note"]  # the same for all seeds
             for contender in results["contenders"]
             if contender.get("note")
         },
         "settings": json.dumps(results["all_settings"], indent=1),
     }
+
+
+def _caption(name: str) -> str:
+    """The caption of a figure of `duo_id.report.figures.figures`, by its name there."""
+    start, text = next((start, text) for start, text in CAPTIONS.items() if name.startswith(start))
+    return text.format(task=name.removeprefix(start))
 
 
 def _answers(rows: pd.DataFrame, sparsity: float) -> Grid | None:

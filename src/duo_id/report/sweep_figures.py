@@ -51,7 +51,8 @@ def plot_losses(sweep: Sweep) -> Figure:
         ends = np.array([[min(values), max(values)] for values in losses]).T
         label = plain(name, 60) if marker else None
         axes.errorbar(
-            percentages, means, abs(ends - means), color=color, marker=marker, markersize=4, linestyle=dash,
+            percentages, means, abs(ends - means), color=color, marker=marker, markersize=4,
+            linestyle=dash if len(means) > 2 or not marker else "",
             label=label, linewidth=1.4 if marker else 0.7, elinewidth=0.8, capsize=2, zorder=2 if marker else 1,
         )  # fmt: skip
     full = [job.losses[0] for job in sweep.ended if 0 in job.losses]

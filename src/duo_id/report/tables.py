@@ -139,8 +139,9 @@ def interval_cell(row: Mapping[str, Any], name: str, form: Metric) -> Cell:
 
 
 def headline(rows: pd.DataFrame) -> str:
-    """The main metric: the score relative to full attention, or token accuracy if nothing was generated."""
-    return "relative_score" if rows["score"].notna().any() else "relative_accuracy"
+    """The main metric: the score relative to full attention, or token accuracy if full attention scores nowhere."""
+    full = rows["kind"] == "full"
+    return "relative_score" if (rows.loc[full, "score"] > 0).any() else "relative_accuracy"
 
 
 def middle(rows: pd.DataFrame) -> float:
