@@ -17,7 +17,8 @@ LONGEST = 320  # lines of a module
 
 # A package imports from those before it alone.
 PACKAGES = (
-    "common distributed patterns attention deploy models data step methods lm_eval train benchmark report evaluate"
+    "common distributed patterns attention deploy models data step methods lm_eval train benchmark report peers "
+    "evaluate"
 ).split()
 DOORS = {"duo_id.__main__", "duo_id.convert", "duo_id.kvpress"}  # beside the packages, imported by nobody
 FAMILIES = (

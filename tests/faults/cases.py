@@ -223,11 +223,11 @@ def unpack(site: str, cache: str) -> None:
 
 
 def ask_peers(run: str) -> None:
-    """`peers/run.py`, with a press of the tests' own in place of kvpress."""
-    from tests.peers.conftest import loaded_scripts
+    """`duo_id.peers`, with a press of the tests' own in place of kvpress."""
+    from tests.peers.conftest import ask, loaded_scripts
 
     with loaded_scripts() as scripts:
-        sys.exit(scripts.run.main([run, "presses=knorm", "device=cpu"]))
+        sys.exit(ask(scripts, Path(run), "knorm"))
 
 
 def make_inputs(folder: Path) -> None:
