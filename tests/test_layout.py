@@ -97,12 +97,18 @@ def test_nobody_imports_the_entry_points() -> None:
         ("common.errors", ""),
         ("common.files", "common.integrity common.errors"),
         ("common.figures", "common.files common.integrity common.errors"),
-        ("patterns.files", "patterns.tables patterns.hub common.files common.documents common.integrity common.errors"),
+        ("patterns.sources", "patterns.hub common.errors"),
+        (
+            "patterns.files",
+            "patterns.sources patterns.tables patterns.hub common.files common.documents common.integrity "
+            "common.errors",
+        ),
         ("patterns.heatmap", "patterns.cells common.figures common.files common.integrity common.errors"),
         (
             "patterns.pattern",
-            "patterns.cells patterns.fields patterns.files patterns.heatmap patterns.tables patterns.hub "
-            "patterns.provenance common.figures common.files common.documents common.integrity common.errors",
+            "patterns.cells patterns.fields patterns.files patterns.sources patterns.heatmap patterns.tables "
+            "patterns.hub patterns.provenance common.figures common.files common.documents common.integrity "
+            "common.errors",
         ),
         ("attention.layers", "attention.padding common.errors"),
         (

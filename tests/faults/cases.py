@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 
 from duo_id.common.cli import run_plain
-from duo_id.patterns.files import HEADS
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern, save_pattern
 from duo_id.patterns.sharing import push_to_hub
+from duo_id.patterns.sources import HEADS
 from duo_id.train.history import read_history
 from tests.support.hub_server import TOKEN, Handler, Hub
 from tests.support.processes import run_file, run_module

@@ -37,9 +37,10 @@ from duo_id.evaluate.tasks.registry import make_items
 from duo_id.evaluate.tasks.ruler_data import ruler_items
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import load_model, weights_source
-from duo_id.patterns.files import contents_of, list_patterns, pattern_name
+from duo_id.patterns.files import contents_of
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern
+from duo_id.patterns.sources import list_patterns, pattern_name
 from duo_id.report.figures import figures
 from duo_id.report.leaderboard import leaderboards
 from duo_id.report.paired import paired_grids

@@ -38,9 +38,9 @@ from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import dtype_of, load_model, meta_model
 from duo_id.patterns.agreement import agreement_table
 from duo_id.patterns.combining import average
-from duo_id.patterns.files import HEADS
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern, save_pattern
+from duo_id.patterns.sources import HEADS
 from duo_id.step.devices import shared_step
 from duo_id.train.checkpoints import CHECKPOINT
 from duo_id.train.comparison import check_window, compare, pattern_loss, results_table
