@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from duo_id.common.argument_names import naming_arguments
 from duo_id.common.composing import compose, override
 from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import check
@@ -22,6 +23,7 @@ from duo_id.report.summary import contenders, frame
 RESERVED = ("model", "heads", "patterns", "resume", "peers")  # what a run of the command decides
 
 
+@naming_arguments()
 def evaluate_pattern(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

@@ -44,7 +44,7 @@ from duo_id.patterns.sources import list_patterns, pattern_name
 from duo_id.report.figures import figures
 from duo_id.report.leaderboard import leaderboards
 from duo_id.report.paired import paired_grids
-from duo_id.report.rows import ScoredRow
+from duo_id.report.rows import SCHEMA, VERSION, ScoredRow
 from duo_id.report.summary import SEED
 from duo_id.report.tables import results_table, terminal_table
 
@@ -143,6 +143,8 @@ def score(
     run(model, items, lineup, journal, settings.generate, settings.batch_tokens, settings.chunk_size, console)
     eviction = read_answers(folder, items)
     return {
+        "schema": SCHEMA,
+        "version": VERSION,
         "model": description,
         "patterns": saved_patterns,
         "contenders": _named_contenders([*(contender.describe() for contender in lineup), *journal.rows, *eviction]),
