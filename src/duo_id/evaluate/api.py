@@ -54,7 +54,8 @@ def evaluate_pattern(
     Returns:
         one row a contender, full attention first. Each metric (`loss`, `kl`, `rise`, `accuracy`, `exact`, `score`,
         `kept`, ...) is followed by the ends of its 95% interval, `loss_low` and `loss_high`; NaN where the samples are
-        too few for one. `attrs["results"]` holds the rows that it comes from, the pattern and the settings.
+        too few for one. `attrs["results"]` holds what a run of the command writes to `results.json`: the rows behind
+        the table, the pattern and the settings.
 
     Raises:
         UserError: something cannot work; the message names the setting.

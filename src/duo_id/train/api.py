@@ -71,7 +71,7 @@ def identify(
             `**{"data.batch_size": 2}`.
 
     Returns:
-        the pattern, with the model, all settings and the versions in its provenance.
+        the pattern, with the model, its active adapters, all settings and the versions in its provenance.
 
     Raises:
         UserError: something cannot work; the message names the argument or the override.
