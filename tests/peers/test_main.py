@@ -91,10 +91,20 @@ def test_the_environment_is_installed_once(
         main(["run", "install=true"])
     pip.status = 0
     for _ in range(2):
-        main(["run", "install=true"])
+        main(["run", "install=true", "presses=tova,tova"])
+    assert json.loads(executed[0][1][-1])["presses"] == ["tova"]
     assert len(executed) == len(pip.commands) == 2
     assert pip.commands[0][-2:] == ["-r", str(environment.REQUIREMENTS)]
     assert capsys.readouterr().out.count("this takes some minutes, once") == 2
+
+
+def test_a_python_without_pip_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(folder: Path, with_pip: bool) -> None:
+        raise subprocess.CalledProcessError(1, ["python", "-m", "ensurepip"])
+
+    monkeypatch.setattr(environment.venv, "create", create)
+    with pytest.raises(UserError, match=r"environment=\.venv-peers cannot be created: this Python cannot install pip"):
+        main(["run", "install=true"])
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from typer import Argument, Option
 from duo_id.common import cli
 from duo_id.common.arguments import command
 from duo_id.common.config import shown
-from duo_id.common.errors import check
+from duo_id.common.errors import UserError, check
 from duo_id.common.mistakes import did_you_mean
+from duo_id.peers.answers import SAMPLES
 from duo_id.peers.choices import PRESSES, SLOWEST
 from duo_id.peers.environment import install as install_environment
 from duo_id.peers.environment import python_of
@@ -53,12 +54,12 @@ def main(
     Raises:
         UserError: an option is not valid, or there is no environment with kvpress.
     """
-    names = [name for name in PRESSES if name != SLOWEST] if presses is None else presses.split(",")
+    names = (
+        [name for name in PRESSES if name != SLOWEST] if presses is None else list(dict.fromkeys(presses.split(",")))
+    )
     for name in names:
         check(name in PRESSES, f"presses={name}: choose among {', '.join(PRESSES)}{did_you_mean(name, PRESSES)}")
-    check(
-        (Path(run) / "samples.jsonl").is_file(), f"{run} holds no samples.jsonl: duo_id.evaluate peers=true writes it"
-    )
+    check((Path(run) / SAMPLES).is_file(), f"{run} holds no {SAMPLES}: python -m duo_id.evaluate peers=true writes it")
     options = {
         "folder": run,
         "presses": names,
@@ -82,8 +83,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(number) for number in text.strip("[]").split(",")]
     except ValueError:
-        check(False, f"sparsity={shown(text)}: give numbers, such as sparsity=0.25,0.5")
-        raise
+        raise UserError(f"sparsity={shown(text)}: give numbers, such as sparsity=0.25,0.5") from None
 
 
 if __name__ == "__main__":

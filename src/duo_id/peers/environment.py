@@ -5,7 +5,7 @@ import venv
 from collections.abc import Callable
 from pathlib import Path
 
-from duo_id.common.errors import UserError, check
+from duo_id.common.errors import UserError, check, one_line
 from duo_id.common.files import write_text
 from duo_id.common.folders import lock_folder
 
@@ -45,7 +45,11 @@ def install(folder: Path, announce: Callable[[str], object]) -> None:
         return
     announce(f"installing kvpress into {folder}: this takes some minutes, once")
     with lock_folder(folder, "wait until it ends, or give another environment", keep=False):
-        venv.create(folder, with_pip=True)
+        try:
+            venv.create(folder, with_pip=True)
+        except subprocess.CalledProcessError as error:  # a Python without ensurepip, as Debian splits it off
+            reason = f"this Python cannot install pip ({one_line(error)})"
+            raise UserError(f"environment={folder} cannot be created: {reason}") from error
         command = [str(folder / "bin" / "python"), "-m", "pip", "install", "-qq", "-r", str(REQUIREMENTS)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
