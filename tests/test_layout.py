@@ -17,7 +17,8 @@ LONGEST = 320  # lines of a module
 
 # A package imports from those before it alone.
 PACKAGES = (
-    "common distributed patterns attention deploy models data step methods lm_eval train benchmark report evaluate"
+    "common distributed patterns attention deploy models data step methods lm_eval train benchmark report peers "
+    "evaluate"
 ).split()
 DOORS = {"duo_id.__main__", "duo_id.convert", "duo_id.kvpress"}  # beside the packages, imported by nobody
 FAMILIES = (
@@ -96,12 +97,18 @@ def test_nobody_imports_the_entry_points() -> None:
         ("common.errors", ""),
         ("common.files", "common.integrity common.errors"),
         ("common.figures", "common.files common.integrity common.errors"),
-        ("patterns.files", "patterns.tables patterns.hub common.files common.documents common.integrity common.errors"),
+        ("patterns.sources", "patterns.hub common.errors"),
+        (
+            "patterns.files",
+            "patterns.sources patterns.tables patterns.hub common.files common.documents common.integrity "
+            "common.errors",
+        ),
         ("patterns.heatmap", "patterns.cells common.figures common.files common.integrity common.errors"),
         (
             "patterns.pattern",
-            "patterns.cells patterns.fields patterns.files patterns.heatmap patterns.tables patterns.hub "
-            "patterns.provenance common.figures common.files common.documents common.integrity common.errors",
+            "patterns.cells patterns.fields patterns.files patterns.sources patterns.heatmap patterns.tables "
+            "patterns.hub patterns.provenance common.figures common.files common.documents common.integrity "
+            "common.errors",
         ),
         ("attention.layers", "attention.padding common.errors"),
         (

@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from duo_id.patterns.formats.registry import FORMATS
 from tests.evaluate.saved import a_pattern, line_up, save, saved_results
 
-WORK = """
+BLOCKED = """
 import runpy, sys
 
 class Missing:
@@ -15,11 +17,13 @@ class Missing:
         if name.partition(".")[0] in ("transformers", "lightning", "pytorch_lightning"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
+sys.meta_path.insert(0, Missing())
+"""
+WORK = """
 def command(name, *arguments):
     sys.argv = [name, *arguments]
     runpy.run_module(f"duo_id.{name}", run_name="__main__")
 
-sys.meta_path.insert(0, Missing())
 import duo_id
 
 (name, *_) = duo_id.list_patterns()
@@ -44,7 +48,21 @@ assert not {"transformers", "lightning", "pytorch_lightning"} & sys.modules.keys
 
 def test_patterns_conversion_and_reports_need_neither_transformers_nor_lightning(tmp_path: Path) -> None:
     save(tmp_path / "run", saved_results(1, contenders=line_up()[:6], patterns={"found": a_pattern()}))
-    command = [sys.executable, "-c", WORK, *FORMATS]
+    command = [sys.executable, "-c", BLOCKED + WORK, *FORMATS]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
+
+
+TRAIN = """
+sys.argv = ["train", "model=tiny", "hydra.run.dir=run", *sys.argv[1:]]
+runpy.run_module("duo_id.train", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("overrides", [(), ("logger=wandb",), ("~logger",)])
+def test_training_without_lightning_names_the_extra_in_one_line(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BLOCKED + TRAIN, *overrides]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    message = "error: train needs lightning, which is not installed: pip install 'duo_id[train]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, message, "")

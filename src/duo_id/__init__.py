@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from duo_id.deploy.install import dual_cache, duo_attention, install, remove
     from duo_id.deploy.prefill import prefill
     from duo_id.evaluate.api import evaluate_pattern
-    from duo_id.patterns.files import list_patterns
     from duo_id.patterns.pattern import HeadMask, HeadPattern
     from duo_id.patterns.saved import load_pattern, save_pattern
     from duo_id.patterns.sharing import push_to_hub
+    from duo_id.patterns.sources import list_patterns
     from duo_id.train.api import identify
 
 _HOMES = {
@@ -26,7 +26,7 @@ _HOMES = {
     "evaluate_pattern": "duo_id.evaluate.api",
     "identify": "duo_id.train.api",
     "install": "duo_id.deploy.install",
-    "list_patterns": "duo_id.patterns.files",
+    "list_patterns": "duo_id.patterns.sources",
     "load_pattern": "duo_id.patterns.saved",
     "prefill": "duo_id.deploy.prefill",
     "push_to_hub": "duo_id.patterns.sharing",

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 COMMANDS = {
     "train": ("duo_id.train", "find the heads of a model that must see the whole context"),
     "evaluate": ("duo_id.evaluate", "score head patterns on held-out long-context tasks"),
+    "peers": ("duo_id.peers", "the same tasks under kvpress's token eviction"),
     "report": ("duo_id.report", "a page and tables of runs"),
     "convert": ("duo_id.convert", "other tools' files of head patterns, read and written"),
     "benchmark": ("duo_id.benchmark", "time and memory of deployed masks and of training steps"),

@@ -1,5 +1,8 @@
 """Routing a model's attention: padding, sliding layers, what is refused, and that nothing is left behind."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -122,3 +125,13 @@ def test_a_layer_that_does_not_reach_us_is_an_error(make_model: MakeModel) -> No
     stray.forward = lambda hidden_states, **unused: (hidden_states, None)
     with pytest.raises(UserError, match=r"layers \[1\] does not reach"), attached(model):
         pass
+
+
+def test_a_model_that_was_attached_is_freed(make_model: MakeModel, ids: Tensor) -> None:
+    model = make_model("llama")
+    with attached(model):
+        model(ids, use_cache=False)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None

@@ -23,8 +23,8 @@ from duo_id.common.documents import (
     read_text,
 )
 from duo_id.common.errors import UserError
-from duo_id.patterns.files import SHIPPED
 from duo_id.patterns.saved import load_pattern
+from duo_id.patterns.sources import SHIPPED
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,12 @@ from duo_id.methods.search import _read_order as read_search
 from duo_id.models.loading import meta_model
 from duo_id.models.settings import ModelSettings
 from duo_id.patterns.agreement import agreement, agreement_table
-from duo_id.patterns.files import SHIPPED, contents_of, duo_config
+from duo_id.patterns.files import contents_of, duo_config
 from duo_id.patterns.formats.options import Options
 from duo_id.patterns.formats.registry import FORMATS, lost_parts, read_any
 from duo_id.patterns.saved import load_pattern
 from duo_id.patterns.sharing import model_card
+from duo_id.patterns.sources import SHIPPED
 from duo_id.report.leaderboard import average_over_seeds, in_family_tasks, leaderboards, seconds_of
 from duo_id.report.page import FigureEmbedder, _training, report
 from duo_id.report.runs import merge, read_run

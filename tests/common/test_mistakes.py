@@ -194,3 +194,9 @@ def test_what_no_quotes_mend_shows_none(override: str, tmp_path: Path) -> None:
 )
 def test_a_hint_has_quotes_where_it_needs_some(path: str, typed: str) -> None:
     assert shell_quoted(f"resume={path}") == typed
+
+
+def test_causes_that_form_a_circle_come_to_an_end() -> None:
+    first, second = ImportError("no module"), KeyError("nothing")
+    first.__cause__, second.__cause__ = second, first
+    assert describe_error(first) == "no module"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from duo_id.common.progress import headline, progress_bar
+from duo_id.common.progress import duration, headline, progress_bar
 
 
 @pytest.mark.parametrize(("counted", "share"), [(True, "3/12"), (False, "25%")])
@@ -58,3 +58,31 @@ def test_the_first_line_names_model_device_heads_method_and_folder() -> None:
     line = headline("Tiny", "cpu", (3, 2), "method=nested", "2 steps", Path("runs/1"))
     assert line == "Tiny on cpu: 3 layers x 2 KV heads, method=nested, 2 steps; folder: runs/1"
     assert headline("Tiny", "cpu", (3, 2), "method=nested", "2 steps").endswith("2 steps")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.052, "0.052 s"),
+        (7.3, "7.3 s"),
+        (59, "59 s"),
+        (61, "1 min"),
+        (3000, "50 min"),
+        (5040, "1.4 h"),
+        (4e5, "5 days"),
+    ],
+)
+def test_durations_are_rough(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_long_task_says_how_long_after_its_first_part() -> None:
+    console, now = Console(file=StringIO(), width=80, color_system=None), [0.0]
+    with progress_bar(console) as progress:
+        progress.get_time = lambda: now[0]
+        bar = progress.add_task("reading", total=100)
+        for _ in range(10):
+            now[0] += 2
+            progress.advance(bar)
+    shown = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert shown == ["reading: 1%  0:00:02, left: 0:03:18", "reading: 10%  0:00:20, left: 0:03:00"]

@@ -1,6 +1,8 @@
 import pytest
 
 from duo_id.common.errors import UserError
+from duo_id.data import settings
+from duo_id.data.choices import TASK_NAMES
 from duo_id.data.registry import DRAFTED, TRAINING_TASKS, make_task
 from duo_id.data.samples import SPLITS
 from duo_id.data.settings import DataSettings
@@ -18,18 +20,20 @@ def test_a_name_is_its_task(quick, tokenizer, name):
     assert task.split == "test" if name != "mixture" else set(task.tasks) == {"passkey"}
 
 
-def test_unknown_task_is_named_with_those_there_are(quick, tokenizer):
-    with pytest.raises(UserError, match=r"data.task=passkeys: choose one of passkey, key_value, .*disk") as caught:
-        make_task(quick(task="passkeys"), tokenizer, "train")
+def test_unknown_task_is_named_with_those_there_are(quick):
+    choices = "passkey, key_value, .*disk, did you mean passkey"
+    with pytest.raises(UserError, match=rf"data.task=passkeys: choose one of {choices}") as caught:
+        quick(task="passkeys")
     assert "\n" not in str(caught.value)
 
 
-def test_another_task_is_one_class_and_one_line(quick, tokenizer, monkeypatch):
+def test_another_task_is_one_class_and_its_name(quick, tokenizer, monkeypatch):
     class Other:
         def __init__(self, settings, tokenizer, split, length_limit=None):
             self.split = split
 
     monkeypatch.setitem(TRAINING_TASKS, "other", Other)
+    monkeypatch.setattr(settings, "TASK_NAMES", (*TASK_NAMES, "other"))
     assert make_task(quick(task="other"), tokenizer, "test").split == "test"
 
 

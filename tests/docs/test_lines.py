@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("docs", "notebooks", "peers", "results")
+FOLDERS = ("docs", "notebooks", "results")
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *sorted(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md")),

@@ -2,6 +2,7 @@
 
 import io
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel
 
 import duo_id
 from duo_id.common.errors import UserError
+from duo_id.evaluate.journal import write_results
 from duo_id.models.tokenizers import byte_tokenizer
+from duo_id.report.summary import load_results
 from tests.support.tiny import hooks_of, tiny_model
 
 TOKENIZER = byte_tokenizer()
@@ -32,7 +35,7 @@ def scored(model: PreTrainedModel, **changes: Any) -> pd.DataFrame:
     return duo_id.evaluate_pattern(model, TOKENIZER, PATTERN, **arguments | changes)
 
 
-def test_a_table_of_contenders_with_intervals(model: PreTrainedModel) -> None:
+def test_a_table_of_contenders_with_intervals(model: PreTrainedModel, tmp_path: Path) -> None:
     table = scored(model, sparsity=[0.25, 0.5])
     assert table[["kind", "sparsity"]].to_records(index=False).tolist() == [
         ("full", 0.0),
@@ -46,7 +49,12 @@ def test_a_table_of_contenders_with_intervals(model: PreTrainedModel) -> None:
     assert (table["loss"] <= table["loss_high"]).all()
     assert table["kept"].is_monotonic_decreasing
     assert table["rise"][0] == 0
-    assert {row["task"] for row in table.attrs["results"]["rows"]} == set(TASKS)
+    results = table.attrs["results"]
+    assert {row["task"] for row in results["rows"]} == set(TASKS)
+    write_results(tmp_path, results)
+    read = load_results(tmp_path)
+    assert {key: read[key] for key in ("schema", "version")} == {"schema": "duo_id/results", "version": 1}
+    assert read["rows"] == results["rows"]
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not hooks_of(model)
 

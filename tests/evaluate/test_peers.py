@@ -128,7 +128,7 @@ def test_other_files_are_refused(run: Path, changes: dict[str, Any], words: str)
     write_answers(run, [answer()], **changes)
     with pytest.raises(UserError, match=words) as error:
         read_answers(run, ITEMS)
-    assert f"make peers RUN={run}" in str(error.value)
+    assert f"duo-id peers {run}" in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 
 from duo_id.common.cli import run_plain
-from duo_id.patterns.files import HEADS
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern, save_pattern
 from duo_id.patterns.sharing import push_to_hub
+from duo_id.patterns.sources import HEADS
 from duo_id.train.history import read_history
 from tests.support.hub_server import TOKEN, Handler, Hub
 from tests.support.processes import run_file, run_module
@@ -223,11 +223,11 @@ def unpack(site: str, cache: str) -> None:
 
 
 def ask_peers(run: str) -> None:
-    """`peers/run.py`, with a press of the tests' own in place of kvpress."""
-    from tests.peers.conftest import loaded_scripts
+    """`duo_id.peers`, with a press of the tests' own in place of kvpress."""
+    from tests.peers.conftest import ask, loaded_scripts
 
     with loaded_scripts() as scripts:
-        sys.exit(scripts.run.main([run, "presses=knorm", "device=cpu"]))
+        sys.exit(ask(scripts, Path(run), "knorm"))
 
 
 def make_inputs(folder: Path) -> None:

@@ -11,10 +11,11 @@ import torch
 
 from duo_id.common.errors import UserError
 from duo_id.common.integrity import unsealed
-from duo_id.patterns import files
-from duo_id.patterns.files import contents_of, list_patterns
+from duo_id.patterns import files, sources
+from duo_id.patterns.files import contents_of
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern, pattern_from_json, save_pattern
+from duo_id.patterns.sources import list_patterns
 
 pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.pattern.TieWarning")  # their order is what is tested
 
@@ -133,7 +134,7 @@ def test_what_is_written_keeps_to_the_schema(pattern: HeadPattern, tmp_path: Pat
     contents = json.loads((tmp_path / "heads.json").read_text())
     check.validate(contents)
     check.validate(contents_of(pattern))
-    check.validate(json.loads((files.SHIPPED / "SmolLM2-135M-Instruct" / "heads.json").read_text()))
+    check.validate(json.loads((sources.SHIPPED / "SmolLM2-135M-Instruct" / "heads.json").read_text()))
     assert schema["properties"].keys() == contents.keys()
     assert set(schema["required"]) == contents.keys() - {"masks", "sha256"}
     assert schema["properties"]["version"]["const"] == files.VERSION
@@ -214,7 +215,7 @@ def test_published_patterns_are_kept_raw() -> None:
 
 def test_shipped_names(pattern: HeadPattern, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(load_pattern(name).provenance for name in list_patterns())
-    monkeypatch.setattr(files, "SHIPPED", tmp_path / "head_patterns")
+    monkeypatch.setattr(sources, "SHIPPED", tmp_path / "head_patterns")
     assert list_patterns() == []
     save_pattern(pattern, tmp_path / "head_patterns" / "b")
     save_pattern(HeadPattern(torch.rand(2, 2), 1, 1), tmp_path / "head_patterns" / "a")
@@ -373,7 +374,7 @@ def test_the_shipped_pattern_comes_with_its_evidence() -> None:
     pattern = load_pattern("SmolLM2-135M-Instruct")
     assert tuple(pattern.scores.shape) == (30, 3)
     assert (pattern.sink_size, pattern.recent_size) == (64, 256)
-    folder = files.SHIPPED / "SmolLM2-135M-Instruct"
+    folder = sources.SHIPPED / "SmolLM2-135M-Instruct"
     for sparsity in (0.25, 0.5, 0.75):
         mask = np.loadtxt(folder / f"mask_sparsity_{100 * sparsity:g}.tsv")
         assert mask.tolist() == pattern.binarize(sparsity=sparsity).retrieval.float().tolist()

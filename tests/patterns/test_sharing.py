@@ -14,10 +14,10 @@ from huggingface_hub import constants
 from duo_id import list_patterns, load_pattern
 from duo_id.common.errors import UserError
 from duo_id.common.integrity import SEAL, unsealed
-from duo_id.patterns.files import SHIPPED, pattern_name
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import save_pattern
 from duo_id.patterns.sharing import model_card, push_to_hub, write_folder
+from duo_id.patterns.sources import SHIPPED, pattern_name
 from tests.patterns.formats.cases import CASES
 from tests.support.hub_server import Hub, running_hub
 

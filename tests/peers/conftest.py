@@ -1,18 +1,17 @@
-"""The scripts of peers/, loaded without kvpress: a press of the tests' own stands for all of its presses."""
+"""The modules of duo_id.peers, loaded without kvpress: a press of the tests' own stands for all of its presses."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
-
-PEERS = Path(__file__).parents[2] / "peers"
 
 
 @dataclass
@@ -47,27 +46,30 @@ class StubKvpress(ModuleType):
 
 @contextmanager
 def loaded_scripts() -> Iterator[SimpleNamespace]:
-    """The modules of peers/, with `press` for all of kvpress."""
+    """The modules that need kvpress, with `press` for all of its presses."""
     stubs = {name: StubKvpress(name) for name in ("kvpress", "kvpress.presses", "kvpress.presses.base_press")}
     stubs["kvpress.presses"].duo_attention_press = ModuleType("duo_attention_press")
-    names = ("answers", "presses", "reading", "run", "heads")
+    names = ("answers", "presses", "reading", "heads", "run")
     with pytest.MonkeyPatch.context() as patch:
         for name, module in stubs.items():
             patch.setitem(sys.modules, name, module)
-        loaded = {}
-        for name in names:
-            spec = spec_from_file_location(name, PEERS / f"{name}.py")
-            assert spec is not None
-            loaded[name] = module_from_spec(spec)
-            patch.setitem(sys.modules, name, loaded[name])
-            spec.loader.exec_module(loaded[name])
+        for name in names[1:]:
+            patch.delitem(sys.modules, f"duo_id.peers.{name}", raising=False)
+        loaded = {name: import_module(f"duo_id.peers.{name}") for name in names}
         for name in ("run", "heads"):
             patch.setattr(loaded[name], "version", lambda package: "0")
         yield SimpleNamespace(**loaded, press=LatestPress)
+    for name in names[1:]:
+        sys.modules.pop(f"duo_id.peers.{name}", None)
+
+
+def ask(scripts: SimpleNamespace, run: Path, *presses: str, **options: Any) -> int:
+    """Run the worker as the command does; returns its exit status."""
+    return scripts.run.main(json.dumps({"folder": str(run), "presses": presses, "device": "cpu"} | options))
 
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[SimpleNamespace]:
-    """The modules of peers/, loaded."""
+    """The modules of duo_id.peers, loaded."""
     with loaded_scripts() as loaded:
         yield loaded

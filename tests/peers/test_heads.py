@@ -1,4 +1,4 @@
-"""The script that makes a head pattern of kvpress's scores, with scores of the tests' own in place of kvpress."""
+"""A head pattern of kvpress's scores, with scores of the tests' own in place of kvpress."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from duo_id.patterns.saved import load_pattern
 from tests.peers.cases import RECENT, SINK, make_items, model_folder, write_run
+from tests.peers.conftest import ask
 
 SCORES = torch.rand(2, 2, generator=torch.Generator().manual_seed(1))
 
@@ -29,7 +30,7 @@ def test_the_scores_are_a_head_pattern(
         return SCORES.tolist()
 
     monkeypatch.setattr(scripts.heads, "head_scores", scores)
-    assert scripts.heads.main([str(run)]) == 0
+    assert ask(scripts, run, heads=True) == 0
     folder = Path(capsys.readouterr().out.removeprefix("heads: ").strip())
     assert folder == run / "heads-duo-on-the-fly"
     pattern = load_pattern(folder)
@@ -45,12 +46,11 @@ def test_mistakes_are_one_line(
         raise AttributeError("no\nrotary_emb")
 
     monkeypatch.setattr(scripts.heads, "head_scores", scores)
-    for arguments, words in (
-        ([], "give one run folder"),
-        ([str(run / "nowhere")], "samples.jsonl does not exist"),
-        ([str(run)], f"kvpress cannot score the heads of {run / 'model'}: no rotary_emb"),
+    for folder, words in (
+        (run / "nowhere", "samples.jsonl does not exist"),
+        (run, f"kvpress cannot score the heads of {run / 'model'}: no rotary_emb"),
     ):
-        assert scripts.heads.main(arguments) == 2
+        assert ask(scripts, folder, heads=True) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert words in error

@@ -1,7 +1,8 @@
-"""The script with kvpress itself, in the environment that `make peers` sets up."""
+"""The command with kvpress itself, in the environment that it installs."""
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from duo_id.evaluate.items import Item, Question
 from duo_id.evaluate.peers import read_answers
 from duo_id.patterns.saved import load_pattern
+from duo_id.peers.choices import PRESSES
 from tests.peers.cases import (
     RECENT,
     SINK,
@@ -29,14 +31,13 @@ from tests.peers.cases import (
 )
 
 ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-peers/bin/python"
-PRESSES = ("snapkv", "tova", "observed", "expected", "kvzip", "ada-snapkv", "ada-expected", "duo-on-the-fly")
-PRESSES += ("streaming-llm", "knorm")
+ENVIRONMENT = ROOT / ".venv-peers"
+COMMAND = [sys.executable, "-m", "duo_id.peers"]
 ITEMS = make_items()
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason="make peers sets up the environment of the peers"),
+    pytest.mark.skipif(not ENVIRONMENT.exists(), reason="duo-id peers RUN install=true creates it"),
 ]
 
 
@@ -50,7 +51,7 @@ def answered(folder: Path) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """A model of one layer, in which what a head evicts is one mask, and the rows of all presses."""
     model = model_folder(folder / "model", num_hidden_layers=1)
     write_run(folder, folder / "model", ITEMS)
-    command = [PYTHON, ROOT / "peers/run.py", folder, f"presses={','.join(PRESSES)}", "device=cpu"]
+    command = [*COMMAND, folder, f"presses={','.join(PRESSES)}", "device=cpu", f"environment={ENVIRONMENT}"]
     finished = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return model, read_answers(folder, ITEMS)
@@ -128,7 +129,9 @@ def test_static_heads_are_masked_over_the_windows_of_the_mask(
     folder: Path, answered: tuple[PreTrainedModel, list[dict[str, Any]]]
 ) -> None:
     """One of the two heads streams: the one that the head pattern of these scores has streaming."""
-    finished = subprocess.run([PYTHON, ROOT / "peers/heads.py", folder], capture_output=True, text=True)
+    finished = subprocess.run(
+        [*COMMAND, folder, "heads=true", f"environment={ENVIRONMENT}"], capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     pattern = load_pattern(folder / "heads-duo-on-the-fly")
     assert (pattern.sink_size, pattern.recent_size) == (SINK, RECENT)
@@ -153,7 +156,7 @@ def test_settings_are_told(answered: tuple[PreTrainedModel, list[dict[str, Any]]
     masking = {"kvzip", "ada-snapkv", "ada-expected", "duo-on-the-fly"}
     assert {press for press, note in notes.items() if "without freeing" in note} == masking
     write_run(tmp_path, tmp_path / "nothing", ITEMS)
-    subprocess.run([PYTHON, ROOT / "peers/run.py", tmp_path, "presses=ada-snapkv"], capture_output=True)
+    subprocess.run([*COMMAND, tmp_path, "presses=ada-snapkv", f"environment={ENVIRONMENT}"], capture_output=True)
     header = json.loads((tmp_path / "answers-ada-snapkv.jsonl").read_text().splitlines()[0])
     assert header["settings"] == {"press": {"window_size": 64, "kernel_size": 5}, "alpha_safeguard": 0.2}
     assert header["versions"]["kvpress"] == "0.5.5"

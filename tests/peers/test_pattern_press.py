@@ -1,4 +1,4 @@
-"""Our press in kvpress itself, in the environment that `make peers` sets up."""
+"""Our press in kvpress itself, in the environment that `duo-id peers` installs."""
 
 import json
 import os
@@ -17,7 +17,7 @@ PYTHON = ROOT / ".venv-peers/bin/python"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason="make peers sets up the environment of the peers"),
+    pytest.mark.skipif(not PYTHON.exists(), reason="duo-id peers RUN install=true creates it"),
 ]
 
 

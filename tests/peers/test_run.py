@@ -1,4 +1,4 @@
-"""The script that asks the peers, with a press of the tests' own in place of kvpress."""
+"""The worker that asks the peers, with a press of the tests' own in place of kvpress."""
 
 import errno
 import fcntl
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from duo_id.common.integrity import unsealed
 from duo_id.evaluate.peers import read_answers
+from duo_id.peers.choices import PRESSES
 from tests.peers.cases import (
     TOKENS,
     answer_logits,
@@ -25,6 +26,7 @@ from tests.peers.cases import (
     model_folder,
     write_run,
 )
+from tests.peers.conftest import ask
 
 ITEMS = make_items()
 
@@ -49,7 +51,7 @@ def test_answers_are_those_of_a_plain_forward(
     scripts: SimpleNamespace, run: Path, saved: tuple[Path, PreTrainedModel]
 ) -> None:
     """The context is read in full, and what comes after it sees what was kept."""
-    assert scripts.run.main([str(run), "presses=knorm", "device=cpu"]) == 0
+    assert ask(scripts, run, "knorm") == 0
     model, rows = saved[1], read_answers(run, ITEMS)
     assert len(rows) == 2 * 2 * 3
     for row in rows:
@@ -73,22 +75,21 @@ def test_answers_are_those_of_a_plain_forward(
 def test_a_run_goes_on_where_it_stopped(
     scripts: SimpleNamespace, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [str(run), "presses=knorm", "device=cpu"]
-    assert scripts.run.main([*command, "samples=1", "sparsity=0.5", "generate=false"]) == 0
+    assert ask(scripts, run, "knorm", samples=1, sparsity=[0.5], generate=False) == 0
     (header, first), path = lines(run), run / "answers-knorm.jsonl"
     assert (first["index"], first["sparsity"], first["questions"][0]["generated"]) == (0, 0.5, None)
     with open(path, "a") as file:
         file.write('{"task": "words", "leng')  # the process was killed here
-    assert scripts.run.main([*command, "generate=false"]) == 0
+    assert ask(scripts, run, "knorm", generate=False) == 0
     assert lines(run)[:2] == [header, first]
     assert [(line["index"], line["sparsity"]) for line in lines(run)[2:]] == [(0, 0.0), (1, 0.0), (1, 0.5)]
-    assert scripts.run.main(command) == 0  # answers that lack a generated one are given anew
+    assert ask(scripts, run, "knorm") == 0  # answers that lack a generated one are given anew
     assert [bool(line["questions"][0]["generated"]) for line in lines(run)[1:]] == [False] * 4 + [True] * 4
 
     monkeypatch.setattr(scripts.run, "load_model", lambda *given: pytest.fail("all is answered"))
-    assert scripts.run.main(command) == 0
+    assert ask(scripts, run, "knorm") == 0
     monkeypatch.setattr(scripts.run, "version", lambda package: "1")
-    assert scripts.run.main(command) == 2
+    assert ask(scripts, run, "knorm") == 2
     assert "answers-knorm.jsonl was written with another versions" in capsys.readouterr().err
 
 
@@ -103,7 +104,7 @@ def test_a_press_that_fails_leaves_the_others_alone(
 
     working = scripts.presses.PEERS["tova"]
     monkeypatch.setitem(scripts.presses.PEERS, "tova", scripts.presses.Peer(broken, "is broken"))
-    assert scripts.run.main([str(run), "presses=tova,knorm", "device=cpu", "generate=false"]) == 1
+    assert ask(scripts, run, "tova", "knorm", generate=False) == 1
     output = capsys.readouterr().out
     assert output.count("tova failed on words at 160: TypeError") == 1
     assert "2 failed" in output
@@ -113,7 +114,7 @@ def test_a_press_that_fails_leaves_the_others_alone(
     assert "is broken; failed on 2 contexts, first with TypeError" in note
 
     monkeypatch.setitem(scripts.presses.PEERS, "tova", scripts.presses.Peer(working.make, "is broken"))
-    assert scripts.run.main([str(run), "presses=tova,knorm", "device=cpu", "generate=false"]) == 0
+    assert ask(scripts, run, "tova", "knorm", generate=False) == 0
     assert len(read_answers(run, ITEMS)) == 24
 
 
@@ -121,13 +122,12 @@ def test_two_at_once_do_not_answer_into_one_file(
     scripts: SimpleNamespace, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run / "answers-knorm.jsonl"
-    command = [str(run), "presses=knorm", "device=cpu"]
     with path.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert scripts.run.main(command) == 2
+        assert ask(scripts, run, "knorm") == 2
     assert capsys.readouterr().err == f"error: another process is writing to {path}: wait until it exits\n"
     assert path.read_bytes() == b""
-    assert scripts.run.main(command) == 0
+    assert ask(scripts, run, "knorm") == 0
 
 
 def test_a_full_disk_is_told_and_what_was_answered_stays(
@@ -143,12 +143,12 @@ def test_a_full_disk_is_told_and_what_was_answered_stays(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert scripts.run.main([str(run), "presses=knorm", "device=cpu"]) == 2
+        assert ask(scripts, run, "knorm") == 2
     (told,) = capsys.readouterr().err.splitlines()
     path = str(run / "answers-knorm.jsonl")
     assert told == f"error: [Errno 28] No space left on device: {path!r}; repeat the command to resume"
     assert len(lines(run)) >= 2
-    assert scripts.run.main([str(run), "presses=knorm", "device=cpu"]) == 0
+    assert ask(scripts, run, "knorm") == 0
 
 
 def test_an_interrupt_is_no_failure(scripts: SimpleNamespace, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,28 +157,23 @@ def test_an_interrupt_is_no_failure(scripts: SimpleNamespace, run: Path, monkeyp
 
     monkeypatch.setitem(scripts.presses.PEERS, "knorm", scripts.presses.Peer(interrupt, ""))
     monkeypatch.setattr(scripts.presses.Peer, "settings", lambda self: {})
-    assert scripts.run.main([str(run), "presses=knorm", "device=cpu"]) == 130
+    assert ask(scripts, run, "knorm") == 130
     assert len(lines(run)) == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("options", "words"),
     [
-        ([], "give one run folder"),
-        (["{run}", "presses=snapvk"], "presses=snapvk: choose among snapkv, tova"),
-        (["{run}", "ratio=0.5"], "ratio= is not an option"),
-        (["{run}", "samples=few"], "samples=few is not a valid value"),
-        (["{run}", "generate=perhaps"], "generate=perhaps is not a valid value"),
-        (["{run}", "sparsity=0.3"], "sparsity=0.3 is not among those of the samples: [0.0, 0.5]"),
-        (["{run}", "tasks=riddles"], "tasks=riddles is not among those of the samples: words"),
-        (["{run}", "samples=0"], "raise samples=0"),
-        (["{run}/nowhere"], "samples.jsonl does not exist"),
+        ({"sparsity": [0.3]}, "sparsity=0.3 is not among those of the samples: [0.0, 0.5]"),
+        ({"tasks": ["riddles"]}, "tasks=riddles is not among those of the samples: words"),
+        ({"samples": 0}, "raise samples=0"),
+        ({"folder": "nowhere"}, "samples.jsonl does not exist"),
     ],
 )
 def test_mistakes_are_one_line(
-    scripts: SimpleNamespace, run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+    scripts: SimpleNamespace, run: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], words: str
 ) -> None:
-    assert scripts.run.main([argument.format(run=run) for argument in arguments]) == 2
+    assert ask(scripts, run, "knorm", **options) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert words in error
@@ -191,13 +186,13 @@ def test_samples_and_models_that_do_not_fit_are_mistakes(
     path = run / "samples.jsonl"
     first, rest = path.read_text().split("\n", 1)
     path.write_text(json.dumps(unsealed(json.loads(first)) | {"version": 9}) + "\n" + rest)
-    assert scripts.run.main([str(run)]) == 2
+    assert ask(scripts, run, "knorm") == 2
     assert "is duo_id/samples version 9" in capsys.readouterr().err
     path.write_text("no JSON\n")
-    assert scripts.run.main([str(run)]) == 2
+    assert ask(scripts, run, "knorm") == 2
     assert "cannot be read" in capsys.readouterr().err
     write_run(run, run / "nothing", ITEMS)
-    assert scripts.run.main([str(run), "presses=knorm", "device=cpu"]) == 2
+    assert ask(scripts, run, "knorm") == 2
     assert "cannot be loaded on cpu" in capsys.readouterr().err
 
 
@@ -262,7 +257,11 @@ def test_generation_ends_at_its_stop(scripts: SimpleNamespace, saved: tuple[Path
 
 def test_requirements_hold_the_same_torch() -> None:
     root = Path(__file__).parents[2]
-    pins = [set((root / name).read_text().split()) for name in ("constraints.txt", "peers/requirements.txt")]
+    pins = [set((root / name).read_text().split()) for name in ("constraints.txt", "src/duo_id/peers/requirements.txt")]
     for name in ("torch==", "rich=="):
         (both,) = {pin for pin in pins[0] if pin.startswith(name)}
         assert both in pins[1]
+
+
+def test_every_press_can_be_chosen(scripts: SimpleNamespace) -> None:
+    assert tuple(scripts.presses.PEERS) == PRESSES

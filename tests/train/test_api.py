@@ -1,10 +1,13 @@
 """Heads of a model in memory, found from Python."""
 
+import gc
 import io
+import json
 import logging
 import os
 import random
 import signal
+import weakref
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -95,8 +98,29 @@ def test_every_method_can_be_asked_for(method: str, model: PreTrainedModel) -> N
 def test_adapters_and_compiled_models_are_looked_into(model: PreTrainedModel) -> None:
     plain_scores = found(model).scores
     assert torch.equal(found(torch.compile(model)).scores, plain_scores)
-    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    assert not torch.equal(found(adapted).scores, plain_scores), "the adapter's part in the keys counts"
+    assert "adapters" not in found(model, method="random").provenance["model"]
+    config = LoraConfig(target_modules=["q_proj", "k_proj"], r=4, init_lora_weights=False)
+    adapted = get_peft_model(model, config, adapter_name="poems")
+    adapted.peft_config["poems"].base_model_name_or_path = "of/mine"
+    pattern = found(adapted)
+    assert not torch.equal(pattern.scores, plain_scores), "the adapter's part in the keys counts"
+    adapter = {"name": "poems", "type": "LORA", "base_model_name_or_path": "of/mine", "r": 4, "lora_alpha": 8}
+    recorded = [adapter | {"target_modules": ["k_proj", "q_proj"]}]
+    assert pattern.provenance["model"]["adapters"] == recorded
+    json.dumps(pattern.provenance)
+    compiled = found(torch.compile(adapted), method="random")
+    assert compiled.provenance["model"]["adapters"] == recorded
+    with adapted.disable_adapter():
+        assert "adapters" not in found(adapted, method="random").provenance["model"]
+
+
+def test_nothing_keeps_the_model_in_memory() -> None:
+    model = tiny_model("llama", vocab_size=BYTES)
+    found(model)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
 
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 40, "Pack my box with five dozen jugs. " * 40]
@@ -133,7 +157,13 @@ def test_ones_own_data(data: Any, tokens: str, model: PreTrainedModel) -> None:
         ({"method": "nestd"}, r"^method='nestd': choose one of .*nested.*, did you mean nested\?$"),
         ({"data": "mixtre"}, r"^data='mixtre': choose one of .*mixture.*, did you mean mixture\?$"),
         ({"lrr": 1}, r"^lrr: .*did you mean lr\?$"),
-        ({"method.lrr": 1}, r"^method\.lrr=1: there is no such setting, did you mean method\.lr\?$"),
+        ({"method.lrr": 1}, r"^lrr=1: there is no such setting, did you mean lr\?$"),
+        ({"objective": {"kl": -1}}, r"^objective\.kl=-1 must be a positive weight"),
+        ({"optimizer._target_": "nosuch.Optimizer"}, r"^optimizer\._target_=nosuch\.Optimizer"),
+        ({"prior": {"name": "reconstruction", "samples": 0}}, r"^prior\.samples=0 must be at least 1"),
+        ({"steps": 0}, "^steps=0 must be at least 1"),
+        ({"lengths": (20, 90), "sink_size": 40}, r"must be below lengths\[0\]=20, or nothing lies outside"),
+        ({"lengths": 9000}, r"^lengths\[1\]=9000 exceeds the 512 tokens that the model takes: lower it$"),
         ({"nosuch.key": 1}, r"^nosuch\.key: there is no such argument or setting$"),
         ({"data": []}, "^data is empty$"),
         ({"data": 3}, "^data: int is not the name of a task, texts"),
@@ -148,11 +178,11 @@ def test_ones_own_data(data: Any, tokens: str, model: PreTrainedModel) -> None:
         ({"data": [{"input_ids": [1.5, 2], "labels": [1.5, 2]}]}, "not whole numbers"),
         ({"data": [{"input_ids": [[1, 2], [3]], "labels": [[1, 2], [3]]}]}, "^data: input_ids of a row are not whole"),
         ({"data": [{"input_ids": [7, 999], "labels": [7, 999]}]}, "not all in the model's vocabulary of 258$"),
-        ({"data": [{"input_ids": [5] * 20, "labels": [5] * 20}]}, "must be below data.length_min=20"),
+        ({"data": [{"input_ids": [5] * 20, "labels": [5] * 20}]}, "must be below the 20 tokens of the longest sample"),
         ({"trainer.devices": 2}, "^trainer.devices: identify makes one run"),
         ({"repeats": 3}, "^repeats: identify makes one run"),
         ({"step.shard": True}, "^step.shard: identify makes one run"),
-        ({"trainer.max_steps": 3}, "^trainer.max_steps is given twice"),
+        ({"trainer.max_steps": 3}, "^steps is given twice: as an argument and as an override$"),
         ({"lengths": (1, 2, 3)}, r"^lengths=\(1, 2, 3\) must be a number of tokens, or a pair"),
         ({"seed": None}, "^seed=None must be a whole number"),
         ({"seed": -1}, "^seed=-1 must be a whole number from 0"),
@@ -161,9 +191,9 @@ def test_ones_own_data(data: Any, tokens: str, model: PreTrainedModel) -> None:
         ({"prior": {"name": "nestd"}}, "^prior.name='nestd': choose one of"),
         ({"data": [{"input_ids": [1, 2], "labels": [UNSCORED] * 2}]}, "nothing in it can be scored$"),
         ({"data": [{"input_ids": [5] * 600, "labels": [5] * 600}]}, "a sample has 600 tokens, and the model takes 512"),
-        ({"lengths": (10, 5)}, "^data.length_max=5 must not be below"),
+        ({"lengths": (10, 5)}, r"^lengths\[1\]=5 must not be below lengths\[0\]=10$"),
         ({"on_interrupt": "stop"}, "^on_interrupt='stop': choose raise or return$"),
-        ({"sink_size": -1}, "^method.sink_size=-1 must be at least 0"),
+        ({"sink_size": -1}, "^sink_size=-1 must be at least 0"),
     ],
 )
 def test_mistakes_are_one_line(changes: dict[str, Any], message: str, model: PreTrainedModel) -> None:

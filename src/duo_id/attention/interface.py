@@ -87,7 +87,10 @@ def routed(model: PreTrainedModel, backends: Backends) -> Iterator[list[Attentio
             model.set_attn_implementation(PROBE)
         except (ValueError, ImportError, KeyError) as error:  # the implementation is named but not installed
             raise UserError(f"{type(model).__name__} cannot be attached: {error}".partition("\n")[0]) from error
-        layers = find_layers(model, PROBE)
+        try:
+            layers = find_layers(model, PROBE)
+        finally:
+            register()  # the functions of the probe refer to the model and would keep it in memory
     gated_layers(model, layers)  # raises for models that cannot work at all
     check_parity(model, layers, partial(_attention_replaced, model, layers, backends))
     with _attention_replaced(model, layers, backends):

@@ -26,9 +26,7 @@ KINDS: dict[type[Any], str] = {dict: "a mapping, such as {key: value}", list: "a
 
 def describe_error(error: BaseException) -> str:
     """An error in one line: that of a `UserError` in its chain of causes, as one from an interpolation has, if any."""
-    chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
+    chain = _chain(error)
     for link in chain:
         if isinstance(link, UserError):
             return one_line(link, None)
@@ -64,13 +62,17 @@ def escape_interpolations(value: Any) -> Any:
 
 def check_importable(override: str, target: Any) -> None:
     """Raise a `UserError` unless the class or function that an override names can be imported."""
+    missing: ModuleNotFoundError | None = None
     try:
         get_method(target)
     except Exception as error:  # importing a module can raise anything
-        cause = error.__cause__
-        if isinstance(cause, ModuleNotFoundError) and cause.name in EXTRAS:
-            raise cause from None  # the command names the extra
-        raise UserError(f"{override}={target}: there is no such class ({one_line(error)})") from error
+        for cause in _chain(error):
+            if isinstance(cause, ModuleNotFoundError) and cause.name in EXTRAS:
+                missing = cause
+        if missing is None:
+            raise UserError(f"{override}={target}: there is no such class ({one_line(error)})") from error
+    if missing is not None:
+        raise missing  # the command names the extra
 
 
 def instantiate(
@@ -143,6 +145,14 @@ def did_you_mean(name: str, choices: Iterable[object]) -> str:
     """The end of a message about an unknown name: the choice that is spelled most like it, if any."""
     close = get_close_matches(name, [str(choice) for choice in choices], 1)
     return f", did you mean {close[0]}?" if close else ""
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error, its cause, the cause of that, and so on; causes can form a circle."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and not any(cause is link for link in chain):
+        chain.append(cause)
+    return chain
 
 
 def _misnamed(chain: list[BaseException]) -> str:

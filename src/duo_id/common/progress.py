@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 WINDOW = 3600.0  # seconds of the speed behind the time left: a single sample may take minutes
+LONG = 60.0  # seconds left that are worth a line before the first tenth is done
 
 
 def headline(
@@ -54,13 +55,22 @@ def progress_bar(console: Console, counted: bool = True) -> Progress:
     return progress(*columns, console=console, transient=True, speed_estimate_period=WINDOW)
 
 
+def duration(seconds: float) -> str:
+    """A rough duration: 40 s, 7 min, 3.5 h, 4 days."""
+    for unit, size in (("s", 1), ("min", 60), ("h", 3600)):
+        if seconds < 60 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds / (24 * 3600):.0f} days"
+
+
 class _Lines(Progress):
-    """Prints a line whenever a task passes a tenth."""
+    """Prints a line whenever a task passes a tenth, and one after the first part of a long task."""
 
     def __init__(self, *columns: Any, **settings: Any) -> None:
         super().__init__(*columns, **settings)
         self._tenths: dict[TaskID, int] = {}
         self._first: dict[TaskID, float] = {}  # done before this run
+        self._announced: set[TaskID] = set()
 
     def start(self) -> None:
         """Start without a live display, which a file cannot hold."""
@@ -85,10 +95,15 @@ class _Lines(Progress):
         tenth, first = int(10 * task.completed / task.total), self._first.setdefault(task_id, before)
         if task.completed < before:  # it begins anew
             self._first[task_id] = task.completed
-        elif tenth > self._tenths.get(task_id, int(10 * first / task.total)):
+        else:
             taken = task.elapsed or 0.0
             left = taken / (task.completed - first) * (task.total - task.completed)
-            times = f"{timedelta(seconds=round(taken))}, left: {timedelta(seconds=round(left))}"
-            line = f"{task.description}: {10 * tenth}%  {times}"
-            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+            passed = tenth > self._tenths.get(task_id, int(10 * first / task.total))
+            if passed or (left >= LONG and task_id not in self._announced):
+                share = 10 * tenth if passed else int(100 * task.completed / task.total)
+                times = f"{timedelta(seconds=round(taken))}, left: {timedelta(seconds=round(left))}"
+                self.console.print(
+                    f"{task.description}: {share}%  {times}", soft_wrap=True, highlight=False, markup=False
+                )
+            self._announced.add(task_id)
         self._tenths[task_id] = tenth

@@ -6,7 +6,6 @@ from fractions import Fraction
 
 from transformers import PreTrainedTokenizerBase
 
-from duo_id.common.errors import check
 from duo_id.data.haystack import load_haystack
 from duo_id.data.samples import Sample
 from duo_id.data.settings import DataSettings
@@ -38,10 +37,8 @@ class MixtureTask:
             length_limit: the model's maximum number of tokens; None: no limit.
 
         Raises:
-            UserError: a task is unknown, or cannot make samples with these settings.
+            UserError: a task cannot make samples with these settings.
         """
-        for name in settings.mixture:
-            check(name in tasks, f"data.mixture.{name}: a mixture can have {', '.join(tasks)}")
         haystack = load_haystack(settings.haystack, split)
         self.weights = {name: Fraction(str(weight)) for name, weight in settings.mixture.items() if weight > 0}
         self.tasks = {name: tasks[name](settings, tokenizer, split, length_limit, haystack) for name in self.weights}

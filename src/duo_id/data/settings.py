@@ -15,6 +15,8 @@ from duo_id.common.config import (
     settings,
 )
 from duo_id.common.errors import check
+from duo_id.common.mistakes import did_you_mean
+from duo_id.data.choices import DRAFTED_NAMES, TASK_NAMES
 from duo_id.models.settings import ModelSettings
 
 
@@ -40,7 +42,7 @@ class HaystackSettings:
 class DataSettings:
     """The samples that heads are identified on: see conf/data/."""
 
-    task: Text = "passkey"  # a name of `duo_id.data.registry.TRAINING_TASKS`
+    task: Text = "passkey"  # a name of `duo_id.data.choices`
     path: Text | None = None  # disk: a folder written by data_gen/write.py
     mixture: dict[str, Weight] = field(default_factory=dict)  # mixture: the weight of each task
     haystack: HaystackSettings = field(default_factory=HaystackSettings)
@@ -63,7 +65,15 @@ class DataSettings:
     num_workers: Annotated[Count, Field(le=4096)] = 0
 
     def __post_init__(self) -> None:
-        """Check combinations of settings; what depends on the tokenizer is checked by the task."""
+        """Check the task and combinations of settings; what depends on the tokenizer is checked by the task."""
+        choices = ", ".join(TASK_NAMES)
+        check(
+            self.task in TASK_NAMES,
+            f"data.task={self.task}: choose one of {choices}{did_you_mean(self.task, TASK_NAMES)}",
+        )
+        for name in self.mixture:
+            among = f"data.mixture.{name}: a mixture can have {', '.join(DRAFTED_NAMES)}"
+            check(name in DRAFTED_NAMES, f"{among}{did_you_mean(name, DRAFTED_NAMES)}")
         check(self.task != "disk" or bool(self.path), "data=disk needs data.path=DIR, a folder written by data_gen/")
         check(
             self.length_max is None or self.length_max >= self.length_min,

@@ -13,12 +13,14 @@ from omegaconf import DictConfig, open_dict
 from duo_id.common import cli
 from duo_id.common.config import parse
 from duo_id.evaluate.settings import EvaluateSettings
+from duo_id.patterns.sources import local_file
 
 
 def main(config: DictConfig) -> None:
     """Run the command."""
     config, folder, overrides = cli.start_run(config)
-    parse(EvaluateSettings, config)
+    settings = parse(EvaluateSettings, config)
+    local_file(settings.heads)  # refuses what is no pattern
     from duo_id.evaluate.journal import JOURNAL, RESULTS
     from duo_id.evaluate.run import evaluate, with_model_of_pattern
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from duo_id.common.argument_names import naming_arguments
 from duo_id.common.composing import compose, override
 from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import check
@@ -22,6 +23,7 @@ from duo_id.report.summary import contenders, frame
 RESERVED = ("model", "heads", "patterns", "resume", "peers")  # what a run of the command decides
 
 
+@naming_arguments()
 def evaluate_pattern(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -52,7 +54,8 @@ def evaluate_pattern(
     Returns:
         one row a contender, full attention first. Each metric (`loss`, `kl`, `rise`, `accuracy`, `exact`, `score`,
         `kept`, ...) is followed by the ends of its 95% interval, `loss_low` and `loss_high`; NaN where the samples are
-        too few for one. `attrs["results"]` holds the rows that it comes from, the pattern and the settings.
+        too few for one. `attrs["results"]` holds what a run of the command writes to `results.json`: the rows behind
+        the table, the pattern and the settings.
 
     Raises:
         UserError: something cannot work; the message names the setting.

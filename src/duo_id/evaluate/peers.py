@@ -1,4 +1,4 @@
-"""Exchange with peers that run in their own environment: samples out, answers back. See peers/README.md."""
+"""Exchange with peers that run in their own environment: samples out, answers back. See docs/peers.md."""
 
 import hashlib
 import json
@@ -24,10 +24,11 @@ from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
 from duo_id.evaluate.items import Item
+from duo_id.peers.answers import ANSWERS_SCHEMA, SAMPLES, SAMPLES_SCHEMA, VERSION
 
-SAMPLES = "samples.jsonl"  # in a run folder: a header line, then one item per line
-ANSWERS = "answers-*.jsonl"  # next to it, one file per press: a header line, then one context and sparsity per line
-SAMPLES_SCHEMA, ANSWERS_SCHEMA, VERSION = "duo_id/samples", "duo_id/answers", 1
+ANSWERS = (
+    "answers-*.jsonl"  # next to the samples, one file per press: a header line, then one context and sparsity per line
+)
 HEADER = {
     "model",  # a hub id, or a local folder
     "revision",
@@ -190,7 +191,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _advice(file: Path) -> str:
-    return f"delete it and run make peers RUN={file.parent}"
+    return f"delete it and run duo-id peers {file.parent}"
 
 
 def _item_key(answer: dict[str, Any]) -> tuple[str, int, int]:

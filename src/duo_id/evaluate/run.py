@@ -37,13 +37,14 @@ from duo_id.evaluate.tasks.registry import make_items
 from duo_id.evaluate.tasks.ruler_data import ruler_items
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import load_model, weights_source
-from duo_id.patterns.files import contents_of, list_patterns, pattern_name
+from duo_id.patterns.files import contents_of
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern
+from duo_id.patterns.sources import list_patterns, pattern_name
 from duo_id.report.figures import figures
 from duo_id.report.leaderboard import leaderboards
 from duo_id.report.paired import paired_grids
-from duo_id.report.rows import ScoredRow
+from duo_id.report.rows import SCHEMA, VERSION, ScoredRow
 from duo_id.report.summary import SEED
 from duo_id.report.tables import results_table, terminal_table
 
@@ -142,6 +143,8 @@ def score(
     run(model, items, lineup, journal, settings.generate, settings.batch_tokens, settings.chunk_size, console)
     eviction = read_answers(folder, items)
     return {
+        "schema": SCHEMA,
+        "version": VERSION,
         "model": description,
         "patterns": saved_patterns,
         "contenders": _named_contenders([*(contender.describe() for contender in lineup), *journal.rows, *eviction]),

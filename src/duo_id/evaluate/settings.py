@@ -40,7 +40,7 @@ class EvaluateSettings:
     chat_template: bool = False  # put context and question into the model's chat template
     batch_tokens: Positive | None = None  # of all contexts in memory at once; null: what fits
     chunk_size: Positive = 32768  # tokens per forward pass
-    peers: bool = False  # write samples.jsonl for `make peers`
+    peers: bool = False  # write samples.jsonl for `duo-id peers`
     seed: Seed = 0
     resume: Text | None = None  # a run folder to resume
 

@@ -11,6 +11,8 @@ from duo_id.common.errors import check
 from duo_id.deploy.wrappers import check_prefix, unwrapped
 from duo_id.models.language_model import LanguageModel
 
+ADAPTER_SETTINGS = ("base_model_name_or_path", "revision", "r", "lora_alpha", "target_modules")
+
 
 def language_model_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
     """The language model in whatever it is wrapped in, such as `torch.compile` or an adapter of PEFT.
@@ -33,7 +35,34 @@ def language_model_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Languag
     check(is_tokenizer, f"tokenizer: a {type(tokenizer).__name__} is no tokenizer of transformers")
     identifier = inner.config.name_or_path or type(inner).__name__
     revision = getattr(inner.config, "_commit_hash", None)
-    return LanguageModel(inner, tokenizer, Path(identifier).name or identifier, identifier, revision, "memory")
+    name = Path(identifier).name or identifier
+    return LanguageModel(inner, tokenizer, name, identifier, revision, "memory", adapters=adapters_of(model))
+
+
+def adapters_of(model: Any) -> list[dict[str, Any]]:
+    """The adapters of PEFT that change what a model computes: their names, types and main settings, as plain values.
+
+    PEFT does not remember where an adapter was loaded from.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not configs or any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+        return []
+    active = model.active_adapters
+    adapters = []
+    for name in active() if callable(active) else active:
+        config = configs[name]
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        values = {key: _plain(getattr(config, key, None)) for key in ADAPTER_SETTINGS}
+        chosen = {key: value for key, value in values.items() if value is not None}
+        adapters.append({"name": name, "type": str(kind)} | chosen)
+    return adapters
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON holds it: PEFT keeps the names of modules as a set."""
+    if isinstance(value, set | tuple | list):
+        return sorted(map(str, value))
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 @contextmanager

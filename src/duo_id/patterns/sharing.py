@@ -18,10 +18,10 @@ from duo_id.common.figures import save_figure
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
 from duo_id.patterns import hub
-from duo_id.patterns.files import SHIPPED, list_patterns
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.provenance import PublishedSummary
 from duo_id.patterns.saved import save_pattern
+from duo_id.patterns.sources import SHIPPED, list_patterns
 
 CARD, FIGURE, SUMMARY = "README.md", "gates.png", "summary.json"
 MARKDOWN = re.compile(r"[\\`*_\[\]|~$]")  # characters that start inline markup

@@ -10,9 +10,10 @@ import pandas as pd
 
 from duo_id.common.documents import checked, read_object
 from duo_id.common.errors import UserError
-from duo_id.patterns.files import contents_of, pattern_name
+from duo_id.patterns.files import contents_of
 from duo_id.patterns.provenance import Summary
 from duo_id.patterns.saved import load_pattern
+from duo_id.patterns.sources import pattern_name
 from duo_id.report.rows import QUESTION, SAMPLE
 from duo_id.report.summary import CONTENDER, load_results
 from duo_id.train.plots import read_metrics

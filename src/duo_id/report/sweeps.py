@@ -13,10 +13,10 @@ from duo_id.common.documents import checked, read_object, read_text
 from duo_id.common.errors import UserError, one_line
 from duo_id.common.run_folders import ERROR
 from duo_id.common.tables import TextTable
-from duo_id.patterns.files import HEADS
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.provenance import Summary
 from duo_id.patterns.saved import load_pattern
+from duo_id.patterns.sources import HEADS
 from duo_id.report.tables import Cell, Grid, terminal_table
 
 MARK = "multirun.yaml"  # Hydra leaves it in a sweep's folder

@@ -56,7 +56,8 @@ def sample_module(
 def find(gated_model: GatedModel, samples: SampleModule, method: GateSettings, run: TrainRun) -> HeadPattern:
     """Train the gates; a prior is mixed into their scores."""
     settings, timer = run.settings, Timer()
-    trainer = _trainer(method, run, [*([GateHistory(run.folder)] if gated_model.model.ranks.first else []), timer])
+    callbacks = [*([GateHistory(run.folder)] if gated_model.model.ranks.first else []), timer]
+    trainer = _trainer(method, run, callbacks, gated_model.model.max_length)
     prior = _load_prior(run)
     checkpoint = run.folder / CHECKPOINT
     checkpoint_path = str(checkpoint) if run.resume and checkpoint.is_file() else None
@@ -87,7 +88,7 @@ def find(gated_model: GatedModel, samples: SampleModule, method: GateSettings, r
     return pattern if prior is None else mix_prior(pattern, prior, method.prior_weight)
 
 
-def _trainer(method: GateSettings, run: TrainRun, callbacks: Sequence[Callback]) -> Trainer:
+def _trainer(method: GateSettings, run: TrainRun, callbacks: Sequence[Callback], max_length: int | None) -> Trainer:
     """The trainer of the settings, with the user's callbacks and ours."""
     settings = run.settings
     user_callbacks = (
@@ -103,7 +104,7 @@ def _trainer(method: GateSettings, run: TrainRun, callbacks: Sequence[Callback])
     if settings.trainer.get("enable_progress_bar", True) and not any(
         isinstance(callback, ProgressBar) for callback in user_callbacks
     ):
-        own_callbacks.append(TrainingBar())
+        own_callbacks.append(TrainingBar(tokens=_mean_tokens(run, max_length)))
     trainer: Trainer = instantiate(
         "trainer",
         # The stream of samples is endless, and the data module splits it between ranks itself.
@@ -115,6 +116,14 @@ def _trainer(method: GateSettings, run: TrainRun, callbacks: Sequence[Callback])
         default_root_dir=str(run.folder),
     )
     return trainer
+
+
+def _mean_tokens(run: TrainRun, max_length: int | None) -> float | None:
+    """Tokens of a step on average, all devices together; None if the samples themselves decide."""
+    data, longest = run.settings.data, run.settings.data.length_max or max_length
+    if run.tasks or data.task == "disk" or data.curriculum or longest is None:
+        return None
+    return data.batch_size * (data.length_min + longest) / 2
 
 
 def _load_prior(run: TrainRun) -> HeadPattern | None:

@@ -1,7 +1,9 @@
 """Progress of gate training in the terminal: a bar of one line with the loss and what else fits."""
 
 import math
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedC
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, TextColumn
 
-from duo_id.common.progress import headline
+from duo_id.common.progress import LONG, duration, headline
 from duo_id.models.gated_model import GatedModel
 from duo_id.train.settings import TrainSettings
 
@@ -54,10 +56,23 @@ def introduction(gated_model: GatedModel, settings: TrainSettings, folder: Path 
 class TrainingBar(RichProgressBar):
     """Lightning's bar with our metrics under short names; a log file instead gets a line per tenth of the run."""
 
-    def __init__(self, console_kwargs: dict[str, Any] | None = None) -> None:
-        """Start without metrics; `console_kwargs` as in Lightning."""
+    def __init__(self, console_kwargs: dict[str, Any] | None = None, tokens: float | None = None) -> None:
+        """Start without metrics.
+
+        Args:
+            console_kwargs: as in Lightning.
+            tokens: of a step on average; None: it is not known.
+        """
         super().__init__(console_kwargs=console_kwargs)
         self._shown: dict[str, Any] = {}
+        self._tokens = tokens
+        self._steps_before = 0  # of earlier parts of a resumed run
+        self._began = self._step_began = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        self._steps_before, self._began = trainer.global_step, time.perf_counter()
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Show no bar where nobody can watch it move."""
@@ -81,14 +96,37 @@ class TrainingBar(RichProgressBar):
             self._shown = _fitting(_as_text(trainer.progress_bar_metrics), width - before)
         return self._shown
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any) -> None:
-        """Advance the bar, or write a line."""
-        super().on_train_batch_end(trainer, pl_module, *args)
-        tenth = trainer.global_step % math.ceil(trainer.max_steps / 10) == 0
-        if tenth and trainer.is_global_zero and self.is_disabled:
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
+        """Start the clock of a step."""
+        self._step_began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        """Advance the bar, or write a line; after the first step on a CPU say how long training takes."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, *args)
+        if not trainer.is_global_zero:
+            return
+        done, left = trainer.global_step - self._steps_before, trainer.max_steps - trainer.global_step
+        if done == 1 and pl_module.device.type == "cpu":  # elsewhere the first steps warm up
+            self._announce(time.perf_counter() - self._step_began, left, batch)
+        if trainer.global_step % math.ceil(trainer.max_steps / 10) == 0 and self.is_disabled:
             shown = "  ".join(f"{name} {value}" for name, value in _as_text(trainer.progress_bar_metrics).items())
-            line = f"step {trainer.global_step}/{trainer.max_steps}  {shown}"
-            Console(**self._console_kwargs).print(line, soft_wrap=True, highlight=False, markup=False)
+            seconds = timedelta(seconds=round((time.perf_counter() - self._began) / done * left))
+            self._say(f"step {trainer.global_step}/{trainer.max_steps}  {shown}  left: {seconds}")
+
+    def _announce(self, seconds: float, left: int, batch: Any) -> None:
+        """Say how long the other steps take if they are like the first, or in proportion to their tokens."""
+        tokens = batch["length"] * len(batch["input_ids"]) if isinstance(batch, Mapping) else 0
+        scale = self._tokens / tokens if self._tokens and tokens else 1.0
+        if (total := seconds * scale * left) >= LONG:
+            sizes = f"{tokens:,} tokens in " if tokens else ""
+            self._say(f"first step: {sizes}{duration(seconds)}; about {duration(total)} for the other {left}")
+
+    def _say(self, line: str) -> None:
+        """Print a line above the bar, or where there is none."""
+        console = self.progress.console if self.progress is not None else Console(**self._console_kwargs)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"

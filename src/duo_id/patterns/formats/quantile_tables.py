@@ -20,10 +20,11 @@ from torch import Tensor
 
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
-from duo_id.patterns.files import CONFIG, HEADS, SCORES, contents_of, duo_config
+from duo_id.patterns.files import contents_of, duo_config
 from duo_id.patterns.formats.options import Options, as_pattern
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern
+from duo_id.patterns.sources import CONFIG, HEADS, SCORES
 from duo_id.patterns.tables import json_text, read_tsv, tsv
 
 WEIGHTS = "adapter_weights.tsv"  # RLKV's table

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from duo_id.common.documents import read_json
 from duo_id.common.errors import UserError
-from duo_id.patterns.files import CONFIG, HEADS, SCORES, list_patterns
 from duo_id.patterns.formats.kvzip import read_kvzip, write_kvzip
 from duo_id.patterns.formats.options import Options
 from duo_id.patterns.formats.quantile_tables import (
@@ -28,6 +27,7 @@ from duo_id.patterns.formats.query_heads import (
 )
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern, save_pattern
+from duo_id.patterns.sources import CONFIG, HEADS, SCORES, list_patterns
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Read contexts under a press and answer their questions, each from the same compressed cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from kvpress.presses.base_press import BasePress
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from duo_id.common.errors import UserError, one_line
+from duo_id.peers.answers import Json
 
 MASKED = "masked_key_indices"  # module attribute where presses that mask without freeing keep masked entries
 BLOCK = 4096  # rows of logits in float32 at a time
@@ -26,7 +35,7 @@ class CompressedCache:
         bytes: of the keys and values that are neither evicted nor masked.
     """
 
-    cache: Cache
+    cache: Any  # of transformers, with keys and values as tensors
     sizes: list[int]
     tokens: int
     bytes: int
@@ -35,6 +44,23 @@ class CompressedCache:
         """Drop everything after the context."""
         for layer, size in zip(self.cache.layers, self.sizes, strict=True):
             layer.keys, layer.values = layer.keys[:, :, :size], layer.values[:, :, :size]
+
+
+def load_model(header: Json, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer that the samples were made for.
+
+    Raises:
+        UserError: they cannot be loaded.
+    """
+    source, options = header["model"], {"revision": header["revision"]}
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        dtype, target = getattr(torch, header["dtype"]), {"": torch.device(device)}
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=target, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"the model {source} cannot be loaded on {device}: {one_line(error)}") from None
+    return model.eval().requires_grad_(False), tokenizer
 
 
 @torch.no_grad()
@@ -53,14 +79,14 @@ def read(
     modules = [module for module in model.modules() if getattr(module, MASKED, None) is not None]
     for module in modules:
         setattr(module, MASKED, None)  # left by the previous context; eager attention would not reset it
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     with _attn_implementation(model, "eager") if eager else nullcontext(), press(model) if press else nullcontext():
         model.model(input_ids=torch.tensor([context], device=model.device), past_key_values=cache)
     sizes = [layer.keys.shape[2] for layer in cache.layers]
     return CompressedCache(cache, sizes, len(context), retained_bytes(cache, model.modules()))
 
 
-def retained_bytes(cache: Cache, modules: Iterator[Any]) -> int:
+def retained_bytes(cache: Any, modules: Iterable[Any]) -> int:
     """Bytes of a cache's keys and values, minus those of masked entries."""
     total = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     for module in modules:
@@ -99,7 +125,7 @@ def generate(
     position += len(prompt)
     while True:
         generated.append(int(logits[-1].argmax()))
-        ended = generated[-1] in stop_tokens or (stop is not None and stop in tokenizer.decode(generated).lstrip())
+        ended = generated[-1] in stop_tokens or (stop is not None and stop in str(tokenizer.decode(generated)).lstrip())
         if ended or len(generated) >= max_new_tokens:
             break
         logits = _forward(model, cache, generated[-1:], position, 1)

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from duo_id.common.errors import UserError
+from duo_id.common.integrity import sealed, unsealed
+
 SAMPLES = "samples.jsonl"  # written by duo_id: a header line, then one item per line
 SAMPLES_SCHEMA, ANSWERS_SCHEMA, VERSION = "duo_id/samples", "duo_id/answers", 1
 
 Json = dict[str, Any]
-
-
-class UsageError(ValueError):
-    """A mistake that the user can fix; the message is one line."""
 
 
 def load_samples(
@@ -29,30 +28,30 @@ def load_samples(
         samples: only samples with a lower index; None: all.
 
     Raises:
-        UsageError: the file is missing, has another version, or holds no selected items.
+        UserError: the file is missing, has another version, or holds no selected items.
     """
     path = folder / SAMPLES
     if not path.is_file():
-        raise UsageError(f"{path} does not exist: python -m duo_id.evaluate peers=true writes it")
+        raise UserError(f"{path} does not exist: python -m duo_id.evaluate peers=true writes it")
     contents = path.read_bytes()
     try:
         header, *items = _parse_lines(contents)
         schema, number = header.get("schema"), header.get("version")
     except (ValueError, AttributeError) as error:
-        raise UsageError(f"{path} cannot be read ({error})") from None
+        raise UserError(f"{path} cannot be read ({error})") from None
     if (schema, number) != (SAMPLES_SCHEMA, VERSION):
-        raise UsageError(f"{path} is {schema} version {number}; expected {SAMPLES_SCHEMA} version {VERSION}")
+        raise UserError(f"{path} is {schema} version {number}; expected {SAMPLES_SCHEMA} version {VERSION}")
     task_names = sorted({item["task"] for item in items})
     for name in tasks or []:
         if name not in task_names:
-            raise UsageError(f"tasks={name} is not among those of the samples: {', '.join(task_names)}")
+            raise UserError(f"tasks={name} is not among those of the samples: {', '.join(task_names)}")
     selected = [
         item
         for item in items
         if (samples is None or item["index"] < samples) and (tasks is None or item["task"] in tasks)
     ]
     if not selected:
-        raise UsageError(f"{path} holds no selected samples: raise samples={samples}")
+        raise UserError(f"{path} holds no selected samples: raise samples={samples}")
     return header, selected, hashlib.sha256(contents).hexdigest()
 
 
@@ -64,7 +63,7 @@ class Answers:
         header: what all its lines depend on.
 
     Raises:
-        UsageError: the file has another header, or another process is writing to it.
+        UserError: the file has another header, or another process is writing to it.
     """
 
     def __init__(self, path: Path, header: Json) -> None:
@@ -74,7 +73,7 @@ class Answers:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another process is writing to {path}: wait until it exits") from None
+            raise UserError(f"another process is writing to {path}: wait until it exits") from None
         except OSError:  # the file system has no locks
             pass
         contents = path.read_bytes()
@@ -88,10 +87,10 @@ class Answers:
         try:
             saved_header, *lines = _parse_lines(complete)
         except ValueError as error:
-            raise UsageError(f"{path} cannot be read ({error}): delete it to start anew") from None
+            raise UserError(f"{path} cannot be read ({error}): delete it to start anew") from None
         for key in header:
             if saved_header.get(key) != header[key]:
-                raise UsageError(f"{path} was written with another {key}: delete it to start anew")
+                raise UserError(f"{path} was written with another {key}: delete it to start anew")
         for line in lines:
             self._done[_key(line, line["sparsity"])] = line
 
@@ -112,18 +111,12 @@ class Answers:
 
     def _write(self, line: Json) -> None:
         try:
-            self._file.write(json.dumps(_with_checksum(line)).encode() + b"\n")
+            self._file.write(json.dumps(sealed(line)).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             error.filename = str(self.path)  # the error of a full disk names no file
             raise
-
-
-def _with_checksum(line: Json) -> Json:
-    """A line with the checksum of its contents, in the form that duo_id verifies."""
-    plain = json.loads(json.dumps(line))
-    return plain | {"sha256": "sha256:" + hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
 def _parse_lines(contents: bytes) -> list[Any]:
@@ -132,12 +125,8 @@ def _parse_lines(contents: bytes) -> list[Any]:
     Raises:
         ValueError: a line is not JSON, or fails its checksum.
     """
-    lines = [json.loads(line) for line in contents.splitlines()]
-    for number, line in enumerate(lines, start=1):
-        digest = line.pop("sha256", None) if isinstance(line, dict) else None
-        if digest is not None and digest != _with_checksum(line)["sha256"]:
-            raise ValueError(f"line {number} was changed since it was written: its sha256 differs")
-    return lines
+    lines = enumerate(contents.splitlines(), start=1)
+    return [unsealed(json.loads(line), f"line {number}") for number, line in lines]
 
 
 def _key(line: Json, sparsity: float) -> tuple[Any, ...]:

@@ -1,30 +1,32 @@
-"""`python peers/run.py RUN_FOLDER key=value`: the questions of an evaluation under kvpress's token eviction.
+"""The questions of an evaluation under kvpress's token eviction, in the environment of kvpress.
 
-It reads `samples.jsonl` in the run folder and writes `answers-PRESS.jsonl` next to it, which duo_id judges. These files
-are its only connection to duo_id, since kvpress needs an older transformers.
+It reads `samples.jsonl` in the run folder and writes `answers-PRESS.jsonl` next to it, which duo_id judges. It imports
+only those parts of duo_id that need neither a recent transformers nor Hydra.
 """
 
+import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from answers import ANSWERS_SCHEMA, VERSION, Answers, Json, UsageError, load_samples
-from presses import PEERS, SHARED_NOTE, Budget
-from reading import compare, force, generate, read
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-USAGE = "python peers/run.py RUN_FOLDER [presses=snapkv,tova] [sparsity=0.5] [samples=4] [tasks=...] [generate=false]"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from duo_id.common.errors import UserError, check, one_line
+from duo_id.peers.answers import ANSWERS_SCHEMA, VERSION, Answers, Json, load_samples
+from duo_id.peers.heads import write_heads
+from duo_id.peers.presses import PEERS, SHARED_NOTE, Budget
+from duo_id.peers.reading import compare, force, generate, load_model, read
+
+RESUME = "repeat the command to resume"
 console = Console()
 
 Pending = list[tuple[str, float]]  # presses and sparsities
@@ -32,59 +34,27 @@ Pending = list[tuple[str, float]]  # presses and sparsities
 
 @dataclass
 class Options:
-    """The command line.
+    """What the command line asks for.
 
     Attributes:
         folder: a run folder with `samples.jsonl`.
         presses: names from `PEERS`.
+        heads: write kvpress's static heads instead of answers.
         sparsity: of those in the samples' header; None: all.
         samples: only samples with a lower index; None: all.
         tasks: only these; None: all.
         generate: whether answers are generated; None: as in the samples' header.
-        device: where the model runs.
+        device: where the model runs; None: a GPU if there is one.
     """
 
-    folder: Path
+    folder: str
     presses: list[str]
+    heads: bool = False
     sparsity: list[float] | None = None
     samples: int | None = None
     tasks: list[str] | None = None
     generate: bool | None = None
-    device: str = DEVICE
-
-
-def parse(arguments: Sequence[str]) -> Options:
-    """The command line, checked.
-
-    Raises:
-        UsageError: it is not valid.
-    """
-    folders = [argument for argument in arguments if "=" not in argument]
-    if len(folders) != 1:
-        raise UsageError(f"give one run folder: {USAGE}")
-    options = Options(Path(folders[0]), [name for name in PEERS if name != "kvzip"])
-    readers: dict[str, Callable[[str], Any]] = {
-        "presses": lambda text: text.split(","),
-        "sparsity": lambda text: [float(number) for number in text.strip("[]").split(",")],
-        "samples": int,
-        "tasks": lambda text: text.split(","),
-        "generate": lambda text: {"true": True, "false": False}[text.lower()],
-        "device": str,
-    }
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            continue
-        if key not in readers:
-            raise UsageError(f"{key}= is not an option, choose among {', '.join(readers)}")
-        try:
-            setattr(options, key, readers[key](value))
-        except (ValueError, KeyError):
-            raise UsageError(f"{argument} is not a valid value: {USAGE}") from None
-    for name in options.presses:
-        if name not in PEERS:
-            raise UsageError(f"presses={name}: choose among {', '.join(PEERS)}")
-    return options
+    device: str | None = None
 
 
 @dataclass
@@ -163,7 +133,7 @@ def examine(examiner: Examiner, pending: Sequence[tuple[Json, Pending]], files: 
                     reference = reference or examiner.reference(item)
                     line = examiner.answer(item, name, sparsity, reference)
                 except Exception as error:  # presses may raise anything, or run out of memory
-                    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+                    reason = one_line(f"{type(error).__name__}: {error}", 300)
                 if reason:
                     failures += 1
                     torch.cuda.empty_cache()  # here, where no traceback keeps tensors alive
@@ -180,28 +150,17 @@ def _line_key(item: Json, sparsity: float) -> Json:
     return {key: item[key] for key in ("task", "length", "index")} | {"sparsity": sparsity}
 
 
-def load_model(header: Json, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer that the samples were made for.
+def run(options: Options) -> int:
+    """Answer what is still unanswered; returns the number of failures.
 
     Raises:
-        UsageError: they cannot be loaded.
+        UserError: the samples or the model cannot be read, or hold nothing of what was asked for.
     """
-    source, options = header["model"], {"revision": header["revision"]}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        dtype, target = getattr(torch, header["dtype"]), {"": torch.device(device)}
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=target, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"the model {source} cannot be loaded on {device}: {' '.join(str(error).split())}") from None
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def run(options: Options) -> int:
-    """Answer what is still unanswered; returns the number of failures."""
-    header, items, digest = load_samples(options.folder, options.tasks, options.samples)
+    folder = Path(options.folder)
+    header, items, digest = load_samples(folder, options.tasks, options.samples)
     for value in options.sparsity or []:
-        if value not in header["sparsities"]:
-            raise UsageError(f"sparsity={value} is not among those of the samples: {header['sparsities']}")
+        among = f"sparsity={value} is not among those of the samples: {header['sparsities']}"
+        check(value in header["sparsities"], among)
     sparsities = options.sparsity or header["sparsities"]
     generates = header["generate"] if options.generate is None else options.generate
     versions = {name: version(name) for name in ("kvpress", "transformers", "torch")}
@@ -210,7 +169,7 @@ def run(options: Options) -> int:
         peer = PEERS[name]
         shared = {"schema": ANSWERS_SCHEMA, "version": VERSION, "samples": digest, "press": name}
         notes = {"settings": peer.settings(), "note": f"{SHARED_NOTE}; {peer.note}", "versions": versions}
-        files[name] = Answers(options.folder / f"answers-{name}.jsonl", shared | notes)
+        files[name] = Answers(folder / f"answers-{name}.jsonl", shared | notes)
     pending: list[tuple[Json, Pending]] = []
     for item in items:
         pairs = [(name, sparsity) for name in files for sparsity in sparsities]
@@ -222,27 +181,27 @@ def run(options: Options) -> int:
     return examine(Examiner(*load_model(header, options.device), header, generates), pending, files)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit status, 2 for a usage error, 130 after Ctrl-C."""
+def main(options: str) -> int:
+    """Do what `Options` as JSON ask for; returns the exit status, 2 for a user's mistake, 130 after Ctrl-C."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("kvpress").setLevel(logging.ERROR)
+    chosen = Options(**json.loads(options))
     try:
-        options = parse(arguments)
-        failures = run(options)
-    except UsageError as error:
+        if chosen.heads:
+            console.print(f"heads: {write_heads(Path(chosen.folder), chosen.device)}", soft_wrap=True, markup=False)
+            return 0
+        failures = run(chosen)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk
-        print(f"error: {error}; repeat the command to resume", file=sys.stderr)
+        print(f"error: {error}; {RESUME}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; repeat the command to resume", file=sys.stderr)
+        print(f"stopped; {RESUME}", file=sys.stderr)
         return 130
     lost = f", {failures} failed" if failures else ""
-    console.print(f"answers: {options.folder}/answers-*.jsonl{lost}", soft_wrap=True)
+    console.print(f"answers: {chosen.folder}/answers-*.jsonl{lost}", soft_wrap=True, markup=False)
+    console.print(f"to take them in: duo-id evaluate resume={chosen.folder}", soft_wrap=True, markup=False)
     return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
