@@ -21,6 +21,7 @@ from duo_id.common.composing import check_choice, compose, override
 from duo_id.common.config import conf_dir, plain
 from duo_id.common.errors import check
 from duo_id.common.isolation import isolated
+from duo_id.data.haystack import with_digest
 from duo_id.data.in_memory import SampleList, read_data, text_task
 from duo_id.data.samples import Task
 from duo_id.methods.settings import METHODS
@@ -113,6 +114,8 @@ def identify(
             tasks["train"] = rows
         elif rows is not None:
             tasks["train"] = text_task(rows, settings.data, tokenizer, language_model.max_length)
+        else:
+            settings = replace(settings, data=with_digest(settings.data))
         began = time.perf_counter()
         with attached(language_model.model, settings.step.backends) as layers:
             gated_model = GatedModel(language_model, layers, settings.method.window, settings.step.backends)

@@ -29,6 +29,7 @@ from duo_id.common.record import (
     recorded_settings,
 )
 from duo_id.common.tables import print_tables
+from duo_id.data.haystack import with_digest
 from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
 from duo_id.methods.search import SEARCH_FILE
@@ -92,6 +93,7 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
     )
     cli.console.quiet = not ranks.first
     folder = Path(ranks.broadcast(str(folder)))
+    settings = replace(settings, data=with_digest(settings.data))
     requested, earlier = plain(settings), _check_resume(settings, folder)
     kept = _finished_settings(earlier, requested, folder)
     replaced = _replaced_settings(earlier, requested | kept)
