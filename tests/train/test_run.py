@@ -389,6 +389,18 @@ def test_a_refused_resume_does_not_spoil_the_run(tmp_path: Path) -> None:
     assert load_pattern(tmp_path / "run").provenance["steps"] == 3
 
 
+def test_resuming_on_another_text_is_refused(tmp_path: Path) -> None:
+    overrides = ["comparison.validation_samples=0", "comparison.random_masks=0", "comparison.samples=1"]
+    text = ["data/haystack=file", f"data.haystack.path={tmp_path}/mine.txt"]
+    (tmp_path / "mine.txt").write_text("One sentence after another, and all of them are about nothing. " * 500)
+    assert run_command("train", *QUICK, *overrides, *text, folder=tmp_path).status == 0
+    provenance = load_pattern(tmp_path / "run").provenance
+    assert len(provenance["settings"]["data"]["haystack"]["sha256"]) == 64
+    (tmp_path / "mine.txt").write_text("One sentence after another, and none of them is about nothing. " * 500)
+    refused = run_command("train", f"resume={tmp_path / 'run'}", "trainer.max_steps=3", folder=tmp_path)
+    assert "today the text of data.haystack.source=file has the digest" in refused.error
+
+
 def test_a_sweep_makes_a_run_folder_for_each_seed_and_continues_after_a_failed_job(tmp_path: Path) -> None:
     quicker = ["trainer.max_steps=1", "comparison.samples=1", "comparison.validation_samples=0"]
     sweep = ["seed=0,1", "data.length_min=1,700"]  # 1 is too short
