@@ -121,7 +121,7 @@ def test_packages_are_read_once_and_again_when_a_version_changes(site, tmp_path)
     assert package_docstrings("held-out") == first
     (folder,) = (tmp_path / "cache" / "duo_id").glob("docstrings-*")
     assert json.loads((folder / "held-out.json").read_text()) == first
-    assert "ours-1.0\ntheirs-1.0\n" in (folder / "origin.txt").read_text()
+    assert "ours 1.0\ntheirs 1.0\n" in (folder / "origin.txt").read_text()
     (site / "ours-1.0.dist-info").rename(site / "ours-1.1.dist-info")
     metadata = site / "ours-1.1.dist-info" / "METADATA"
     metadata.write_text(metadata.read_text().replace("Version: 1.0", "Version: 1.1"))
@@ -141,7 +141,10 @@ def test_a_changed_file_in_the_cache_is_refused(site, tmp_path):
 
 def test_a_package_that_is_missing_or_without_files_is_named(site, monkeypatch):
     install(site, "bare", {"bare/a.py": module("bare")}, recorded=False)
-    for package, message in (("nosuch", "nosuch, which is not installed: pip install nosuch"), ("bare", "of bare does")):
+    for package, message in (
+        ("nosuch", "nosuch, which is not installed: pip install nosuch"),
+        ("bare", "of bare does"),
+    ):
         monkeypatch.setattr("duo_id.data.docstrings.PARTS", {"held-out": (package,)})
         with pytest.raises(UserError, match=f"data.haystack.source=packages.*{message}") as caught:
             package_docstrings("held-out")

@@ -81,7 +81,9 @@ def test_text_that_looks_like_a_special_token_is_text(bos_tokenizer):
 
 
 def test_too_short_region_says_how_many_tokens_there_are(make_haystack, tokenizer):
-    with pytest.raises(UserError, match=r"validation part has about 1\d\d tokens.* 500: lower data.length_max .*=packages"):
+    with pytest.raises(
+        UserError, match=r"validation part has about 1\d\d tokens.* 500: lower data.length_max .*=packages"
+    ):
         make_haystack(DOCUMENTS, "validation").window(random.Random(0), 500, tokenizer)
 
 

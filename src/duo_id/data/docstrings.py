@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
 
 from duo_id.common.errors import UserError, check
@@ -67,11 +66,21 @@ def package_docstrings(part: str) -> list[str]:
     Raises:
         UserError: a package is not installed, or without its files; or the cache cannot be used.
     """
-    versions = [f"{package}-{_distribution(package).version}" for package in chain.from_iterable(PARTS.values())]
-    origin = "\n".join([f"rules-{RULES}", f"python-{sys.version_info.major}.{sys.version_info.minor}", *versions])
+    versions = package_versions(*PARTS)
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"  # whose parser may skip files
+    origin = "\n".join(f"{name} {version}" for name, version in ({"rules": RULES, "python": python} | versions).items())
     name = f"docstrings-{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
     folder = cached_folder(name, partial(_write, origin))
     return list(json.loads((folder / f"{part}.json").read_text(encoding="utf-8")))
+
+
+def package_versions(*parts: str) -> dict[str, str]:
+    """The installed versions of the packages that parts of the text are read from.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    return {package: _distribution(package).version for part in parts for package in PARTS[part]}
 
 
 def _write(origin: str, folder: Path) -> None:
@@ -95,7 +104,7 @@ def _distribution(package: str) -> importlib.metadata.Distribution:
 
 
 def _files(packages: Iterable[str]) -> list[Path]:
-    """The modules of installed packages, by the hash of their folders' names and then by their own."""
+    """The modules of installed packages, by the hash of their folder, then by name."""
     modules = []
     for package in packages:
         recorded = [file for file in _distribution(package).files or () if file.suffix == ".py"]

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.common.errors import UserError, check
-from duo_id.data.docstrings import library_docstrings, package_docstrings
+from duo_id.data.docstrings import library_docstrings, package_docstrings, package_versions
 from duo_id.data.settings import DataSettings, HaystackSettings
 
 # The region of each split, in fractions of the stream. Evaluations use the splits development and test.
@@ -152,9 +152,9 @@ def load_haystack(settings: HaystackSettings, split: str, held_out: bool = False
     haystack = _open(settings, split, held_out)
     check(
         settings.sha256 in (None, haystack.digest),
-        f"data.haystack.sha256={settings.sha256}: today the text of data.haystack.source={settings.source} has the "
-        f"digest {haystack.digest}, because other versions of its files are installed or it was changed: restore it, or "
-        "give data.haystack.sha256=null to a new run",
+        f"data.haystack.sha256={settings.sha256}: the text of data.haystack.source={settings.source} has the digest "
+        f"{haystack.digest} here: restore the versions or files that it was read from, or start a new run without "
+        "data.haystack.sha256",
     )
     return haystack
 
@@ -169,6 +169,11 @@ def with_digest(settings: DataSettings) -> DataSettings:
         return settings
     digest = load_haystack(settings.haystack, "test").digest
     return replace(settings, haystack=replace(settings.haystack, sha256=digest))
+
+
+def text_versions(settings: HaystackSettings, held_out: bool = False) -> dict[str, str]:
+    """The versions of the packages that the text is read from, for the record."""
+    return package_versions("held-out" if held_out else "training") if settings.source == "packages" else {}
 
 
 def _open(settings: HaystackSettings, split: str, held_out: bool) -> Haystack:

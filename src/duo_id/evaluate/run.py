@@ -22,7 +22,7 @@ from duo_id.common.progress import headline
 from duo_id.common.record import check_unchanged, differences, in_groups, keep_settings, read_settings
 from duo_id.common.tables import print_tables
 from duo_id.common.version import __version__
-from duo_id.data.haystack import Haystack, load_haystack
+from duo_id.data.haystack import Haystack, load_haystack, text_versions
 from duo_id.evaluate import chat
 from duo_id.evaluate.contenders import check_windows, contenders
 from duo_id.evaluate.items import Item
@@ -154,7 +154,7 @@ def score(
         "samples": settings.samples,
         "text_reads": None if haystack is None else round(haystack.reads, 2),
         "settings": _recorded_settings(settings),
-        "versions": cli.versions() | {"device": _device_name()},
+        "versions": cli.versions() | text_versions(settings.data.haystack, held_out=True) | {"device": _device_name()},
         "rows": journal.rows + peer_rows(eviction, items, model.tokenizer, end_tokens(model)),
     }
 

@@ -21,7 +21,7 @@ from duo_id.common.composing import check_choice, compose, override
 from duo_id.common.config import conf_dir, plain
 from duo_id.common.errors import check
 from duo_id.common.isolation import isolated
-from duo_id.data.haystack import with_digest
+from duo_id.data.haystack import text_versions, with_digest
 from duo_id.data.in_memory import SampleList, read_data, text_task
 from duo_id.data.samples import Task
 from duo_id.methods.settings import METHODS
@@ -83,7 +83,8 @@ def identify(
         method: a name of conf/method.
         sink_size: first tokens that a streaming head sees.
         recent_size: most recent tokens that a streaming head sees, its own among them.
-        lengths: of samples that are made here, in tokens: the longest, or the shortest and the longest.
+        lengths: of samples that are made here, in tokens: the longest, or the shortest and the longest. Beyond about
+            15000 they need a longer text: `**{"data.haystack.source": "packages"}`.
         steps: of training.
         seed: of samples and whatever else is drawn; the state of random generators elsewhere is left alone.
         progress: show a bar, or where there is no terminal a line each tenth.
@@ -135,7 +136,7 @@ def identify(
         provenance = {
             "model": language_model.describe(layers),
             "settings": plain(settings),
-            "versions": versions(),
+            "versions": versions() | text_versions(settings.data.haystack),
             "seed": settings.seed,
             "seconds": time.perf_counter() - began,
         }

@@ -29,7 +29,7 @@ from duo_id.common.record import (
     recorded_settings,
 )
 from duo_id.common.tables import print_tables
-from duo_id.data.haystack import with_digest
+from duo_id.data.haystack import text_versions, with_digest
 from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
 from duo_id.methods.search import SEARCH_FILE
@@ -122,7 +122,7 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
             provenance = {
                 "model": model.describe(layers),
                 "settings": {key: value for key, value in (plain(settings) | kept).items() if key not in NOT_RECORDED},
-                "versions": cli.versions(),
+                "versions": cli.versions() | text_versions(settings.data.haystack),
             }
             if replaced:
                 provenance["before"] = replaced
