@@ -172,9 +172,13 @@ def test_resuming_on_another_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("One sentence after another, and all of them are about nothing. " * 500)
     text = ["data/haystack=file", f"data.haystack.path={tmp_path}/mine.txt", "tasks=[needle-words]"]
     assert evaluate(tmp_path, *text, "random_masks=0").status == 0
+    requeued = run_command("evaluate", f"resume={tmp_path / 'run'}", "data.haystack.sha256=null", folder=tmp_path)
+    assert requeued.status == 0, requeued.output
     (tmp_path / "mine.txt").write_text("One sentence after another, and none of them is about nothing. " * 500)
     refused = run_command("evaluate", f"resume={tmp_path / 'run'}", "samples=2", folder=tmp_path)
     assert "the text of data.haystack.source=file has the digest" in refused.error
+    refused = run_command("evaluate", f"resume={tmp_path / 'run'}", "data.haystack.sha256=null", folder=tmp_path)
+    assert "was made with another data (data.haystack.sha256=" in refused.error
 
 
 REFUSED = {

@@ -23,6 +23,7 @@ from duo_id.common.config import conf_dir, plain
 from duo_id.common.integrity import DIGEST_PREFIX, unsealed
 from duo_id.common.record import SETTINGS, keep_settings
 from duo_id.data.datamodule import SampleModule
+from duo_id.data.haystack import with_digest
 from duo_id.methods.settings import GateSettings
 from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.files import TABLES
@@ -270,7 +271,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken" / "checkpoints").mkdir(parents=True)
     (folder / "broken" / CHECKPOINT).write_text("no checkpoint")
     settings = settings_of("train", TrainSettings, *QUICK, folder=folder)
-    keep_settings(folder / "broken", plain(settings), {})
+    keep_settings(folder / "broken", plain(replace(settings, data=with_digest(settings.data))), {})
     (folder / "lost" / "checkpoints").mkdir(parents=True)
     (folder / "lost" / CHECKPOINT).write_text("")
     (folder / "config.json").write_text('{"sink_size": 4, "recent_size": 60}')

@@ -51,6 +51,7 @@ from duo_id.report.tables import results_table, terminal_table
 VERBATIM: dict[str, Any] = {"markup": False, "highlight": False}  # for text from elsewhere
 DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")
 MEASURED = ("model", "data")  # settings that all scores of a run depend on
+UNCOMPARED = ("model.name", "data.haystack.sha256")  # names mean nothing; the journal compares the text's own digest
 NOT_RECORDED = ("resume",)  # settings that say nothing about what was measured
 
 
@@ -237,7 +238,9 @@ def _check_resumed(settings: EvaluateSettings, folder: Path) -> None:
     """Refuse to resume scores of another model or text; the journal compares what its header holds."""
     if settings.resume:
         changes = differences(read_settings(folder)[0], _recorded_settings(settings))
-        relevant = {key: values for key, values in changes.items() if in_groups(key, MEASURED) and key != "model.name"}
+        relevant = {
+            key: values for key, values in changes.items() if in_groups(key, MEASURED) and key not in UNCOMPARED
+        }
         check_unchanged(relevant, f"resume={settings.resume}: it was made", "and its scores are valid for that only")
 
 

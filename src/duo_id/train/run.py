@@ -93,9 +93,8 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
     )
     cli.console.quiet = not ranks.first
     folder = Path(ranks.broadcast(str(folder)))
-    earlier = _check_resume(settings, folder)
     settings = replace(settings, data=with_digest(settings.data))
-    requested = plain(settings)
+    requested, earlier = plain(settings), _check_resume(settings, folder)
     kept = _finished_settings(earlier, requested, folder)
     replaced = _replaced_settings(earlier, requested | kept)
     with ranks.one_line_errors():
