@@ -42,7 +42,7 @@ VALUES: dict[str, Any] = {
     "empty-mapping": {},
 }
 TEXTS = """
-data.haystack.id data.haystack.name data.haystack.path data.haystack.revision data.haystack.split
+data.haystack.id data.haystack.name data.haystack.path data.haystack.revision data.haystack.sha256 data.haystack.split
 data.haystack.text_key data.path data.task heads model.id model.name model.revision model.wheel out resume tasks
 trainer.model_registry
 """  # any word is one, a number too
@@ -68,12 +68,12 @@ ACCEPTED = {
         method.temperature trainer.gradient_clip_val""",
     "true": FLAGS,
     "null": """batch_tokens compare compile data.haystack.id data.haystack.name data.haystack.path
-        data.haystack.revision data.length data.length_max data.path data.text_tokens heads model.revision model.wheel
-        resume method.prior method.target_sparsity method.batch_tokens method.start method.swap_at trainer.benchmark
-        trainer.callbacks trainer.check_val_every_n_epoch trainer.deterministic trainer.enable_model_summary
-        trainer.enable_progress_bar trainer.gradient_clip_algorithm trainer.gradient_clip_val
-        trainer.limit_train_batches trainer.limit_val_batches trainer.model_registry trainer.num_sanity_val_steps
-        trainer.profiler""",
+        data.haystack.revision data.haystack.sha256 data.length data.length_max data.path data.text_tokens heads
+        model.revision model.wheel resume method.prior method.target_sparsity method.batch_tokens method.start
+        method.swap_at trainer.benchmark trainer.callbacks trainer.check_val_every_n_epoch trainer.deterministic
+        trainer.enable_model_summary trainer.enable_progress_bar trainer.gradient_clip_algorithm
+        trainer.gradient_clip_val trainer.limit_train_batches trainer.limit_val_batches trainer.model_registry
+        trainer.num_sanity_val_steps trainer.profiler""",
     "empty": "model.name",
     "word": f"""{TEXTS} method.prior method.start trainer._target_ trainer.accelerator trainer.devices trainer.profiler
         trainer.strategy""",

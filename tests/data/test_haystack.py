@@ -1,18 +1,14 @@
-import argparse
-import inspect
 import json
 import random
 import re
-import string
-import unittest
 
 import datasets
 import pytest
 import zstandard
 
 from duo_id.common.errors import UserError
-from duo_id.data.haystack import REGIONS, _docstrings, _library, load_haystack, tokenize
-from duo_id.data.settings import HaystackSettings
+from duo_id.data.haystack import REGIONS, load_haystack, tokenize, with_digest
+from duo_id.data.settings import DataSettings, HaystackSettings
 
 SPLITS = ("train", "validation", "test")
 # 100 documents of 8 bytes, each followed by a blank line: document n is the bytes 10 n to 10 n + 8 of 1000
@@ -85,8 +81,59 @@ def test_text_that_looks_like_a_special_token_is_text(bos_tokenizer):
 
 
 def test_too_short_region_says_how_many_tokens_there_are(make_haystack, tokenizer):
-    with pytest.raises(UserError, match=r"validation part has about 1\d\d tokens.* 500: lower data.length_max"):
+    with pytest.raises(
+        UserError, match=r"validation part has about 1\d\d tokens.* 500: lower data.length_max .*=packages"
+    ):
         make_haystack(DOCUMENTS, "validation").window(random.Random(0), 500, tokenizer)
+
+
+def test_reads_count_how_often_windows_come_by(make_haystack, tokenizer):
+    haystack = make_haystack(["word " * 2000], "test")  # 1500 bytes, a token each
+    assert haystack.reads == 0
+    for seed in range(30):
+        haystack.window(random.Random(seed), 500, tokenizer)
+    assert haystack.reads == pytest.approx(30 * 500 / 1500, rel=0.05)
+
+
+def test_digest_is_of_all_text_and_of_where_documents_end(make_haystack):
+    digest = make_haystack(DOCUMENTS).digest
+    assert digest == make_haystack(DOCUMENTS, "test").digest, "of the text, not of a region"
+    assert make_haystack([*DOCUMENTS[:-1], "w99 z98."]).digest != digest
+    assert make_haystack(["w00", " z00.", *DOCUMENTS[1:]]).digest != digest
+
+
+def test_text_with_another_digest_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(DOCUMENTS))
+    settings = with_digest(DataSettings(haystack=HaystackSettings("file", path=str(tmp_path / "text.txt"))))
+    for split in SPLITS:
+        assert load_haystack(settings.haystack, split).digest == settings.haystack.sha256
+    (tmp_path / "text.txt").write_text("\n\n".join(DOCUMENTS[1:]))
+    with pytest.raises(UserError, match=f"data.haystack.sha256={settings.haystack.sha256}: .*=file has the digest"):
+        load_haystack(settings.haystack, "train")
+
+
+def test_finished_samples_have_no_digest():
+    settings = DataSettings(task="disk", path="anywhere")
+    assert with_digest(settings) is settings
+
+
+def test_packages_are_cut_into_regions_for_training_and_halves_for_evaluation(monkeypatch):
+    texts = {"training": DOCUMENTS, "held-out": DOCUMENTS[:50]}
+    monkeypatch.setattr("duo_id.data.haystack.package_docstrings", texts.__getitem__)
+    settings = HaystackSettings("packages")
+    borders = {
+        (split, held_out): (haystack.start, haystack.stop, len(haystack.documents))
+        for held_out, splits in ((False, SPLITS), (True, EVALUATION))
+        for split in splits
+        for haystack in [load_haystack(settings, split, held_out)]
+    }
+    assert borders == {
+        ("train", False): (0, 700, 100),
+        ("validation", False): (700, 850, 100),
+        ("test", False): (850, 1000, 100),
+        ("development", True): (0, 250, 50),
+        ("test", True): (250, 500, 50),
+    }
 
 
 def test_embedded_is_english_and_splits_share_no_text(bos_tokenizer):
@@ -122,58 +169,6 @@ def test_library_is_cut_in_halves(bos_tokenizer):
     )
     assert " the " in text_of(development, bos_tokenizer, 1000)
     assert total > 800_000
-
-
-def test_library_is_long_docstrings_each_once():
-    documents = load_haystack(HaystackSettings("library"), "test").documents
-    assert len(documents) == len(set(documents)) > 1000
-    assert all(len(document) > 200 for document in documents)
-    assert inspect.cleandoc(argparse.__doc__) in documents
-    assert inspect.cleandoc(string.Formatter.__doc__ or "") not in documents  # it has none
-    assert inspect.getdoc(random.Random.sample) in documents
-    assert inspect.getdoc(unittest.TestCase) in documents
-    assert not any("pytest" in document for document in documents)  # nothing that was installed
-    assert load_haystack(HaystackSettings("library"), "development").documents is documents
-
-
-def test_library_shares_no_text_with_what_is_embedded():
-    library = " ".join(" ".join(load_haystack(HaystackSettings("library"), "test").documents).split())
-    embedded = load_haystack(HaystackSettings(), "train").documents
-    paragraphs = {paragraph for document in embedded for paragraph in document.split("\n\n") if len(paragraph) > 200}
-    assert len(paragraphs) > 500
-    assert not any(" ".join(paragraph.split()) in library for paragraph in paragraphs)
-
-
-def test_docstrings_of_classes_and_functions_in_their_order():
-    long = "x" * 210
-    source = f'''
-"""M {long} module."""
-class A:
-    """A {long}
-    class."""
-    def one(self):
-        "short"
-    async def two(self):
-        """T {long} two."""
-        def inner():
-            """I {long} in."""
-def last():
-    """L {long} last."""
-text = """N {long} no docstring."""
-'''
-    assert [text[0] for text in _docstrings(source.encode())] == ["M", "A", "T", "I", "L"]
-    assert f"A {long}\nclass." in _docstrings(source.encode())
-    assert list(_docstrings(b"print 'no Python'")) == []
-
-
-def test_a_python_without_sources_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
-    _library.cache_clear()
-    try:
-        with pytest.raises(UserError, match=r"source=library: there are no docstrings in .*, choose another source"):
-            load_haystack(HaystackSettings("library"), "test")
-    finally:
-        _library.cache_clear()
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -59,6 +59,24 @@ def test_a_table_of_contenders_with_intervals(model: PreTrainedModel, tmp_path: 
     assert not hooks_of(model)
 
 
+def test_the_text_is_a_choice_and_recorded(model: PreTrainedModel, tmp_path: Path) -> None:
+    words = [f"Word {number} is followed by word {number + 1}. " for number in range(2000)]
+    (tmp_path / "mine.txt").write_text("".join(words))
+    text = {"data.haystack.source": "file", "data.haystack.path": tmp_path / "mine.txt"}
+    results = scored(model, tasks="language", **text).attrs["results"]
+    recorded = results["settings"]["data"]["haystack"]
+    assert (recorded["source"], len(recorded["sha256"])) == ("file", 64)
+    part = 0.15 * sum(map(len, words))  # that of a file's test split
+    assert results["text_reads"] == pytest.approx(2 * (700 + 1600) / part, rel=0.1), "with what is read beyond the hay"
+    with pytest.raises(UserError, match=r"test part has .* needs 3\d\d\d: .*data.haystack.source=packages"):
+        scored(model, tasks="language", lengths=1500, **text | {"data.haystack.path": _short(tmp_path / "short.txt")})
+
+
+def _short(path: Path) -> Path:
+    path.write_text("A short text. " * 300)
+    return path
+
+
 def test_presets_and_a_bar(model: PreTrainedModel) -> None:
     shown = io.StringIO()
     with redirect_stdout(shown):

@@ -64,6 +64,8 @@ def test_a_run_leaves_a_table_results_and_figures(finished_run: tuple[Path, Fini
     assert pd.read_parquet(folder / "results.parquet")["loss"].tolist() == [row["loss"] for row in rows]
     assert saved["model"]["source"] == "random"
     assert saved["settings"]["lengths"] == [1500]
+    assert len(saved["settings"]["data"]["haystack"]["sha256"]) == 64
+    assert saved["text_reads"] == 0.01, "of half a library of 1.2 MB"
     assert saved["versions"]["torch"] == torch.__version__
     assert saved["patterns"][NAME]["scores"][0][1] == pytest.approx(0.9)
     first = finished.output.splitlines()[0]
@@ -164,6 +166,19 @@ def test_resuming_with_other_settings_is_refused(finished_run: tuple[Path, Finis
     finished = run_command("evaluate", f"resume={finished_run[0]}", "seed=3", folder=tmp_path)
     assert "another seed" in finished.error
     assert "leave out resume" in finished.error
+
+
+def test_resuming_on_another_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("One sentence after another, and all of them are about nothing. " * 500)
+    text = ["data/haystack=file", f"data.haystack.path={tmp_path}/mine.txt", "tasks=[needle-words]"]
+    assert evaluate(tmp_path, *text, "random_masks=0").status == 0
+    requeued = run_command("evaluate", f"resume={tmp_path / 'run'}", "data.haystack.sha256=null", folder=tmp_path)
+    assert requeued.status == 0, requeued.output
+    (tmp_path / "mine.txt").write_text("One sentence after another, and none of them is about nothing. " * 500)
+    refused = run_command("evaluate", f"resume={tmp_path / 'run'}", "samples=2", folder=tmp_path)
+    assert "the text of data.haystack.source=file has the digest" in refused.error
+    refused = run_command("evaluate", f"resume={tmp_path / 'run'}", "data.haystack.sha256=null", folder=tmp_path)
+    assert "was made with another data (data.haystack.sha256=" in refused.error
 
 
 REFUSED = {

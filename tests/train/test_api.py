@@ -50,6 +50,15 @@ def found(model: Any, **changes: Any) -> HeadPattern:
     return duo_id.identify(model, TOKENIZER, data, **arguments)
 
 
+def test_long_samples_of_packages(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"training": [f"Line {number} of a long text. " * 20 for number in range(60)]}
+    monkeypatch.setattr("duo_id.data.haystack.package_docstrings", texts.__getitem__)
+    provenance = found(model, **{"data.haystack.source": "packages"}).provenance
+    text = provenance["settings"]["data"]["haystack"]
+    assert (text["source"], len(text["sha256"])) == ("packages", 64)
+    assert {"accelerate", "torch", "transformers"} < provenance["versions"].keys()
+
+
 def test_lengths_default_to_those_of_the_command(model: PreTrainedModel) -> None:
     settings = found(model, data="text", lengths=None, steps=1).provenance["settings"]
     assert (settings["data"]["length_min"], settings["data"]["length_max"]) == (256, 384)
@@ -168,6 +177,10 @@ def test_ones_own_data(data: Any, tokens: str, model: PreTrainedModel) -> None:
         ({"data": []}, "^data is empty$"),
         ({"data": 3}, "^data: int is not the name of a task, texts"),
         ({"data": [3]}, "^data: a row is of type int: give the name of a task"),
+        (
+            {"data": ["A short text."]},
+            "^the haystack's train part has about .* or give more texts$",
+        ),
         ({"data": pandas.DataFrame({"text": TEXTS})}, "^data: DataFrame is not the name of a task"),
         ({"data": datasets.Dataset.from_dict({"body": TEXTS})}, "^data: the data set has columns body, neither text"),
         (

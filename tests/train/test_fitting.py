@@ -34,6 +34,7 @@ def test_lengths_and_windows_follow_the_models_limit(limit: int, lengths: tuple[
     assert (settings.data.length_min, settings.data.length_max) == lengths
     assert settings.method.recent_size == recent
     assert settings.method.window.recent_size == recent
+    assert settings.data.haystack.source == ("packages" if lengths[1] > 12000 else "embedded")
 
 
 def test_what_is_given_stays_and_decides_the_rest() -> None:

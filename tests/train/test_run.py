@@ -23,6 +23,7 @@ from duo_id.common.config import conf_dir, plain
 from duo_id.common.integrity import DIGEST_PREFIX, unsealed
 from duo_id.common.record import SETTINGS, keep_settings
 from duo_id.data.datamodule import SampleModule
+from duo_id.data.haystack import with_digest
 from duo_id.methods.settings import GateSettings
 from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.files import TABLES
@@ -270,7 +271,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken" / "checkpoints").mkdir(parents=True)
     (folder / "broken" / CHECKPOINT).write_text("no checkpoint")
     settings = settings_of("train", TrainSettings, *QUICK, folder=folder)
-    keep_settings(folder / "broken", plain(settings), {})
+    keep_settings(folder / "broken", plain(replace(settings, data=with_digest(settings.data))), {})
     (folder / "lost" / "checkpoints").mkdir(parents=True)
     (folder / "lost" / CHECKPOINT).write_text("")
     (folder / "config.json").write_text('{"sink_size": 4, "recent_size": 60}')
@@ -387,6 +388,18 @@ def test_a_refused_resume_does_not_spoil_the_run(tmp_path: Path) -> None:
     resumed = run_command("train", run, "trainer.max_steps=3", folder=tmp_path)
     assert resumed.status == 0, resumed.output
     assert load_pattern(tmp_path / "run").provenance["steps"] == 3
+
+
+def test_resuming_on_another_text_is_refused(tmp_path: Path) -> None:
+    overrides = ["comparison.validation_samples=0", "comparison.random_masks=0", "comparison.samples=1"]
+    text = ["data/haystack=file", f"data.haystack.path={tmp_path}/mine.txt"]
+    (tmp_path / "mine.txt").write_text("One sentence after another, and all of them are about nothing. " * 500)
+    assert run_command("train", *QUICK, *overrides, *text, folder=tmp_path).status == 0
+    provenance = load_pattern(tmp_path / "run").provenance
+    assert len(provenance["settings"]["data"]["haystack"]["sha256"]) == 64
+    (tmp_path / "mine.txt").write_text("One sentence after another, and none of them is about nothing. " * 500)
+    refused = run_command("train", f"resume={tmp_path / 'run'}", "trainer.max_steps=3", folder=tmp_path)
+    assert "the text of data.haystack.source=file has the digest" in refused.error
 
 
 def test_a_sweep_makes_a_run_folder_for_each_seed_and_continues_after_a_failed_job(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from duo_id.common import stopping
 if __name__ == "__main__":
     stopping.die_quietly()
 
+from dataclasses import replace
+
 from omegaconf import DictConfig
 
 from duo_id.common import cli
@@ -23,10 +25,12 @@ def generate(config: DictConfig) -> None:
     """
     settings = parse(DataGenSettings, config)
     from duo_id.data.disk import write_dataset
+    from duo_id.data.haystack import with_digest
     from duo_id.data.registry import make_task
     from duo_id.models.loading import load_tokenizer
 
     cli.quiet_libraries()
+    settings = replace(settings, data=with_digest(settings.data))
     tokenizer = load_tokenizer(settings.model)
     counts = {"train": settings.n, "validation": settings.n_validation, "test": settings.n_test}
     tasks = {split: make_task(settings.data, tokenizer, split) for split, count in counts.items() if count > 0}

@@ -1,16 +1,11 @@
 """The text that hides needles: many documents as one endless stream, with a region for each split."""
 
-import ast
-import functools
-import gc
-import inspect
-import os
+import hashlib
 import random
 import re
-import sysconfig
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -22,18 +17,17 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.common.errors import UserError, check
-from duo_id.data.settings import HaystackSettings
+from duo_id.data.docstrings import library_docstrings, package_docstrings, package_versions
+from duo_id.data.settings import DataSettings, HaystackSettings
 
 # The region of each split, in fractions of the stream. Evaluations use the splits development and test.
 REGIONS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "test": (0.85, 1.0), "development": (0.7, 0.85)}
-HALVES = {"development": (0.0, 0.5), "test": (0.5, 1.0)}  # of the library, which is never trained on
+HALVES = {"development": (0.0, 0.5), "test": (0.5, 1.0)}  # of texts that are never trained on
 BLANK_LINE = "\n\n"
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 PACKED = (".zst", ".gz")
-# Skipped in the library: installed packages, tests, modules removed in Python 3.12 and 3.13, and the debugger, whose
-# docstrings are in the embedded text too.
-UNREAD = {"site-packages", "dist-packages", "test", "tests", "idle_test", "distutils", "lib2to3", "pdb.py", "bdb.py"}
-MIN_DOCSTRING = 200  # characters
+HASHED = 64 * 2**20  # bytes of text in a digest, besides the lengths of all documents
+LONGER = "use a longer one (data.haystack.source=packages, or data.haystack.source=file data.haystack.path=FILE)"
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -62,6 +56,7 @@ class Haystack:
         num_bytes: np.ndarray,
         split: str,
         regions: Mapping[str, tuple[float, float]] = REGIONS,
+        advice: str = LONGER,
     ) -> None:
         """Take the documents and one split's region of them.
 
@@ -70,6 +65,7 @@ class Haystack:
             num_bytes: their lengths, int64.
             split: a key of `regions`.
             regions: start and end of each split, in fractions of the stream.
+            advice: what to do where the region is too short, besides lowering lengths.
         """
         self.documents = documents
         self.split = split
@@ -78,6 +74,25 @@ class Haystack:
         total = int(self.ends[-1]) if len(self.ends) else 0
         first, last = regions[split]
         self.start, self.stop = round(first * total), round(last * total)
+        self.advice = advice
+        self._bytes_read = 0
+
+    @property
+    def reads(self) -> float:
+        """How many times the windows so far have read each stretch of the region, on average."""
+        return self._bytes_read / max(self.stop - self.start, 1)
+
+    @cached_property
+    def digest(self) -> str:
+        """A SHA-256 of the lengths of all documents and the first 64 MiB of their text."""
+        digest, hashed = hashlib.sha256(self.ends.astype("<i8").tobytes()), 0
+        for document in self.documents:
+            if hashed >= HASHED:
+                break
+            text = (document or "").encode()
+            digest.update(text)
+            hashed += len(text)
+        return digest.hexdigest()
 
     def window(self, rng: random.Random, num_tokens: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Exactly `num_tokens` tokens from a random position in the region, starting with a whole word.
@@ -91,12 +106,12 @@ class Haystack:
             size = min(size, self.stop - self.start)
             tokens = tokenize(tokenizer, self._text(start, size))
             if len(tokens) >= num_tokens:
+                self._bytes_read += size * num_tokens // max(len(tokens), 1)
                 return tokens[:num_tokens]
             check(
                 size < self.stop - self.start,
                 f"the haystack's {self.split} part has about {len(tokens)} tokens, but a sample needs {num_tokens}: "
-                "lower data.length_max (lengths, in an evaluation) or use a longer one (data/haystack=file "
-                "data.haystack.path=FILE)",
+                f"lower data.length_max (lengths, in an evaluation) or {self.advice}",
             )
             size *= 2
 
@@ -122,21 +137,58 @@ class Haystack:
         return text[start - offset : stop - offset].decode(errors="ignore")
 
 
-def load_haystack(settings: HaystackSettings, split: str) -> Haystack:
+def load_haystack(settings: HaystackSettings, split: str, held_out: bool = False) -> Haystack:
     """Open the haystack of one split: train, validation or test; in an evaluation, development or test.
 
+    Args:
+        settings: of the text.
+        split: a key of `REGIONS`.
+        held_out: for an evaluation; packages then give a text that is never trained on.
+
     Raises:
-        UserError: the file, data set or column is missing, unreadable or without text, or reserved for evaluation.
+        UserError: the file, data set or column is missing, unreadable or without text, or reserved for evaluation; or
+            the text is not the one whose digest the settings have.
     """
+    haystack = _open(settings, split, held_out)
+    check(
+        settings.sha256 in (None, haystack.digest),
+        f"data.haystack.sha256={settings.sha256}: the text of data.haystack.source={settings.source} has the digest "
+        f"{haystack.digest} here: restore the versions or files that it was read from, or start a new run without "
+        "data.haystack.sha256",
+    )
+    return haystack
+
+
+def with_digest(settings: DataSettings) -> DataSettings:
+    """The settings with the digest of the text that training samples are made from, as a run records them.
+
+    Raises:
+        UserError: see `load_haystack`.
+    """
+    if settings.task == "disk":  # whose samples are finished
+        return settings
+    digest = load_haystack(settings.haystack, "test").digest
+    return replace(settings, haystack=replace(settings.haystack, sha256=digest))
+
+
+def text_versions(settings: HaystackSettings, held_out: bool = False) -> dict[str, str]:
+    """The versions of the packages that the text is read from, for the record."""
+    return package_versions("held-out" if held_out else "training") if settings.source == "packages" else {}
+
+
+def _open(settings: HaystackSettings, split: str, held_out: bool) -> Haystack:
     if settings.source == "library":
         check(
             split in HALVES,
-            "data.haystack.source=library is reserved for evaluation: train on data/haystack=embedded, file or hub",
+            "data.haystack.source=library is reserved for evaluation: train on data/haystack=embedded, packages, file "
+            "or hub",
         )
-        return Haystack(*_library(), split, HALVES)
+        return _of_documents(library_docstrings(), split, HALVES)
+    if settings.source == "packages":
+        part, regions = ("held-out", HALVES) if held_out else ("training", REGIONS)
+        return _of_documents(package_docstrings(part), split, regions)
     if settings.source == "embedded":
-        documents = [topics[name] for name in sorted(topics)]
-        return Haystack(documents, _lengths(documents), split)
+        return _of_documents([topics[name] for name in sorted(topics)], split, REGIONS)
     dataset = _open_file(settings) if settings.source == "file" else _open_hub(settings)
     check(len(dataset) > 0, f"data.haystack.{_source(settings)} holds no documents")
     check(
@@ -157,60 +209,8 @@ def load_haystack(settings: HaystackSettings, split: str) -> Haystack:
     return Haystack(dataset[settings.text_key], num_bytes, split)
 
 
-@functools.cache
-def _library() -> tuple[list[str], np.ndarray]:
-    """The distinct long docstrings of Python's standard library, in the order of their files, and their lengths.
-
-    They differ somewhat between versions of Python.
-
-    Raises:
-        UserError: there are none, e.g. because Python's modules are in an archive.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in UNREAD]
-        files += [Path(folder, name) for name in names if name.endswith(".py") and name not in UNREAD]
-    long = re.compile(rb'"""[^"]{%d}' % MIN_DOCSTRING)  # parsing all files would take a third longer
-    sources = (file.read_bytes() for file in sorted(files, key=lambda file: file.relative_to(root).parts))
-    with _quick_parsing():
-        docstrings = dict.fromkeys(text for source in sources if long.search(source) for text in _docstrings(source))
-    check(bool(docstrings), f"data.haystack.source=library: there are no docstrings in {root}, choose another source")
-    documents = list(docstrings)
-    return documents, _lengths(documents)
-
-
-@contextmanager
-def _quick_parsing() -> Iterator[None]:
-    """Disable garbage collection, which would double the time, and syntax warnings of the parsed files."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _docstrings(source: bytes) -> Iterator[str]:
-    """The long docstrings of a module, its classes and functions."""
-    try:
-        nodes: list[ast.stmt | ast.Module] = [ast.parse(source)]
-    except (SyntaxError, ValueError):  # not valid in this version of Python
-        return
-    while nodes:
-        node = nodes.pop()
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        text = ast.get_docstring(node, clean=False)
-        if text and len(text := inspect.cleandoc(text)) > MIN_DOCSTRING:
-            yield text
-        nodes += reversed(node.body)
-
-
-def _lengths(documents: Sequence[str]) -> np.ndarray:
-    return np.array([len(document.encode()) for document in documents])
+def _of_documents(documents: Sequence[str], split: str, regions: Mapping[str, tuple[float, float]]) -> Haystack:
+    return Haystack(documents, np.array([len(document.encode()) for document in documents]), split, regions)
 
 
 def _source(settings: HaystackSettings) -> str:

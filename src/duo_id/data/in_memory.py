@@ -89,7 +89,8 @@ def text_task(
 ) -> Task:
     """Natural text drawn from these texts, as `data=text` draws it from a haystack."""
     sizes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
-    return TextTask(settings, tokenizer, "train", length_limit, Haystack(texts, sizes, "train", WHOLE))
+    haystack = Haystack(texts, sizes, "train", WHOLE, advice="give more texts")
+    return TextTask(settings, tokenizer, "train", length_limit, haystack)
 
 
 def _samples(batch: Any) -> list[Sample]:

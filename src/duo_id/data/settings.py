@@ -24,13 +24,14 @@ from duo_id.models.settings import ModelSettings
 class HaystackSettings:
     """The source of the text that hides the needles: see conf/data/."""
 
-    source: Literal["embedded", "file", "hub", "library"] = "embedded"  # library is reserved for evaluation
+    source: Literal["embedded", "packages", "file", "hub", "library"] = "embedded"  # library is for evaluation alone
     path: Text | None = None  # file: txt, jsonl, jsonl.zst or parquet, or a folder of such files
     id: Text | None = None  # hub: data set id
     name: Text | None = None  # hub: configuration of the data set
     split: Text = "train"  # hub: split of the data set
     revision: Text | None = None  # hub: branch, tag or commit
     text_key: Text = "text"  # file, hub: the column that holds the text
+    sha256: Text | None = None  # of the text, which must have it; null: any. A run records that of its text
 
     def __post_init__(self) -> None:
         """Check that the source's settings are complete."""

@@ -49,7 +49,8 @@ def evaluate_pattern(
         samples: contexts of each task and length; None: as many as the preset has.
         seed: of samples and random masks.
         progress: show a bar.
-        overrides: other settings of conf/evaluate.yaml, such as `random_masks=3` or `chat_template=True`.
+        overrides: other settings of conf/evaluate.yaml, such as `random_masks=3` or, for long contexts,
+            `**{"data.haystack.source": "packages"}`.
 
     Returns:
         one row a contender, full attention first. Each metric (`loss`, `kl`, `rise`, `accuracy`, `exact`, `score`,

@@ -3,6 +3,7 @@
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from duo_id.common.progress import headline
 from duo_id.common.record import check_unchanged, differences, in_groups, keep_settings, read_settings
 from duo_id.common.tables import print_tables
 from duo_id.common.version import __version__
-from duo_id.data.haystack import load_haystack
+from duo_id.data.haystack import Haystack, load_haystack, text_versions
 from duo_id.evaluate import chat
 from duo_id.evaluate.contenders import check_windows, contenders
 from duo_id.evaluate.items import Item
@@ -51,6 +52,7 @@ from duo_id.report.tables import results_table, terminal_table
 VERBATIM: dict[str, Any] = {"markup": False, "highlight": False}  # for text from elsewhere
 DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")
 MEASURED = ("model", "data")  # settings that all scores of a run depend on
+UNCOMPARED = ("model.name", "data.haystack.sha256")  # names mean nothing; the journal compares the text's own digest
 NOT_RECORDED = ("resume",)  # settings that say nothing about what was measured
 
 
@@ -128,7 +130,11 @@ def score(
         folder: of the run.
         console: shows the progress.
     """
-    items = all_items(settings, model)
+    haystack = load_haystack(settings.data.haystack, settings.split, held_out=True) if _generated(settings) else None
+    if haystack is not None:
+        text = replace(settings.data.haystack, sha256=haystack.digest)
+        settings = replace(settings, data=replace(settings.data, haystack=text))
+    items = all_items(settings, model, haystack)
     check_windows(patterns, items)
     lineup = contenders(patterns, settings.sparsity, settings.random_masks, settings.baselines, settings.seed)
     protocol = {key: getattr(settings, key) for key in ("split", "seed", "chat_template", "depths")}
@@ -150,8 +156,9 @@ def score(
         "contenders": _named_contenders([*(contender.describe() for contender in lineup), *journal.rows, *eviction]),
         **protocol,
         "samples": settings.samples,
+        "text_reads": None if haystack is None else round(haystack.reads, 2),
         "settings": _recorded_settings(settings),
-        "versions": cli.versions() | {"device": _device_name()},
+        "versions": cli.versions() | text_versions(settings.data.haystack, held_out=True) | {"device": _device_name()},
         "rows": journal.rows + peer_rows(eviction, items, model.tokenizer, end_tokens(model)),
     }
 
@@ -184,21 +191,23 @@ def expand_seeds(sources: Mapping[str, str]) -> dict[str, str]:
     return expanded
 
 
-def all_items(settings: EvaluateSettings, model: LanguageModel) -> list[Item]:
-    """All samples: of generated tasks, and of RULER's published data."""
+def all_items(settings: EvaluateSettings, model: LanguageModel, haystack: Haystack | None) -> list[Item]:
+    """All samples: of generated tasks, which read the haystack, and of RULER's published data."""
     template = (chat.split_chat if settings.chat_template else chat.plain)(model.tokenizer)
     published = [name for name in settings.tasks if is_ruler_data(name)]
-    generated = [name for name in settings.tasks if name not in published]
     items: list[Item] = []
-    if generated:
-        haystack = load_haystack(settings.data.haystack, settings.split)
+    if haystack is not None:
         builder = SampleBuilder(model.tokenizer, haystack, settings.split, template)
         sizes = settings.lengths, settings.samples, settings.seed, model.max_length, settings.depths
-        items += make_items(generated, builder, *sizes)
+        items += make_items(_generated(settings), builder, *sizes)
     if published:
         arguments = settings.data.path, model.tokenizer, template, model.max_length
         items += ruler_items(published, *arguments, settings.lengths, settings.samples)
     return items
+
+
+def _generated(settings: EvaluateSettings) -> list[str]:
+    return [name for name in settings.tasks if not is_ruler_data(name)]
 
 
 def with_model_of_pattern(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -232,7 +241,9 @@ def _check_resumed(settings: EvaluateSettings, folder: Path) -> None:
     """Refuse to resume scores of another model or text; the journal compares what its header holds."""
     if settings.resume:
         changes = differences(read_settings(folder)[0], _recorded_settings(settings))
-        relevant = {key: values for key, values in changes.items() if in_groups(key, MEASURED) and key != "model.name"}
+        relevant = {
+            key: values for key, values in changes.items() if in_groups(key, MEASURED) and key not in UNCOMPARED
+        }
         check_unchanged(relevant, f"resume={settings.resume}: it was made", "and its scores are valid for that only")
 
 

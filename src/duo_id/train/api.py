@@ -17,6 +17,7 @@ from duo_id.common.cli import versions
 from duo_id.common.config import plain
 from duo_id.common.errors import check
 from duo_id.common.isolation import isolated
+from duo_id.data.haystack import text_versions, with_digest
 from duo_id.data.in_memory import SampleList, read_data, text_task
 from duo_id.data.samples import Task
 from duo_id.models.gated_model import GatedModel
@@ -59,7 +60,8 @@ def identify(
         method: a name of conf/method.
         sink_size: first tokens that a streaming head sees.
         recent_size: most recent tokens that a streaming head sees, its own among them.
-        lengths: of samples that are made here, in tokens: the longest, or the shortest and the longest.
+        lengths: of samples that are made here, in tokens: the longest, or the shortest and the longest. Beyond
+            12,000 tokens, on a CPU, they need a longer text: `**{"data.haystack.source": "packages"}`.
         steps: of training.
         seed: of samples and whatever else is drawn; the state of random generators elsewhere is left alone.
         progress: show a bar, or where there is no terminal a line each tenth.
@@ -90,6 +92,8 @@ def identify(
             tasks["train"] = rows
         elif rows is not None:
             tasks["train"] = text_task(rows, settings.data, tokenizer, language_model.max_length)
+        else:
+            settings = replace(settings, data=with_digest(settings.data))
         began = time.perf_counter()
         with attached(language_model.model, settings.step.backends) as layers:
             gated_model = GatedModel(language_model, layers, settings.method.window, settings.step.backends)
@@ -109,7 +113,7 @@ def identify(
         provenance = {
             "model": language_model.describe(layers),
             "settings": plain(settings),
-            "versions": versions(),
+            "versions": versions() | text_versions(settings.data.haystack),
             "seed": settings.seed,
             "seconds": time.perf_counter() - began,
         }

@@ -21,6 +21,7 @@ from duo_id.train.settings import TrainSettings
 GPU: dict[str, Any] = {  # what experiment=best has on a GPU
     "data.length_min": "auto",
     "data.length_max": "auto",
+    "data.haystack.source": "auto",
     "data.num_lengths": 50,
     "data.num_passkeys": 10,
     "data.passkey_words": 16,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from duo_id.common.config import parse, resolve
 from duo_id.common.errors import check
@@ -20,8 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LENGTH_MIN, LENGTH_MAX, RECENT_SIZE = "data.length_min", "data.length_max", "method.recent_size"
+HAYSTACK = "data.haystack.source"
 LONGEST = 32000  # tokens of data.length_max=auto at most: attention's time grows with their square
-AUTOMATIC = {LENGTH_MIN: LONGEST // 8, LENGTH_MAX: LONGEST, RECENT_SIZE: 1}  # may be `auto`; what is checked meanwhile
+AUTOMATIC: dict[str, Any] = {  # may be `auto`; what is checked meanwhile
+    LENGTH_MIN: LONGEST // 8,
+    LENGTH_MAX: LONGEST,
+    RECENT_SIZE: 1,
+    HAYSTACK: "embedded",
+}
+EMBEDDED = 12000  # tokens of the longest sample that each part of the embedded text is long enough for
 ROUND = 1000  # tokens that the longest length is a multiple of
 SHORTEST_SHARE, WINDOW_SHARE = 8, 32  # the longest sample has so many times the tokens of the shortest, of the window
 WINDOW_ROUND = 64  # tokens that the window is a multiple of
@@ -54,13 +61,12 @@ def train_settings(config: DictConfig | Mapping[str, Any], model: "PreTrainedMod
 
 def _with_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A copy of plain values with numbers for what is `auto`, so that all else is checked first; and what is `auto`."""
-    copied, automatic = dict(values), []
+    config, automatic = OmegaConf.create(dict(values)), []
     for override, value in AUTOMATIC.items():
-        group, key = override.split(".")
-        if isinstance(copied.get(group), Mapping) and copied[group].get(key) == "auto":
-            copied[group] = {**copied[group], key: value}
+        if OmegaConf.select(config, override) == "auto":
+            OmegaConf.update(config, override, value)
             automatic.append(override)
-    return copied, automatic
+    return (resolve(config) if automatic else dict(values)), automatic
 
 
 def _check_imported(settings: TrainSettings) -> None:
@@ -76,7 +82,7 @@ def _check_imported(settings: TrainSettings) -> None:
 def fitted(
     settings: TrainSettings, automatic: Collection[str], model: "PreTrainedModel | None" = None
 ) -> TrainSettings:
-    """Settings in which the lengths and the window that are `auto` are decided.
+    """Settings in which the lengths, the window and the text that are `auto` are decided.
 
     Args:
         settings: of the run.
@@ -103,6 +109,8 @@ def fitted(
     if LENGTH_MIN in automatic:
         window = method.sink_size + method.recent_size
         data = replace(data, length_min=min(max(longest // SHORTEST_SHARE, 2 * window), longest))
+    if HAYSTACK in automatic and longest > EMBEDDED:
+        data = replace(data, haystack=replace(data.haystack, source="packages"))
     return replace(settings, data=data, method=method)
 
 

@@ -21,6 +21,7 @@ from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
 from duo_id.common.record import keep_settings
 from duo_id.common.tables import print_tables
+from duo_id.data.haystack import text_versions, with_digest
 from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
 from duo_id.methods.settings import GateSettings
@@ -67,6 +68,7 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
     )
     cli.console.quiet = not ranks.first
     folder = Path(ranks.broadcast(str(folder)))
+    settings = replace(settings, data=with_digest(settings.data))
     requested, earlier = plain(settings), check_resumed(settings, folder)
     kept = finished_settings(earlier, requested, folder)
     replaced = replaced_settings(earlier, requested | kept)
@@ -95,7 +97,7 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
             provenance = {
                 "model": model.describe(layers),
                 "settings": {key: value for key, value in (plain(settings) | kept).items() if key not in NOT_RECORDED},
-                "versions": cli.versions(),
+                "versions": cli.versions() | text_versions(settings.data.haystack),
             }
             if replaced:
                 provenance["before"] = replaced
