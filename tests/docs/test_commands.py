@@ -158,7 +158,7 @@ def compose(name: str, overrides: list[str], location: str, folder: Path) -> Any
 
     def read(config: DictConfig) -> None:
         config, *_ = cli.start_run(config)  # with the settings of a resumed run
-        parsed.append(train_settings(config) if schema is TrainSettings else parse(schema, config))
+        parsed.append(train_settings(config, tiny().model) if schema is TrainSettings else parse(schema, config))
 
     finished = run_command(name, *overrides, folder=folder, command=read)
     assert finished.status == 0, f"{location}: {finished.output}"

@@ -4,10 +4,11 @@ What imports torch is imported last, so that mistakes are answered at once.
 """
 
 from collections.abc import Collection, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from duo_id.common.config import parse, resolve
 from duo_id.common.errors import check
@@ -61,12 +62,16 @@ def train_settings(config: DictConfig | Mapping[str, Any], model: "PreTrainedMod
 
 def _with_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A copy of plain values with numbers for what is `auto`, so that all else is checked first; and what is `auto`."""
-    config, automatic = OmegaConf.create(dict(values)), []
+    copied, automatic = deepcopy(dict(values)), []
     for override, value in AUTOMATIC.items():
-        if OmegaConf.select(config, override) == "auto":
-            OmegaConf.update(config, override, value)
+        *groups, key = override.split(".")
+        group: Any = copied
+        for name in groups:
+            group = group.get(name) if isinstance(group, dict) else None
+        if isinstance(group, dict) and group.get(key) == "auto":
+            group[key] = value
             automatic.append(override)
-    return (resolve(config) if automatic else dict(values)), automatic
+    return copied, automatic
 
 
 def _check_imported(settings: TrainSettings) -> None:
