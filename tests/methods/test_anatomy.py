@@ -13,7 +13,7 @@ from duo_id.common.errors import UserError
 from duo_id.data.samples import Sample
 from duo_id.methods.anatomy import answer_attention, attention_shares, plot_attention, plot_shares
 from duo_id.patterns.pattern import HeadPattern
-from tests.methods.conftest import gated_model_of, haystack
+from tests.methods.conftest import haystack
 from tests.support.dense import dense_attention
 
 
@@ -26,9 +26,8 @@ def test_weights_of_the_answers_queries(
     queries = [59, 60, 61, 62, 84, 85, 86]
     with dense_attention(model) as seen:
         model(sample["input_ids"][None], use_cache=False)
-    with gated_model_of(model) as gated_model:
-        attention = answer_attention(gated_model, sample, heads)
-        kv_heads = gated_model.shape[1]
+    attention = answer_attention(model, sample, heads)
+    kv_heads = model.config.get_text_config().num_key_value_heads if family == "llama" else 4
     assert list(attention) == (heads or [(layer, head) for layer in range(3) for head in range(kv_heads)])
     for (layer, head), weight in attention.items():
         expected = seen.weights[layer][:, queries].unflatten(0, (kv_heads, -1))[head].mean(0)
@@ -36,11 +35,8 @@ def test_weights_of_the_answers_queries(
 
 
 def test_a_head_that_does_not_exist_is_named(make_model: Callable[..., PreTrainedModel]) -> None:
-    with (
-        gated_model_of(make_model("llama")) as gated_model,
-        pytest.raises(UserError, match=r"^layer 3 has no KV head 0 "),
-    ):
-        answer_attention(gated_model, haystack(60, (20, 40, 3)), [(0, 0), (3, 0)])
+    with pytest.raises(UserError, match=r"^layer 3 has no KV head 0 "):
+        answer_attention(make_model("llama"), haystack(60, (20, 40, 3)), [(0, 0), (3, 0)])
 
 
 def by_hand() -> tuple[dict[tuple[int, int], torch.Tensor], Sample]:

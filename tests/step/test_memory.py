@@ -1,7 +1,9 @@
 """What a step keeps: levels by hand-worked costs, and the counted bytes of a real model."""
 
 import itertools
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from transformers import PreTrainedModel
 
 from duo_id.common.errors import UserError
 from duo_id.step.budget import memory_bytes
-from duo_id.step.memory import MeasuredCosts, MemoryPlanner, measure_costs
+from duo_id.step.chunks import ELEMENT_BYTES, ELEMENTS
+from duo_id.step.memory import MeasuredCosts, MemoryPlanner
 from duo_id.step.recompute import Keep, activation_checkpointing
 from tests.attention.test_memo import counted
 from tests.step.test_distillation import batch_of, distilling, gates_of
@@ -128,46 +131,6 @@ def test_attention_is_not_computed_again_where_its_output_is_kept(make_model: Ca
     assert found == [9, 9, 9 + 3, 9 + 9], "blocks alone come again, then all"
 
 
-@pytest.mark.parametrize("blend", ["student", "teacher"])
-def test_counted_bytes_foretell_those_of_longer_steps(blend: str, make_model: Callable[..., PreTrainedModel]) -> None:
-    """Never less than autograd saves in a step of more tokens, as a plain list of tensors, and at most a fifth more."""
-    model = make_model("llama", max_position_embeddings=4096)
-    with (
-        distilling(model, "hidden_l2", blend) as distillation,
-        activation_checkpointing(model, distillation.gated_model.layers, Keep.ALL) as recomputation,
-    ):
-        costs = measure_costs(distillation, recomputation)
-        assert distillation.last is not None
-        distillation.last = None  # the most that a step keeps: its last layer computes all tokens
-        assert costs.weights == 4 * sum(parameter.numel() for parameter in model.parameters()) + sum(
-            buffer.nbytes for buffer in model.buffers()
-        )
-        batch = batch_of(random_sample(1080, 1))
-        saved: dict[int, int] = {}
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        known = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
-        teacher = distillation.teacher(batch)
-        for tensor in teacher.attention.values():
-            note(tensor)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            outputs = distillation.student(gates_of(3, 2).requires_grad_(), batch, teacher)
-        total = sum(size for pointer, size in saved.items() if pointer not in known)
-        plan = costs.plan(1080, None)
-        del outputs
-    assert total <= plan.activations <= 1.2 * total
-    # Float32, 4 heads of 16 and their log-sums, of all tokens and of those 10 at which a streaming head sees all.
-    output = (4 * 4 * 16 + 4 * 4) * (266 + 10) / 266 if blend == "student" else 4 * (4 * 16 + 4) * 10 / 266
-    for row in costs.kept:
-        assert row[Keep.ALL] > row[Keep.ATTENTION] > row[Keep.OUTPUT] >= row[Keep.INPUT]
-        assert row[Keep.OUTPUT] - row[Keep.INPUT] == pytest.approx(output)
-    assert costs.kept[1][Keep.INPUT] == 4 * 32, "one hidden state a token"
-    assert (costs.other > 3 * 4 * 64) == (blend == "teacher"), "the teacher's outputs of three layers"
-
-
 def test_the_planner_sets_the_levels_of_each_step(make_model: Callable[..., PreTrainedModel]) -> None:
     model = make_model("llama")
     with (
@@ -183,3 +146,17 @@ def test_the_planner_sets_the_levels_of_each_step(make_model: Callable[..., PreT
         assert recomputation.levels == [Keep.ALL] * 3
         with pytest.raises(UserError, match="a step of 1,000 tokens needs at least"):
             planner.apply_plan(1000)
+
+
+def test_logits_take_a_chunk_at_most_and_only_until_the_backward_pass() -> None:
+    costs = replace(COSTS, logits=ELEMENT_BYTES * 1000.0)
+    few, many = (costs.plan_for([Keep.INPUT] * len(KEPT), tokens, None) for tokens in (100, 10**6))
+    assert few.buffers == 100 * 1000 * ELEMENT_BYTES, "more than a layer that is computed again"
+    assert many.buffers == max(ELEMENTS * ELEMENT_BYTES, COSTS.plan_for([Keep.INPUT] * len(KEPT), 10**6, None).buffers)
+
+
+def test_room_is_what_a_plan_leaves() -> None:
+    plan = COSTS.plan(100, 10**6)
+    assert plan.room == 10**6 - plan.total
+    assert COSTS.plan(100, None).room == math.inf
+    assert COSTS.plan_for([Keep.ALL] * len(KEPT), 10**6, 1).room == 0

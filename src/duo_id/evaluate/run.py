@@ -52,7 +52,7 @@ from duo_id.report.tables import results_table, terminal_table
 VERBATIM: dict[str, Any] = {"markup": False, "highlight": False}  # for text from elsewhere
 DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")
 MEASURED = ("model", "data")  # settings that all scores of a run depend on
-UNCOMPARED = ("model.name", "data.haystack.sha256")  # names mean nothing; the journal compares the text's own digest
+UNCOMPARED = ("model.name", "data.haystack.sha256")  # the first measures nothing, the journal compares the second
 NOT_RECORDED = ("resume",)  # settings that say nothing about what was measured
 
 

@@ -10,10 +10,12 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from duo_id.attention.full import full_attention
-from duo_id.attention.functions import AttendFunction
-from duo_id.attention.interface import bound
+from duo_id.attention.functions import AttendFunction, Backends
+from duo_id.attention.interface import attached, bound
+from duo_id.attention.padding import no_padding
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.window import Window
 from duo_id.common.errors import UserError
@@ -21,7 +23,6 @@ from duo_id.common.figures import COLORS, GATES, style
 from duo_id.data.samples import Sample
 from duo_id.methods.attention_weights import attention_rows
 from duo_id.methods.needles import needles
-from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.pattern import HeadPattern
 
 Head = tuple[int, int]  # layer, KV head
@@ -29,12 +30,12 @@ PARTS = {"needle": COLORS[1], "elsewhere": "#BBBBBB", "recent": COLORS[4], "sink
 
 
 def answer_attention(
-    gated_model: GatedModel, sample: Sample, heads: Collection[Head] | None = None
+    model: PreTrainedModel, sample: Sample, heads: Collection[Head] | None = None
 ) -> dict[Head, Tensor]:
     """Full attention's weights from the tokens that predict the answers; no other queries are computed.
 
     Args:
-        gated_model: the model.
+        model: not under a mask.
         sample: with answers that occur in its context.
         heads: None: all heads of the gated layers.
 
@@ -45,27 +46,28 @@ def answer_attention(
     Raises:
         UserError: a head does not exist, or an answer does not occur in the context.
     """
-    gated_heads = [(layer.index, head) for layer in gated_model.layers for head in range(layer.kv_heads)]
-    selected = gated_heads if heads is None else list(heads)
-    if unknown := [head for head in selected if head not in gated_heads]:
-        layer, head = unknown[0]
-        raise UserError(
-            f"layer {layer} has no KV head {head} with a gate: gated heads are {gated_heads[0]} to {gated_heads[-1]}"
-        )
-    ids = sample["input_ids"].to(gated_model.device)
-    queries = torch.cat([answer for answer, _ in needles(sample)]).to(gated_model.device) - 1
-    collected: dict[Head, list[Tensor]] = {head: [] for head in selected}
+    ids, backends = sample["input_ids"].to(model.device)[None], Backends()
+    queries = torch.cat([answer for answer, _ in needles(sample)]).to(model.device) - 1
+    collected: dict[Head, list[Tensor]] = {}
 
     def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, layer: int) -> Tensor:
         rows = torch.cat([weights for _, weights in attention_rows(query, key, queries, softmax)], 1)
         kv_heads = rows.unflatten(0, (key.shape[1], -1)).mean(1).cpu()  # (KV heads, queries, tokens)
-        for head in (head for head in selected if head[0] == layer):
+        for head in (head for head in collected if head[0] == layer):
             collected[head].append(kv_heads[head[1]])  # one entry per layer that shares the keys
-        return full_attention(query, key, value, softmax, gated_model.backends.full)
+        return full_attention(query, key, value, softmax, backends.full)
 
-    functions: dict[int, AttendFunction] = {layer: partial(attend, layer=layer) for layer, _ in selected}
-    with torch.no_grad(), bound(gated_model.layers, functions):
-        gated_model.model.hidden_states({"input_ids": ids[None]})
+    with torch.no_grad(), attached(model, backends) as layers:
+        gated_heads = [(layer.index, head) for layer in layers for head in range(layer.kv_heads)]
+        collected |= {head: [] for head in (gated_heads if heads is None else heads)}
+        if unknown := [head for head in collected if head not in gated_heads]:
+            raise UserError(
+                f"layer {unknown[0][0]} has no KV head {unknown[0][1]} with a gate: gated heads are {gated_heads[0]} "
+                f"to {gated_heads[-1]}"
+            )
+        functions: dict[int, AttendFunction] = {layer: partial(attend, layer=layer) for layer, _ in collected}
+        with bound(layers, functions):
+            model.base_model(input_ids=ids, attention_mask=no_padding(ids), use_cache=False)
     return {head: torch.stack(parts).mean(0) for head, parts in collected.items()}
 
 

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -178,13 +178,8 @@ def _row_splitter(parents: Tensor, rows: int) -> Any:
 
 def _of_masks(outputs: Outputs, tree: PrefixTree) -> Outputs:
     """Outputs with a leading dimension of masks, from outputs with one of rows, which differs between layers."""
-
-    def pick(states: Tensor, rows: Tensor) -> Tensor:
-        return states[rows.to(states.device)]
-
-    hidden, predicting = (
-        None if states is None else pick(states, tree.rows[-1]) for states in (outputs.hidden, outputs.predicting)
+    last = tree.rows[-1]
+    rows = [last, *tree.rows[: len(outputs.layers)], last][: len(outputs.states)]
+    return outputs.with_states(
+        [states[row.to(states.device)] for states, row in zip(outputs.states, rows, strict=True)]
     )
-    layers = tuple(pick(states, rows) for states, rows in zip(outputs.layers, tree.rows, strict=False))  # if any
-    assert hidden is not None
-    return replace(outputs, hidden=hidden, layers=layers, predicting=predicting)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duo_id.models.gated_model import GatedModel
+
 LossFunction = Callable[[Tensor, dict[str, Any]], Tensor]
 Shapes = tuple[tuple[str, torch.Size], ...]
 LAUNCH_SHARE = 0.8  # of a step's time: a device that is done so soon after the last launch has waited for launches
@@ -78,6 +80,14 @@ class GraphedLoss:
         """Free the memory of all graphs; later calls capture new ones."""
         self._captured.clear()
         self._bytes = 0
+
+
+def graphs_of(loss: LossFunction, choice: bool | str, gated_model: GatedModel) -> GraphedLoss | None:
+    """The graphs of a loss by `step.cuda_graphs`; None if there are none, as with auto on a CPU or several devices."""
+    if choice == "auto":
+        allowed = gated_model.device.type == "cuda" and gated_model.model.ranks.world == 1
+        return GraphedLoss(loss, always=False) if allowed else None
+    return GraphedLoss(loss) if choice else None
 
 
 def _timed(loss: LossFunction, alpha: Tensor, batch: dict[str, Any]) -> tuple[Tensor | None, bool]:

@@ -5,7 +5,8 @@ from contextlib import contextmanager, nullcontext
 
 from duo_id.step.compiled import compiled_parts
 from duo_id.step.distillation import Distillation
-from duo_id.step.memory import MemoryPlanner, Plan, available, measure_costs
+from duo_id.step.measured_costs import measure_costs
+from duo_id.step.memory import MemoryPlanner, Plan, available
 from duo_id.step.recompute import FIXED, Keep, activation_checkpointing
 from duo_id.step.settings import StepSettings
 

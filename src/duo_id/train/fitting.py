@@ -99,7 +99,7 @@ def fitted(
     """
     from duo_id.models.loading import dtype_of, meta_model
 
-    device = training_device(settings) if model is None else model.device
+    device = _training_device(settings) if model is None else model.device
     if model is None:
         model = meta_model(settings.model, dtype_of(settings.model.dtype, device))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -119,7 +119,7 @@ def fitted(
     return replace(settings, data=data, method=method)
 
 
-def training_device(settings: TrainSettings) -> "torch.device":
+def _training_device(settings: TrainSettings) -> "torch.device":
     """The first device that the trainer's settings choose."""
     import torch
 

@@ -26,7 +26,7 @@ from duo_id.methods.settings import GateSettings, make_optimizer
 from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.pattern import HeadPattern, TieWarning
-from duo_id.step.cuda_graphs import GraphedLoss
+from duo_id.step.cuda_graphs import graphs_of
 from duo_id.step.memory import Plan
 from duo_id.step.paper_shape import SHAPES
 from duo_id.step.prepare import ApplyPlan
@@ -88,7 +88,7 @@ class GateTraining(lightning.LightningModule):
         self.distillation = SHAPES[step.shape](gated_model, objective, method.tokens, blend)
         self.gates = GATES[method.gate](*gated_model.shape, method.initial, method.temperature, seed, method.budgets)
         self.penalties = torch.nn.ModuleDict({name: self._penalty(name) for name in method.penalties})
-        self.graphs = self._graphs()
+        self.graphs = graphs_of(self.distillation.loss, step.cuda_graphs, gated_model)
         self.apply_plan: ApplyPlan = lambda tokens: None  # sets what layers keep within the memory budget
         self.interrupted = 0  # the signal that ends training
         self._finite = torch.tensor(True)
@@ -239,14 +239,6 @@ class GateTraining(lightning.LightningModule):
         progress = self.global_step / self.steps
         weighted = [self.method.penalties[name] * part(openness, progress) for name, part in self.penalties.items()]
         return torch.stack(weighted).sum()
-
-    def _graphs(self) -> GraphedLoss | None:
-        """CUDA graphs of the step, if the settings and the device allow any."""
-        choice, ranks = self.step.cuda_graphs, self.language_model.ranks
-        if choice == "auto":
-            allowed = self.gated_model.device.type == "cuda" and ranks.world == 1
-            return GraphedLoss(self.distillation.loss, always=False) if allowed else None
-        return GraphedLoss(self.distillation.loss) if choice else None
 
     def _distill(self, alpha: Tensor, batch: StepBatch, plan: Plan | None) -> Tensor:
         """The distillation loss, of one sample by its CUDA graph if there is one."""
