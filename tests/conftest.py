@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from duo_id.train.gate_training import GateTraining
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, processes that tests start would not be hung up
 
 
 # Files that take longest, first to be handed out: one of them at the end would leave all other processes idle.
