@@ -70,7 +70,7 @@ def test_layers_that_share_keys_count_as_further_query_heads(reduction: str) -> 
     with gated_model_of(model) as gated_model:
         assert [layer.index for layer in gated_model.layers] == [1]
         scores = score_attention(gated_model, ids, torch.tensor([5, 20]), last, reduction)
-        attention = answer_attention(gated_model, haystack(30, (5, 20, 2)), [(1, 0)])[(1, 0)]
+    attention = answer_attention(model, haystack(30, (5, 20, 2)), [(1, 0)])[(1, 0)]
     heads = torch.cat([seen.weights[layer][:, 20, 3].unflatten(0, (2, -1)) for layer in (1, 3)], 1)
     torch.testing.assert_close(scores[0], heads.amax(1) if reduction == "max" else heads.mean(1), rtol=1e-4, atol=1e-6)
     assert attention.shape == (2, 30)
