@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from duo_id.patterns.saved import load_pattern, save_pattern
     from duo_id.patterns.sharing import push_to_hub
     from duo_id.patterns.sources import list_patterns
+    from duo_id.patterns.spans import HeadSpans
     from duo_id.train.api import identify
 
 _HOMES = {
     "DualCache": "duo_id.deploy.cache",
     "HeadMask": "duo_id.patterns.pattern",
     "HeadPattern": "duo_id.patterns.pattern",
+    "HeadSpans": "duo_id.patterns.spans",
     "dual_cache": "duo_id.deploy.install",
     "duo_attention": "duo_id.deploy.install",
     "evaluate_pattern": "duo_id.evaluate.api",
@@ -37,6 +39,7 @@ __all__ = [
     "DualCache",
     "HeadMask",
     "HeadPattern",
+    "HeadSpans",
     "dual_cache",
     "duo_attention",
     "evaluate_pattern",

@@ -77,7 +77,8 @@ def test_gated_and_masked_heads_keep_them(kind: str) -> None:
     retrieval = torch.tensor([False, True])
     rows = retrieval.repeat_interleave(HEADS // KV_HEADS)[:, None, None]
     expected = torch.where(rows, full, near)
-    torch.testing.assert_close(masked_heads(retrieval, window, Backends())(*sources, softmax), expected)
+    spans = torch.where(retrieval, -1, window.recent_size)
+    torch.testing.assert_close(masked_heads(spans, window.sink_size, Backends())(*sources, softmax), expected)
     of_rows = torch.stack([retrieval, ~retrieval])
     expected = torch.stack([expected[0], torch.where(rows, near, full)[1]])
     torch.testing.assert_close(masked_rows(of_rows, window, Backends())(*sources, softmax), expected)

@@ -34,14 +34,12 @@ class Backends:
 
 
 class Mask(Protocol):
-    """What a hard mask says: `retrieval`, bool (layers, KV heads), and the window of the other heads, in tokens."""
+    """What a hard mask says: `spans`, int32 (layers, KV heads), -1 = all tokens, and the sink, both in tokens."""
 
     @property
-    def retrieval(self) -> Tensor: ...  # noqa: D102
+    def spans(self) -> Tensor: ...  # noqa: D102
     @property
     def sink_size(self) -> int: ...  # noqa: D102
-    @property
-    def recent_size(self) -> int: ...  # noqa: D102
 
 
 def gated_heads(
@@ -118,33 +116,38 @@ def _compiled_blend() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return torch.compile(_blend, dynamic=True)
 
 
-def masked_heads(retrieval: Tensor, window: Window, backends: Backends) -> AttendFunction:
-    """A layer with a hard mask: retrieval heads see the whole context, streaming heads only the window.
+def masked_heads(spans: Tensor, sink_size: int, backends: Backends) -> AttendFunction:
+    """A layer with a hard mask: each head sees the sink and its span of latest tokens.
 
     Args:
-        retrieval: (KV heads,) bool, True for retrieval heads.
-        window: what streaming heads see.
+        spans: (KV heads,) int32, in tokens; -1 for retrieval heads, which see the whole context.
+        sink_size: first tokens that every head sees.
         backends: implementations.
     """
-    full, streaming = retrieval.nonzero()[:, 0].tolist(), (~retrieval).nonzero()[:, 0].tolist()
+    groups = [
+        ((spans == span).nonzero()[:, 0].tolist(), _seeing(span, sink_size, backends))
+        for span in sorted(set(spans.tolist()))
+    ]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        if not streaming:
-            return full_attention(query, key, value, softmax, backends.full)
-        if not full:
-            return streaming_attention(query, key, value, softmax, window, backends.streaming)
+        if len(groups) == 1:
+            return groups[0][1](query, key, value, softmax)
         grouped = query.unflatten(1, (key.shape[1], -1))
         out = torch.empty_like(grouped)
-        for heads, function in (
-            (full, partial(full_attention, backend=backends.full)),
-            (streaming, partial(streaming_attention, window=window, backend=backends.streaming)),
-        ):
+        for heads, function in groups:
             group_softmax = softmax.of(heads, key.shape[1])
             part = function(grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], group_softmax)
             out[:, heads] = part.unflatten(1, (len(heads), -1))
         return out.flatten(1, 2)
 
     return attend
+
+
+def _seeing(span: int, sink_size: int, backends: Backends) -> AttendFunction:
+    """The attention of heads with one span."""
+    if span < 0:
+        return partial(full_attention, backend=backends.full)
+    return partial(streaming_attention, window=Window(sink_size, span), backend=backends.streaming)
 
 
 def masked_rows(retrieval: Tensor, window: Window, backends: Backends) -> AttendFunction:
@@ -178,9 +181,9 @@ def masked_rows(retrieval: Tensor, window: Window, backends: Backends) -> Attend
 
 
 def masked_layers(layers: Sequence[AttentionLayer], mask: Mask, backends: Backends) -> dict[int, AttendFunction]:
-    """The function of each gated layer under a hard mask (a `duo_id.HeadMask`), for `bound`."""
-    window = Window(mask.sink_size, mask.recent_size)
-    return {layer.index: masked_heads(mask.retrieval[layer.index][layer.own], window, backends) for layer in layers}
+    """The function of each gated layer under a hard mask (a `HeadMask` or `HeadSpans`), for `bound`."""
+    spans = mask.spans
+    return {layer.index: masked_heads(spans[layer.index][layer.own], mask.sink_size, backends) for layer in layers}
 
 
 def streaming_heads(window: Window, backends: Backends) -> AttendFunction:

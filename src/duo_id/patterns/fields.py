@@ -1,5 +1,6 @@
-"""The fields that head patterns and head masks share, checked: the heads, their window and the gated layers."""
+"""The fields that head patterns, masks and spans share, checked: the heads, their window and the gated layers."""
 
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
@@ -11,8 +12,21 @@ from duo_id.common.errors import UserError
 MOST_HEADS = 2**12  # layers, and KV heads of a layer
 
 
-def set_checked_fields(owner: Any, name: str, heads: Tensor) -> None:
-    """Check and set the fields that patterns and masks share; `heads` (layers, KV heads) is modified in place."""
+SIZES = {"sink_size": 0, "recent_size": 1}  # the smallest of each, in tokens
+
+
+def set_checked_fields(
+    owner: Any, name: str, heads: Tensor, windows: Mapping[str, int] = SIZES, ungated: int = 1
+) -> None:
+    """Check and set the fields that patterns, masks and spans share.
+
+    Args:
+        owner: the pattern, mask or spans.
+        name: of its field that holds `heads`.
+        heads: (layers, KV heads), modified in place: rows of layers without gates become `ungated`.
+        windows: the owner's fields that count tokens, with the smallest value of each.
+        ungated: see `heads`.
+    """
     if heads.dim() != 2 or heads.numel() == 0:
         raise UserError(f"{name} must have the shape (layers, KV heads), both at least 1, not {tuple(heads.shape)}")
     if max(heads.shape) > MOST_HEADS:
@@ -26,10 +40,10 @@ def set_checked_fields(owner: Any, name: str, heads: Tensor) -> None:
             f"gated_layers={indices!s:.60} must name the gated layers, at least one, from 0 to {layers[-1]}"
         )
     gated = tuple(sorted({int(layer) for layer in indices}))
-    heads[sorted({*layers} - {*gated})] = 1
+    heads[sorted({*layers} - {*gated})] = ungated
     object.__setattr__(owner, name, heads)
     object.__setattr__(owner, "gated_layers", gated)
-    for window, smallest in (("sink_size", 0), ("recent_size", 1)):
+    for window, smallest in windows.items():
         size = getattr(owner, window)
         if not isinstance(size, Integral) or isinstance(size, bool) or not smallest <= int(size) <= MOST_TOKENS:
             most = f", at most {MOST_TOKENS}" if isinstance(size, Integral) and int(size) > MOST_TOKENS else ""

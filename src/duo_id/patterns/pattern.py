@@ -19,6 +19,7 @@ from duo_id.common.errors import UserError, check, naming_extras
 from duo_id.patterns import fields, files
 from duo_id.patterns.cells import Cells
 from duo_id.patterns.provenance import Provenance
+from duo_id.patterns.spans import ALL
 
 
 class TieWarning(UserWarning):
@@ -48,6 +49,11 @@ class HeadMask:
         if retrieval.dtype != torch.bool:
             raise UserError(f"a head mask holds bools, not {retrieval.dtype}: binarize a HeadPattern")
         fields.set_checked_fields(self, "retrieval", retrieval)
+
+    @property
+    def spans(self) -> Tensor:
+        """int32 (layers, KV heads): latest tokens that each head sees beside the sink; -1 = all, see `HeadSpans`."""
+        return torch.where(self.retrieval, ALL, self.recent_size).to(torch.int32)
 
     @property
     def sparsity(self) -> float:

@@ -1,0 +1,73 @@
+"""How far each head sees: the decision for deployment when heads need windows of different sizes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duo_id.common.documents import MOST_TOKENS
+from duo_id.common.errors import UserError
+from duo_id.patterns import fields
+
+ALL = -1  # the span of a retrieval head
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadSpans:
+    """The attention span of each KV head: the number of latest tokens that it sees beside the sink.
+
+    A `HeadMask` is the case of two values: all tokens, or one window.
+
+    Attributes:
+        spans: int32 CPU tensor (layers, KV heads): latest tokens, including the current one, that a head sees; -1 = all
+            of them. Rows of layers without gates are -1.
+        sink_size: first tokens that every head sees.
+        gated_layers: the layers that the spans cover, ascending; None at construction means all. Other layers keep
+            their own attention and do not count in a budget.
+    """
+
+    spans: Tensor
+    sink_size: int
+    gated_layers: tuple[int, ...] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Copy the spans and check all fields."""
+        spans = torch.as_tensor(self.spans).detach().to("cpu", copy=True)
+        if spans.dtype not in (torch.int32, torch.int64):
+            raise UserError(f"attention spans are whole numbers of tokens, not {spans.dtype}")
+        fields.set_checked_fields(self, "spans", spans, windows={"sink_size": 0}, ungated=ALL)
+        wrong = ((self.spans != ALL) & ((self.spans < 1) | (self.spans > MOST_TOKENS))).nonzero().tolist()
+        if wrong:
+            layer, head = wrong[0]
+            raise UserError(
+                f"the span of layer {layer}, KV head {head} is {self.spans[layer, head].item()}: it must be from 1 (a "
+                f"token sees itself) to {MOST_TOKENS}, or -1 for all tokens"
+            )
+        object.__setattr__(self, "spans", self.spans.to(torch.int32))
+
+    @property
+    def retrieval(self) -> Tensor:
+        """Whether each head sees all tokens, bool (layers, KV heads)."""
+        return self.spans == ALL
+
+    def check_fits(self, layers: int, kv_heads: int, model_name: str) -> None:
+        """Raise a `UserError` unless the model `model_name` has this many layers and KV heads."""
+        fields.check_fits("mask of spans", self.spans, layers, kv_heads, model_name)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether every head has the same span and the same sink."""
+        return isinstance(other, HeadSpans) and (self.spans.tolist(), self.sink_size, self.gated_layers) == (
+            other.spans.tolist(),
+            other.sink_size,
+            other.gated_layers,
+        )
+
+    def __repr__(self) -> str:
+        """Shape and how many heads have which span."""
+        values, counts = self.spans[list(self.gated_layers)].unique(return_counts=True)
+        named = [
+            f"{count} x {'all' if value == ALL else value}"
+            for value, count in zip(values.tolist(), counts.tolist(), strict=True)
+        ]
+        layers, kv_heads = self.spans.shape
+        return f"HeadSpans({layers} layers x {kv_heads} KV heads, sink_size={self.sink_size}, {', '.join(named)})"
