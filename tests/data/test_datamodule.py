@@ -1,5 +1,7 @@
 import itertools
+import os
 import pickle
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -156,6 +158,17 @@ def test_workers_change_nothing(quick, tokenizer):
             assert torch.equal(alone[key], shared[key])
         masks = alone["attention_mask"], shared["attention_mask"]
         assert masks == (None, None) or torch.equal(*masks)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_workers_leave_signals_to_the_main_process(counting, name):
+    """`timeout` signals every process of a run: a worker that died would raise an error in the middle of a step."""
+    batches = iter(counting(num_workers=1).train_dataloader())
+    assert next(batches)["input_ids"].tolist() == [[0]]
+    (worker,) = batches._workers
+    os.kill(worker.pid, signal.Signals[name])
+    assert [next(batches)["input_ids"].item() for _ in range(6)] == [1, 2, 3, 4, 5, 6], "more than it had ready"
+    assert worker.is_alive()
 
 
 def test_training_batches_can_be_sent_to_workers_that_are_not_forked(quick, tokenizer):

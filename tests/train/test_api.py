@@ -9,6 +9,7 @@ import random
 import signal
 import weakref
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -23,8 +24,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 import duo_id
+from duo_id.common.composing import compose
 from duo_id.common.config import conf_dir, plain
 from duo_id.common.errors import UserError
+from duo_id.data.__main__ import generate
 from duo_id.data.samples import UNSCORED
 from duo_id.methods.candidates import MaskLosses
 from duo_id.models.tokenizers import byte_tokenizer
@@ -62,6 +65,28 @@ def test_long_samples_of_packages(model: PreTrainedModel, monkeypatch: pytest.Mo
 def test_lengths_default_to_those_of_the_command(model: PreTrainedModel) -> None:
     settings = found(model, data="text", lengths=None, steps=1).provenance["settings"]
     assert (settings["data"]["length_min"], settings["data"]["length_max"]) == (256, 384)
+
+
+@pytest.mark.parametrize(
+    ("longest", "limit", "expected"),
+    [(300, 512, (256, 300)), (200, 512, (200, 200)), (2400, 4096, (300, 2400)), (None, 300, (256, 300))],
+    ids=["a little longer than the default", "shorter", "an eighth", "the model's limit"],
+)
+def test_the_longest_length_alone_leaves_room_for_the_task(
+    longest: int | None, limit: int, expected: tuple[int, int]
+) -> None:
+    model = tiny_model("llama", vocab_size=BYTES, max_position_embeddings=limit)
+    settings = found(model, data="text", lengths=longest, method="random").provenance["settings"]
+    assert (settings["data"]["length_min"], settings["data"]["length_max"]) == expected
+
+
+def test_samples_on_disk(model: PreTrainedModel, tmp_path: Path) -> None:
+    sizes = ("n=2", "n_validation=0", "n_test=0", "data.length_min=400", "data.length_max=450")
+    passkeys = ("data.num_passkeys=1", "data.passkey_words=2")
+    generate(compose("data_gen", ["model=tiny", f"out={tmp_path / 'samples'}", *sizes, *passkeys]))
+    given = {"data.path": str(tmp_path / "samples"), "sink_size": 2, "recent_size": 8}
+    pattern = duo_id.identify(model, TOKENIZER, "disk", steps=1, progress=False, **given)
+    assert pattern.provenance["settings"]["data"]["task"] == "disk"
 
 
 def test_a_pattern_comes_out_and_the_model_is_as_it_was(model: PreTrainedModel) -> None:

@@ -26,7 +26,9 @@ def settings_of(*overrides: str, model: Any = None) -> TrainSettings:
         (32768, (4000, 32000), 1024),
         (131072, (4000, LONGEST), 1024),  # time forbids more
         (16384, (2000, 16000), 512),
-        (5000, (625, 5000), 128),
+        (5000, (1000, 5000), 128),  # an eighth would have no room for the passkeys
+        (2048, (1000, 2000), 64),
+        (700, (700, 700), 64),
     ],
 )
 def test_lengths_and_windows_follow_the_models_limit(limit: int, lengths: tuple[int, int], recent: int) -> None:
@@ -40,6 +42,8 @@ def test_lengths_and_windows_follow_the_models_limit(limit: int, lengths: tuple[
 def test_what_is_given_stays_and_decides_the_rest() -> None:
     settings = settings_of("data.length_max=20000")
     assert (settings.data.length_min, settings.data.length_max, settings.method.recent_size) == (2500, 20000, 640)
+    settings = settings_of("data.length_max=2000")
+    assert (settings.data.length_min, settings.data.length_max, settings.method.recent_size) == (1000, 2000, 64)
     settings = settings_of("method.recent_size=100", "data.length_min=900")
     assert (settings.data.length_min, settings.data.length_max, settings.method.recent_size) == (900, 8000, 100)
     plain = train_settings(compose("train", ["~logger"]))
@@ -49,7 +53,7 @@ def test_what_is_given_stays_and_decides_the_rest() -> None:
 def test_a_model_in_memory_decides_too() -> None:
     model = tiny_model("llama", max_position_embeddings=4096)
     settings = settings_of(model=model)
-    assert (settings.data.length_min, settings.data.length_max, settings.method.recent_size) == (500, 4000, 128)
+    assert (settings.data.length_min, settings.data.length_max, settings.method.recent_size) == (1000, 4000, 128)
 
 
 def test_a_budget_shortens_the_samples_of_gate_training_alone() -> None:

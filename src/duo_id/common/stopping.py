@@ -110,6 +110,16 @@ def preemption() -> int | None:
     return number if handled else None
 
 
+def leave_to_main(*_: Any) -> None:
+    """Ignore the signals that ask for the end, in a worker process: `timeout`, Slurm and Ctrl-C send them to all.
+
+    The main process saves its work, and its workers end when it has done so.
+    """
+    for number in (*SIGNALS, preemption()):
+        if number is not None:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def die_quietly() -> None:
     """Let Ctrl-C end the process silently until a handler is installed: this early there is nothing to save."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

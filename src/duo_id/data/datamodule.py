@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.common.errors import UserError
+from duo_id.common.stopping import leave_to_main
 from duo_id.data.registry import make_task
 from duo_id.data.samples import Batch, Sample, Task, collate
 from duo_id.data.settings import DataSettings
@@ -141,6 +142,7 @@ class _TrainLoader(DataLoader[Batch]):
             _TrainBatches(module.task("train"), module),
             batch_size=None,  # the dataset yields whole batches
             num_workers=module.settings.num_workers,
+            worker_init_fn=leave_to_main,  # else a worker that dies raises an error in the middle of a step
             pin_memory=torch.cuda.is_available(),
         )
         self.module = module

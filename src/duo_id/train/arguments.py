@@ -42,14 +42,15 @@ def arguments_by_override(
     sink_size: int | None, recent_size: int | None, lengths: Any, steps: int | None, seed: Any, progress: bool
 ) -> dict[str, Any]:
     """What was given by name, as overrides."""
+    named = {"sink_size": sink_size, "recent_size": recent_size, "steps": steps, "seed": seed}
+    for name, value in named.items():
+        is_whole = value is None or (isinstance(value, Integral) and not isinstance(value, bool))
+        check(is_whole, f"{name}={value!r:.80} must be a whole number")
     given: dict[str, Any] = {
         "method.sink_size": sink_size,
         "method.recent_size": recent_size,
         "trainer.max_steps": steps,
     }
-    for name, value in (given | {"seed": seed}).items():
-        is_whole = value is None or (isinstance(value, Integral) and not isinstance(value, bool))
-        check(is_whole, f"{name.rpartition('.')[2]}={value!r:.80} must be a whole number")
     check(seed is not None and 0 <= seed < 2**32, f"seed={seed} must be a whole number from 0 to {2**32 - 1}")
     if lengths is not None:
         pair = (None, lengths) if isinstance(lengths, Integral) else lengths
@@ -97,7 +98,8 @@ def settings_of(
         )
         chosen |= {"data.length_min": rows.longest, "data.length_max": rows.longest}
     elif "data.length_max" in chosen and "data.length_min" not in chosen:
-        chosen["data.length_min"] = min(max(chosen["data.length_max"] // 8, window + 1), chosen["data.length_max"])
+        longest, usual = chosen["data.length_max"], config.data.get("length_min", 1)
+        chosen["data.length_min"] = min(max(longest // 8, window + 1, usual), longest)
     chosen["model"] = {"id": model.id, "name": model.name, "revision": model.revision}
     chosen |= {"comparison.validation_samples": 0, "logger": {}}
     if isinstance(rows, list) and "tokens" in names:
@@ -133,7 +135,8 @@ def _device_defaults(model: LanguageModel, config: DictConfig) -> dict[str, Any]
     """What differs from conf/train.yaml on the model's device."""
     device, limit = model.model.device, model.max_length
     if device.type != "cuda":
-        shorter = {"data.length_max": limit} if limit and limit < config.data.length_max else {}
+        longest = config.data.get("length_max")  # samples on disk have their own lengths
+        shorter = {"data.length_max": limit} if limit and longest and limit < longest else {}
         return {"trainer.accelerator": device.type} | shorter
     chosen: dict[str, Any] = GPU | {"trainer.accelerator": "cuda", "trainer.devices": [device.index or 0]}
     if "lr" in config.method:

@@ -31,6 +31,7 @@ AUTOMATIC: dict[str, Any] = {  # may be `auto`; what is checked meanwhile
 }
 EMBEDDED = 12000  # tokens of the longest sample that each part of the embedded text is long enough for
 ROUND = 1000  # tokens that the longest length is a multiple of
+SHORTEST = 1000  # tokens that the shortest sample has if the longest does: ten passkeys of 16 words need over 600
 SHORTEST_SHARE, WINDOW_SHARE = 8, 32  # the longest sample has so many times the tokens of the shortest, of the window
 WINDOW_ROUND = 64  # tokens that the window is a multiple of
 
@@ -71,6 +72,8 @@ def _with_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if isinstance(group, dict) and group.get(key) == "auto":
             group[key] = value
             automatic.append(override)
+    if LENGTH_MIN in automatic and isinstance(longest := copied["data"].get("length_max"), int):
+        copied["data"]["length_min"] = max(min(AUTOMATIC[LENGTH_MIN], longest), 1)
     return copied, automatic
 
 
@@ -113,7 +116,7 @@ def fitted(
         method = _with_window(method, max(round(longest / WINDOW_SHARE / WINDOW_ROUND), 1) * WINDOW_ROUND)
     if LENGTH_MIN in automatic:
         window = method.sink_size + method.recent_size
-        data = replace(data, length_min=min(max(longest // SHORTEST_SHARE, 2 * window), longest))
+        data = replace(data, length_min=min(max(longest // SHORTEST_SHARE, 2 * window, SHORTEST), longest))
     if HAYSTACK in automatic and longest > EMBEDDED:
         data = replace(data, haystack=replace(data.haystack, source="packages"))
     return replace(settings, data=data, method=method)
