@@ -32,6 +32,11 @@ def test_alone_it_lists_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert all(len(line) <= 80 for line in listed.splitlines())
 
 
+def test_it_tells_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    call(monkeypatch, "--version")
+    assert capsys.readouterr().out == f"duo_id {duo_id.__version__}\n"
+
+
 def test_commands_that_do_not_exist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, "evalute")

@@ -4,6 +4,8 @@ import runpy
 import sys
 from difflib import get_close_matches
 
+from duo_id.common.version import __version__
+
 COMMANDS = {
     "train": ("duo_id.train", "find the heads of a model that must see the whole context"),
     "evaluate": ("duo_id.evaluate", "score head patterns on held-out long-context tasks"),
@@ -22,6 +24,9 @@ def main() -> None:
     if name in ("-h", "--help"):
         print("duo-id COMMAND [...]    duo-id COMMAND --help shows what a command takes\n")
         print("\n".join(f"  {command:<10} {about}" for command, (_, about) in COMMANDS.items()))
+        return
+    if name == "--version":
+        print(f"duo_id {__version__}")
         return
     if name not in COMMANDS:
         close = get_close_matches(name, COMMANDS, 1)

@@ -59,6 +59,7 @@ def test_ties_of_gates_on_their_way_are_not_told(tmp_path: Path, monkeypatch: py
 SLOW = ("torch", "transformers", "lightning", "datasets", "matplotlib", "pandas")
 FAST = [
     *((command, "--help") for command in ("train", "evaluate", "benchmark", "data")),
+    ("lm_eval", "--help"),
     ("train", "method.lrr=1"),
     ("train", "method.lr=abc"),
     ("train", "method.objective=nosuch"),

@@ -183,9 +183,25 @@ def test_published_heads_are_read_by_the_line_that_is_shown(tmp_path: Path) -> N
     assert "5 layers x 2 KV heads" in quoted.error, "which the tiny model does not have"
 
 
-@pytest.mark.parametrize("override", ["method.lr=[", "method.optimizer={a", "nothing"])
+@pytest.mark.parametrize("override", ["method.lr=[", "method.optimizer={a"])
 def test_what_no_quotes_mend_shows_none(override: str, tmp_path: Path) -> None:
     assert f"{override}: Hydra cannot parse it (" in run_command("train", override, folder=tmp_path).error
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("best", "error: best: settings are given as KEY=VALUE, such as experiment=best"),
+        ("--resume", "error: --resume: there is no such option, settings are given as resume=VALUE"),
+        (
+            "--experiment=best",
+            "error: --experiment=best: there is no such option, settings are given as experiment=best",
+        ),
+    ],
+    ids=["word", "option", "option with a value"],
+)
+def test_what_is_no_setting_is_one_line(argument: str, message: str, tmp_path: Path) -> None:
+    assert run_command("train", argument, folder=tmp_path).error == message
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,12 @@ def test_a_mask_for_another_shape_is_refused(model: PreTrainedModel, mask: HeadM
     assert traces(model) == before
 
 
+def test_a_window_in_every_layer_is_told_in_the_words_of_python() -> None:
+    model, mask = tiny_model("mistral", sliding_window=64), HeadMask(torch.ones(3, 2, dtype=torch.bool), 4, 8)
+    with pytest.raises(UserError, match=r"; sliding_window=None in the model's config treats them"):
+        install(model, mask)
+
+
 def test_a_mask_about_layers_without_gates_is_refused() -> None:
     model = build("gemma3_text")
     before = traces(model)

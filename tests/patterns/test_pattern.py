@@ -135,6 +135,9 @@ def test_a_pattern_owns_its_scores() -> None:
         ({"scores": torch.empty(0, 4)}, r"not \(0, 4\)"),
         ({"scores": torch.empty(4, 0)}, r"not \(4, 0\)"),
         ({"scores": torch.ones(4)}, r"not \(4,\)"),
+        ({"scores": None}, "^scores must be numbers of shape"),
+        ({"scores": [[0.5, 0.2], [0.1]]}, "^scores must be numbers of shape"),
+        ({"scores": torch.ones(2, 2, dtype=torch.complex64)}, "^scores must be real numbers, not torch.complex64$"),
         ({"sink_size": -1}, "sink_size=-1"),
         ({"sink_size": 1.5}, "sink_size=1.5"),
         ({"recent_size": 0}, "recent_size=0"),
@@ -153,6 +156,12 @@ def test_what_is_no_pattern_is_refused(change: dict, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("source", [None, 5, b"heads", ""])
+def test_what_is_no_source_is_refused(source: Any) -> None:
+    with pytest.raises(UserError, match=f"^{source!r} is not the name, path or repo of a head pattern$"):
+        HeadPattern.from_pretrained(source)
+
+
 def test_provenance_must_fit_into_json() -> None:
     assert HeadPattern(torch.rand(2, 2), 0, 1, provenance={"lengths": (1, 2)}).provenance == {"lengths": [1, 2]}
     with pytest.raises(TypeError):
@@ -168,6 +177,8 @@ def test_provenance_must_fit_into_json() -> None:
         ({"sparsity": -0.1}, "sparsity=-0.1"),
         ({"sparsity": float("nan")}, "sparsity=nan"),
         ({"threshold": float("nan")}, "threshold=nan"),
+        ({"threshold": "low"}, "threshold='low' is not a number"),
+        ({"sparsity": torch.tensor(0.5)}, r"sparsity=tensor\(0.5000\) must be a number"),
     ],
 )
 def test_binarize_wants_one_choice_in_range(choice: dict, message: str) -> None:

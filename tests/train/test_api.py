@@ -188,6 +188,16 @@ def test_ones_own_data(data: Any, tokens: str, model: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"steps": 2.0}, "^steps=2.0 must be a whole number$"),
+        ({"progress": "x"}, "^progress=x must be true or false$"),
+        ({"data": ["A text.", None]}, "^data: the first row is a text, and another of type NoneType$"),
+        (
+            {"data": datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})},
+            "holds splits: give one of train$",
+        ),
+        ({"data": datasets.Dataset.from_list(ROWS).to_iterable_dataset()}, "^data: a data set that streams may have"),
+        ({"data": ROWS, "method": "saliency"}, "^8 train samples are requested, but data has 3: lower samples$"),
+        ({"data.haystack.path": "book.txt"}, "embedded reads none, choose data.haystack.source=file$"),
         ({"method": "nestd"}, r"^method='nestd': choose one of .*nested.*, did you mean nested\?$"),
         ({"data": "mixtre"}, r"^data='mixtre': choose one of .*mixture.*, did you mean mixture\?$"),
         ({"lrr": 1}, r"^lrr: .*did you mean lr\?$"),
@@ -248,6 +258,8 @@ def test_other_things_are_no_models(model: PreTrainedModel) -> None:
         found(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"^tokenizer: a function is no tokenizer"):
         duo_id.identify(model, lambda text: text)
+    with pytest.raises(UserError, match=r"^tokenizer: it has 258 tokens and the model 96: give the one that the model"):
+        duo_id.identify(tiny_model("llama"), TOKENIZER)
     with pytest.raises(UserError, match=r"^model: a LlamaModel predicts no tokens"):
         found(model.model)
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}

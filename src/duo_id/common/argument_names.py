@@ -11,6 +11,7 @@ ARGUMENTS = {  # text in messages -> what a Python program passes; the first tha
     "data.length_min": "lengths[0]",
     "data.length_max": "lengths[1]",
     "trainer.max_steps": "steps",
+    "trainer.enable_progress_bar": "progress",
     "data/haystack": "data.haystack.source",
     "+model.config.sliding_window=null": "sliding_window=None in the model's config",
     "method.name": "method",

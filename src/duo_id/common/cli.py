@@ -26,7 +26,13 @@ from duo_id.common.config import conf_dir
 from duo_id.common.console import console, print_error, say, set_missing_filename
 from duo_id.common.errors import UserError, naming_extras
 from duo_id.common.files import write_text
-from duo_id.common.mistakes import describe_error, escape_interpolations, has_invalid_choice, shell_quoted
+from duo_id.common.mistakes import (
+    check_options,
+    describe_error,
+    escape_interpolations,
+    has_invalid_choice,
+    shell_quoted,
+)
 from duo_id.common.resuming import allow_unknown_keys, resumed_settings
 from duo_id.common.run_folders import ERROR, command_folders, locked_job_folder
 from duo_id.common.stopping import describe_interrupt, status_of, stoppable
@@ -66,6 +72,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
             return math.nan
 
     try:
+        check_options(sys.argv[1:])
         with command_folders(), naming_extras(name):
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(task)()
         sys.exit(status)

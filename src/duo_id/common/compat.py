@@ -27,6 +27,12 @@ def keeps_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
+def recomputes(module: nn.Module) -> bool:
+    """Whether a model keeps activations at checkpoints only, from which the backward pass recomputes the others."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # 5.24 renamed the latter, which warns
+    return bool(getattr(module, next((name for name in names if hasattr(type(module), name)), ""), False))
+
+
 def cache_from_arguments(arguments: dict[str, Any]) -> Any:
     """The cache among the keyword arguments of a forward, under either name; None if there is none."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)

@@ -21,6 +21,10 @@ from omegaconf.errors import ConfigTypeError, MissingMandatoryValue, OmegaConfBa
 
 from duo_id.common.errors import EXTRAS, UserError, first_line, one_line
 
+OPTIONS = (  # of Hydra
+    "--help -h --hydra-help --version --cfg -c --resolve --package -p --run -r --multirun -m --shell-completion -sc "
+    "--config-path -cp --config-name -cn --config-dir -cd --experimental-rerun --info -i"
+).split()
 KINDS: dict[type[Any], str] = {dict: "a mapping, such as {key: value}", list: "a list, such as [value]"}
 
 
@@ -47,6 +51,15 @@ def describe_error(error: BaseException) -> str:
         reason = first_line(error)
         return f"{error.full_key}: {reason}" if error.full_key else reason
     return one_line(error, None)
+
+
+def check_options(arguments: Iterable[str]) -> None:
+    """Raise a `UserError` for an option that Hydra does not have, which it would answer with a page about itself."""
+    for argument in arguments:
+        option, _, value = argument.partition("=")
+        if option.startswith("-") and option not in OPTIONS:
+            key = option.strip("-") or "KEY"
+            raise UserError(f"{argument}: there is no such option, settings are given as {key}={value or 'VALUE'}")
 
 
 def escape_interpolations(value: Any) -> Any:
@@ -192,7 +205,9 @@ def _nearest(key: str, node: Any) -> str:
 
 def _describe_syntax_error(error: OverrideParseException) -> str:
     """A line about an override that Hydra cannot parse; shows the quotes that its value needs, as a path with `=`."""
-    key, _, value = error.override.partition("=")
+    key, equals, value = error.override.partition("=")
+    if not equals and key.replace("-", "").isalnum():
+        return f"{key}: settings are given as KEY=VALUE, such as experiment=best"
     reason = first_line(error)
     if value[:1] not in "[{\"'" and (corrected := hydra_quoted(error.override)):
         return f"{error.override}: the value of {key} needs quotes that reach Hydra: {corrected}"

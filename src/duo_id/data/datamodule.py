@@ -76,9 +76,9 @@ class SampleModule(LightningDataModule):
         """The first `count` samples of a split."""
         task = self.task(split)
         if isinstance(task, Sized) and count > len(task):  # one on disk
+            source = "data" if self.settings.path is None else f"data.path={self.settings.path}"
             raise UserError(
-                f"{count} {split} samples are requested, but data.path={self.settings.path} has {len(task)}: lower "
-                f"{COUNT_SETTINGS[split]}"
+                f"{count} {split} samples are requested, but {source} has {len(task)}: lower {COUNT_SETTINGS[split]}"
             )
         return [task.sample(index, self.seed) for index in range(count)]
 

@@ -57,6 +57,12 @@ def read_data(data: Any, text_key: str, vocabulary: int) -> list[str] | SampleLi
     Raises:
         UserError: it is none of these, or is empty.
     """
+    check(
+        not isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict),
+        "data: a data set that streams may have no end: give datasets.Dataset.from_list(list(data.take(1000)))",
+    )
+    if isinstance(data, datasets.DatasetDict):
+        raise UserError(f"data: a DatasetDict holds splits: give one of {', '.join(data)}")
     if isinstance(data, datasets.Dataset):
         columns = set(data.column_names)
         is_tokens = {"input_ids", "labels"} <= columns
@@ -72,7 +78,9 @@ def read_data(data: Any, text_key: str, vocabulary: int) -> list[str] | SampleLi
     check(is_rows, f"data: {type(data).__name__} is not {KINDS}")
     rows = list(data)
     check(bool(rows), "data is empty")
-    if all(isinstance(row, str) for row in rows):
+    if isinstance(rows[0], str):
+        other = next((row for row in rows if not isinstance(row, str)), "")
+        check(isinstance(other, str), f"data: the first row is a text, and another of type {type(other).__name__}")
         return rows
     samples = SampleList([sample for row in rows for sample in _samples(row)])
     largest = max(int(sample["input_ids"].max()) for sample in samples.samples)

@@ -14,7 +14,8 @@ from duo_id.attention.functions import Backends, masked_layers
 from duo_id.attention.interface import IMPLEMENTATION, bound, routed
 from duo_id.attention.layers import AttentionLayer, gated_layers
 from duo_id.attention.padding import no_padding
-from duo_id.common.compat import GENERATE_CACHE, cache_argument, cache_from_arguments
+from duo_id.common.argument_names import naming_arguments
+from duo_id.common.compat import GENERATE_CACHE, cache_argument, cache_from_arguments, recomputes
 from duo_id.common.errors import UserError
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.wrappers import REFUSED, check_prefix, refusal, restarts, unwrapped
@@ -87,7 +88,7 @@ class Deployment:
     def watch_backward(self, module: nn.Module, output: Any) -> None:
         """Refuse a backward pass outside the block if gradient checkpoints would recompute without the mask."""
         logits = getattr(output, "logits", None)
-        if logits is None or not logits.requires_grad or not getattr(module, "is_gradient_checkpointing", False):
+        if logits is None or not logits.requires_grad or not recomputes(module):
             return
 
         def check(gradient: Tensor) -> None:
@@ -165,6 +166,7 @@ class Deployment:
         return prepare
 
 
+@naming_arguments()
 def install(
     model: Any,
     heads: HeadMask | HeadPattern,

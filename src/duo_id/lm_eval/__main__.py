@@ -17,6 +17,12 @@ ADVICE = {
 }
 
 
+HELP = """python -m duo_id.lm_eval --model duo_id --model_args heads=RUN,sparsity=0.5 --tasks TASK [...]
+
+  RUN: a run folder or a shipped pattern, with the model that its heads were found on (docs/benchmarks.md).
+  All else is lm-eval's own: python -m duo_id.lm_eval run --help, and ls tasks."""
+
+
 @stoppable()
 def main() -> None:
     """Register the model class and hand over to lm-eval.
@@ -24,6 +30,9 @@ def main() -> None:
     lm-eval 0.4 looks up model classes only in its own registry, neither in entry points nor under `--include_path`, so
     ours must be registered before it parses the command line.
     """
+    if set(sys.argv[1:]) <= {"-h", "--help"}:
+        print(HELP)
+        return
     try:
         from lm_eval.__main__ import cli_evaluate
 

@@ -18,7 +18,7 @@ def language_model_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Languag
     """The language model in whatever it is wrapped in, such as `torch.compile` or an adapter of PEFT.
 
     Raises:
-        UserError: it is no model of transformers, or lies on several devices, or the tokenizer is none.
+        UserError: it is no model of transformers, or lies on several devices, or the tokenizer is none or another's.
     """
     check_prefix(model)
     adapter = getattr(model, "active_peft_config", None)
@@ -36,7 +36,10 @@ def language_model_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Languag
     identifier = inner.config.name_or_path or type(inner).__name__
     revision = getattr(inner.config, "_commit_hash", None)
     name = Path(identifier).name or identifier
-    return LanguageModel(inner, tokenizer, name, identifier, revision, "memory", adapters=adapters_of(model))
+    language_model = LanguageModel(inner, tokenizer, name, identifier, revision, "memory", adapters=adapters_of(model))
+    known, words = language_model.vocabulary, tokenizer.vocab_size  # without tokens that were added
+    check(words <= known, f"tokenizer: it has {words} tokens and the model {known}: give the one that the model has")
+    return language_model
 
 
 def adapters_of(model: Any) -> list[dict[str, Any]]:

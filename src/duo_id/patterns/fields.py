@@ -4,15 +4,31 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from duo_id.common.documents import MOST_TOKENS, excerpt
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, one_line
 
 MOST_HEADS = 2**12  # layers, and KV heads of a layer
 
 
 SIZES = {"sink_size": 0, "recent_size": 1}  # the smallest of each, in tokens
+
+
+def numbers(name: str, values: Any) -> Tensor:
+    """A tensor of real numbers, or of whatever holds them.
+
+    Raises:
+        UserError: the values are none, or rows differ in length.
+    """
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} must be numbers of shape (layers, KV heads): {one_line(error)}") from error
+    if tensor.is_complex():
+        raise UserError(f"{name} must be real numbers, not {tensor.dtype}")
+    return tensor
 
 
 def set_checked_fields(

@@ -107,7 +107,7 @@ class HeadPattern:
 
     def __post_init__(self) -> None:
         """Copy scores and provenance and check all fields."""
-        scores = torch.as_tensor(self.scores).detach().to("cpu", torch.float32, copy=True)
+        scores = fields.numbers("scores", self.scores).detach().to("cpu", torch.float32, copy=True)
         fields.set_checked_fields(self, "scores", scores)
         nonfinite = (~self.scores.isfinite()).nonzero().tolist()
         if nonfinite:
@@ -171,7 +171,9 @@ class HeadPattern:
         retrieval = torch.ones_like(self.scores, dtype=torch.bool)
         if sparsity is not None:
             if not isinstance(sparsity, Real) or not 0 <= sparsity <= 1:
-                raise UserError(f"sparsity={sparsity} must lie in [0, 1]: the fraction of KV heads that stream")
+                raise UserError(
+                    f"sparsity={sparsity!r:.80} must be a number in [0, 1]: the fraction of KV heads that stream"
+                )
             ranked = self.scores[gated].flatten().sort(stable=True)
             streaming = round(sparsity * self.gated_heads)
             kept = torch.ones(self.gated_heads, dtype=torch.bool)
@@ -180,8 +182,8 @@ class HeadPattern:
                 warnings.warn(f"sparsity={sparsity:g} {tie}", TieWarning, stacklevel=2)
             retrieval[gated] = kept.view(len(gated), -1)
         elif threshold is not None:
-            if math.isnan(threshold):
-                raise UserError("threshold=nan is not a number")
+            if not isinstance(threshold, Real) or math.isnan(threshold):
+                raise UserError(f"threshold={threshold!r:.80} is not a number")
             retrieval[gated] = self.scores[gated] >= threshold
         return HeadMask(retrieval, self.sink_size, self.recent_size, self.gated_layers)
 

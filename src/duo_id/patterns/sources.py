@@ -21,6 +21,8 @@ def local_file(source: str | Path) -> Path | None:
     """
     if str(source) in list_patterns():
         return SHIPPED / source / HEADS
+    if not isinstance(source, str | Path) or not str(source):
+        raise UserError(f"{source!r:.80} is not the name, path or repo of a head pattern")
     path = Path(source).expanduser()
     if path.is_dir():
         file = file_in(path)

@@ -101,7 +101,7 @@ def _trainer(method: GateSettings, run: TrainRun, callbacks: Sequence[Callback],
     ]
     if not settings.trainer.get("fast_dev_run"):
         own_callbacks.append(LastCheckpoint(run.folder, settings.checkpoint_seconds))
-    if settings.trainer.get("enable_progress_bar", True) and not any(
+    if settings.trainer.get("enable_progress_bar") is not False and not any(
         isinstance(callback, ProgressBar) for callback in user_callbacks
     ):
         own_callbacks.append(TrainingBar(tokens=_mean_tokens(run, max_length)))
