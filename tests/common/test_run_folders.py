@@ -99,6 +99,14 @@ def test_a_folder_that_is_none_is_named(override: str, value: str, tmp_path: Pat
     assert "give a" in finished.error
 
 
+def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("a file where runs have their folders")
+    now = "hydra.run.dir=${fresh_folder:outputs/now}"
+    finished = run_command("train", now, folder=tmp_path, command=pytest.fail)
+    assert finished.error.startswith("error: outputs/now cannot be created (")
+    assert finished.error.endswith("): give another hydra.run.dir")
+
+
 def test_a_second_run_in_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
     def second() -> str:
         return run_command("train", *QUICK, folder=tmp_path).error

@@ -178,7 +178,7 @@ def test_provenance_must_fit_into_json() -> None:
         ({"sparsity": float("nan")}, "sparsity=nan"),
         ({"threshold": float("nan")}, "threshold=nan"),
         ({"threshold": "low"}, "threshold='low' is not a number"),
-        ({"sparsity": torch.tensor(0.5)}, r"sparsity=tensor\(0.5000\) must be a number"),
+        ({"sparsity": torch.tensor(0.5)}, r"sparsity=tensor\(0.5000\) is not a number"),
     ],
 )
 def test_binarize_wants_one_choice_in_range(choice: dict, message: str) -> None:

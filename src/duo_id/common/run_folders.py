@@ -105,7 +105,12 @@ def _locked_sweep_job(config: DictConfig, folder: Path, number: int) -> Iterator
 @cache
 def _new_folder(folder: str) -> str:
     """A new folder, the same one whenever this process asks for it."""
-    return str(make_new_folder(folder)) if first_process() else folder
+    if not first_process():
+        return folder
+    try:
+        return str(make_new_folder(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be created ({error.strerror}): give another hydra.run.dir") from error
 
 
 def _run_folder(resume: str | None, progress: str, folder: str) -> str:

@@ -30,7 +30,7 @@ def main() -> None:
     lm-eval 0.4 looks up model classes only in its own registry, neither in entry points nor under `--include_path`, so
     ours must be registered before it parses the command line.
     """
-    if set(sys.argv[1:]) <= {"-h", "--help"}:
+    if sys.argv[1:] in (["-h"], ["--help"]):
         print(HELP)
         return
     try:

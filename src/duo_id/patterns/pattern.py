@@ -170,10 +170,10 @@ class HeadPattern:
         gated = list(self.gated_layers)
         retrieval = torch.ones_like(self.scores, dtype=torch.bool)
         if sparsity is not None:
-            if not isinstance(sparsity, Real) or not 0 <= sparsity <= 1:
-                raise UserError(
-                    f"sparsity={sparsity!r:.80} must be a number in [0, 1]: the fraction of KV heads that stream"
-                )
+            if not isinstance(sparsity, Real):
+                raise UserError(f"sparsity={sparsity!r:.80} is not a number")
+            if not 0 <= sparsity <= 1:
+                raise UserError(f"sparsity={sparsity} must lie in [0, 1]: the fraction of KV heads that stream")
             ranked = self.scores[gated].flatten().sort(stable=True)
             streaming = round(sparsity * self.gated_heads)
             kept = torch.ones(self.gated_heads, dtype=torch.bool)
