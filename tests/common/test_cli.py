@@ -1,5 +1,6 @@
 """What all commands share: how warnings and mistakes look, and that mistakes cost no second."""
 
+import shlex
 import subprocess
 import sys
 import warnings
@@ -7,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from duo_id import __main__ as script
 from duo_id.common import cli
+from duo_id.common.composing import compose
+from duo_id.common.config import conf_dir
 from duo_id.patterns.pattern import HeadPattern, TieWarning
 from tests.support.commands import QUICK, run_command
 
@@ -78,6 +83,18 @@ FAST = [
     ("benchmark", "step.memory=much"),
     ("data", "out=DIR n=-1"),
 ]
+
+
+@pytest.mark.parametrize("config", ["train", "evaluate", "benchmark", "data_gen"])
+def test_help_begins_with_examples_that_compose(config: str) -> None:
+    header = OmegaConf.load(conf_dir() / f"{config}.yaml").hydra.help.header
+    examples = [shlex.split(line, comments=True) for line in header.splitlines() if line.startswith("  duo-id")]
+    assert examples
+    for _, command, *arguments in examples:
+        assert script.COMMANDS[command][0] == f"duo_id.{config.removesuffix('_gen')}"
+        sweeps = "--multirun" in arguments
+        compose(config, [argument.partition(",")[0] if sweeps else argument for argument in arguments[sweeps:]])
+    assert max(map(len, header.splitlines())) < 100
 
 
 @pytest.mark.parametrize(("command", "arguments"), FAST)
