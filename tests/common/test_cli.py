@@ -65,6 +65,8 @@ SLOW = ("torch", "transformers", "lightning", "datasets", "matplotlib", "pandas"
 FAST = [
     *((command, "--help") for command in ("train", "evaluate", "benchmark", "data")),
     ("lm_eval", "--help"),
+    ("report", "nosuch"),
+    ("report", ". out="),
     ("train", "method.lrr=1"),
     ("train", "method.lr=abc"),
     ("train", "method.objective=nosuch"),

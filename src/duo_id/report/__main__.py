@@ -47,10 +47,8 @@ def main(
         UserError: a run cannot be read, no job of a sweep has come to its end, or the page in the first folder is a
             symbolic link out of it.
     """
-    from duo_id.report.page import report
-    from duo_id.report.runs import read_run
-    from duo_id.report.sweeps import is_sweep, tables
-
+    for path in folders:
+        check(Path(path).exists(), f"{path} is missing: give run folders of evaluate or train")
     first = Path(folders[0])
     folder = first if first.is_dir() else first.parent
     check(out != "", f"out= names no file: give a file, such as out={PAGE}")
@@ -58,6 +56,10 @@ def main(
     check(not page.is_dir(), f"out={page} is a folder: give a file, such as out={page / PAGE}")
     if out is None:
         check_link(page, folder)
+    from duo_id.report.page import report
+    from duo_id.report.runs import read_run
+    from duo_id.report.sweeps import is_sweep, tables
+
     with cli.console.status("reading") as status:
         sweeps = [_read_sweep(path) for path in folders if is_sweep(path)]
         runs = [read_run(path) for path in folders if not is_sweep(path)]
