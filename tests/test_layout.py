@@ -107,8 +107,8 @@ def test_nobody_imports_the_entry_points() -> None:
         (
             "patterns.pattern",
             "patterns.cells patterns.spans patterns.fields patterns.files patterns.sources patterns.heatmap "
-            "patterns.tables patterns.hub patterns.provenance common.figures common.files common.documents common.integrity "
-            "common.errors",
+            "patterns.tables patterns.hub patterns.provenance common.figures common.files common.documents "
+            "common.integrity common.errors",
         ),
         ("attention.layers", "attention.padding common.errors"),
         (
