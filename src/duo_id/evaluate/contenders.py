@@ -7,7 +7,8 @@ from typing import Any
 
 from duo_id.common.errors import UserError
 from duo_id.evaluate.items import Item
-from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.patterns.mask import HeadMask
+from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.random_masks import random_like
 
 Key = tuple[str, str, float, int | None]

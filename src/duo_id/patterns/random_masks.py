@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
-from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.patterns.mask import HeadMask
+from duo_id.patterns.pattern import HeadPattern
 
 
 def random_mask(

@@ -12,6 +12,11 @@ from duo_id.patterns import fields
 ALL = -1  # the span of a retrieval head
 
 
+def kept_tokens(spans: Tensor, sink_size: int, length: int) -> Tensor:
+    """The tokens, int64 of any shape, that heads with these spans keep of a context of `length` tokens."""
+    return torch.where(spans == ALL, length, (spans.long() + sink_size).clamp(max=length))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadSpans:
     """The attention span of each KV head: the number of latest tokens that it sees beside the sink.
@@ -49,6 +54,11 @@ class HeadSpans:
     def retrieval(self) -> Tensor:
         """Whether each head sees all tokens, bool (layers, KV heads)."""
         return self.spans == ALL
+
+    def cache_share(self, length: int) -> float:
+        """The share of the full cache's bytes that the gated layers keep of a context of `length` tokens."""
+        kept = kept_tokens(self.spans[list(self.gated_layers)], self.sink_size, length)
+        return int(kept.sum()) / (kept.numel() * length)
 
     def check_fits(self, layers: int, kv_heads: int, model_name: str) -> None:
         """Raise a `UserError` unless the model `model_name` has this many layers and KV heads."""
