@@ -150,6 +150,14 @@ def test_ties_go_to_the_higher_score_then_to_later_heads() -> None:
     assert scored.allocate(cache=0.7, length=LENGTH).spans.tolist() == [[8, -1], [8, -1]]
 
 
+def test_where_a_longer_span_seems_to_cost_more_the_score_decides() -> None:
+    """Seeing everything costs nothing, so costs below 0 are noise, not a reason to see less."""
+    costs = torch.tensor([[[-0.5, 0.25, 0.0], [-0.125, -0.25, 0.0]]])
+    pattern = HeadPattern(torch.tensor([[2.0, 1.0]]), SINK, 7, needs=SpanNeeds((8, 18, -1), costs))
+    assert pattern.allocate(cache=0.15, length=LENGTH).spans.tolist() == [[8, 18]], "the only step that saves"
+    assert pattern.allocate(cache=0.6, length=LENGTH).spans.tolist() == [[-1, 18]]
+
+
 def test_a_share_is_the_decimal_that_was_written() -> None:
     """0.29 * 100 is 28.999999999999996 in binary."""
     pattern = HeadPattern(torch.ones(1, 1), SINK, 7, needs=SpanNeeds((26, 27, 28, -1), torch.zeros(1, 1, 4)))

@@ -1,20 +1,36 @@
 """How far each head sees: the decision for deployment when heads need windows of different sizes."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from duo_id.common.documents import MOST_TOKENS
+from duo_id.common.documents import FIRST, MOST_TOKENS, Data, Natural, Tokens, checked, excerpt, read_object
 from duo_id.common.errors import UserError
+from duo_id.common.files import write_text
+from duo_id.common.integrity import sealed
 from duo_id.patterns import fields
+from duo_id.patterns.tables import json_text
 
+SCHEMA, VERSION = "duo_id/spans", 1
 ALL = -1  # the span of a retrieval head
 
 
 def kept_tokens(spans: Tensor, sink_size: int, length: int) -> Tensor:
     """The tokens, int64 of any shape, that heads with these spans keep of a context of `length` tokens."""
     return torch.where(spans == ALL, length, (spans.long() + sink_size).clamp(max=length))
+
+
+class Contents(Data):
+    """The contents of a file of spans, besides its schema and version."""
+
+    layers: Natural
+    kv_heads: Natural
+    sink_size: Tokens
+    gated_layers: Annotated[list[Natural], FIRST]
+    spans: Annotated[list[Annotated[list[int], FIRST]], FIRST]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,6 +70,43 @@ class HeadSpans:
     def retrieval(self) -> Tensor:
         """Whether each head sees all tokens, bool (layers, KV heads)."""
         return self.spans == ALL
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "HeadSpans":
+        """Read spans from a file that `save` wrote.
+
+        Raises:
+            UserError: it cannot be read, holds something else or is damaged; the message names the file.
+        """
+        contents = read_object(path)
+        schema, version = contents.get("schema"), contents.get("version")
+        if schema != SCHEMA:
+            raise UserError(f"{path} holds no attention spans: its schema is {excerpt(schema)}, not {SCHEMA!r}")
+        if version != VERSION:
+            raise UserError(
+                f"{path} has version {excerpt(version)} of its schema, but this duo_id reads version {VERSION}"
+            )
+        read = checked(Contents, contents, path)
+        if len(read.spans) != read.layers or any(len(row) != read.kv_heads for row in read.spans):
+            raise UserError(f"{path}: spans are not those of {read.layers} layers x {read.kv_heads} KV heads")
+        try:
+            return cls(torch.tensor(read.spans), read.sink_size, tuple(read.gated_layers))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the spans to a JSON file, whole or not at all."""
+        layers, kv_heads = self.spans.shape
+        contents = {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "layers": layers,
+            "kv_heads": kv_heads,
+            "sink_size": self.sink_size,
+            "gated_layers": list(self.gated_layers),
+            "spans": self.spans.tolist(),
+        }
+        write_text(path, json_text(sealed(contents)))
 
     def cache_share(self, length: int) -> float:
         """The share of the full cache's bytes that the gated layers keep of a context of `length` tokens."""

@@ -143,4 +143,4 @@ def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]
 
 
 def _heads(pattern: Mapping[str, Any]) -> list[Any]:
-    return [pattern.get(key) for key in ("scores", "sink_size", "recent_size", "gated_layers")]
+    return [pattern.get(key) for key in ("scores", "sink_size", "recent_size", "gated_layers", "needs")]
