@@ -48,23 +48,36 @@ def allocate(pattern: Heads, cache: float, length: int) -> HeadSpans:
     levels, costs = _levels_and_costs(pattern)
     kept = kept_tokens(torch.tensor(levels), pattern.sink_size, length).tolist()
     spans = torch.full(pattern.scores.shape, ALL)
-    if kept[0] == length:
+    if kept[0] == length and cache < 1:
         warnings.warn(
             f"length={length}: sink_size={pattern.sink_size} and the smallest span, {levels[0]} tokens, hold the whole "
             "context, so all heads see it",
             stacklevel=3,
         )
+    if kept[0] == length:
         return HeadSpans(spans, pattern.sink_size, pattern.gated_layers)
-    budget = math.floor(Fraction(str(float(cache))) * len(scores) * length)  # of the decimal that was written
+    budget = tokens_within(cache, len(scores) * length)
     if budget < len(scores) * kept[0]:
         raise UserError(
             f"cache={cache:g} at length={length} is less than sink_size={pattern.sink_size} and the smallest span, "
-            f"{levels[0]} tokens, take: cache must be at least {math.ceil(1e4 * kept[0] / length) / 1e4:g}"
+            f"{levels[0]} tokens, take: cache must be at least {-(-(10**4) * kept[0] // length) / 1e4:g}"
         )
     rank = scores.argsort(stable=True).argsort()
     chosen = best_levels(costs.numpy().astype(float), kept, rank.tolist(), budget)
     spans[gated] = torch.tensor(levels)[chosen].view(len(gated), -1)
     return HeadSpans(spans, pattern.sink_size, pattern.gated_layers)
+
+
+def tokens_within(share: float, tokens: int) -> int:
+    """The most tokens that are at most this share of `tokens`, taken as the decimal that was written."""
+    return math.floor(Fraction(str(float(share))) * tokens)
+
+
+def least_share(pattern: Heads, length: int) -> float:
+    """The smallest share of the cache that `allocate` can keep of a context of `length` tokens."""
+    smallest = torch.tensor(_levels_and_costs(pattern)[0][0])
+    kept = int(kept_tokens(smallest, pattern.sink_size, length))
+    return min(math.nextafter(kept / length, 1), 1.0)  # rounded up, never below what they keep
 
 
 def best_levels(costs: np.ndarray, kept: Sequence[int], rank: Sequence[int], budget: int) -> list[int]:
