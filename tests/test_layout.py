@@ -100,7 +100,7 @@ def test_nobody_imports_the_entry_points() -> None:
         ("patterns.sources", "patterns.hub common.errors"),
         (
             "patterns.files",
-            "patterns.needs patterns.spans patterns.fields patterns.sources patterns.tables patterns.hub common.files "
+            "patterns.needs patterns.fields patterns.sources patterns.tables patterns.hub common.files "
             "common.documents common.integrity common.errors",
         ),
         ("patterns.heatmap", "patterns.cells common.figures common.files common.integrity common.errors"),

@@ -38,6 +38,12 @@ def test_a_mask_is_the_case_of_two_values() -> None:
     assert HeadSpans(mask.spans, mask.sink_size).retrieval.tolist() == mask.retrieval.tolist()
 
 
+def test_notebooks_show_the_heatmap_and_the_counts() -> None:
+    shown = HeadSpans(SPANS, 4)._repr_html_()
+    assert shown.startswith('<img src="data:image/png;base64,')
+    assert "1 x all, 1 x 1, 1 x 5" in shown
+
+
 def test_what_people_see() -> None:
     assert repr(HeadSpans(SPANS, 4, (0, 1))) == (
         "HeadSpans(3 layers x 2 KV heads, sink_size=4, 1 x all, 1 x 1, 1 x 8, 1 x 64)"

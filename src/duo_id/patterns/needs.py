@@ -8,7 +8,7 @@ from torch import Tensor
 
 from duo_id.common.documents import MOST_TOKENS
 from duo_id.common.errors import UserError, check
-from duo_id.patterns.spans import ALL
+from duo_id.patterns.fields import ALL
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,10 +3,8 @@
 import json
 import math
 import warnings
-from base64 import b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from html import escape
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -208,6 +206,7 @@ class HeadPattern:
             check(mask is None, "pass either sparsity or mask, not both")
             mask = self.binarize(sparsity=sparsity)
         if mask is not None:
+            check(isinstance(mask, HeadMask), f"mask: a {type(mask).__name__} is not a HeadMask; spans have a plot()")
             layers, kv_heads = self.scores.shape
             mask.check_fits(layers, kv_heads, "the pattern")
         model = self.provenance.get("model") or {}
@@ -217,10 +216,9 @@ class HeadPattern:
     @naming_extras("the heatmap")
     def _repr_html_(self) -> str:
         """What notebooks show: the heatmap, and below it the shape and the sizes."""
-        from duo_id.common.figures import as_png  # as above
+        from duo_id.common.figures import as_html  # as above
 
-        image = b64encode(as_png(self.plot())).decode()
-        return f'<img src="data:image/png;base64,{image}" style="max-width: 480px"><br>{escape(repr(self))}'
+        return as_html(self.plot(), repr(self))
 
     def check_fits(self, layers: int, kv_heads: int, model_name: str) -> None:
         """Raise a `UserError` unless the model `model_name` has this many layers and KV heads."""

@@ -2,20 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from duo_id.common.documents import FIRST, MOST_TOKENS, Data, Natural, Tokens, checked, excerpt, read_object
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, naming_extras
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
 from duo_id.patterns import fields
+from duo_id.patterns.cells import Cells
+from duo_id.patterns.fields import ALL as ALL
 from duo_id.patterns.tables import json_text
 
 SCHEMA, VERSION = "duo_id/spans", 1
-ALL = -1  # the span of a retrieval head
 
 
 def kept_tokens(spans: Tensor, sink_size: int, length: int) -> Tensor:
@@ -112,6 +113,35 @@ class HeadSpans:
         """The share of the full cache's bytes that the gated layers keep of a context of `length` tokens."""
         kept = kept_tokens(self.spans[list(self.gated_layers)], self.sink_size, length)
         return int(kept.sum()) / (kept.numel() * length)
+
+    def cells(self) -> Cells:
+        """The spans as figures draw them: those of all tokens lie beyond the longest other."""
+        gated = self.spans[list(self.gated_layers)]
+        limited = gated[gated != ALL].tolist() or [1]
+        low, high = min(limited), max(limited)
+        limits = (float(low), high * (high / low) ** 0.15) if low < high else (low / 2, 2.0 * high)  # room for "all"
+        values = torch.where(self.spans == ALL, 2 * limits[1], self.spans.double()).numpy()
+        return Cells(values, self.gated_layers, "span (tokens beside the sink)", limits, spans=True)
+
+    @naming_extras("plot")
+    def plot(self, title: str | None = None) -> Any:
+        """Heatmap of the spans, layers x KV heads, on a logarithmic scale; "all" has a colour of its own.
+
+        How many heads have which span: `duo_id.patterns.plots.plot_spans`.
+
+        Returns:
+            a `matplotlib.figure.Figure`, which notebooks show.
+        """
+        from duo_id.patterns.heatmap import plot_heads  # matplotlib, which nothing else here needs
+
+        return plot_heads(self.cells(), title=title)
+
+    @naming_extras("the heatmap")
+    def _repr_html_(self) -> str:
+        """What notebooks show: the heatmap, and below it how many heads have which span."""
+        from duo_id.common.figures import as_html  # as above
+
+        return as_html(self.plot(), repr(self))
 
     def check_fits(self, layers: int, kv_heads: int, model_name: str) -> None:
         """Raise a `UserError` unless the model `model_name` has this many layers and KV heads."""
