@@ -1,5 +1,6 @@
 """Head patterns scored on a model in memory, from Python."""
 
+import inspect
 import io
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -77,6 +78,26 @@ def test_shares_of_the_cache_at_each_length(model: PreTrainedModel) -> None:
         assert len({row["bytes"] for row in rows if (row["length"], row["heads"]) == (length, "streaming")}) == 2
     both = scored(model, tasks="language", cache=0.5, sparsity=0.5, samples=1)
     assert both["budget"].map(str).tolist() == ["0% stream"] + ["50% stream"] * 2 + ["50% of cache"] * 2
+
+
+@pytest.mark.skipif(
+    "HeadSpans" not in str(inspect.signature(duo_id.duo_attention)),
+    reason="spans are not deployed through the cache yet",
+)
+def test_spans_of_a_pattern_that_has_needs(model: PreTrainedModel) -> None:
+    """Each length has its own, which keep exactly the bytes that were allocated."""
+    costs = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(1)).sort(-1, descending=True)[0]
+    needs = duo_id.SpanNeeds((16, 64, 256, -1), costs - costs[..., -1:])
+    needy = duo_id.HeadPattern(PATTERN.scores, 4, 16, needs=needs)
+    arguments = {"tasks": "language", "cache": [0.5, 0.25], "lengths": [700, 1400], "samples": 2, "progress": False}
+    table = duo_id.evaluate_pattern(model, TOKENIZER, needy, **arguments, random_masks=1, baselines=["streaming"])
+    assert table.loc[table["cache"] == 0.25, "kind"].tolist() == ["pattern", "spans", "baseline", "baseline"]
+    rows = pd.DataFrame(table.attrs["results"]["rows"])
+    full = rows[rows["kind"] == "full"].groupby("length")["bytes"].first()
+    for (cache, length), spans in rows[rows["kind"] == "spans"].groupby(["cache", "length"]):
+        share = needy.allocate(cache, length).cache_share(length)
+        assert (spans["bytes"] == round(share * full[length])).all(), "every token of the text is in the cache"
+        assert (spans["kl"] > 0).any()
 
 
 def test_the_text_is_a_choice_and_recorded(model: PreTrainedModel, tmp_path: Path) -> None:
