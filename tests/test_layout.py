@@ -100,15 +100,15 @@ def test_nobody_imports_the_entry_points() -> None:
         ("patterns.sources", "patterns.hub common.errors"),
         (
             "patterns.files",
-            "patterns.sources patterns.tables patterns.hub common.files common.documents common.integrity "
-            "common.errors",
+            "patterns.needs patterns.fields patterns.sources patterns.tables patterns.hub common.files "
+            "common.documents common.integrity common.errors",
         ),
         ("patterns.heatmap", "patterns.cells common.figures common.files common.integrity common.errors"),
         (
             "patterns.pattern",
-            "patterns.cells patterns.spans patterns.fields patterns.files patterns.sources patterns.heatmap "
-            "patterns.tables patterns.hub patterns.provenance common.figures common.files common.documents "
-            "common.integrity common.errors",
+            "patterns.allocation patterns.mask patterns.needs patterns.spans patterns.cells patterns.fields "
+            "patterns.files patterns.sources patterns.heatmap patterns.tables patterns.hub patterns.provenance "
+            "common.figures common.files common.documents common.integrity common.errors",
         ),
         ("attention.layers", "attention.padding common.errors"),
         (

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from duo_id.deploy.install import dual_cache, duo_attention, install, remove
     from duo_id.deploy.prefill import prefill
     from duo_id.evaluate.api import evaluate_pattern
-    from duo_id.patterns.pattern import HeadMask, HeadPattern
+    from duo_id.patterns.mask import HeadMask
+    from duo_id.patterns.needs import SpanNeeds
+    from duo_id.patterns.pattern import HeadPattern
     from duo_id.patterns.saved import load_pattern, save_pattern
     from duo_id.patterns.sharing import push_to_hub
     from duo_id.patterns.sources import list_patterns
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "DualCache": "duo_id.deploy.cache",
-    "HeadMask": "duo_id.patterns.pattern",
+    "HeadMask": "duo_id.patterns.mask",
     "HeadPattern": "duo_id.patterns.pattern",
     "HeadSpans": "duo_id.patterns.spans",
+    "SpanNeeds": "duo_id.patterns.needs",
     "dual_cache": "duo_id.deploy.install",
     "duo_attention": "duo_id.deploy.install",
     "evaluate_pattern": "duo_id.evaluate.api",
@@ -40,6 +43,7 @@ __all__ = [
     "HeadMask",
     "HeadPattern",
     "HeadSpans",
+    "SpanNeeds",
     "dual_cache",
     "duo_attention",
     "evaluate_pattern",

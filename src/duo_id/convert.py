@@ -30,6 +30,7 @@ SIZE_RANGE = {"min": 0, "max": MOST_TOKENS}
     "duo_id.convert",
     "outputs/train/DATE/TIME DIR format=duo-attention sparsity=0.5",
     "SmolLM2-135M-Instruct heads.json format=retrieval-head lossy=true",
+    "outputs/train/DATE/TIME DIR format=duo-attention cache=0.25 length=32768 lossy=true",
     "head_score/MODEL.json DIR kv_heads=8 sink_size=128 recent_size=256",
 )
 def main(
@@ -38,6 +39,10 @@ def main(
     format: Annotated[Format, Option(help="of DST")] = "heads",
     lossy: Annotated[Literal["true", "false"], Option(help="drop what DST cannot hold")] = "false",
     sparsity: Annotated[float | None, Option(min=0, max=1, help="if a file holds a mask instead of scores")] = None,
+    cache: Annotated[
+        float | None, Option(min=0, max=1, help="in place of a sparsity: share of the full cache's bytes to keep")
+    ] = None,
+    length: Annotated[int | None, Option(**SIZE_RANGE, help="tokens of the context of which cache is a share")] = None,
     layers: Annotated[int | None, Option(**SIZE_RANGE, help="of the model")] = None,
     heads: Annotated[int | None, Option(**SIZE_RANGE, help="query heads of a layer")] = None,
     kv_heads: Annotated[int | None, Option("--kv_heads", **SIZE_RANGE, help="KV heads of a layer")] = None,
@@ -61,15 +66,20 @@ def main(
     """
     from duo_id.patterns.formats.options import Options
     from duo_id.patterns.formats.registry import FORMATS, lost_parts, read_any
+    from duo_id.patterns.formats.two_values import as_two_values
 
     check("" not in (source, target), "SRC and DST must not be empty")
-    path, options = Path(target).expanduser(), Options(sparsity, layers, heads, kv_heads, sink_size, recent_size, model)
+    path = Path(target).expanduser()
+    options = Options(sparsity, layers, heads, kv_heads, sink_size, recent_size, model, cache, length)
     same = path.resolve() == Path(source).expanduser().resolve()
     if path.exists() and (same or path.is_dir() != FORMATS[format].folder):
         kind = "folder" if FORMATS[format].folder else "file"
         raise UserError(f"{path} is in the way: format={format} writes a new {kind}, give another DST")
-    pattern = read_any(source, options)
-    lost = lost_parts(pattern, format, options)
+    pattern, lost = read_any(source, options), list[str]()
+    check(cache is None or format != "headkv", "format=headkv shares its budget out by the scores: leave out cache")
+    if cache is not None and format != "heads":
+        pattern, options, lost = as_two_values(pattern, options)
+    lost += lost_parts(pattern, format, options)
     check(not lost or lossy == "true", f"format={format} cannot hold {', '.join(lost)}: give lossy=true to drop it")
     advice = "wait until it ends, or give another DST"
     with lock_folder(path, advice, keep=False) if FORMATS[format].folder else nullcontext():

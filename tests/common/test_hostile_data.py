@@ -16,6 +16,7 @@ from duo_id.benchmark.figures import plot_benchmark
 from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import UserError
 from duo_id.common.foreign import describe_model, model_of
+from duo_id.common.integrity import unsealed
 from duo_id.common.record import differences, read_settings, recorded_settings
 from duo_id.evaluate.contenders import contenders
 from duo_id.evaluate.journal import JOURNAL, Journal
@@ -32,6 +33,7 @@ from duo_id.patterns.formats.registry import FORMATS, lost_parts, read_any
 from duo_id.patterns.saved import load_pattern
 from duo_id.patterns.sharing import model_card
 from duo_id.patterns.sources import SHIPPED
+from duo_id.patterns.spans import HeadSpans
 from duo_id.report.leaderboard import average_over_seeds, in_family_tasks, leaderboards, seconds_of
 from duo_id.report.page import FigureEmbedder, _training, report
 from duo_id.report.runs import merge, read_run
@@ -55,6 +57,7 @@ def heads(folder: Path) -> dict[str, Any]:
     provenance = contents["provenance"] | {"seconds": 3.0, "budget": 0.5}
     provenance["model"] |= {"layers": 2, "gated_layers": 2, "kv_heads": 2, "heads": 4}
     small = {"layers": 2, "kv_heads": 2, "gated_layers": [0, 1], "scores": [[0.1, 0.9], [0.2, 0.3]]}
+    small |= {"version": 2, "needs": {"levels": [1, 64, -1], "costs": [[[0.5, 0.25, 0.0]] * 2] * 2}}
     return contents | small | {"masks": [{"sparsity": 0.5, "retrieval": [[0, 1], [0, 1]]}], "provenance": provenance}
 
 
@@ -70,6 +73,7 @@ def use_heads(path: Path) -> None:
         average_over_seeds(contents),
         duo_config(pattern, {}),
         pattern.holds_gates,
+        pattern.allocate(cache=0.75, length=1000),
         repr(pattern),
     )
     differences(recorded_settings(pattern.provenance), {"method": {"name": "duo"}, "model": {"architecture": {"x": 1}}})
@@ -79,6 +83,11 @@ def use_heads(path: Path) -> None:
     model_card(pattern, "user/repo")
     for name in FORMATS:
         lost_parts(pattern, name, OPTIONS)
+
+
+def spans(folder: Path) -> dict[str, Any]:
+    HeadSpans(torch.tensor([[-1, 8], [64, 1]]), 4).save(folder / "spans.json")
+    return unsealed(json.loads((folder / "spans.json").read_text()))
 
 
 def use_results(path: Path) -> None:
@@ -228,6 +237,7 @@ UNUSED = {
 RATES = r"rows\.\d\.(ms_\w+|over_floor|tokens_per_s|batch_size|speedup|memory_saving|floor_ratio)=.*|ceilings.*"
 CASES = {
     "heads": Case("heads.json", heads, use_heads, UNSAID | MORE | NUMBERS | SHOWN | MASKS),
+    "spans": Case("spans.json", spans, HeadSpans.from_pretrained, NUMBERS),
     "model": Case(
         "heads.json", model, use_model, UNSAID | MORE | NUMBERS | SHOWN | MASKS, says="heads.json|model=|model.arch"
     ),

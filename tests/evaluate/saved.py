@@ -9,6 +9,7 @@ import torch
 
 from duo_id.patterns.files import contents_of
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.report.rows import ASKED
 
 TASKS = ("needle-words", "json-lookup", "language", "ruler-multivalue")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -114,22 +115,24 @@ def _row(
     noise: float,
     draw: float,
 ) -> dict[str, Any]:
-    sparsity, tokens = contender["sparsity"], 20 if task == "language" else 6
-    harm = HARM.get(contender["heads"], 0.5) * sparsity**2 * (1 + 0.05 * (contender["seed"] or 0))
+    cache, tokens = contender.get("cache"), 20 if task == "language" else 6
+    sparsity = contender["sparsity"] if cache is None else 1 - cache
+    harm = 0.1 if contender["kind"] == "spans" else HARM.get(contender["heads"], 0.5)
+    harm *= sparsity**2 * (1 + 0.05 * (contender["seed"] or 0))
     harm *= 1 + 0.5 * (length / 2000) - (depth or 0.5) * 0.6
     wrong = harm > 0 and (index * 7 + question * 3) % 5 / 50
     loss = 0.4 + {"language": 2.0}.get(task, 0.0) + harm * (1 if task != "language" else 0.1) + noise + wrong
     chance = float(np.exp(-harm) * 0.9)
     right = draw < chance
     generated = task != "language"
-    share = (1 - sparsity) + sparsity * min(length, 80) / length
+    share = (1 - sparsity) + sparsity * min(length, 80) / length if cache is None else cache
     return {
         "task": task,
         "length": length,
         "index": index,
         "question": question,
         "depth": depth,
-        **{key: contender[key] for key in ("kind", "heads", "sparsity", "seed")},
+        **{key: contender.get(key) for key in ASKED},
         "loss": tokens * max(loss, 0.01),
         "kl": tokens * harm * 0.8,
         "tokens": tokens,

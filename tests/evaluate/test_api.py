@@ -1,5 +1,6 @@
 """Head patterns scored on a model in memory, from Python."""
 
+import inspect
 import io
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -59,6 +60,46 @@ def test_a_table_of_contenders_with_intervals(model: PreTrainedModel, tmp_path: 
     assert not hooks_of(model)
 
 
+def test_shares_of_the_cache_at_each_length(model: PreTrainedModel) -> None:
+    table = scored(model, tasks="language", cache=[0.6, 0.3], lengths=[700, 1400], baselines=["streaming"])
+    assert table[["kind", "heads"]].to_records(index=False).tolist() == [
+        ("full", "full"),
+        *[("pattern", "pattern"), ("baseline", "random"), ("baseline", "streaming")] * 2,
+    ]
+    assert table["cache"].tolist()[1:] == [0.6] * 3 + [0.3] * 3
+    assert table["sparsity"].isna().tolist() == [False] + [True] * 6
+    kept = table.set_index(["heads", "cache"])["kept"]
+    for cache in (0.6, 0.3):
+        assert kept["pattern", cache] == kept["random", cache] == pytest.approx(cache, abs=1 / 6)
+        assert kept["streaming", cache] == pytest.approx(cache, abs=0.002)
+    rows = table.attrs["results"]["rows"]
+    assert {(row["sparsity"], row["cache"]) for row in rows} == {(0.0, None), (None, 0.6), (None, 0.3)}
+    for length in (700, 1400):
+        assert len({row["bytes"] for row in rows if (row["length"], row["heads"]) == (length, "streaming")}) == 2
+    both = scored(model, tasks="language", cache=0.5, sparsity=0.5, samples=1)
+    assert both["budget"].map(str).tolist() == ["0% stream"] + ["50% stream"] * 2 + ["50% of cache"] * 2
+
+
+@pytest.mark.skipif(
+    "HeadSpans" not in str(inspect.signature(duo_id.duo_attention)),
+    reason="spans are not deployed through the cache yet",
+)
+def test_spans_of_a_pattern_that_has_needs(model: PreTrainedModel) -> None:
+    """Each length has its own, which keep exactly the bytes that were allocated."""
+    costs = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(1)).sort(-1, descending=True)[0]
+    needs = duo_id.SpanNeeds((16, 64, 256, -1), costs - costs[..., -1:])
+    needy = duo_id.HeadPattern(PATTERN.scores, 4, 16, needs=needs)
+    arguments = {"tasks": "language", "cache": [0.5, 0.25], "lengths": [700, 1400], "samples": 2, "progress": False}
+    table = duo_id.evaluate_pattern(model, TOKENIZER, needy, **arguments, random_masks=1, baselines=["streaming"])
+    assert table.loc[table["cache"] == 0.25, "kind"].tolist() == ["pattern", "spans", "baseline", "baseline"]
+    rows = pd.DataFrame(table.attrs["results"]["rows"])
+    full = rows[rows["kind"] == "full"].groupby("length")["bytes"].first()
+    for (cache, length), spans in rows[rows["kind"] == "spans"].groupby(["cache", "length"]):
+        share = needy.allocate(cache, length).cache_share(length)
+        assert (spans["bytes"] == round(share * full[length])).all(), "every token of the text is in the cache"
+        assert (spans["kl"] > 0).any()
+
+
 def test_the_text_is_a_choice_and_recorded(model: PreTrainedModel, tmp_path: Path) -> None:
     words = [f"Word {number} is followed by word {number + 1}. " for number in range(2000)]
     (tmp_path / "mine.txt").write_text("".join(words))
@@ -90,6 +131,10 @@ def test_presets_and_a_bar(model: PreTrainedModel) -> None:
     [
         ({"tasks": "quik"}, "^tasks: there is no quik"),
         ({"sparsity": 2}, r"^sparsity=2 must be at most 1"),
+        ({"cache": 0}, "^cache=0 keeps nothing"),
+        ({"cache": 1.5}, "^cache=1.5 must be at most 1"),
+        ({"cache": 0.02}, r"heads of pattern: cache=0.02 at length=700 .*cache must be at least 0.0286; or raise"),
+        ({"cache": [], "sparsity": []}, r"^sparsity=\[\] leaves nothing to compare"),
         ({"lengths": 5}, r"^lengths=5 is too short for json-lookup"),
         ({"nosuch": 1}, "^nosuch: there is no such argument or setting$"),
     ],

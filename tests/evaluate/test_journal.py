@@ -12,13 +12,14 @@ from duo_id.common.errors import UserError
 from duo_id.common.integrity import unsealed
 from duo_id.evaluate.items import Item, Question
 from duo_id.evaluate.journal import JOURNAL, RESULTS, Journal, write_results
+from duo_id.report.rows import ASKED
 
 ITEM = Item("t", 100, 0, (1,) * 9, (Question((1,), (2,)), Question((), (1,), place=3)), max_new_tokens=5)
-KEY = ("baseline", "random", 0.25, 3)
+KEY = ("baseline", "random", 0.25, 3, None)
 
 
 def row(question: int, text: str | None = None, **changes: Any) -> dict[str, Any]:
-    contender = dict(zip(("kind", "heads", "sparsity", "seed"), KEY, strict=True))
+    contender = dict(zip(ASKED, KEY, strict=True))
     row = {"task": "t", "length": 100, "index": 0, "sample": ITEM.digest, "question": question}
     measured = {"depth": None, "kl": 0.5, "tokens": 2, "correct": 1, "score": None, "exact": None, "bytes": 9}
     return row | contender | {"text": text, "loss": 1.5} | measured | changes

@@ -78,6 +78,7 @@ def test_answers_of_peers_become_rows() -> None:
     questions = (Question((1,), (0,), ("a",), depth=0.5), Question((), (1,), place=3))
     item = Item("needle", 100, 7, (1,) * 8, questions, "exact", 5)
     shared = {"task": "needle", "length": 100, "index": 7, "kind": "eviction", "heads": "press", "sparsity": 0.5}
+    shared |= {"cache": None}
     shared |= {"seed": None, "loss": 1.0, "kl": 0.5, "tokens": 1, "correct": 1, "note": "n", "full_bytes": 80}
     generated = byte_tokenizer()("a")["input_ids"][1:]
     answers = [shared | {"question": 0, "generated": generated, "bytes": 40}]

@@ -81,6 +81,7 @@ def test_answers_become_rows(run: Path) -> None:
         "kind": "eviction",
         "heads": "snapkv",
         "sparsity": 0.5,
+        "cache": None,
         "seed": None,
         "loss": 1.5,
         "kl": 0.25,

@@ -9,7 +9,8 @@ from duo_id.evaluate.items import Item, Question
 from duo_id.evaluate.reading import GENERATED, Answers, Reader, batches, end_tokens, work
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
-from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.patterns.mask import HeadMask
+from duo_id.patterns.pattern import HeadPattern
 from tests.support.families import FAMILY_SIZES, LAYERS, SIZES
 from tests.support.tiny import tiny_model
 

@@ -23,7 +23,8 @@ from duo_id.evaluate.runner import CPU_CONTEXT_TOKENS, context_tokens_for, run
 from duo_id.evaluate.tasks.building import SampleBuilder
 from duo_id.evaluate.tasks.registry import make_items
 from duo_id.models.loading import byte_tokenizer
-from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.patterns.mask import HeadMask
+from duo_id.patterns.pattern import HeadPattern
 
 PATTERN = HeadPattern(torch.tensor([[0.1, 0.9]]), sink_size=4, recent_size=60)
 TASKS = ["needle-words", "needle-numbers", "needle-sentences", "passkeys", "ruler-single", "ruler-multikey"]

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,17 @@ from duo_id.common.errors import UserError
 from duo_id.common.integrity import unsealed
 from duo_id.patterns import files, sources
 from duo_id.patterns.files import contents_of
+from duo_id.patterns.needs import SpanNeeds
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern, pattern_from_json, save_pattern
 from duo_id.patterns.sources import list_patterns
+from duo_id.patterns.tables import exact_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::duo_id.patterns.pattern.TieWarning")  # their order is what is tested
 
 PUBLISHED = Path(os.environ.get("DUO_ID_SHARED", Path(__file__).parents[3] / "shared")) / "attn_patterns"
+THIRDS = torch.arange(-20, 28).view(6, 4, 2) / 3
+NEEDS = SpanNeeds((8, 64, -1), torch.cat([THIRDS, torch.zeros(6, 4, 1)], -1))
 NAMES = sorted(folder.name for folder in PUBLISHED.glob("*") if folder.is_dir())
 
 
@@ -118,7 +123,7 @@ def test_json_holds_the_agreed_fields_one_row_a_line(pattern: HeadPattern, tmp_p
     save_pattern(pattern, tmp_path)
     text = (tmp_path / "heads.json").read_text()
     contents = json.loads(text)
-    assert (contents["schema"], contents["version"]) == ("duo_id/heads", 1)
+    assert (contents["schema"], contents["version"]) == ("duo_id/heads", 2)
     assert (contents["layers"], contents["kv_heads"]) == (6, 4)
     assert contents["gated_layers"] == [0, 2, 3, 5]
     assert contents["provenance"] == pattern.provenance
@@ -134,11 +139,16 @@ def test_what_is_written_keeps_to_the_schema(pattern: HeadPattern, tmp_path: Pat
     contents = json.loads((tmp_path / "heads.json").read_text())
     check.validate(contents)
     check.validate(contents_of(pattern))
-    check.validate(json.loads((sources.SHIPPED / "SmolLM2-135M-Instruct" / "heads.json").read_text()))
-    assert schema["properties"].keys() == contents.keys()
+    check.validate(contents_of(load_pattern("SmolLM2-135M-Instruct")))
+    assert schema["properties"].keys() == contents.keys() | {"needs"}
     assert set(schema["required"]) == contents.keys() - {"masks", "sha256"}
+    needs = contents_of(replace(pattern, needs=NEEDS))
+    check.validate(needs)
+    assert schema["properties"]["needs"]["properties"].keys() == needs["needs"].keys()
+    for wrong in ([], [8], [0, -1], [8, 8, -1], [8.5, -1]):
+        assert not check.is_valid(needs | {"needs": needs["needs"] | {"levels": wrong}}), wrong
     assert schema["properties"]["version"]["const"] == files.VERSION
-    for change in ({"schema": "x"}, {"version": 2}, {"recent_size": 0}, {"scores": [[]]}, {"gated_layers": []}):
+    for change in ({"schema": "x"}, {"version": 1}, {"recent_size": 0}, {"scores": [[]]}, {"gated_layers": []}):
         assert not check.is_valid(contents | change)
     for key in schema["required"]:
         assert not check.is_valid({name: value for name, value in contents.items() if name != key})
@@ -153,7 +163,7 @@ def test_older_versions_are_brought_up_step_by_step(
         2: lambda old: {**old, "version": 3, "gated_layers": [0, 2, 3, 5]},
     }
     contents = contents_of(pattern)
-    first = {**contents, "gates": contents["scores"]}
+    first = {**contents, "version": 1, "gates": contents["scores"]}
     del first["scores"], first["gated_layers"]
     monkeypatch.setattr(files, "VERSION", 3)
     monkeypatch.setattr(files, "MIGRATIONS", steps)
@@ -163,6 +173,49 @@ def test_older_versions_are_brought_up_step_by_step(
     refused(tmp_path, "has version 1 of its schema, but this duo_id reads version 3$")
     (tmp_path / "heads.json").write_text(json.dumps(first | {"version": 4}))
     refused(tmp_path, "has version 4 .* upgrade")
+
+
+def test_files_of_version_1_are_read(pattern: HeadPattern, tmp_path: Path) -> None:
+    shipped = json.loads((sources.SHIPPED / "SmolLM2-135M-Instruct" / "heads.json").read_text())
+    assert shipped["version"] == 1
+    assert exact_rows(load_pattern("SmolLM2-135M-Instruct").scores) == shipped["scores"]
+    first = contents_of(pattern) | {"version": 1}
+    (tmp_path / "heads.json").write_text(json.dumps(first))
+    assert load_pattern(tmp_path) == pattern
+    assert pattern_from_json(first, "here") == pattern
+
+
+def test_needs_come_back_bit_for_bit(pattern: HeadPattern, tmp_path: Path) -> None:
+    measured = replace(pattern, needs=NEEDS)
+    save_pattern(measured, tmp_path)
+    assert load_pattern(tmp_path) == measured != pattern
+    text = (tmp_path / "heads.json").read_text()
+    assert "needs" in json.loads(text)
+    assert len(text.splitlines()) < 120, "a head a line"
+    save_pattern(pattern, tmp_path)
+    assert "needs" not in json.loads((tmp_path / "heads.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"levels": [64, 8, -1]}, r"heads.json: levels=\[64, 8, -1\] must be", id="descending"),
+        pytest.param({"levels": [8.5, 64, -1]}, r"needs.levels.0=8.5 is no whole number|must be a valid", id="half"),
+        pytest.param({"levels": None}, "needs.levels=None is no list", id="no levels"),
+        pytest.param({"costs": []}, r"costs must have the shape", id="no costs"),
+        pytest.param({"costs": [[[1, 0]]]}, r"costs must have the shape .* 3 levels", id="two levels"),
+        pytest.param({"costs": [[[1, 1, 0]], [[1, 0]]]}, "needs.costs: layers differ", id="layers differ"),
+        pytest.param({"costs": [[[1, 1, 0], [1, 0]]]}, "needs.costs.0, row 2 has 2 columns", id="heads differ"),
+        pytest.param({"costs": [[[1, 1, 0]]]}, "needs are of 1 layers x 1 KV heads, but the scores of 6 x 4", id="few"),
+        pytest.param({"costs": [[[1e39, 1, 0]]]}, "at span 8 is inf: it must be finite", id="beyond float32"),
+        pytest.param({"costs": [[["x", 1, 0]]]}, r"needs.costs.0.0.0='x' is no number", id="text"),
+        pytest.param({"costs": 1}, r"needs.costs=1 is no list", id="a number"),
+    ],
+)
+def test_malformed_needs_are_named(change: dict, message: str, pattern: HeadPattern, tmp_path: Path) -> None:
+    contents = contents_of(replace(pattern, needs=NEEDS))
+    (tmp_path / "heads.json").write_text(json.dumps(contents | {"needs": contents["needs"] | change}))
+    refused(tmp_path, message)
 
 
 def test_nothing_is_written_for_a_sparsity_out_of_range(pattern: HeadPattern, tmp_path: Path) -> None:
@@ -296,8 +349,8 @@ def test_malformed_configs_are_named(config: str | None, message: str, tmp_path:
     [
         ({"schema": "other/heads"}, "its schema is 'other/heads', not 'duo_id/heads'"),
         ({"schema": None}, "its schema is None"),
-        ({"version": 2}, "has version 2 .* upgrade"),
-        ({"version": "x"}, "has version 'x' .* reads version 1$"),
+        ({"version": 3}, "has version 3 .* upgrade"),
+        ({"version": "x"}, "has version 'x' .* reads version 2$"),
         ({"layers": 5}, "scores are 6 layers x 4 KV heads, but layers and kv_heads say 5 x 4"),
         ({"kv_heads": 8}, "say 6 x 8"),
         ({"scores": [[1, 2], [3]]}, "scores, row 2 has 1 columns, but the first has 2"),
@@ -369,15 +422,23 @@ def test_what_stands_in_for_a_file_is_named(
         load_pattern(tmp_path)
 
 
-def test_the_shipped_pattern_comes_with_its_evidence() -> None:
-    assert list_patterns() == ["SmolLM2-135M-Instruct"]
-    pattern = load_pattern("SmolLM2-135M-Instruct")
-    assert tuple(pattern.scores.shape) == (30, 3)
-    assert (pattern.sink_size, pattern.recent_size) == (64, 256)
-    folder = sources.SHIPPED / "SmolLM2-135M-Instruct"
+SHIPPED = {
+    "Qwen2.5-Coder-1.5B-Instruct": ((28, 2), (64, 1024), {"full", "found", "random"}),
+    "SmolLM2-135M-Instruct": ((30, 3), (64, 256), {"full", "found", "random", "streaming"}),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_patterns_come_with_their_evidence(name: str) -> None:
+    shape, window, judged = SHIPPED[name]
+    assert list_patterns() == list(SHIPPED)
+    pattern = load_pattern(name)
+    assert tuple(pattern.scores.shape) == shape
+    assert (pattern.sink_size, pattern.recent_size) == window
+    folder = sources.SHIPPED / name
     for sparsity in (0.25, 0.5, 0.75):
         mask = np.loadtxt(folder / f"mask_sparsity_{100 * sparsity:g}.tsv")
         assert mask.tolist() == pattern.binarize(sparsity=sparsity).retrieval.float().tolist()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["settings"] == pattern.provenance["settings"]
-    assert {row["heads"] for row in summary["results"]} == {"full", "found", "random", "streaming"}
+    assert {row["heads"] for row in summary["results"]} == judged

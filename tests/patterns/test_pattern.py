@@ -12,7 +12,8 @@ import torch
 
 from duo_id.common.errors import UserError
 from duo_id.patterns.combining import mix_prior, normalized_ranks
-from duo_id.patterns.pattern import HeadMask, HeadPattern, TieWarning
+from duo_id.patterns.mask import HeadMask
+from duo_id.patterns.pattern import HeadPattern, TieWarning
 from duo_id.patterns.random_masks import random_mask
 
 

@@ -12,13 +12,16 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.collections import QuadMesh
+from matplotlib.colors import LogNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from duo_id.common.errors import UserError
 from duo_id.common.figures import COLORS, save_figure, style
+from duo_id.patterns.heatmap import ALL_TOKENS
 from duo_id.patterns.pattern import HeadPattern
-from duo_id.patterns.plots import plot_histogram, plot_thresholds
+from duo_id.patterns.plots import plot_histogram, plot_spans, plot_thresholds
+from duo_id.patterns.spans import HeadSpans
 from duo_id.train.plots import plot_history, plot_training, read_metrics
 
 
@@ -101,6 +104,58 @@ def test_gates_share_one_colour_scale_and_other_scores_say_so() -> None:
 def test_a_mask_of_another_model_is_refused() -> None:
     with pytest.raises(UserError, match="30 layers x 3 KV heads"):
         make(32, 8).plot(mask=make(30, 3).binarize(sparsity=0.5))
+
+
+@pytest.mark.parametrize(("layers", "kv_heads", "flat"), [(9, 3, True), (4, 3, False)], ids=["flat", "tall"])
+def test_spans_stand_on_a_logarithmic_scale_and_all_tokens_apart(layers: int, kv_heads: int, flat: bool) -> None:
+    spans = torch.tensor([64, 256, 1024, -1]).repeat(layers * kv_heads)[: layers * kv_heads].view(layers, kv_heads)
+    figure = HeadSpans(spans, 4, tuple(range(layers - 1))).plot("a model")
+    mesh = next(item for item in figure.axes[0].collections if isinstance(item, QuadMesh))
+    assert isinstance(mesh.norm, LogNorm)
+    drawn = np.asarray(mesh.get_array())
+    drawn = drawn.T if flat else drawn
+    gated = spans[:-1].numpy()
+    assert np.array_equal(drawn[:-1][gated != -1], gated[gated != -1])
+    colors = mesh.cmap(mesh.norm(drawn[:-1]))
+    is_all = (colors == to_rgba(ALL_TOKENS)).all(-1)
+    assert np.array_equal(is_all, gated == -1)
+    bar = figure.axes[1]
+    assert [label.get_text() for label in bar.get_xticklabels()] == ["64", "256", "1024"]
+    assert "all" in {text.get_text() for text in bar.texts}
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"no gates"}
+
+
+def test_many_spans_are_numbered_by_powers_of_2() -> None:
+    bar = HeadSpans(torch.arange(100, 31_000, 100)[:256].view(64, 4), 4).plot().axes[1]
+    labels = [label.get_text() for label in bar.get_xticklabels()]
+    assert labels == ["128", "512", "2048", "8192", "32K"], "at most eight"
+
+
+@pytest.mark.parametrize("span", [64, -1], ids=["one window", "full"])
+def test_equal_spans_are_drawn(span: int) -> None:
+    spans = HeadSpans(torch.full((3, 2), span), 0)
+    spans.plot().draw_without_rendering()
+    bars = plot_spans(spans).axes[0].patches
+    assert sum(bar.get_height() for bar in bars) == 6
+
+
+def test_bars_count_the_heads_of_each_span() -> None:
+    spans = HeadSpans(torch.tensor([[64, -1], [1024, 64], [-1, 5]]), 4, (0, 1))
+    axes = plot_spans(spans, "a model").axes[0]
+    heights = {
+        label.get_text(): bar.get_height() for label, bar in zip(axes.get_xticklabels(), axes.patches, strict=True)
+    }
+    assert heights == {"64": 2, "1,024": 1, "all": 1}
+    assert axes.get_ylabel() == "KV heads (of 4)"
+    many = plot_spans(HeadSpans(torch.arange(1, 33).view(8, 4), 4)).axes[0]
+    names = [label.get_text() for label in many.get_xticklabels()]
+    assert names == ["to 1", "to 2", "to 4", "to 8", "to 16", "to 32", "all"]
+    assert [bar.get_height() for bar in many.patches] == [1, 1, 2, 4, 8, 16, 0]
+
+
+def test_spans_beside_scores_are_refused() -> None:
+    with pytest.raises(UserError, match="mask: a HeadSpans is not a HeadMask; spans have a plot"):
+        make(3, 2).plot(mask=HeadSpans(torch.full((3, 2), 8), 4))  # type: ignore[arg-type]
 
 
 def test_histogram_counts_gated_heads_and_draws_the_thresholds() -> None:

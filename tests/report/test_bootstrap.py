@@ -95,7 +95,9 @@ def test_masks_and_samples_are_drawn_apart() -> None:
 def test_groups_of_the_same_samples_take_the_same_draws() -> None:
     rows = frame(saved_results())
     pattern_rows = rows[(rows["kind"] == "pattern") & (rows["sparsity"] == 0.5)]
-    groups = {group.key["heads"]: group for group in bootstrap(rows, CONTENDER) if group.key["sparsity"] in (0.0, 0.5)}
+    groups = {
+        group.key["heads"]: group for group in bootstrap(rows, CONTENDER) if group.key["budget"].share in (0.0, 0.5)
+    }
     full, masked = groups["full"], groups["found"]
     assert masked.values.keys() == REPORTED.keys()
     assert (masked.samples, masked.seeds, masked.single_draw) == (len(TASKS) * 2 * 4, 1, False)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from duo_id.common.figures import GREY
 from duo_id.patterns.agreement import agreement, plot_agreement, plot_patterns
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.report.budgets import budgets_of
 from duo_id.report.figures import (
     figures,
     line_styles,
@@ -20,7 +21,6 @@ from duo_id.report.figures import (
     plot_depths,
     plot_position,
     plot_tasks,
-    sparsities_of,
 )
 from duo_id.report.summary import contenders, frame
 from tests.evaluate.saved import DEPTHS, LENGTHS, SPARSITIES, a_pattern, line_up, saved_results
@@ -237,7 +237,7 @@ def test_who_generated_nothing_is_not_drawn_where_answers_are_scored() -> None:
     rows.loc[silent, "score"] = float("nan")
     depths = plot_depths(rows, "needle-words")
     assert "random" not in " ".join(axes.get_title(loc="left") for axes in depths.axes)
-    assert len(plot_tasks(rows, "relative_score").axes) == len(sparsities_of(rows)) - 1
+    assert len(plot_tasks(rows, "relative_score").axes) == len(budgets_of(rows)) - 1
 
 
 def test_legends_lie_inside_their_figures(rows: pd.DataFrame) -> None:

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from duo_id.common.errors import UserError
+from duo_id.report.budgets import Budget
 from duo_id.report.paired import paired, paired_grids
 from duo_id.report.rows import QUESTION
 from duo_id.report.summary import CONTENDER, frame, summarise
@@ -41,7 +42,7 @@ def test_values_are_those_of_the_contenders_apart(results: dict[str, Any]) -> No
     for row in differences.to_dict("records"):
         contender, reference = (
             unpaired.loc[tuple(row[key] for key in CONTENDER)],
-            unpaired.loc["pattern", "found", row["sparsity"]],
+            unpaired.loc["pattern", "found", row["budget"]],
         )
         assert row["rise"] == pytest.approx(contender["rise"] - reference["rise"])
         assert row["ratio"] == pytest.approx(contender["rise"] / reference["rise"])
@@ -61,7 +62,7 @@ def test_what_both_have_in_common_is_certain(results: dict[str, Any]) -> None:
     assert [twice[f"ratio{end}"] for end in ("", "_low", "_high")] == pytest.approx([2.0] * 3)
     twin = row_of(paired(with_twin(rows), "found"), "twin")
     assert [twin[f"rise{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
-    unpaired = summarise(rows).set_index(CONTENDER).loc["pattern", "found", 0.5]
+    unpaired = summarise(rows).set_index(CONTENDER).loc["pattern", "found", Budget(sparsity=0.5)]
     assert unpaired["rise_high"] - unpaired["rise_low"] > 0.005, "though each is uncertain"
 
 

@@ -169,7 +169,7 @@ def test_results_come_back_from_the_disk(tmp_path: Path) -> None:
     folder = save(tmp_path / "run", results)
     assert load_results(folder) == load_results(folder / "results.json") == json.loads(json.dumps(results))
     rows = frame(load_results(folder))
-    assert list(rows.columns) == COLUMNS
+    assert list(rows.columns) == [*COLUMNS, "budget"]
     assert len(rows) == len(results["rows"])
     assert set(rows["exact"].dropna()) <= {0.0, 1.0}
 

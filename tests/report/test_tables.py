@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from duo_id.common.tables import TextTable
+from duo_id.report.budgets import Budget
 from duo_id.report.leaderboard import leaderboards
 from duo_id.report.summary import contenders, frame
 from duo_id.report.tables import (
@@ -78,10 +79,10 @@ def test_little_was_measured(compared: list) -> None:
     assert headline(frame(results)) == "relative_accuracy"
 
 
-def test_middle_sparsity() -> None:
+def test_middle_budget() -> None:
     rows = frame(saved_results(samples=1, tasks=("language",), contenders=line_up(sparsities=(0.2, 0.55, 0.9))))
-    assert middle(rows) == 0.55
-    assert middle(rows[rows["kind"] == "full"]) == 0
+    assert middle(rows) == Budget(sparsity=0.55)
+    assert middle(rows[rows["kind"] == "full"]) is None
 
 
 def test_cells() -> None:
@@ -103,7 +104,7 @@ def test_every_number_is_whole_in_a_terminal_of_80_columns() -> None:
     patterns = {"found": a_pattern(), "a rather long name of other heads": a_pattern(1)}
     results = saved_results(samples=2, patterns=patterns)
     rows = frame(results)
-    for grid in (contender_grid(rows), task_grid(rows, "rise", 0.5), *leaderboards(results).values()):
+    for grid in (contender_grid(rows), task_grid(rows, "rise", Budget(sparsity=0.5)), *leaderboards(results).values()):
         words = Counter(shown(terminal_table(grid, "Tiny"), 80).split())
         cells = [str(cell) for lines in grid.sections.values() for line in lines for cell in line[2:]]
         assert Counter(" ".join(cells).split()) <= words

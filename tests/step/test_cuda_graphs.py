@@ -64,10 +64,13 @@ class StandIns:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, launched: float, waits: bool = False) -> None:
         self.captured: list[Any] = []
+        self.cached = 0  # bytes that the allocator keeps of freed tensors
         clock = iter(float(value) for row in ((i, i + launched, i + 1) for i in range(0, 1000, 10)) for value in row)
         monkeypatch.setattr(cuda_graphs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-        for name in ("synchronize", "get_sync_debug_mode", "memory_reserved"):
-            monkeypatch.setattr(torch.cuda, name, lambda *args: 10 * len(self.captured))
+        for name in ("synchronize", "get_sync_debug_mode"):
+            monkeypatch.setattr(torch.cuda, name, lambda: None)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: self.cached + 10 * len(self.captured))
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(self, "cached", 0))
         monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "mode", mode))
         monkeypatch.setattr(cuda_graphs, "_Capture", self.capture)
         monkeypatch.setattr(cuda_graphs._Replay, "apply", lambda alpha, capture, batch: torch.tensor(-1.0))
@@ -75,10 +78,12 @@ class StandIns:
         self.waits = waits
 
     def capture(self, loss: Any, alpha: Tensor, batch: dict[str, Any], pool: Any) -> Any:
+        torch.cuda.empty_cache()
         self.captured.append(batch["x"].shape)
         return SimpleNamespace(graph=SimpleNamespace(pool=lambda: "pool"))
 
     def loss(self, alpha: Any, batch: dict[str, Any]) -> Tensor:
+        self.cached = 1000
         if self.waits and self.mode == "error":
             raise RuntimeError("called a synchronizing CUDA operation")
         return torch.tensor(1.0)
@@ -116,7 +121,7 @@ def test_a_step_that_waits_for_the_device_is_never_captured(monkeypatch: pytest.
 def test_graphs_take_no_more_than_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
     device = StandIns(monkeypatch, 0.9)
     graphed = GraphedLoss(device.loss)
-    graphed.room = 100
+    graphed.room, device.cached = 100, 1000
     assert device.steps(graphed, [5], 101) == [1], "one that may not fit"
     assert device.steps(graphed, [5, 6], 90) == [-1, -1], "each takes 10, which is counted instead of 90"
     assert device.steps(graphed, [7], 90) == [1]

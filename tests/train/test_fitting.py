@@ -37,6 +37,7 @@ def test_lengths_and_windows_follow_the_models_limit(limit: int, lengths: tuple[
     assert settings.method.recent_size == recent
     assert settings.method.window.recent_size == recent
     assert settings.data.haystack.source == ("packages" if lengths[1] > 12000 else "embedded")
+    assert settings.trainer["max_steps"] == (200 if lengths[1] > 12000 else 400)
 
 
 def test_what_is_given_stays_and_decides_the_rest() -> None:
@@ -46,8 +47,11 @@ def test_what_is_given_stays_and_decides_the_rest() -> None:
     assert (settings.data.length_min, settings.data.length_max, settings.method.recent_size) == (1000, 2000, 64)
     settings = settings_of("method.recent_size=100", "data.length_min=900")
     assert (settings.data.length_min, settings.data.length_max, settings.method.recent_size) == (900, 8000, 100)
+    assert settings_of("data.length_max=20000", "trainer.max_steps=7").trainer["max_steps"] == 7
     plain = train_settings(compose("train", ["~logger"]))
-    assert (plain.data.length_max, plain.method.recent_size) == (384, 64), "nothing is automatic by default"
+    assert (plain.data.length_max, plain.method.recent_size, plain.trainer["max_steps"]) == (384, 64, 48), (
+        "nothing is automatic by default"
+    )
 
 
 def test_a_model_in_memory_decides_too() -> None:

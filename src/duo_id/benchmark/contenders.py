@@ -17,7 +17,7 @@ from duo_id.common.errors import UserError
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.install import dual_cache, duo_attention
 from duo_id.models.language_model import LanguageModel
-from duo_id.patterns.pattern import HeadMask
+from duo_id.patterns.mask import HeadMask
 
 
 class CacheContender(ABC):

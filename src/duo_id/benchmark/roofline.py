@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from duo_id.attention.layers import AttentionLayer
 from duo_id.benchmark.ceilings import Ceilings
-from duo_id.patterns.pattern import HeadMask
+from duo_id.patterns.mask import HeadMask
 
 
 @dataclass(frozen=True)

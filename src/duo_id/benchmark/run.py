@@ -35,7 +35,7 @@ from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import load_model
-from duo_id.patterns.pattern import HeadMask
+from duo_id.patterns.mask import HeadMask
 from duo_id.patterns.random_masks import random_mask
 from duo_id.patterns.saved import load_pattern
 

@@ -4,8 +4,10 @@ Notebooks, run folders, evaluations, benchmarks and the report's page use it. Si
 legible when a figure is as wide as one column of a page.
 """
 
+from base64 import b64encode
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,12 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         raise UserError(f"{path}: a figure needs a suffix that names its format, such as .png, .pdf or .svg")
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
+
+
+def as_html(figure: Figure, caption: str) -> str:
+    """What notebooks show of an object: its figure, and a caption below it."""
+    image = b64encode(as_png(figure)).decode()
+    return f'<img src="data:image/png;base64,{image}" style="max-width: 480px"><br>{escape(caption)}'
 
 
 def as_png(figure: Figure) -> bytes:

@@ -30,21 +30,23 @@ def evaluate_pattern(
     pattern: HeadPattern,
     tasks: str | Sequence[str] = "quick",
     *,
-    sparsity: float | Sequence[float] = 0.5,
+    sparsity: float | Sequence[float] | None = None,
+    cache: float | Sequence[float] | None = None,
     lengths: int | Sequence[int] | None = None,
     samples: int | None = None,
     seed: int = 0,
     progress: bool = True,
     **overrides: Any,
 ) -> pd.DataFrame:
-    """Score the masks of a pattern on held-out long-context tasks, beside full attention and random masks.
+    """Score masks and spans of a pattern on held-out long-context tasks, beside full attention and random masks.
 
     Args:
         model: any causal language model of transformers, see `duo_id.identify`.
         tokenizer: of the model.
-        pattern: whose masks are scored.
+        pattern: whose masks are scored, and, if it has needs, its spans.
         tasks: a preset of conf/evaluation (quick, standard, full), or tasks and groups of tasks by name.
-        sparsity: fractions of the KV heads that stream.
+        sparsity: fractions of the KV heads that stream; None: a half, or none if `cache` is given.
+        cache: shares of the full cache's bytes: at each length masks and spans within them are compared.
         lengths: tokens of a context with its question and answer; None: those of the preset.
         samples: contexts of each task and length; None: as many as the preset has.
         seed: of samples and random masks.
@@ -72,7 +74,8 @@ def evaluate_pattern(
     presets = {path.stem for path in (conf_dir() / "evaluation").glob("*.yaml")}
     is_preset = isinstance(tasks, str) and tasks in presets
     config = compose("evaluate", [f"evaluation={tasks}"] if is_preset else [])
-    given = {"sparsity": sparsity, "lengths": lengths, "samples": samples, "seed": seed} | overrides
+    given: dict[str, Any] = {"sparsity": sparsity, "cache": cache, "lengths": lengths, "samples": samples, "seed": seed}
+    given |= ({"sparsity": 0.5 if cache is None else []} if sparsity is None else {}) | overrides
     given |= {} if is_preset else {"tasks": tasks if isinstance(tasks, str) else list(tasks)}
     model_settings = {"id": language_model.id, "name": language_model.name, "revision": language_model.revision}
     override(config, {key: value for key, value in given.items() if value is not None})

@@ -1,16 +1,22 @@
 """What an evaluation compares: the full cache, masks of head patterns, and baselines at the same bytes."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 from duo_id.common.errors import UserError
 from duo_id.evaluate.items import Item
-from duo_id.patterns.pattern import HeadMask, HeadPattern
-from duo_id.patterns.random_masks import random_like
+from duo_id.patterns.allocation import least_share, tokens_within
+from duo_id.patterns.mask import HeadMask
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.random_masks import random_like, random_pattern
+from duo_id.patterns.spans import HeadSpans
+from duo_id.report.rows import ASKED
 
-Key = tuple[str, str, float, int | None]
+Key = tuple[str, str, float | None, int | None, float | None]  # the columns `ASKED`
+Decision = HeadMask | HeadSpans
 
 
 @dataclass(frozen=True)
@@ -18,29 +24,32 @@ class Contender:
     """One way of keeping the KV cache.
 
     Attributes:
-        kind: full | pattern | baseline | eviction.
+        kind: full | pattern | spans | baseline | eviction.
         heads: its name.
-        sparsity: fraction of the gated KV heads that stream; for a baseline, the sparsity whose bytes it matches.
+        sparsity: fraction of the gated KV heads that stream; for a baseline, the sparsity whose bytes it matches. None
+            where a share of the cache is asked.
         seed: of a random mask.
+        cache: share of the full cache's bytes that it keeps of each context; None where a sparsity is asked.
         note: a remark for readers of the results.
-        mask: returns its mask for a context length in tokens; None where duo_id does not run it.
+        mask: returns its mask or spans for a context length in tokens; None where duo_id does not run it.
     """
 
     kind: str
     heads: str
-    sparsity: float
+    sparsity: float | None = None
     seed: int | None = None
+    cache: float | None = None
     note: str = ""
-    mask: Callable[[int], HeadMask] | None = None
+    mask: Callable[[int], Decision] | None = None
 
     @property
     def key(self) -> Key:
         """Its identity: no two contenders share one."""
-        return self.kind, self.heads, self.sparsity, self.seed
+        return self.kind, self.heads, self.sparsity, self.seed, self.cache
 
     def describe(self) -> dict[str, Any]:
         """Everything but the mask, as plain values."""
-        return {name: getattr(self, name) for name in ("kind", "heads", "sparsity", "seed", "note")}
+        return {name: getattr(self, name) for name in (*ASKED, "note")}
 
 
 def contenders(
@@ -49,17 +58,23 @@ def contenders(
     random_masks: int,
     baselines: Sequence[str],
     seed: int,
+    caches: Sequence[float] = (),
 ) -> list[Contender]:
     """Everything that is compared, full attention first.
+
+    A share of the cache is that of each context: masks, spans and windows depend on its length. Where a context is so
+    short that the pattern's window takes more than the share, the window is what they keep.
 
     Args:
         patterns: by name; baselines take their windows and budgets from the first.
         sparsities: of their masks.
-        random_masks: number at each sparsity.
+        random_masks: number at each sparsity and share of the cache.
         baselines: `streaming`: every head keeps the sink and as many recent tokens as the bytes of a mask allow
             (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453); `window`: recent tokens only. Both match the bytes of
             each sparsity, and at sparsity 1 use the pattern's own window.
         seed: of the first random mask.
+        caches: shares of the cache at which the masks of patterns, the spans of those that have needs, random masks and
+            baselines are compared, besides `sparsities`.
     """
     first = next(iter(patterns.values()))
     lineup = [Contender("full", "full", 0.0, mask=_constant_mask(first.binarize(sparsity=0)))]
@@ -74,11 +89,35 @@ def contenders(
             lineup.append(Contender("baseline", "random", sparsity, mask_seed, mask=_constant_mask(mask)))
     for name in baselines:
         sink = first.sink_size if name == "streaming" else 0
-        for sparsity in sorted({*sparsities, 1.0}):
+        for sparsity in sorted({*sparsities, 1.0} if sparsities else ()):
             note = f"sink {sink}, plus as many recent tokens as the bytes allow"
             mask_for_length = partial(_mask_of_equal_bytes, first, sparsity, sink)
             lineup.append(Contender("baseline", name, sparsity, note=note, mask=mask_for_length))
+    for cache in caches:
+        lineup += _at_a_share(patterns, cache, range(seed, seed + random_masks), baselines)
     return lineup
+
+
+def _at_a_share(
+    patterns: Mapping[str, HeadPattern], cache: float, seeds: Sequence[int], baselines: Sequence[str]
+) -> Iterator[Contender]:
+    """The contenders that keep a share of the cache; see `contenders`."""
+    first = next(iter(patterns.values()))
+    for name, pattern in patterns.items():
+        window = f"sink {pattern.sink_size}, recent {pattern.recent_size}"
+        if pattern.needs is not None:
+            spans = ", ".join(map(str, pattern.needs.levels[:-1]))
+            note = f"sink {pattern.sink_size}, and for each head {spans} or all tokens, by what it needs"
+            yield Contender("spans", name, cache=cache, note=note, mask=partial(_spans_of_share, pattern, cache))
+        yield Contender("pattern", name, cache=cache, note=window, mask=partial(_mask_of_share, pattern, cache))
+    for seed in seeds:
+        mask = partial(_mask_of_share, random_pattern(first, seed), cache)
+        yield Contender("baseline", "random", cache=cache, seed=seed, mask=mask)
+    for name in baselines:
+        sink = first.sink_size if name == "streaming" else 0
+        note = f"sink {sink}, plus as many recent tokens as the bytes allow"
+        window_of_share = partial(_window_of_share, first, cache, sink)
+        yield Contender("baseline", name, cache=cache, note=note, mask=window_of_share)
 
 
 def kept_tokens(sparsity: float, tokens: int, window: int) -> int:
@@ -95,6 +134,34 @@ def check_windows(patterns: Mapping[str, HeadPattern], items: Sequence[Item]) ->
                 f"the longest context has {longest} tokens, which all fit in the window of {name} "
                 f"(sink_size={pattern.sink_size}, recent_size={pattern.recent_size}): raise lengths"
             )
+
+
+def check_shares(patterns: Mapping[str, HeadPattern], caches: Sequence[float], lengths: Sequence[int]) -> None:
+    """Raise a `UserError` if a share of the cache cannot be kept at a length, with spans or with a window."""
+    for (name, pattern), cache, length in product(patterns.items(), caches, lengths):
+        for heads in [pattern] if pattern.needs is None else [pattern, replace(pattern, needs=None)]:
+            try:
+                heads.allocate(cache, length)
+            except UserError as error:
+                raise UserError(f"heads of {name}: {error}; or raise lengths") from None
+
+
+def _spans_of_share(pattern: HeadPattern, cache: float, tokens: int) -> HeadSpans:
+    """The pattern's spans at a context of `tokens` tokens; at least its smallest."""
+    return pattern.allocate(max(cache, least_share(pattern, tokens)), tokens)
+
+
+def _mask_of_share(pattern: HeadPattern, cache: float, tokens: int) -> HeadMask:
+    """The pattern's mask with as many retrieval heads as fit in a share of the cache; at least its window."""
+    retrieval = _spans_of_share(replace(pattern, needs=None), cache, tokens).retrieval
+    return HeadMask(retrieval, pattern.sink_size, pattern.recent_size, pattern.gated_layers)
+
+
+def _window_of_share(pattern: HeadPattern, cache: float, sink: int, tokens: int) -> HeadMask:
+    """All heads stream, over a window that takes a share of the cache; at least the pattern's smallest."""
+    kept = tokens_within(max(cache, least_share(pattern, tokens)), tokens)
+    streaming = pattern.binarize(sparsity=1)
+    return HeadMask(streaming.retrieval, sink, max(1, kept - sink), pattern.gated_layers)
 
 
 def _constant_mask(mask: HeadMask) -> Callable[[int], HeadMask]:

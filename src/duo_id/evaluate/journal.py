@@ -16,7 +16,7 @@ from duo_id.common.integrity import DIFFERS, sealed
 from duo_id.common.record import differences
 from duo_id.evaluate.contenders import Key
 from duo_id.evaluate.items import Item
-from duo_id.report.rows import SCHEMA, VERSION, Scored, ScoredRow
+from duo_id.report.rows import ASKED, QUESTION, SCHEMA, VERSION, Scored, ScoredRow
 
 JOURNAL = "scores.jsonl"  # in a run folder: a header line, then one row per line
 RESULTS = "results.json"
@@ -136,5 +136,4 @@ def _difference(key: str, header: ScoredRow, current: ScoredRow) -> str:
 
 
 def _row_key(row: ScoredRow) -> tuple[Any, ...]:
-    columns = ("task", "length", "index", "question", "kind", "heads", "sparsity", "seed")
-    return tuple(row[column] for column in columns)
+    return tuple(row.get(column) for column in (*QUESTION, *ASKED))

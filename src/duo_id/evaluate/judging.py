@@ -13,7 +13,7 @@ from duo_id.evaluate.contenders import Contender
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.metrics import METRICS, first_answer
 from duo_id.evaluate.reading import Answers
-from duo_id.report.rows import ScoredRow
+from duo_id.report.rows import ASKED, ScoredRow
 
 BLOCK = 4096  # rows of logits in float32 at a time
 
@@ -53,7 +53,7 @@ def score_rows(
 
 def contender_columns(contender: Contender) -> ScoredRow:
     """A contender's identity, as columns."""
-    return dict(zip(("kind", "heads", "sparsity", "seed"), contender.key, strict=True))
+    return dict(zip(ASKED, contender.key, strict=True))
 
 
 def judge_generated(

@@ -152,7 +152,7 @@ def _answer_rows(file: Path, item: Item, press: str, note: str, answer: dict[str
             )
         in_context = item.questions[number].place is not None
         row = {"task": item.task, "length": item.length, "index": item.index, "question": number}
-        row |= {"kind": "eviction", "heads": press, "sparsity": answer["sparsity"], "seed": None}
+        row |= {"kind": "eviction", "heads": press, "sparsity": answer["sparsity"], "cache": None, "seed": None}
         row |= {key: measured[key] for key in ("loss", "kl", "tokens", "correct", "generated", "bytes", "full_bytes")}
         rows.append(row | {"note": f"{note}; entries are evicted where the answer begins" if in_context else note})
     return rows

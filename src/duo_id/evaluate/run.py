@@ -24,7 +24,7 @@ from duo_id.common.tables import print_tables
 from duo_id.common.version import __version__
 from duo_id.data.haystack import Haystack, load_haystack, text_versions
 from duo_id.evaluate import chat
-from duo_id.evaluate.contenders import check_windows, contenders
+from duo_id.evaluate.contenders import check_shares, check_windows, contenders
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal, write_results
 from duo_id.evaluate.judging import peer_rows
@@ -45,7 +45,7 @@ from duo_id.patterns.sources import list_patterns, pattern_name
 from duo_id.report.figures import figures
 from duo_id.report.leaderboard import leaderboards
 from duo_id.report.paired import paired_grids
-from duo_id.report.rows import SCHEMA, VERSION, ScoredRow
+from duo_id.report.rows import ASKED, SCHEMA, VERSION, ScoredRow
 from duo_id.report.summary import SEED
 from duo_id.report.tables import results_table, terminal_table
 
@@ -136,7 +136,9 @@ def score(
         settings = replace(settings, data=replace(settings.data, haystack=text))
     items = all_items(settings, model, haystack)
     check_windows(patterns, items)
-    lineup = contenders(patterns, settings.sparsity, settings.random_masks, settings.baselines, settings.seed)
+    check_shares(patterns, settings.cache, settings.lengths)
+    masks = settings.random_masks, settings.baselines, settings.seed
+    lineup = contenders(patterns, settings.sparsity, *masks, settings.cache)
     protocol = {key: getattr(settings, key) for key in ("split", "seed", "chat_template", "depths")}
     saved_patterns = {name: contents_of(pattern) for name, pattern in patterns.items()}
     header = {"model": description, "patterns": saved_patterns, "data": plain(settings.data)} | protocol
@@ -271,7 +273,7 @@ def _named_contenders(rows: Sequence[ScoredRow]) -> list[dict[str, Any]]:
     """All contenders named in rows, each once, with its longest note."""
     named: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        identity = {key: row[key] for key in ("kind", "heads", "sparsity", "seed")}
+        identity = {key: row.get(key) for key in ASKED}
         entry = named.setdefault(tuple(identity.values()), identity | {"note": ""})
         entry["note"] = max(entry["note"], row.get("note", ""), key=len)  # answers inside the context have longer notes
     return list(named.values())

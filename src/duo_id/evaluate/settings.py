@@ -31,9 +31,10 @@ class EvaluateSettings:
     lengths: Some[Positive]  # tokens
     samples: Positive  # contexts per task and length
     depths: Positive  # needles per context, in tasks over a grid of depths
-    sparsity: Some[Fraction]  # fractions of KV heads that stream
-    random_masks: Count  # at each sparsity
-    baselines: Several[Literal["streaming", "window"]] = field(default_factory=list)  # at the bytes of each sparsity
+    sparsity: Several[Fraction]  # fractions of KV heads that stream
+    random_masks: Count  # at each sparsity and share of the cache
+    cache: Several[Fraction] = field(default_factory=list)  # shares of the full cache's bytes, at the length judged
+    baselines: Several[Literal["streaming", "window"]] = field(default_factory=list)  # at the bytes of each of both
     patterns: dict[str, Text] = field(default_factory=dict)  # other head patterns, by name
     split: Literal["development", "test"] = "test"
     generate: bool = True  # generate answers, besides scoring the right answer
@@ -47,6 +48,10 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         """Normalise values; what depends on the model is checked once it is loaded."""
         self.sparsity, self.lengths = sorted(set(self.sparsity)), sorted(set(self.lengths))
+        self.cache = sorted(set(self.cache), reverse=True)
+        check(bool(self.sparsity or self.cache), "sparsity=[] leaves nothing to compare: give sparsity or cache")
+        check(0 not in self.cache, "cache=0 keeps nothing: give shares above 0")
+        check(bool(self.sparsity) or not self.peers, "peers=true: token eviction is compared by sparsity, give some")
         check_tasks(self.tasks)
         reserved = {"full", "random", *BASELINES}
         for name in self.patterns:

@@ -6,16 +6,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from duo_id.patterns.needs import SpanNeeds
 from duo_id.patterns.pattern import HeadPattern
 
 
 def average(patterns: Sequence[HeadPattern]) -> HeadPattern:
-    """The pattern with the mean scores of several seeds, which agree in everything else; a single one is returned."""
+    """The pattern with the mean scores of several seeds, which agree in everything else; a single one is returned.
+
+    It has the mean needs where all of them have needs at the same spans, else none.
+    """
     if len(patterns) == 1:
         return patterns[0]
     scores = torch.stack([pattern.scores for pattern in patterns]).mean(0)
     seeds = [pattern.provenance.get("seed") for pattern in patterns]
-    return replace(patterns[0], scores=scores, provenance=patterns[0].provenance | {"seeds": seeds})
+    needs = [pattern.needs for pattern in patterns if pattern.needs is not None]
+    shared = None
+    if len(needs) == len(patterns) and len({each.levels for each in needs}) == 1:
+        shared = SpanNeeds(needs[0].levels, torch.stack([each.costs for each in needs]).mean(0))
+    return replace(patterns[0], scores=scores, provenance=patterns[0].provenance | {"seeds": seeds}, needs=shared)
 
 
 def normalized_ranks(scores: Tensor) -> Tensor:

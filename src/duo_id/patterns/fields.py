@@ -11,7 +11,7 @@ from duo_id.common.documents import MOST_TOKENS, excerpt
 from duo_id.common.errors import UserError, one_line
 
 MOST_HEADS = 2**12  # layers, and KV heads of a layer
-
+ALL = -1  # the attention span of a head that sees all tokens
 
 SIZES = {"sink_size": 0, "recent_size": 1}  # the smallest of each, in tokens
 

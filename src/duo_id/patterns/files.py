@@ -4,7 +4,7 @@ heads/
   full_attention_heads.tsv   scores, a row per layer, a column per KV head   } read by DuoAttention's loaders
   config.json                sink_size, recent_size, checksums of the TSVs   } (github.com/mit-han-lab/duo-attention)
   mask_sparsity_50.tsv       0/1 rows (1 = retrieval), a file per sparsity
-  heads.json                 all of it plus the provenance, written last; the file that `load_pattern` trusts
+  heads.json                 all of it plus provenance and needs, written last; the file that `load_pattern` trusts
 
 heads.schema.json, next to this module, is the schema of heads.json. Other tools' files: see `duo_id.patterns.formats`.
 """
@@ -21,18 +21,22 @@ from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
 from duo_id.common.integrity import DIFFERS, SEAL, digest_of, sealed
 from duo_id.patterns import hub
+from duo_id.patterns.needs import SpanNeeds
 from duo_id.patterns.sources import CONFIG, HEADS, SCORES, file_in, local_file, repo_of
 from duo_id.patterns.tables import exact_rows, json_text, number_rows, read_tsv, tsv
 
 SCHEMA = "duo_id/heads"
-VERSION = 1
+VERSION = 2
 # Functions that convert the contents of a version to the next one; adding or renaming a field needs an entry.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda contents: contents | {"version": 2},  # needs, which a pattern may lack, came with version 2
+}
 TABLES = "tables_sha256"  # in a config.json: checksums of the TSVs in its folder, by name
 
 
 Made = TypeVar("Made")
-Make = Callable[[Tensor, int, int, tuple[int, ...], dict[str, Any]], Made]  # the fields of a pattern, in this order
+# The fields of a pattern, in this order.
+Make = Callable[[Tensor, int, int, tuple[int, ...], dict[str, Any], SpanNeeds | None], Made]
 
 
 class Fields(Protocol):
@@ -53,6 +57,9 @@ class Fields(Protocol):
     @property
     def provenance(self) -> dict[str, Any]: ...  # noqa: D102
 
+    @property
+    def needs(self) -> SpanNeeds | None: ...  # noqa: D102
+
 
 class Sizes(Data):
     """The fields of a config.json (next to a table of scores) that are used."""
@@ -63,6 +70,13 @@ class Sizes(Data):
     gated_layers: Annotated[list[Natural], FIRST] | None = None
 
 
+class Needs(Data):
+    """The needs in a heads.json: spans in tokens, and costs by layer, KV head and span."""
+
+    levels: Annotated[list[int], FIRST]
+    costs: Annotated[list[Annotated[list[Annotated[list[float], FIRST]], FIRST]], FIRST]
+
+
 class Heads(Sizes):
     """The contents of a heads.json, besides its schema and version."""
 
@@ -71,6 +85,7 @@ class Heads(Sizes):
     kv_heads: Natural
     provenance: dict[str, Any]
     scores: Annotated[list[Annotated[list[float], FIRST]], FIRST]
+    needs: Needs | None = None
 
 
 def write_heads(pattern: Fields, masks: Mapping[float, Tensor], folder: str | Path) -> None:
@@ -165,7 +180,7 @@ def heads_from_json(contents: dict[str, Any], path: str | Path, make: Make[Made]
             f"{path}: scores are {shape[0]} layers x {shape[1]} KV heads, "
             f"but layers and kv_heads say {declared[0]} x {declared[1]}"
         )
-    return _made(path, scores, heads, heads.provenance, make)
+    return _made(path, scores, heads, heads.provenance, make, heads.needs)
 
 
 def _contents(pattern: Fields, masks: Mapping[float, Tensor]) -> dict[str, Any]:
@@ -180,10 +195,17 @@ def _contents(pattern: Fields, masks: Mapping[float, Tensor]) -> dict[str, Any]:
         "gated_layers": list(pattern.gated_layers),
         "provenance": pattern.provenance,
         "scores": exact_rows(pattern.scores),
+        **_needs_contents(pattern.needs),
         "masks": [
             {"sparsity": sparsity, "retrieval": retrieval.int().tolist()} for sparsity, retrieval in masks.items()
         ],
     }
+
+
+def _needs_contents(needs: SpanNeeds | None) -> dict[str, Any]:
+    if needs is None:
+        return {}
+    return {"needs": {"levels": list(needs.levels), "costs": [exact_rows(layer) for layer in needs.costs]}}
 
 
 def duo_config(pattern: Fields, tables: Mapping[str, str]) -> dict[str, Any]:
@@ -219,13 +241,26 @@ def _read_duo(path: Path, make: Make[Made]) -> Made:
 
 
 def _made(
-    path: str | Path, scores: list[list[float]], sizes: Sizes, provenance: dict[str, Any], make: Make[Made]
+    path: str | Path,
+    scores: list[list[float]],
+    sizes: Sizes,
+    provenance: dict[str, Any],
+    make: Make[Made],
+    needs: Needs | None = None,
 ) -> Made:
     gated = tuple(range(len(scores)) if sizes.gated_layers is None else sizes.gated_layers)
     try:
-        return make(torch.tensor(scores), sizes.sink_size, sizes.recent_size, gated, provenance)
+        made_needs = None if needs is None else _made_needs(needs)
+        return make(torch.tensor(scores), sizes.sink_size, sizes.recent_size, gated, provenance, made_needs)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _made_needs(needs: Needs) -> SpanNeeds:
+    costs = [number_rows(f"needs.costs.{layer}, row", enumerate(rows, 1)) for layer, rows in enumerate(needs.costs)]
+    if len({(len(rows), len(rows[0])) for rows in costs}) > 1:
+        raise UserError("needs.costs: layers differ in their heads or levels")
+    return SpanNeeds(tuple(needs.levels), torch.tensor(costs))
 
 
 def _mask_name(sparsity: float) -> str:

@@ -1,20 +1,26 @@
 """The heatmap of scores and masks, from plain arrays: how head patterns draw themselves."""
 
+from typing import Any
+
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from duo_id.common.figures import GATES, UNGATED, draw_cells, hatch_ungated, number_heads, set_title, style
+from duo_id.common.figures import COLORS, GATES, UNGATED, draw_cells, hatch_ungated, number_heads, set_title, style
 from duo_id.patterns.cells import Cells
 
 MASK_COLORS = ListedColormap([GATES(0.0), GATES(1.0)])  # streaming, retrieval
+ALL_TOKENS = COLORS[1]  # the colour of spans of all tokens, which no shade of the others comes near
+SPAN_COLORS = GATES.with_extremes(over=ALL_TOKENS)
+MOST_TICKS = 8
 
 
 @style()
 def plot_heads(scores: Cells, mask: Cells | None = None, title: str | None = None) -> Figure:
-    """Heatmap of the scores, layers x KV heads, next to the mask if one is given.
+    """Heatmap of scores or spans, layers x KV heads, next to the mask if one is given.
 
     Layers run from top to bottom, or from left to right if there are more than twice as many layers as KV heads.
     """
@@ -32,8 +38,13 @@ def plot_heads(scores: Cells, mask: Cells | None = None, title: str | None = Non
 
     image = draw_heads(axes[0], scores, flat)
     axes[0].set_title(f"{scores.label.split()[0]}s", loc="left")
-    bar = figure.colorbar(image, ax=axes, location="bottom", label=scores.label, aspect=40, fraction=0.08, shrink=0.7)
+    beyond: dict[str, Any] = {"extend": "max", "extendrect": True, "extendfrac": 0.08} if scores.spans else {}
+    bar = figure.colorbar(
+        image, ax=axes, location="bottom", label=scores.label, aspect=40, fraction=0.08, shrink=0.7, **beyond
+    )
     bar.outline.set_visible(False)
+    if scores.spans:
+        _number_spans(bar, scores)
 
     ungated = len(scores.gated_layers) < layers
     if mask is not None:
@@ -46,10 +57,24 @@ def plot_heads(scores: Cells, mask: Cells | None = None, title: str | None = Non
     return figure
 
 
+def _number_spans(bar: Colorbar, spans: Cells) -> None:
+    """Label a colour bar with the spans there are, or with powers of 2 if they are many; all tokens at its end."""
+    low, high = spans.limits
+    shown = sorted({span for span in spans.values.flat if low <= span <= high})
+    powers = [2**power for power in range(25) if low <= 2**power <= high]
+    step = -(-len(powers) // MOST_TICKS)
+    ticks = shown if len(shown) <= MOST_TICKS else powers[::step]
+    bar.set_ticks(ticks, labels=[f"{tick:g}" if tick < 10_000 else f"{tick / 1024:g}K" for tick in ticks])
+    bar.minorticks_off()
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "top"}
+    bar.ax.annotate("all", (1.04, 0), (0, -5.5), fontsize=8, **place)
+
+
 def draw_heads(axes: Axes, cells: Cells, flat: bool, colors: Colormap = GATES) -> QuadMesh:
     """Draw one cell per head; with `flat`, layers run from left to right."""
     values = cells.values.astype(float)
-    mesh = draw_cells(axes, values.T if flat else values, Normalize(*cells.limits), colors=colors)
+    scale, colors = (LogNorm(*cells.limits), SPAN_COLORS) if cells.spans else (Normalize(*cells.limits), colors)
+    mesh = draw_cells(axes, values.T if flat else values, scale, colors=colors)
     hatch_ungated(axes, values.shape[0], values.shape[1], cells.gated_layers, flat)
     number_heads(axes, flat)
     return mesh

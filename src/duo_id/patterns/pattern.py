@@ -1,12 +1,10 @@
-"""Which heads must see the whole context: as scores (`HeadPattern`), and as a decision for deployment (`HeadMask`)."""
+"""How much each head needs the context: scores, and what was measured about its attention spans."""
 
 import json
 import math
 import warnings
-from base64 import b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from html import escape
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -16,69 +14,16 @@ from torch import Tensor
 
 from duo_id.common.documents import checked
 from duo_id.common.errors import UserError, check, naming_extras
-from duo_id.patterns import fields, files
+from duo_id.patterns import allocation, fields, files
 from duo_id.patterns.cells import Cells
+from duo_id.patterns.mask import HeadMask
+from duo_id.patterns.needs import SpanNeeds
 from duo_id.patterns.provenance import Provenance
-from duo_id.patterns.spans import ALL
+from duo_id.patterns.spans import HeadSpans
 
 
 class TieWarning(UserWarning):
     """A mask separates heads that have the same score."""
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class HeadMask:
-    """The decision: which heads keep a full KV cache (retrieval) and which a constant one (streaming).
-
-    Attributes:
-        retrieval: bool CPU tensor (layers, KV heads); True = retrieval. Rows of layers without gates are True.
-        sink_size: first tokens that a streaming head sees.
-        recent_size: most recent tokens that a streaming head sees, including the current one.
-        gated_layers: the layers that the mask covers, ascending; None at construction means all. Other layers keep
-            their own attention and do not count in the sparsity.
-    """
-
-    retrieval: Tensor
-    sink_size: int
-    recent_size: int
-    gated_layers: tuple[int, ...] = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        """Copy the mask and check all fields."""
-        retrieval = torch.as_tensor(self.retrieval).detach().to("cpu", copy=True)
-        if retrieval.dtype != torch.bool:
-            raise UserError(f"a head mask holds bools, not {retrieval.dtype}: binarize a HeadPattern")
-        fields.set_checked_fields(self, "retrieval", retrieval)
-
-    @property
-    def spans(self) -> Tensor:
-        """int32 (layers, KV heads): latest tokens that each head sees beside the sink; -1 = all, see `HeadSpans`."""
-        return torch.where(self.retrieval, ALL, self.recent_size).to(torch.int32)
-
-    @property
-    def sparsity(self) -> float:
-        """Streaming heads as a fraction of all KV heads in gated layers."""
-        gated = self.retrieval[list(self.gated_layers)]
-        return 1 - int(gated.sum()) / gated.numel()
-
-    def cells(self) -> Cells:
-        """The mask as figures draw it."""
-        title = f"{100 * self.sparsity:.3g}% of the heads stream"
-        return Cells(self.retrieval.numpy(), self.gated_layers, title, (0.0, 1.0))
-
-    def check_fits(self, layers: int, kv_heads: int, model_name: str) -> None:
-        """Raise a `UserError` unless the model `model_name` has this many layers and KV heads."""
-        fields.check_fits("mask", self.retrieval, layers, kv_heads, model_name)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether the same heads stream, with the same window."""
-        return isinstance(other, HeadMask) and fields.identity(self, self.retrieval) == fields.identity(
-            other, other.retrieval
-        )
-
-    def __repr__(self) -> str:
-        """Shape and sizes, not the single heads."""
-        return f"HeadMask({fields.summary(self, self.retrieval)}, sparsity={self.sparsity:.4g})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,6 +42,7 @@ class HeadPattern:
         gated_layers: the layers whose heads were scored, ascending; None at construction means all.
         provenance: anything that JSON can hold: the model (id, revision, layers, kv_heads), method, seed, versions.
             Fields that are used have the types of `duo_id.patterns.provenance.Provenance`.
+        needs: what each head loses at several attention spans, where that was measured.
     """
 
     scores: Tensor
@@ -104,6 +50,7 @@ class HeadPattern:
     recent_size: int
     gated_layers: tuple[int, ...] = None  # type: ignore[assignment]
     provenance: dict[str, Any] = field(default_factory=dict)
+    needs: SpanNeeds | None = None
 
     def __post_init__(self) -> None:
         """Copy scores and provenance and check all fields."""
@@ -123,6 +70,8 @@ class HeadPattern:
             if (recorded := getattr(model, key, None)) not in (None, size):
                 raise UserError(f"provenance.model.{key}={recorded}, but the scores have {size}")
         object.__setattr__(self, "provenance", provenance)
+        if self.needs is not None:
+            object.__setattr__(self, "needs", self.needs.of_heads(tuple(scores.shape), self.gated_layers))
 
     @property
     def gated_heads(self) -> int:
@@ -187,6 +136,25 @@ class HeadPattern:
             retrieval[gated] = self.scores[gated] >= threshold
         return HeadMask(retrieval, self.sink_size, self.recent_size, self.gated_layers)
 
+    def allocate(self, cache: float, length: int) -> HeadSpans:
+        """Give each head an attention span, such that all of them together keep a share of the full cache.
+
+        With `needs`, bytes go where they lower the loss most, see `duo_id.patterns.allocation.best_levels`; without
+        them there are two spans, all tokens and `recent_size`, and as many heads as fit see all, in the order above.
+
+        Args:
+            cache: the budget in (0, 1], a share of the bytes that the full cache of the gated layers takes at `length`.
+                It is never exceeded, and no head's next span fits in what is left of it.
+            length: of the context, in tokens.
+
+        Warns:
+            UserWarning: the sink and the smallest span hold the whole context, so that all heads see it.
+
+        Raises:
+            UserError: `cache` or `length` is out of range, or the sinks and the smallest spans alone exceed the budget.
+        """
+        return allocation.allocate(self, cache, length)
+
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "HeadPattern":
         """Read a pattern.
@@ -240,6 +208,7 @@ class HeadPattern:
             check(mask is None, "pass either sparsity or mask, not both")
             mask = self.binarize(sparsity=sparsity)
         if mask is not None:
+            check(isinstance(mask, HeadMask), f"mask: a {type(mask).__name__} is not a HeadMask; spans have a plot()")
             layers, kv_heads = self.scores.shape
             mask.check_fits(layers, kv_heads, "the pattern")
         model = self.provenance.get("model") or {}
@@ -249,10 +218,9 @@ class HeadPattern:
     @naming_extras("the heatmap")
     def _repr_html_(self) -> str:
         """What notebooks show: the heatmap, and below it the shape and the sizes."""
-        from duo_id.common.figures import as_png  # as above
+        from duo_id.common.figures import as_html  # as above
 
-        image = b64encode(as_png(self.plot())).decode()
-        return f'<img src="data:image/png;base64,{image}" style="max-width: 480px"><br>{escape(repr(self))}'
+        return as_html(self.plot(), repr(self))
 
     def check_fits(self, layers: int, kv_heads: int, model_name: str) -> None:
         """Raise a `UserError` unless the model `model_name` has this many layers and KV heads."""
@@ -270,17 +238,18 @@ class HeadPattern:
             )
 
     def __eq__(self, other: object) -> bool:
-        """Whether scores, window, gated layers and provenance are all equal."""
+        """Whether scores, window, gated layers, provenance and needs are all equal."""
         return (
             isinstance(other, HeadPattern)
             and fields.identity(self, self.scores) == fields.identity(other, other.scores)
-            and self.provenance == other.provenance
+            and (self.provenance, self.needs) == (other.provenance, other.needs)
         )
 
     def __repr__(self) -> str:
         """Shape and sizes, not the single heads."""
         low, high = self.scores[list(self.gated_layers)].aminmax()
-        return f"HeadPattern({fields.summary(self, self.scores)}, scores in [{low:.4g}, {high:.4g}])"
+        needs = "" if self.needs is None else f", needs at {len(self.needs.levels)} spans"
+        return f"HeadPattern({fields.summary(self, self.scores)}, scores in [{low:.4g}, {high:.4g}]{needs})"
 
 
 def _tie(ranked: Tensor, streaming: int) -> str:

@@ -1,9 +1,10 @@
-"""Figures of head patterns: scores, their distribution, and masks.
+"""Figures of head patterns: scores, their distribution, masks, and how many heads have which span.
 
 Every function returns a new `matplotlib.figure.Figure`: no display is needed, and the style applies only inside the
 call.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import cycle
 
@@ -17,8 +18,11 @@ from duo_id.common.figures import (
     set_title,
     style,
 )
-from duo_id.patterns.heatmap import MASK_COLORS, draw_heads, mask_legend
+from duo_id.patterns.heatmap import ALL_TOKENS, MASK_COLORS, draw_heads, mask_legend
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.spans import ALL, HeadSpans
+
+MOST_BARS = 12
 
 
 @style()
@@ -39,6 +43,29 @@ def plot_histogram(
     axes.grid(axis="y")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside lower center")
+    set_title(figure, title)
+    return figure
+
+
+@style()
+def plot_spans(spans: HeadSpans, title: str | None = None) -> Figure:
+    """How many heads have which attention span: a bar a span, or a bar a power of 2 where there are many."""
+    values = spans.spans[list(spans.gated_layers)].flatten().tolist()
+    limited = [span for span in values if span != ALL]
+    many = len({*limited}) > MOST_BARS
+    upper = [2 ** (span - 1).bit_length() if many else span for span in limited]
+    bars = Counter(sorted(upper))
+    names = [f"{'to ' * many}{span:,}" for span in bars] + ["all"]
+    counts = [*bars.values(), len(values) - len(limited)]
+    figure = Figure(figsize=(max(3.4, 1.0 + 0.5 * len(names)), 2.8))
+    axes = figure.subplots()
+    drawn = axes.bar(range(len(names)), counts, color=[COLORS[0]] * len(bars) + [ALL_TOKENS], width=0.7)
+    axes.bar_label(drawn, fontsize=8, padding=1)
+    axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 6 else 0)
+    share = f"beside a sink of {spans.sink_size}" if spans.sink_size else "without a sink"
+    axes.set(xlabel=f"attention span (tokens, {share})", ylabel=f"KV heads (of {len(values)})")
+    axes.grid(axis="y")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     set_title(figure, title)
     return figure
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
-from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.patterns.mask import HeadMask
+from duo_id.patterns.pattern import HeadPattern
 
 
 def random_mask(
@@ -21,13 +23,22 @@ def random_mask(
 
     Deterministic in its arguments; masks of one seed are nested over sparsity.
     """
-    ranks = torch.randperm(layers * kv_heads, generator=torch.Generator().manual_seed(seed)).view(layers, kv_heads)
     gated = tuple(range(layers) if gated_layers is None else gated_layers)
-    return HeadPattern(ranks, sink_size, recent_size, gated).binarize(sparsity=sparsity)
+    return HeadPattern(_ranks(layers, kv_heads, seed), sink_size, recent_size, gated).binarize(sparsity=sparsity)
+
+
+def random_pattern(pattern: HeadPattern, seed: int) -> HeadPattern:
+    """A random order of the heads of a pattern, with the same window; its masks are those of `random_like`."""
+    layers, kv_heads = pattern.scores.shape
+    ranks = _ranks(layers, kv_heads, seed)
+    return HeadPattern(ranks, pattern.sink_size, pattern.recent_size, pattern.gated_layers)
 
 
 def random_like(pattern: HeadPattern, sparsity: float, seed: int) -> HeadMask:
     """A random mask for the model of a pattern, with the same window."""
-    layers, kv_heads = pattern.scores.shape
-    sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
-    return random_mask(layers, kv_heads, sparsity, seed, gated_layers=pattern.gated_layers, **sizes)
+    return random_pattern(pattern, seed).binarize(sparsity=sparsity)
+
+
+def _ranks(layers: int, kv_heads: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(layers * kv_heads, generator=generator).view(layers, kv_heads)

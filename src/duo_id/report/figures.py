@@ -16,8 +16,10 @@ from matplotlib.ticker import MaxNLocator
 
 from duo_id.common.figures import COLORS, DASHES, GREY, MARKERS, draw_cells, label_values, name_points, plain, style
 from duo_id.patterns.agreement import plot_agreement, plot_patterns
+from duo_id.report.budgets import Budget, budgets_of
 from duo_id.report.leaderboard import average_over_seeds, seconds_of
-from duo_id.report.summary import CONTENDER, KINDS, REPORTED, contenders, frame
+from duo_id.report.rows import KINDS, OF_PATTERNS
+from duo_id.report.summary import CONTENDER, REPORTED, contenders, frame, name_of
 from duo_id.report.tables import headline
 
 FULL: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 1.0}
@@ -33,11 +35,12 @@ def figures(results: Mapping[str, Any]) -> dict[str, Figure]:
     """
     rows = frame(results)
     by_name: dict[str, Figure] = {}
-    if len(sparsities_of(rows)) > 1:
+    budgets = budgets_of(rows)
+    if len(budgets) > 1:
         for metric in ("score", "accuracy", "rise"):
             if metric != "score" or (rows["score"] > 0).any():
                 by_name[f"budget-{metric}"] = plot_budget(rows, metric)
-    if sparsities_of(rows) and rows["task"].nunique() > 1:
+    if budgets and rows["task"].nunique() > 1:
         by_name["tasks"] = plot_tasks(rows)
     seconds = seconds_of(results["patterns"])
     if len(seconds) > 1:
@@ -51,13 +54,10 @@ def figures(results: Mapping[str, Any]) -> dict[str, Figure]:
     if patterns:
         by_name["gates"] = plot_patterns(patterns)
     if len(patterns) > 1:
-        by_name["agreement"] = plot_agreement(patterns, sparsities_of(rows))
+        by_name["agreement"] = plot_agreement(
+            patterns, [budget.sparsity for budget in budgets if budget.sparsity is not None]
+        )
     return by_name
-
-
-def sparsities_of(rows: pd.DataFrame) -> list[float]:
-    """The sparsities of all contenders except full attention, ascending."""
-    return sorted(rows.loc[rows["kind"] != "full", "sparsity"].unique())
 
 
 @style()
@@ -83,7 +83,7 @@ def plot_budget(rows: pd.DataFrame, metric: str) -> Figure:
         else:  # a line through two points suggests a course that nobody measured
             look |= {"linestyle": ""}
             axes.vlines(kept_percent, low, high, color=look["color"])
-        axes.plot(kept_percent, value, label=_label(heads), markersize=4, **look)
+        axes.plot(kept_percent, value, label=_label(kind, heads), markersize=4, **look)
         shown.append(value)
     full = _select(statistics, "full", "full")[metric]
     if full.notna().any():
@@ -100,23 +100,23 @@ def plot_budget(rows: pd.DataFrame, metric: str) -> Figure:
 
 @style()
 def plot_cost(rows: pd.DataFrame, seconds: Mapping[str, float]) -> Figure:
-    """The rise in answer loss over the time that identifying the heads took, one panel per sparsity.
+    """The rise in answer loss over the time that identifying the heads took, one panel per budget.
 
     Args:
         rows: of the patterns in `seconds`; others are left out.
         seconds: by name, each above 0.
     """
     statistics = contenders(rows[rows["heads"].isin([*seconds, "full"])])
-    timed, panels = statistics[statistics["kind"] == "pattern"], sparsities_of(statistics)
+    timed, panels = statistics[statistics["kind"].isin(OF_PATTERNS)], budgets_of(statistics)
     figure = Figure(figsize=(max(4.2, 0.9 + 2.6 * len(panels)), 3.4))
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
-    for axes, sparsity in zip(grid.flat, panels, strict=True):
-        for point in timed[timed["sparsity"] == sparsity].to_dict("records"):
-            x, name = seconds[point["heads"]], _label(point["heads"])
+    for axes, budget in zip(grid.flat, panels, strict=True):
+        for point in timed[timed["budget"] == budget].to_dict("records"):
+            x, name = seconds[point["heads"]], _label(point["kind"], point["heads"])
             axes.vlines(x, point["rise_low"], point["rise_high"], color=COLORS[0], linewidth=0.9, alpha=0.5)
             axes.plot(x, point["rise"], "o", color=COLORS[0], markersize=4, label=name)
         axes.axhline(0, **FULL)
-        axes.set_title(f"{100 * sparsity:.4g}% stream", loc="left")
+        axes.set_title(str(budget), loc="left")
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.margins(x=0.12)
@@ -130,7 +130,7 @@ def plot_cost(rows: pd.DataFrame, seconds: Mapping[str, float]) -> Figure:
 
 @style()
 def plot_tasks(rows: pd.DataFrame, metric: str | None = None) -> Figure:
-    """A row per task, in it a point and its 95% interval per contender; one panel per sparsity; dashed: full attention.
+    """A row per task, in it a point and its 95% interval per contender; one panel per budget; dashed: full attention.
 
     Args:
         rows: of at least one contender besides full attention.
@@ -141,23 +141,23 @@ def plot_tasks(rows: pd.DataFrame, metric: str | None = None) -> Figure:
     statistics = statistics[statistics[metric].notna() & (statistics["kind"] != "full")]
     tasks = [task for task in rows["task"].unique() if task in set(statistics["task"])]
     styles = line_styles(rows)
-    panels = sparsities_of(statistics) or sparsities_of(rows)
+    panels = budgets_of(statistics) or budgets_of(rows)
     spacing = 0.8 / len(styles)
     height = 1.3 + max(1, len(tasks)) * max(0.3, 0.09 * len(styles)) + 0.06 * len(styles)
     figure = Figure(figsize=(max(4.8, 1.6 + 2.1 * len(panels)), height))
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
-    for axes, sparsity in zip(grid.flat, panels, strict=True):
+    for axes, budget in zip(grid.flat, panels, strict=True):
         for series, (kind, heads, look) in enumerate(styles):
             chosen = _select(statistics, kind, heads)
-            values = chosen[chosen["sparsity"] == sparsity].set_index("task").reindex(tasks)
+            values = chosen[chosen["budget"] == budget].set_index("task").reindex(tasks)
             value, low, high = (form.scaled(values[metric + end].to_numpy()) for end in ("", "_low", "_high"))
             y = np.arange(len(tasks)) - 0.4 + (series + 0.5) * spacing
             axes.hlines(y, low, high, color=look["color"], linewidth=0.9)
-            axes.plot(value, y, label=_label(heads), markersize=3.5, **look | {"linestyle": ""})
+            axes.plot(value, y, label=_label(kind, heads), markersize=3.5, **look | {"linestyle": ""})
         for line in range(1, len(tasks)):
             axes.axhline(line - 0.5, color="#E4E4E4", linewidth=0.6, zorder=0)
         axes.axvline(form.scaled(1.0) if form.percent else 0.0, **FULL)
-        axes.set_title(f"{100 * sparsity:.4g}% stream", loc="left")
+        axes.set_title(str(budget), loc="left")
         axes.grid(axis="x")
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     grid[0, 0].set_yticks(range(len(tasks)), [plain(task) for task in tasks])
@@ -172,7 +172,7 @@ def plot_tasks(rows: pd.DataFrame, metric: str | None = None) -> Figure:
 
 @style()
 def plot_depths(rows: pd.DataFrame, task: str, metric: str = "score") -> Figure:
-    """Heatmaps over context length and depth of the answer on one scale: a row per contender, a column per sparsity.
+    """Heatmaps over context length and depth of the answer on one scale: a row per contender, a column per budget.
 
     Contenders without values of the metric, such as scores of answers that were not generated, are left out.
 
@@ -185,18 +185,18 @@ def plot_depths(rows: pd.DataFrame, task: str, metric: str = "score") -> Figure:
     statistics = contenders(rows, ["length", "depth"])
     measured = statistics.loc[statistics[metric].notna(), CONTENDER].drop_duplicates()
     rows, statistics = (table.merge(measured) for table in (rows, statistics))
-    kept_by_mask = contenders(rows).set_index(["heads", "sparsity"])["kept"]
+    kept_by_contender = contenders(rows).set_index(CONTENDER)["kept"]
     lengths, depths = sorted(statistics["length"].unique()), sorted(statistics["depth"].unique())
     names = [("full", "full"), *((kind, heads) for kind, heads, _ in line_styles(rows))]
-    panels = sparsities_of(rows) or [0.0]
+    panels = budgets_of(rows) or [Budget(0.0)]
     width, height = max(1.0, 0.34 * len(lengths)), max(0.6, 0.17 * len(depths))
     size = max(3.6, 1.2 + (width + 0.15) * len(panels)), 1.6 + (height + 0.3) * len(names)
     figure = Figure(figsize=size)
     grid = figure.subplots(len(names), len(panels), squeeze=False, sharex=True, sharey=True)
     for row, (kind, heads) in enumerate(names):
-        for column, sparsity in enumerate([0.0] if kind == "full" else panels):
+        for column, budget in enumerate([Budget(0.0)] if kind == "full" else panels):
             of_panel = _select(statistics, kind, heads)
-            of_panel = of_panel[of_panel["sparsity"] == sparsity]
+            of_panel = of_panel[of_panel["budget"] == budget]
             if of_panel.empty:
                 continue
             cells = of_panel.pivot(index="depth", columns="length", values=metric).reindex(
@@ -206,9 +206,11 @@ def plot_depths(rows: pd.DataFrame, task: str, metric: str = "score") -> Figure:
             mesh = draw_cells(
                 axes, form.scaled(cells.to_numpy()), Normalize(0, 100), "{:.0f}" if width / len(lengths) > 0.2 else ""
             )
-            title = "" if kind == "full" else f"{100 * kept_by_mask[heads, sparsity]:.0f}% KV"
+            title = "" if kind == "full" else f"{100 * kept_by_contender[kind, heads, budget]:.0f}% KV"
             axes.set_title(title, loc="left", fontsize=8)
-        grid[row, 0].set_title(f"{_label(heads)}\n{grid[row, 0].get_title(loc='left')}".strip(), loc="left", fontsize=8)
+        grid[row, 0].set_title(
+            f"{_label(kind, heads)}\n{grid[row, 0].get_title(loc='left')}".strip(), loc="left", fontsize=8
+        )
     for axes_column in grid.T:
         used = [axes for axes in axes_column if axes.collections]
         for axes in set(axes_column) - set(used):
@@ -226,7 +228,7 @@ def plot_depths(rows: pd.DataFrame, task: str, metric: str = "score") -> Figure:
 
 @style()
 def plot_position(rows: pd.DataFrame, task: str) -> Figure:
-    """Loss over the position of the answer, all lengths together: one panel per sparsity, one line per contender.
+    """Loss over the position of the answer, all lengths together: one panel per budget, one line per contender.
 
     There are no bands: they would show how hard the text is, the same for all, and hide how close the lines are.
 
@@ -235,17 +237,17 @@ def plot_position(rows: pd.DataFrame, task: str) -> Figure:
         task: one whose answers have depths.
     """
     rows = _with_depths(rows, task)
-    statistics, panels = contenders(rows, ["depth"]), sparsities_of(rows) or [0.0]
+    statistics, panels = contenders(rows, ["depth"]), budgets_of(rows) or [Budget(0.0)]
     figure = Figure(figsize=(max(4.2, 0.9 + 1.9 * len(panels)), 3.4))
     grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
-    for axes, sparsity in zip(grid.flat, panels, strict=True):
+    for axes, budget in zip(grid.flat, panels, strict=True):
         for kind, heads, look in [("full", "full", FULL), *line_styles(rows)]:
             curve = _select(statistics, kind, heads)
-            chosen = curve[(curve["sparsity"] == sparsity) | (curve["kind"] == "full")]
+            chosen = curve[(curve["budget"] == budget) | (curve["kind"] == "full")]
             chosen = chosen.sort_values("depth")
             joined = {} if len(chosen) > 2 or kind == "full" else {"linestyle": ""}
-            axes.plot(100 * chosen["depth"], chosen["loss"], label=_label(heads), markersize=4, **look | joined)
-        axes.set_title(f"{100 * sparsity:.4g}% stream" if sparsity else "", loc="left")
+            axes.plot(100 * chosen["depth"], chosen["loss"], label=_label(kind, heads), markersize=4, **look | joined)
+        axes.set_title(str(budget) if budget.share else "", loc="left")
         axes.grid(axis="y")
     grid[0, 0].set_ylabel(f"{plain(task)}: {REPORTED['loss'].label}")
     figure.supxlabel("position of the answer in the context (%)", fontsize=9)
@@ -274,9 +276,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
-def _label(heads: str) -> str:
-    """A legend's name for heads; a leading underscore would hide the entry."""
-    return "full attention" if heads == "full" else plain(f" {heads}" if heads.startswith("_") else heads)
+def _label(kind: str, heads: str) -> str:
+    """A legend's name for a contender; a leading underscore would hide the entry."""
+    return plain(f" {heads}" if heads.startswith("_") else name_of(kind, heads))
 
 
 def _select(statistics: pd.DataFrame, kind: str, heads: str) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Leaderboards of identification methods: loss at each sparsity, time taken, and tasks out of family."""
+"""Leaderboards of identification methods: loss at each budget, time taken, and tasks out of family."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,6 +8,8 @@ import pandas as pd
 from duo_id.patterns.combining import average
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import pattern_from_json
+from duo_id.report.budgets import budgets_of
+from duo_id.report.rows import OF_PATTERNS
 from duo_id.report.summary import CONTENDER, contender_of, contenders, frame, name_of
 from duo_id.report.tables import Cell, Grid, metric_cell
 
@@ -81,17 +83,17 @@ def average_over_seeds(patterns: Mapping[str, Mapping[str, Any]]) -> dict[str, H
 
 
 def _grid(rows: pd.DataFrame, seconds: Mapping[str, float]) -> Grid:
-    """One line per contender, sparsities across; the smallest mean rise first."""
+    """One line per contender, budgets across; the smallest mean rise first."""
     statistics = contenders(rows)
     statistics = statistics[statistics["kind"] != "full"]
-    sparsities = sorted(statistics["sparsity"].unique())
+    budgets = budgets_of(rows)
     lines = []
-    for (kind, heads), by_sparsity in statistics.groupby(CONTENDER[:2], sort=False):
-        cells = by_sparsity.set_index("sparsity").reindex(sparsities)
-        duration = seconds.get(heads) if kind == "pattern" else None
+    for (kind, heads), by_budget in statistics.groupby(CONTENDER[:2], sort=False):
+        cells = by_budget.set_index("budget").reindex(budgets)
+        duration = seconds.get(heads) if kind in OF_PATTERNS else None
         time = Cell("-", float("inf")) if duration is None else Cell(f"{duration:.1f}", duration)
-        name = Cell(name_of(kind, heads, int(by_sparsity["seeds"].max())))
+        name = Cell(name_of(kind, heads, int(by_budget["seeds"].max())))
         line = [name, time, *(metric_cell(row, "rise") for row in cells.to_dict("records"))]
         lines.append((cells["rise"].isna().any(), cells["rise"].mean(), line))
-    headings = ["heads", "found in\nseconds", *(f"{100 * sparsity:.4g}%\nstream" for sparsity in sparsities)]
+    headings = ["heads", "found in\nseconds", *(budget.heading for budget in budgets)]
     return Grid(headings, {"": [line for *_, line in sorted(lines, key=lambda line: line[:2])]})

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from duo_id.common.errors import UserError
 from duo_id.patterns.agreement import plot_agreement, plot_patterns
-from duo_id.report.figures import figures, sparsities_of
+from duo_id.report.budgets import Budget, budgets_of
+from duo_id.report.figures import figures
 from duo_id.report.leaderboard import average_over_seeds, leaderboards
 from duo_id.report.paired import paired_grids
 from duo_id.report.rows import QUESTION, SAMPLE
@@ -36,7 +37,7 @@ CAPTIONS = {  # of figures, by the beginning of their name; its rest is the task
     "budget-accuracy": f"Token accuracy of the right answers over the fraction of the KV cache kept. {INTERVALS}",
     "budget-rise": f"Rise of the answer loss over full attention's, by the fraction of the KV cache kept. {INTERVALS}",
     "cost": f"Rise in answer loss over the time that identifying the heads took. {INTERVALS}",
-    "tasks": f"Each task relative to full attention (dashed), by the fraction of KV heads that stream. {INTERVALS} "
+    "tasks": f"Each task relative to full attention (dashed), by what is kept. {INTERVALS} "
     "Tasks on which full attention scores 0 are left out.",
     "depths-": "{task}: by context length and depth of the answer, 0% being the beginning of the context. KV: the "
     "fraction of the cache kept.",
@@ -170,8 +171,8 @@ def _heads(results: Mapping[str, Any]) -> list[str]:
 def _evaluation(results: Mapping[str, Any], embed: FigureEmbedder, reference: str | None) -> dict[str, Any]:
     rows = frame(results)
     embed.announce("resampling")
-    grid, middle_sparsity = contender_grid(rows), middle(rows)
-    sparsities = sorted(sparsities_of(rows), key=lambda sparsity: sparsity != middle_sparsity)
+    grid, middle_budget = contender_grid(rows), middle(rows)
+    budgets = sorted(budgets_of(rows), key=lambda budget: budget != middle_budget)
     template = "with the chat template" if results.get("chat_template") else "without a chat template"
     return {
         "title": f"Evaluation: {results.get('split')} split, seed {results.get('seed')}, {template}",
@@ -189,13 +190,13 @@ def _evaluation(results: Mapping[str, Any], embed: FigureEmbedder, reference: st
         "leaderboards": leaderboards(results) | paired_grids(results, reference),
         "tables": [
             (
-                f"{REPORTED[metric].label}, {100 * sparsity:.4g}% of the KV heads stream",
-                task_grid(rows, metric, sparsity),
+                f"{REPORTED[metric].label}, {budget.in_words}",
+                task_grid(rows, metric, budget),
             )
-            for sparsity in sparsities
+            for budget in budgets
             for metric in (headline(rows), "rise")
         ],
-        "answers": _answers(rows, middle_sparsity),
+        "answers": _answers(rows, middle_budget),
         "notes": {
             name_of(contender["kind"], contender_of(contender["heads"])): contender["note"]  # the same for all seeds
             for contender in results["contenders"]
@@ -211,9 +212,9 @@ def _caption(name: str) -> str:
     return text.format(task=name.removeprefix(start))
 
 
-def _answers(rows: pd.DataFrame, sparsity: float) -> Grid | None:
-    """The answers of full attention and the contenders of one sparsity to the first question of each task."""
-    generated = rows[rows["text"].notna() & ((rows["kind"] == "full") | (rows["sparsity"] == sparsity))]
+def _answers(rows: pd.DataFrame, budget: Budget | None) -> Grid | None:
+    """The answers of full attention and the contenders of one budget to the first question of each task."""
+    generated = rows[rows["text"].notna() & ((rows["kind"] == "full") | (rows["budget"] == budget))]
     lines = []
     for task, of_task in generated.groupby("task", sort=False):
         order = ["length", "index", "question"]

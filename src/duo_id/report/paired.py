@@ -8,6 +8,7 @@ import pandas as pd
 
 from duo_id.common.errors import UserError
 from duo_id.report.bootstrap import BootstrapDraws, bootstrap, with_intervals
+from duo_id.report.budgets import Budget
 from duo_id.report.rows import QUESTION
 from duo_id.report.summary import CONTENDER, REPORTED, Metric, contender_of, frame, name_of
 from duo_id.report.tables import Cell, Grid, interval_cell
@@ -21,7 +22,7 @@ TITLES = {
 
 
 def paired(rows: pd.DataFrame, reference: str, by: Sequence[str] = (), seed: int = 0) -> pd.DataFrame:
-    """How much more each contender loses than `reference` at the same sparsity, on the questions that both answered.
+    """How much more each contender loses than `reference` at the same budget, on the questions that both answered.
 
     Both share the draws of samples and of seeds (`duo_id.report.bootstrap`), so a sample that is hard for both adds no
     uncertainty. Tasks weigh the same.
@@ -33,9 +34,10 @@ def paired(rows: pd.DataFrame, reference: str, by: Sequence[str] = (), seed: int
         seed: of the draws.
 
     Returns:
-        one row per contender, sparsity and combination: `CONTENDER`, `by`, `samples`, the differences `rise` and `kl`,
-        negative where `reference` loses more, and `ratio`, of the rises, each with the ends of its 95% interval as in
-        `summarise`; the ratio is NaN unless the interval of the rise of `reference` lies above 0.
+        one row per contender, budget and combination: `CONTENDER`, `sparsity`, `cache`, `by`, `samples`, the
+        differences `rise` and `kl`, negative where `reference` loses more, and `ratio`, of the rises, each with the
+        ends of its 95% interval as in `summarise`; the ratio is NaN unless the interval of the rise of `reference` lies
+        above 0.
 
     Raises:
         UserError: `reference` is not a pattern in these rows.
@@ -47,7 +49,7 @@ def paired(rows: pd.DataFrame, reference: str, by: Sequence[str] = (), seed: int
     full, is_reference = rows["kind"] == "full", (rows["kind"] == "pattern") & (rows["heads"] == reference)
     question_ids = rows.groupby(QUESTION).ngroup()
     differences = []
-    for _, group in rows[~full].groupby("sparsity"):
+    for _, group in rows[~full].groupby("budget"):
         reference_rows = group.index[is_reference[group.index]]
         contenders_by_questions: dict[frozenset[int], list[int]] = {}  # those with the same questions share a bootstrap
         for _, other in group.drop(reference_rows).groupby(CONTENDER[:2]):
@@ -58,7 +60,7 @@ def paired(rows: pd.DataFrame, reference: str, by: Sequence[str] = (), seed: int
             selected = selected[question_ids[selected.index].isin(shared)]
             if shared:
                 differences += _differences(list(bootstrap(selected, [*CONTENDER, *by], seed)), reference, by)
-    columns = [*CONTENDER, *by, "samples"]
+    columns = [*CONTENDER, "sparsity", "cache", *by, "samples"]
     columns += [f"{name}{end}" for name in FORMS for end in ("", "_low", "_high")]
     return pd.DataFrame(differences, columns=columns).sort_values([*CONTENDER, *by]).reset_index(drop=True)
 
@@ -66,7 +68,7 @@ def paired(rows: pd.DataFrame, reference: str, by: Sequence[str] = (), seed: int
 def paired_grids(results: Mapping[str, Any], reference: str | None = None) -> dict[str, Grid]:
     """Tables by title: how much more contenders lose than `reference` over all tasks, and on how many tasks.
 
-    Empty for a single pattern.
+    Empty where nothing but the masks of a single pattern was scored.
 
     Args:
         results: as in results.json.
@@ -76,15 +78,15 @@ def paired_grids(results: Mapping[str, Any], reference: str | None = None) -> di
         UserError: as `paired`.
     """
     patterns = list(dict.fromkeys(map(contender_of, results["patterns"])))
-    if len(patterns) < 2 and reference is None:
+    rows = frame(results)
+    if len(patterns) < 2 and reference is None and not (rows["kind"] == "spans").any():
         return {}
     reference = reference or patterns[0]
-    rows = frame(results)
     overall, tasks = paired(rows, reference), paired(rows, reference, ["task"])
     seeds = rows.groupby(CONTENDER[:2])["seed"].nunique().to_dict()
-    sparsities = sorted(overall["sparsity"].unique())
+    budgets = sorted(overall["budget"].unique())
     means = overall.groupby(CONTENDER[:2], sort=False)["rise"].mean().sort_values(kind="stable")
-    headings = ["heads", *(f"{100 * sparsity:.4g}%\nstream" for sparsity in sparsities)]
+    headings = ["heads", *(budget.heading for budget in budgets)]
     name, grids = name_of("pattern", reference), dict[str, Grid]()
     for kind, title in TITLES.items():
         cells = {
@@ -92,14 +94,14 @@ def paired_grids(results: Mapping[str, Any], reference: str | None = None) -> di
             for row in overall.to_dict("records")
         }
         if any(np.isfinite(overall[kind])):
-            grids[title.format(name)] = _grid(headings, means.index, sparsities, cells, seeds)
+            grids[title.format(name)] = _grid(headings, means.index, budgets, cells, seeds)
     counted = {key: _count_worse(of_key) for key, of_key in tasks.groupby(CONTENDER)}
     title = f"Tasks on which they lose more than {name}, in brackets those beyond the interval"
-    return grids | {title: _grid(headings, means.index, sparsities, counted, seeds)}
+    return grids | {title: _grid(headings, means.index, budgets, counted, seeds)}
 
 
 def _differences(groups: Sequence[BootstrapDraws], reference: str, by: Sequence[str]) -> list[dict[str, Any]]:
-    """The contenders among the groups of one sparsity minus the reference among them."""
+    """The contenders among the groups of one budget minus the reference among them."""
 
     def group_key(group: BootstrapDraws) -> tuple[Any, ...]:
         return tuple(group.key[column] for column in by)
@@ -121,7 +123,8 @@ def _differences(groups: Sequence[BootstrapDraws], reference: str, by: Sequence[
             "kl": group.values["kl"] - base.values["kl"],
             "ratio": np.where(base_rises > 0, rises, np.nan) / base_rises if has_ratio else np.full(len(rises), np.nan),
         }
-        differences.append(group.key | {"samples": group.samples} | with_intervals(statistics, single_draw))
+        key = group.key | group.key["budget"].columns
+        differences.append(key | {"samples": group.samples} | with_intervals(statistics, single_draw))
     return differences
 
 
@@ -133,16 +136,16 @@ def _count_worse(tasks: pd.DataFrame) -> Cell:
 def _grid(
     headings: Sequence[str],
     names: pd.Index,
-    sparsities: Sequence[float],
+    budgets: Sequence[Budget],
     cells: Mapping[Any, Cell],
     seeds: Mapping[Any, int],
 ) -> Grid:
-    """One line per contender, sparsities across."""
+    """One line per contender, budgets across."""
     nothing = Cell("-", -np.inf)
     lines = [
         [
             Cell(name_of(kind, heads, int(seeds[kind, heads]))),
-            *(cells.get((kind, heads, sparsity), nothing) for sparsity in sparsities),
+            *(cells.get((kind, heads, budget), nothing) for budget in budgets),
         ]
         for kind, heads in names
     ]

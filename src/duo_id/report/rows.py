@@ -8,6 +8,9 @@ SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
 ScoredRow = dict[str, Any]  # one contender's scores on one question, see `duo_id.evaluate.judging`
 SAMPLE = ["task", "length", "index"]  # columns that identify a context, shared by its questions
 QUESTION = [*SAMPLE, "question"]
+KINDS = ("full", "pattern", "spans", "baseline", "eviction")  # of contenders, in the order of tables
+ASKED = ["kind", "heads", "sparsity", "seed", "cache"]  # columns that identify a contender
+OF_PATTERNS = ("pattern", "spans")  # kinds whose contenders are named after a head pattern: its masks, and its spans
 
 
 class Scored(Data):
@@ -18,9 +21,10 @@ class Scored(Data):
     index: Natural
     question: Natural
     depth: Share | None
-    kind: Literal["full", "pattern", "baseline", "eviction"]
+    kind: Literal["full", "pattern", "spans", "baseline", "eviction"]
     heads: Line
-    sparsity: Share
+    sparsity: Share | None  # asked of the contender; None where a share of the cache is asked
+    cache: Share | None = None  # likewise
     seed: Natural | None
     loss: float
     kl: float | None

@@ -14,12 +14,12 @@ from duo_id.patterns.files import contents_of
 from duo_id.patterns.provenance import Summary
 from duo_id.patterns.saved import load_pattern
 from duo_id.patterns.sources import pattern_name
-from duo_id.report.rows import QUESTION, SAMPLE
-from duo_id.report.summary import CONTENDER, load_results
+from duo_id.report.rows import ASKED, OF_PATTERNS, QUESTION, SAMPLE
+from duo_id.report.summary import load_results
 from duo_id.train.plots import read_metrics
 
 SampleKey = tuple[Any, ...]  # task, length and index
-IDENTITY = [*QUESTION, *CONTENDER, "seed"]  # columns that identify a row
+IDENTITY = [*QUESTION, *ASKED]  # columns that identify a row
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def merge(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         names = {name: free_name(name, pattern, combined["patterns"]) for name, pattern in run["patterns"].items()}
         rows: dict[Hashable, Any] = {}
         for row in [*combined["rows"], *(_renamed(row, names) for row in run["rows"])]:
-            identity = tuple(row[column] for column in IDENTITY)
+            identity = tuple(row.get(column) for column in IDENTITY)
             if identity not in rows or row["text"] is not None or rows[identity]["text"] is None:
                 rows[identity] = row
         combined["rows"] = list(rows.values())
@@ -139,8 +139,8 @@ def _samples(run: Mapping[str, Any]) -> dict[SampleKey, str]:
 
 def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """A row or a contender, under the new name of its pattern."""
-    return {**row, "heads": names.get(row["heads"], row["heads"]) if row["kind"] == "pattern" else row["heads"]}
+    return {**row, "heads": names.get(row["heads"], row["heads"]) if row["kind"] in OF_PATTERNS else row["heads"]}
 
 
 def _heads(pattern: Mapping[str, Any]) -> list[Any]:
-    return [pattern.get(key) for key in ("scores", "sink_size", "recent_size", "gated_layers")]
+    return [pattern.get(key) for key in ("scores", "sink_size", "recent_size", "gated_layers", "needs")]

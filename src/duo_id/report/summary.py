@@ -14,12 +14,13 @@ from duo_id.common.errors import UserError
 from duo_id.patterns.provenance import Model
 from duo_id.patterns.saved import pattern_from_json
 from duo_id.report.bootstrap import bootstrap, with_intervals
-from duo_id.report.rows import QUESTION, SCHEMA, VERSION, Scored
+from duo_id.report.budgets import with_budgets
+from duo_id.report.rows import ASKED, KINDS, OF_PATTERNS, QUESTION, SCHEMA, VERSION, Scored
 
-CONTENDER = ["kind", "heads", "sparsity"]  # random masks of all seeds are one contender
-COLUMNS = [*QUESTION, "depth", *CONTENDER, "seed", "loss", "kl", "tokens", "correct", "score", "exact", "text", "bytes"]
+CONTENDER = ["kind", "heads", "budget"]  # random masks of all seeds are one contender
+MEASURED = ["loss", "kl", "tokens", "correct", "score", "exact", "text", "bytes"]
+COLUMNS = [*QUESTION, "depth", *ASKED, *MEASURED]
 SEED = "#"  # the pattern NAME#2 is a seed of the contender NAME
-KINDS = ("full", "pattern", "baseline", "eviction")
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,19 @@ def load_results(path: str | Path) -> dict[str, Any]:
 def frame(results: Mapping[str, Any]) -> pd.DataFrame:
     """The rows of results as a frame; what was not measured is NaN, and `exact` is 1 or 0.
 
-    Patterns named NAME#SEED are seeds of the contender NAME.
+    Patterns named NAME#SEED are seeds of the contender NAME. `budget` is what was asked, see `Budget`.
 
     Raises:
         UserError: a column holds values other than numbers.
     """
     rows = pd.DataFrame(results["rows"], columns=COLUMNS)
     rows["exact"] = rows["exact"].map({True: 1.0, False: 0.0})
-    for column in ("depth", "sparsity", "seed", "loss", "kl", "tokens", "correct", "score", "exact", "bytes"):
+    for column in ("depth", "sparsity", "cache", "seed", "loss", "kl", "tokens", "correct", "score", "exact", "bytes"):
         try:
             rows[column] = rows[column].astype(float)
         except (TypeError, ValueError) as error:
             raise UserError(f"these results are damaged: {column} is not numeric ({error})") from None
-    return _with_seeds(rows)
+    return with_budgets(_with_seeds(rows))
 
 
 def contender_of(pattern: str) -> str:
@@ -132,7 +133,7 @@ def contender_of(pattern: str) -> str:
 
 def _with_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     seeds = rows["heads"].str.extract(rf"{SEED}(\d+)(?:$| \[\d+\]$)")[0].astype(float)
-    seeds = seeds.where(rows["kind"] == "pattern")
+    seeds = seeds.where(rows["kind"].isin(OF_PATTERNS))
     named = rows["heads"].map({name: contender_of(name) for name in rows["heads"].unique()})
     return rows.assign(seed=rows["seed"].fillna(seeds), heads=named.where(seeds.notna(), rows["heads"]))
 
@@ -156,11 +157,14 @@ def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) 
 
     Returns:
         one row per group, ascending, with the columns `by`, `samples`, `seeds` and, for each of `REPORTED`, its value
-        and the ends of its interval: `loss`, `loss_low`, `loss_high`, ...; NaN where nothing was measured.
+        and the ends of its interval: `loss`, `loss_low`, `loss_high`, ...; NaN where nothing was measured. Beside a
+        `budget` stand `sparsity` and `cache`, its numbers.
     """
     statistics = []
     for group in bootstrap(rows, by, seed):
-        row = group.key | {"samples": group.samples, "seeds": group.seeds}
+        budget = group.key.get("budget")
+        asked = {} if budget is None else budget.columns
+        row = group.key | asked | {"samples": group.samples, "seeds": group.seeds}
         reported = {name: group.values[name] for name in REPORTED}
         statistics.append(row | with_intervals(reported, group.single_draw, LIMITS))
     return pd.DataFrame(statistics)
@@ -169,12 +173,12 @@ def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) 
 def contenders(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """`summarise` by contender and the columns `by`, in the order of tables.
 
-    Full attention comes first and token eviction last, with masks in between by sparsity, then kind.
+    Full attention comes first and token eviction last, with masks and spans in between by budget, then kind.
     """
     statistics = summarise(rows, [*CONTENDER, *by])
     statistics["rank"] = statistics["kind"].map(KINDS.index)
     statistics["evicts"], statistics["partial"] = statistics["kind"] == "eviction", statistics["kind"] != "full"
-    order = ["evicts", "partial", "sparsity", "rank", "heads", *by]
+    order = ["evicts", "partial", "budget", "rank", "heads", *by]
     return statistics.sort_values(order).drop(columns=["evicts", "partial", "rank"]).reset_index(drop=True)
 
 
@@ -184,4 +188,5 @@ def name_of(kind: str, heads: str, seeds: int = 1) -> str:
     if kind == "full":
         return "full attention"
     of_seeds = "masks" if kind == "baseline" else "seeds"
+    name += ", spans" if kind == "spans" else ""
     return f"{name} ({seeds} {of_seeds})" if seeds > 1 else name

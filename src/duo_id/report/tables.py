@@ -8,10 +8,13 @@ import numpy as np
 import pandas as pd
 
 from duo_id.common.tables import TextTable
-from duo_id.report.summary import REPORTED, Metric, contenders, frame, name_of
+from duo_id.report.budgets import Budget, budgets_of
+from duo_id.report.summary import CONTENDER, REPORTED, Metric, contenders, frame, name_of
 
 SHOWN = ("kept", "loss", "rise", "kl", "accuracy", "exact", "relative_score")  # metrics per contender
 HEADINGS = {  # two short lines, so that the table fits a terminal
+    "sparsity": "stream\n%",
+    "cache": "cache\n%",
     "kept": "KV\nkept %",
     "loss": "answer\nloss",
     "rise": "rise\nin loss",
@@ -65,46 +68,53 @@ def results_table(results: Mapping[str, Any] | pd.DataFrame, title: str) -> Text
         results: as in results.json, or its rows as returned by `frame`.
         title: above the table.
     """
-    return terminal_table(contender_grid(_rows(results)), title, CAPTION, leading=2)
+    grid = contender_grid(_rows(results))
+    return terminal_table(grid, title, CAPTION, leading=list(grid.headings).index(HEADINGS["kept"]))
 
 
 def task_table(
-    results: Mapping[str, Any] | pd.DataFrame, title: str, metric: str | None = None, sparsity: float | None = None
+    results: Mapping[str, Any] | pd.DataFrame,
+    title: str,
+    metric: str | None = None,
+    sparsity: float | None = None,
+    cache: float | None = None,
 ) -> TextTable:
-    """One metric by task, contenders of one sparsity across, for the terminal.
+    """One metric by task, contenders of one budget across, for the terminal.
 
     Args:
         results: as in results.json, or its rows as returned by `frame`.
         title: above the table.
         metric: one of `duo_id.report.summary.REPORTED`; None: see `headline`.
-        sparsity: of the contenders; None: the one nearest 0.5.
+        sparsity: of the contenders.
+        cache: their share of the cache; both None: the budget nearest a half.
     """
     rows = _rows(results)
     metric = metric or headline(rows)
-    chosen_sparsity = middle(rows) if sparsity is None else sparsity
-    title += f": {100 * chosen_sparsity:.4g}% of the KV heads stream" if chosen_sparsity else ""
+    budget = middle(rows) if sparsity is None and cache is None else Budget(sparsity, cache)
+    title += "" if budget is None else f": {budget.in_words}"
     caption = f"{REPORTED[metric].label}; ±: half of the 95% interval over samples"
-    return terminal_table(task_grid(rows, metric, chosen_sparsity), title, caption)
+    return terminal_table(task_grid(rows, metric, budget), title, caption)
 
 
 def contender_grid(rows: pd.DataFrame) -> Grid:
     """One line per contender: head patterns and their baselines, then token eviction at the same bytes."""
     statistics = contenders(rows)
+    asked = [column for column in ("sparsity", "cache") if statistics[column].fillna(0).any() or column == "sparsity"]
     metrics = [metric for metric in SHOWN if metric in ("kept", "loss") or statistics[metric].notna().any()]
     sections: dict[str, list[list[Cell]]] = {}
     for row in statistics.to_dict("records"):
         section = "token eviction" if row["kind"] == "eviction" else "head patterns"
         name = Cell(name_of(row["kind"], row["heads"], row["seeds"]))
-        stream = Cell(f"{100 * row['sparsity']:.4g}", row["sparsity"])
-        cells = [name, stream, *(metric_cell(row, metric) for metric in metrics)]
+        shares = [share_cell(row[column]) for column in asked]
+        cells = [name, *shares, *(metric_cell(row, metric) for metric in metrics)]
         sections.setdefault(section, []).append(cells)
-    return Grid(["heads", "stream\n%", *(HEADINGS[metric] for metric in metrics)], sections)
+    return Grid(["heads", *(HEADINGS[column] for column in (*asked, *metrics))], sections)
 
 
-def task_grid(rows: pd.DataFrame, metric: str, sparsity: float) -> Grid:
-    """One line per task: full attention in absolute terms, and `metric` of the contenders at one sparsity."""
-    statistics = contenders(rows[(rows["kind"] == "full") | (rows["sparsity"] == sparsity)], ["task"])
-    columns = statistics.drop_duplicates(["kind", "heads", "sparsity"])
+def task_grid(rows: pd.DataFrame, metric: str, budget: Budget | None) -> Grid:
+    """One line per task: full attention in absolute terms, and `metric` of the contenders at one budget."""
+    statistics = contenders(rows[(rows["kind"] == "full") | (rows["budget"] == budget)], ["task"])
+    columns = statistics.drop_duplicates(CONTENDER)
     headings = ["task"]
     for row in columns.to_dict("records"):
         absolute = f"\n{REPORTED[OF_FULL[metric]].label}" if row["kind"] == "full" and metric in OF_FULL else ""
@@ -112,15 +122,20 @@ def task_grid(rows: pd.DataFrame, metric: str, sparsity: float) -> Grid:
     lines = []
     for task in rows["task"].unique():
         by_contender = {
-            (row["kind"], row["heads"], row["sparsity"]): row
+            tuple(row[column] for column in CONTENDER): row
             for row in statistics[statistics["task"] == task].to_dict("records")
         }
         cells = [Cell(name_of("task", task))]
-        for kind, heads, stream in columns[["kind", "heads", "sparsity"]].itertuples(index=False):
-            column_metric = OF_FULL.get(metric, metric) if kind == "full" else metric
-            cells.append(metric_cell(by_contender.get((kind, heads, stream), {}), column_metric))
+        for contender in columns[CONTENDER].itertuples(index=False, name=None):
+            column_metric = OF_FULL.get(metric, metric) if contender[0] == "full" else metric
+            cells.append(metric_cell(by_contender.get(contender, {}), column_metric))
         lines.append(cells)
     return Grid(headings, {"": lines})
+
+
+def share_cell(share: float) -> Cell:
+    """The cell of a share that was asked for; a dash where it was not."""
+    return Cell(f"{100 * share:.4g}", share) if np.isfinite(share) else Cell("-", -np.inf)
 
 
 def metric_cell(row: Mapping[str, Any], metric: str) -> Cell:
@@ -144,10 +159,9 @@ def headline(rows: pd.DataFrame) -> str:
     return "relative_score" if (rows.loc[full, "score"] > 0).any() else "relative_accuracy"
 
 
-def middle(rows: pd.DataFrame) -> float:
-    """The sparsity nearest 0.5; 0 for full attention alone."""
-    sparsities = sorted(rows.loc[rows["kind"] != "full", "sparsity"].unique())
-    return float(min(sparsities, key=lambda sparsity: abs(sparsity - 0.5))) if sparsities else 0.0
+def middle(rows: pd.DataFrame) -> Budget | None:
+    """The budget nearest a half; None for full attention alone."""
+    return min(budgets_of(rows), key=lambda budget: abs(budget.share - 0.5), default=None)
 
 
 def _rows(results: Mapping[str, Any] | pd.DataFrame) -> pd.DataFrame:

@@ -61,9 +61,10 @@ class GraphedLoss:
             if self._bytes + num_bytes > self.room:
                 return self.loss(alpha, batch)
             pool = next(iter(self._captured.values())).graph.pool() if self._captured else None
+            torch.cuda.empty_cache()  # as a capture does, which would hide what the graph takes
             before = torch.cuda.memory_reserved(alpha.device)
             self._captured[shapes] = _Capture(self.loss, alpha, batch, pool)
-            self._bytes += max(torch.cuda.memory_reserved(alpha.device) - before, 0)
+            self._bytes += torch.cuda.memory_reserved(alpha.device) - before
         return _Replay.apply(alpha, self._captured[shapes], batch)
 
     def _plain(self, shapes: Shapes, alpha: Tensor, batch: dict[str, Any]) -> Tensor:

@@ -28,7 +28,7 @@ GPU: dict[str, Any] = {  # what experiment=best has on a GPU
     "method.sink_size": 64,
     "method.recent_size": "auto",
     "data.num_workers": 4,
-    "trainer.max_steps": 400,
+    "trainer.max_steps": "auto",
     "trainer.log_every_n_steps": 20,
 }
 GATES = {"method.lr": 0.02}  # on a GPU, of methods that train

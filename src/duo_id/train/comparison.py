@@ -13,7 +13,8 @@ from duo_id.common.errors import UserError
 from duo_id.common.progress import progress_bar
 from duo_id.common.tables import TextTable
 from duo_id.models.language_model import LanguageModel
-from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.patterns.mask import HeadMask
+from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.random_masks import random_like
 from duo_id.train.scoring import Score, score, total
 

@@ -15,21 +15,25 @@ from duo_id.common.errors import check
 from duo_id.common.mistakes import check_importable
 from duo_id.methods.settings import GateSettings, MethodSettings, make_optimizer, method_settings
 from duo_id.train.settings import TrainSettings
+from duo_id.train.trainer import TrainerSettings
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 LENGTH_MIN, LENGTH_MAX, RECENT_SIZE = "data.length_min", "data.length_max", "method.recent_size"
-HAYSTACK = "data.haystack.source"
+HAYSTACK, MAX_STEPS = "data.haystack.source", "trainer.max_steps"
 LONGEST = 32000  # tokens of data.length_max=auto at most: attention's time grows with their square
+STEPS, FEWER_STEPS = 400, 200  # with long samples half of them find heads as good (docs/lab/log.md)
 AUTOMATIC: dict[str, Any] = {  # may be `auto`; what is checked meanwhile
     LENGTH_MIN: LONGEST // 8,
     LENGTH_MAX: LONGEST,
     RECENT_SIZE: 1,
     HAYSTACK: "embedded",
+    MAX_STEPS: STEPS,
 }
 EMBEDDED = 12000  # tokens of the longest sample that each part of the embedded text is long enough for
+LONG = 12000  # tokens of the longest sample from which on fewer steps suffice
 ROUND = 1000  # tokens that the longest length is a multiple of
 SHORTEST = 1000  # tokens that the shortest sample has if the longest does: ten passkeys of 16 words need over 600
 SHORTEST_SHARE, WINDOW_SHARE = 8, 32  # the longest sample has so many times the tokens of the shortest, of the window
@@ -90,7 +94,7 @@ def _check_imported(settings: TrainSettings) -> None:
 def fitted(
     settings: TrainSettings, automatic: Collection[str], model: "PreTrainedModel | None" = None
 ) -> TrainSettings:
-    """Settings in which the lengths, the window and the text that are `auto` are decided.
+    """Settings in which the lengths, the window, the text and the steps that are `auto` are decided.
 
     Args:
         settings: of the run.
@@ -119,7 +123,10 @@ def fitted(
         data = replace(data, length_min=min(max(longest // SHORTEST_SHARE, 2 * window, SHORTEST), longest))
     if HAYSTACK in automatic and longest > EMBEDDED:
         data = replace(data, haystack=replace(data.haystack, source="packages"))
-    return replace(settings, data=data, method=method)
+    trainer = settings.trainer
+    if MAX_STEPS in automatic and longest > LONG:
+        trainer = TrainerSettings(**trainer | {"max_steps": FEWER_STEPS})
+    return replace(settings, data=data, method=method, trainer=trainer)
 
 
 def _training_device(settings: TrainSettings) -> "torch.device":

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, check
 from duo_id.patterns.pattern import HeadPattern
 
 
@@ -22,6 +22,8 @@ class Options:
         sink_size: first tokens that a streaming head sees.
         recent_size: most recent tokens that a streaming head sees.
         model: hub id, for the provenance of the pattern.
+        cache: in place of a sparsity, the share of the full cache's bytes that the heads may keep.
+        length: of the context of which they keep it, in tokens.
     """
 
     sparsity: float | None = None
@@ -31,6 +33,16 @@ class Options:
     sink_size: int | None = None
     recent_size: int | None = None
     model: str | None = None
+    cache: float | None = None
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check what was given together."""
+        check(self.cache is None or self.sparsity is None, "sparsity and cache: give one of the two")
+        check(
+            self.cache is None or self.length is not None, "cache is a share of the cache at a length: set length=..."
+        )
+        check(self.length is None or self.cache is not None, "length is that of a share of the cache: set cache=...")
 
     def require(self, key: str, reason: str) -> int:
         """A required option; a `UserError` that names it if it is not given."""

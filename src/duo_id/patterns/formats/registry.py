@@ -49,9 +49,13 @@ class Format:
 
 def _write_heads(pattern: HeadPattern, path: Path, options: Options) -> str:
     save_pattern(pattern, path, (0.25, 0.5, 0.75) if options.sparsity is None else (options.sparsity,))
-    return f"{path}: duo_id.load_pattern({str(path)!r})"
+    if options.cache is None or options.length is None:
+        return f"{path}: duo_id.load_pattern({str(path)!r})"
+    pattern.allocate(options.cache, options.length).save(path / SPANS)
+    return f"{path}: duo_id.load_pattern({str(path)!r}), duo_id.HeadSpans.from_pretrained({str(path / SPANS)!r})"
 
 
+SPANS = "spans.json"  # in our own folder, beside heads.json
 FORMATS = {
     "heads": Format(read_folder, _write_heads, folder=True, lossless=True),  # ours
     "duo-attention": Format(read_folder, write_duo_attention, folder=True, lossless=True),
@@ -110,7 +114,8 @@ def lost_parts(pattern: HeadPattern, name: str, options: Options) -> list[str]:
     """The parts of a pattern that the format `name` cannot hold, in words."""
     if FORMATS[name].lossless:
         return []
-    lost = ["provenance", f"windows (sink_size={pattern.sink_size}, recent_size={pattern.recent_size})"]
+    needs = [] if pattern.needs is None else ["needs"]
+    lost = [*needs, "provenance", f"windows (sink_size={pattern.sink_size}, recent_size={pattern.recent_size})"]
     if len(pattern.gated_layers) < len(pattern.scores):
         lost.append("which layers have gates")
     masked = name in ("prulong", "qrhead") and options.sparsity is not None
