@@ -129,14 +129,14 @@ def masked_heads(spans: Tensor, sink_size: int, backends: Backends) -> AttendFun
         for span in sorted(set(spans.tolist()))
     ]
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, rows: Tensor | None = None) -> Tensor:
         if len(groups) == 1:
-            return groups[0][1](query, key, value, softmax)
+            return groups[0][1](query, key, value, softmax, rows=rows)
         grouped = query.unflatten(1, (key.shape[1], -1))
         out = torch.empty_like(grouped)
         for heads, function in groups:
             group_softmax = softmax.of(heads, key.shape[1])
-            part = function(grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], group_softmax)
+            part = function(grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], group_softmax, rows=rows)
             out[:, heads] = part.unflatten(1, (len(heads), -1))
         return out.flatten(1, 2)
 

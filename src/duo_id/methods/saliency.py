@@ -12,7 +12,7 @@ from duo_id.methods.sample_scores import mean_scores
 from duo_id.methods.settings import SaliencySettings
 from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.pattern import HeadPattern
-from duo_id.step.distillation import Batch, Distillation, Teacher
+from duo_id.step.distillation import Distillation
 from duo_id.step.objectives import OBJECTIVES, Objective, Outputs
 from duo_id.step.prepare import prepared_step
 
@@ -55,7 +55,8 @@ def saliency(gated_model: GatedModel, sample: Sample, settings: SaliencySettings
             loss = distillation.loss(alpha, batch, teacher)
             scores.append(-torch.autograd.grad(loss, alpha)[0])
         else:
-            scores.append(_fisher(distillation, alpha, batch, teacher))
+            outputs = distillation.student(alpha, batch, teacher)
+            scores.append(fisher(distillation, outputs, alpha))
     return torch.stack(scores).mean(0).float().cpu()
 
 
@@ -65,24 +66,29 @@ def _distillation(gated_model: GatedModel, settings: SaliencySettings) -> Distil
     return Distillation(gated_model, objective, settings.tokens)
 
 
-def _fisher(distillation: Distillation, alpha: Tensor, batch: Batch, teacher: Teacher) -> Tensor:
-    """Diagonal of the Fisher information per token, of the gates' (layers, KV heads).
+def fisher(distillation: Distillation, outputs: Outputs, variables: Tensor) -> Tensor:
+    """Diagonal of the Fisher information per token, of variables that the outputs depend on.
 
     Labels of different tokens are sampled independently, so the products of their gradients vanish in expectation and
     one gradient of their sum serves all tokens.
+
+    Args:
+        distillation: of the likelihood, `next_token`.
+        outputs: of the student, at the scored tokens.
+        variables: of any shape, which the result has too.
     """
-    generator = torch.Generator(alpha.device).manual_seed(0)
+    generator = torch.Generator(variables.device).manual_seed(0)
 
     def draw(student: Outputs, teacher: Outputs) -> Tensor:
         assert student.logits is not None
         probabilities = student.logits.float().softmax(-1)
         return torch.multinomial(probabilities, DRAWS, replacement=True, generator=generator).T
 
-    outputs = distillation.student(alpha, batch, teacher)
-    ones = torch.ones(len(batch["scored"]), device=alpha.device)
-    squares = torch.zeros_like(alpha)
+    assert outputs.targets is not None
+    ones = torch.ones(len(outputs.targets), device=variables.device)
+    squares = torch.zeros_like(variables)
     for labels in distillation.in_chunks(Objective(draw, logits=True, teacher=False)).values(outputs, outputs):
         drawn = replace(outputs, targets=labels)
         loss = distillation.chunked.loss(drawn, drawn, ones)
-        squares += torch.autograd.grad(loss, alpha, retain_graph=True)[0].square()
+        squares += torch.autograd.grad(loss, variables, retain_graph=True)[0].square()
     return squares / DRAWS / len(ones)

@@ -1,7 +1,7 @@
 """A language model whose KV heads get gates: what every method of identification works on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from duo_id.attention.functions import Backends
 from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.window import Window
 from duo_id.models.language_model import LanguageModel
+from duo_id.patterns.needs import SpanNeeds
 from duo_id.patterns.pattern import HeadPattern
 
 
@@ -45,9 +46,19 @@ class GatedModel:
         """Where the model is."""
         return self.model.model.device
 
-    def pattern(self, scores: Tensor, **provenance: Any) -> HeadPattern:
-        """Scores (gated layers, KV heads) as a pattern of the whole model; layers without gates are rows of 1."""
+    def pattern(self, scores: Tensor, needs: SpanNeeds | None = None, **provenance: Any) -> HeadPattern:
+        """Scores (gated layers, KV heads) as a pattern of the whole model; layers without gates are rows of 1.
+
+        Args:
+            scores: of the gated layers' heads.
+            needs: of the same heads, if they are known.
+            provenance: of the pattern.
+        """
         gated = tuple(layer.index for layer in self.layers)
         rows = torch.ones(self.pattern_shape)
         rows[list(gated)] = scores.detach().float().cpu()
-        return HeadPattern(rows, self.window.sink_size, self.window.recent_size, gated, provenance)
+        if needs is not None:
+            costs = torch.zeros(*self.pattern_shape, len(needs.levels))
+            costs[list(gated)] = needs.costs
+            needs = replace(needs, costs=costs)
+        return HeadPattern(rows, self.window.sink_size, self.window.recent_size, gated, provenance, needs)

@@ -13,6 +13,7 @@ from duo_id.methods import (
     retrieval_score,
     saliency,
     search,
+    spans,
 )
 from duo_id.methods.run import Find
 from duo_id.methods.settings import METHODS, MethodSettings, SearchSettings, name_nested_override, nested_override
@@ -31,6 +32,7 @@ FIND: dict[str, Find] = {
     "reconstruction": reconstruction.find,
     "saliency": saliency.find,
     "search": search.find,
+    "spans": spans.find,
     "random": random.find,
 }
 

@@ -1,0 +1,120 @@
+"""How far each head must see: spans under a byte budget, priced by backward passes at the spans chosen so far.
+
+Spans per head by a profile and an optimiser: MoA (Fu et al. 2024, arXiv 2406.14909), which prices windows once, at full
+attention. Prices at full attention miss that heads stand in for each other, so here they are taken where budgets lead.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from duo_id.attention.functions import AttendFunction
+from duo_id.attention.interface import bound
+from duo_id.attention.priced import priced_layers
+from duo_id.common.progress import progress_bar
+from duo_id.data.datamodule import SampleModule
+from duo_id.data.samples import Sample, batch_of_one
+from duo_id.methods.gates import GOLDEN, SEED_OFFSET
+from duo_id.methods.run import Run
+from duo_id.methods.saliency import fisher
+from duo_id.methods.settings import SpanSettings
+from duo_id.methods.span_prices import SpanPrices
+from duo_id.models.gated_model import GatedModel
+from duo_id.patterns.allocation import best_levels, tokens_within
+from duo_id.patterns.needs import SpanNeeds
+from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.spans import kept_tokens
+from duo_id.step.distillation import Distillation
+from duo_id.step.objectives import OBJECTIVES
+from duo_id.step.prepare import prepared_step
+
+
+def find(gated_model: GatedModel, samples: SampleModule, settings: SpanSettings, run: Run) -> HeadPattern:
+    """Price spans at full attention, then on one sample after the other under the spans of a budget drawn anew."""
+    run.on_accepted()
+    training_samples = samples.samples("train", settings.samples)
+    longest = max(len(sample["input_ids"]) for sample in training_samples)
+    levels = torch.tensor(settings.levels_up_to(longest), dtype=torch.int32)
+    distillation = Distillation(gated_model, settings.resolved_objective, settings.tokens)
+    first_samples, provenance = training_samples[: settings.curvature_samples], {}
+    with (
+        prepared_step(distillation, replace(run.step, compile=False)) as apply_plan,
+        progress_bar(run.console) as progress,
+    ):
+        bar = progress.add_task(settings.name, total=len(first_samples) + len(training_samples))
+        apply_plan(longest)
+        costs = torch.zeros(*gated_model.shape, len(levels))
+        for sample in first_samples:
+            costs += curvature(gated_model, sample, levels) / len(first_samples)
+            progress.advance(bar)
+        prices = SpanPrices(costs)
+        try:
+            for index, sample in enumerate(training_samples):
+                fraction = (run.seed * SEED_OFFSET + index * GOLDEN) % 1
+                low, high = settings.budgets
+                price(distillation, sample, levels, prices, low * (high / low) ** fraction)
+                progress.advance(bar)
+        except KeyboardInterrupt:
+            if not run.partial:
+                raise
+            provenance["interrupted"] = True
+    needs = SpanNeeds(tuple(levels.tolist()), prices.costs().float())
+    recent = torch.tensor([gated_model.window.recent_size])
+    nearest = int(torch.searchsorted(levels[:-1], recent).clamp(max=len(levels) - 2))
+    return gated_model.pattern(needs.costs[..., nearest], needs, samples=prices.count, **provenance)
+
+
+@torch.enable_grad()
+def curvature(gated_model: GatedModel, sample: Sample, levels: Tensor) -> Tensor:
+    """What each span costs by itself beside full attention in all other heads, to second order.
+
+    Half the Fisher information of the share of that span: the KL divergence from full attention per scored token.
+
+    Args:
+        gated_model: the model.
+        sample: a training sample.
+        levels: (n,) int32, spans; -1 last.
+
+    Returns:
+        (gated layers, KV heads, n), 0 at the last.
+    """
+    full = torch.full(gated_model.shape, int(levels[-1]), dtype=torch.int32)
+    others = levels[:-1, None, None].expand(-1, *gated_model.shape)
+    shares = torch.zeros(others.shape, device=gated_model.device, requires_grad=True)
+    distillation = Distillation(gated_model, OBJECTIVES["next_token"])
+    with bound(gated_model.layers, _functions(gated_model, full, others, shares)):
+        outputs = distillation.outputs(batch_of_one(sample, gated_model.device))
+    costs = fisher(distillation, outputs, shares).float().cpu() / 2
+    return torch.cat([costs, torch.zeros(1, *gated_model.shape)]).permute(1, 2, 0)
+
+
+def price(distillation: Distillation, sample: Sample, levels: Tensor, prices: SpanPrices, share: float) -> None:
+    """Add the prices of a sample under the spans that its budget buys.
+
+    Args:
+        distillation: the model and the objective.
+        sample: a training sample.
+        levels: (n,) int32, spans; -1 last.
+        prices: so far; added to.
+        share: of the full cache's bytes.
+    """
+    gated_model = distillation.gated_model
+    length = len(sample["input_ids"])
+    kept = kept_tokens(levels, gated_model.window.sink_size, length).tolist()
+    costs = prices.costs().flatten(0, 1).numpy()
+    budget = max(tokens_within(share, len(costs) * length), len(costs) * kept[0])
+    chosen = torch.tensor(best_levels(costs, kept, range(len(costs)), budget)).view(gated_model.shape)
+    neighbours = torch.stack([(chosen - 1).clamp(min=0), (chosen + 1).clamp(max=len(levels) - 1)])
+    shares = torch.zeros(neighbours.shape, device=gated_model.device, requires_grad=True)
+    batch = batch_of_one(sample, gated_model.device)
+    teacher = distillation.teacher(batch)
+    with bound(gated_model.layers, _functions(gated_model, levels[chosen], levels[neighbours], shares)):
+        student = distillation.outputs(batch)
+    loss = distillation.chunked.loss(student, teacher.outputs or student, teacher.weights)
+    (rises,) = torch.autograd.grad(loss, shares)
+    prices.add(chosen, rises, torch.tensor(kept).diff() > 0)
+
+
+def _functions(gated_model: GatedModel, spans: Tensor, others: Tensor, shares: Tensor) -> dict[int, AttendFunction]:
+    return priced_layers(gated_model.layers, spans, others, shares, gated_model.window.sink_size, gated_model.backends)

@@ -1,0 +1,120 @@
+"""Spans that heads were built to need are found, from curvature and from prices."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from duo_id.common.errors import UserError
+from duo_id.methods import spans
+from duo_id.methods.run import Run
+from duo_id.methods.settings import SpanSettings
+from duo_id.patterns.pattern import HeadPattern
+from tests.methods.conftest import gated_model_of
+from tests.support.planted import random_sample
+
+MakeModel = Callable[..., PreTrainedModel]
+TOKENS, LEVELS, SHARPNESS = 220, [8, 64, 128], 40.0
+DISTANCES = [[4, 180, 40], [50, 5, 170]]  # what each head looks back to, by layer
+NEEDED = torch.tensor([[8, -1, 64], [64, 8, -1]], dtype=torch.int32)
+
+
+def model_with_spans(make_model: MakeModel) -> PreTrainedModel:
+    """Each head attends to one distance, whatever the tokens: its queries and keys are constant but for rotations."""
+    model = make_model(
+        "qwen2", num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3, hidden_size=48,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    dim = 16
+    frequencies = 1e4 ** (-torch.arange(dim // 2) * 2 / dim)
+    with torch.no_grad():
+        for layer, distances in zip(model.model.layers, DISTANCES, strict=True):
+            attention = layer.self_attn
+            attention.q_proj.weight.zero_(), attention.k_proj.weight.zero_()
+            for head, distance in enumerate(distances):
+                of_head = slice(dim * head, dim * (head + 1))
+                angles = -frequencies * distance
+                attention.q_proj.bias[of_head] = SHARPNESS * torch.cat([angles.cos(), angles.sin()])
+                attention.k_proj.bias[of_head] = torch.cat([torch.ones(dim // 2), torch.zeros(dim // 2)])
+    return model
+
+
+class Samples:
+    """Training samples of one length."""
+
+    def samples(self, split: str, count: int) -> list[Any]:
+        return [random_sample(TOKENS, seed, 12) for seed in range(count)]
+
+
+def found(make_model: MakeModel, **changes: Any) -> HeadPattern:
+    settings = SpanSettings("spans", 2, 16, levels=LEVELS, **{"samples": 12, "curvature_samples": 2} | changes)
+    with gated_model_of(model_with_spans(make_model), settings.window) as gated_model:
+        return spans.find(gated_model, Samples(), settings, Run())  # type: ignore[arg-type]
+
+
+def exact_share() -> float:
+    kept = [TOKENS if span < 0 else span + 2 for span in NEEDED.flatten().tolist()]
+    return math.nextafter(sum(kept) / (len(kept) * TOKENS), 1)
+
+
+def test_planted_spans_are_found(make_model: MakeModel) -> None:
+    pattern = found(make_model)
+    assert pattern.needs is not None
+    assert pattern.needs.levels == (*LEVELS, -1)
+    assert pattern.allocate(cache=exact_share(), length=TOKENS).spans.equal(NEEDED)
+    assert pattern.provenance["samples"] == 12
+    retrieval = pattern.binarize(sparsity=4 / 6).retrieval
+    assert retrieval.equal(NEEDED == -1), "at one window the far heads cost most"
+
+
+def test_curvature_alone_finds_them_too(make_model: MakeModel) -> None:
+    settings = SpanSettings("spans", 2, 16)
+    levels = torch.tensor([*LEVELS, -1], dtype=torch.int32)
+    with gated_model_of(model_with_spans(make_model), settings.window) as gated_model:
+        costs = spans.curvature(gated_model, random_sample(TOKENS, 0, 12), levels)
+    assert costs.shape == (2, 3, 4)
+    needed = (levels == NEEDED[..., None]).int().argmax(-1)
+    enough = torch.arange(4) >= needed[..., None]
+    assert costs[enough].max() < 0.05 * costs[~enough].min()
+
+
+def test_an_interrupted_run_returns_what_it_has_if_asked(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    priced = []
+
+    def interrupted(*arguments: Any) -> None:
+        if len(priced) == 3:
+            raise KeyboardInterrupt
+        priced.append(arguments)
+
+    monkeypatch.setattr(spans, "price", interrupted)
+    settings = SpanSettings("spans", 2, 16, levels=LEVELS, samples=5, curvature_samples=1)
+    with gated_model_of(model_with_spans(make_model), settings.window) as gated_model:
+        pattern = spans.find(gated_model, Samples(), settings, Run(partial=True))  # type: ignore[arg-type]
+        assert pattern.provenance["interrupted"]
+        with pytest.raises(KeyboardInterrupt):
+            spans.find(gated_model, Samples(), settings, Run())  # type: ignore[arg-type]
+
+
+def test_levels_follow_the_window_and_the_samples() -> None:
+    assert SpanSettings("spans", 64, 256).levels_up_to(8000) == (128, 256, 512, 1024, 2048, 4096, -1)
+    assert SpanSettings("spans", 64, 256, levels=[512, 64, 9000]).levels_up_to(8000) == (64, 512, -1)
+    with pytest.raises(UserError, match=r"samples of 100 tokens fit the sink .* lower method\.recent_size"):
+        SpanSettings("spans", 64, 256).levels_up_to(100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        pytest.param({"budgets": [0.6, 0.1]}, "ascending", id="order"),
+        pytest.param({"budgets": [0.0, 0.1]}, "above 0", id="nothing"),
+        pytest.param({"objective": "next_token"}, "compares with nothing", id="no teacher"),
+    ],
+)
+def test_what_cannot_work_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        SpanSettings("spans", 64, 256, **changes)
