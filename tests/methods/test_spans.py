@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from duo_id.common.errors import UserError
 from duo_id.methods import spans
 from duo_id.methods.run import Run
-from duo_id.methods.settings import SpanSettings
+from duo_id.methods.span_settings import SpanSettings
 from duo_id.patterns.pattern import HeadPattern
 from tests.methods.conftest import gated_model_of
 from tests.support.planted import random_sample

@@ -6,13 +6,12 @@ What imports torch is imported where it is used, so that mistakes in settings ar
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from omegaconf import DictConfig
 from pydantic import Field
 
 from duo_id.attention.choices import BLEND_NAMES
-from duo_id.attention.window import Window
 from duo_id.common.config import (
     Count,
     Fraction,
@@ -20,7 +19,6 @@ from duo_id.common.config import (
     Number,
     Positive,
     PositiveWeight,
-    Several,
     Some,
     Text,
     Weight,
@@ -32,65 +30,17 @@ from duo_id.common.config import (
 )
 from duo_id.common.errors import UserError, check
 from duo_id.common.mistakes import instantiate
+from duo_id.methods.base_settings import MethodSettings, ScoreSettings, Tokens, WithObjective, check_pair
 from duo_id.methods.choices import GATE_NAMES, PENALTY_NAMES
-from duo_id.step.choices import NEEDS_TEACHER, check_weight, objective_weights
+from duo_id.methods.span_settings import SpanSettings
+from duo_id.step.choices import check_weight, objective_weights
 
 if TYPE_CHECKING:
     import torch
 
-    from duo_id.step.objectives import Objective
-
-
-@settings("method")
-class MethodSettings:
-    """Common to all methods; their own settings are in `duo_id.methods.settings`: see conf/method/."""
-
-    name: Text
-    sink_size: Count  # tokens
-    recent_size: Positive  # tokens, including the query's own
-
-    devices: ClassVar[Literal["one", "replicas", "shared"]] = "replicas"  # several devices all do the same, or share it
-
-    @property
-    def window(self) -> Window:
-        """The window of streaming heads."""
-        return Window(self.sink_size, self.recent_size)
-
-
-class _WithObjective:
-    """Methods that measure the distance of a gated or masked model from full attention."""
-
-    objective: Any
-
-    @property
-    def resolved_objective(self) -> "Objective":
-        """The objective that `objective` names."""
-        from duo_id.step.objectives import make_objective
-
-        return make_objective(self.objective)
-
-    def needs_teacher(self) -> bool:
-        """Whether the objective needs a teacher; one of the user's own is imported to know.
-
-        Raises:
-            UserError: there is no such objective, or a weight is not positive.
-        """
-        weights = objective_weights(self.objective)
-        if weights.keys() <= NEEDS_TEACHER.keys():
-            return any(NEEDS_TEACHER[name] for name in weights)
-        return self.resolved_objective.teacher
-
 
 LEAST_TEMPERATURE = 1e-3  # of gates
-Tokens = Literal["labelled", "far"]  # how scored tokens are weighted, see `duo_id.step.distillation`
 InnerFraction = Annotated[Number, Field(gt=0, lt=1)]
-
-
-@settings("method")
-class ScoreSettings(MethodSettings):
-    """Methods that use some training samples without training."""
-
-    samples: Positive = 8
 
 
 @settings("method")
@@ -101,7 +51,7 @@ class AttentionSettings(ScoreSettings):
 
 
 @settings("method")
-class SaliencySettings(_WithObjective, ScoreSettings):
+class SaliencySettings(WithObjective, ScoreSettings):
     """How much an objective changes with each gate, by backward passes."""
 
     kind: Literal["gradient", "fisher"] = "gradient"
@@ -120,7 +70,7 @@ class SaliencySettings(_WithObjective, ScoreSettings):
 
 
 @settings("method")
-class SearchSettings(_WithObjective, ScoreSettings):
+class SearchSettings(WithObjective, ScoreSettings):
     """Search over masks: heads are closed or opened one after the other by the loss that results."""
 
     devices = "one"
@@ -139,7 +89,7 @@ class SearchSettings(_WithObjective, ScoreSettings):
     def __post_init__(self) -> None:
         """Check what goes together."""
         objective_weights(self.objective)
-        _check_pair("between", self.between)
+        check_pair("between", self.between)
         check(
             self.start is not None or self.between == [0.0, 1.0],
             f"method.between={self.between} needs method.start: without one all heads are searched",
@@ -153,47 +103,7 @@ class SearchSettings(_WithObjective, ScoreSettings):
 
 
 @settings("method")
-class SpanSettings(_WithObjective, ScoreSettings):
-    """How far each head must see: spans within budgets, priced by backward passes."""
-
-    devices = "one"
-
-    objective: Named = "kl"  # a name, or weights of several
-    tokens: Tokens = "labelled"
-    levels: Several[Positive] = field(default_factory=list)  # spans in tokens; none: half the recent size, doubled
-    budgets: Some[Fraction] = field(default_factory=lambda: [0.08, 0.6])  # shares of the cache, drawn log-uniformly
-    curvature_samples: Positive = 8  # whose curvature at full attention prices spans at first
-
-    def __post_init__(self) -> None:
-        """Check what goes together."""
-        objective_weights(self.objective)
-        _check_pair("budgets", self.budgets)
-        check(self.budgets[0] > 0, f"method.budgets={self.budgets}: no cache is that small, give shares above 0")
-        self.levels = sorted(set(self.levels))
-        check(
-            self.needs_teacher(),
-            f"method.objective={self.objective} compares with nothing: spans are priced by the distance from full "
-            "attention, so choose method.objective=kl or another with a teacher",
-        )
-
-    def levels_up_to(self, longest: int) -> tuple[int, ...]:
-        """The spans to choose among on samples of up to `longest` tokens, ascending, -1 (all tokens) last.
-
-        Raises:
-            UserError: all samples fit the smallest.
-        """
-        doubled = [self.recent_size * 2**power // 2 for power in range(64)]
-        levels = [span for span in self.levels or doubled if 0 < span < longest - self.sink_size]
-        check(
-            bool(levels),
-            f"data.length_max: samples of {longest} tokens fit the sink and the smallest span; lower "
-            f"{'method.levels' if self.levels else 'method.recent_size'}",
-        )
-        return (*levels, -1)
-
-
-@settings("method")
-class GateSettings(_WithObjective, MethodSettings):
+class GateSettings(WithObjective, MethodSettings):
     """Gate training. Each of blend, gate, penalty and objective names one small function or class."""
 
     devices = "shared"
@@ -258,7 +168,7 @@ class GateSettings(_WithObjective, MethodSettings):
         )
 
     def _check_nested(self) -> None:
-        _check_pair("budgets", self.budgets)
+        check_pair("budgets", self.budgets)
         check(
             self.budgets[0] < 1 and self.budgets[1] > 0,
             f"method.budgets={self.budgets} opens all heads or none: give sparsities such as method.budgets=[0.4,0.97]",
@@ -302,14 +212,6 @@ def method_settings(config: DictConfig | Mapping[str, Any]) -> MethodSettings:
     exists = isinstance(name, str) and name in METHODS
     check(exists, f"method.name={shown(name)}: choose one of {', '.join(METHODS)}")
     return parse(METHODS[str(name)], values)
-
-
-def _check_pair(key: str, values: list[float]) -> None:
-    """Raise a `UserError` unless the values are two fractions in ascending order."""
-    check(
-        len(values) == 2 and values[0] <= values[1],
-        f"method.{key}={values} must be two fractions from 0 to 1, in ascending order",
-    )
 
 
 def make_optimizer(method: GateSettings, parameters: "Iterable[torch.nn.Parameter]") -> "torch.optim.Optimizer":

@@ -18,8 +18,8 @@ from duo_id.data.samples import Sample, batch_of_one
 from duo_id.methods.gates import GOLDEN, SEED_OFFSET
 from duo_id.methods.run import Run
 from duo_id.methods.saliency import fisher
-from duo_id.methods.settings import SpanSettings
 from duo_id.methods.span_prices import SpanPrices
+from duo_id.methods.span_settings import SpanSettings
 from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.allocation import best_levels, tokens_within
 from duo_id.patterns.needs import SpanNeeds
