@@ -178,3 +178,10 @@ def test_what_cannot_be_read_is_refused(run: Path) -> None:
     (run / "samples.jsonl").unlink()
     with pytest.raises(UserError, match=r"samples\.jsonl cannot be read"):
         read_answers(run, ITEMS)
+
+
+def test_answers_at_a_share_of_the_cache_have_no_sparsity(run: Path) -> None:
+    at_share = answer() | {"sparsity": None, "cache": 0.25}
+    write_answers(run, [answer(), at_share, at_share])
+    rows = read_answers(run, ITEMS)
+    assert [(row["sparsity"], row["cache"]) for row in rows] == [(0.5, None)] * 2 + [(None, 0.25)] * 2

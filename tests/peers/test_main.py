@@ -76,6 +76,7 @@ def test_the_worker_gets_what_was_asked_for(
         "presses": ["tova", "kvzip"],
         "heads": True,
         "sparsity": [0.25, 0.5],
+        "cache": None,
         "samples": 2,
         "tasks": ["words"],
         "generate": False,
@@ -120,6 +121,7 @@ def test_a_python_without_pip_is_named(run: Path, monkeypatch: pytest.MonkeyPatc
         (["run", "samples=0"], "samples: Input should be greater"),
         (["run", "generate=perhaps"], "generate: 'perhaps' is not one of"),
         (["run", "sparsity=much"], "sparsity=much: give numbers"),
+        (["run", "cache=0.5,x"], "cache=0.5,x: give numbers, such as cache=0.25,0.5"),
         (["nowhere"], "nowhere holds no samples.jsonl"),
     ],
 )

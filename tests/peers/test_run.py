@@ -16,6 +16,8 @@ from duo_id.common.integrity import unsealed
 from duo_id.evaluate.peers import read_answers
 from duo_id.peers.choices import PRESSES
 from tests.peers.cases import (
+    RECENT,
+    SINK,
     TOKENS,
     answer_logits,
     cache_bytes,
@@ -70,6 +72,25 @@ def test_answers_are_those_of_a_plain_forward(
         assert (row["generated"] is None) == (question.place is not None)
         if row["generated"] and row["sparsity"] == 0:
             assert row["generated"] == greedy(model, [*item.context, *question.prompt], item.max_new_tokens)
+
+
+def test_a_share_of_the_cache_is_kept_of_each_context(scripts: SimpleNamespace, run: Path, saved: Any) -> None:
+    """Whatever is cached before the question, and never less than the window."""
+    write_run(run, saved[0], ITEMS, sparsities=[0.5], shares=[0.5], caches=[0.5, 0.05])
+    assert ask(scripts, run, "knorm", generate=False) == 0
+    rows = read_answers(run, ITEMS)
+    assert {(row["sparsity"], row["cache"]) for row in rows} == {(0.5, None), (None, 0.5), (None, 0.05)}
+    for row in rows:
+        question = ITEMS[row["index"]].questions[row["question"]]
+        tokens = TOKENS if question.place is None else question.place - 1
+        window = min(SINK + RECENT, tokens)
+        kept = kept_tokens(0.5, tokens) if row["cache"] is None else max(window, int(row["cache"] * tokens))
+        assert row["bytes"] == cache_bytes(saved[1], kept)
+    written = lines(run)
+    assert ask(scripts, run, "knorm", generate=False) == 0
+    assert lines(run) == written, "nothing is answered twice"
+    assert ask(scripts, run, "tova", generate=False, cache=[0.5]) == 0
+    assert {(line["sparsity"], line["cache"]) for line in lines(run, "tova")[1:]} == {(None, 0.5)}
 
 
 def test_a_run_goes_on_where_it_stopped(
@@ -164,6 +185,7 @@ def test_an_interrupt_is_no_failure(scripts: SimpleNamespace, run: Path, monkeyp
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"cache": [0.3]}, "cache=0.3 is not among those of the samples: []"),
         ({"sparsity": [0.3]}, "sparsity=0.3 is not among those of the samples: [0.0, 0.5]"),
         ({"tasks": ["riddles"]}, "tasks=riddles is not among those of the samples: words"),
         ({"samples": 0}, "raise samples=0"),

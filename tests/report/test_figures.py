@@ -213,8 +213,8 @@ def test_all_figures_of_results() -> None:
     by_name = figures(results)
     assert dict(mpl.rcParams) == rc_params
     assert list(by_name) == [
-        *("budget-score", "budget-accuracy", "budget-rise", "tasks", "depths-needle-words", "position-language"),
-        *("gates", "agreement"),
+        *("budget-score", "budget-accuracy", "budget-rise", "budget-kl", "tasks", "depths-needle-words"),
+        *("position-language", "gates", "agreement"),
     ]
     assert r" _\$x\$?" in legend(by_name["budget-score"])
     by_name["budget-score"].savefig(io.BytesIO(), format="svg")

@@ -128,7 +128,7 @@ def test_the_page_says_what_was_compared(page: Path) -> None:
         assert text in parsed.text, text
     svgs = parsed.tags.count("svg") + sum(src.startswith("data:image/png") for src in parsed.values("src"))
     assert svgs == parsed.tags.count("figure") == parsed.tags.count("figcaption")
-    assert svgs == 6 + 2 + 1 + 3, (
+    assert svgs == 7 + 2 + 1 + 3, (
         "of the evaluation, of its heads and those of training, of training, of the hostile run"
     )
     values = [value for value in parsed.values("data-value") if value]

@@ -39,6 +39,7 @@ HEADER = {
     "recent_size",
     "sparsities",
     "shares",  # for each sparsity the fraction of the KV heads that stream under its mask
+    # and "caches", shares of the full cache's bytes, where some are asked for
     "seed",
 }
 
@@ -71,7 +72,8 @@ class _FailureLine(Data):
     task: Line
     length: Tokens
     index: Natural
-    sparsity: Share
+    sparsity: Share | None
+    cache: Share | None = None
     error: str
 
 
@@ -81,7 +83,8 @@ class _AnswerLine(Data):
     task: Line
     length: Tokens
     index: Natural
-    sparsity: Share
+    sparsity: Share | None
+    cache: Share | None = None
     questions: Annotated[list[_QuestionAnswer], FIRST]
 
 
@@ -100,16 +103,17 @@ def write_samples(path: str | Path, header: dict[str, Any], items: Sequence[Item
 
 
 def read_answers(path: str | Path, items: Sequence[Item]) -> list[dict[str, Any]]:
-    """The answers of all peers, one dict per question, press and sparsity.
+    """The answers of all peers, one dict per question, press and budget.
 
     Args:
         path: a run folder, or one answers file in it.
         items: of this evaluation.
 
     Returns:
-        dicts of task, length, index, question, kind ("eviction"), heads (the press), sparsity, seed (None), loss, kl
-        (nats, summed), tokens, correct, generated (tokens, or None), bytes, full_bytes (of the full cache) and note;
-        empty for a folder without answers. Contexts on which a press failed are counted in its note.
+        dicts of task, length, index, question, kind ("eviction"), heads (the press), sparsity or cache (the other is
+        None), seed (None), loss, kl (nats, summed), tokens, correct, generated (tokens, or None), bytes, full_bytes (of
+        the full cache) and note; empty for a folder without answers. Contexts on which a press failed are counted in
+        its note.
 
     Raises:
         UserError: a file cannot be read, has another version, or answers other samples.
@@ -126,7 +130,9 @@ def read_answers(path: str | Path, items: Sequence[Item]) -> list[dict[str, Any]
     rows = []
     for file in files:
         header, answers = _read_file(file, digest)
-        latest = {(*_item_key(answer), answer["sparsity"]): answer for answer in answers}  # later lines win
+        latest = {
+            (*_item_key(answer), answer["sparsity"], answer.get("cache")): answer for answer in answers
+        }  # later lines win
         failures = [answer for answer in latest.values() if "error" in answer]
         note = header["note"]
         if failures:
@@ -152,7 +158,8 @@ def _answer_rows(file: Path, item: Item, press: str, note: str, answer: dict[str
             )
         in_context = item.questions[number].place is not None
         row = {"task": item.task, "length": item.length, "index": item.index, "question": number}
-        row |= {"kind": "eviction", "heads": press, "sparsity": answer["sparsity"], "cache": None, "seed": None}
+        row |= {"kind": "eviction", "heads": press, "sparsity": answer["sparsity"], "seed": None}
+        row |= {"cache": answer.get("cache")}
         row |= {key: measured[key] for key in ("loss", "kl", "tokens", "correct", "generated", "bytes", "full_bytes")}
         rows.append(row | {"note": f"{note}; entries are evicted where the answer begins" if in_context else note})
     return rows

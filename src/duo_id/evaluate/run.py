@@ -255,7 +255,8 @@ def _recorded_settings(settings: EvaluateSettings) -> dict[str, Any]:
 
 def _samples_header(settings: EvaluateSettings, model: LanguageModel, pattern: HeadPattern) -> dict[str, Any]:
     """What peers need besides the samples."""
-    return {
+    shares = {"caches": settings.cache} if settings.cache else {}
+    return shares | {
         "model": weights_source(settings.model),
         "revision": settings.model.revision,
         "dtype": str(model.model.dtype).removeprefix("torch."),

@@ -51,7 +51,6 @@ class EvaluateSettings:
         self.cache = sorted(set(self.cache), reverse=True)
         check(bool(self.sparsity or self.cache), "sparsity=[] leaves nothing to compare: give sparsity or cache")
         check(0 not in self.cache, "cache=0 keeps nothing: give shares above 0")
-        check(bool(self.sparsity) or not self.peers, "peers=true: token eviction is compared by sparsity, give some")
         check_tasks(self.tasks)
         reserved = {"full", "random", *BASELINES}
         for name in self.patterns:

@@ -41,6 +41,7 @@ def main(
     run: Annotated[str, Argument(metavar="RUN", help="a run of duo_id.evaluate with peers=true")],
     presses: Annotated[str | None, Option(help=f"{', '.join(PRESSES)}; without it all but {SLOWEST}")] = None,
     sparsity: Annotated[str | None, Option(help="some of the run's, such as 0.25,0.5; without it all")] = None,
+    cache: Annotated[str | None, Option(help="some of the run's shares of the cache, likewise")] = None,
     tasks: Annotated[str | None, Option(help="some of the run's; without it all")] = None,
     samples: Annotated[int | None, Option(min=1, help="the first of each task; without it all")] = None,
     generate: Annotated[Flag | None, Option(help="generate answers; without it as the run does")] = None,
@@ -64,7 +65,8 @@ def main(
         "folder": run,
         "presses": names,
         "heads": heads == "true",
-        "sparsity": None if sparsity is None else _numbers(sparsity),
+        "sparsity": None if sparsity is None else _numbers("sparsity", sparsity),
+        "cache": None if cache is None else _numbers("cache", cache),
         "samples": samples,
         "tasks": None if tasks is None else tasks.split(","),
         "generate": None if generate is None else generate == "true",
@@ -79,11 +81,11 @@ def main(
     os.execve(python, [python, "-P", str(WORKER), json.dumps(options)], others)
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(key: str, text: str) -> list[float]:
     try:
         return [float(number) for number in text.strip("[]").split(",")]
     except ValueError:
-        raise UserError(f"sparsity={shown(text)}: give numbers, such as sparsity=0.25,0.5") from None
+        raise UserError(f"{key}={shown(text)}: give numbers, such as {key}=0.25,0.5") from None
 
 
 if __name__ == "__main__":

@@ -92,11 +92,11 @@ class Answers:
             if saved_header.get(key) != header[key]:
                 raise UserError(f"{path} was written with another {key}: delete it to start anew")
         for line in lines:
-            self._done[_key(line, line["sparsity"])] = line
+            self._done[_key(line, line)] = line
 
-    def has(self, item: Json, sparsity: float, generates: bool) -> bool:
-        """Whether an item is answered, with generated answers if wanted."""
-        line = self._done.get(_key(item, sparsity))
+    def has(self, item: Json, asked: Json, generates: bool) -> bool:
+        """Whether an item is answered as asked, a sparsity or a share of the cache, and generated if wanted."""
+        line = self._done.get(_key(item, asked))
         if line is None or "error" in line:
             return False
         if not (generates and item["max_new_tokens"] > 0):
@@ -107,7 +107,7 @@ class Answers:
     def add(self, line: Json) -> None:
         """Add the answers to one item, and write them to disk before returning."""
         self._write(line)
-        self._done[_key(line, line["sparsity"])] = line
+        self._done[_key(line, line)] = line
 
     def _write(self, line: Json) -> None:
         try:
@@ -129,5 +129,5 @@ def _parse_lines(contents: bytes) -> list[Any]:
     return [unsealed(json.loads(line), f"line {number}") for number, line in lines]
 
 
-def _key(line: Json, sparsity: float) -> tuple[Any, ...]:
-    return line["task"], line["length"], line["index"], sparsity
+def _key(item: Json, asked: Json) -> tuple[Any, ...]:
+    return item["task"], item["length"], item["index"], asked["sparsity"], asked.get("cache")

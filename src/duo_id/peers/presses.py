@@ -1,8 +1,10 @@
 """The peers: presses of kvpress, each built for the number of tokens that a head may keep of a context."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pydoc_data.topics import topics
 from typing import Any
 from unittest.mock import patch
@@ -45,6 +47,14 @@ class Budget:
     sink_size: int
     recent_size: int
     chat_template: bool = False
+
+    @classmethod
+    def of_cache(cls, tokens: int, cache: float, sink_size: int, recent_size: int, chat_template: bool) -> "Budget":
+        """The budget of a share of the full cache, but for the window, which always fits."""
+        window = min(tokens, sink_size + recent_size)
+        kept = max(window, math.floor(Fraction(str(cache)) * tokens))
+        share = (tokens - kept) / max(tokens - window, 1)
+        return cls(tokens, share, sink_size, recent_size, chat_template)
 
     @property
     def kept(self) -> int:

@@ -29,7 +29,7 @@ from duo_id.peers.reading import compare, force, generate, load_model, read
 RESUME = "repeat the command to resume"
 console = Console()
 
-Pending = list[tuple[str, float]]  # presses and sparsities
+Pending = list[tuple[str, Json]]  # presses, and what is asked of them: `sparsity`, or that as None and `cache`
 
 
 @dataclass
@@ -40,7 +40,8 @@ class Options:
         folder: a run folder with `samples.jsonl`.
         presses: names from `PEERS`.
         heads: write kvpress's static heads instead of answers.
-        sparsity: of those in the samples' header; None: all.
+        sparsity: of those in the samples' header; None: all, or none if `cache` is given.
+        cache: shares of the cache, likewise.
         samples: only samples with a lower index; None: all.
         tasks: only these; None: all.
         generate: whether answers are generated; None: as in the samples' header.
@@ -55,6 +56,7 @@ class Options:
     tasks: list[str] | None = None
     generate: bool | None = None
     device: str | None = None
+    cache: list[float] | None = None
 
 
 @dataclass
@@ -82,14 +84,20 @@ class Examiner:
             references[tokens] = logits, cache.bytes
         return references
 
-    def answer(self, item: Json, name: str, sparsity: float, reference: dict[int, tuple[list[Tensor], int]]) -> Json:
-        """The answers line of one item, press and sparsity."""
-        share = self.header["shares"][self.header["sparsities"].index(sparsity)]
-        windows = self.header["sink_size"], self.header["recent_size"]
+    def budget(self, tokens: int, asked: Json) -> Budget:
+        """What is kept of a context of `tokens` tokens."""
+        rest = self.header["sink_size"], self.header["recent_size"], self.header["chat_template"]
+        if asked["sparsity"] is None:
+            return Budget.of_cache(tokens, asked["cache"], *rest)
+        share = self.header["shares"][self.header["sparsities"].index(asked["sparsity"])]
+        return Budget(tokens, share, *rest)
+
+    def answer(self, item: Json, name: str, asked: Json, reference: dict[int, tuple[list[Tensor], int]]) -> Json:
+        """The answers line of one item and press."""
         answers_by_number: dict[int, Json] = {}
         for tokens, questions in contexts(item).items():
-            budget = Budget(tokens, share, *windows, self.header["chat_template"])
-            cache = read(self.model, item["context"][:tokens], PEERS[name].make(budget), PEERS[name].eager)
+            press = PEERS[name].make(self.budget(tokens, asked))
+            cache = read(self.model, item["context"][:tokens], press, PEERS[name].eager)
             full, full_bytes = reference[tokens]
             for (number, prompt, question), logits in zip(questions, full, strict=True):
                 measured = compare(force(self.model, cache, prompt, question["answer"]), logits, question["answer"])
@@ -99,7 +107,7 @@ class Examiner:
                     generated = generate(self.model, self.tokenizer, cache, prompt, *limits)
                 sizes = {"bytes": cache.bytes, "full_bytes": full_bytes}
                 answers_by_number[number] = {"question": number} | measured | {"generated": generated} | sizes
-        return _line_key(item, sparsity) | {"questions": [answer for _, answer in sorted(answers_by_number.items())]}
+        return _line_key(item, asked) | {"questions": [answer for _, answer in sorted(answers_by_number.items())]}
 
 
 def contexts(item: Json) -> dict[int, list[tuple[int, list[int], Json]]]:
@@ -126,18 +134,18 @@ def examine(examiner: Examiner, pending: Sequence[tuple[Json, Pending]], files: 
         bar = progress.add_task("", total=sum(len(item["context"]) * len(missing) for item, missing in pending))
         for item, missing in pending:
             reference = None
-            for name, sparsity in missing:
+            for name, asked in missing:
                 progress.update(bar, description=f"{item['task']} at {item['length']}: {name}")
                 reason = ""
                 try:
                     reference = reference or examiner.reference(item)
-                    line = examiner.answer(item, name, sparsity, reference)
+                    line = examiner.answer(item, name, asked, reference)
                 except Exception as error:  # presses may raise anything, or run out of memory
                     reason = one_line(f"{type(error).__name__}: {error}", 300)
                 if reason:
                     failures += 1
                     torch.cuda.empty_cache()  # here, where no traceback keeps tensors alive
-                    line = _line_key(item, sparsity) | {"error": reason}
+                    line = _line_key(item, asked) | {"error": reason}
                     if (name, reason) not in reported:
                         reported.add((name, reason))
                         console.print(f"{name} failed on {item['task']} at {item['length']}: {escape(reason)}")
@@ -146,8 +154,25 @@ def examine(examiner: Examiner, pending: Sequence[tuple[Json, Pending]], files: 
     return failures
 
 
-def _line_key(item: Json, sparsity: float) -> Json:
-    return {key: item[key] for key in ("task", "length", "index")} | {"sparsity": sparsity}
+def _line_key(item: Json, asked: Json) -> Json:
+    return {key: item[key] for key in ("task", "length", "index")} | asked
+
+
+def _asked(options: Options, header: Json) -> list[Json]:
+    """What is asked of each press, as its lines say it.
+
+    Raises:
+        UserError: the samples were not written for it.
+    """
+    known = {"sparsity": header["sparsities"], "cache": header.get("caches", [])}
+    chosen = {"sparsity": options.sparsity, "cache": options.cache}
+    if chosen == {"sparsity": None, "cache": None}:
+        chosen = known
+    for key, values in chosen.items():
+        for value in values or []:
+            check(value in known[key], f"{key}={value} is not among those of the samples: {known[key]}")
+    shares = [{"sparsity": None, "cache": cache} for cache in chosen["cache"] or []]
+    return [{"sparsity": sparsity} for sparsity in chosen["sparsity"] or []] + shares
 
 
 def run(options: Options) -> int:
@@ -158,10 +183,7 @@ def run(options: Options) -> int:
     """
     folder = Path(options.folder)
     header, items, digest = load_samples(folder, options.tasks, options.samples)
-    for value in options.sparsity or []:
-        among = f"sparsity={value} is not among those of the samples: {header['sparsities']}"
-        check(value in header["sparsities"], among)
-    sparsities = options.sparsity or header["sparsities"]
+    asked = _asked(options, header)
     generates = header["generate"] if options.generate is None else options.generate
     versions = {name: version(name) for name in ("kvpress", "transformers", "torch")}
     files = {}
@@ -172,7 +194,7 @@ def run(options: Options) -> int:
         files[name] = Answers(folder / f"answers-{name}.jsonl", shared | notes)
     pending: list[tuple[Json, Pending]] = []
     for item in items:
-        pairs = [(name, sparsity) for name in files for sparsity in sparsities]
+        pairs = [(name, each) for name in files for each in asked]
         missing = [pair for pair in pairs if not files[pair[0]].has(item, pair[1], generates)]
         if missing:
             pending.append((item, missing))

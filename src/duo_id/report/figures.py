@@ -37,7 +37,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, Figure]:
     by_name: dict[str, Figure] = {}
     budgets = budgets_of(rows)
     if len(budgets) > 1:
-        for metric in ("score", "accuracy", "rise"):
+        for metric in ("score", "accuracy", "rise", "kl"):
             if metric != "score" or (rows["score"] > 0).any():
                 by_name[f"budget-{metric}"] = plot_budget(rows, metric)
     if budgets and rows["task"].nunique() > 1:

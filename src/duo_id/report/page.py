@@ -36,6 +36,7 @@ CAPTIONS = {  # of figures, by the beginning of their name; its rest is the task
     "budget-score": f"Score of the generated answers over the fraction of the KV cache kept. {INTERVALS}",
     "budget-accuracy": f"Token accuracy of the right answers over the fraction of the KV cache kept. {INTERVALS}",
     "budget-rise": f"Rise of the answer loss over full attention's, by the fraction of the KV cache kept. {INTERVALS}",
+    "budget-kl": f"KL from full attention at the answers' tokens, by the fraction of the KV cache kept. {INTERVALS}",
     "cost": f"Rise in answer loss over the time that identifying the heads took. {INTERVALS}",
     "tasks": f"Each task relative to full attention (dashed), by what is kept. {INTERVALS} "
     "Tasks on which full attention scores 0 are left out.",
