@@ -106,15 +106,15 @@ def test_nobody_imports_the_entry_points() -> None:
         ("patterns.heatmap", "patterns.cells common.figures common.files common.integrity common.errors"),
         (
             "patterns.pattern",
-            "patterns.cells patterns.spans patterns.fields patterns.files patterns.sources patterns.heatmap patterns.tables "
-            "patterns.hub patterns.provenance common.figures common.files common.documents common.integrity "
-            "common.errors",
+            "patterns.cells patterns.spans patterns.fields patterns.files patterns.sources patterns.heatmap "
+            "patterns.tables patterns.hub patterns.provenance common.figures common.files common.documents "
+            "common.integrity common.errors",
         ),
         ("attention.layers", "attention.padding common.errors"),
         (
             "attention.interface",
             "attention.window attention.choices attention.blends attention.ulysses attention.softmax attention.memo "
-            "attention.full attention.kernels.cached attention.kernels.streaming attention.kernels.operator "
+            "attention.full attention.kernels.shared attention.kernels.streaming attention.kernels.operator "
             "attention.streaming attention.padding attention.layers attention.parity attention.functions "
             "attention.last_layer common.compat common.documents common.integrity common.errors",
         ),

@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from duo_id.attention.kernels.cached import LOG2_E, padded_dim, precision
+from duo_id.attention.kernels.shared import LOG2_E, padded_dim, precision
 from duo_id.attention.kernels.streaming import streaming_forward, streaming_key_gradients, streaming_query_gradient
 
 # The best of 36 launch settings for each kernel on an H100 (docs/performance.md). A tile (rows or keys, times the

@@ -8,7 +8,7 @@ rows see need no mask. Softmax is computed online, in base 2; its log-sum is kep
 import triton
 import triton.language as tl
 
-from duo_id.attention.kernels.cached import FAR_BELOW, fold
+from duo_id.attention.kernels.shared import FAR_BELOW, fold
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
