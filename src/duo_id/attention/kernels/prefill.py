@@ -42,16 +42,17 @@ def _stream(  # type: ignore[no-untyped-def]
     out = tl.zeros([ROWS, COLUMNS], tl.float32)
 
     base = (batch * stored + first) * DIM
-    used = tl.minimum(past, tl.where(begin + 1 < recent, sink + recent, sink))
-    for start in range(0, used, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
+    oldest = tl.minimum(tl.maximum(past + begin - recent + 1, sink), past)  # the first that a window reaches into
+    held = tl.minimum(sink, past)
+    sinks = tl.cdiv(held, BLOCK)
+    for number in range(0, sinks + tl.cdiv(past - oldest, BLOCK)):
+        token = tl.where(number < sinks, number * BLOCK, oldest + (number - sinks) * BLOCK) + tl.arange(0, BLOCK)
+        slot = tl.where(token < sink, token, sink + (token - sink) % recent)
+        here = token < tl.where(number < sinks, held, past)
         offsets = base + slot.to(tl.int64)[:, None] * DIM + columns[None, :]
-        inside = (slot[:, None] < used) & in_head
-        block_keys = tl.load(recent_key + offsets, inside, 0.0)
-        block_values = tl.load(recent_value + offsets, inside, 0.0)
-        stored = tl.where(slot < sink, slot, past - 1 - (past - 1 - slot) % recent)  # the position that a slot holds
-        near = (slot[None, :] < sink) | (position[:, None] - stored[None, :] < recent)
-        visible = (slot[None, :] < used) & near
+        block_keys = tl.load(recent_key + offsets, here[:, None] & in_head, 0.0)
+        block_values = tl.load(recent_value + offsets, here[:, None] & in_head, 0.0)
+        visible = here[None, :] & ((token[None, :] < sink) | (position[:, None] - token[None, :] < recent))
         row_max, total, out = fold(
             queries, block_keys, block_values, visible, row_max, total, out, scale, True, PRECISION
         )
