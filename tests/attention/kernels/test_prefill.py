@@ -45,6 +45,13 @@ def test_stream_over_any_window(window: tuple[int, int], pattern: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["spans", "rings"])
+def test_stream_beyond_the_windows(pattern: str) -> None:
+    """What is seen begins anywhere in a ring, and ends at its last slot or in the middle."""
+    for before, new in ((43, 1), (170, 150), (500, 7)):
+        check_stream(Past([before] * 2, new, 3, 8, pattern=pattern, group=1, device=DEVICE))
+
+
+@pytest.mark.parametrize("pattern", ["spans", "rings"])
 def test_stream_over_rings_that_still_grow(pattern: str) -> None:
     for before, new in ((0, 64), (7, 50), (60, 4)):
         check_stream(Past([before] * 2, new, 3, 8, pattern=pattern, device=DEVICE, most=64))
