@@ -114,7 +114,7 @@ def test_nobody_imports_the_entry_points() -> None:
         (
             "attention.interface",
             "attention.window attention.choices attention.blends attention.ulysses attention.softmax attention.memo "
-            "attention.full attention.kernels.cached attention.kernels.streaming attention.kernels.operator "
+            "attention.full attention.kernels.shared attention.kernels.streaming attention.kernels.operator "
             "attention.streaming attention.padding attention.layers attention.parity attention.functions "
             "attention.last_layer common.compat common.documents common.integrity common.errors",
         ),

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 KV_HEADS = 5
-PATTERNS = {"mixed": [0, 1, 1, 0, 1], "all": [1] * 5, "none": [0] * 5, "one": [0, 0, 0, 1, 0]}
+RETRIEVAL, STREAMING = 1, 0  # in a pattern; a larger number is a head's own span
+PATTERNS = {
+    "mixed": [0, 1, 1, 0, 1],
+    "all": [1] * 5,
+    "none": [0] * 5,
+    "one": [0, 0, 0, 1, 0],
+    "spans": [0, 1, 40, 7, 40],
+    "rings": [90, 0, 2, 300, 90],
+    "long": [0, 8192, 1, 2048, 8192],
+}
 
 
 def slot(token: int, sink: int, recent: int) -> int:
@@ -21,8 +30,10 @@ class Past:
     Attributes:
         past: tokens of each sample in the stores.
         new: tokens that come.
-        pattern: which KV heads are retrieval heads.
+        recent: the span of streaming heads that have none of their own.
+        pattern: which KV heads are retrieval heads, and the spans of the others.
         capacity: slots of the full stores.
+        most: slots of streaming heads at most, as in a store that grows; None: those of their windows.
     """
 
     past: list[int]
@@ -35,6 +46,7 @@ class Past:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     capacity: int | None = None
+    most: int | None = None
     scale: float = 0.3
     query: Tensor = field(init=False)
     key: Tensor = field(init=False)
@@ -52,9 +64,17 @@ class Past:
         self.query = draw(KV_HEADS * self.group, self.new)
         pieces = [[x[i, :, n : n + self.new] for i, n in enumerate(self.past)] for x in (self.keys, self.values)]
         self.key, self.value = (torch.stack([y.transpose(0, 1) for y in x]).transpose(1, 2) for x in pieces)
-        full = torch.tensor(PATTERNS[self.pattern]) == 1
-        self.full, self.streaming = full.nonzero()[:, 0].to(self.device), (~full).nonzero()[:, 0].to(self.device)
-        self.heads = torch.cat([self.full, self.streaming]).to(torch.int32)
+        kinds = dict(enumerate(PATTERNS[self.pattern]))
+        self.full = [head for head, kind in kinds.items() if kind == RETRIEVAL]
+        self.span = {head: kind or self.recent for head, kind in kinds.items() if kind != RETRIEVAL}
+        self.streaming = sorted(self.span, key=lambda head: (-self.span[head], head))
+        self.spans = [self.span[head] for head in self.streaming]
+        self.slots = [min(self.sink + span, self.most or self.sink + span) for span in self.spans]
+        self.first = [sum(self.slots[:i]) for i in range(len(self.slots))]
+        self.retrieval = torch.tensor(self.full, dtype=torch.int32, device=self.device)
+        self.listed = torch.tensor(
+            [self.streaming, self.first, self.spans], dtype=torch.int32, device=self.device
+        )  # fmt: skip
         self.lengths = torch.tensor(self.past, device=self.device) + self.new
         self.arrived = torch.zeros(batch * KV_HEADS, dtype=torch.int32, device=self.device)
 
@@ -64,13 +84,14 @@ class Past:
         found = []
         for tokens in (self.keys, self.values):
             full = tokens.new_full((batch, len(self.full), room, self.dim), 7)
-            recent = tokens.new_full((batch, len(self.streaming), self.sink + self.recent, self.dim), 7)
+            recent = tokens.new_full((batch, sum(self.slots), self.dim), 7)
             for sample, count in enumerate(self.past):
                 end = count + self.new if after else count
                 full[sample, :, :end] = tokens[sample, self.full, :end]
-                for token in sorted({*range(min(end, self.sink)), *range(max(0, end - self.recent), end)}):
-                    place = slot(token, self.sink, self.recent)
-                    recent[sample, :, place] = tokens[sample, self.streaming, token]
+                for head, first in zip(self.streaming, self.first, strict=True):
+                    span = self.span[head]
+                    for token in sorted({*range(min(end, self.sink)), *range(max(0, end - span), end)}):
+                        recent[sample, first + slot(token, self.sink, span)] = tokens[sample, head, token]
             found.append((full, recent))
         return [found[0][0], found[1][0], found[0][1], found[1][1]]
 
@@ -83,17 +104,17 @@ class Past:
             for head in range(self.query.shape[1]):
                 kv_head = head // self.group
                 seen = j <= i
-                if not PATTERNS[self.pattern][kv_head]:
-                    seen = seen & ((j < self.sink) | (i - j < self.recent))
+                if kv_head in self.span:
+                    seen = seen & ((j < self.sink) | (i - j < self.span[kv_head]))
                 keys, values = (x[sample, kv_head, : count + self.new].double() for x in (self.keys, self.values))
                 scores = self.query[sample, head].double() @ keys.mT * self.scale
                 out[sample, head] = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
         return out
 
-    def check(self, found: Tensor, heads: Tensor | None = None) -> None:
+    def check(self, found: Tensor, heads: list[int] | None = None) -> None:
         """The greatest error in float32 is 1e-5; in bfloat16 the error is what rounding once or twice makes it."""
         expected = self.expected()
         if heads is not None:
-            expected, found = (x.unflatten(1, (KV_HEADS, -1))[:, heads.long()] for x in (expected, found))
+            expected, found = (x.unflatten(1, (KV_HEADS, -1))[:, heads] for x in (expected, found))
         error = (found.double() - expected).abs().max()
         assert error <= (1e-5 if self.dtype == torch.float32 else 2e-2), f"error {error:.1e}"

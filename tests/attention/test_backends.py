@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import noop_mask
 from duo_id.attention import full
 from duo_id.attention.full import full_attention
 from duo_id.attention.softmax import Softmax
-from duo_id.attention.streaming import FLEX_BLOCK, flex_block_mask, streaming_attention
+from duo_id.attention.streaming import FLEX_BLOCK, flex_block_mask, spans_attention, streaming_attention
 from duo_id.attention.window import Window
 from duo_id.common.errors import UserError
 
@@ -46,6 +46,31 @@ def test_blocked_equals_dense(window: Window, tokens: int, kv_heads: int) -> Non
     weights = torch.randn_like(out)
     found = torch.autograd.grad((out * weights).sum(), [query, key, value])
     torch.testing.assert_close(found, torch.autograd.grad((expected * weights).sum(), [query, key, value]))
+
+
+@pytest.mark.parametrize("softmax", [Softmax(0.3), Softmax(0.3, 2.0)], ids=["plain", "softcap"])
+@pytest.mark.parametrize("spans", [[5, 5], [64, 1, 7], [7, 300, 7, 1, 64, 300]], ids=str)
+@pytest.mark.parametrize("tokens", [1, 65, 200])
+def test_a_span_for_each_head_equals_a_head_at_a_time(spans: list[int], tokens: int, softmax: Softmax) -> None:
+    """Values and gradients, and those of a few queries."""
+    query, key, value = inputs(tokens, 2 * len(spans), len(spans))
+    rows = torch.tensor([0, tokens // 2, tokens - 1])
+    out = spans_attention(query, key, value, softmax, spans, 3)
+    expected = torch.cat(
+        [
+            streaming_attention(
+                query[:, 2 * head : 2 * head + 2], key[:, [head]], value[:, [head]], softmax, Window(3, span)
+            )
+            for head, span in enumerate(spans)
+        ],
+        1,
+    )
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn_like(out)
+    found = torch.autograd.grad((out * weights).sum(), [query, key, value])
+    torch.testing.assert_close(found, torch.autograd.grad((expected * weights).sum(), [query, key, value]))
+    few = spans_attention(query[:, :, rows], key, value, softmax, spans, 3, rows=rows)
+    torch.testing.assert_close(few, expected[:, :, rows])
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -12,8 +12,8 @@ LENGTHS = [[0, 0, 0], [2, 2, 2], [10, 3, 11], [12, 60, 0], [61, 43, 47]]  # arou
 
 
 def arguments(past: Past, stores: list[Tensor]) -> tuple:
-    numbers = (past.sink, past.recent, past.scale)
-    return past.query, past.key, past.value, *stores, past.heads, past.lengths, past.arrived, *numbers
+    given = (past.query, past.key, past.value, *stores, past.retrieval, past.listed, past.lengths, past.arrived)
+    return *given, past.spans, past.slots, past.sink, past.scale
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
@@ -27,6 +27,17 @@ def test_decode_equals_dense(window: tuple[int, int], lengths: list[int], patter
     for found, expected in zip(stores, past.stores(after=True), strict=True):
         assert torch.equal(found, expected), "the new token lies in its slot, and nothing else has changed"
     assert past.lengths.tolist() == [length + 1 for length in lengths]
+
+
+@pytest.mark.parametrize("pattern", ["spans", "rings"])
+def test_decode_over_rings_that_still_grow(pattern: str) -> None:
+    """No sample has as many tokens as the longest windows, so these heads have fewer slots."""
+    past = Past([60, 11, 0], 1, 3, 8, pattern=pattern, most=64)
+    assert max(past.slots) < 3 + max(past.spans) or pattern == "spans"
+    stores = past.stores()
+    past.check(decode_attention(*arguments(past, stores)))
+    for found, expected in zip(stores, past.stores(after=True), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_decode_keeps_the_type() -> None:

@@ -16,6 +16,7 @@ from duo_id.attention.interface import attached, bound
 from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.window import Window
 from duo_id.patterns.pattern import HeadMask
+from duo_id.patterns.spans import HeadSpans
 from tests.attention.conftest import TOKENS
 from tests.support.tiny import FAMILIES
 
@@ -31,16 +32,18 @@ def gates(layers: list[AttentionLayer], alpha: Tensor, blend: str = "student", t
     }
 
 
-def dense_reference(model: PreTrainedModel, ids: Tensor, retrieval: Tensor, **inputs: Tensor) -> Tensor:
+def dense_reference(model: PreTrainedModel, ids: Tensor, retrieval: Tensor, spans: Tensor | None = None) -> Tensor:
     """Logits under a hard mask, by a dense attention that shares no code with the package.
 
-    Each sample is run on its own real tokens, so no padding is involved.
+    Streaming heads see the window's recent tokens, or as many as `spans` (layers, KV heads) says. Each sample is run on
+    its own real tokens, so no padding is involved.
     """
+    recent = torch.full(retrieval.shape, WINDOW.recent_size) if spans is None else spans
 
     def attend(module, query, key, value, attention_mask, scaling=None, **unused):
         group, tokens = query.shape[1] // key.shape[1], query.shape[2]
         i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
-        near = (j < WINDOW.sink_size) | (i - j < WINDOW.recent_size)
+        near = (j < WINDOW.sink_size) | (i - j < recent[module.layer_idx].repeat_interleave(group)[:, None, None])
         rows = retrieval[module.layer_idx].repeat_interleave(group)[:, None, None]
         seen = (j <= i) & (near | rows)
         scores = query @ key.repeat_interleave(group, 1).mT * scaling
@@ -81,6 +84,18 @@ def test_hard_gates_and_hard_masks_equal_a_dense_mask(family: str, make_model: M
             torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=2e-5, rtol=1e-4)
         flipped = dense_reference(model, ids, ~retrieval)
     assert (flipped - expected).abs().max() > 1e-2, "the reference does not tell masks apart"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spans_equal_a_dense_mask(family: str, make_model: MakeModel, ids: Tensor) -> None:
+    model = make_model(family)
+    with attached(model) as layers:
+        choices = torch.tensor([-1, 1, 2, 8, 20, 66, 67, 500])  # the last two leave no gap
+        drawn = torch.randint(8, (3, layers[0].kv_heads), generator=torch.Generator().manual_seed(5))
+        spans = choices[drawn]
+        expected = dense_reference(model, ids, spans < 0, spans)
+        with bound(layers, masked_layers(layers, HeadSpans(spans, WINDOW.sink_size), Backends())):
+            torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])

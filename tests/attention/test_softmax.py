@@ -113,18 +113,20 @@ def test_memory_is_that_of_some_rows() -> None:
     assert kept(4 * ROWS * 4) < 5 * kept(4 * ROWS)
 
 
+@pytest.mark.parametrize("pattern", ["mixed", "spans"])
 @pytest.mark.parametrize("past", [[0], [5, 40, 3]])
-def test_a_decode_step_keeps_them(past: list[int]) -> None:
-    step = Past(past, 1, sink=3, recent=7, group=3)
+def test_a_decode_step_keeps_them(past: list[int], pattern: str) -> None:
+    step = Past(past, 1, sink=3, recent=7, group=3, pattern=pattern)
     sinks = torch.linspace(-1, 2, step.query.shape[1])
     found = decode_attention(
         step.query, step.key, step.value, *(stores := step.stores()),
-        step.heads, step.lengths, step.arrived, step.sink, step.recent, step.scale, 1.5, sinks,
+        step.retrieval, step.listed, step.lengths, step.arrived, step.spans, step.slots, step.sink, step.scale,
+        1.5, sinks,
     )  # fmt: skip
     for sample, count in enumerate(past):
         tokens = count + 1
         seen = torch.stack([
-            seen_by(None if head in step.full else Window(step.sink, step.recent), tokens)
+            seen_by(Window(step.sink, step.span[head]) if head in step.span else None, tokens)
             for head in range(step.key.shape[1])
             for _ in range(step.group)
         ])  # fmt: skip

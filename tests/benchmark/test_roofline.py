@@ -6,6 +6,7 @@ import torch
 from duo_id.benchmark.ceilings import Ceilings
 from duo_id.benchmark.roofline import Floor, workload
 from duo_id.patterns.pattern import HeadMask
+from duo_id.patterns.spans import HeadSpans
 from tests.benchmark.cases import layers_of
 from tests.support.tiny import tiny_model
 
@@ -51,6 +52,23 @@ def test_a_prefill_computes_what_causality_and_windows_leave() -> None:
     past = (4 + 8) + (3 + 3)  # before the second and the third chunk, of the two kinds of heads
     assert duo.bytes == 4 * (3 * (3 * LAYER + NORMS) + HEAD + 10 * 32 + 3 * 2 * 16 * past)
     assert work.prefill(1, 10, 4, HeadMask(HALF, 1, 20)).flops == work.prefill(1, 10, 10, None).flops
+
+
+def test_spans_are_counted_head_by_head() -> None:
+    """Two values are the mask's floor; each span counts what it covers, the longest no more than there is."""
+    model = tiny_model("llama")
+    work = workload(model, layers_of(model))
+    mask, one = HeadMask(HALF, 4, 8), HeadSpans(torch.tensor([[-1, 8]] * 3), 4)
+    assert work.decode(1, 100, one) == work.decode(1, 100, mask)
+    assert work.prefill(1, 100, 30, one) == work.prefill(1, 100, 30, mask)
+    spans = HeadSpans(torch.tensor([[-1, 8], [1, 20], [500, 500]]), 4)
+    visible = 101 + 12 + 5 + 24 + 101 + 101
+    full = work.decode(1, 100, None)
+    assert full.bytes - work.decode(1, 100, spans).bytes == 4 * 2 * 16 * (6 * 101 - visible)
+    assert full.flops - work.decode(1, 100, spans).flops == 4 * 2 * 16 * (6 * 101 - visible)
+    pairs = {window: sum(min(i, window) for i in range(1, 11)) for window in (12, 5, 24, 10)}
+    found = work.prefill(1, 10, 4, spans).flops - work.prefill(1, 10, 4, None).flops
+    assert found == 4 * 2 * 16 * (pairs[5] - pairs[10])
 
 
 def test_the_slower_of_memory_and_arithmetic_decides() -> None:

@@ -109,9 +109,33 @@ def test_a_pattern_brings_its_heads_and_windows(tmp_path: Path) -> None:
     assert row["cache_bytes"] == 2 * 4 * 8 * (3 * 41 + 3 * 8)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_spans_stand_beside_masks(task: str, tmp_path: Path) -> None:
+    """The heads of the lowest scores get the shortest span, as many as their share says."""
+    scores = torch.tensor([[1.0, 0.9], [0.0, 0.1], [0.8, 0.2]])
+    save_pattern(HeadPattern(scores, 2, 6), tmp_path / "heads")
+    spans = ["spans=[12,3,100]", "shares=[0.34,0.17,0.16]", "sparsity=0.5", f"heads={tmp_path / 'heads'}"]
+    finished = run_command("benchmark", *SMALL, *spans, f"task={task}", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    assert "spans 0.667" in finished.output
+    rows = [row for row in saved(tmp_path)["rows"] if row["attention"] == "spans" and row["context"] == 40]
+    slots = 41 if task != "prefill" else 40
+    for row in rows:
+        assert row["sparsity"] == pytest.approx(2 / 3)
+        assert row["cache_bytes"] == 2 * 4 * 8 * (3 * slots + 2 * (2 + 12) + (2 + 3))  # 100 hides nothing
+        assert row["memory_saving"] > 1
+    if task == "decode":
+        kinds = [[row for row in saved(tmp_path)["rows"] if row["attention"] == kind] for kind in ("full", "spans")]
+        full, masked = (max(rows, key=lambda row: row["context"]) for rows in kinds)
+        assert full["floor_bytes"] - masked["floor_bytes"] == 2 * 4 * 8 * (3 * 41 - 2 * 14 - 5)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["spans=8"], "spans=[8] shares=[]: give each span its share"),
+        (["spans=[8,9]", "shares=[0.5,0.6]"], "together at most 1"),
+        (["spans=0", "shares=0.5"], "spans=0 must be at least 1"),
         (["task=train"], "task=train: choose one of decode, prefill, memory, train_step"),
         (["context=[100,-1]"], "context=-1 must be at least 1"),
         (["context=[]"], "context=[] must be a list of at least one value"),

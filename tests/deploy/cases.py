@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duo_id import HeadMask
+from duo_id.patterns.spans import ALL, HeadSpans
 from tests.deploy.reference import brute_force
 from tests.support.tiny import FAMILIES, tiny_model
 
 SINK, RECENT = 3, 8
+SPANS = (ALL, 1, 2, 5, RECENT, 21, 40, 500)  # around prompts and chunks; the last is longer than every text
 PROMPT, TOKENS = 48, 58  # each prompt, and with what is decoded after it: five windows
 LENGTHS = (PROMPT, 33, 5)  # real tokens of the prompts of a padded batch; the last fits into the window
 HYBRID = ["sliding_attention", "full_attention"] * 2
@@ -43,8 +45,13 @@ def build(family: str, **changes: Any) -> PreTrainedModel:
     return tiny_model(family, **{"num_hidden_layers": 4, **EVERY_FAMILY[family], **changes})
 
 
-def mask_for(model: PreTrainedModel, sink: int = SINK, recent: int = RECENT, kind: str = "mixed") -> HeadMask:
-    """Rows that alternate, stream, keep all and alternate the other way; or all rows full ("all") or not ("none")."""
+def mask_for(
+    model: PreTrainedModel, sink: int = SINK, recent: int = RECENT, kind: str = "mixed"
+) -> HeadMask | HeadSpans:
+    """Rows that alternate, stream, keep all and alternate the other way; or all rows full ("all") or not ("none").
+
+    Or a random span for each head ("spans"), or one longer than every text ("long").
+    """
     config = model.config
     heads = config.num_attention_heads if config.model_type in ONE_HEAD_EACH else config.num_key_value_heads
     even = torch.arange(heads) % 2 == 0
@@ -54,6 +61,9 @@ def mask_for(model: PreTrainedModel, sink: int = SINK, recent: int = RECENT, kin
     if len(gated) == 2:  # a hybrid: both ways to alternate
         rows = dict(zip(gated, (even, ~even), strict=True))
     retrieval = torch.stack([rows.get(index, even | ~even) for index in range(len(kinds))])
+    if kind in ("spans", "long"):
+        drawn = torch.randint(len(SPANS), retrieval.shape, generator=torch.Generator().manual_seed(heads))
+        return HeadSpans(torch.tensor(SPANS)[drawn if kind == "spans" else drawn * 0 - 1], sink, gated)
     if kind != "mixed":
         retrieval = torch.full_like(retrieval, kind == "all")
     return HeadMask(retrieval, sink, recent, gated)
@@ -77,7 +87,7 @@ class Case:
     """A model, a mask, and the reference's logits (samples, TOKENS, vocabulary) for equal and for padded prompts."""
 
     model: PreTrainedModel
-    mask: HeadMask
+    mask: HeadMask | HeadSpans
     ids: Tensor
     logits: Tensor
     padded_logits: Tensor
@@ -94,8 +104,8 @@ def case(family: str, kind: str = "mixed", sink: int = SINK, recent: int = RECEN
     return Case(model, mask, ids, logits, padded_logits)
 
 
-def reference(model: PreTrainedModel, mask: HeadMask) -> Any:
-    return brute_force(model, mask.retrieval, mask.sink_size, mask.recent_size)
+def reference(model: PreTrainedModel, mask: HeadMask | HeadSpans) -> Any:
+    return brute_force(model, mask)
 
 
 def check_equal(found: Tensor, expected: Tensor) -> None:

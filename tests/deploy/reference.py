@@ -1,4 +1,4 @@
-"""A head mask by brute force: dense float64 scores over the whole sequence, no cache, and no code of the package."""
+"""A head mask by brute force: dense float64 scores over the whole sequence, no cache, no attention of the package."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from duo_id import HeadMask
+from duo_id.patterns.spans import HeadSpans
 
 NAME = "brute_force"
 
@@ -28,9 +31,10 @@ def visible(real: Tensor, sink: int, recent: int) -> Tensor:
 
 
 @contextmanager
-def brute_force(model: PreTrainedModel, retrieval: Tensor, sink: int, recent: int) -> Iterator[None]:
-    """Let `model` attend by brute force for a block: KV heads that `retrieval` (layers, KV heads) marks in full, the
-    others over sink and recent window, and layers with a sliding window over that. Call it with use_cache=False."""
+def brute_force(model: PreTrainedModel, mask: HeadMask | HeadSpans) -> Iterator[None]:
+    """Let `model` attend by brute force for a block: retrieval heads in full, the others over the sink and what each of
+    them sees of the latest tokens, and layers with a sliding window over that. Call it with use_cache=False."""
+    sink = mask.sink_size
 
     def attend(
         module: nn.Module,
@@ -53,10 +57,12 @@ def brute_force(model: PreTrainedModel, retrieval: Tensor, sink: int, recent: in
             kv_head = head // group
             if sliding_window is not None:
                 seen = visible(real, 0, sliding_window)
-            elif retrieval[module.layer_idx, kv_head]:
+            elif mask.retrieval[module.layer_idx, kv_head]:
                 seen = visible(real, tokens, tokens)
+            elif isinstance(mask, HeadMask):
+                seen = visible(real, sink, mask.recent_size)
             else:
-                seen = visible(real, sink, recent)
+                seen = visible(real, sink, int(mask.spans[module.layer_idx, kv_head]))
             scores = query[:, head].double() @ key[:, kv_head].double().mT * (dim**-0.5 if scaling is None else scaling)
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)

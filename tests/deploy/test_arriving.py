@@ -35,12 +35,13 @@ def check_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
+@pytest.mark.parametrize("kind", ["mixed", "spans"])
 @pytest.mark.parametrize("way", ["default", "growing", "static", "no cache"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_gradient_is_that_of_dense_attention(family: str, padded: bool, way: str) -> None:
+def test_the_gradient_is_that_of_dense_attention(family: str, padded: bool, way: str, kind: str) -> None:
     model = build(family)
-    mask, options = mask_for(model), {}
+    mask, options = mask_for(model, kind=kind), {}
     ids = random_ids(2, 40)
     if padded:
         ids, real, positions = padded_ids()

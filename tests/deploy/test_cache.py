@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from duo_id import DualCache, dual_cache, duo_attention
+from duo_id import DualCache, HeadMask, dual_cache, duo_attention
 from duo_id.common.errors import UserError
+from duo_id.deploy.rings import StreamingStore
 from duo_id.deploy.stores import FullStore
+from duo_id.patterns.spans import ALL
 from tests.deploy.cases import (
     LENGTHS,
     PROMPT,
@@ -35,6 +37,7 @@ WINDOW = SINK + RECENT
 SOME = ("llama", "gpt_neox", "gemma3_text")
 KINDS = (None, 100)  # growing, static
 kinds = pytest.mark.parametrize("max_length", KINDS)
+masks = pytest.mark.parametrize("kind", ["mixed", "spans"])
 families = pytest.mark.parametrize("family", SOME)
 
 
@@ -87,11 +90,12 @@ def filled(given: Case, max_length: int | None, tokens: int, batch: int = 2) -> 
 # Lengths and bytes
 
 
+@masks
 @kinds
 @families
-def test_lengths_are_those_of_the_tokens_that_went_in(family: str, max_length: int | None) -> None:
+def test_lengths_are_those_of_the_tokens_that_went_in(kind: str, family: str, max_length: int | None) -> None:
     """The length of the sequence counts padding, as positions in transformers do; each sample's own does not."""
-    given = case(family)
+    given = case(family, kind)
     padded, real, _ = (x[1:] for x in padded_ids())
     with duo_attention(given.model, given.mask):
         cache = dual_cache(given.model, max_length)
@@ -111,11 +115,13 @@ def test_lengths_are_those_of_the_tokens_that_went_in(family: str, max_length: i
 
 def formula(given: Case, batch: int, tokens: int, bytes_a_number: int = 4) -> int:
     """Bytes as the design says; a sliding layer's heads keep their window."""
-    config, slots = given.model.config, 0
+    config, mask, slots = given.model.config, given.mask, 0
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    for kind, row in zip(kinds, given.mask.retrieval.tolist(), strict=True):
-        for full in row:
-            slots += config.sliding_window if kind == "sliding_attention" else tokens if full else WINDOW
+    for layer, kind in enumerate(kinds):
+        for head, full in enumerate(mask.retrieval[layer].tolist()):
+            window = mask.sink_size + (mask.recent_size if isinstance(mask, HeadMask) else int(mask.spans[layer, head]))
+            window = config.sliding_window if kind == "sliding_attention" else tokens if full else window
+            slots += min(tokens, window)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * batch * head_dim * bytes_a_number * slots
 
@@ -133,18 +139,18 @@ def storage(cache: DualCache) -> int:
 
 
 @families
-@pytest.mark.parametrize("kind", ["mixed", "all", "none"])
+@pytest.mark.parametrize("kind", ["mixed", "all", "none", "spans", "long"])
 def test_bytes_of_a_static_cache_are_the_formula(family: str, kind: str) -> None:
     given = case(family, kind)
     with duo_attention(given.model, given.mask):
-        for batch, max_length in ((1, 3000), (3, 500)):
+        for batch, max_length in ((1, 3000), (3, 500), (1, 20)):
             cache, _ = filled(given, max_length, 20, batch)
             assert cache.nbytes == formula(given, batch, max_length)
             assert storage(cache) < cache.nbytes + 2000, "beside the stores there are lists of heads alone"
 
 
 @families
-@pytest.mark.parametrize("kind", ["mixed", "all", "none"])
+@pytest.mark.parametrize("kind", ["mixed", "all", "none", "spans", "long"])
 def test_bytes_of_a_growing_cache_are_the_formula_within_a_hundredth(family: str, kind: str) -> None:
     given, tokens = case(family, kind), 20_000
     with duo_attention(given.model, given.mask):
@@ -155,6 +161,19 @@ def test_bytes_of_a_growing_cache_are_the_formula_within_a_hundredth(family: str
     wanted = formula(given, 1, tokens + 1)
     assert wanted <= cache.nbytes <= 1.01 * wanted
     assert storage(cache) < cache.nbytes + 2000
+
+
+@families
+@pytest.mark.parametrize("kind", ["mixed", "spans", "long"])
+def test_windows_take_memory_as_they_fill(family: str, kind: str) -> None:
+    """At any length a growing cache has the formula's bytes, and at most 64 tokens of slack in each head."""
+    given = case(family, kind)
+    with duo_attention(given.model, given.mask):
+        cache = dual_cache(given.model)
+        for tokens in (1, 2, 30, 63, 64, 150, 400, 460, 600):
+            cache.fill(2, tokens, torch.float32, "cpu")
+            wanted = formula(given, 2, tokens)
+            assert wanted <= cache.nbytes <= formula(given, 2, tokens + 64)
 
 
 def test_bytes_follow_the_type() -> None:
@@ -194,6 +213,26 @@ def test_growth_keeps_what_is_there() -> None:
     assert store.key[:, :, key.shape[2] :].eq(0).all(), "free slots are masked, which only numbers survive"
 
 
+def test_growth_keeps_rings_and_what_is_complete_stays() -> None:
+    """Heads of several spans, some of one, out of order; each grows to its window and no further."""
+    spans = [ALL, 30, 500, 4, 500, 200]
+    store = StreamingStore(torch.empty(2, 6, 0, 4), spans, 3, True, "auto")
+    assert (list(store.heads), store.rows, store.nbytes) == ([2, 4, 5, 1, 3], 0, 0)
+    for tokens in (1, 40, 190, 300, 502, 503, 10_000):
+        before = [ring.view(store.key).clone() for ring in store.rings]
+        store.reserve(tokens)
+        for ring, old in zip(store.rings, before, strict=True):
+            window = 3 + ring.window.recent_size
+            assert min(tokens, window) <= ring.slots <= min(tokens + 64, window)
+            view = ring.view(store.key)
+            assert torch.equal(view[:, :, : old.shape[2]], old)
+            assert view[:, :, old.shape[2] :].eq(0).all(), "free slots are masked, which only numbers survive"
+        first = [ring.row + i * ring.slots for ring in store.rings for i in range(len(ring.heads))]
+        assert store.listed.tolist() == [list(store.heads), first, [500, 500, 200, 30, 4]]
+        store.key.normal_()
+    assert store.slots == [503, 503, 203, 33, 7]
+
+
 def test_most_steps_copy_nothing() -> None:
     given, moved = case("llama"), 0
     with duo_attention(given.model, given.mask):
@@ -208,9 +247,10 @@ def test_most_steps_copy_nothing() -> None:
     assert moved <= 2
 
 
+@masks
 @kinds
-def test_fill_is_random_seeded_and_can_be_decoded_from(max_length: int | None) -> None:
-    given, ids = case("llama"), random_ids(2, 1)
+def test_fill_is_random_seeded_and_can_be_decoded_from(kind: str, max_length: int | None) -> None:
+    given, ids = case("llama", kind), random_ids(2, 1)
     with duo_attention(given.model, given.mask):
         found = []
         for seed in (0, 0, 1):
@@ -218,7 +258,8 @@ def test_fill_is_random_seeded_and_can_be_decoded_from(max_length: int | None) -
             cache.fill(2, 60, torch.float32, "cpu", seed)
             assert cache.get_seq_length() == 60
             assert cache.tokens.lengths.tolist() == [60, 60]
-            assert all(x.std() > 0.9 for x in (cache.layers[2].full.key[:, :, :60], cache.layers[2].full.value))
+            stores = [store for layer in cache.layers for store in layer.stores if len(store.heads)]
+            assert all(x.std() > 0.8 for store in stores for x in (store.key, store.value))
             found.append(step(given, cache, ids))
         again = dual_cache(given.model, max_length)
         step(given, again, random_ids(2, 20))
@@ -238,10 +279,11 @@ def test_fill_beyond_a_static_cache_is_refused() -> None:
 # Reset
 
 
+@masks
 @kinds
 @families
-def test_reset_forgets_all(family: str, max_length: int | None) -> None:
-    given = case(family)
+def test_reset_forgets_all(kind: str, family: str, max_length: int | None) -> None:
+    given = case(family, kind)
     with duo_attention(given.model, given.mask):
         cache, _ = filled(given, max_length, 50)
         places = [store.key.data_ptr() for layer in cache.layers for store in layer.stores]
@@ -306,11 +348,12 @@ def test_crop_within_the_window(family: str, length: int, count: int, max_length
         check_goes_on(given, cache, ids[:, : length - count])
 
 
+@masks
 @kinds
 @families
-def test_crop_and_go_on_again_and_again(family: str, max_length: int | None) -> None:
+def test_crop_and_go_on_again_and_again(kind: str, family: str, max_length: int | None) -> None:
     """One token at a time can be taken back at any length, as long as one comes in between."""
-    given = case(family)
+    given = case(family, kind)
     with duo_attention(given.model, given.mask):
         cache, ids = filled(given, max_length, 5)
         for turn in range(20):
@@ -388,6 +431,25 @@ def test_crop_of_a_hybrid_minds_its_sliding_layers(max_length: int | None) -> No
 
 
 @kinds
+def test_crop_minds_the_smallest_span(max_length: int | None) -> None:
+    """Of heads that see 2 to 500 tokens, those with the smallest lose tokens first; once they do, one can be taken."""
+    given = case("llama", "spans")
+    smallest = int(given.mask.spans[given.mask.spans > 0].min())
+    with duo_attention(given.model, given.mask):
+        cache, ids = filled(given, max_length, SINK + smallest)
+        cache.crop(-3)
+        check_goes_on(given, cache, ids[:, :-3])
+        for length in (SINK + smallest + 1, 30, 70):
+            cache, ids = filled(given, max_length, length)
+            before = snapshot(cache)
+            with pytest.raises(UserError, match=rf"crop\(-2\): .* only the last {smallest} of {length} tokens"):
+                cache.crop(-2)
+            check_unchanged(cache, before)
+            cache.crop(-1)
+            check_goes_on(given, cache, ids[:, :-1])
+
+
+@kinds
 def test_crops_that_mean_nothing(max_length: int | None) -> None:
     given = case("llama", "all")
     with duo_attention(given.model, given.mask):
@@ -424,7 +486,7 @@ def test_crop_takes_columns_whatever_lies_in_them(max_length: int | None) -> Non
 # Assisted generation
 
 
-@pytest.mark.parametrize("kind", ["all", "mixed", "none"])
+@pytest.mark.parametrize("kind", ["all", "mixed", "none", "spans"])
 @pytest.mark.parametrize("family", SOME)
 def test_prompt_lookup_writes_what_decoding_writes(family: str, kind: str) -> None:
     """Candidates are looked up in the prompt and mostly thrown away again, far beyond every window."""
@@ -457,11 +519,12 @@ def test_an_early_exit_drafts_too() -> None:
     assert given.model.config.num_hidden_layers == 4
 
 
+@masks
 @families
 @pytest.mark.parametrize("chunk", [1, 3, 30])
-def test_recorded_tokens_come_back_into_the_window(family: str, chunk: int) -> None:
+def test_recorded_tokens_come_back_into_the_window(kind: str, family: str, chunk: int) -> None:
     """Again and again, in chunks below and above the window; beyond what is recorded it is refused."""
-    given, cache_ids, draw = case(family), random_ids(2, 20), random.Random(chunk)
+    given, cache_ids, draw = case(family, kind), random_ids(2, 20), random.Random(chunk)
     with duo_attention(given.model, given.mask):
         cache, ids = filled(given, None, 20)
         cache.activate_past_recording(6)
@@ -490,13 +553,14 @@ def test_a_static_cache_records_nothing() -> None:
 # Samples of the batch
 
 
+@masks
 @kinds
 @families
 @pytest.mark.parametrize("order", [[2, 0, 0], [1, 2, 0], [2, 2, 2]], ids=str)
 @pytest.mark.parametrize("chunk", [3, 1])
-def test_reorder(family: str, order: list[int], chunk: int, max_length: int | None) -> None:
+def test_reorder(kind: str, family: str, order: list[int], chunk: int, max_length: int | None) -> None:
     """Of unequal samples, in the middle of generation: after a chunk and after single tokens."""
-    given = case(family)
+    given = case(family, kind)
     ids, real, _ = (x[:, PROMPT - 30 : PROMPT + 3] for x in padded_ids())
     with duo_attention(given.model, given.mask):
         cache = dual_cache(given.model, max_length)
@@ -508,10 +572,11 @@ def test_reorder(family: str, order: list[int], chunk: int, max_length: int | No
         check_goes_on(given, cache, ids[order], real[order])
 
 
+@masks
 @kinds
 @families
-def test_repeat_and_select(family: str, max_length: int | None) -> None:
-    given = case(family)
+def test_repeat_and_select(kind: str, family: str, max_length: int | None) -> None:
+    given = case(family, kind)
     ids, real, _ = (x[:, PROMPT - 30 : PROMPT] for x in padded_ids())
     order = [0, 1, 2]
 
@@ -550,9 +615,10 @@ def test_an_empty_cache_can_be_reordered(max_length: int | None) -> None:
         check_goes_on(given, cache, random_ids(2, 0))
 
 
-def test_a_static_cache_stays_where_it_is() -> None:
+@masks
+def test_a_static_cache_stays_where_it_is(kind: str) -> None:
     """A compiled or captured step knows the addresses: of keys and values, and of the counts."""
-    given = case("llama")
+    given = case("llama", kind)
 
     def places(cache: DualCache) -> list[int]:
         stores = [x.data_ptr() for layer in cache.layers for store in layer.stores for x in (store.key, store.value)]
@@ -607,10 +673,11 @@ def test_layers_without_attention_keep_the_state_that_they_have(kind: str, max_l
 # Bad input
 
 
+@masks
 @families
 @pytest.mark.parametrize("extra", [1, 2, 30])
-def test_a_static_cache_that_is_full_refuses_before_it_writes(family: str, extra: int) -> None:
-    given = case(family)
+def test_a_static_cache_that_is_full_refuses_before_it_writes(kind: str, family: str, extra: int) -> None:
+    given = case(family, kind)
     with duo_attention(given.model, given.mask):
         cache, ids = filled(given, 55, 55 - extra // 2)
         before = snapshot(cache)
@@ -634,8 +701,9 @@ def test_a_prompt_too_long_for_a_static_cache() -> None:
             given.model.generate(ids, max_new_tokens=4, past_key_values=dual_cache(given.model, 29))
 
 
-def test_padding_takes_no_room_in_a_static_cache() -> None:
-    given = case("llama")
+@masks
+def test_padding_takes_no_room_in_a_static_cache(kind: str) -> None:
+    given = case("llama", kind)
     ids, real, _ = padded_ids()
     with duo_attention(given.model, given.mask):
         cache = dual_cache(given.model, LENGTHS[2] + 2)
@@ -668,9 +736,10 @@ def test_no_room_at_all_is_refused() -> None:
         dual_cache(given.model, 0)
 
 
+@masks
 @families
-def test_a_fork_goes_on_alone(family: str) -> None:
-    given, order = case(family), torch.tensor([1, 0, 1])
+def test_a_fork_goes_on_alone(kind: str, family: str) -> None:
+    given, order = case(family, kind), torch.tensor([1, 0, 1])
     with duo_attention(given.model, given.mask):
         cache = dual_cache(given.model)
         step(given, cache, given.ids[:, :PROMPT])
@@ -702,18 +771,13 @@ def test_a_static_cache_is_not_forked() -> None:
         dual_cache(given.model, 100).fork(torch.tensor([0]))
 
 
+@pytest.mark.parametrize("kind", ["mixed", "spans", "long"])
 @pytest.mark.parametrize("tokens", [1, WINDOW - 1, WINDOW, PROMPT])
 @families
-def test_retained_bytes_count_what_heads_keep(family: str, tokens: int) -> None:
-    given = case(family)
+def test_retained_bytes_count_what_heads_keep(family: str, tokens: int, kind: str) -> None:
+    given = case(family, kind)
     with duo_attention(given.model, given.mask):
         cache = dual_cache(given.model)
         assert cache.retained_bytes == 0
         step(given, cache, given.ids[:, :tokens])
-        config, entries = given.model.config.get_text_config(), 0
-        for layer in cache.dual_layers:
-            window = layer.layer.window or WINDOW
-            streams = [layer.layer.window is not None or not bool(x) for x in layer.retrieval]
-            entries += sum(min(tokens, window) if streaming else tokens for streaming in streams)
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        assert cache.retained_bytes == entries * 2 * dim * 4
+        assert cache.retained_bytes == formula(given, 1, tokens)

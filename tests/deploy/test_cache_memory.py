@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from duo_id import HeadMask, dual_cache, duo_attention
 from duo_id.common.errors import UserError
 from duo_id.deploy.cache_memory import cache_bytes, plot_cache_bytes
+from duo_id.patterns.spans import ALL, HeadSpans
 from tests.support.tiny import tiny_model
 
 MASK = HeadMask(torch.tensor([[True, False], [False, False], [True, True]]), 3, 5)
@@ -29,6 +30,14 @@ def test_bytes_are_those_that_a_cache_holds() -> None:
             assert table.loc[tokens, "mask"] == cache.retained_bytes
     assert table.loc[40, "mask"] == 2 * 2 * 16 * (3 * 40 + 3 * 8)
     assert table.loc[6, "mask"] == table.loc[6, "full"], "nothing lies outside the window yet"
+
+
+def test_each_head_stops_growing_at_its_span() -> None:
+    model = tiny_model("llama")
+    spans = HeadSpans(torch.tensor([[ALL, 1], [5, 60], [5, 500]]), 3)
+    table = cache_bytes(model, {"spans": spans}, [2, 8, 63, 100, 1000])
+    entries = [6 * 2, 8 * 5 + 4, 3 * 63 + 4 + 2 * 8, 2 * 100 + 4 + 2 * 8 + 63, 1000 + 4 + 2 * 8 + 63 + 503]
+    assert table["spans"].tolist() == [2 * 4 * 16 * count for count in entries]
 
 
 def test_sliding_windows_stop_growing_without_a_mask() -> None:

@@ -24,6 +24,7 @@ def fresh_dynamo() -> Iterator[None]:
         ("llama", "mixed", "aot_eager"),
         ("gemma3_text", "mixed", "aot_eager"),
         ("gpt_neox", "none", "aot_eager"),
+        ("gpt_neox", "spans", "aot_eager"),
         pytest.param("llama", "mixed", "inductor", marks=pytest.mark.slow),  # compiles C++
     ],
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duo_id import dual_cache, duo_attention, prefill
+from duo_id.patterns.spans import ALL, HeadSpans
 from tests.deploy.cases import LENGTHS, PROMPT, TOKENS, build, case, mask_for, padded_ids, random_ids, reference, run
 
 FAMILIES = ("llama", "gpt_neox", "gemma3_text")
@@ -70,11 +71,12 @@ def capture(step: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
     return replay
 
 
+@pytest.mark.parametrize("kind", ["mixed", "spans"])
 @pytest.mark.parametrize("max_length", [None, TOKENS])
 @pytest.mark.parametrize("chunk", [1, 7, 40, PROMPT])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_chunks_and_steps(family: str, chunk: int, max_length: int | None, device: str) -> None:
-    given, model = case(family), build(family).to(device)
+def test_chunks_and_steps(family: str, chunk: int, max_length: int | None, kind: str, device: str) -> None:
+    given, model = case(family, kind), build(family).to(device)
     padded, real, positions = (x.to(device) for x in padded_ids())
     with duo_attention(model, given.mask):
         check_close(run(model, given.ids.to(device), dual_cache(model, max_length), chunk), given.logits)
@@ -85,10 +87,13 @@ def test_chunks_and_steps(family: str, chunk: int, max_length: int | None, devic
         check_close(found[real == 1], given.padded_logits[real.cpu() == 1])
 
 
+@pytest.mark.parametrize("kind", ["mask", "spans"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_longer_prompt_in_chunks(dtype: torch.dtype, device: str) -> None:
+def test_a_longer_prompt_in_chunks(dtype: torch.dtype, kind: str, device: str) -> None:
     model, ids = build("llama", max_position_embeddings=4096).to(dtype), random_ids(1, 1500)
     mask = mask_for(model, 64, 256)
+    if kind == "spans":
+        mask = HeadSpans(torch.tensor([[ALL, 900], [64, 256], [1, 1000], [5000, 300]]), 64)
     with reference(model, mask):
         expected = model(ids, use_cache=False).logits[:, -1].float()
     model.to(device)
@@ -99,9 +104,12 @@ def test_a_longer_prompt_in_chunks(dtype: torch.dtype, device: str) -> None:
             assert error <= (5e-5 if dtype == torch.float32 else 5e-2), f"error {error:.1e}"
 
 
-def test_a_decode_step_without_a_mask_does_not_wait_for_the_device(model: PreTrainedModel, device: str) -> None:
+@pytest.mark.parametrize("kind", ["mixed", "spans"])
+def test_a_decode_step_without_a_mask_does_not_wait_for_the_device(
+    model: PreTrainedModel, kind: str, device: str
+) -> None:
     """One with a mask waits once, to see whether the past in it is that of the cache."""
-    mask, ids = mask_for(model), random_ids(2, TOKENS).to(device)
+    mask, ids = mask_for(model, kind=kind), random_ids(2, TOKENS).to(device)
     padded, real, positions = (x.to(device) for x in padded_ids())
     with duo_attention(model, mask), torch.no_grad():
         cache, other = dual_cache(model), dual_cache(model)
@@ -119,7 +127,7 @@ def test_a_decode_step_without_a_mask_does_not_wait_for_the_device(model: PreTra
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("kind", ["mixed", "none"])
+@pytest.mark.parametrize("kind", ["mixed", "none", "spans"])
 def test_static_generation_is_compiled_and_writes_the_same(family: str, kind: str, device: str) -> None:
     given, model = case(family, kind), build(family).to(device)
     ids, real, _ = (x[:, :PROMPT].to(device) for x in padded_ids())
@@ -140,9 +148,10 @@ def test_static_generation_is_compiled_and_writes_the_same(family: str, kind: st
     torch._dynamo.reset()
 
 
-def test_replay_of_a_captured_decode_step(model: PreTrainedModel, device: str) -> None:
+@pytest.mark.parametrize("kind", ["mixed", "spans"])
+def test_replay_of_a_captured_decode_step(model: PreTrainedModel, kind: str, device: str) -> None:
     """A whole step in one CUDA graph: replayed, it goes on from where the cache is, also after a reorder."""
-    given, ids, middle = case("llama"), case("llama").ids.to(device), (PROMPT + TOKENS) // 2
+    given, ids, middle = case("llama", kind), case("llama").ids.to(device), (PROMPT + TOKENS) // 2
     with duo_attention(model, given.mask), torch.no_grad():
         cache = dual_cache(model, 100)
         new, at = ids[:, :1].clone(), torch.zeros(2, 1, dtype=torch.long, device=device)
@@ -164,7 +173,7 @@ def test_replay_of_a_captured_decode_step(model: PreTrainedModel, device: str) -
         assert cache.get_seq_length() == TOKENS
 
 
-@pytest.mark.parametrize("kind", ["mixed", "all", "none"])
+@pytest.mark.parametrize("kind", ["mixed", "all", "none", "spans", "long"])
 def test_a_mask_of_any_kind(kind: str, device: str) -> None:
     given, model = case("llama", kind), build("llama").to(device)
     with duo_attention(model, given.mask):

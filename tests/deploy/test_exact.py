@@ -1,6 +1,7 @@
 """A model under a head mask computes what brute force computes, however its tokens come in."""
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from transformers import set_seed
 
 from duo_id import dual_cache, duo_attention, prefill
+from duo_id.patterns.spans import HeadSpans
 from tests.deploy.cases import (
     EVERY_FAMILY,
     HYBRIDS,
@@ -30,11 +32,13 @@ from tests.deploy.cases import (
 SOME = ("llama", "gpt_neox", "gpt2", "gemma3_text")
 CHUNKS = (1, 7, 40, PROMPT)
 KINDS = (None, TOKENS)  # a cache that grows, and a static one that is full at the end
+masks = pytest.mark.parametrize("kind", ["mixed", "spans"])
 
 
+@masks
 @pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_without_a_cache_and_with_the_models_own(family: str) -> None:
-    given = case(family)
+def test_without_a_cache_and_with_the_models_own(kind: str, family: str) -> None:
+    given = case(family, kind)
     with duo_attention(given.model, given.mask):
         check_equal(given.model(given.ids, use_cache=False).logits, given.logits)
         output = given.model(given.ids[:, :PROMPT], use_cache=True)
@@ -44,24 +48,26 @@ def test_without_a_cache_and_with_the_models_own(family: str) -> None:
             check_equal(output.logits, given.logits[:, token : token + 1])
 
 
+@masks
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_a_growing_cache(family: str, chunk: int) -> None:
-    given = case(family)
+def test_a_growing_cache(kind: str, family: str, chunk: int) -> None:
+    given = case(family, kind)
     with duo_attention(given.model, given.mask):
         check_equal(run(given.model, given.ids, dual_cache(given.model), chunk), given.logits)
 
 
+@masks
 @pytest.mark.parametrize(
     ("family", "chunk"), [(family, 7) for family in EVERY_FAMILY] + [(f, c) for f in SOME for c in CHUNKS if c != 7]
 )
-def test_a_static_cache(family: str, chunk: int) -> None:
-    given = case(family)
+def test_a_static_cache(kind: str, family: str, chunk: int) -> None:
+    given = case(family, kind)
     with duo_attention(given.model, given.mask):
         check_equal(run(given.model, given.ids, dual_cache(given.model, TOKENS), chunk), given.logits)
 
 
-@pytest.mark.parametrize("kind", ["all", "none"])
+@pytest.mark.parametrize("kind", ["all", "none", "long"])
 @pytest.mark.parametrize("max_length", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_layers_where_all_or_no_heads_are_retrieval_heads(family: str, max_length: int | None, kind: str) -> None:
@@ -101,9 +107,10 @@ def test_windows_of_any_size(sink: int, recent: int, chunk: int) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_variants_of_one_family(changes: dict[str, Any]) -> None:
+@masks
+def test_variants_of_one_family(changes: dict[str, Any], kind: str) -> None:
     model, ids = build("llama", **changes), random_ids(2, TOKENS)
-    mask = mask_for(model)
+    mask = mask_for(model, kind=kind)
     with reference(model, mask):
         expected = model(ids, use_cache=False).logits
     with duo_attention(model, mask):
@@ -111,10 +118,11 @@ def test_variants_of_one_family(changes: dict[str, Any]) -> None:
             check_equal(run(model, ids, dual_cache(model), chunk), expected)
 
 
+@masks
 @pytest.mark.parametrize("chunks", [[300], [150, 150], [2, 298], [299, 1], [130, 7, 163]], ids=str)
-def test_chunks_longer_than_the_blocks_of_streaming_attention(chunks: list[int]) -> None:
+def test_chunks_longer_than_the_blocks_of_streaming_attention(chunks: list[int], kind: str) -> None:
     model, ids = build("llama"), random_ids(1, 300)
-    mask = mask_for(model)
+    mask = mask_for(model, kind=kind)
     with reference(model, mask):
         expected = model(ids, use_cache=False).logits
     with duo_attention(model, mask):
@@ -123,12 +131,13 @@ def test_chunks_longer_than_the_blocks_of_streaming_attention(chunks: list[int])
     check_equal(torch.cat(found, 1), expected)
 
 
+@masks
 @pytest.mark.parametrize("max_length", KINDS)
 @pytest.mark.parametrize(
     ("family", "chunk"), [(f, 7) for f in EVERY_FAMILY] + [(f, c) for f in SOME for c in CHUNKS if c != 7]
 )
-def test_left_padding(family: str, chunk: int, max_length: int | None) -> None:
-    given = case(family)
+def test_left_padding(kind: str, family: str, chunk: int, max_length: int | None) -> None:
+    given = case(family, kind)
     padded, real, positions = padded_ids()
     with duo_attention(given.model, given.mask):
         found = run(given.model, padded, dual_cache(given.model, max_length), chunk, real)
@@ -137,11 +146,12 @@ def test_left_padding(family: str, chunk: int, max_length: int | None) -> None:
     check_equal(whole[real == 1], given.padded_logits[real == 1])
 
 
+@masks
 @pytest.mark.parametrize("max_length", KINDS)
 @pytest.mark.parametrize("family", SOME)
-def test_padding_between_single_tokens(family: str, max_length: int | None) -> None:
+def test_padding_between_single_tokens(kind: str, family: str, max_length: int | None) -> None:
     """A sample that waits while others go on, then goes on itself, as if nothing had been."""
-    given, ids = case(family), random_ids(2, TOKENS)
+    given, ids = case(family, kind), random_ids(2, TOKENS)
     real = torch.ones_like(ids)
     real[0, PROMPT + 1 : PROMPT + 4] = 0
     real[1, PROMPT + 2 : PROMPT + 12] = 0
@@ -153,10 +163,11 @@ def test_padding_between_single_tokens(family: str, max_length: int | None) -> N
     check_equal(found[real == 1], expected[real == 1])
 
 
+@masks
 @pytest.mark.parametrize("max_length", KINDS)
 @pytest.mark.parametrize("family", SOME)
-def test_a_padded_sample_is_as_if_it_were_alone(family: str, max_length: int | None) -> None:
-    given = case(family)
+def test_a_padded_sample_is_as_if_it_were_alone(kind: str, family: str, max_length: int | None) -> None:
+    given = case(family, kind)
     padded, real, _ = padded_ids()
     with duo_attention(given.model, given.mask):
         found = run(given.model, padded, dual_cache(given.model, max_length), 7, real)
@@ -166,11 +177,12 @@ def test_a_padded_sample_is_as_if_it_were_alone(family: str, max_length: int | N
             check_equal(found[sample, PROMPT - length :], alone[0])
 
 
+@masks
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("padded", [False, True])
-def test_prefill_returns_the_last_logits(family: str, chunk: int, padded: bool) -> None:
-    given, real = case(family), None
+def test_prefill_returns_the_last_logits(kind: str, family: str, chunk: int, padded: bool) -> None:
+    given, real = case(family, kind), None
     ids, expected = given.ids, given.logits
     if padded:
         ids, real, _ = padded_ids()
@@ -204,8 +216,8 @@ def generate(model: Any, **options: Any) -> Any:
 
 
 @functools.cache
-def expected_generation(family: str, way: str) -> Any:
-    given = case(family)
+def expected_generation(family: str, kind: str, way: str) -> Any:
+    given = case(family, kind)
     with reference(given.model, given.mask):
         return generate(given.model, use_cache=False, **GENERATION[way])
 
@@ -218,12 +230,13 @@ def check_generation(found: Any, expected: Any) -> None:
         check_equal(ours[finite], theirs[finite])
 
 
+@masks
 @pytest.mark.parametrize(
     ("family", "cache"), [(f, None) for f in EVERY_FAMILY] + [(f, c) for f in SOME for c in ("dynamic", "static")]
 )
-def test_greedy_generation(family: str, cache: str | None) -> None:
-    given = case(family)
-    expected = expected_generation(family, "greedy")
+def test_greedy_generation(kind: str, family: str, cache: str | None) -> None:
+    given = case(family, kind)
+    expected = expected_generation(family, kind, "greedy")
     with duo_attention(given.model, given.mask):
         found = generate(given.model, **({} if cache is None else {"cache_implementation": cache}))
         check_generation(found, expected)
@@ -231,21 +244,23 @@ def test_greedy_generation(family: str, cache: str | None) -> None:
         assert (found.past_key_values.max_length is None) == (cache != "static")
 
 
+@masks
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("cache", ["dynamic", "static", "no"])
 @pytest.mark.parametrize("way", GENERATION)
-def test_other_generation(way: str, cache: str, family: str) -> None:
-    given = case(family)
+def test_other_generation(kind: str, way: str, cache: str, family: str) -> None:
+    given = case(family, kind)
     options = {"use_cache": False} if cache == "no" else {"cache_implementation": cache}
     with duo_attention(given.model, given.mask):
-        check_generation(generate(given.model, **options, **GENERATION[way]), expected_generation(family, way))
+        check_generation(generate(given.model, **options, **GENERATION[way]), expected_generation(family, kind, way))
 
 
+@masks
 @pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("max_length", [None, 200])
-def test_generation_goes_on_from_a_cache_that_is_given(family: str, max_length: int | None) -> None:
+def test_generation_goes_on_from_a_cache_that_is_given(kind: str, family: str, max_length: int | None) -> None:
     """A second call with the cache of the first: only the new tokens run."""
-    given, seen = case(family), []
+    given, seen = case(family, kind), []
     with reference(given.model, given.mask):
         first = generate(given.model, use_cache=False).sequences
         ids = torch.cat([first, random_ids(3, 5)], 1)
@@ -263,11 +278,28 @@ def test_generation_goes_on_from_a_cache_that_is_given(family: str, max_length: 
     assert max(seen) == 6, "the token that was not run yet and the five new ones"
 
 
-def test_prompts_are_generated_from_in_chunks() -> None:
-    given = case("llama")
+@masks
+def test_prompts_are_generated_from_in_chunks(kind: str) -> None:
+    given = case("llama", kind)
     with duo_attention(given.model, given.mask):
         expected = generate(given.model)
         check_generation(generate(given.model, prefill_chunk_size=9), expected)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_a_wrong_span_is_caught(family: str) -> None:
+    """One head that sees one token more or less than it should."""
+    given = case(family, "spans")
+    spans = given.mask.spans
+    heads = ((spans > 1) & (spans < TOKENS)).nonzero().tolist()
+    assert heads
+    for (layer, head), change in itertools.product(heads, (-1, 1)):
+        wrong = spans.clone()
+        wrong[layer, head] += change
+        with duo_attention(given.model, HeadSpans(wrong, SINK, given.mask.gated_layers)):
+            found = given.model(given.ids).logits
+        with pytest.raises(AssertionError, match="error"):
+            check_equal(found, given.logits)
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
@@ -289,10 +321,11 @@ def test_a_wrong_mask_is_caught(family: str) -> None:
         assert (found - given.logits).abs().max() > 1e-3
 
 
+@masks
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", SOME)
-def test_padding_on_either_side_of_a_chunk(family: str, side: str) -> None:
-    given, ids = case(family), random_ids(2, 40)
+def test_padding_on_either_side_of_a_chunk(kind: str, family: str, side: str) -> None:
+    given, ids = case(family, kind), random_ids(2, 40)
     real = torch.ones_like(ids)
     real[1, slice(0, 13) if side == "left" else slice(27, 40)] = 0
     positions = (real.cumsum(-1) - 1).clamp(min=0)
@@ -314,7 +347,10 @@ def test_sliding_layers_keep_their_window(family: str) -> None:
         cache = dual_cache(given.model)
         check_equal(run(given.model, given.ids, cache, 7), expected)
     assert [layer.full.key.shape[1] for layer in cache.layers] == [0, 2, 0, 2]
-    assert [layer.recent.key.shape[1:3] for layer in cache.layers] == [(2, 9), (0, SINK + RECENT)] * 2
+    assert [[(ring.window.recent_size, ring.slots) for ring in x.recent.rings] for x in cache.layers] == [
+        [(9, 9)],
+        [],
+    ] * 2
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
@@ -338,9 +374,10 @@ def test_in_bfloat16_nothing_but_rounding_differs(max_length: int | None) -> Non
     assert (found.float() - expected).norm() / expected.norm() < 5e-2
 
 
+@masks
 @pytest.mark.parametrize("max_length", KINDS)
-def test_a_model_that_is_not_frozen_and_records_gradients(max_length: int | None) -> None:
-    given = case("llama")
+def test_a_model_that_is_not_frozen_and_records_gradients(kind: str, max_length: int | None) -> None:
+    given = case("llama", kind)
     model = build("llama").requires_grad_(True)
     with duo_attention(model, given.mask):
         with torch.enable_grad():

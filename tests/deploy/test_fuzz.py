@@ -205,14 +205,14 @@ def lives(family: str, kind: str, first: int, count: int, steps: int) -> None:
                 raise
 
 
-@pytest.mark.parametrize("kind", ["mixed", "all"])
+@pytest.mark.parametrize("kind", ["mixed", "all", "spans"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text", "gpt_oss"])
 def test_short_lives(family: str, kind: str) -> None:
     lives(family, kind, SEED, 5, 14)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mixed", "all", "none"])
+@pytest.mark.parametrize("kind", ["mixed", "all", "none", "spans"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "gemma3_text", "gpt_oss"])
 def test_long_lives(family: str, kind: str) -> None:
     lives(family, kind, 1000 + SEED, 24, 30)

@@ -26,6 +26,7 @@ from duo_id.deploy.chunks import continuation
 from duo_id.deploy.install import INSTALLED
 from duo_id.models.loading import byte_tokenizer
 from duo_id.patterns.random_masks import random_mask
+from duo_id.patterns.spans import ALL, HeadSpans
 from tests.deploy.cases import (
     HYBRID,
     TOKENS,
@@ -45,6 +46,7 @@ SHARED_KV: dict[str, dict[str, Any]] = {
     "gemma4_text": {"global_head_dim": 16},
 }
 MIXED = torch.tensor([[True, False], [False, False], [True, True], [False, True]])
+masks = pytest.mark.parametrize("kind", ["mixed", "spans"])
 
 
 def traces(model: PreTrainedModel) -> list[Any]:
@@ -162,9 +164,10 @@ def test_a_pattern_with_a_budget_is_its_mask() -> None:
         (HeadPattern(torch.rand(3, 2), 3, 8), {}, "^pass either sparsity or threshold, not neither$"),
         (HeadPattern(torch.rand(3, 2), 3, 8), {"sparsity": 0.5, "threshold": 0.5}, "not both$"),
         (HeadPattern(torch.rand(3, 2), 3, 8).binarize(sparsity=0.5), {"sparsity": 0.5}, "^a HeadMask has decided"),
-        (torch.ones(3, 2), {}, "^a Tensor is neither a HeadMask nor a HeadPattern$"),
+        (torch.ones(3, 2), {}, "^a Tensor is neither a HeadMask, nor a HeadSpans, nor a HeadPattern$"),
+        (HeadSpans(torch.full((3, 2), 8), 3), {"sparsity": 0.5}, "^a HeadSpans has decided"),
     ],
-    ids=["no budget", "two budgets", "a mask with a budget", "a tensor"],
+    ids=["no budget", "two budgets", "a mask with a budget", "a tensor", "spans with a budget"],
 )
 def test_heads_that_leave_it_open_who_streams(
     heads: Any, budget: dict[str, float], message: str, model: PreTrainedModel
@@ -262,12 +265,13 @@ def test_a_cache_from_before_the_block_is_refused(model: PreTrainedModel, ids: T
         model(ids[:, :1], past_key_values=cache)
 
 
-@pytest.mark.parametrize("changed", ["heads", "sink", "recent"])
+@pytest.mark.parametrize("changed", ["heads", "sink", "recent", "one span"])
 def test_a_cache_for_another_mask_is_refused(model: PreTrainedModel, ids: Tensor, changed: str) -> None:
     masks = {
         "heads": HeadMask(~MIXED, 3, 8),
         "sink": HeadMask(MIXED, 4, 8),
         "recent": HeadMask(MIXED, 3, 7),
+        "one span": HeadSpans(torch.where(MIXED, ALL, torch.tensor([8, 9])), 3),
     }
     with duo_attention(model, masks[changed]):
         cache = model(ids).past_key_values
@@ -280,12 +284,16 @@ def test_a_cache_for_another_mask_is_refused(model: PreTrainedModel, ids: Tensor
         assert all(torch.equal(layer.recent.key, key) for layer, key in zip(cache.layers, held, strict=True))
 
 
-def test_a_cache_goes_on_in_another_block_of_the_same_mask() -> None:
+@pytest.mark.parametrize("kind", [HeadMask, HeadSpans], ids=["mask", "spans"])
+def test_a_cache_goes_on_in_another_block_of_the_same_mask(kind: type) -> None:
     given = case("llama")
+    same = HeadMask(given.mask.retrieval, given.mask.sink_size, given.mask.recent_size)
+    if kind is HeadSpans:
+        same = HeadSpans(same.spans, same.sink_size)
     with duo_attention(given.model, given.mask):
         cache = dual_cache(given.model)
         first = given.model(given.ids[:, :40], past_key_values=cache).logits
-    with duo_attention(given.model, HeadMask(given.mask.retrieval, given.mask.sink_size, given.mask.recent_size)):
+    with duo_attention(given.model, same):
         second = given.model(given.ids[:, 40:], past_key_values=cache).logits
     check_equal(torch.cat([first, second], 1), given.logits)
 
@@ -355,17 +363,19 @@ def test_models_that_cannot_be_deployed_are_named(family: str, changes: dict[str
     assert traces(model) == before
 
 
+@pytest.mark.parametrize("row", [[ALL, 8], [5, 21]], ids=["mask", "spans"])
 @pytest.mark.parametrize("family", SHARED_KV)
 @pytest.mark.parametrize("max_length", [None, 100])
-def test_layers_that_share_keys_share_a_row_of_the_mask(family: str, max_length: int | None) -> None:
+def test_layers_that_share_keys_share_a_row_of_the_mask(family: str, max_length: int | None, row: list[int]) -> None:
     """Layers 2 and 3 read the keys of 0 and 1: they are masked with these, and have no place in the cache."""
     model = tiny_model(
         family, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=HYBRID, sliding_window=9, head_dim=16,
         vocab_size_per_layer_input=96, hidden_size_per_layer_input=8, **SHARED_KV[family],
     )  # fmt: skip
     ids = random_ids(2, TOKENS)
-    mask = HeadMask(torch.tensor([[True, True], [True, False], [True, True], [True, True]]), 3, 8, [1])
-    with reference(model, HeadMask(torch.tensor([[True, True], [True, False]] * 2), 3, 8, [1, 3])):
+    spans = torch.tensor([[ALL, ALL], row] * 2)
+    mask = HeadSpans(spans, 3, [1])
+    with reference(model, HeadSpans(spans, 3)):
         expected = model(ids, use_cache=False).logits
     with duo_attention(model, mask), torch.no_grad():
         check_equal(model(ids, use_cache=False).logits, expected)
@@ -385,10 +395,11 @@ def test_layers_that_share_keys_share_a_row_of_the_mask(family: str, max_length:
             found = model(ids[:, -6:], past_key_values=cache).logits
             check_equal(found, expected[:, -6:])
         padded, real, _ = padded_ids()
-        batch = model.generate(padded, attention_mask=real, max_new_tokens=5, do_sample=False)
-        alone = model.generate(padded[1:2, -43:], max_new_tokens=5, do_sample=False)
+        options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+        batch = model.generate(padded, attention_mask=real, **options)
+        alone = model.generate(padded[1:2, -43:], **options)
         assert torch.equal(batch[1, -5:], alone[0, -5:])
-    other = HeadMask(mask.retrieval, 3, 8, [1, 3])
+    other = HeadSpans(spans, 3, [1, 3])
     with pytest.raises(UserError, match=r"layers \[3\], which have no gates"), duo_attention(model, other):
         pass
 
@@ -661,9 +672,12 @@ def test_what_is_no_model_is_named(wrapped: Any) -> None:
 # Copies
 
 
+@masks
 @pytest.mark.parametrize("copied", ["saved", "deepcopy"])
-def test_a_cache_goes_on_after_it_was_saved(tmp_path: Path, model: PreTrainedModel, ids: Tensor, copied: str) -> None:
-    mask = mask_for(model)
+def test_a_cache_goes_on_after_it_was_saved(
+    tmp_path: Path, model: PreTrainedModel, ids: Tensor, copied: str, kind: str
+) -> None:
+    mask = mask_for(model, kind=kind)
     with duo_attention(model, mask), torch.no_grad():
         expected = model(ids).logits[:, 30:]
         cache = dual_cache(model)
@@ -674,7 +688,7 @@ def test_a_cache_goes_on_after_it_was_saved(tmp_path: Path, model: PreTrainedMod
         again = torch.load(tmp_path / "cache.pt", weights_only=False) if copied == "saved" else copy.deepcopy(cache)
         check_equal(model(ids[:, 30:], past_key_values=again).logits, expected)
     other = build("llama", num_key_value_heads=4)
-    with duo_attention(other, mask_for(other)), pytest.raises(UserError, match="another head mask"):
+    with duo_attention(other, mask_for(other, kind=kind)), pytest.raises(UserError, match="another head mask"):
         other(ids, past_key_values=torch.load(tmp_path / "cache.pt", weights_only=False))
     wider = build("llama", head_dim=24)
     with duo_attention(wider, mask), pytest.raises(UserError, match="another model"):
@@ -768,8 +782,9 @@ def test_a_cache_says_what_it_has(model: PreTrainedModel, ids: Tensor) -> None:
             cache.offload()
 
 
-def test_an_offloaded_cache_comes_back(model: PreTrainedModel, ids: Tensor) -> None:
-    with duo_attention(model, mask_for(model)), torch.no_grad():
+@masks
+def test_an_offloaded_cache_comes_back(model: PreTrainedModel, ids: Tensor, kind: str) -> None:
+    with duo_attention(model, mask_for(model, kind=kind)), torch.no_grad():
         expected = model(ids).logits[:, 30:]
         cache = dual_cache(model)
         model(ids[:, :30], past_key_values=cache)

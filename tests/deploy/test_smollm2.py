@@ -51,7 +51,7 @@ def texts(loaded: LanguageModel, tokens: int, **options: object) -> list[str]:
 
 def test_the_dual_cache_and_a_dense_mask_write_the_same_text(loaded: LanguageModel) -> None:
     mask = random_mask(loaded.num_layers, 3, 0.5, seed=0, sink_size=SINK, recent_size=RECENT)
-    with brute_force(loaded.model, mask.retrieval, SINK, RECENT):
+    with brute_force(loaded.model, mask):
         expected = texts(loaded, 12, use_cache=False)
     with duo_attention(loaded.model, mask):
         assert texts(loaded, 12) == expected

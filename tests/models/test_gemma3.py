@@ -34,7 +34,7 @@ def test_it_reads_english_and_goes_under_a_mask() -> None:
     retrieval = torch.ones(18, 1, dtype=torch.bool)
     retrieval[[5, 17]] = False
     mask = HeadMask(retrieval, 2, 4, [5, 11, 17])
-    with torch.no_grad(), brute_force(model, mask.retrieval, mask.sink_size, mask.recent_size):
+    with torch.no_grad(), brute_force(model, mask):
         expected = model(ids, use_cache=False).logits
     with torch.no_grad(), duo_attention(model, mask):
         first = model(ids[:, :12])

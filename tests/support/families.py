@@ -186,7 +186,7 @@ def try_family(family: str) -> Outcome:
     for layer in layers:
         for module in layer.sharers:
             rows[module.layer_idx] = rows[layer.index]
-    with torch.no_grad(), brute_force(model, rows, mask.sink_size, mask.recent_size):
+    with torch.no_grad(), brute_force(model, HeadMask(rows, mask.sink_size, mask.recent_size)):
         assert_close(masked, model(ids, use_cache=False).logits, "hard mask")
     assert (masked - expected).abs().max() > 1e-4, "the mask changes nothing"
     gated = f"{len(layers)} of {total}"

@@ -17,7 +17,7 @@ from duo_id.attention.blends import Blend
 from duo_id.attention.full import full_attention
 from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.softmax import Softmax
-from duo_id.attention.streaming import streaming_attention
+from duo_id.attention.streaming import spans_attention, streaming_attention
 from duo_id.attention.window import Window
 
 BLEND_CHUNK = 2**22  # elements blended at a time: 16 MiB in float32, small enough for caches, large beside a launch
@@ -119,35 +119,35 @@ def _compiled_blend() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def masked_heads(spans: Tensor, sink_size: int, backends: Backends) -> AttendFunction:
     """A layer with a hard mask: each head sees the sink and its span of latest tokens.
 
+    One call computes the retrieval heads and those whose windows leave no gap in the text, another all others.
+
     Args:
         spans: (KV heads,) int32, in tokens; -1 for retrieval heads, which see the whole context.
         sink_size: first tokens that every head sees.
         backends: implementations.
     """
-    groups = [
-        ((spans == span).nonzero()[:, 0].tolist(), _seeing(span, sink_size, backends))
-        for span in sorted(set(spans.tolist()))
-    ]
+    each = spans.tolist()
 
     def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, rows: Tensor | None = None) -> Tensor:
-        if len(groups) == 1:
-            return groups[0][1](query, key, value, softmax, rows=rows)
-        grouped = query.unflatten(1, (key.shape[1], -1))
+        kv_heads, tokens = key.shape[1], key.shape[2]
+        full = [head for head, span in enumerate(each) if span < 0 or sink_size + span >= tokens]
+        streaming = [head for head in range(kv_heads) if head not in full]
+        see = partial(spans_attention, spans=[each[head] for head in streaming], sink_size=sink_size)
+        functions = (
+            (full, partial(full_attention, backend=backends.full, rows=rows)),
+            (streaming, partial(see, backend=backends.streaming, rows=rows)),
+        )
+        for heads, function in functions:
+            if len(heads) == kv_heads:
+                return function(query, key, value, softmax)
+        grouped = query.unflatten(1, (kv_heads, -1))
         out = torch.empty_like(grouped)
-        for heads, function in groups:
-            group_softmax = softmax.of(heads, key.shape[1])
-            part = function(grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], group_softmax, rows=rows)
-            out[:, heads] = part.unflatten(1, (len(heads), -1))
+        for heads, function in functions:
+            inputs = (grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], softmax.of(heads, kv_heads))
+            out[:, heads] = function(*inputs).unflatten(1, (len(heads), -1))
         return out.flatten(1, 2)
 
     return attend
-
-
-def _seeing(span: int, sink_size: int, backends: Backends) -> AttendFunction:
-    """The attention of heads with one span."""
-    if span < 0:
-        return partial(full_attention, backend=backends.full)
-    return partial(streaming_attention, window=Window(sink_size, span), backend=backends.streaming)
 
 
 def masked_rows(retrieval: Tensor, window: Window, backends: Backends) -> AttendFunction:

@@ -1,6 +1,7 @@
 """Streaming attention (sink and recent window only), in memory linear in the number of tokens."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,17 +57,65 @@ def streaming_attention(
         return full_attention(query, key, value, softmax)  # no gap between sink and window
     if not softmax.plain:
         return attend_by_rows(query, key, value, softmax, window)
-    scale = softmax.scale
-    if backend == "auto":
-        backend = "triton" if query.is_cuda and query.dtype != torch.float64 else "blocked"
+    scale, backend = softmax.scale, _chosen(backend, query)
     if past or backend == "blocked":
         return _blocked(query, key, value, scale, window)
     if backend == "triton":
-        return _triton(query, key, value, scale, window)
+        return _triton(query, key, value, scale, window.sink_size, (window.recent_size,) * key.shape[1])
     gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if gradient and not query.is_cuda:
         raise UserError(f"step.streaming_backend={backend} has no backward pass on this device: use blocked or auto")
     return _flex(query, key, value, scale, window)
+
+
+def spans_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softmax: Softmax,
+    spans: Sequence[int],
+    sink_size: int,
+    backend: str = "auto",
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Streaming attention of whole sequences where each head sees the sink and its own span of latest tokens.
+
+    Our kernels take all heads in one launch, forward and backward; other backends take one span at a time.
+
+    Args:
+        query: (batch, heads, tokens, head_dim).
+        key: (batch, KV heads, tokens, head_dim).
+        value: the same shape.
+        softmax: of the layer.
+        spans: of each KV head, in tokens.
+        sink_size: first tokens that every head sees.
+        backend: see `streaming_attention`.
+        rows: (queries,) positions of the queries, for a few queries anywhere in the context.
+
+    Returns:
+        the shape of `query`.
+    """
+    if rows is None and len({*spans}) > 1 and softmax.plain and _chosen(backend, query) == "triton":
+        return _triton(query, key, value, softmax.scale, sink_size, tuple(spans))
+    kv_heads, groups = key.shape[1], dict[int, list[int]]()
+    for head, span in enumerate(spans):
+        groups.setdefault(span, []).append(head)
+    if len(groups) == 1:
+        return streaming_attention(query, key, value, softmax, Window(sink_size, spans[0]), backend, rows)
+    grouped = query.unflatten(1, (kv_heads, -1))
+    out = torch.empty_like(grouped)
+    for span, heads in groups.items():
+        inputs = (grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], softmax.of(heads, kv_heads))
+        part = streaming_attention(*inputs, Window(sink_size, span), backend, rows)
+        out[:, heads] = part.unflatten(1, (len(heads), -1))
+    return out.flatten(1, 2)
+
+
+def _chosen(backend: str, query: Tensor) -> str:
+    """The backend that `auto` stands for."""
+    if backend != "auto":
+        return backend
+    return "triton" if query.is_cuda and query.dtype != torch.float64 else "blocked"
 
 
 def _blocked(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:
@@ -139,7 +188,9 @@ def _block_mask(window: Window, block: int, reach: int, group: int, device: torc
         return F.pad(window.dense(rows, columns), (window.sink_size, 0), value=True).repeat(group, 1)
 
 
-def _triton(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:
+def _triton(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, sink_size: int, spans: tuple[int, ...]
+) -> Tensor:
     try:
         from duo_id.attention.kernels.operator import stream
     except ModuleNotFoundError as error:
@@ -147,7 +198,14 @@ def _triton(query: Tensor, key: Tensor, value: Tensor, scale: float | None, wind
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return stream(query, key, value, window.sink_size, window.recent_size, scale)[0]
+    return stream(query, key, value, _on_device(spans, query.device), sink_size, scale)[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _on_device(spans: tuple[int, ...], device: torch.device) -> Tensor:
+    """The spans as an int32 tensor, copied once: nothing may wait in a captured step."""
+    with torch.inference_mode(False):
+        return torch.tensor(spans, dtype=torch.int32, device=device)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: Window) -> Tensor:

@@ -18,6 +18,7 @@ from duo_id.deploy.cache import DualCache
 from duo_id.deploy.install import dual_cache, duo_attention
 from duo_id.models.language_model import LanguageModel
 from duo_id.patterns.mask import HeadMask
+from duo_id.patterns.spans import HeadSpans
 
 
 class CacheContender(ABC):
@@ -30,11 +31,11 @@ class CacheContender(ABC):
 
     Attributes:
         name: in rows and figures, see `duo_id.benchmark.tables`.
-        mask: which heads stream; None: none.
+        mask: how far each head sees; None: all tokens.
     """
 
     name: str
-    mask: HeadMask | None = None
+    mask: HeadMask | HeadSpans | None = None
 
     def __init__(self, language_model: LanguageModel, layers: list[AttentionLayer], batch: int) -> None:
         self.model, self.layers, self.batch = language_model.model, layers, batch
@@ -42,7 +43,10 @@ class CacheContender(ABC):
     @property
     def sparsity(self) -> float:
         """Fraction of the KV heads that stream."""
-        return 0.0 if self.mask is None else self.mask.sparsity
+        if self.mask is None:
+            return 0.0
+        gated = self.mask.retrieval[list(self.mask.gated_layers)]
+        return 1 - int(gated.sum()) / gated.numel()
 
     @abstractmethod
     def installed(self) -> AbstractContextManager[None]:
@@ -123,12 +127,17 @@ class DualAttention(CacheContender):
         language_model: the model.
         layers: its attention layers.
         batch: samples.
-        mask: which heads stream.
+        mask: how far each head sees.
         name: in rows and figures.
     """
 
     def __init__(
-        self, language_model: LanguageModel, layers: list[AttentionLayer], batch: int, mask: HeadMask, name: str = "duo"
+        self,
+        language_model: LanguageModel,
+        layers: list[AttentionLayer],
+        batch: int,
+        mask: HeadMask | HeadSpans,
+        name: str = "duo",
     ) -> None:
         super().__init__(language_model, layers, batch)
         self.mask, self.name = mask, name

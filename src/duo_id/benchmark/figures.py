@@ -113,7 +113,8 @@ def _curves(rows: Sequence[Mapping[str, Any]], axis: str) -> dict[str, Points]:
         x = _coordinate(row, axis)
         assert x is not None
         if row["attention"] not in FULL:
-            name = "duo" if axis == "retrieval" else f"duo, {100 * (1 - row['sparsity']):.4g}% retrieval heads"
+            retrieval = "" if axis == "retrieval" else f", {100 * (1 - row['sparsity']):.4g}% retrieval heads"
+            name = f"{row['attention']}{retrieval}"
             masks.setdefault(name, []).append((x, row))
         elif x not in full or _rank(row) < _rank(full[x]):
             full[x] = row

@@ -5,6 +5,7 @@ pass, and the arithmetic of linear layers and attention. Norms, rotations, activ
 no implementation can beat the floor on a machine at its ceilings.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from duo_id.attention.functions import Mask
 from duo_id.attention.layers import AttentionLayer
 from duo_id.benchmark.ceilings import Ceilings
-from duo_id.patterns.mask import HeadMask
+from duo_id.patterns.spans import ALL
 
 
 @dataclass(frozen=True)
@@ -54,38 +56,40 @@ class Workload:
     embedding: int
     itemsize: int
 
-    def decode(self, batch: int, context: int, mask: HeadMask | None) -> Floor:
+    def decode(self, batch: int, context: int, mask: Mask | None) -> Floor:
         """One token for each of `batch` samples after `context` cached tokens; `mask` None: full attention."""
         weights = self.linear + self.head + self.other + batch * self.embedding
         numbers = operations = 0
-        for layer, (full, streaming) in zip(self.layers, self._heads(mask), strict=True):
-            window = 0 if mask is None else mask.sink_size + mask.recent_size
-            visible = full * (context + 1) + streaming * min(context + 1, window)  # the new token's own key among them
+        for layer, windows in zip(self.layers, self._windows(mask, context + 1), strict=True):
+            visible = sum(heads * window for window, heads in windows.items())  # the new token's own key among them
             numbers += 2 * batch * layer.head_dim * (visible - layer.kv_heads)
             operations += 4 * batch * layer.head_dim * (layer.heads // layer.kv_heads) * visible
         return Floor(self.itemsize * (weights + numbers), 2 * batch * (self.linear + self.head) + operations)
 
-    def prefill(self, batch: int, context: int, chunk_size: int, mask: HeadMask | None) -> Floor:
+    def prefill(self, batch: int, context: int, chunk_size: int, mask: Mask | None) -> Floor:
         """A prompt of `context` tokens in chunks, with the logits of its last token; `mask` None: full attention."""
         starts = range(0, context, chunk_size)
         numbers = len(starts) * (self.linear + self.other) + self.head + batch * context * self.embedding
         operations = 2 * batch * (self.linear * context + self.head)
-        pairs = context * (context + 1) // 2
-        window = context if mask is None else mask.sink_size + mask.recent_size
-        window_pairs = pairs if window >= context else window * (window + 1) // 2 + (context - window) * window
-        for layer, (full, streaming) in zip(self.layers, self._heads(mask), strict=True):
-            past = sum(full * start + streaming * min(start, window) for start in starts)
-            numbers += 2 * batch * layer.head_dim * past
-            group = layer.heads // layer.kv_heads
-            operations += 4 * batch * layer.head_dim * group * (full * pairs + streaming * window_pairs)
+        for layer, windows in zip(self.layers, self._windows(mask, context), strict=True):
+            for window, heads in windows.items():
+                past = sum(min(start, window) for start in starts)
+                pairs = window * (window + 1) // 2 + (context - window) * window
+                numbers += 2 * batch * layer.head_dim * heads * past
+                operations += 4 * batch * layer.head_dim * (layer.heads // layer.kv_heads) * heads * pairs
         return Floor(self.itemsize * numbers, operations)
 
-    def _heads(self, mask: HeadMask | None) -> list[tuple[int, int]]:
-        """Retrieval and streaming KV heads of each layer."""
+    def _windows(self, mask: Mask | None, tokens: int) -> list[Counter[int]]:
+        """For each layer, how many of `tokens` tokens its KV heads see, and how many heads see as many."""
         if mask is None:
-            return [(layer.kv_heads, 0) for layer in self.layers]
-        retrieval = [int(mask.retrieval[layer.index].sum()) for layer in self.layers]
-        return [(full, layer.kv_heads - full) for full, layer in zip(retrieval, self.layers, strict=True)]
+            return [Counter({tokens: layer.kv_heads}) for layer in self.layers]
+        spans = mask.spans
+        return [
+            Counter(
+                tokens if span == ALL else min(tokens, mask.sink_size + span) for span in spans[layer.index].tolist()
+            )
+            for layer in self.layers
+        ]
 
 
 def workload(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Workload:

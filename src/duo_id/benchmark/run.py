@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import platform
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import load_model
-from duo_id.patterns.mask import HeadMask
-from duo_id.patterns.random_masks import random_mask
+from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern
+from duo_id.patterns.spans import ALL, HeadSpans
 
 
 def benchmark(settings: BenchmarkSettings, folder: Path, overrides: list[str]) -> dict[str, Any]:
@@ -152,34 +153,61 @@ def attention_layers(language_model: LanguageModel) -> list[AttentionLayer]:
 def line_up(
     settings: BenchmarkSettings, language_model: LanguageModel, layers: list[AttentionLayer]
 ) -> list[CacheContender]:
-    """The contenders, in order: the baselines, then a mask for each sparsity.
+    """The contenders, in order: the baselines, a mask for each sparsity, then the spans.
 
     Raises:
         UserError: the head pattern does not fit this model, or its windows cover every context.
     """
     shape = language_model.num_layers, layers[0].kv_heads
-    pattern = None if settings.heads is None else load_pattern(settings.heads)
-    if pattern is not None:
+    if settings.heads is None:
+        pattern = random_pattern(*shape, settings)
+    else:
+        pattern = load_pattern(settings.heads)
         pattern.check_fits(*shape, language_model.name)
-    sizes = settings if pattern is None else pattern
-    window, longest = sizes.sink_size + sizes.recent_size, settings.context[-1]
+    window, longest = pattern.sink_size + pattern.recent_size, settings.context[-1]
     check(
         window < longest,
         f"context={longest} fits in the window of sink_size + recent_size = {window}: give a longer one",
     )
 
-    def mask(sparsity: float) -> HeadMask:
-        if pattern is not None:
-            return pattern.binarize(sparsity=sparsity)
-        return random_mask(
-            *shape, sparsity, settings.seed, sink_size=settings.sink_size, recent_size=settings.recent_size
-        )
+    def under(sparsity: float, name: str = "duo") -> DualAttention:
+        return DualAttention(language_model, layers, batch, pattern.binarize(sparsity=sparsity), name)
 
     batch = settings.batch_size
     contenders: list[CacheContender] = [StaticAttention(language_model, layers, batch)]
     if settings.task == "decode":  # in prefill both caches call the same attention
-        contenders.append(DualAttention(language_model, layers, batch, mask(0), "full-dual"))
-    return contenders + [DualAttention(language_model, layers, batch, mask(sparsity)) for sparsity in settings.sparsity]
+        contenders.append(under(0, "full-dual"))
+    contenders += [under(sparsity) for sparsity in settings.sparsity]
+    if settings.spans:
+        spans = shared_spans(pattern, settings.spans, settings.shares)
+        contenders.append(DualAttention(language_model, layers, batch, spans, "spans"))
+    return contenders
+
+
+def random_pattern(layers: int, kv_heads: int, settings: BenchmarkSettings) -> HeadPattern:
+    """A random order of the heads, that of `random_mask`."""
+    ranks = torch.randperm(layers * kv_heads, generator=torch.Generator().manual_seed(settings.seed))
+    return HeadPattern(ranks.view(layers, kv_heads), settings.sink_size, settings.recent_size)
+
+
+def shared_spans(pattern: HeadPattern, spans: Sequence[int], shares: Sequence[float]) -> HeadSpans:
+    """Spans by the order of a pattern: the lower the score, the shorter the span.
+
+    Args:
+        pattern: scores and the sink.
+        spans: in tokens.
+        shares: of the KV heads of gated layers, that have each span; the others see all tokens.
+    """
+    gated = list(pattern.gated_layers)
+    order, ranked = pattern.scores[gated].flatten().argsort(stable=True), torch.full((pattern.gated_heads,), ALL)
+    start, total = 0, 0.0
+    for span, share in sorted(zip(spans, shares, strict=True)):
+        total += share
+        end = round(total * pattern.gated_heads)
+        ranked[order[start:end]], start = span, end
+    rows = torch.full(pattern.scores.shape, ALL)
+    rows[gated] = ranked.view(len(gated), -1)
+    return HeadSpans(rows, pattern.sink_size, pattern.gated_layers)
 
 
 def _cache_line(row: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from duo_id.attention.choices import BLEND_NAMES
-from duo_id.common.config import Count, Fraction, Positive, Seed, Some, Text, one_of, settings
+from duo_id.common.config import Count, Fraction, Positive, Seed, Several, Some, Text, one_of, settings
 from duo_id.common.errors import check
 from duo_id.models.settings import ModelSettings
 from duo_id.step.settings import StepSettings
@@ -37,6 +37,10 @@ class BenchmarkSettings:
     repeats: Positive  # timed runs per row
     warmup: Count  # runs before them
     data: LengthSettings = field(default_factory=LengthSettings)
+    spans: Several[Positive] = field(default_factory=list)  # windows of different sizes, beside the masks of `sparsity`
+    shares: Several[Fraction] = field(
+        default_factory=list
+    )  # of the KV heads, that have each; the others see all tokens
     heads: Text | None = None  # a run folder, its heads/ folder or a shipped name; null: heads drawn at random
     step: StepSettings = field(default_factory=StepSettings)  # train_step: ours
     blend: Some[Annotated[Text, one_of(BLEND_NAMES)]] = field(default_factory=lambda: ["student"])  # train_step
@@ -63,6 +67,10 @@ class BenchmarkSettings:
             devices, nodes = self.trainer.get("devices", 1), self.trainer.get("num_nodes", 1)
             check((devices, nodes) == (1, 1), f"trainer.devices={devices}: task={self.task} works on 1 device")
             check(self.compare is None, f"compare={self.compare}: only task=train_step uses it")
+        check(
+            len(self.spans) == len(self.shares) and sum(self.shares) <= 1 + 1e-6,
+            f"spans={self.spans} shares={self.shares}: give each span its share of the KV heads, together at most 1",
+        )
         self.blend = list(dict.fromkeys(self.blend))
         for key in ("context", "chunk_size", "sparsity"):
             setattr(self, key, sorted(set(getattr(self, key))))
@@ -77,6 +85,7 @@ class BenchmarkSettings:
                 "step.cuda_graphs=true: task=train_step measures steps without a graph",
             )
             check(self.heads is None, f"heads={self.heads}: task=train_step trains the gates of all heads")
+            check(not self.spans, f"spans={self.spans}: task=train_step has one window, sink_size and recent_size")
 
     def compiles(self, device: "torch.device") -> bool:
         """Whether to compile on a device: as set, by default only on a GPU."""

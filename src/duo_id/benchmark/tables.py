@@ -7,14 +7,14 @@ from duo_id.common.documents import FIRST, Data, Line, Natural, NonNegative, Sha
 from duo_id.common.tables import TextTable
 
 FULL = ("full", "full-dual")  # the baselines: SDPA over a static cache, and the dual cache without streaming heads
-NAMES = {"full": "full, static cache", "full-dual": "full, dual cache", "duo": "duo"}
+NAMES = {"full": "full, static cache", "full-dual": "full, dual cache", "duo": "duo", "spans": "spans"}
 Measurement = dict[str, Any]
 
 
 class MeasurementRow(Data):
     """A row on disk; fields missing from rows that ran out of memory have defaults."""
 
-    attention: Literal["full", "full-dual", "duo"]
+    attention: Literal["full", "full-dual", "duo", "spans"]
     sparsity: Share
     context: Natural
     chunk_size: Natural | None
@@ -87,7 +87,8 @@ def results_tables(results: Mapping[str, Any]) -> list[TextTable]:
     names, time_cells, memory_cells = [], [], []
     for row in rows:
         out_of_memory = row["status"] == "OOM"
-        name = {"full": "full SDPA", "full-dual": "full dual"}.get(row["attention"], f"duo {row['sparsity']:.3g}")
+        masked = f"{row['attention']} {row['sparsity']:.3g}"
+        name = {"full": "full SDPA", "full-dual": "full dual"}.get(row["attention"], masked)
         names.append([name, f"{row['context']:,}"] + ([f"{row['chunk_size']:,}"] if is_prefill else []))
         spread = 50 * (row["ms_max"] - row["ms_min"]) / row["ms"] if "ms" in row else None
         time_cells.append(

@@ -10,29 +10,27 @@ from torch import LongTensor, Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from duo_id.attention.functions import Backends
+from duo_id.attention.functions import Backends, Mask
 from duo_id.attention.layers import AttentionLayer
-from duo_id.attention.window import Window
 from duo_id.common.compat import cache_layers
 from duo_id.common.errors import UserError
 from duo_id.deploy.counts import Tokens
 from duo_id.deploy.layer import DualLayer
-from duo_id.patterns.pattern import HeadMask
 
 DRAFTED = 128  # tokens that assisted generation can remove again
 
 
 class DualCache(Cache):
-    """Keys and values under a head mask: all tokens for retrieval heads, sink and recent window for streaming heads.
+    """Keys and values under a head mask: all tokens for retrieval heads, sink and latest tokens for streaming heads.
 
     Layers with a sliding window keep that window, like streaming heads without a sink; layers without attention keep
     the state that transformers gives them. After T tokens a cache for B samples holds
-    `2 * B * head_dim * bytes per number * sum over layers of (retrieval * T + streaming * (sink + recent))` bytes, and
-    a growing one up to 1/128 or 64 tokens of slack. Source: DuoAttention, section 2.3.
+    `2 * B * head_dim * bytes per number * sum over heads of (T, or min(T, sink + span))` bytes, and a growing one up to
+    1/128 or 64 tokens a head of slack. Source: DuoAttention, section 2.3, where all streaming heads have one span.
 
     Args:
         layers: all attention layers of the model.
-        mask: which heads stream.
+        mask: how far each head sees: a `HeadMask` or `HeadSpans`.
         config: of the (text) model.
         max_length: tokens to make room for, in a static cache that can be compiled and captured; None: it grows.
         backends: attention implementations of prefill.
@@ -44,7 +42,7 @@ class DualCache(Cache):
     def __init__(
         self,
         layers: Sequence[AttentionLayer],
-        mask: HeadMask,
+        mask: Mask,
         config: PreTrainedConfig,
         max_length: int | None = None,
         backends: Backends | None = None,
@@ -59,11 +57,13 @@ class DualCache(Cache):
                 continue  # an early-exit model does not run it
             if layer.obstacle or isinstance(all_layers[layer.index], LinearAttentionCacheLayerMixin):
                 raise UserError(f"{layer.name} cannot use a dual cache: {layer.obstacle or 'it also has other state'}")
-            sliding = layer.window is not None
+            spans, sink_size = mask.spans[layer.index].tolist(), mask.sink_size
+            if layer.window is not None:
+                spans, sink_size = [layer.window] * layer.kv_heads, 0
             all_layers[layer.index] = DualLayer(
                 layer,
-                torch.zeros(layer.kv_heads, dtype=torch.bool) if sliding else mask.retrieval[layer.index],
-                Window(0, layer.window) if layer.window else Window(mask.sink_size, mask.recent_size),
+                spans,
+                sink_size,
                 self.tokens,
                 layer.index == first,
                 max_length,
@@ -175,19 +175,20 @@ class DualCache(Cache):
             raise UserError("crop: the state of layers without attention cannot be rolled back")
         lengths, removed = tokens.held, tokens.removed(columns)
         floors, peaks = tokens.floors, tokens.highest
-        streaming = [layer for layer in self.dual_layers if layer.recent.heads]
-        for layer in streaming:
-            window = layer.window
-            for length, num_removed, floor, peak in zip(lengths, removed, floors, peaks, strict=True):
-                if num_removed and peak > window.sink_size + window.recent_size and length - num_removed < floor:
-                    raise UserError(
-                        f"crop({tokens_to_remove}): streaming heads keep only the last {window.recent_size} of {peak} "
-                        "tokens: crop one token, or start with a new cache, or call cache.activate_past_recording() "
-                        "before adding tokens that may be removed"
-                    )
-        for layer in streaming:
+        streaming = [layer.recent for layer in self.dual_layers if len(layer.recent.heads)]
+        windows = {ring.window for store in streaming for ring in store.rings}
+        for length, num_removed, floor, peak in zip(lengths, removed, floors, peaks, strict=True):
+            lost = [window for window in windows if peak > window.sink_size + window.recent_size]
+            if lost and num_removed and length - num_removed < floor:
+                smallest = min(window.recent_size for window in lost)
+                raise UserError(
+                    f"crop({tokens_to_remove}): streaming heads keep only the last {smallest} of {peak} tokens: crop "
+                    "one token, or start with a new cache, or call cache.activate_past_recording() before adding "
+                    "tokens that may be removed"
+                )
+        for store in streaming:
             for sample, (length, num_removed, floor) in enumerate(zip(lengths, removed, floors, strict=True)):
-                layer.recent.restore(length, num_removed, floor + 1 - layer.window.recent_size, sample)
+                store.restore(length, num_removed, floor, sample)
         tokens.remove(columns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -223,8 +224,8 @@ class DualCache(Cache):
         self.tokens.mask = None
         self.tokens.advance(tokens, self.max_length)
         for layer in self.dual_layers:
-            layer.full.reserve(tokens)
             for store in layer.stores:
+                store.reserve(tokens)
                 store.key.normal_(generator=generator)
                 store.value.normal_(generator=generator)
         self.tokens.running = False

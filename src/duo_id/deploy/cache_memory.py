@@ -11,14 +11,17 @@ from duo_id.common.errors import UserError
 from duo_id.common.figures import COLORS, MARKERS, plain, set_title, style
 from duo_id.deploy.install import dual_cache, duo_attention
 from duo_id.patterns.pattern import HeadMask
+from duo_id.patterns.spans import HeadSpans
 
 
-def cache_bytes(model: PreTrainedModel, masks: Mapping[str, HeadMask], contexts: Sequence[int]) -> pd.DataFrame:
+def cache_bytes(
+    model: PreTrainedModel, masks: Mapping[str, HeadMask | HeadSpans], contexts: Sequence[int]
+) -> pd.DataFrame:
     """Bytes of keys and values that one sample's cache keeps under each mask; the model is not run.
 
     Args:
         model: not under a mask; its dtype matters.
-        masks: by name; one without streaming heads is full attention.
+        masks: or spans, by name; one without streaming heads is full attention.
         contexts: lengths in tokens.
 
     Returns:

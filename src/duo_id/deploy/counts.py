@@ -9,7 +9,7 @@ from torch import Tensor
 from duo_id.attention.padding import real_first
 from duo_id.common.errors import UserError
 
-Span = slice | Tensor  # a sample's real tokens in a chunk: a slice, or indices (n,) int64 on the CPU
+Places = slice | Tensor  # a sample's real tokens in a chunk: a slice, or indices (n,) int64 on the CPU
 
 
 class Tokens:
@@ -43,7 +43,7 @@ class Tokens:
         self.reach: Tensor | None = None
         self.past: list[int] = []
         self.new: list[int] = []
-        self.places: list[Span] = []
+        self.places: list[Places] = []
         self.real: Tensor | None = None
         self.peaks: list[int] = []
         self.recorded = 0
@@ -92,10 +92,10 @@ class Tokens:
 
     @property
     def uniform(self) -> bool:
-        """Whether all samples have the same past and the same contiguous span of real tokens in the running forward."""
-        if any(isinstance(span, Tensor) for span in self.places):
+        """Whether all samples have the same past and the same contiguous run of real tokens in the running forward."""
+        if any(isinstance(real, Tensor) for real in self.places):
             return False
-        runs = {(span.start, span.stop) for span in self.places if isinstance(span, slice)}
+        runs = {(real.start, real.stop) for real in self.places if isinstance(real, slice)}
         return len(set(self.past)) == 1 and len(runs) == 1
 
     def order(self, device: torch.device) -> Tensor:
@@ -174,15 +174,15 @@ class Tokens:
     def _count(self, tokens: int, mask: Tensor | None, capacity: int | None) -> None:
         """Count on the host; `mask` (batch, tokens) is on the CPU."""
         held = self.held
-        new, spans = [tokens] * len(held), cast(list[Span], [slice(0, tokens)] * len(held))
+        new, places = [tokens] * len(held), cast(list[Places], [slice(0, tokens)] * len(held))
         if mask is not None and not mask.all():
-            new, spans = mask.sum(-1).tolist(), [_span(row) for row in mask]
+            new, places = mask.sum(-1).tolist(), [_places(row) for row in mask]
         most = max(past + max(1, count) for past, count in zip(held, new, strict=True))
         if capacity is not None and most > capacity:
             raise UserError(f"the static cache holds {capacity} tokens but would need {most}: use a larger max_length")
         if self.real is not None or new != [tokens] * len(held):
             self.real = torch.cat([self._columns(), torch.ones(len(held), tokens).bool() if mask is None else mask], 1)
-        self.past, self.new, self.places = held, new, spans
+        self.past, self.new, self.places = held, new, places
         self._order = None if mask is None else real_first(mask)
 
     def _columns(self) -> Tensor:
@@ -257,7 +257,7 @@ def _host_blind(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _span(row: Tensor) -> Span:
+def _places(row: Tensor) -> Places:
     """The positions of the real tokens of a mask row (tokens,): a slice if they are contiguous."""
     positions = row.nonzero()[:, 0]
     if not len(positions):

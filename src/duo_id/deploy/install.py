@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 
-from duo_id.attention.functions import Backends, masked_layers
+from duo_id.attention.functions import Backends, Mask, masked_layers
 from duo_id.attention.interface import IMPLEMENTATION, bound, routed
 from duo_id.attention.layers import AttentionLayer, gated_layers
 from duo_id.attention.padding import no_padding
@@ -20,6 +21,7 @@ from duo_id.common.errors import UserError
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.wrappers import REFUSED, check_prefix, refusal, restarts, unwrapped
 from duo_id.patterns.pattern import HeadMask, HeadPattern
+from duo_id.patterns.spans import HeadSpans
 
 INSTALLED = "duo_id_deployment"  # the attribute of a model that holds its deployment
 UNBOUND = {"module": None, "sharers": (), "own": None}  # what layers of a cache loaded from a file do not have
@@ -29,7 +31,9 @@ STATIC, GROWING = ("static",), (None, "dynamic")  # cache_implementation of gene
 class Deployment:
     """A model under a mask: creates its caches and checks those passed to it."""
 
-    def __init__(self, layers: list[AttentionLayer], mask: HeadMask, config: Any, backends: Backends) -> None:
+    def __init__(
+        self, layers: list[AttentionLayer], mask: HeadMask | HeadSpans, config: Any, backends: Backends
+    ) -> None:
         self.layers, self.mask, self.config, self.backends = layers, mask, config, backends
         self.undo, self.longest = ExitStack(), 0
 
@@ -60,7 +64,7 @@ class Deployment:
             )
         if cache.tokens.running:
             raise UserError("the last forward with this cache was interrupted: call cache.reset() first")
-        if cache.mask is not self.mask and cache.mask != self.mask:
+        if not _equal(cache.mask, self.mask):
             raise UserError("this cache was made for another head mask: use duo_id.dual_cache(model)")
         cached, expected = [layer.layer for layer in cache.dual_layers], self.layers[: len(cache.dual_layers)]
         if cached[0].module is None and [vars(x) | UNBOUND for x in cached] == [vars(x) | UNBOUND for x in expected]:
@@ -169,7 +173,7 @@ class Deployment:
 @naming_arguments()
 def install(
     model: Any,
-    heads: HeadMask | HeadPattern,
+    heads: HeadMask | HeadSpans | HeadPattern,
     backends: Backends | None = None,
     *,
     sparsity: float | None = None,
@@ -179,7 +183,7 @@ def install(
 
     Args:
         model: any causal language model of transformers, also inside `torch.compile` or one of PEFT's adapters.
-        heads: which heads stream, and their window: a mask, or a pattern with `sparsity` or `threshold`.
+        heads: how far each head sees: a mask, spans, or a pattern with `sparsity` or `threshold`.
         backends: attention implementations; all automatic by default.
         sparsity: of a pattern, the fraction of its KV heads that stream; see `HeadPattern.binarize`.
         threshold: of a pattern of gates, below which heads stream.
@@ -230,7 +234,7 @@ def remove(model: PreTrainedModel) -> None:
 @contextmanager
 def duo_attention(
     model: Any,
-    heads: HeadMask | HeadPattern,
+    heads: HeadMask | HeadSpans | HeadPattern,
     backends: Backends | None = None,
     *,
     sparsity: float | None = None,
@@ -270,14 +274,21 @@ def deployment_of(model: PreTrainedModel) -> Deployment:
     return deployment
 
 
-def _mask_of(heads: Any, sparsity: float | None, threshold: float | None) -> HeadMask:
+def _mask_of(heads: Any, sparsity: float | None, threshold: float | None) -> HeadMask | HeadSpans:
     if isinstance(heads, HeadPattern):
         return heads.binarize(sparsity, threshold)
-    if not isinstance(heads, HeadMask):
-        raise UserError(f"a {type(heads).__name__} is neither a HeadMask nor a HeadPattern")
+    if not isinstance(heads, HeadMask | HeadSpans):
+        raise UserError(f"a {type(heads).__name__} is neither a HeadMask, nor a HeadSpans, nor a HeadPattern")
     if sparsity is not None or threshold is not None:
-        raise UserError("a HeadMask has decided which heads stream: pass sparsity and threshold with a HeadPattern")
+        raise UserError(
+            f"a {type(heads).__name__} has decided how far heads see: pass sparsity and threshold with a HeadPattern"
+        )
     return heads
+
+
+def _equal(mask: Mask, other: Mask) -> bool:
+    """Whether all heads see the same under both."""
+    return mask is other or (mask.sink_size == other.sink_size and torch.equal(mask.spans, other.spans))
 
 
 def _restore(model: PreTrainedModel, name: str, value: Any) -> None:

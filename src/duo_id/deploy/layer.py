@@ -1,6 +1,7 @@
 """One layer of the dual cache."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from duo_id.attention.interface import as_autocast
 from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.padding import reorder
 from duo_id.attention.softmax import Softmax
-from duo_id.attention.window import Window
 from duo_id.common.errors import UserError
 from duo_id.deploy.arriving import ArrivingKeys
-from duo_id.deploy.counts import Span, Tokens
-from duo_id.deploy.stores import FullStore, Store, StreamingStore
+from duo_id.deploy.counts import Places, Tokens
+from duo_id.deploy.rings import StreamingStore
+from duo_id.deploy.stores import FullStore, Store
+from duo_id.patterns.spans import ALL
 
 
 class DualLayer(CacheLayerMixin):
@@ -25,8 +27,8 @@ class DualLayer(CacheLayerMixin):
 
     Args:
         layer: the attention layer.
-        retrieval: (KV heads,) bool.
-        window: what its streaming heads see.
+        spans: of each KV head: the latest tokens that it sees, -1 for all of them.
+        sink_size: first tokens that all heads see.
         tokens: counts, shared by the layers of a cache.
         leads: whether it is the first layer of a forward, the one that counts the tokens.
         capacity: slots of the full store; None for one that grows.
@@ -38,16 +40,18 @@ class DualLayer(CacheLayerMixin):
     def __init__(
         self,
         layer: AttentionLayer,
-        retrieval: Tensor,
-        window: Window,
+        spans: Sequence[int],
+        sink_size: int,
         tokens: Tokens,
         leads: bool,
         capacity: int | None,
         backends: Backends,
     ) -> None:
         self.is_initialized = False
-        self.layer, self.retrieval, self.window, self.tokens = layer, retrieval, window, tokens
+        self.layer, self.sink_size, self.tokens = layer, sink_size, tokens
         self.leads, self.capacity, self.backends = leads, capacity, backends
+        # A window as large as a static cache hides nothing, and needs no ring.
+        self.spans = [ALL if capacity is not None and sink_size + span >= capacity else span for span in spans]
         self.is_compileable = capacity is not None
         self.home: torch.device | None = None  # the device of an offloaded layer
         self.before: dict[str, Tensor] = {}  # the window before the running chunk, if layers share their keys
@@ -60,10 +64,10 @@ class DualLayer(CacheLayerMixin):
         device = key_states.device
         if self.tokens.lengths is None:
             self.tokens.start(len(key_states), device)
-        retrieval_heads, streaming_heads = (x.nonzero()[:, 0].tolist() for x in (self.retrieval, ~self.retrieval))
+        retrieval_heads = [head for head, span in enumerate(self.spans) if span == ALL]
         self.full = FullStore(key_states, retrieval_heads, self.capacity, self.backends.full)
-        self.recent = StreamingStore(key_states, streaming_heads, self.window, self.backends.streaming)
-        self.heads = torch.tensor(retrieval_heads + streaming_heads, dtype=torch.int32, device=device)
+        grows = self.capacity is None
+        self.recent = StreamingStore(key_states, self.spans, self.sink_size, grows, self.backends.streaming)
         self.arrived = torch.zeros(key_states.shape[:2].numel(), dtype=torch.int32, device=device)
         if self.is_compileable and not torch.compiler.is_compiling():
             for store in self.stores:
@@ -116,13 +120,13 @@ class DualLayer(CacheLayerMixin):
         allocate = torch.empty if contiguous else torch.zeros
         batch, heads, _, dim = query.shape
         out = allocate(batch, new, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
-        for sample, past, span in self._parts(batch):
-            part = (sample, slice(None), span)
+        for sample, past, places in self._parts(batch):
+            part = (sample, slice(None), places)
             chunk_out = out[part]
             for store in self.stores:
-                if store.heads and chunk_out.shape[2]:
+                if len(store.heads) and chunk_out.shape[2]:
                     store.attend(query[part], key[part], value[part], chunk_out, past, sample, softmax)
-            if isinstance(span, Tensor):
+            if isinstance(places, Tensor):
                 out[part] = chunk_out
         return out
 
@@ -131,15 +135,15 @@ class DualLayer(CacheLayerMixin):
         """Store the first tokens, whose attention is computed without the cache."""
         tokens = self.tokens
         if tokens.uniform:
-            span = tokens.places[0]
+            places = tokens.places[0]
             for store in self.stores:
-                if store.heads:
-                    store.put(key[:, :, span], value[:, :, span], 0, slice(None))
+                if len(store.heads):
+                    store.put(key[:, :, places], value[:, :, places], 0, slice(None))
         else:
             order, lengths = tokens.order(key.device), torch.tensor(tokens.new, device=key.device)
             key, value = reorder(key, order), reorder(value, order)
             for store in self.stores:
-                if store.heads:
+                if len(store.heads):
                     store.put_first(key, value, lengths)
 
     def begin(self, new: int) -> None:
@@ -149,7 +153,8 @@ class DualLayer(CacheLayerMixin):
                 raise UserError("a submodule was called on its own with a dual cache: call the whole model")
             self.tokens.advance(new, self.capacity)
         if self.capacity is None:
-            self.full.reserve(self.tokens.most)
+            for store in self.stores:
+                store.reserve(self.tokens.most)
 
     def _rewind(self, shared: bool) -> None:
         """Restore the window from before a chunk that layers share, because each of them sees what it dropped."""
@@ -159,7 +164,7 @@ class DualLayer(CacheLayerMixin):
         else:
             self.before = {name: tensor.clone() for name, tensor in self.recent.tensors.items()}
 
-    def _parts(self, batch: int) -> list[tuple[slice, int, Span]]:
+    def _parts(self, batch: int) -> list[tuple[slice, int, Places]]:
         """Samples, their past and where their new tokens are; all samples at once if they are alike."""
         tokens = self.tokens
         samples = [slice(None)] if tokens.uniform else [slice(i, i + 1) for i in range(batch)]
@@ -167,16 +172,22 @@ class DualLayer(CacheLayerMixin):
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         assert self.tokens.reach is not None
-        window, lengths = self.window, self.tokens.reach.to(query.device)
-        stores = (self.full.key, self.full.value, self.recent.key, self.recent.value, self.heads, lengths)
+        full, recent, lengths = self.full, self.recent, self.tokens.reach.to(query.device)
         return decode_attention(
             query,
             key,
             value,
-            *stores,
+            full.key,
+            full.value,
+            recent.key,
+            recent.value,
+            full.listed,
+            recent.listed,
+            lengths,
             self.arrived,
-            window.sink_size,
-            window.recent_size,
+            recent.spans,
+            recent.slots,
+            self.sink_size,
             softmax.factor(query.shape[-1]),
             softmax.softcap,
             softmax.sinks,
@@ -195,7 +206,7 @@ class DualLayer(CacheLayerMixin):
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether the last tokens can be removed at any length."""
-        return self.tokens.recorded > 0 or (self.layer.window is None and bool(self.retrieval.all()))
+        return self.tokens.recorded > 0 or all(span == ALL for span in self.spans)
 
     @property
     def keys(self) -> None:  # type: ignore[override]
@@ -250,8 +261,7 @@ class DualLayer(CacheLayerMixin):
         """Bytes that one sample of `tokens` tokens keeps."""
         if not self.is_initialized:
             return 0
-        window = min(tokens, self.window.sink_size + self.window.recent_size)
-        entries = len(self.full.heads) * tokens + len(self.recent.heads) * window
+        entries = sum(tokens if span == ALL else min(tokens, self.sink_size + span) for span in self.spans)
         return 2 * entries * self.layer.head_dim * self.full.key.element_size()
 
     def get_seq_length(self) -> int:

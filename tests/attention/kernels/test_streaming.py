@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from duo_id.attention.softmax import Softmax
-from duo_id.attention.streaming import streaming_attention
+from duo_id.attention.streaming import spans_attention, streaming_attention
 from duo_id.attention.window import Window
 from tests.attention.test_backends import reference
 
@@ -25,24 +25,31 @@ def inputs(tokens: int, group: int, dim: int, dtype: torch.dtype, kv_heads: int 
 
 
 def check(tokens: int, window: tuple[int, int], group: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
-    query, key, value, grad = inputs(tokens, group, dim, dtype)
+    check_spans(tokens, window[0], [window[1]] * 2, group, dim, dtype)
+
+
+def check_spans(
+    tokens: int, sink: int, spans: list[int], group: int, dim: int, dtype: torch.dtype = torch.float32
+) -> None:
+    query, key, value, grad = inputs(tokens, group, dim, dtype, len(spans))
     given = [x.detach().requires_grad_() for x in (query, key, value)]
     wide = [x.detach().double().cpu().requires_grad_() for x in (query, key, value)]
-    seen, scale = Window(*window), 0.7 * dim**-0.5
-    if tokens <= sum(window):  # else full attention takes it
+    scale = 0.7 * dim**-0.5
+    if tokens <= sink + max(spans) and len({*spans}) == 1:  # else full attention takes it
         from duo_id.attention.kernels.operator import stream
 
-        out = stream(*given, *window, scale)[0]
+        out = stream(*given, torch.tensor(spans, dtype=torch.int32, device=DEVICE), sink, scale)[0]
     else:
-        out = streaming_attention(*given, Softmax(scale), seen, "triton")
-    expected = reference(*wide, scale, seen)
+        out = spans_attention(*given, Softmax(scale), spans, sink, "triton")
+    heads = zip(wide[0].split(group, 1), wide[1].split(1, 1), wide[2].split(1, 1), spans, strict=True)
+    expected = torch.cat([reference(q, k, v, scale, Window(sink, span)) for q, k, v, span in heads], 1)
     assert out.dtype == dtype
     found = torch.autograd.grad(out, given, grad)
     wanted = torch.autograd.grad(expected, wide, grad.double().cpu())
     for name, got, want in zip("output query key value".split(), (out, *found), (expected, *wanted), strict=True):
         assert got.shape == want.shape
         error = (got.detach().double().cpu() - want).norm() / want.norm().clamp(min=1)
-        assert error < LIMITS[dtype], (name, tokens, window, float(error))
+        assert error < LIMITS[dtype], (name, tokens, sink, spans, float(error))
 
 
 @pytest.fixture
@@ -61,6 +68,14 @@ def test_any_window_and_length(window: tuple[int, int], tokens: int, small_block
     check(tokens, window, 3, 16)
 
 
+@pytest.mark.parametrize("sink", [0, 3, 40])
+@pytest.mark.parametrize("spans", [[1, 60], [8, 5, 200, 8], [33, 2, 1]], ids=str)
+def test_a_span_for_each_head(spans: list[int], sink: int, small_blocks: None) -> None:
+    """In one launch, some of them longer than the text."""
+    for tokens in (1, 33, 101):
+        check_spans(tokens, sink, spans, 2, 16)
+
+
 @pytest.mark.parametrize(("group", "dim"), [(1, 16), (2, 24), (4, 64), (7, 80), (8, 96), (4, 128), (1, 256)])
 def test_any_shape(group: int, dim: int, small_blocks: None) -> None:
     check(70, (5, 20), group, dim)
@@ -70,6 +85,7 @@ def test_any_shape(group: int, dim: int, small_blocks: None) -> None:
 @pytest.mark.parametrize(("group", "dim"), [(4, 128), (3, 64), (1, 96), (2, 256)])
 def test_the_blocks_of_real_runs(dtype: torch.dtype, group: int, dim: int) -> None:
     check(333, (64, 130), group, dim, dtype)
+    check_spans(333, 64, [130, 20, 250], group, dim, dtype)
 
 
 @pytest.mark.parametrize("expanded", [False, True])
@@ -131,9 +147,24 @@ def test_a_long_sequence(dim: int) -> None:
         assert (got.float() - want).norm() / want.norm() < 1e-2
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes long in the interpreter")
+def test_spans_of_a_long_sequence() -> None:
+    """Windows of thousands of tokens, values and gradients; against one span at a time."""
+    query, key, value, grad = inputs(20_000, 4, 128, torch.bfloat16, 4, batch=1)
+    given = [x.detach().requires_grad_() for x in (query, key, value)]
+    wide = [x.detach().float().requires_grad_() for x in (query, key, value)]
+    spans = [8192, 256, 1, 2048]
+    out = spans_attention(*given, Softmax(), spans, 64, "triton")
+    expected = spans_attention(*wide, Softmax(), spans, 64, "blocked")
+    found, wanted = torch.autograd.grad(out, given, grad), torch.autograd.grad(expected, wide, grad.float())
+    for got, want in zip((out, *found), (expected, *wanted), strict=True):
+        assert (got.float() - want).norm() / want.norm() < 1e-2
+
+
 def test_the_operators_are_what_torch_expects() -> None:
     from duo_id.attention.kernels.operator import stream
 
     query, key, value, _ = inputs(50, 2, 16, torch.float32)
     given = [x.detach().requires_grad_() for x in (query, key, value)]
-    torch.library.opcheck(stream, (*given, 3, 8, 0.25), test_utils=("test_schema", "test_faketensor"))
+    spans = torch.tensor([8, 20], dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(stream, (*given, spans, 3, 0.25), test_utils=("test_schema", "test_faketensor"))

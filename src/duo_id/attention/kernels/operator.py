@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from duo_id.attention.kernels.cached import LOG2_E, padded_dim, precision
+from duo_id.attention.kernels.shared import LOG2_E, padded_dim, precision
 from duo_id.attention.kernels.streaming import streaming_forward, streaming_key_gradients, streaming_query_gradient
 
 # The best of 36 launch settings for each kernel on an H100 (docs/performance.md). A tile (rows or keys, times the
@@ -18,7 +18,7 @@ CHUNK = 4096  # rows that one program sums for the sink's gradients, which come 
 
 @torch.library.custom_op("duo_id::stream", mutates_args=())
 def stream(
-    query: Tensor, key: Tensor, value: Tensor, sink_size: int, recent_size: int, scale: float
+    query: Tensor, key: Tensor, value: Tensor, recent_sizes: Tensor, sink_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Streaming attention of all heads over whole sequences.
 
@@ -26,8 +26,8 @@ def stream(
         query: (batch, heads, tokens, head_dim); like all tensors here, its last dimension is contiguous.
         key: (batch, KV heads, tokens, head_dim).
         value: the same shape.
+        recent_sizes: (KV heads,) int32, the most recent tokens that a query of each head sees, including its own.
         sink_size: first tokens that every query sees.
-        recent_size: most recent tokens that a query sees, including its own.
         scale: factor on the scores.
 
     Returns:
@@ -40,7 +40,7 @@ def stream(
     log_sum = torch.empty(batch, kv_heads, tokens * group, dtype=torch.float32, device=query.device)
     sizes = _sizes(FORWARD_TUNING, query, key)
     streaming_forward[(triton.cdiv(tokens * group, sizes["ROWS"]), kv_heads, batch)](
-        query, key, value, out, log_sum, scale * LOG2_E, tokens, min(sink_size, tokens), recent_size,
+        query, key, value, out, log_sum, scale * LOG2_E, tokens, min(sink_size, tokens), recent_sizes,
         *_strides(query, key, value, out), **sizes,
     )  # fmt: skip
     return out, log_sum
@@ -51,11 +51,11 @@ def stream_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    recent_sizes: Tensor,
     out: Tensor,
     log_sum: Tensor,
     grad: Tensor,
     sink_size: int,
-    recent_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, given that of the output; see `stream` for the other arguments."""
@@ -65,7 +65,7 @@ def stream_backward(
     deltas = torch.empty_like(log_sum)
     sizes = _sizes(QUERY_TUNING, query, key)
     streaming_query_gradient[(triton.cdiv(tokens * group, sizes["ROWS"]), kv_heads, batch)](
-        query, key, value, out, grad, log_sum, deltas, query_grad, scale, tokens, sink, recent_size,
+        query, key, value, out, grad, log_sum, deltas, query_grad, scale, tokens, sink, recent_sizes,
         *_strides(query, key, value, out, grad, query_grad), **sizes,
     )  # fmt: skip
     sizes = _sizes(KEY_TUNING, query, key)
@@ -73,7 +73,7 @@ def stream_backward(
     partial = torch.empty(2, splits, batch, kv_heads, sink, dim, dtype=torch.float32, device=query.device)
     programs = triton.cdiv(sink, sizes["BLOCK"]) * splits + triton.cdiv(tokens - sink, sizes["BLOCK"])
     streaming_key_gradients[(programs, kv_heads, batch)](
-        query, key, value, grad, log_sum, deltas, key_grad, value_grad, partial, scale, tokens, sink, recent_size,
+        query, key, value, grad, log_sum, deltas, key_grad, value_grad, partial, scale, tokens, sink, recent_sizes,
         splits, CHUNK, *_strides(query, key, value, grad, key_grad, value_grad), **sizes,
     )  # fmt: skip
     if sink:
@@ -94,13 +94,13 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor,
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.sink_size, ctx.recent_size, ctx.scale = inputs
+    *tensors, ctx.sink_size, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx, grad, unused):  # type: ignore[no-untyped-def]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    grads = stream_backward(*ctx.saved_tensors, grad, ctx.sink_size, ctx.recent_size, ctx.scale)
+    grads = stream_backward(*ctx.saved_tensors, grad, ctx.sink_size, ctx.scale)
     return *grads, None, None, None
 
 

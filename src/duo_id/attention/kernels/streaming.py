@@ -2,13 +2,14 @@
 
 The rows of a block interleave the query heads of one KV head, row r being token r // group of head r % group: keys are
 read once for all of them, and a block spans few tokens, so that little outside the windows is computed. Blocks that all
-rows see need no mask. Softmax is computed online, in base 2; its log-sum is kept for gradients.
+rows see need no mask. Softmax is computed online, in base 2; its log-sum is kept for gradients. Each KV head reads its
+own recent size from memory, so that heads of any spans take one launch.
 """
 
 import triton
 import triton.language as tl
 
-from duo_id.attention.kernels.cached import FAR_BELOW, fold
+from duo_id.attention.kernels.shared import FAR_BELOW, fold
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -74,7 +75,7 @@ def _sees(query, key, sink, recent):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def streaming_forward(  # type: ignore[no-untyped-def]
-    query, key, value, output, log_sum, scale, tokens, sink, recent,
+    query, key, value, output, log_sum, scale, tokens, sink, recents,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     output_batch, output_head, output_token,
     GROUP: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -82,6 +83,7 @@ def streaming_forward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One program for each block of rows of each KV head."""
     begin, head, batch = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    recent = tl.load(recents + head)
     row, columns, end = begin + tl.arange(0, ROWS), tl.arange(0, COLUMNS), tokens * GROUP
     position = row // GROUP
     query += batch * query_batch + head * GROUP * query_head
@@ -124,7 +126,7 @@ def _query_part(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def streaming_query_gradient(  # type: ignore[no-untyped-def]
-    query, key, value, output, grad, log_sum, deltas, query_grad, scale, tokens, sink, recent,
+    query, key, value, output, grad, log_sum, deltas, query_grad, scale, tokens, sink, recents,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     output_batch, output_head, output_token, grad_batch, grad_head, grad_token, to_batch, to_head, to_token,
     GROUP: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -132,6 +134,7 @@ def streaming_query_gradient(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The gradient of a block of rows; `deltas` (each row's output times its gradient) is stored for the keys."""
     begin, head, batch = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    recent = tl.load(recents + head)
     row, columns, end = begin + tl.arange(0, ROWS), tl.arange(0, COLUMNS), tokens * GROUP
     position = row // GROUP
     query += batch * query_batch + head * GROUP * query_head
@@ -181,8 +184,8 @@ def _key_part(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def streaming_key_gradients(  # type: ignore[no-untyped-def]
-    query, key, value, grad, log_sum, deltas, key_grad, value_grad, partial, scale, tokens, sink, recent, splits, chunk,
-    query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
+    query, key, value, grad, log_sum, deltas, key_grad, value_grad, partial, scale, tokens, sink, recents, splits,
+    chunk, query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     grad_batch, grad_head, grad_token, key_to_batch, key_to_head, key_to_token,
     value_to_batch, value_to_head, value_to_token,
     GROUP: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -193,6 +196,7 @@ def streaming_key_gradients(  # type: ignore[no-untyped-def]
     The sink's partial sums go to `partial` (2, splits, batch, KV heads, sink, dim), keys first.
     """
     program, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    recent = tl.load(recents + head)
     columns, heads = tl.arange(0, COLUMNS), tl.num_programs(1)
     sink_programs = tl.cdiv(sink, BLOCK) * splits
     in_sink = program < sink_programs

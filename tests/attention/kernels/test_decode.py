@@ -1,11 +1,15 @@
-"""The Triton kernels against dense attention; `TRITON_INTERPRET=1 pytest -m gpu` runs the small ones on a CPU."""
+"""The Triton kernel of decode steps against dense attention.
+
+`TRITON_INTERPRET=1 pytest -m gpu` runs the small tests on a CPU.
+"""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from duo_id.attention.window import Window
-from tests.attention.past import KV_HEADS, PATTERNS, Past
+from tests.attention.past import PATTERNS, Past
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,32 +21,18 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def decode(past: Past, stores: list[Tensor], **tuning: int) -> Tensor:
-    from duo_id.attention.kernels import cached
+    from duo_id.attention.kernels.decode import decode
 
-    window = Window(past.sink, past.recent)
-    given = (past.query, past.key, past.value, *stores, past.heads, past.lengths, past.arrived)
-    return cached.decode(*given, window, past.scale, **tuning)
+    given = (past.query, past.key, past.value, *stores, past.retrieval, past.listed, past.lengths, past.arrived)
+    return decode(*given, past.slots, past.sink, past.scale, **tuning)
 
 
-def check_decode(past: Past) -> None:
+def check_decode(past: Past, **tuning: int) -> None:
     stores = past.stores()
-    past.check(decode(past, stores))
+    past.check(decode(past, stores, **tuning))
     for found, expected in zip(stores, past.stores(after=True), strict=True):
         assert torch.equal(found, expected), "the new token lies in its slot, and nothing else has changed"
     assert past.arrived.eq(0).all()
-
-
-def check_stream(past: Past) -> None:
-    from duo_id.attention.kernels import cached
-
-    stores = past.stores()
-    out = torch.full_like(past.query, 7)
-    heads, window = past.streaming.to(torch.int32), Window(past.sink, past.recent)
-    cached.stream(past.query, past.key, past.value, *stores[2:], heads, past.past[0], window, past.scale, out)
-    past.check(out, heads)
-    assert out.unflatten(1, (KV_HEADS, -1))[:, past.full].eq(7).all(), "heads in full are somebody else's"
-    for found, expected in zip(stores, past.stores(), strict=True):
-        assert torch.equal(found, expected)
 
 
 @shapes
@@ -59,8 +49,49 @@ def test_decode_over_any_window(window: tuple[int, int], pattern: str) -> None:
         check_decode(Past(lengths, 1, *window, pattern=pattern, device=DEVICE, capacity=1100))
 
 
+@pytest.fixture
+def short_shares(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several programs for each ring, as for rings of thousands of slots."""
+    from duo_id.attention.kernels import decode as module
+
+    monkeypatch.setattr(module, "SHARE", (16, 48))
+    module._splits.cache_clear()
+    yield
+    module._splits.cache_clear()
+
+
+@pytest.mark.parametrize("sink", [0, 3, 16])
+@pytest.mark.parametrize("pattern", ["spans", "rings", "none"])
+def test_decode_over_rings_that_programs_share(pattern: str, sink: int, short_shares: None) -> None:
+    """Of several sizes in one launch, some too short to be shared, some longer than the past."""
+    for lengths, most in (([0, 1, 2], 64), ([60, 11, 0], 64), ([299, 303, 20], None), ([383, 90, 1000], None)):
+        for recent in (8, 200):
+            past = Past(lengths, 1, sink, recent, pattern, device=DEVICE, capacity=1100, most=most)
+            check_decode(past, block=16)
+
+
+def test_shares_divide_the_machine_among_heads() -> None:
+    """Two kinds of heads are divided as before; of rings, long ones are shared; heads in full are never starved."""
+    from duo_id.attention.kernels.decode import _splits
+
+    for capacity in (1000, 100_000):
+        for full, streaming, batch in ((4, 4, 1), (8, 24, 1), (1, 7, 4), (32, 0, 1), (40, 40, 8)):
+            splits, share = _splits((384,) * streaming, capacity, full, batch, 132)
+            assert splits == max(1, (132 - -(-batch * streaming // 4)) // (batch * full))
+            assert share >= 384
+    for slots, capacity, full in (((8256,) * 3 + (320,) * 3, 32_768, 2), ((2112, 1088, 320), 10_000, 5)):
+        splits, share = _splits(slots, capacity, full, 1, 132)
+        programs = full * splits + sum(-(-size // share) for size in slots if size > 512)
+        assert 110 <= programs <= 132
+        assert share <= 1.1 * max(512, capacity / splits)
+    splits, share = _splits((8256,) * 2, 1_000_000, 4, 1, 132)
+    assert splits >= 32
+    assert share == 2048, "also where a cache with much room holds little"
+    assert _splits((8256,) * 8, 1_000_000, 0, 1, 132)[1] <= 2048
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("pattern", ["mixed", "one"])
+@pytest.mark.parametrize("pattern", ["mixed", "one", "rings"])
 def test_decode_over_a_long_past_again_and_again(pattern: str, dtype: torch.dtype) -> None:
     """Many programs share a head, and the last adds up: the same bits each time."""
     past = Past([20_000, 13, 8191], 1, 64, 256, pattern, group=4, dim=64, dtype=dtype, device=DEVICE)
@@ -90,26 +121,6 @@ def test_decode_with_no_room_left_writes_nothing() -> None:
     assert changed == [[1, 20]], "only the sample that has room"
 
 
-@shapes
-@dtypes
-def test_stream(group: int, dim: int, dtype: torch.dtype) -> None:
-    for before, new in ((0, 150), (30, 70)):
-        check_stream(Past([before] * 3, new, 3, 8, group=group, dim=dim, dtype=dtype, device=DEVICE))
-
-
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("pattern", ["mixed", "none"])
-def test_stream_over_any_window(window: tuple[int, int], pattern: str) -> None:
-    for before in (0, 1, 5, 43, 129, 383, 384, 390, 700):
-        for new in (1, 7, 64, 200):
-            check_stream(Past([before] * 2, new, *window, pattern=pattern, device=DEVICE))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_stream_over_a_long_chunk(dtype: torch.dtype) -> None:
-    check_stream(Past([500], 5000, 128, 256, pattern="none", group=1, dim=64, dtype=dtype, device=DEVICE))
-
-
 @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are of CUDA")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_replay_of_a_captured_decode_step(dtype: torch.dtype) -> None:
@@ -133,3 +144,19 @@ def test_replay_of_a_captured_decode_step(dtype: torch.dtype) -> None:
     for found, wanted in zip(stores, again, strict=True):
         assert torch.equal(found, wanted)
     assert past.arrived.eq(0).all()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes long in the interpreter")
+@pytest.mark.parametrize("capacity", [40_000, 400_000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_over_long_rings(dtype: torch.dtype, capacity: int) -> None:
+    """Windows of thousands of tokens at the sizes of real models, in caches with little and with much room."""
+    for lengths in ([33_000], [8255, 20_000], [100, 4000]):
+        past = Past(
+            lengths, 1, 64, 256, "long", group=4, dim=128, dtype=dtype, device=DEVICE, capacity=capacity
+        )  # fmt: skip
+        first = decode(past, past.stores())
+        past.check(first)
+        for _ in range(20):
+            assert torch.equal(decode(past, past.stores()), first)
+        check_decode(past)
