@@ -67,6 +67,18 @@ def test_lengths_default_to_those_of_the_command(model: PreTrainedModel) -> None
     assert (settings["data"]["length_min"], settings["data"]["length_max"]) == (256, 384)
 
 
+def test_spans_are_found_allocated_and_deployed(model: PreTrainedModel) -> None:
+    pattern = found(model, method="spans", steps=None, samples=3, curvature_samples=1, sink_size=4, recent_size=32)
+    assert pattern.needs is not None
+    assert pattern.needs.levels == (16, 32, 64, 128, 256, -1)
+    spans = pattern.allocate(cache=0.3, length=450)
+    with duo_id.duo_attention(model.eval(), spans):
+        cache = duo_id.dual_cache(model)
+        duo_id.prefill(model, torch.randint(3, 200, (1, 450)), cache)
+    full = 2 * 450 * spans.spans.numel() * model.config.head_dim * 4
+    assert 0.25 * full < cache.retained_bytes <= 0.3 * full
+
+
 @pytest.mark.parametrize(
     ("longest", "limit", "expected"),
     [(300, 512, (256, 300)), (200, 512, (200, 200)), (2400, 4096, (300, 2400)), (None, 300, (256, 300))],
