@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from duo_id.common.errors import UserError
 from duo_id.methods import spans
 from duo_id.methods.run import Run
-from duo_id.methods.span_settings import SpanSettings
+from duo_id.methods.settings import SpanSettings
 from duo_id.patterns.pattern import HeadPattern
 from tests.methods.conftest import gated_model_of
 from tests.support.planted import random_sample
@@ -118,3 +118,22 @@ def test_levels_follow_the_window_and_the_samples() -> None:
 def test_what_cannot_work_is_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         SpanSettings("spans", 64, 256, **changes)
+
+
+def test_the_order_of_a_start_moves_curves_but_keeps_their_shape() -> None:
+    costs = torch.tensor([[[4.0, 2.0, 0.0], [8.0, 6.0, 0.0], [0.5, 0.0, 0.0]]])
+    found = spans.in_order(costs, torch.tensor([[0.9, 0.1, 0.5]]), 1)
+    assert found[0, :, 1].tolist() == [6.0, 0.0, 2.0]
+    assert found[0, 0].tolist() == [12.0, 6.0, 0.0]
+    torch.testing.assert_close(found[0, 2], 2.0 * torch.tensor([12.5 / 8, 1.0, 0.0]))
+
+
+def test_a_start_is_named_or_computed_first(make_model: MakeModel) -> None:
+    far_first = HeadPattern(torch.tensor([[0.1, 0.9, 0.5], [0.6, 0.2, 0.8]]), 2, 16)
+    settings = SpanSettings("spans", 2, 16, levels=LEVELS, samples=1, curvature_samples=1)
+    with gated_model_of(model_with_spans(make_model), settings.window) as gated_model:
+        run = Run(named_pattern=lambda: far_first)
+        pattern = spans.find(gated_model, Samples(), settings, run)  # type: ignore[arg-type]
+    assert pattern.binarize(sparsity=4 / 6).retrieval.equal(NEEDED == -1)
+    with pytest.raises(UserError, match=r"method\.start=7"):
+        SpanSettings("spans", 2, 16, start=7)

@@ -19,6 +19,7 @@ from duo_id.common.config import (
     Number,
     Positive,
     PositiveWeight,
+    Several,
     Some,
     Text,
     Weight,
@@ -32,7 +33,6 @@ from duo_id.common.errors import UserError, check
 from duo_id.common.mistakes import instantiate
 from duo_id.methods.base_settings import MethodSettings, ScoreSettings, Tokens, WithObjective, check_pair
 from duo_id.methods.choices import GATE_NAMES, PENALTY_NAMES
-from duo_id.methods.span_settings import SpanSettings
 from duo_id.step.choices import check_weight, objective_weights
 
 if TYPE_CHECKING:
@@ -100,6 +100,48 @@ class SearchSettings(WithObjective, ScoreSettings):
             check(self.max_swaps > 0, f"method.swap_at={self.swap_at} needs method.max_swaps=NUMBER, of exchanges")
         self.start = _typed_order("start", self.start, self)
         self.needs_teacher()  # imports an objective of the user's own, after what costs nothing
+
+
+@settings("method")
+class SpanSettings(WithObjective, ScoreSettings):
+    """How far each head must see: spans within budgets, priced by backward passes."""
+
+    devices = "one"
+
+    objective: Named = "kl"  # a name, or weights of several
+    tokens: Tokens = "labelled"
+    levels: Several[Positive] = field(default_factory=list)  # spans in tokens; none: half the recent size, doubled
+    budgets: Some[Fraction] = field(default_factory=lambda: [0.08, 0.6])  # shares of the cache, drawn log-uniformly
+    curvature_samples: Positive = 8  # whose curvature at full attention prices spans at first
+    start: Named = None  # another method's settings, or a saved pattern: its order of the heads is the first one
+
+    def __post_init__(self) -> None:
+        """Check what goes together."""
+        objective_weights(self.objective)
+        check_pair("budgets", self.budgets)
+        check(self.budgets[0] > 0, f"method.budgets={self.budgets}: no cache is that small, give shares above 0")
+        self.levels = sorted(set(self.levels))
+        check(
+            self.needs_teacher(),
+            f"method.objective={self.objective} compares with nothing: spans are priced by the distance from full "
+            "attention, so choose method.objective=kl or another with a teacher",
+        )
+        self.start = _typed_order("start", self.start, self)
+
+    def levels_up_to(self, longest: int) -> tuple[int, ...]:
+        """The spans to choose among on samples of up to `longest` tokens, ascending, -1 (all tokens) last.
+
+        Raises:
+            UserError: all samples fit the smallest.
+        """
+        doubled = [self.recent_size * 2**power // 2 for power in range(64)]
+        levels = [span for span in self.levels or doubled if 0 < span < longest - self.sink_size]
+        check(
+            bool(levels),
+            f"data.length_max: samples of {longest} tokens fit the sink and the smallest span; lower "
+            f"{'method.levels' if self.levels else 'method.recent_size'}",
+        )
+        return (*levels, -1)
 
 
 @settings("method")

@@ -23,9 +23,9 @@ class SpanPrices:
     """
 
     def __init__(self, costs: Tensor, weight: float = 1.0) -> None:
-        """Start from estimated costs (gated layers, KV heads, levels), which count as much as `weight` samples.
+        """Start from the costs (gated layers, KV heads, levels) of curvature, which count as much as sample `weight`.
 
-        Those of curvature: quadratic, so that the slope from below is twice the difference, and that from above 0.
+        They are quadratic, so that the slope from below is twice the difference, and that from above 0.
         """
         steps = -costs.double().diff(dim=-1)
         self.saved = torch.stack([2 * steps, torch.zeros_like(steps)]) * weight

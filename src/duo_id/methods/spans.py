@@ -18,8 +18,8 @@ from duo_id.data.samples import Sample, batch_of_one
 from duo_id.methods.gates import GOLDEN, SEED_OFFSET
 from duo_id.methods.run import Run
 from duo_id.methods.saliency import fisher
+from duo_id.methods.settings import SpanSettings
 from duo_id.methods.span_prices import SpanPrices
-from duo_id.methods.span_settings import SpanSettings
 from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.allocation import best_levels, tokens_within
 from duo_id.patterns.needs import SpanNeeds
@@ -29,10 +29,13 @@ from duo_id.step.distillation import Distillation
 from duo_id.step.objectives import OBJECTIVES
 from duo_id.step.prepare import prepared_step
 
+TINY = 1e-30  # below the cost of any head that needs something
+
 
 def find(gated_model: GatedModel, samples: SampleModule, settings: SpanSettings, run: Run) -> HeadPattern:
     """Price spans at full attention, then on one sample after the other under the spans of a budget drawn anew."""
     run.on_accepted()
+    start = run.named_pattern()
     training_samples = samples.samples("train", settings.samples)
     longest = max(len(sample["input_ids"]) for sample in training_samples)
     levels = torch.tensor(settings.levels_up_to(longest), dtype=torch.int32)
@@ -48,7 +51,10 @@ def find(gated_model: GatedModel, samples: SampleModule, settings: SpanSettings,
         for sample in first_samples:
             costs += curvature(gated_model, sample, levels) / len(first_samples)
             progress.advance(bar)
-        prices = SpanPrices(costs)
+        nearest = int(torch.searchsorted(levels[:-1], gated_model.window.recent_size).clamp(max=len(levels) - 2))
+        if start is not None:
+            costs = in_order(costs, start.scores[[layer.index for layer in gated_model.layers]], nearest)
+        prices = SpanPrices(costs, len(first_samples) * (len(training_samples) + 1) / 2)
         try:
             for index, sample in enumerate(training_samples):
                 fraction = (run.seed * SEED_OFFSET + index * GOLDEN) % 1
@@ -60,8 +66,6 @@ def find(gated_model: GatedModel, samples: SampleModule, settings: SpanSettings,
                 raise
             provenance["interrupted"] = True
     needs = SpanNeeds(tuple(levels.tolist()), prices.costs().float())
-    recent = torch.tensor([gated_model.window.recent_size])
-    nearest = int(torch.searchsorted(levels[:-1], recent).clamp(max=len(levels) - 2))
     return gated_model.pattern(needs.costs[..., nearest], needs, samples=prices.count, **provenance)
 
 
@@ -87,6 +91,25 @@ def curvature(gated_model: GatedModel, sample: Sample, levels: Tensor) -> Tensor
         outputs = distillation.outputs(batch_of_one(sample, gated_model.device))
     costs = fisher(distillation, outputs, shares).float().cpu() / 2
     return torch.cat([costs, torch.zeros(1, *gated_model.shape)]).permute(1, 2, 0)
+
+
+def in_order(costs: Tensor, scores: Tensor, level: int) -> Tensor:
+    """Costs whose values at one level are the same but go to the heads in the order of other scores.
+
+    A head's curve keeps its shape; one that costs nothing at this level gets the mean shape.
+
+    Args:
+        costs: (gated layers, KV heads, levels).
+        scores: (gated layers, KV heads).
+        level: the one at which the scores compare heads.
+    """
+    curves = costs.flatten(0, 1).clamp(min=0)
+    at_level = curves[:, level]
+    ordered = torch.zeros_like(at_level)
+    ordered[scores.flatten().argsort(stable=True)] = at_level.sort().values
+    mean = curves.sum(0) / at_level.sum().clamp(min=TINY)
+    shapes = torch.where(at_level[:, None] > 0, curves / at_level[:, None].clamp(min=TINY), mean)
+    return (ordered[:, None] * shapes).view(costs.shape)
 
 
 def price(distillation: Distillation, sample: Sample, levels: Tensor, prices: SpanPrices, share: float) -> None:

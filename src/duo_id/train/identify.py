@@ -55,7 +55,7 @@ def identify(gated_model: GatedModel, method: MethodSettings, run: TrainRun) -> 
     )
     samples = sample_module(gated_model.model, run.settings, run.seed, run.tasks)
     samples.task("train")  # refuses bad settings before anything is computed
-    key = "start" if isinstance(method, SearchSettings) else "prior"
+    key = "start" if hasattr(method, "start") else "prior"
     named_pattern = partial(_named_pattern, key, getattr(method, key, None), gated_model, run)
     return FIND[method.name](gated_model, samples, method, replace(run, named_pattern=named_pattern))
 
