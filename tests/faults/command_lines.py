@@ -250,6 +250,12 @@ CONVERT = {
         f"HEADS made sparsity={value}": ("sparsity",)
         for value in ("nan", "inf", "-1", "2", "abc", "", "1e400", "[0.5]")
     },
+    **{f"HEADS made cache={value} length=9": ("cache",) for value in ("nan", "0", "-1", "2", "abc", "", "[0.5]")},
+    "HEADS made cache=0.5": ("length",),
+    "HEADS made length=9": ("cache",),
+    "HEADS made cache=0.5 length=0": ("length",),
+    "HEADS made cache=0.5 length=1.5": ("length",),
+    "HEADS made cache=0.5 length=9 sparsity=0.5": ("sparsity",),
     **{
         f"HEADS made {key}={value}": (key,)
         for key in ("heads", "sink_size", "layers")

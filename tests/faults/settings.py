@@ -58,10 +58,10 @@ def text(wrong: str = "") -> Domain:
     return values(f"{SHAPELESS} {wrong}", "nan -1 true ☃ a/../b")
 
 
-def many(one: Domain) -> Domain:
-    """A list of values."""
-    inner = " ".join(f"[{value}]" for value in one.wrong if value and value[0] not in "[{?$")
-    return values(f"[] [[0.5]] {{}} {{a:{{b:1}}}} ??? null [null] [???] = ☃ [{{a:1}}] {inner}", "[1,1] '[1]'")
+def many(one: Domain, empty: bool = False) -> Domain:
+    """A list of values; empty: or of none."""
+    inner = " ".join(f"[{value}]" for value in one.wrong if value and value[0] not in "[{?$") + " []" * (not empty)
+    return values(f"[[0.5]] {{}} {{a:{{b:1}}}} ??? null [null] [???] = ☃ [{{a:1}}] {inner}", "[1,1] '[1]'")
 
 
 SHARE = number(0, 1)
@@ -260,6 +260,7 @@ EVALUATE = (
         "samples": whole(1),
         "depths": whole(1),
         "sparsity": many(SHARE),
+        "cache": many(number(0, 1, open_low=True), empty=True),
         "random_masks": whole(0),
         "baselines": values(NAMES.replace("[]", "[full]")),
         "patterns": values(

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from duo_id import list_patterns, load_pattern
 from duo_id.common.errors import UserError
 from duo_id.common.integrity import SEAL, unsealed
+from duo_id.patterns.needs import SpanNeeds
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import save_pattern
 from duo_id.patterns.sharing import model_card, push_to_hub, write_folder
@@ -137,6 +138,14 @@ def test_the_card_of_the_shipped_pattern(tmp_path: Path) -> None:
     assert "\n| data.task | mixture |\n| data.mixture.passkey | 1.0 |\n" in text
     assert all("\n\n## " in f"\n\n{part}" for part in text.split("\n\n") if part.startswith("## "))
     assert load_pattern(tmp_path) == load_pattern(NAME)
+
+
+def test_a_card_says_where_there_are_needs() -> None:
+    needs = SpanNeeds((8, 64, -1), torch.zeros(3, 2, 3))
+    card = model_card(HeadPattern(torch.rand(3, 2), 1, 2, needs=needs), "a/b")
+    assert "a single head sees only 8 or 64 tokens" in card
+    assert 'load_pattern("a/b").allocate(cache=0.25,' in card
+    assert "allocate" not in model_card(HeadPattern(torch.rand(3, 2), 1, 2), "a/b")
 
 
 def test_the_card_of_a_pattern_without_a_past() -> None:

@@ -140,6 +140,7 @@ def model_card(
         percent=f"{100 * sparsity:.4g}",
         sparsity=sparsity,
         repo=repo,
+        spans="" if pattern.needs is None else " or ".join(map(str, pattern.needs.levels[:-1])),
         results=_result_rows(results),
         provenance=dict(_provenance_rows(pattern.provenance)),
         evidence=bool(results),
