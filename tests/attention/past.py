@@ -90,8 +90,9 @@ class Past:
                 full[sample, :, :end] = tokens[sample, self.full, :end]
                 for head, first in zip(self.streaming, self.first, strict=True):
                     span = self.span[head]
-                    for token in sorted({*range(min(end, self.sink)), *range(max(0, end - span), end)}):
-                        recent[sample, first + slot(token, self.sink, span)] = tokens[sample, head, token]
+                    kept = sorted({*range(min(end, self.sink)), *range(max(0, end - span), end)})
+                    rows = [first + slot(token, self.sink, span) for token in kept]
+                    recent[sample, rows] = tokens[sample, head, kept]
             found.append((full, recent))
         return [found[0][0], found[1][0], found[0][1], found[1][1]]
 

@@ -9,7 +9,7 @@ import torch
 from transformers import set_seed
 
 from duo_id import dual_cache, duo_attention, prefill
-from duo_id.patterns.spans import HeadSpans
+from duo_id.patterns.spans import ALL, HeadSpans
 from tests.deploy.cases import (
     EVERY_FAMILY,
     HYBRIDS,
@@ -85,6 +85,20 @@ def test_windows_of_any_size(sink: int, recent: int, chunk: int) -> None:
         padded, real, _ = padded_ids()
         found = run(given.model, padded, dual_cache(given.model), max(chunk, 2), real)
         check_equal(found[real == 1], given.padded_logits[real == 1])
+
+
+@pytest.mark.parametrize("hidden", [-1, 0, 1, 2])
+def test_a_static_cache_about_as_long_as_a_window(hidden: int) -> None:
+    """Where a window hides nothing of the longest text, its head keeps all of it; where it hides one token, a ring."""
+    model, ids = build("llama"), random_ids(2, TOKENS)
+    mask = HeadSpans(torch.tensor([[TOKENS - SINK - hidden, ALL], [TOKENS - SINK - hidden, RECENT]] * 2), SINK)
+    with reference(model, mask):
+        expected = model(ids, use_cache=False).logits
+    with duo_attention(model, mask):
+        for chunk in (7, PROMPT):
+            cache = dual_cache(model, TOKENS)
+            check_equal(run(model, ids, cache, chunk), expected)
+        assert [len(layer.full.heads) for layer in cache.layers] == [1 + (hidden <= 0), int(hidden <= 0)] * 2
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ class StreamingStore(Store):
     Attributes:
         rings: the heads by span.
         spans: of the store's heads, in its order.
+        slots: of the store's heads, in its order.
         listed: (3, heads) int32 on the device: the KV head, first row and span of each of the store's heads.
     """
 
@@ -97,18 +98,14 @@ class StreamingStore(Store):
             heads, window = Heads(members), Window(self.sink_size, span)
             self.rings.append(Ring(window, heads, first, self.rows, min(self.sink_size + span, most)))
             first += len(heads)
-        slots = (self.listed[2] + self.sink_size).clamp(max=most)  # on the device, which nothing must wait for
-        self.listed = torch.stack([self.listed[0], (slots.cumsum(0) - slots).int(), self.listed[2]])
+        self.slots = [ring.slots for ring in self.rings for _ in ring.heads]
+        sizes = (self.listed[2] + self.sink_size).clamp(max=most)  # the same on the device: nothing waits for a copy
+        self.listed = torch.stack([self.listed[0], (sizes.cumsum(0) - sizes).int(), self.listed[2]])
 
     @property
     def rows(self) -> int:
         """Slots of all heads together."""
         return self.rings[-1].end if self.rings else 0
-
-    @property
-    def slots(self) -> list[int]:
-        """Slots of each of the store's heads, in its order."""
-        return [ring.slots for ring in self.rings for _ in ring.heads]
 
     @torch.inference_mode(False)
     def reserve(self, tokens: int) -> None:

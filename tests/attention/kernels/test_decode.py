@@ -55,9 +55,9 @@ def short_shares(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from duo_id.attention.kernels import decode as module
 
     monkeypatch.setattr(module, "SHARE", (16, 48))
-    module._splits.cache_clear()
+    module._programs.cache_clear()
     yield
-    module._splits.cache_clear()
+    module._programs.cache_clear()
 
 
 @pytest.mark.parametrize("sink", [0, 3, 16])
@@ -72,22 +72,23 @@ def test_decode_over_rings_that_programs_share(pattern: str, sink: int, short_sh
 
 def test_shares_divide_the_machine_among_heads() -> None:
     """Two kinds of heads are divided as before; of rings, long ones are shared; heads in full are never starved."""
-    from duo_id.attention.kernels.decode import _splits
+    from duo_id.attention.kernels.decode import _programs
 
     for capacity in (1000, 100_000):
         for full, streaming, batch in ((4, 4, 1), (8, 24, 1), (1, 7, 4), (32, 0, 1), (40, 40, 8)):
-            splits, share = _splits((384,) * streaming, capacity, full, batch, 132)
+            splits, share, rings = _programs((384,) * streaming, capacity, full, batch, 132)
             assert splits == max(1, (132 - -(-batch * streaming // 4)) // (batch * full))
             assert share >= 384
     for slots, capacity, full in (((8256,) * 3 + (320,) * 3, 32_768, 2), ((2112, 1088, 320), 10_000, 5)):
-        splits, share = _splits(slots, capacity, full, 1, 132)
-        programs = full * splits + sum(-(-size // share) for size in slots if size > 512)
+        splits, share, rings = _programs(slots, capacity, full, 1, 132)
+        assert rings == sum(-(-size // share) for size in slots)
+        programs = full * splits + rings - sum(size <= 512 for size in slots)
         assert 110 <= programs <= 132
         assert share <= 1.1 * max(512, capacity / splits)
-    splits, share = _splits((8256,) * 2, 1_000_000, 4, 1, 132)
+    splits, share, rings = _programs((8256,) * 2, 1_000_000, 4, 1, 132)
     assert splits >= 32
     assert share == 2048, "also where a cache with much room holds little"
-    assert _splits((8256,) * 8, 1_000_000, 0, 1, 132)[1] <= 2048
+    assert _programs((8256,) * 8, 1_000_000, 0, 1, 132)[1] <= 2048
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,10 +123,11 @@ def test_decode_with_no_room_left_writes_nothing() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are of CUDA")
+@pytest.mark.parametrize("pattern", ["mixed", "rings"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_replay_of_a_captured_decode_step(dtype: torch.dtype) -> None:
+def test_replay_of_a_captured_decode_step(dtype: torch.dtype, pattern: str, short_shares: None) -> None:
     """Five steps, each a replay with new tokens in the old places."""
-    past = Past([9, 300, 0], 1, 3, 8, dtype=dtype, device=DEVICE, capacity=400)
+    past = Past([9, 300, 0], 1, 3, 8, pattern, dtype=dtype, device=DEVICE, capacity=400)
     stores, again = past.stores(), past.stores()
     decode(past, [x.clone() for x in stores])
     graph = torch.cuda.CUDAGraph()

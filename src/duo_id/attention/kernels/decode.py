@@ -149,8 +149,8 @@ def decode(
     full_heads, group = full_key.shape[1], query_heads // key.shape[1]
     out = torch.empty(batch, query_heads, 1, dim, dtype=query.dtype, device=query.device)
     launch = DECODE_TUNING | tuning
-    splits, share = _splits(tuple(slots), full_key.shape[2], full_heads, batch, _multiprocessors(query.device))
-    rings = sum(triton.cdiv(size, share) for size in slots)
+    processors = _multiprocessors(query.device)
+    splits, share, rings = _programs(tuple(slots), full_key.shape[2], full_heads, batch, processors)
     split_rings = rings > len(slots)
     parts = batch * (full_heads * splits + (rings if split_rings else 0))
     partial = torch.empty(parts * group * (dim + 2), dtype=torch.float32, device=query.device)
@@ -168,10 +168,10 @@ def decode(
 
 
 @functools.lru_cache(maxsize=1024)
-def _splits(
+def _programs(
     slots: tuple[int, ...], capacity: int, full_heads: int, batch: int, multiprocessors: int
-) -> tuple[int, int]:
-    """How many programs share a retrieval head, and how many slots of a streaming head one program reads.
+) -> tuple[int, int, int]:
+    """How many programs share a retrieval head, how many slots of a streaming head one reads, and how many read those.
 
     Retrieval heads get as many programs as streaming heads leave multiprocessors. Of these, a short head takes
     1/STREAMS_PER_SM, a longer one as many as it keeps busy while a program of a retrieval head runs.
@@ -182,8 +182,11 @@ def _splits(
         busy = [0 if size <= least else size / share if size <= share else triton.cdiv(size, share) for size in slots]
         taken = sum(max(1 / STREAMS_PER_SM, part) for part in busy)
         if batch * full_heads * splits + math.ceil(batch * taken) <= multiprocessors:
-            return splits, min(share, most)
-    return 1, most
+            break
+    else:
+        splits, share = 1, most
+    share = min(share, most)
+    return splits, share, sum(triton.cdiv(size, share) for size in slots)
 
 
 @functools.cache
