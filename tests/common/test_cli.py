@@ -96,7 +96,7 @@ def test_help_begins_with_examples_that_compose(config: str) -> None:
         assert script.COMMANDS[command][0] == f"duo_id.{config.removesuffix('_gen')}"
         sweeps = "--multirun" in arguments
         compose(config, [argument.partition(",")[0] if sweeps else argument for argument in arguments[sweeps:]])
-    assert max(map(len, header.splitlines())) < 100
+    assert max(map(len, header.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(("command", "arguments"), FAST)

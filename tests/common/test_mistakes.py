@@ -95,7 +95,13 @@ def raised(call: Callable[[], Any]) -> BaseException:
             "data.haystack.sorce=x: there is no such setting, did you mean data.haystack.so",
         ),
         ("train", ["modle=tiny"], "modle=tiny: there is no such setting, did you mean model?"),
-        ("train", ["method.zzz=1"], "Could not override 'method.zzz'"),
+        ("train", ["trainer.min_steps=1"], "did you mean trainer.max_steps? to add it, give +trainer.min_steps=1"),
+        (
+            "train",
+            ["model.config.sliding_window=null"],
+            "no such setting, to add it, give +model.config.sliding_window=null",
+        ),
+        ("train", ["model.id="], "error: model.id= must be a non-empty string"),
         ("benchmark", ["trainer.devices=abc"], "trainer.devices=abc: `devices`"),
         ("benchmark", ["+trainer.max_steps=3"], "trainer.max_steps: benchmarks have no trainer"),
         ("benchmark", ["blend={teacher:1}"], "blend={teacher:1}: blend is a list, such as [value]"),
@@ -105,6 +111,13 @@ def raised(call: Callable[[], Any]) -> BaseException:
 def test_a_librarys_error_names_the_override(command: str, overrides: list[str], message: str, tmp_path: Path) -> None:
     valid = {"train": QUICK, "benchmark": STEPS}[command]
     assert message in run_command(command, *valid, *overrides, folder=tmp_path).error
+
+
+@pytest.mark.parametrize("override", ["foo.bar=1", "method.zzz=1", "zzz=1"])
+def test_a_plus_is_advised_only_where_it_helps(override: str, tmp_path: Path) -> None:
+    for sign in ("", "+"):
+        error = run_command("train", f"{sign}{override}", folder=tmp_path).error
+        assert error.endswith(": there is no such setting")
 
 
 def test_what_a_settings_group_describes_is_built() -> None:

@@ -3,7 +3,9 @@
 import errno
 import os
 import re
+import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from omegaconf import DictConfig
 from duo_id.common import folders
 from duo_id.common.folders import LOCK, lock_folder
 from tests.common.test_folders import elsewhere
-from tests.support.commands import QUICK, run_command
+from tests.support.commands import QUICK, Finished, run_command
 from tests.support.sweep_jobs import write_summary
 
 
@@ -140,6 +142,58 @@ def test_what_hydra_keeps_of_a_run_is_its_first_command_line(tmp_path: Path) -> 
     for override in (first, resumed):
         assert run_command("train", override, folder=tmp_path, command=lambda config: None).status == 0
     assert kept(tmp_path / "run") == [first]
+
+
+LEFT = {
+    "train": ["heads/heads.json", "seed-1/heads/heads.json", "summary.json", "checkpoints/last.ckpt", "search.json"],
+    "evaluate": ["scores.jsonl", "results.json"],
+    "benchmark": ["results.json"],
+}
+CASES = [(name, result) for name, results in LEFT.items() for result in results]
+
+
+def leave(result: str) -> Callable[[DictConfig], None]:
+    """A command that leaves a result in its run folder."""
+
+    def command(_: DictConfig) -> None:
+        path = Path(HydraConfig.get().runtime.output_dir) / result
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+
+    return command
+
+
+@pytest.mark.parametrize(("name", "result"), CASES, ids=[" ".join(case) for case in CASES])
+def test_results_of_other_settings_are_not_replaced(name: str, result: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert run_command(name, "seed=1", folder=tmp_path, command=leave(result)).status == 0
+    message = run_command(name, "seed=2", folder=tmp_path, command=pytest.fail).error
+    assert message.startswith(f"error: {run / result} is of a run with other settings, and this one would replace it: ")
+    resume = f", or resume={run} to continue that run" if name != "benchmark" else ""
+    assert message.endswith(f"give another hydra.run.dir{resume}")
+    assert kept(run) == ["seed=1"]
+    assert run_command(name, "seed=1", folder=tmp_path, command=lambda _: None).status == 0, "with the same it may"
+    shutil.rmtree(run / ".hydra")
+    assert "replace" in run_command(name, "seed=1", folder=tmp_path, command=pytest.fail).error
+
+
+def test_a_failed_run_that_left_no_results_may_be_mended(tmp_path: Path) -> None:
+    assert run_command("train", "seed=1", folder=tmp_path, command=leave("settings.json")).status == 0
+    assert run_command("train", "seed=2", folder=tmp_path, command=lambda _: None).status == 0
+
+
+def test_jobs_of_a_sweep_do_not_replace_results_of_other_settings(tmp_path: Path) -> None:
+    def sweep(seeds: str) -> Finished:
+        where = ["--multirun", f"hydra.sweep.dir={tmp_path / 'sweep'}", f"seed={seeds}"]
+        return run_command("train", *where, folder=tmp_path, command=lambda config: write_summary(config.seed))
+
+    assert [sweep("1,2").status, sweep("1,2").status] == [0, 0]
+    finished = sweep("1,3")
+    assert finished.status == 2
+    errors = [line for line in finished.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "sweep/1/summary.json is of a run with other settings" in errors[0]
+    assert f"give another hydra.sweep.dir, or resume={tmp_path / 'sweep' / '1'}" in errors[0]
 
 
 def test_a_second_sweep_in_a_folder_is_told_who_has_it_and_starts_no_job(tmp_path: Path) -> None:

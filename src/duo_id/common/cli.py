@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.markup import escape
 
+from duo_id.common.command_help import command_help
 from duo_id.common.config import conf_dir
 from duo_id.common.console import console, print_error, say, set_missing_filename
 from duo_id.common.errors import UserError, naming_extras
@@ -36,7 +37,10 @@ from duo_id.common.mistakes import (
 from duo_id.common.resuming import allow_unknown_keys, resumed_settings
 from duo_id.common.run_folders import ERROR, command_folders, locked_job_folder
 from duo_id.common.stopping import describe_interrupt, status_of, stoppable
+from duo_id.common.tables import WIDE
 from duo_id.common.version import __version__
+
+HELP = {"-h", "--help"}
 
 
 @stoppable()
@@ -73,6 +77,10 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
 
     try:
         check_options(sys.argv[1:])
+        if HELP.intersection(sys.argv[1:]):
+            overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+            say(command_help(name, overrides, console.width if console.is_terminal else WIDE))
+            sys.exit(0)
         with command_folders(), naming_extras(name):
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(task)()
         sys.exit(status)

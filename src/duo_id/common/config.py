@@ -144,6 +144,8 @@ def first_mistake(error: ValidationError, schema: Any, group: str) -> UserError:
     kind, path, value, context = first["type"], first["loc"], first["input"], first.get("ctx", {})
     if isinstance(raised := context.get("error"), UserError):
         return raised
+    if kind == "too_short" and isinstance(value, str):
+        kind = "string_too_short"
     names = [str(part) for part in path if isinstance(part, str) and part != "[key]"]
     key = ".".join([*([group] if group else []), *names]) or "settings"
     if kind in ("missing", "missing_argument"):

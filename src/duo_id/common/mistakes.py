@@ -25,6 +25,18 @@ OPTIONS = (  # of Hydra
     "--help -h --hydra-help --version --cfg -c --resolve --package -p --run -r --multirun -m --shell-completion -sc "
     "--config-path -cp --config-name -cn --config-dir -cd --experimental-rerun --info -i"
 ).split()
+OPEN = (  # groups that take keys which conf/ does not list
+    "trainer",
+    "logger",
+    "model.config",
+    "model.architecture",
+    "method.optimizer",
+    "method.objective",
+    "method.penalty",
+    "data.mixture",
+    "patterns",
+    "hydra",
+)
 KINDS: dict[type[Any], str] = {dict: "a mapping, such as {key: value}", list: "a list, such as [value]"}
 
 
@@ -169,7 +181,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _misnamed(chain: list[BaseException]) -> str:
-    """What is wrong where an override names no choice of a group, or no setting but nearly one; otherwise empty."""
+    """What is wrong where an override names no choice of a group, or no setting; otherwise empty."""
     for link in chain:
         if isinstance(link, MissingConfigException) and link.missing_cfg_file and link.options:
             group, _, choice = link.missing_cfg_file.rpartition("/")
@@ -179,7 +191,9 @@ def _misnamed(chain: list[BaseException]) -> str:
         if isinstance(link, ConfigCompositionException) and override:
             cause = next((cause for cause in chain if isinstance(cause, OmegaConfBaseException)), None)
             near = _nearest(override[1].partition("=")[0], cause.parent_node if cause else None)
-            return f"{override[1]}: there is no such setting, did you mean {near}?" if near else ""
+            is_open = any(override[1].startswith(f"{group}.") for group in OPEN)
+            missing = f"{override[1]}: there is no such setting" + (f", did you mean {near}?" if near else "")
+            return f"{missing}{'' if near else ','} to add it, give +{override[1]}" if is_open else missing
     return ""
 
 

@@ -19,12 +19,22 @@ from duo_id.common.console import print_error, set_missing_filename
 from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
 from duo_id.common.folders import check_links, first_process, folder_of, lock_folder, make_new_folder
+from duo_id.common.mistakes import shell_quoted
 from duo_id.common.record import SETTINGS
 from duo_id.common.stopping import preemption
 
 SWEEP = "DUO_ID_SWEEP"  # environment variable: identifies a sweep, as several may use the same folder
 ERROR = "error.txt"  # in the folder of a failed job
 HYDRA = ".hydra"  # in a run folder: the config that Hydra composed, and the overrides
+RESULTS = (  # in a run folder: what a run started there anew would write over
+    "heads/heads.json",
+    "seed-*/heads/heads.json",
+    "summary.json",
+    "scores.jsonl",
+    "results.json",
+    "checkpoints/last.ckpt",
+    "search.json",
+)
 _command_locks = ExitStack()  # locks held until the command ends
 
 
@@ -71,7 +81,8 @@ def locked_job_folder(config: DictConfig) -> Iterator[None]:
     """Lock the folder of a sweep's job, and record the composed config in the folder of a new run or job.
 
     Raises:
-        UserError: another process works there, or another job of this sweep did.
+        UserError: another process works there, or another job of this sweep did, or a run with other settings has left
+            its results there.
     """
     hydra = HydraConfig.get()
     if hydra.job.config_name == "data_gen" or not first_process():  # data_gen has no run folder
@@ -80,6 +91,7 @@ def locked_job_folder(config: DictConfig) -> Iterator[None]:
     folder = Path(hydra.runtime.output_dir)
     with _locked_sweep_job(config, folder, hydra.job.num) if hydra.mode == RunMode.MULTIRUN else nullcontext():
         if not config.get("resume"):
+            _check_replaces_nothing(config, folder)
             for name, contents in (("config", config), ("hydra", hydra), ("overrides", hydra.overrides.task)):
                 write_text(folder / HYDRA / f"{name}.yaml", OmegaConf.to_yaml(contents))
         yield
@@ -100,6 +112,19 @@ def _locked_sweep_job(config: DictConfig, folder: Path, number: int) -> Iterator
             if "resume" in config and preemption() is not None and (folder / SETTINGS).is_file():
                 config.resume = str(folder)
         yield
+
+
+def _check_replaces_nothing(config: DictConfig, folder: Path) -> None:
+    """Refuse to start anew where results of other settings lie; the same settings replace them by the same results."""
+    results = next((path for name in RESULTS for path in folder.glob(name)), None)
+    before = folder / HYDRA / "config.yaml"
+    if results is None or (before.is_file() and before.read_text("utf-8", "replace") == OmegaConf.to_yaml(config)):
+        return
+    override = "hydra.sweep.dir" if HydraConfig.get().mode == RunMode.MULTIRUN else "hydra.run.dir"
+    resume = f", or {shell_quoted(f'resume={folder}')} to continue that run" if "resume" in config else ""
+    raise UserError(
+        f"{results} is of a run with other settings, and this one would replace it: give another {override}{resume}"
+    )
 
 
 @cache
