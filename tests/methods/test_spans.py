@@ -12,7 +12,10 @@ from duo_id.common.errors import UserError
 from duo_id.methods import spans
 from duo_id.methods.run import Run
 from duo_id.methods.settings import SpanSettings
+from duo_id.methods.span_prices import SpanPrices
 from duo_id.patterns.pattern import HeadPattern
+from duo_id.step.distillation import Distillation
+from duo_id.step.objectives import OBJECTIVES
 from tests.methods.conftest import gated_model_of
 from tests.support.planted import random_sample
 
@@ -118,6 +121,21 @@ def test_levels_follow_the_window_and_the_samples() -> None:
 def test_what_cannot_work_is_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         SpanSettings("spans", 64, 256, **changes)
+
+
+def test_a_short_sample_prices_the_step_to_the_smallest_span_that_holds_it(make_model: MakeModel) -> None:
+    """All its heads see everything: one span of 64 or more is like another, so what is priced is 64 against 8."""
+    settings, recorded = SpanSettings("spans", 2, 16), []
+    levels = torch.tensor([*LEVELS, -1], dtype=torch.int32)
+    prices = SpanPrices(torch.zeros(2, 3, 4), 1.0)
+    prices.add = lambda *arguments: recorded.append(arguments)  # type: ignore[method-assign]
+    with gated_model_of(model_with_spans(make_model), settings.window) as gated_model:
+        distillation = Distillation(gated_model, OBJECTIVES["kl"])
+        spans.price(distillation, random_sample(50, 0, 12), levels, prices, 1.0)
+    ((level, rises, real),) = recorded
+    assert level.eq(1).all()
+    assert real.tolist() == [True, False, False]
+    assert rises[1].eq(0).all()
 
 
 def test_the_order_of_a_start_moves_curves_but_keeps_their_shape() -> None:

@@ -124,10 +124,11 @@ def price(distillation: Distillation, sample: Sample, levels: Tensor, prices: Sp
     """
     gated_model = distillation.gated_model
     length = len(sample["input_ids"])
-    kept = kept_tokens(levels, gated_model.window.sink_size, length).tolist()
+    kept = kept_tokens(levels, gated_model.window.sink_size, length)
     costs = prices.costs().flatten(0, 1).numpy()
-    budget = max(tokens_within(share, len(costs) * length), len(costs) * kept[0])
-    chosen = torch.tensor(best_levels(costs, kept, range(len(costs)), budget)).view(gated_model.shape)
+    budget = max(tokens_within(share, len(costs) * length), len(costs) * int(kept[0]))
+    bought = torch.tensor(best_levels(costs, kept.tolist(), range(len(costs)), budget))
+    chosen = torch.searchsorted(kept, kept[bought]).view(gated_model.shape)  # of spans that are alike here the smallest
     neighbours = torch.stack([(chosen - 1).clamp(min=0), (chosen + 1).clamp(max=len(levels) - 1)])
     shares = torch.zeros(neighbours.shape, device=gated_model.device, requires_grad=True)
     batch = batch_of_one(sample, gated_model.device)
@@ -136,7 +137,7 @@ def price(distillation: Distillation, sample: Sample, levels: Tensor, prices: Sp
         student = distillation.outputs(batch)
     loss = distillation.chunked.loss(student, teacher.outputs or student, teacher.weights)
     (rises,) = torch.autograd.grad(loss, shares)
-    prices.add(chosen, rises, torch.tensor(kept).diff() > 0)
+    prices.add(chosen, rises, kept.diff() > 0)
 
 
 def _functions(gated_model: GatedModel, spans: Tensor, others: Tensor, shares: Tensor) -> dict[int, AttendFunction]:
