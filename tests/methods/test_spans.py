@@ -73,6 +73,12 @@ def test_planted_spans_are_found(make_model: MakeModel) -> None:
     assert retrieval.equal(NEEDED == -1), "at one window the far heads cost most"
 
 
+def test_prices_alone_find_them(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spans, "curvature", lambda gated_model, sample, levels: torch.zeros(2, 3, len(levels)))
+    pattern = found(make_model, samples=40, budgets=[0.1, 0.9])
+    assert pattern.allocate(cache=exact_share(), length=TOKENS).spans.equal(NEEDED)
+
+
 def test_curvature_alone_finds_them_too(make_model: MakeModel) -> None:
     settings = SpanSettings("spans", 2, 16)
     levels = torch.tensor([*LEVELS, -1], dtype=torch.int32)
