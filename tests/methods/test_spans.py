@@ -1,7 +1,9 @@
 """Spans that heads were built to need are found, from curvature and from prices."""
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from duo_id.common.errors import UserError
+from duo_id.common.integrity import sealed
 from duo_id.methods import spans
 from duo_id.methods.run import Run
 from duo_id.methods.settings import SpanSettings
-from duo_id.methods.span_prices import SpanPrices
+from duo_id.methods.span_prices import PRICES_FILE, SpanPrices
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.step.distillation import Distillation
 from duo_id.step.objectives import OBJECTIVES
@@ -50,6 +53,13 @@ class Samples:
 
     def samples(self, split: str, count: int) -> list[Any]:
         return [random_sample(TOKENS, seed, 12) for seed in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs save their prices in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def found(make_model: MakeModel, **changes: Any) -> HeadPattern:
@@ -107,6 +117,45 @@ def test_an_interrupted_run_returns_what_it_has_if_asked(
         assert pattern.provenance["interrupted"]
         with pytest.raises(KeyboardInterrupt):
             spans.find(gated_model, Samples(), settings, Run())  # type: ignore[arg-type]
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SpanSettings("spans", 2, 16, levels=LEVELS, samples=4, curvature_samples=1)
+    with gated_model_of(model_with_spans(make_model), settings.window) as gated_model:
+        whole = spans.find(gated_model, Samples(), settings, Run())  # type: ignore[arg-type]
+        original, calls = spans.price, []
+
+        def killed(*arguments: Any) -> None:
+            calls.append(arguments)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            original(*arguments)
+
+        monkeypatch.setattr(spans, "price", killed)
+        with pytest.raises(KeyboardInterrupt):
+            spans.find(gated_model, Samples(), settings, Run())  # type: ignore[arg-type]
+        resumed = spans.find(gated_model, Samples(), settings, Run(resume=True))  # type: ignore[arg-type]
+        assert len(calls) == 3 + 2, "two of the four were saved"
+    assert resumed.needs == whole.needs
+    assert resumed.scores.equal(whole.scores)
+    assert resumed.provenance["seconds_before"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        pytest.param({"levels": [8, 65, 128, -1]}, "other heads or spans", id="levels"),
+        pytest.param({"saved": [0.0]}, "does not hold 36 prices", id="too few"),
+        pytest.param({"count": -1}, "count", id="negative"),
+    ],
+)
+def test_prices_of_something_else_are_refused(change: dict[str, Any], reason: str, folder: Path) -> None:
+    levels, path = torch.tensor([*LEVELS, -1], dtype=torch.int32), folder / PRICES_FILE
+    SpanPrices(torch.zeros(2, 3, 4)).write(path, levels, 1.0)
+    assert SpanPrices.read(path, levels, (2, 3))[1] == 1.0
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | change)))
+    with pytest.raises(UserError, match=rf"^resume: .*{reason}"):
+        SpanPrices.read(path, levels, (2, 3))
 
 
 def test_levels_follow_the_window_and_the_samples() -> None:

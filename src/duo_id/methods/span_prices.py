@@ -1,11 +1,33 @@
 """What a head's next larger span saves: measured from both sides wherever training comes past, and averaged."""
 
+import json
+from pathlib import Path
+from typing import Annotated, Self
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from duo_id.common.documents import FIRST, Data, Natural, NonNegative, checked, read_json
+from duo_id.common.errors import UserError, check
+from duo_id.common.files import write_text
+from duo_id.common.integrity import sealed
+
+PRICES_FILE = "prices.json"  # in a run folder: the prices so far
 LATE_POWER = (
     1  # weights late samples, whose budgets were allocated by better estimates: sample t counts t to this power
 )
+
+
+class _State(Data):
+    """The content of `PRICES_FILE`."""
+
+    levels: list[int]
+    shape: Annotated[list[Natural], Field(min_length=4, max_length=4)]  # of what follows
+    saved: Annotated[list[float], FIRST]
+    weights: Annotated[list[NonNegative], FIRST]
+    count: Natural
+    seconds: NonNegative
 
 
 class SpanPrices:
@@ -57,3 +79,43 @@ class SpanPrices:
         steps = (self.saved / self.weights).mean(0)
         rise = steps.flip(-1).cumsum(-1).flip(-1)
         return torch.cat([rise, rise.new_zeros((*rise.shape[:-1], 1))], -1)
+
+    def write(self, path: Path, levels: Tensor, seconds: float) -> None:
+        """Save the prices, the levels that they are of, and the time that they have taken."""
+        state = {
+            "levels": levels.tolist(),
+            "shape": list(self.saved.shape),
+            "saved": self.saved.flatten().tolist(),
+            "weights": self.weights.flatten().tolist(),
+            "count": self.count,
+            "seconds": seconds,
+        }
+        write_text(path, json.dumps(sealed(state)))
+
+    @classmethod
+    def read(cls, path: Path, levels: Tensor, heads: tuple[int, int]) -> tuple[Self, float]:
+        """The saved prices of (layers, KV heads) at these levels, and the time that they have taken.
+
+        Raises:
+            UserError: the file is damaged, or of another model or other levels.
+        """
+        try:
+            state = checked(_State, read_json(path), path)
+        except UserError as error:
+            raise UserError(f"resume: {error}: delete it to start anew") from error
+        shape = (2, *heads, len(levels) - 1)
+        check(
+            tuple(state.shape) == shape and state.levels == levels.tolist(),
+            f"resume: {path} prices other heads or spans than this run: delete it to start anew",
+        )
+        size = 2 * heads[0] * heads[1] * (len(levels) - 1)
+        check(
+            len(state.saved) == len(state.weights) == size,
+            f"resume: {path} does not hold {size} prices: delete it to start anew",
+        )
+        prices = cls(torch.zeros(*heads, len(levels)))
+        prices.saved, prices.weights = (
+            torch.tensor(values, dtype=torch.float64).view(shape) for values in (state.saved, state.weights)
+        )
+        prices.count = state.count
+        return prices, state.seconds

@@ -4,7 +4,9 @@ Spans per head by a profile and an optimiser: MoA (Fu et al. 2024, arXiv 2406.14
 attention. Prices at full attention miss that heads stand in for each other, so here they are taken where budgets lead.
 """
 
+import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from duo_id.methods.gates import GOLDEN, SEED_OFFSET
 from duo_id.methods.run import Run
 from duo_id.methods.saliency import fisher
 from duo_id.methods.settings import SpanSettings
-from duo_id.methods.span_prices import SpanPrices
+from duo_id.methods.span_prices import PRICES_FILE, SpanPrices
 from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.allocation import best_levels, tokens_within
 from duo_id.patterns.needs import SpanNeeds
@@ -35,38 +37,47 @@ TINY = 1e-30  # below the cost of any head that needs something
 def find(gated_model: GatedModel, samples: SampleModule, settings: SpanSettings, run: Run) -> HeadPattern:
     """Price spans at full attention, then on one sample after the other under the spans of a budget drawn anew."""
     run.on_accepted()
+    started, path = time.perf_counter(), run.folder / PRICES_FILE
+    if not run.resume:
+        path.unlink(missing_ok=True)  # of an earlier run in this folder
     start = run.named_pattern()
     training_samples = samples.samples("train", settings.samples)
     longest = max(len(sample["input_ids"]) for sample in training_samples)
     levels = torch.tensor(settings.levels_up_to(longest), dtype=torch.int32)
+    nearest = int(torch.searchsorted(levels[:-1], gated_model.window.recent_size).clamp(max=len(levels) - 2))
     distillation = Distillation(gated_model, settings.resolved_objective, settings.tokens)
-    first_samples, provenance = training_samples[: settings.curvature_samples], {}
+    first_samples, provenance = training_samples[: settings.curvature_samples], dict[str, Any]()
     with (
         prepared_step(distillation, replace(run.step, compile=False)) as apply_plan,
         progress_bar(run.console) as progress,
     ):
         bar = progress.add_task(settings.name, total=len(first_samples) + len(training_samples))
         apply_plan(longest)
-        costs = torch.zeros(*gated_model.shape, len(levels))
-        for sample in first_samples:
-            costs += curvature(gated_model, sample, levels) / len(first_samples)
-            progress.advance(bar)
-        nearest = int(torch.searchsorted(levels[:-1], gated_model.window.recent_size).clamp(max=len(levels) - 2))
-        if start is not None:
-            costs = in_order(costs, start.scores[[layer.index for layer in gated_model.layers]], nearest)
-        prices = SpanPrices(costs, len(first_samples) * (len(training_samples) + 1) / 2)
+        if path.is_file():
+            prices, seconds_before = SpanPrices.read(path, levels, gated_model.shape)
+            progress.advance(bar, len(first_samples) + prices.count)
+        else:
+            costs, seconds_before = torch.zeros(*gated_model.shape, len(levels)), 0.0
+            for sample in first_samples:
+                costs += curvature(gated_model, sample, levels) / len(first_samples)
+                progress.advance(bar)
+            if start is not None:
+                costs = in_order(costs, start.scores[[layer.index for layer in gated_model.layers]], nearest)
+            prices = SpanPrices(costs, len(first_samples) * (len(training_samples) + 1) / 2)
         try:
-            for index, sample in enumerate(training_samples):
+            for index, sample in enumerate(training_samples[prices.count :], prices.count):
                 fraction = (run.seed * SEED_OFFSET + index * GOLDEN) % 1
                 low, high = settings.budgets
                 price(distillation, sample, levels, prices, low * (high / low) ** fraction)
+                prices.write(path, levels, seconds_before + time.perf_counter() - started)
                 progress.advance(bar)
         except KeyboardInterrupt:
             if not run.partial:
                 raise
             provenance["interrupted"] = True
+    provenance |= {"samples": prices.count, "seconds_before": seconds_before}
     needs = SpanNeeds(tuple(levels.tolist()), prices.costs().float())
-    return gated_model.pattern(needs.costs[..., nearest], needs, samples=prices.count, **provenance)
+    return gated_model.pattern(needs.costs[..., nearest], needs, **provenance)
 
 
 @torch.enable_grad()

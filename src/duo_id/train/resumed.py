@@ -7,6 +7,7 @@ from duo_id.common.config import plain
 from duo_id.common.errors import check
 from duo_id.common.record import check_unchanged, differences, in_groups, read_settings, recorded_settings
 from duo_id.methods.search import SEARCH_FILE
+from duo_id.methods.span_prices import PRICES_FILE
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern
 from duo_id.patterns.sources import HEADS
@@ -73,9 +74,9 @@ def check_resumed(settings: TrainSettings, folder: Path) -> EarlierSettings:
 
 def _has_progress(folder: Path) -> bool:
     """Whether a run folder, or that of a seed, holds results that a resumed run would not compute again."""
-    search_files = [folder / name / SEARCH_FILE for name in (".", "prior", "start")]
+    saved = [folder / name / file for name in (".", "prior", "start") for file in (SEARCH_FILE, PRICES_FILE)]
     is_finished_seed = folder.name.startswith("seed-") and (folder / "heads" / HEADS).is_file()
-    return is_finished_seed or any(path.is_file() for path in (folder / CHECKPOINT, *search_files))
+    return is_finished_seed or any(path.is_file() for path in (folder / CHECKPOINT, *saved))
 
 
 def finished_settings(earlier: EarlierSettings, requested: dict[str, Any], folder: Path) -> dict[str, Any]:
