@@ -1,6 +1,5 @@
 """Head patterns scored on a model in memory, from Python."""
 
-import inspect
 import io
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -80,10 +79,6 @@ def test_shares_of_the_cache_at_each_length(model: PreTrainedModel) -> None:
     assert both["budget"].map(str).tolist() == ["0% stream"] + ["50% stream"] * 2 + ["50% of cache"] * 2
 
 
-@pytest.mark.skipif(
-    "HeadSpans" not in str(inspect.signature(duo_id.duo_attention)),
-    reason="spans are not deployed through the cache yet",
-)
 def test_spans_of_a_pattern_that_has_needs(model: PreTrainedModel) -> None:
     """Each length has its own, which keep exactly the bytes that were allocated."""
     costs = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(1)).sort(-1, descending=True)[0]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -60,8 +59,7 @@ def run(
     def answer(batch: Sequence[Item], contender: Contender, generate: bool) -> list[Answers]:
         assert contender.mask is not None
         try:
-            heads: Any = contender.mask(len(batch[0].context))
-            with duo_attention(model.model, heads):
+            with duo_attention(model.model, contender.mask(len(batch[0].context))):
                 return reader.read(batch, generate)
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -110,8 +108,7 @@ def run(
 def _warn_if_stepwise(model: LanguageModel, item: Item, full: Contender, chunk_size: int, console: Console) -> None:
     """Probe how the model continues a cached context, and print a note if it cannot read in chunks."""
     assert full.mask is not None
-    heads: Any = full.mask(len(item.context))
-    with duo_attention(model.model, heads):
+    with duo_attention(model.model, full.mask(len(item.context))):
         reading = continuation(model.model, torch.tensor([item.context], device=model.model.device))
     if reading.stepwise:
         console.print(
