@@ -77,8 +77,8 @@ ACCEPTED = {
     "empty": "model.name",
     "word": f"""{TEXTS} method.prior method.start trainer._target_ trainer.accelerator trainer.devices trainer.profiler
         trainer.strategy""",
-    "list": "chunk_size context lengths sparsity tasks method.budgets trainer.devices",
-    "empty-list": "baselines trainer.callbacks",
+    "list": "chunk_size context lengths sparsity tasks method.budgets method.levels trainer.devices",
+    "empty-list": "baselines method.levels trainer.callbacks",
     "mapping": "data.mixture model.architecture model.config patterns",
     "empty-mapping": "data data.haystack data.mixture model.config patterns step logger trainer",
 }

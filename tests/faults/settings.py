@@ -167,6 +167,16 @@ METHODS = {
         "method.swap_width": whole(1),
         "method.batch_tokens": whole(1, null=True),
     },
+    "spans": WINDOW
+    | SAMPLES
+    | {
+        "method.objective": OBJECTIVE,
+        "method.tokens": choice("labelled"),
+        "method.levels": values("[0] [-1] [8,nan] [a] abc 8 null {} [1.5] [true] [] [8,8]"),
+        "method.budgets": values(TWO),
+        "method.curvature_samples": whole(1),
+        "method.start": ORDER,
+    },
     "reconstruction": WINDOW | SAMPLES | {"method.reduction": choice("max")},
     "duo": WINDOW
     | {
