@@ -62,7 +62,7 @@ ACCEPTED = {
         data.curriculum data.depth_min data.num_workers data.text_skip n n_test n_validation random_masks seed
         sink_size sparsity warmup checkpoint_seconds comparison.random_masks comparison.validation_samples
         method.sink_size method.budgets method.floor method.initial method.reg_weight method.target_rise method.warmup
-        method.at method.max_swaps trainer.limit_val_batches trainer.num_sanity_val_steps
+        method.at method.max_swaps method.samples trainer.limit_val_batches trainer.num_sanity_val_steps
         trainer.reload_dataloaders_every_n_epochs""",
     "fraction": f"""{TEXTS} checkpoint_seconds method.lr method.multiplier_lr method.prior_weight method.reg_weight
         method.temperature trainer.gradient_clip_val""",
@@ -77,8 +77,8 @@ ACCEPTED = {
     "empty": "model.name",
     "word": f"""{TEXTS} method.prior method.start trainer._target_ trainer.accelerator trainer.devices trainer.profiler
         trainer.strategy""",
-    "list": "chunk_size context lengths sparsity tasks method.budgets method.levels trainer.devices",
-    "empty-list": "baselines method.levels trainer.callbacks",
+    "list": "cache chunk_size context lengths sparsity tasks method.budgets method.levels trainer.devices",
+    "empty-list": "baselines cache method.levels shares spans trainer.callbacks",
     "mapping": "data.mixture model.architecture model.config patterns",
     "empty-mapping": "data data.haystack data.mixture model.config patterns step logger trainer",
 }

@@ -168,8 +168,8 @@ METHODS = {
         "method.batch_tokens": whole(1, null=True),
     },
     "spans": WINDOW
-    | SAMPLES
     | {
+        "method.samples": whole(0),
         "method.objective": OBJECTIVE,
         "method.tokens": choice("labelled"),
         "method.levels": values("[0] [-1] [8,nan] [a] abc 8 null {} [1.5] [true] [] [8,8]"),

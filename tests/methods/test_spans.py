@@ -98,6 +98,9 @@ def test_curvature_alone_finds_them_too(make_model: MakeModel) -> None:
     needed = (levels == NEEDED[..., None]).int().argmax(-1)
     enough = torch.arange(4) >= needed[..., None]
     assert costs[enough].max() < 0.05 * costs[~enough].min()
+    pattern = found(make_model, samples=0)
+    assert pattern.allocate(cache=exact_share(), length=TOKENS).spans.equal(NEEDED)
+    assert pattern.provenance["samples"] == 0
 
 
 def test_an_interrupted_run_returns_what_it_has_if_asked(

@@ -108,6 +108,7 @@ class SpanSettings(WithObjective, ScoreSettings):
 
     devices = "one"
 
+    samples: Count = 48  # 0: curvature alone
     objective: Named = "kl"  # a name, or weights of several
     tokens: Tokens = "labelled"
     levels: Several[Positive] = field(default_factory=list)  # spans in tokens; none: half the recent size, doubled

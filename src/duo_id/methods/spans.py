@@ -41,7 +41,8 @@ def find(gated_model: GatedModel, samples: SampleModule, settings: SpanSettings,
     if not run.resume:
         path.unlink(missing_ok=True)  # of an earlier run in this folder
     start = run.named_pattern()
-    training_samples = samples.samples("train", settings.samples)
+    training_samples = samples.samples("train", max(settings.samples, settings.curvature_samples))
+    priced_samples = training_samples[: settings.samples]
     longest = max(len(sample["input_ids"]) for sample in training_samples)
     levels = torch.tensor(settings.levels_up_to(longest), dtype=torch.int32)
     nearest = int(torch.searchsorted(levels[:-1], gated_model.window.recent_size).clamp(max=len(levels) - 2))
@@ -51,7 +52,7 @@ def find(gated_model: GatedModel, samples: SampleModule, settings: SpanSettings,
         prepared_step(distillation, replace(run.step, compile=False)) as apply_plan,
         progress_bar(run.console) as progress,
     ):
-        bar = progress.add_task(settings.name, total=len(first_samples) + len(training_samples))
+        bar = progress.add_task(settings.name, total=len(first_samples) + len(priced_samples))
         apply_plan(longest)
         if path.is_file():
             prices, seconds_before = SpanPrices.read(path, levels, gated_model.shape)
@@ -63,9 +64,9 @@ def find(gated_model: GatedModel, samples: SampleModule, settings: SpanSettings,
                 progress.advance(bar)
             if start is not None:
                 costs = in_order(costs, start.scores[[layer.index for layer in gated_model.layers]], nearest)
-            prices = SpanPrices(costs, len(first_samples) * (len(training_samples) + 1) / 2)
+            prices = SpanPrices(costs, len(first_samples) * (len(priced_samples) + 1) / 2)
         try:
-            for index, sample in enumerate(training_samples[prices.count :], prices.count):
+            for index, sample in enumerate(priced_samples[prices.count :], prices.count):
                 fraction = (run.seed * SEED_OFFSET + index * GOLDEN) % 1
                 low, high = settings.budgets
                 price(distillation, sample, levels, prices, low * (high / low) ** fraction)
