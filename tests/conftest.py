@@ -34,7 +34,7 @@ LONGEST = (
     "step/test_compiled train/test_sweeps scale/test_steps test_packaging data/test_synthetic scale/test_run "
     "scale/test_benchmark train/test_settings attention/test_backends deploy/test_cache methods/test_sample_scores "
     "methods/test_search methods/test_candidates faults/test_kills faults/test_disks faults/test_together "
-    "common/test_config common/test_hostile_data common/test_integrity"
+    "common/test_config common/test_hostile_data common/test_integrity attention/kernels/test_interpreted"
 ).split()
 
 

@@ -51,13 +51,13 @@ class DualCache(Cache):
         if max_length is not None and max_length < 1:
             raise UserError(f"max_length={max_length} must be at least 1 token")
         all_layers = cache_layers(config, max_length)
-        first = min(layer.index for layer in layers)
+        first, all_spans = min(layer.index for layer in layers), mask.spans.tolist()
         for layer in layers:
             if layer.index >= len(all_layers):
                 continue  # an early-exit model does not run it
             if layer.obstacle or isinstance(all_layers[layer.index], LinearAttentionCacheLayerMixin):
                 raise UserError(f"{layer.name} cannot use a dual cache: {layer.obstacle or 'it also has other state'}")
-            spans, sink_size = mask.spans[layer.index].tolist(), mask.sink_size
+            spans, sink_size = all_spans[layer.index], mask.sink_size
             if layer.window is not None:
                 spans, sink_size = [layer.window] * layer.kv_heads, 0
             all_layers[layer.index] = DualLayer(
