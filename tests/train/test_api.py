@@ -8,7 +8,9 @@ import os
 import random
 import signal
 import weakref
+from collections.abc import Iterator
 from contextlib import redirect_stdout
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
 import duo_id
@@ -28,6 +30,7 @@ from duo_id.common.composing import compose
 from duo_id.common.config import conf_dir, plain
 from duo_id.common.errors import UserError
 from duo_id.data.__main__ import generate
+from duo_id.data.in_memory import SampleList, read_data
 from duo_id.data.samples import UNSCORED
 from duo_id.methods.candidates import MaskLosses
 from duo_id.models.tokenizers import byte_tokenizer
@@ -161,6 +164,22 @@ TEXTS = ["The quick brown fox jumps over the lazy dog. " * 40, "Pack my box with
 ROWS = [{"input_ids": list(range(3, 143)), "labels": [UNSCORED] * 130 + list(range(133, 143))} for _ in range(3)]
 
 
+class EndlessRows(IterableDataset):
+    """Rows without end, as of a corpus that streams."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The same row again and again."""
+        return iter(cycle(ROWS))
+
+
+class MoreRows(EndlessRows):
+    """Rows that say how many they are, and go on."""
+
+    def __len__(self) -> int:
+        """Fewer than there are."""
+        return 2
+
+
 def batch_with_padding() -> dict[str, torch.Tensor]:
     ids, labels = (torch.tensor([row[key] for row in ROWS[:2]]) for key in ("input_ids", "labels"))
     mask = torch.ones_like(ids)
@@ -198,6 +217,8 @@ def test_ones_own_data(data: Any, tokens: str, model: PreTrainedModel) -> None:
         ({"data": datasets.Dataset.from_list(ROWS).to_iterable_dataset()}, "^data: a data set that streams may have"),
         ({"data": ROWS, "method": "saliency"}, "^8 train samples are requested, but data has 3: lower samples$"),
         ({"data.haystack.path": "book.txt"}, "embedded reads none, choose data.haystack.source=file$"),
+        ({"data": DataLoader(EndlessRows())}, r"^data: a DataLoader without a length may have no end: give a list of"),
+        ({"data": ({} for _ in count())}, "^data: a generator without a length may have no end"),
         ({"method": "nestd"}, r"^method='nestd': choose one of .*nested.*, did you mean nested\?$"),
         ({"data": "mixtre"}, r"^data='mixtre': choose one of .*mixture.*, did you mean mixture\?$"),
         ({"lrr": 1}, r"^lrr: .*did you mean lr\?$"),
@@ -333,6 +354,12 @@ def test_handlers_environment_and_generators_stay(model: PreTrainedModel) -> Non
     ] == handlers
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+
+
+def test_no_more_is_read_than_the_length_says() -> None:
+    rows = read_data(MoreRows(), "text", BYTES)
+    assert isinstance(rows, SampleList)
+    assert len(rows) == 2
 
 
 def test_a_shuffled_loader_is_drawn_by_the_seed(model: PreTrainedModel) -> None:
