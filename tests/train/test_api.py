@@ -235,7 +235,7 @@ def test_ones_own_data(data: Any, tokens: str, model: PreTrainedModel) -> None:
         ({"data": [3]}, "^data: a row is of type int: give the name of a task"),
         (
             {"data": ["A short text."]},
-            "^the haystack's train part has about .* or give more texts$",
+            "^data: the text has about .* tokens, but a sample needs 450: lower lengths or give more texts$",
         ),
         ({"data": pandas.DataFrame({"text": TEXTS})}, "^data: DataFrame is not the name of a task"),
         ({"data": datasets.Dataset.from_dict({"body": TEXTS})}, "^data: the data set has columns body, neither text"),
@@ -283,6 +283,8 @@ def test_other_things_are_no_models(model: PreTrainedModel) -> None:
         duo_id.identify(tiny_model("llama"), TOKENIZER)
     with pytest.raises(UserError, match=r"^model: a LlamaModel predicts no tokens"):
         found(model.model)
+    with pytest.raises(UserError, match=r"^model: weights on the meta device hold no numbers"):
+        found(tiny_model("llama", vocab_size=BYTES).to("meta"))
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     with pytest.raises(UserError, match=r"^model: its layers lie on several devices \(0, 1\)"):
         found(model)
@@ -381,6 +383,24 @@ def test_another_method_by_name_has_the_settings_of_its_file(model: PreTrainedMo
     assert (prior["name"], prior["samples"]) == ("reconstruction", 4)
     changed = found(model, prior={"name": "reconstruction", "samples": 1}, prior_weight=0.5)
     assert changed.provenance["settings"]["method"]["prior"]["samples"] == 1
+
+
+def test_a_pattern_in_memory_is_a_prior_as_its_folder_is(model: PreTrainedModel, tmp_path: Path) -> None:
+    prior = HeadPattern(torch.rand(3, 2), 4, 8)
+    prior.save(tmp_path)
+    mixed = found(model, prior=prior, prior_weight=0.5)
+    assert torch.equal(mixed.scores, found(model, prior=str(tmp_path), prior_weight=0.5).scores)
+    assert not torch.equal(mixed.scores, found(model).scores)
+    recorded = mixed.provenance["settings"]["method"]["prior"]
+    assert recorded.startswith("HeadPattern in memory, scores sha256 ")
+    others = HeadPattern(prior.scores + 1e-3, 4, 8)
+    assert found(model, prior=others).provenance["settings"]["method"]["prior"] != recorded
+    search = {"method": "search", "samples": 1, "between": [0.5, 1.0]}
+    assert torch.equal(found(model, start=prior, **search).scores, found(model, start=str(tmp_path), **search).scores)
+    with pytest.raises(UserError, match=r"^prior=HeadPattern in memory, .*: this head pattern is for 5 layers x 2 KV"):
+        found(model, prior=HeadPattern(torch.rand(5, 2), 4, 8))
+    with pytest.raises(UserError, match=r"^lr=HeadPattern in memory, .* must be a number"):
+        found(model, lr=prior)
 
 
 def test_an_interrupt_in_a_prior_is_not_taken_for_the_end_of_training(

@@ -109,7 +109,7 @@ def text_task(
 ) -> Task:
     """Natural text drawn from these texts, as `data=text` draws it from a haystack."""
     sizes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
-    haystack = Haystack(texts, sizes, "train", WHOLE, advice="give more texts")
+    haystack = Haystack(texts, sizes, "train", WHOLE, advice="give more texts", name="data: the text")
     return TextTask(settings, tokenizer, "train", length_limit, haystack)
 
 
