@@ -52,4 +52,4 @@ def test_every_command_has_a_module(command: str) -> None:
 def test_a_command_gets_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         call(monkeypatch, "convert", "--help")
-    assert "python -m duo_id.convert SRC DST" in capsys.readouterr().out
+    assert "duo-id convert SRC DST" in capsys.readouterr().out

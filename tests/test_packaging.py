@@ -157,7 +157,7 @@ def test_the_python_api_names_the_extra_that_is_missing(core_python, tmp_path):
 def test_training_on_the_core_alone_names_its_extra(core_python, tmp_path):
     command = [core_python, "-m", "duo_id.train", "model=tiny", "hydra.run.dir=run"]
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    message = "error: train needs lightning, which is not installed: pip install 'duo_id[train]'\n"
+    message = "error: duo-id train needs lightning, which is not installed: pip install 'duo_id[train]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, message, "")
 
 

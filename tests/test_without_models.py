@@ -26,7 +26,8 @@ def command(name, *arguments):
 
 import duo_id
 
-(name, *_) = duo_id.list_patterns()
+name = "SmolLM2-135M-Instruct"
+assert name in duo_id.list_patterns()
 pattern = duo_id.load_pattern(name)
 assert isinstance(pattern, duo_id.HeadPattern)
 assert isinstance(pattern.binarize(sparsity=0.5), duo_id.HeadMask)
@@ -64,5 +65,5 @@ runpy.run_module("duo_id.train", run_name="__main__")
 def test_training_without_lightning_names_the_extra_in_one_line(overrides: tuple[str, ...], tmp_path: Path) -> None:
     command = [sys.executable, "-c", BLOCKED + TRAIN, *overrides]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
-    message = "error: train needs lightning, which is not installed: pip install 'duo_id[train]'\n"
+    message = "error: duo-id train needs lightning, which is not installed: pip install 'duo_id[train]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, message, "")

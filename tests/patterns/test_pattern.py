@@ -15,6 +15,7 @@ from duo_id.patterns.combining import mix_prior, normalized_ranks
 from duo_id.patterns.mask import HeadMask
 from duo_id.patterns.pattern import HeadPattern, TieWarning
 from duo_id.patterns.random_masks import random_mask
+from duo_id.patterns.saved import save_pattern
 
 
 def brute_force(pattern: HeadPattern, sparsity: float) -> list[list[bool]]:
@@ -147,6 +148,10 @@ def test_a_pattern_owns_its_scores() -> None:
         ({"gated_layers": (0, 2)}, "from 0 to 1"),
         ({"gated_layers": (-1,)}, "from 0 to 1"),
         ({"gated_layers": ("0",)}, "from 0 to 1"),
+        ({"gated_layers": 1}, "^gated_layers=1 must name the gated layers"),
+        ({"provenance": {"seconds": float("nan")}}, "^provenance must be what JSON can hold: "),
+        ({"provenance": {"model": object()}}, "^provenance must be what JSON can hold: .* object is not JSON serial"),
+        ({"provenance": {(1, 2): 3}}, "^provenance must be what JSON can hold: "),
     ],
 )
 def test_what_is_no_pattern_is_refused(change: dict, message: str) -> None:
@@ -165,7 +170,7 @@ def test_what_is_no_source_is_refused(source: Any) -> None:
 
 def test_provenance_must_fit_into_json() -> None:
     assert HeadPattern(torch.rand(2, 2), 0, 1, provenance={"lengths": (1, 2)}).provenance == {"lengths": [1, 2]}
-    with pytest.raises(TypeError):
+    with pytest.raises(UserError, match=r"^provenance must be what JSON can hold: "):
         HeadPattern(torch.rand(2, 2), 0, 1, provenance={"seed": torch.tensor(1)})
 
 
@@ -214,7 +219,8 @@ def test_equality_and_repr() -> None:
     assert mask != pattern.binarize(sparsity=0)
     assert repr(pattern).startswith("HeadPattern(2 layers x 3 KV heads, sink_size=4, recent_size=8, scores in [")
     assert repr(mask) == "HeadMask(2 layers x 3 KV heads, sink_size=4, recent_size=8, sparsity=0.5)"
-    assert "(1 layers gated)" in repr(others[4])
+    assert "(1 layer gated)" in repr(others[4])
+    assert "(2 layers gated)" in repr(HeadPattern(torch.rand(3, 2), 4, 8, (0, 2)))
 
 
 def test_a_mask_of_scores_is_refused() -> None:
@@ -338,6 +344,11 @@ def test_a_pattern_plots_itself() -> None:
     assert cells.astype(bool).tolist() == pattern.binarize(sparsity=0.5).retrieval.tolist()
     with pytest.raises(UserError, match="not both"):
         pattern.plot(sparsity=0.5, mask=pattern.binarize(sparsity=0.25))
+    with pytest.raises(UserError, match=r"^mask: a int is not a HeadMask"):
+        pattern.plot(mask=5)  # type: ignore[arg-type]
+    for figure_of in (pattern, pattern.allocate(cache=0.9, length=100)):
+        with pytest.raises(UserError, match=r"^title=5 must be a text$"):
+            figure_of.plot(title=5)  # type: ignore[arg-type]
 
 
 def test_notebooks_show_the_heatmap_and_what_it_is() -> None:
@@ -345,6 +356,26 @@ def test_notebooks_show_the_heatmap_and_what_it_is() -> None:
     picture = base64.b64decode(shown.partition("base64,")[2].partition('"')[0])
     assert picture.startswith(b"\x89PNG")
     assert "3 layers x 2 KV heads, sink_size=4, recent_size=8" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sparsities": 0.5}, r"^sparsities=0\.5 must be a list of numbers, such as sparsities=\[0\.5\]$"),
+        ({"sparsities": "0.5"}, r"^sparsities='0\.5' must be a list"),
+        ({"sparsities": [0.5, "a"]}, r"^sparsities=\[0\.5, 'a'\] must be a list"),
+        ({"sparsities": [0.5, 2]}, r"^sparsity=2 must lie in \[0, 1\]"),
+        ({"folder": 5}, "^folder: a int is no path$"),
+    ],
+    ids=["number", "text", "mixed", "out of range", "no path"],
+)
+def test_what_cannot_be_saved_writes_nothing(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    pattern = nested(torch.rand(3, 2))
+    with pytest.raises(UserError, match=message):
+        pattern.save(**({"folder": tmp_path / "heads"} | given))
+    with pytest.raises(UserError, match=r"^pattern: a HeadMask is not a HeadPattern$"):
+        save_pattern(pattern.binarize(0.5), tmp_path / "heads")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pattern_saves_itself_and_comes_back(tmp_path: Path) -> None:

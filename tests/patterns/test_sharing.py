@@ -226,3 +226,12 @@ def test_a_run_is_shared_as_it_lies(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps({"results": []}))
     push_to_hub(load_pattern(tmp_path), "me/run", run=tmp_path)
     assert load_pattern("me/run") == CASES["random"]
+
+
+def test_what_is_no_pattern_or_repo_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^pattern: a str is not a HeadPattern$"):
+        push_to_hub("x", "me/heads")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^5 is not the name of a repo"):
+        push_to_hub(CASES["random"], 5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^sparsities=0\.5 must be a list"):
+        write_folder(CASES["random"], tmp_path, "me/heads", sparsities=0.5)  # type: ignore[arg-type]

@@ -36,8 +36,8 @@ def test_help_has_the_settings_and_examples(tmp_path: Path, monkeypatch: pytest.
     for option in ("--help", "-h"):
         status, output = run_report("run", option, folder=tmp_path, monkeypatch=monkeypatch)
         assert status == 0
-        assert output.startswith("Usage: python -m duo_id.report FOLDER... [KEY=VALUE ...]\n")
-        assert "\n  python -m duo_id.report outputs/evaluate/DATE/TIME reference=saliency\n" in output
+        assert output.startswith("Usage: duo-id report FOLDER... [KEY=VALUE ...]\n")
+        assert "\n  duo-id report outputs/evaluate/DATE/TIME reference=saliency\n" in output
         assert re.search(r"^  out=<str> +the page; report.html in the first folder without it$", output, re.M)
     _, output = run_report("--open", folder=tmp_path, monkeypatch=monkeypatch)
     advice = "give settings as KEY=VALUE; see --help for examples, and "

@@ -8,7 +8,9 @@ import os
 import random
 import signal
 import weakref
+from collections.abc import Iterator
 from contextlib import redirect_stdout
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
 import duo_id
@@ -28,6 +30,7 @@ from duo_id.common.composing import compose
 from duo_id.common.config import conf_dir, plain
 from duo_id.common.errors import UserError
 from duo_id.data.__main__ import generate
+from duo_id.data.in_memory import SampleList, read_data
 from duo_id.data.samples import UNSCORED
 from duo_id.methods.candidates import MaskLosses
 from duo_id.models.tokenizers import byte_tokenizer
@@ -173,6 +176,22 @@ TEXTS = ["The quick brown fox jumps over the lazy dog. " * 40, "Pack my box with
 ROWS = [{"input_ids": list(range(3, 143)), "labels": [UNSCORED] * 130 + list(range(133, 143))} for _ in range(3)]
 
 
+class EndlessRows(IterableDataset):
+    """Rows without end, as of a corpus that streams."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The same row again and again."""
+        return iter(cycle(ROWS))
+
+
+class MoreRows(EndlessRows):
+    """Rows that say how many they are, and go on."""
+
+    def __len__(self) -> int:
+        """Fewer than there are."""
+        return 2
+
+
 def batch_with_padding() -> dict[str, torch.Tensor]:
     ids, labels = (torch.tensor([row[key] for row in ROWS[:2]]) for key in ("input_ids", "labels"))
     mask = torch.ones_like(ids)
@@ -210,6 +229,8 @@ def test_ones_own_data(data: Any, tokens: str, model: PreTrainedModel) -> None:
         ({"data": datasets.Dataset.from_list(ROWS).to_iterable_dataset()}, "^data: a data set that streams may have"),
         ({"data": ROWS, "method": "saliency"}, "^8 train samples are requested, but data has 3: lower samples$"),
         ({"data.haystack.path": "book.txt"}, "embedded reads none, choose data.haystack.source=file$"),
+        ({"data": DataLoader(EndlessRows())}, r"^data: a DataLoader without a length may have no end: give a list of"),
+        ({"data": ({} for _ in count())}, "^data: a generator without a length may have no end"),
         ({"method": "nestd"}, r"^method='nestd': choose one of .*nested.*, did you mean nested\?$"),
         ({"data": "mixtre"}, r"^data='mixtre': choose one of .*mixture.*, did you mean mixture\?$"),
         ({"lrr": 1}, r"^lrr: .*did you mean lr\?$"),
@@ -226,7 +247,7 @@ def test_ones_own_data(data: Any, tokens: str, model: PreTrainedModel) -> None:
         ({"data": [3]}, "^data: a row is of type int: give the name of a task"),
         (
             {"data": ["A short text."]},
-            "^the haystack's train part has about .* or give more texts$",
+            "^data: the text has about .* tokens, but a sample needs 450: lower lengths or give more texts$",
         ),
         ({"data": pandas.DataFrame({"text": TEXTS})}, "^data: DataFrame is not the name of a task"),
         ({"data": datasets.Dataset.from_dict({"body": TEXTS})}, "^data: the data set has columns body, neither text"),
@@ -274,6 +295,8 @@ def test_other_things_are_no_models(model: PreTrainedModel) -> None:
         duo_id.identify(tiny_model("llama"), TOKENIZER)
     with pytest.raises(UserError, match=r"^model: a LlamaModel predicts no tokens"):
         found(model.model)
+    with pytest.raises(UserError, match=r"^model: weights on the meta device hold no numbers"):
+        found(tiny_model("llama", vocab_size=BYTES).to("meta"))
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     with pytest.raises(UserError, match=r"^model: its layers lie on several devices \(0, 1\)"):
         found(model)
@@ -347,6 +370,12 @@ def test_handlers_environment_and_generators_stay(model: PreTrainedModel) -> Non
     assert random.getstate() == states[1]
 
 
+def test_no_more_is_read_than_the_length_says() -> None:
+    rows = read_data(MoreRows(), "text", BYTES)
+    assert isinstance(rows, SampleList)
+    assert len(rows) == 2
+
+
 def test_a_shuffled_loader_is_drawn_by_the_seed(model: PreTrainedModel) -> None:
     rows = [
         {"input_ids": [3 + (7 * index * row) % 200 for index in range(140)], "labels": [UNSCORED] * 140}
@@ -366,6 +395,24 @@ def test_another_method_by_name_has_the_settings_of_its_file(model: PreTrainedMo
     assert (prior["name"], prior["samples"]) == ("reconstruction", 4)
     changed = found(model, prior={"name": "reconstruction", "samples": 1}, prior_weight=0.5)
     assert changed.provenance["settings"]["method"]["prior"]["samples"] == 1
+
+
+def test_a_pattern_in_memory_is_a_prior_as_its_folder_is(model: PreTrainedModel, tmp_path: Path) -> None:
+    prior = HeadPattern(torch.rand(3, 2), 4, 8)
+    prior.save(tmp_path)
+    mixed = found(model, prior=prior, prior_weight=0.5)
+    assert torch.equal(mixed.scores, found(model, prior=str(tmp_path), prior_weight=0.5).scores)
+    assert not torch.equal(mixed.scores, found(model).scores)
+    recorded = mixed.provenance["settings"]["method"]["prior"]
+    assert recorded.startswith("HeadPattern in memory, scores sha256 ")
+    others = HeadPattern(prior.scores + 1e-3, 4, 8)
+    assert found(model, prior=others).provenance["settings"]["method"]["prior"] != recorded
+    search = {"method": "search", "samples": 1, "between": [0.5, 1.0]}
+    assert torch.equal(found(model, start=prior, **search).scores, found(model, start=str(tmp_path), **search).scores)
+    with pytest.raises(UserError, match=r"^prior=HeadPattern in memory, .*: this head pattern is for 5 layers x 2 KV"):
+        found(model, prior=HeadPattern(torch.rand(5, 2), 4, 8))
+    with pytest.raises(UserError, match=r"^lr=HeadPattern in memory, .* must be a number"):
+        found(model, lr=prior)
 
 
 def test_an_interrupt_in_a_prior_is_not_taken_for_the_end_of_training(

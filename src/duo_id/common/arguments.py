@@ -11,9 +11,16 @@ import typer
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, naming_extras
 
 Result = TypeVar("Result")
+REQUIREMENTS = (  # what typer and pydantic say of a value, and what we say
+    (r"Input should be less than or equal to (\S+)$", r" must be at most \1"),
+    (r"Input should be greater than or equal to (\S+)$", r" must be at least \1"),
+    (r"Input should be a valid integer.*", " must be a whole number"),
+    (r"Input should be a valid number.*", " must be a number"),
+    (r"'.*' is not one of (.*)$", r": choose one of \1"),
+)
 HELP_HINT = "; see --help for examples, and write a path that contains = as ./NAME"
 
 
@@ -37,13 +44,13 @@ def command(module: str, *examples: str) -> Callable[[Callable[..., Result]], Ca
     An argument with a `=` is a path if it exists or if the part before the `=` is no identifier: `./a=b`.
 
     Args:
-        module: the module that `python -m` runs.
+        module: the module behind the command, `duo_id.NAME`.
         examples: its arguments, for `--help`, which begins with the first line of the function's docstring.
 
     Raises:
         UserError: from the returned function: an argument is missing, unknown, given twice or out of range.
     """
-    program = f"python -m {module}"
+    program = f"duo-id {module.rpartition('.')[2]}"
 
     def decorate(function: Callable[..., Result]) -> Callable[[Sequence[str]], Result]:
         summary = f"{inspect.getdoc(function)}".partition("\n")[0]
@@ -53,13 +60,14 @@ def command(module: str, *examples: str) -> Callable[[Callable[..., Result]], Ca
         parser = typer.main.get_command(app)
 
         def main(arguments: Sequence[str]) -> Result:
+            options = _as_options(arguments)
             try:
-                with parser.make_context(program, _as_options(arguments)) as context:
+                with naming_extras(program), parser.make_context(program, [*options]) as context:
                     return parser.invoke(context)
             except typer.Exit as exit_request:
                 sys.exit(exit_request.exit_code)
             except TyperException as error:
-                raise UserError(_rephrase(error.format_message())) from None
+                raise UserError(_rephrase(error.format_message(), options)) from None
 
         return main
 
@@ -89,7 +97,14 @@ def _as_options(arguments: Sequence[str]) -> list[str]:
     return [*settings.values(), "--", *paths]
 
 
-def _rephrase(message: str) -> str:
+def _rephrase(message: str, options: Sequence[str]) -> str:
     """Typer's message in terms of KEY=VALUE; unless it is about a value, a hint at `--help` follows."""
-    message, count = re.subn(r"^Invalid value for '--(\w+)': (Value error, )?", r"\1: ", message)
-    return message.rstrip(".") if count else re.sub(r"(^|[\s(])--(?=\w)", r"\1", message).rstrip(".") + HELP_HINT
+    about_value = re.match(r"Invalid value for '--(\w+)': (?:Value error, )?(.*)", message.rstrip("."), re.DOTALL)
+    if about_value is None:
+        return re.sub(r"(^|[\s(])--(?=\w)", r"\1", message).rstrip(".") + HELP_HINT
+    key, reason = about_value.groups()
+    for pattern, words in REQUIREMENTS:
+        if requirement := re.fullmatch(pattern, reason):
+            value = next(option.partition("=")[2] for option in options if option.startswith(f"--{key}="))
+            return f"{key}={value}{requirement.expand(words).replace(chr(39), '')}"
+    return f"{key}: {reason}"

@@ -54,12 +54,13 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets exceptions through, to be reported here
     sys.argv[1:] = allow_unknown_keys(sys.argv[1:])
     config_composed, status = False, 0
+    feature = f"duo-id {'data' if name == 'data_gen' else name}"
 
     def task(config: DictConfig) -> object:
         nonlocal config_composed, status
         config_composed, folder_locked = True, False
         try:
-            with locked_job_folder(config), naming_extras(name):
+            with locked_job_folder(config), naming_extras(feature):
                 folder_locked = True
                 return command(config)
         except Exception as error:
@@ -81,7 +82,7 @@ def run(name: str, command: Callable[[DictConfig], object]) -> None:
             overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
             say(command_help(name, overrides, console.width if console.is_terminal else WIDE))
             sys.exit(0)
-        with command_folders(), naming_extras(name):
+        with command_folders(), naming_extras(feature):
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(task)()
         sys.exit(status)
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
@@ -103,8 +104,7 @@ def run_plain(command: Callable[[list[str]], object]) -> None:
     _escape_unencodable()
     _show_warnings()
     try:
-        with naming_extras():
-            command(sys.argv[1:])
+        command(sys.argv[1:])
     except (UserError, OSError) as error:
         sys.exit(print_error(error))
     except KeyboardInterrupt as error:

@@ -22,7 +22,7 @@ EXTRAS = {
     "lm_eval": "lm-eval",
     "flash_attn": "flash",
 }  # an imported module -> the extra of pyproject.toml that installs it
-NEEDS = {"train": "train", "identify": "train", "benchmark": "train"}  # these include the extra eval
+NEEDS = {"duo-id train": "train", "duo-id benchmark": "train", "identify": "train"}  # these include the extra eval
 
 
 class UserError(ValueError):
@@ -44,7 +44,7 @@ def check(condition: bool, message: str) -> None:
 
 
 @contextmanager
-def naming_extras(feature: str = "") -> Iterator[None]:
+def naming_extras(feature: str) -> Iterator[None]:
     """Name the extra to install when the block, or the function that this decorates, misses a package of one.
 
     Args:
@@ -62,7 +62,7 @@ def naming_extras(feature: str = "") -> Iterator[None]:
         extra = EXTRAS[error.name]
         if extra == "eval":
             extra = NEEDS.get(feature, extra)
-        message = f"{feature or 'this'} needs {error.name}, which is not installed: pip install 'duo_id[{extra}]'"
+        message = f"{feature} needs {error.name}, which is not installed: pip install 'duo_id[{extra}]'"
         raise MissingExtraError(message) from error
 
 

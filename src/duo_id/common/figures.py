@@ -22,7 +22,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, check
 from duo_id.common.files import atomic_path
 
 # From Okabe and Ito's palette, distinguishable with all common kinds of colour blindness (jfly.uni-koeln.de/color).
@@ -132,6 +132,7 @@ def name_points(figure: Figure, axes: Axes) -> None:
 
 def set_title(figure: Figure, title: str | None) -> None:
     """Set a figure's title, if there is one, verbatim: names in it are not parsed as formulas."""
+    check(title is None or isinstance(title, str), f"title={title!r:.80} must be a text")
     if title:
         lines = ("".join(char if char.isprintable() else "?" for char in line) for line in title.split("\n"))
         figure.suptitle("\n".join(lines), parse_math=False)

@@ -57,6 +57,7 @@ class Haystack:
         split: str,
         regions: Mapping[str, tuple[float, float]] = REGIONS,
         advice: str = LONGER,
+        name: str = "",
     ) -> None:
         """Take the documents and one split's region of them.
 
@@ -66,9 +67,10 @@ class Haystack:
             split: a key of `regions`.
             regions: start and end of each split, in fractions of the stream.
             advice: what to do where the region is too short, besides lowering lengths.
+            name: what messages call the region; empty: the haystack's part of that split.
         """
         self.documents = documents
-        self.split = split
+        self.name = name or f"the haystack's {split} part"
         self.ends = np.cumsum(num_bytes + len(BLANK_LINE))  # where each document's blank line ends
         self.starts = self.ends - num_bytes - len(BLANK_LINE)
         total = int(self.ends[-1]) if len(self.ends) else 0
@@ -110,7 +112,7 @@ class Haystack:
                 return tokens[:num_tokens]
             check(
                 size < self.stop - self.start,
-                f"the haystack's {self.split} part has about {len(tokens)} tokens, but a sample needs {num_tokens}: "
+                f"{self.name} has about {len(tokens)} tokens, but a sample needs {num_tokens}: "
                 f"lower data.length_max (lengths, in an evaluation) or {self.advice}",
             )
             size *= 2

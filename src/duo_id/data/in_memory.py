@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -55,7 +56,7 @@ def read_data(data: Any, text_key: str, vocabulary: int) -> list[str] | SampleLi
         vocabulary: the number of tokens that the model knows.
 
     Raises:
-        UserError: it is none of these, or is empty.
+        UserError: it is none of these, is empty or has no length.
     """
     check(
         not isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict),
@@ -76,7 +77,7 @@ def read_data(data: Any, text_key: str, vocabulary: int) -> list[str] | SampleLi
         isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping) and not hasattr(data, "columns")
     )
     check(is_rows, f"data: {type(data).__name__} is not {KINDS}")
-    rows = list(data)
+    rows = list(islice(data, _length(data)))
     check(bool(rows), "data is empty")
     if isinstance(rows[0], str):
         other = next((row for row in rows if not isinstance(row, str)), "")
@@ -92,12 +93,23 @@ def read_data(data: Any, text_key: str, vocabulary: int) -> list[str] | SampleLi
     return samples
 
 
+def _length(data: Any) -> int:
+    """How many rows there are, of what says so."""
+    try:
+        return len(data)
+    except TypeError:  # a DataLoader has a length if what it draws from has one
+        raise UserError(
+            f"data: a {type(data).__name__} without a length may have no end: give a list of what it holds, such as "
+            "list(itertools.islice(data, 1000))"
+        ) from None
+
+
 def text_task(
     texts: Sequence[str], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, length_limit: int | None
 ) -> Task:
     """Natural text drawn from these texts, as `data=text` draws it from a haystack."""
     sizes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
-    haystack = Haystack(texts, sizes, "train", WHOLE, advice="give more texts")
+    haystack = Haystack(texts, sizes, "train", WHOLE, advice="give more texts", name="data: the text")
     return TextTask(settings, tokenizer, "train", length_limit, haystack)
 
 

@@ -1,5 +1,6 @@
 """Read a long prompt in chunks, so that activations take the memory of a single chunk."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import Cache, PreTrainedModel
 
 from duo_id.attention.padding import first_position
 from duo_id.common.compat import cache_argument, keeps_logits
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, check
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.chunks import Continuation, check_chunks
 from duo_id.deploy.install import deployment_of
@@ -43,10 +44,22 @@ def prefill(
             what the model computes.
     """
     deployment_of(model).check(cache)
+    _check_tensor("input_ids", input_ids)
+    is_whole = not input_ids.is_floating_point() and not input_ids.is_complex()
+    check(is_whole, f"input_ids are {input_ids.dtype}, not whole numbers")
+    if attention_mask is not None:
+        _check_tensor("attention_mask", attention_mask)
+    check(isinstance(chunk_size, Integral), f"chunk_size={chunk_size!r:.80} must be a whole number of tokens")
     how = Continuation()
-    if input_ids.dim() == 2 and input_ids.shape[1] and chunk_size > 0:
+    if input_ids.shape[1] and chunk_size > 0:
         how = check_chunks(model, input_ids, chunk_size, int(cache.get_seq_length()))
     return read_in_chunks(model, input_ids, cache, chunk_size, attention_mask, progress, how)
+
+
+def _check_tensor(name: str, values: Any) -> None:
+    """Raise a `UserError` unless an argument is a tensor (batch, tokens)."""
+    check(isinstance(values, Tensor), f"{name}: a {type(values).__name__} is no tensor (batch, tokens)")
+    check(values.dim() == 2, f"{name} must be (batch, tokens), not {tuple(values.shape)}")
 
 
 @torch.no_grad()
@@ -62,8 +75,6 @@ def read_in_chunks(
     """`prefill` for any model and any of its caches; `how` says what forwards after a past need."""
     if chunk_size < 1:
         raise UserError(f"chunk_size={chunk_size} must be at least 1 token")
-    if input_ids.dim() != 2:
-        raise UserError(f"input_ids must be (batch, tokens), not {tuple(input_ids.shape)}")
     if attention_mask is not None and attention_mask.shape[1] < input_ids.shape[1]:
         raise UserError(f"attention_mask has {attention_mask.shape[1]} columns for {input_ids.shape[1]} tokens")
     tokens = input_ids.shape[1]

@@ -17,10 +17,10 @@ ADVICE = {
 }
 
 
-HELP = """python -m duo_id.lm_eval --model duo_id --model_args heads=RUN,sparsity=0.5 --tasks TASK [...]
+HELP = """duo-id lm-eval --model duo_id --model_args heads=RUN,sparsity=0.5 --tasks TASK [...]
 
   RUN: a run folder or a shipped pattern, with the model that its heads were found on (docs/benchmarks.md).
-  All else is lm-eval's own: python -m duo_id.lm_eval run --help, and ls tasks."""
+  All else is lm-eval's own: duo-id lm-eval run --help, and ls tasks."""
 
 
 @stoppable()

@@ -18,7 +18,8 @@ def language_model_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Languag
     """The language model in whatever it is wrapped in, such as `torch.compile` or an adapter of PEFT.
 
     Raises:
-        UserError: it is no model of transformers, or lies on several devices, or the tokenizer is none or another's.
+        UserError: it is no model of transformers, lies on several devices or has no weights, or the tokenizer is none
+            or another's.
     """
     check_prefix(model)
     adapter = getattr(model, "active_peft_config", None)
@@ -29,6 +30,8 @@ def language_model_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Languag
     inner = unwrapped(model)
     devices = {str(device) for device in getattr(inner, "hf_device_map", {}).values()}
     check(len(devices) < 2, f"model: its layers lie on several devices ({', '.join(sorted(devices))}): load it on one")
+    is_meta = any(parameter.is_meta for parameter in inner.parameters())
+    check(not is_meta, "model: weights on the meta device hold no numbers: load the model on the device to compute on")
     has_head = inner.get_output_embeddings() is not None or type(inner).__name__.endswith("ForCausalLM")
     check(has_head, f"model: a {type(inner).__name__} predicts no tokens: load it with AutoModelForCausalLM")
     is_tokenizer = isinstance(tokenizer, PreTrainedTokenizerBase)

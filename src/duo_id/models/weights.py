@@ -1,14 +1,35 @@
-"""Find the damaged file of a model's weights when loading them failed with an unrelated error."""
+"""Around the reading of a model's weights: no bars in log files, and the damaged file where reading failed."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
 from duo_id.common.errors import UserError, first_line
 
 DAMAGED = (SafetensorError, RuntimeError, KeyError, EOFError)  # what transformers raises for damaged files
+
+
+@contextmanager
+def quiet_without_terminal() -> Iterator[None]:
+    """Let transformers and the hub's client show no bars in the block where there is no terminal to watch them on."""
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    hub_shows_none = are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()  # the hub's too
+        if hub_shows_none:
+            disable_progress_bars()
 
 
 def damage_error(name: str, source: str, revision: str | None, error: Exception) -> UserError | None:

@@ -13,7 +13,7 @@ from duo_id.common.compat import gguf_arguments
 from duo_id.common.errors import UserError, naming_extras
 from duo_id.common.files import whole_folder
 from duo_id.common.user_cache import cached_folder
-from duo_id.models.weights import reason_of
+from duo_id.models.weights import quiet_without_terminal, reason_of
 
 
 def gguf_in_wheel(distribution: str | None) -> tuple[list[Path], str] | None:
@@ -59,9 +59,10 @@ def _convert(pieces: list[Path], folder: Path) -> None:
                 for piece in pieces:
                     joined.write(piece.read_bytes())
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **gguf_arguments()
-            )
+            with quiet_without_terminal():
+                model = AutoModelForCausalLM.from_pretrained(
+                    gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **gguf_arguments()
+                )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except OSError:
             raise

@@ -1,7 +1,7 @@
 """The fields that head patterns, masks and spans share, checked: the heads, their window and the gated layers."""
 
-from collections.abc import Mapping
-from numbers import Integral
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -31,6 +31,18 @@ def numbers(name: str, values: Any) -> Tensor:
     return tensor
 
 
+def fractions(name: str, values: Any) -> list[float]:
+    """Several sparsities, ascending.
+
+    Raises:
+        UserError: they are not several, or one is no number.
+    """
+    several = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else None
+    if several is None or not all(isinstance(value, Real) for value in several):
+        raise UserError(f"{name}={values!r:.80} must be a list of numbers, such as {name}=[0.5]")
+    return sorted(several)
+
+
 def set_checked_fields(
     owner: Any, name: str, heads: Tensor, windows: Mapping[str, int] = SIZES, ungated: int = 1
 ) -> None:
@@ -50,10 +62,11 @@ def set_checked_fields(
             f"{name} of shape {tuple(heads.shape)} are larger than any model: at most {MOST_HEADS} each way"
         )
     layers = range(len(heads))
-    indices = list(layers if owner.gated_layers is None else owner.gated_layers)
+    given = layers if owner.gated_layers is None else owner.gated_layers
+    indices = list(given) if isinstance(given, Iterable) else []
     if not indices or any(not isinstance(layer, Integral) or layer not in layers for layer in indices):
         raise UserError(
-            f"gated_layers={indices!s:.60} must name the gated layers, at least one, from 0 to {layers[-1]}"
+            f"gated_layers={indices or given!s:.60} must name the gated layers, at least one, from 0 to {layers[-1]}"
         )
     gated = tuple(sorted({int(layer) for layer in indices}))
     heads[sorted({*layers} - {*gated})] = ungated
@@ -84,5 +97,6 @@ def identity(owner: Any, heads: Tensor) -> tuple[Any, ...]:
 def summary(owner: Any, heads: Tensor) -> str:
     """Shape and sizes, for people."""
     layers, kv_heads = heads.shape
-    gated = "" if len(owner.gated_layers) == layers else f" ({len(owner.gated_layers)} layers gated)"
-    return f"{layers} layers x {kv_heads} KV heads{gated}, sink_size={owner.sink_size}, recent_size={owner.recent_size}"
+    gated = len(owner.gated_layers)
+    some = "" if gated == layers else f" ({gated} layer{'s' * (gated > 1)} gated)"
+    return f"{layers} layers x {kv_heads} KV heads{some}, sink_size={owner.sink_size}, recent_size={owner.recent_size}"

@@ -30,7 +30,7 @@ class HeadMask:
 
     def __post_init__(self) -> None:
         """Copy the mask and check all fields."""
-        retrieval = torch.as_tensor(self.retrieval).detach().to("cpu", copy=True)
+        retrieval = fields.numbers("retrieval", self.retrieval).detach().to("cpu", copy=True)
         if retrieval.dtype != torch.bool:
             raise UserError(f"a head mask holds bools, not {retrieval.dtype}: binarize a HeadPattern")
         fields.set_checked_fields(self, "retrieval", retrieval)

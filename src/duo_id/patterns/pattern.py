@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Real
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from duo_id.common.documents import checked
-from duo_id.common.errors import UserError, check, naming_extras
+from duo_id.common.errors import UserError, check, naming_extras, one_line
 from duo_id.patterns import allocation, fields, files
 from duo_id.patterns.cells import Cells
 from duo_id.patterns.mask import HeadMask
@@ -64,7 +65,10 @@ class HeadPattern:
                 f"the score of layer {layer}, KV head {head} is {value} ({len(nonfinite)} of {scores.numel()} scores "
                 "are not finite): a pattern needs a finite score for every head"
             )
-        provenance = json.loads(json.dumps(self.provenance, allow_nan=False))
+        try:
+            provenance = json.loads(json.dumps(self.provenance, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"provenance must be what JSON can hold: {one_line(error)}") from error
         model = checked(Provenance, provenance, "a pattern", "provenance").model
         for key, size in zip(("layers", "kv_heads"), scores.shape, strict=True):
             if (recorded := getattr(model, key, None)) not in (None, size):
@@ -174,9 +178,11 @@ class HeadPattern:
         Masks of an earlier export at other sparsities are removed.
 
         Raises:
-            UserError: a sparsity is outside [0, 1]; nothing is written.
+            UserError: a sparsity is outside [0, 1], or `folder` is no path; nothing is written.
         """
-        masks = {sparsity: self.binarize(sparsity=sparsity).retrieval for sparsity in sorted(sparsities)}
+        check(isinstance(folder, str | PathLike), f"folder: a {type(folder).__name__} is no path")
+        ascending = fields.fractions("sparsities", sparsities)
+        masks = {sparsity: self.binarize(sparsity=sparsity).retrieval for sparsity in ascending}
         files.write_heads(self, masks, folder)
 
     def cells(self) -> Cells:

@@ -13,11 +13,12 @@ from huggingface_hub import HfApi, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from duo_id.common.documents import checked, read_object
-from duo_id.common.errors import UserError, printable
+from duo_id.common.errors import UserError, check, printable
 from duo_id.common.figures import save_figure
 from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
 from duo_id.patterns import hub
+from duo_id.patterns.fields import fractions
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.provenance import PublishedSummary
 from duo_id.patterns.saved import save_pattern
@@ -57,7 +58,8 @@ def push_to_hub(
     Raises:
         UserError: the hub refuses or cannot be reached, or the summary cannot be read.
     """
-    if hub.split_revision(repo) != (repo, None):
+    check(isinstance(pattern, HeadPattern), f"pattern: a {type(pattern).__name__} is not a HeadPattern")
+    if not isinstance(repo, str) or hub.split_revision(repo) != (repo, None):
         raise UserError(f"{repo} is not the name of a repo: pass user/repo, and a branch as revision=")
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch:
@@ -95,13 +97,14 @@ def write_folder(
     Raises:
         UserError: a sparsity is out of range, or the summary cannot be read.
     """
-    if not sparsities:
+    ascending = fractions("sparsities", sparsities)
+    if not ascending:
         raise UserError("sparsities=() leaves no mask to show: pass at least one")
     summary = _summary(run)
-    sparsity = sorted(sparsities)[len(sparsities) // 2]
+    sparsity = ascending[len(ascending) // 2]
     results = (summary or {}).get("results") or []
     card = model_card(pattern, repo, results, sparsity)
-    save_pattern(pattern, folder, sparsities)
+    save_pattern(pattern, folder, ascending)
     title = _model(pattern).get("name") or _model(pattern).get("id")
     save_figure(pattern.plot(sparsity, title=title), folder / FIGURE)
     if summary is not None:

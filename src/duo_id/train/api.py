@@ -23,7 +23,7 @@ from duo_id.data.samples import Task
 from duo_id.models.gated_model import GatedModel
 from duo_id.models.in_memory import frozen, language_model_of
 from duo_id.patterns.pattern import HeadPattern
-from duo_id.train.arguments import arguments_by_override, settings_of
+from duo_id.train.arguments import arguments_by_override, named_patterns, settings_of
 from duo_id.train.fit_gates import TrainRun
 from duo_id.train.identify import identify as find_heads
 from duo_id.train.progress import introduction
@@ -69,8 +69,8 @@ def identify(
             `interrupted` in its provenance.
         text_key: the column of a data set with texts. Of texts, tokens count by how much they depend on what streaming
             heads do not see (`tokens="far"`); labels of your own samples count alike.
-        overrides: settings of the method by name, such as `objective="kl"`, and others as on the command line, such as
-            `**{"data.batch_size": 2}`.
+        overrides: settings of the method by name, such as `objective="kl"` or another pattern as `prior` (or `start`,
+            of a search), and others as on the command line, such as `**{"data.batch_size": 2}`.
 
     Returns:
         the pattern, with the model, its active adapters, all settings and the versions in its provenance.
@@ -81,6 +81,7 @@ def identify(
     check(on_interrupt in ("raise", "return"), f"on_interrupt={on_interrupt!r}: choose raise or return")
     check(not torch.is_inference_mode_enabled(), "identify needs gradients: call it outside torch.inference_mode")
     language_model = language_model_of(model, tokenizer)
+    overrides, patterns = named_patterns(overrides)
     given = arguments_by_override(sink_size, recent_size, lengths, steps, seed, progress)
     with tempfile.TemporaryDirectory() as folder, isolated(), torch.enable_grad(), frozen(language_model.model):
         lightning.seed_everything(int(given["seed"]), workers=True, verbose=False)
@@ -107,6 +108,7 @@ def identify(
                 step=settings.step,
                 console=console,
                 tasks=tasks,
+                patterns=patterns,
                 partial=on_interrupt == "return",
             )
             pattern = find_heads(gated_model, settings.method, run)

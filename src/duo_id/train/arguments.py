@@ -1,5 +1,6 @@
 """The settings of a run that `duo_id.identify` is called for: its arguments over the defaults of the device."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from duo_id.common.errors import check
 from duo_id.data.in_memory import SampleList
 from duo_id.methods.settings import METHODS
 from duo_id.models.language_model import LanguageModel
+from duo_id.patterns.pattern import HeadPattern
 from duo_id.train.fitting import train_settings
 from duo_id.train.settings import TrainSettings
 
@@ -59,6 +61,21 @@ def arguments_by_override(
         given |= {"data.length_min": pair[0], "data.length_max": pair[1]}
     chosen = {key: value for key, value in given.items() if value is not None}
     return chosen | {"seed": seed, "trainer.enable_progress_bar": progress}
+
+
+def named_patterns(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, HeadPattern]]:
+    """Names in place of head patterns that are given as settings, and the patterns by these names.
+
+    A name says which scores a pattern has, since provenance records it.
+    """
+    named: dict[str, Any] = dict(overrides)
+    patterns = {}
+    for key, value in overrides.items():
+        if isinstance(value, HeadPattern):
+            digest = hashlib.sha256(value.scores.numpy().tobytes()).hexdigest()
+            named[key] = f"HeadPattern in memory, scores sha256 {digest[:16]}"
+            patterns[named[key]] = value
+    return named, patterns
 
 
 def settings_of(
@@ -121,7 +138,7 @@ def _named_method(key: str, named: Any) -> Any:
     is_method = isinstance(named, Mapping) or named in [path.stem for path in (conf_dir() / "method").glob("*.yaml")]
     check(
         is_method or named is None or isinstance(named, str),
-        f"{key}: a {type(named).__name__} is neither a method's name, settings with a name, nor a pattern's folder",
+        f"{key}: a {type(named).__name__} is neither a HeadPattern, its folder, a method's name nor settings with one",
     )
     if named is None or not is_method:
         return named

@@ -36,11 +36,13 @@ class TrainRun(Run):
         settings: of the whole run.
         loggers: of the training's metrics.
         tasks: of splits whose samples are not those that the settings name.
+        patterns: in memory, by what `method.prior` or `method.start` calls them.
     """
 
     settings: TrainSettings
     loggers: Sequence[Logger] = ()
     tasks: Mapping[str, Task] = field(default_factory=dict)
+    patterns: Mapping[str, HeadPattern] = field(default_factory=dict)
 
 
 def sample_module(

@@ -77,7 +77,7 @@ def _named_pattern(key: str, source: Any, gated_model: GatedModel, run: TrainRun
         except UserError as error:
             raise UserError(name_nested_override(key, str(error))) from error
     try:
-        pattern = load_pattern(str(source))
+        pattern = run.patterns.get(str(source)) or load_pattern(str(source))
         pattern.check_fits(*gated_model.pattern_shape, gated_model.model.name)
         pattern.check_scores(layer.index for layer in gated_model.layers)
     except UserError as error:
