@@ -94,6 +94,7 @@ def test_the_command_line_chooses_what_is_shown() -> None:
     assert "  start:  # a saved pattern, or another method" in page
     assert "    sink_size: 16  # tokens\n" in page
     assert "method.gate" not in settings_shown(page)
+    assert "\nseed: 0\n" in command_help("train", ["seed=1,2", "method.lr=0.1"], 80), "a sweep has no one value"
 
 
 @pytest.mark.parametrize("command", GROUPS)

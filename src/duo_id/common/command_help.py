@@ -10,6 +10,7 @@ import hydra
 import yaml
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -25,16 +26,18 @@ def command_help(command: str, overrides: Sequence[str], width: int) -> str:
 
     Args:
         command: conf/`command`.yaml is its config.
-        overrides: the rest of the command line: other choices have other settings.
+        overrides: the rest of the command line: other choices have other settings. Those of a sweep show no effect.
         width: characters of a line.
 
     Raises:
-        HydraException or OmegaConfBaseException: the overrides cannot be composed.
+        HydraException or OmegaConfBaseException: the overrides cannot be parsed or composed.
     """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    applied = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        config = loader.load_configuration(command, list(overrides), RunMode.RUN)
-        defaults = loader.compute_defaults_list(command, list(overrides), RunMode.RUN).defaults
+        config = loader.load_configuration(command, applied, RunMode.RUN)
+        defaults = loader.compute_defaults_list(command, applied, RunMode.RUN).defaults
     header = config.hydra.help.header
     composed: Any = OmegaConf.to_container(config)
     settings = {key: value for key, value in composed.items() if key != "hydra"}
