@@ -228,7 +228,7 @@ def test_ones_own_data(data: Any, tokens: str, model: PreTrainedModel) -> None:
         ),
         ({"data": datasets.Dataset.from_list(ROWS).to_iterable_dataset()}, "^data: a data set that streams may have"),
         ({"data": ROWS, "method": "saliency"}, "^8 train samples are requested, but data has 3: lower samples$"),
-        ({"data.haystack.path": "book.txt"}, "embedded reads none, choose data.haystack.source=file$"),
+        ({"data.haystack.path": "book.txt"}, "embedded reads no file, choose data.haystack.source=file$"),
         ({"data": DataLoader(EndlessRows())}, r"^data: a DataLoader without a length may have no end: give a list of"),
         ({"data": ({} for _ in count())}, "^data: a generator without a length may have no end"),
         ({"method": "nestd"}, r"^method='nestd': choose one of .*nested.*, did you mean nested\?$"),

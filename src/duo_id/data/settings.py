@@ -36,12 +36,10 @@ class HaystackSettings:
     def __post_init__(self) -> None:
         """Check that the source's settings are complete."""
         check(self.source != "file" or bool(self.path), "data.haystack.source=file needs data.haystack.path=FILE")
-        for key, source in (("path", "file"), ("id", "hub")):
-            value = getattr(self, key)
-            check(
-                value is None or self.source == source,
-                f"data.haystack.{key}={value}: data/haystack={self.source} reads none, choose data/haystack={source}",
-            )
+        check(
+            self.path is None or self.source == "file",
+            f"data.haystack.path={self.path}: data/haystack={self.source} reads no file, choose data/haystack=file",
+        )
         check(self.source != "hub" or bool(self.id), "data.haystack.source=hub needs data.haystack.id=DATASET")
 
 
