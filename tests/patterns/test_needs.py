@@ -34,15 +34,18 @@ def test_a_pattern_keeps_needs_of_gated_layers_alone() -> None:
     assert pattern != replace(pattern, needs=None)
     with pytest.raises(UserError, match="needs are of 2 layers x 2 KV heads, but the scores of 3 x 2"):
         HeadPattern(torch.rand(3, 2), 4, 8, needs=SpanNeeds(LEVELS, COSTS))
+    with pytest.raises(UserError, match="needs: a dict is not a SpanNeeds"):
+        HeadPattern(torch.rand(2, 2), 4, 8, needs={"levels": LEVELS})  # type: ignore[arg-type]
 
 
-def test_seeds_share_their_mean_needs_where_all_have_the_same_spans() -> None:
+def test_seeds_share_their_mean_needs_at_the_spans_that_all_have() -> None:
     def seed(levels: tuple[int, ...] | None, factor: float) -> HeadPattern:
         needs = None if levels is None else SpanNeeds(levels, factor * COSTS)
         return HeadPattern(torch.rand(2, 2), 4, 8, needs=needs)
 
     assert average([seed(LEVELS, 1), seed(LEVELS, 3)]).needs == SpanNeeds(LEVELS, 2 * COSTS)
-    assert average([seed(LEVELS, 1), seed((8, 16, -1), 3)]).needs is None
+    assert average([seed(LEVELS, 1), seed((8, 16, -1), 3)]).needs == SpanNeeds((8, -1), 2 * COSTS[..., [0, 2]])
+    assert average([seed(LEVELS, 1), seed((9, 16, -1), 3)]).needs is None
     assert average([seed(LEVELS, 1), seed(None, 0)]).needs is None
 
 
@@ -57,6 +60,10 @@ def test_seeds_share_their_mean_needs_where_all_have_the_same_spans() -> None:
         pytest.param((8, MOST_TOKENS + 1, -1), COSTS, "spans of 1 to", id="beyond any context"),
         pytest.param((8.0, 64, -1), COSTS, r"levels=\[8\.0", id="float"),
         pytest.param((True, 64, -1), COSTS, r"levels=\[True", id="bool"),
+        pytest.param(("8", 64, -1), COSTS, r"levels=\['8'", id="text"),
+        pytest.param(8, COSTS, "levels=8 must", id="a number"),
+        pytest.param(LEVELS, None, "costs must be numbers of shape", id="no costs"),
+        pytest.param(LEVELS, [[[0.5, 0.25, 0], [0]]], "costs must be numbers of shape", id="ragged costs"),
         pytest.param((8, 64, -1), COSTS[0], r"shape \(layers, KV heads, 3 levels\), not \(2, 3\)", id="two dimensions"),
         pytest.param((8, -1), COSTS, r"2 levels\), not \(2, 2, 3\)", id="more costs than levels"),
         pytest.param((8, 64, -1), COSTS * math.nan, "layer 0, KV head 0 at span 8 is nan: it must be finite", id="nan"),

@@ -59,12 +59,19 @@ def test_what_people_see() -> None:
         pytest.param([[8.0]], 4, "whole numbers of tokens, not torch.float32", id="float"),
         pytest.param([[True]], 4, "whole numbers of tokens, not torch.bool", id="a mask"),
         pytest.param([8], 4, "must have the shape", id="one dimension"),
+        pytest.param([[8], [8, 8]], 4, "spans must be numbers", id="ragged"),
+        pytest.param(None, 4, "spans must be numbers", id="none"),
+        pytest.param([[2**63]], 4, "spans must be numbers", id="beyond 64 bits"),
         pytest.param([[8]], -1, "sink_size=-1", id="sink"),
     ],
 )
 def test_what_cannot_be_spans_is_refused(spans: object, sink: int, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        HeadSpans(torch.tensor(spans), sink)
+        HeadSpans(spans, sink)  # type: ignore[arg-type]
+
+
+def test_whole_numbers_of_any_size_are_spans() -> None:
+    assert HeadSpans(torch.tensor([[8, -1]], dtype=torch.int16), 4) == HeadSpans(torch.tensor([[8, -1]]), 4)
 
 
 def test_the_share_of_the_cache_by_hand() -> None:
@@ -72,6 +79,12 @@ def test_the_share_of_the_cache_by_hand() -> None:
     assert spans.cache_share(100) == (100 + 12 + 68 + 5) / 400
     assert spans.cache_share(10) == (10 + 10 + 10 + 5) / 40
     assert spans.cache_share(1) == 1
+
+
+@pytest.mark.parametrize("length", [0, -5, 1.5, "8", True, 10**30], ids=str)
+def test_a_share_is_that_of_a_length(length: object) -> None:
+    with pytest.raises(UserError, match=r"length=.* must be a number of tokens"):
+        HeadSpans(SPANS, 4).cache_share(length)  # type: ignore[arg-type]
 
 
 def test_spans_come_back(tmp_path: Path) -> None:

@@ -5,15 +5,16 @@ import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
-from numbers import Integral, Real
+from numbers import Real
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from duo_id.common.documents import MOST_TOKENS, excerpt
+from duo_id.common.documents import excerpt
 from duo_id.common.errors import UserError, check
+from duo_id.patterns.fields import check_length
 from duo_id.patterns.needs import SpanNeeds
 from duo_id.patterns.spans import ALL, HeadSpans, kept_tokens
 
@@ -39,10 +40,7 @@ def allocate(pattern: Heads, cache: float, length: int) -> HeadSpans:
         isinstance(cache, Real) and not isinstance(cache, bool) and 0 < cache <= 1,
         f"cache={excerpt(cache)} must lie in (0, 1]: the share of the full cache's bytes to keep",
     )
-    check(
-        isinstance(length, Integral) and not isinstance(length, bool) and 1 <= length <= MOST_TOKENS,
-        f"length={excerpt(length)} must be a number of tokens from 1 to {MOST_TOKENS}",
-    )
+    check_length(length)
     gated = list(pattern.gated_layers)
     scores = pattern.scores[gated].flatten()
     levels, costs = _levels_and_costs(pattern)

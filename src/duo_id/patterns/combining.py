@@ -13,17 +13,23 @@ from duo_id.patterns.pattern import HeadPattern
 def average(patterns: Sequence[HeadPattern]) -> HeadPattern:
     """The pattern with the mean scores of several seeds, which agree in everything else; a single one is returned.
 
-    It has the mean needs where all of them have needs at the same spans, else none.
+    It has the mean needs at the spans that all of them were measured at: a seed with shorter samples lacks the longest.
     """
     if len(patterns) == 1:
         return patterns[0]
     scores = torch.stack([pattern.scores for pattern in patterns]).mean(0)
     seeds = [pattern.provenance.get("seed") for pattern in patterns]
     needs = [pattern.needs for pattern in patterns if pattern.needs is not None]
-    shared = None
-    if len(needs) == len(patterns) and len({each.levels for each in needs}) == 1:
-        shared = SpanNeeds(needs[0].levels, torch.stack([each.costs for each in needs]).mean(0))
+    shared = _mean_needs(needs) if len(needs) == len(patterns) else None
     return replace(patterns[0], scores=scores, provenance=patterns[0].provenance | {"seeds": seeds}, needs=shared)
+
+
+def _mean_needs(needs: Sequence[SpanNeeds]) -> SpanNeeds | None:
+    levels = [level for level in needs[0].levels if all(level in each.levels for each in needs)]
+    if len(levels) < 2:  # the whole context alone
+        return None
+    costs = [each.costs[..., [each.levels.index(level) for level in levels]] for each in needs]
+    return SpanNeeds(tuple(levels), torch.stack(costs).mean(0))
 
 
 def normalized_ranks(scores: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from duo_id.common.documents import MOST_TOKENS, excerpt
-from duo_id.common.errors import UserError, one_line
+from duo_id.common.errors import UserError, check, one_line
 
 MOST_HEADS = 2**12  # layers, and KV heads of a layer
 ALL = -1  # the attention span of a head that sees all tokens
@@ -16,8 +16,8 @@ ALL = -1  # the attention span of a head that sees all tokens
 SIZES = {"sink_size": 0, "recent_size": 1}  # the smallest of each, in tokens
 
 
-def numbers(name: str, values: Any) -> Tensor:
-    """A tensor of real numbers, or of whatever holds them.
+def numbers(name: str, values: Any, shape: str = "(layers, KV heads)") -> Tensor:
+    """A tensor of real numbers, or of whatever holds them; `shape` is what a message says.
 
     Raises:
         UserError: the values are none, or rows differ in length.
@@ -25,7 +25,7 @@ def numbers(name: str, values: Any) -> Tensor:
     try:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name} must be numbers of shape (layers, KV heads): {one_line(error)}") from error
+        raise UserError(f"{name} must be numbers of shape {shape}: {one_line(error)}") from error
     if tensor.is_complex():
         raise UserError(f"{name} must be real numbers, not {tensor.dtype}")
     return tensor
@@ -78,6 +78,14 @@ def set_checked_fields(
             most = f", at most {MOST_TOKENS}" if isinstance(size, Integral) and int(size) > MOST_TOKENS else ""
             raise UserError(f"{window}={excerpt(size)} must be a whole number of tokens, at least {smallest}{most}")
         object.__setattr__(owner, window, int(size))
+
+
+def check_length(length: Any) -> None:
+    """Raise a `UserError` unless `length` counts the tokens of a context."""
+    check(
+        isinstance(length, Integral) and not isinstance(length, bool) and 1 <= int(length) <= MOST_TOKENS,
+        f"length={excerpt(length)} must be a number of tokens from 1 to {MOST_TOKENS}",
+    )
 
 
 def check_fits(kind: str, heads: Tensor, layers: int, kv_heads: int, model_name: str) -> None:

@@ -1,14 +1,16 @@
 """How much each head needs each attention span, as far as that was measured or estimated."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from duo_id.common.documents import MOST_TOKENS
+from duo_id.common.documents import MOST_TOKENS, excerpt
 from duo_id.common.errors import UserError, check
-from duo_id.patterns.fields import ALL
+from duo_id.patterns.fields import ALL, numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,16 +29,21 @@ class SpanNeeds:
 
     def __post_init__(self) -> None:
         """Copy the costs and check all fields."""
+        check(isinstance(self.levels, Iterable), f"levels={excerpt(self.levels)} must be attention spans in tokens")
         levels = list(self.levels)
         whole = all(isinstance(span, Integral) and not isinstance(span, bool) for span in levels)
         spans = levels[:-1]
-        ascending = all(low < high for low, high in zip([0, *spans], [*spans, MOST_TOKENS + 1], strict=True))
-        if not whole or not spans or levels[-1] != ALL or not ascending:
+        if (
+            not whole
+            or not spans
+            or levels[-1] != ALL
+            or not all(low < high for low, high in pairwise([0, *spans, MOST_TOKENS + 1]))
+        ):
             raise UserError(
                 f"levels={levels!s:.60} must be attention spans of 1 to {MOST_TOKENS} tokens in ascending order, at "
                 "least one, then -1 for the whole context"
             )
-        costs = torch.as_tensor(self.costs).detach().to("cpu", torch.float32, copy=True)
+        costs = numbers("costs", self.costs, "(layers, KV heads, levels)").detach().to("cpu", torch.float32, copy=True)
         check(
             costs.dim() == 3 and costs.numel() > 0 and costs.shape[2] == len(levels),
             f"costs must have the shape (layers, KV heads, {len(levels)} levels), not {tuple(costs.shape)}",

@@ -75,6 +75,7 @@ class HeadPattern:
                 raise UserError(f"provenance.model.{key}={recorded}, but the scores have {size}")
         object.__setattr__(self, "provenance", provenance)
         if self.needs is not None:
+            check(isinstance(self.needs, SpanNeeds), f"needs: a {type(self.needs).__name__} is not a SpanNeeds")
             object.__setattr__(self, "needs", self.needs.of_heads(tuple(scores.shape), self.gated_layers))
 
     @property

@@ -54,9 +54,10 @@ class HeadSpans:
 
     def __post_init__(self) -> None:
         """Copy the spans and check all fields."""
-        spans = torch.as_tensor(self.spans).detach().to("cpu", copy=True)
-        if spans.dtype not in (torch.int32, torch.int64):
+        spans = fields.numbers("spans", self.spans).detach()
+        if spans.is_floating_point() or spans.dtype == torch.bool:
             raise UserError(f"attention spans are whole numbers of tokens, not {spans.dtype}")
+        spans = spans.to("cpu", torch.int64, copy=True)
         fields.set_checked_fields(self, "spans", spans, windows={"sink_size": 0}, ungated=ALL)
         wrong = ((self.spans != ALL) & ((self.spans < 1) | (self.spans > MOST_TOKENS))).nonzero().tolist()
         if wrong:
@@ -110,7 +111,12 @@ class HeadSpans:
         write_text(path, json_text(sealed(contents)))
 
     def cache_share(self, length: int) -> float:
-        """The share of the full cache's bytes that the gated layers keep of a context of `length` tokens."""
+        """The share of the full cache's bytes that the gated layers keep of a context of `length` tokens.
+
+        Raises:
+            UserError: `length` is no number of tokens, or no context is that long.
+        """
+        fields.check_length(length)
         kept = kept_tokens(self.spans[list(self.gated_layers)], self.sink_size, length)
         return int(kept.sum()) / (kept.numel() * length)
 

@@ -91,6 +91,15 @@ def test_our_own_folder_keeps_needs_and_spans(tmp_path: Path, capsys: pytest.Cap
     assert load_pattern(folder) == NEEDY
     assert HeadSpans.from_pretrained(folder / "spans.json") == NEEDY.allocate(0.4, LENGTH)
     assert f"duo_id.HeadSpans.from_pretrained('{folder / 'spans.json'}')" in capsys.readouterr().out
+    convert.main([str(tmp_path / "heads"), str(folder)])
+    assert not (folder / "spans.json").exists()  # nobody asked for any this time
+
+
+def test_a_refused_budget_writes_nothing(tmp_path: Path) -> None:
+    save_pattern(NEEDY, tmp_path / "heads")
+    with pytest.raises(UserError, match="cache must be at least"):
+        convert.main([str(tmp_path / "heads"), str(tmp_path / "there"), "cache=0.0001", f"length={LENGTH}"])
+    assert not (tmp_path / "there" / "heads.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -48,11 +48,16 @@ class Format:
 
 
 def _write_heads(pattern: HeadPattern, path: Path, options: Options) -> str:
+    spans = None
+    if options.cache is not None and options.length is not None:
+        spans = pattern.allocate(options.cache, options.length)  # refused before anything is written
     save_pattern(pattern, path, (0.25, 0.5, 0.75) if options.sparsity is None else (options.sparsity,))
-    if options.cache is None or options.length is None:
-        return f"{path}: duo_id.load_pattern({str(path)!r})"
-    pattern.allocate(options.cache, options.length).save(path / SPANS)
-    return f"{path}: duo_id.load_pattern({str(path)!r}), duo_id.HeadSpans.from_pretrained({str(path / SPANS)!r})"
+    usage = f"{path}: duo_id.load_pattern({str(path)!r})"
+    if spans is None:
+        (path / SPANS).unlink(missing_ok=True)  # of an earlier pattern
+        return usage
+    spans.save(path / SPANS)
+    return f"{usage}, duo_id.HeadSpans.from_pretrained({str(path / SPANS)!r})"
 
 
 SPANS = "spans.json"  # in our own folder, beside heads.json
