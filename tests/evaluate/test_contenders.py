@@ -8,7 +8,14 @@ import torch
 
 from duo_id import HeadMask, HeadSpans, SpanNeeds
 from duo_id.common.errors import UserError
-from duo_id.evaluate.contenders import Contender, check_shares, check_windows, contenders, kept_tokens
+from duo_id.evaluate.contenders import (
+    Contender,
+    check_shares,
+    check_windows,
+    contenders,
+    kept_tokens,
+    warn_of_short_contexts,
+)
 from duo_id.evaluate.items import Item, Question
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.random_masks import random_mask
@@ -158,3 +165,12 @@ def test_a_window_as_long_as_the_context_is_refused() -> None:
         UserError, match=r"longest context has 20 tokens, which all fit in the window of found .* raise lengths"
     ):
         check_windows({"other": OTHER, "found": FOUND}, items)
+
+
+def test_contexts_too_short_for_a_share_are_counted(recwarn: pytest.WarningsRecorder) -> None:
+    window = NEEDY.sink_size + NEEDY.recent_size
+    warn_of_short_contexts({"found": NEEDY}, [0.5, 0.25], [4 * window, 10 * window])
+    assert not recwarn.list
+    short = 3 * window
+    with pytest.warns(UserWarning, match=rf"^cache=0\.25: 2 of 3 contexts .* up to 0\.333, .* of {short} tokens$"):
+        warn_of_short_contexts({"found": NEEDY}, [0.5, 0.25], [short, short + 1, 10 * window])

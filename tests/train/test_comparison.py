@@ -15,10 +15,12 @@ from duo_id.attention.layers import AttentionLayer
 from duo_id.common.errors import UserError
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
+from duo_id.patterns.needs import SpanNeeds
 from duo_id.patterns.pattern import HeadMask, HeadPattern
 from duo_id.patterns.random_masks import random_mask
+from duo_id.patterns.spans import HeadSpans
 from duo_id.train import comparison
-from duo_id.train.comparison import Result, check_window, compare, results_table
+from duo_id.train.comparison import Result, check_window, compare, results_table, spans_like
 from duo_id.train.scoring import Score, score
 from tests.support.tiny import tiny_model
 
@@ -78,6 +80,26 @@ def test_each_row_is_scored_under_its_own_mask(monkeypatch: pytest.MonkeyPatch) 
             assert scored.loss == pytest.approx(expected.loss, abs=1e-4)
             assert replace(scored, loss=0) == replace(expected, loss=0)
     assert len({row.summary()["loss"] for row in results}) > 4, "different masks score differently"
+
+
+def test_spans_have_the_bytes_of_the_mask_beside_them() -> None:
+    costs = torch.rand((3, 2, 3), generator=torch.Generator().manual_seed(0)).sort(-1, descending=True).values
+    needs = SpanNeeds((2, 8, -1), torch.cat([costs[..., :2], torch.zeros(3, 2, 1)], -1))
+    pattern, model = replace(PATTERN, needs=needs), tiny()
+    found = pattern.binarize(sparsity=0.5)
+    spans = spans_like(pattern, found, 31)
+    assert spans is not None
+    as_spans = HeadSpans(found.spans, 2)
+    assert as_spans.cache_share(31) - (31 - 10) / (6 * 31) < spans.cache_share(31) <= as_spans.cache_share(31)
+    results = compare(model, pattern, samples(), [0.5], random_masks=0, seed=7)
+    assert [row.heads for row in results] == ["full", "found", "spans", "streaming"]
+    with attached(model.model) as layers, bound(layers, masked_layers(layers, spans, Backends())):
+        expected = [score(model, sample) for sample in samples()]
+    for scored, by_hand in zip(results[2].samples, expected, strict=True):
+        assert scored.loss == pytest.approx(by_hand.loss, abs=1e-4)
+    assert spans_like(PATTERN, found, 31) is None, "without needs"
+    wide = replace(pattern, needs=SpanNeeds((25, 28, -1), needs.costs))
+    assert spans_like(wide, PATTERN.binarize(sparsity=1), 31) is None, "no spans are that small"
 
 
 def test_random_masks_leave_layers_without_gates_alone(monkeypatch: pytest.MonkeyPatch) -> None:

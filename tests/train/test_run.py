@@ -221,7 +221,9 @@ def test_every_experiment_runs_a_step(experiment: str, tmp_path: Path) -> None:
     ]
     settings = settings_of("train", TrainSettings, *overrides, *quicker, folder=tmp_path)
     summary = duo_id.train.run.train(settings, tmp_path / "run")
-    assert [row["heads"] for row in summary["results"]] == ["full", "found", "random", "streaming"]
+    spans = ["spans"] if experiment == "spans" else []
+    assert [row["heads"] for row in summary["results"]] == ["full", "found", *spans, "random", "streaming"]
+    assert (tmp_path / "run" / "figures" / "spans.png").is_file() == bool(spans)
     assert load_pattern(tmp_path / "run").provenance["settings"]["method"] == plain(settings)["method"]
     trained = isinstance(settings.method, GateSettings)
     assert (tmp_path / "run" / "figures" / "training.png").is_file() == trained

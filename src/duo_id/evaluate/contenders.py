@@ -1,5 +1,6 @@
 """What an evaluation compares: the full cache, masks of head patterns, and baselines at the same bytes."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -144,6 +145,22 @@ def check_shares(patterns: Mapping[str, HeadPattern], caches: Sequence[float], l
                 heads.allocate(cache, length)
             except UserError as error:
                 raise UserError(f"heads of {name}: {error}; or raise lengths") from None
+
+
+def warn_of_short_contexts(
+    patterns: Mapping[str, HeadPattern], caches: Sequence[float], contexts: Sequence[int]
+) -> None:
+    """Warn where contexts, of so many tokens, are too short for a share of the cache and keep the smallest window."""
+    for cache in caches:
+        masks = [replace(pattern, needs=None) for pattern in patterns.values()]
+        least = {tokens: max(least_share(mask, tokens) for mask in masks) for tokens in set(contexts)}
+        short = [tokens for tokens in contexts if least[tokens] > cache * (1 + 1e-9)]  # that one is rounded up
+        if short:
+            warnings.warn(
+                f"cache={cache:g}: {len(short)} of {len(contexts)} contexts are too short for it and keep up to "
+                f"{least[min(short)]:.3g}, since sink and window take that much of {min(short)} tokens",
+                stacklevel=2,
+            )
 
 
 def _spans_of_share(pattern: HeadPattern, cache: float, tokens: int) -> HeadSpans:

@@ -13,9 +13,11 @@ from duo_id.common.errors import UserError
 from duo_id.common.progress import progress_bar
 from duo_id.common.tables import TextTable
 from duo_id.models.language_model import LanguageModel
+from duo_id.patterns.allocation import least_share
 from duo_id.patterns.mask import HeadMask
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.random_masks import random_like
+from duo_id.patterns.spans import HeadSpans
 from duo_id.train.scoring import Score, score, total
 
 METRICS = ("answer_loss", "token_accuracy", "exact_answers")
@@ -26,7 +28,7 @@ class Result:
     """The scores of one mask on the held-out samples.
 
     Attributes:
-        heads: the kind of mask: full | found | random | streaming.
+        heads: the kind of mask: full | found | spans (of the same bytes) | random | streaming.
         sparsity: fraction of the gated KV heads that stream.
         seed: of a random mask.
         samples: the score of each sample.
@@ -69,9 +71,14 @@ def compare(
         backends: attention implementations.
         console: shows the progress; None: nothing does.
     """
-    masks: list[tuple[str, float, int | None, HeadMask]] = [("full", 0.0, None, pattern.binarize(sparsity=0))]
+    masks: list[tuple[str, float, int | None, HeadMask | HeadSpans]]
+    masks = [("full", 0.0, None, pattern.binarize(sparsity=0))]
+    longest = max(len(sample["input_ids"]) for sample in samples)
     for sparsity in sparsities:
-        masks.append(("found", sparsity, None, pattern.binarize(sparsity=sparsity)))
+        found = pattern.binarize(sparsity=sparsity)
+        masks.append(("found", sparsity, None, found))
+        if (spans := spans_like(pattern, found, longest)) is not None:
+            masks.append(("spans", sparsity, None, spans))
         for drawn_seed in range(seed, seed + random_masks):
             masks.append(("random", sparsity, drawn_seed, random_like(pattern, sparsity, drawn_seed)))
     masks.append(("streaming", 1.0, None, pattern.binarize(sparsity=1)))
@@ -90,6 +97,14 @@ def compare(
                     progress.advance(task)
             results.append(Result(heads, sparsity, mask_seed, tuple(scores)))
     return results
+
+
+def spans_like(pattern: HeadPattern, mask: HeadMask, length: int) -> HeadSpans | None:
+    """The spans of a pattern that take the bytes of a mask at a length; None without needs, or if no spans do."""
+    share = HeadSpans(mask.spans, mask.sink_size, mask.gated_layers).cache_share(length)
+    if pattern.needs is None or share < least_share(pattern, length):
+        return None
+    return pattern.allocate(cache=share, length=length)
 
 
 def pattern_loss(
@@ -123,7 +138,12 @@ def results_table(results: Sequence[Result], title: str) -> TextTable:
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result.heads, result.sparsity), []).append(result.summary())
-    names = {"full": "full attention", "found": "found mask", "streaming": "all heads stream"}
+    names = {
+        "full": "full attention",
+        "found": "found mask",
+        "spans": "spans, same bytes",
+        "streaming": "all heads stream",
+    }
     ordered = sorted(groups.items(), key=lambda item: (item[0][1], item[0][0]))
     rows = [
         (
@@ -141,7 +161,7 @@ def results_table(results: Sequence[Result], title: str) -> TextTable:
         title,
         "means over the samples; answer loss in nats per token",
         leading=2,
-        bold=frozenset(("", number) for number, ((heads, _), _) in enumerate(ordered) if heads == "found"),
+        bold=frozenset(("", number) for number, ((heads, _), _) in enumerate(ordered) if heads in ("found", "spans")),
     )
 
 

@@ -34,7 +34,7 @@ from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import save_pattern
 from duo_id.patterns.sources import HEADS
 from duo_id.step.devices import shared_step
-from duo_id.train.comparison import check_window, compare, pattern_loss, results_table
+from duo_id.train.comparison import check_window, compare, pattern_loss, results_table, spans_like
 from duo_id.train.fit_gates import TrainRun, sample_module
 from duo_id.train.identify import identify
 from duo_id.train.plots import plot_training, read_metrics
@@ -125,6 +125,10 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
         if ranks.first:
             write_text(folder / "summary.json", json.dumps(sealed(summary), indent=1))
             save_figure(pattern.plot(title=f"Heads of {model.name}"), folder / "figures" / "gates.png")
+            length = max(len(sample["input_ids"]) for sample in test)
+            if (spans := spans_like(pattern, pattern.binarize(sparsity=0.5), length)) is not None:
+                title = f"Spans of {model.name} with the bytes of half of the heads streaming at {length:,} tokens"
+                save_figure(spans.plot(title=title), folder / "figures" / "spans.png")
         if len(patterns) > 1:
             print_tables(cli.console, agreement_table(patterns, settings.sparsity))
         print_tables(cli.console, results_table(results, f"{model.name}: {len(test)} held-out samples"))
