@@ -257,7 +257,11 @@ def requires(name):
     if name != "duo-id":
         return metadata.requires(name) or []
     extras = PROJECT["optional-dependencies"].items()
-    return PROJECT["dependencies"] + [f'{line}; extra == "{extra}"' for extra, lines in extras for line in lines]
+    with_markers = [(extra, *line.partition(";")[::2]) for extra, lines in extras for line in lines]
+    return PROJECT["dependencies"] + [
+        f'{name}; ({marker.strip()}) and extra == "{extra}"' if marker else f'{name}; extra == "{extra}"'
+        for extra, name, marker in with_markers
+    ]
 
 
 def closure(name, extras):
