@@ -296,6 +296,8 @@ BENCHMARK = (
         "data.length": whole(1, null=True),
         "chunk_size": many(whole(1)),
         "sparsity": many(SHARE),
+        "spans": many(whole(1), empty=True),
+        "shares": many(SHARE, empty=True),
         "heads": values(HEADS),
         "sink_size": whole(0),
         "recent_size": whole(1),

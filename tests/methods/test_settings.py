@@ -45,7 +45,7 @@ OBJECTIVES = [name for name, schema in METHODS.items() if hasattr(schema, "objec
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     *((name, {"sink_size": -1}, "method.sink_size=-1 must be at least 0") for name in METHODS),
     *((name, {"recent_size": 0}, "method.recent_size=0 must be at least 1") for name in METHODS),
-    *((name, {"samples": 0}, "method.samples=0 must be at least 1") for name in SCORED),
+    *((name, {"samples": 0}, "method.samples=0 must be at least 1") for name in SCORED if name != "spans"),
     *((name, {"reduction": "min"}, "method.reduction=min: choose one of max, mean") for name in PROFILED),
     *((name, {"tokens": "all"}, "method.tokens=all: choose one of labelled, far") for name in OBJECTIVES),
     *((name, {"objective": "l3"}, "method.objective=l3: choose one of hidden_l2, ") for name in OBJECTIVES),

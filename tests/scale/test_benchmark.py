@@ -97,7 +97,8 @@ def test_what_was_measured_before_is_kept(run: tuple[Path, Finished, float]) -> 
     assert (row["step"], row["context"], row["status"]) == ("ours", 61, "ok")
     assert row["tokens_per_s"] == pytest.approx(61 / row["ms"] * 1e3), "of all processes together"
     assert row["efficiency"] == pytest.approx(row["tokens_per_s"] / 2 / 100)
-    settings, ranks = settings_of("benchmark", BenchmarkSettings, *OVERRIDES, folder=run[0]), Ranks(1, 2, sharded=True)
+    elsewhere = [*OVERRIDES, "hydra.run.dir=elsewhere"]
+    settings, ranks = settings_of("benchmark", BenchmarkSettings, *elsewhere, folder=run[0]), Ranks(1, 2, sharded=True)
     costs = calculated_costs(meta_model(settings.model, torch.float32), ranks, torch.device("cpu"), True)
     plan = str(fit_memory(settings.step, costs, 31, None)[1])
     if row["peak_bytes"] is not None:  # a GPU's also has libraries, and what it has free

@@ -359,15 +359,14 @@ def test_a_score_that_does_not_fit_the_memory_is_refused(tmp_path: Path) -> None
     assert "Traceback" not in finished.output
 
 
-def test_a_search_of_another_run_in_the_folder_is_discarded(tmp_path: Path) -> None:
+def test_a_search_of_another_run_in_the_folder_stays(tmp_path: Path) -> None:
     assert run_command("train", *SEARCH, folder=tmp_path).status == 0
     first_scores = load_pattern(tmp_path / "run").scores
     other = [*SEARCH, "method.strategy=selection", "seed=1"]
-    assert run_command("train", *other, f"hydra.run.dir={tmp_path / 'other'}", folder=tmp_path).status == 0
-    assert run_command("train", *other, folder=tmp_path).status == 0
-    scores = load_pattern(tmp_path / "run").scores
-    assert torch.equal(scores, load_pattern(tmp_path / "other").scores)
-    assert not torch.equal(scores, first_scores)
+    refused = run_command("train", *other, folder=tmp_path)
+    assert refused.status == 2
+    assert "this one would replace it" in refused.output
+    assert torch.equal(load_pattern(tmp_path / "run").scores, first_scores)
 
 
 def test_a_pattern_with_swaps_is_for_its_budget_and_others_warn(tmp_path: Path) -> None:
