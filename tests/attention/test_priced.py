@@ -1,10 +1,13 @@
 """Priced heads compute what masked heads do, and their slopes are those of a dense mixture."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from duo_id.attention.functions import Backends, masked_heads
+from duo_id.attention import priced
+from duo_id.attention.functions import AttendFunction, Backends, masked_heads
 from duo_id.attention.priced import priced_heads
 from duo_id.attention.softmax import Softmax
 from duo_id.attention.window import Window
@@ -59,3 +62,17 @@ def test_what_flows_through_is_the_gradient_of_the_chosen_spans_alone() -> None:
         strict=True,
     ):
         torch.testing.assert_close(grad, reference)
+
+
+def test_heads_whose_other_span_sees_the_same_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+
+    def watched(spans: Tensor, *rest: Any) -> AttendFunction:
+        computed.append(spans.tolist())
+        return masked_heads(spans, *rest)
+
+    monkeypatch.setattr(priced, "masked_heads", watched)
+    others = torch.tensor([[TOKENS, 4, 4], [-1, 4, 9]], dtype=torch.int32)  # longer than the text, its own, another
+    shares = torch.zeros(others.shape, dtype=torch.float64, requires_grad=True)
+    priced_heads(SPANS, others, shares, SINK, Backends())(*inputs(), Softmax())
+    assert computed == [SPANS.tolist(), [4]]

@@ -137,7 +137,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(make_model: MakeModel, monke
         monkeypatch.setattr(spans, "price", killed)
         with pytest.raises(KeyboardInterrupt):
             spans.find(gated_model, Samples(), settings, Run())  # type: ignore[arg-type]
-        resumed = spans.find(gated_model, Samples(), settings, Run(resume=True))  # type: ignore[arg-type]
+        again = Run(resume=True, named_pattern=lambda: pytest.fail("its order is in the prices"))
+        resumed = spans.find(gated_model, Samples(), settings, again)  # type: ignore[arg-type]
         assert len(calls) == 3 + 2, "two of the four were saved"
     assert resumed.needs == whole.needs
     assert resumed.scores.equal(whole.scores)

@@ -24,20 +24,36 @@ def priced_heads(spans: Tensor, others: Tensor, shares: Tensor, sink_size: int, 
         backends: implementations.
     """
     attend_chosen = masked_heads(spans, sink_size, backends)
-    alternatives = [(masked_heads(other, sink_size, backends), other.equal(spans)) for other in others]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, rows: Tensor | None = None) -> Tensor:
+        kv_heads, tokens = key.shape[1:3]
         chosen = attend_chosen(query, key, value, softmax, rows=rows)
-        slope = torch.zeros((), device=query.device)
-        for share, (attend_other, is_same) in zip(shares, alternatives, strict=True):
-            if is_same:
+        grouped, grouped_query = (x.unflatten(1, (kv_heads, -1)) for x in (chosen, query))
+        slope = torch.zeros_like(grouped, dtype=shares.dtype)
+        seen, others_seen = (_seen(x, sink_size, tokens) for x in (spans, others))
+        for other, share, differs in zip(others, shares, others_seen != seen, strict=True):
+            heads = differs.nonzero()[:, 0].tolist()
+            if not heads:
                 continue
+            inputs = (
+                grouped_query[:, heads].flatten(1, 2),
+                key[:, heads],
+                value[:, heads],
+                softmax.of(heads, kv_heads),
+            )
             with torch.no_grad():
-                difference = attend_other(query, key, value, softmax, rows=rows) - chosen
-            slope = slope + share.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None] * difference
-        return chosen + slope.to(chosen.dtype)
+                attended = masked_heads(other[heads], sink_size, backends)(*inputs, rows=rows)
+                difference = attended.unflatten(1, (len(heads), -1)) - grouped[:, heads]
+            index = torch.tensor(heads, device=query.device)
+            slope = slope.index_add(1, index, share[heads][:, None, None, None] * difference)
+        return chosen + slope.flatten(1, 2).to(chosen.dtype)
 
     return attend
+
+
+def _seen(spans: Tensor, sink_size: int, tokens: int) -> Tensor:
+    """Spans of which all that leave no gap in a text of `tokens` tokens are -1, so that equal ones see the same."""
+    return torch.where(spans + sink_size >= tokens, -1, spans)
 
 
 def priced_layers(

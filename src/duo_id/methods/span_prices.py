@@ -14,9 +14,6 @@ from duo_id.common.files import write_text
 from duo_id.common.integrity import sealed
 
 PRICES_FILE = "prices.json"  # in a run folder: the prices so far
-LATE_POWER = (
-    1  # weights late samples, whose budgets were allocated by better estimates: sample t counts t to this power
-)
 
 
 class _State(Data):
@@ -55,7 +52,7 @@ class SpanPrices:
         self.count = 0
 
     def add(self, level: Tensor, rises: Tensor, real: Tensor) -> None:
-        """Count the prices of one sample.
+        """Count the prices of one sample; late ones weigh more, as better estimates have spent their budgets.
 
         Args:
             level: (gated layers, KV heads) int64, the level that each head saw.
@@ -63,7 +60,6 @@ class SpanPrices:
             real: (levels - 1,) bool: whether the sample is long enough to tell a level from the next.
         """
         self.count += 1
-        weight = float(self.count**LATE_POWER)
         rises = rises.double().cpu()
         levels = len(real) + 1
         for side, (step, price) in enumerate([(level, -rises[1]), (level - 1, rises[0])]):
@@ -71,8 +67,8 @@ class SpanPrices:
             measured &= real[step.clamp(0, levels - 2)]
             layer, head = measured.nonzero(as_tuple=True)
             at = (layer, head, step[layer, head])
-            self.saved[side][at] += weight * price[layer, head]
-            self.weights[side][at] += weight
+            self.saved[side][at] += self.count * price[layer, head]
+            self.weights[side][at] += self.count
 
     def costs(self) -> Tensor:
         """(gated layers, KV heads, levels) float64: the rise of the loss at each level, 0 at the last."""

@@ -40,7 +40,7 @@ def find(gated_model: GatedModel, samples: SampleModule, settings: SpanSettings,
     started, path = time.perf_counter(), run.folder / PRICES_FILE
     if not run.resume:
         path.unlink(missing_ok=True)  # of an earlier run in this folder
-    start = run.named_pattern()
+    start = None if path.is_file() else run.named_pattern()
     training_samples = samples.samples("train", max(settings.samples, settings.curvature_samples))
     priced_samples = training_samples[: settings.samples]
     longest = max(len(sample["input_ids"]) for sample in training_samples)
