@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 from numbers import Real
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,26 +14,11 @@ from torch import Tensor
 from duo_id.common.documents import excerpt
 from duo_id.common.errors import UserError, check
 from duo_id.patterns.fields import check_length
-from duo_id.patterns.needs import SpanNeeds
+from duo_id.patterns.needs import PatternFields
 from duo_id.patterns.spans import ALL, HeadSpans, kept_tokens
 
 
-class Heads(Protocol):
-    """What allocation reads of a pattern: see `duo_id.patterns.pattern.HeadPattern`."""
-
-    @property
-    def scores(self) -> Tensor: ...  # noqa: D102
-    @property
-    def sink_size(self) -> int: ...  # noqa: D102
-    @property
-    def recent_size(self) -> int: ...  # noqa: D102
-    @property
-    def gated_layers(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def needs(self) -> SpanNeeds | None: ...  # noqa: D102
-
-
-def allocate(pattern: Heads, cache: float, length: int) -> HeadSpans:
+def allocate(pattern: PatternFields, cache: float, length: int) -> HeadSpans:
     """The spans of a pattern's heads within a share of the full cache's bytes; see `HeadPattern.allocate`."""
     check(
         isinstance(cache, Real) and not isinstance(cache, bool) and 0 < cache <= 1,
@@ -71,7 +55,7 @@ def tokens_within(share: float, tokens: int) -> int:
     return math.floor(Fraction(str(float(share))) * tokens)
 
 
-def least_share(pattern: Heads, length: int) -> float:
+def least_share(pattern: PatternFields, length: int) -> float:
     """The smallest share of the cache that `allocate` can keep of a context of `length` tokens."""
     smallest = torch.tensor(_levels_and_costs(pattern)[0][0])
     kept = int(kept_tokens(smallest, pattern.sink_size, length))
@@ -135,7 +119,7 @@ def _hull_steps(costs: Sequence[float], tokens: np.ndarray, levels: Sequence[int
     return [(slope(low, high), levels[high]) for low, high in pairwise(corners)]
 
 
-def _levels_and_costs(pattern: Heads) -> tuple[tuple[int, ...], Tensor]:
+def _levels_and_costs(pattern: PatternFields) -> tuple[tuple[int, ...], Tensor]:
     """Levels, and costs (gated heads, levels); without needs, all steps save the same and the scores decide."""
     gated = list(pattern.gated_layers)
     if pattern.needs is not None:

@@ -21,7 +21,7 @@ from duo_id.common.errors import UserError
 from duo_id.common.files import write_text
 from duo_id.common.integrity import DIFFERS, SEAL, digest_of, sealed
 from duo_id.patterns import hub
-from duo_id.patterns.needs import SpanNeeds
+from duo_id.patterns.needs import PatternFields, SpanNeeds
 from duo_id.patterns.sources import CONFIG, HEADS, SCORES, file_in, local_file, repo_of
 from duo_id.patterns.tables import exact_rows, json_text, number_rows, read_tsv, tsv
 
@@ -39,26 +39,11 @@ Made = TypeVar("Made")
 Make = Callable[[Tensor, int, int, tuple[int, ...], dict[str, Any], SpanNeeds | None], Made]
 
 
-class Fields(Protocol):
-    """What is written of a pattern: see `duo_id.patterns.pattern.HeadPattern`."""
-
-    @property
-    def scores(self) -> Tensor: ...  # noqa: D102
-
-    @property
-    def sink_size(self) -> int: ...  # noqa: D102
-
-    @property
-    def recent_size(self) -> int: ...  # noqa: D102
-
-    @property
-    def gated_layers(self) -> tuple[int, ...]: ...  # noqa: D102
+class Fields(PatternFields, Protocol):
+    """What is written of a pattern."""
 
     @property
     def provenance(self) -> dict[str, Any]: ...  # noqa: D102
-
-    @property
-    def needs(self) -> SpanNeeds | None: ...  # noqa: D102
 
 
 class Sizes(Data):

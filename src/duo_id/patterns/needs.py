@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Integral
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -78,3 +79,18 @@ class SpanNeeds:
     def __eq__(self, other: object) -> bool:
         """Whether spans and costs are equal."""
         return isinstance(other, SpanNeeds) and self.levels == other.levels and self.costs.equal(other.costs)
+
+
+class PatternFields(Protocol):
+    """What allocation and files read of a pattern: see `duo_id.patterns.pattern.HeadPattern`."""
+
+    @property
+    def scores(self) -> Tensor: ...  # noqa: D102
+    @property
+    def sink_size(self) -> int: ...  # noqa: D102
+    @property
+    def recent_size(self) -> int: ...  # noqa: D102
+    @property
+    def gated_layers(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def needs(self) -> SpanNeeds | None: ...  # noqa: D102
