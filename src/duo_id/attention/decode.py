@@ -1,6 +1,6 @@
 """One decode step of a layer under a hard mask: store the new token and attend, without synchronising the device."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -65,33 +65,62 @@ def decode_attention(
 
         stores, listed = (full_key, full_value, recent_key, recent_value), (retrieval, streaming)
         return decode(query, key, value, *stores, *listed, lengths, arrived, slots, sink_size, scale)
-    past = lengths - 1
-    kv_heads, samples = key.shape[1], torch.arange(len(query), device=device)
-    groups = [(retrieval.long(), full_key, full_value, past)]
-    first = row = 0
+    out = torch.empty(query.shape, dtype=query.dtype, device=device)
+    full = (retrieval.long(), full_key, full_value, lengths - 1)
+    for group in (full, *ring_groups(recent_key, recent_value, streaming, lengths, spans, slots, sink_size)):
+        store_and_attend(query, key, value, *group, lengths, softmax, out)
+    return out
+
+
+HeadGroup = tuple[Tensor, Tensor, Tensor, Tensor]  # KV heads, their keys and values, and the new token's slot
+
+
+def ring_groups(
+    recent_key: Tensor,
+    recent_value: Tensor,
+    streaming: Tensor,
+    lengths: Tensor,
+    spans: Sequence[int],
+    slots: Sequence[int],
+    sink_size: int,
+) -> Iterator[HeadGroup]:
+    """The streaming heads, those of one span together; see `decode_attention`."""
+    past, first, row = lengths - 1, 0, 0
     for (span, size), members in groupby(zip(spans, slots, strict=True)):
         count = len(list(members))
         heads = streaming[0, first : first + count].long()
         keys, values = (x[:, row : row + count * size].unflatten(1, (count, size)) for x in (recent_key, recent_value))
-        slot = torch.where(past < sink_size, past, sink_size + (past - sink_size) % span)
-        groups.append((heads, keys, values, slot))
+        yield heads, keys, values, torch.where(past < sink_size, past, sink_size + (past - sink_size) % span)
         first, row = first + count, row + count * size
-    grouped = query.unflatten(1, (kv_heads, -1))
-    out = torch.empty(grouped.shape, dtype=query.dtype, device=device)
-    for heads, keys, values, column in groups:
-        if not len(heads):
-            continue
-        keys[samples, :, column] = key[:, heads, 0]
-        values[samples, :, column] = value[:, heads, 0]
-        used = keys.shape[2] if query.is_cuda else min(keys.shape[2], int(lengths.max()))
-        visible = (torch.arange(used, device=device) < lengths[:, None])[:, None, None]
-        inputs = (grouped[:, heads].flatten(1, 2), keys[:, :, :used], values[:, :, :used])
-        if softmax.plain:
-            part = F.scaled_dot_product_attention(*inputs, attn_mask=visible, scale=scale, enable_gqa=True)
-        else:
-            part = softmax.of(heads, kv_heads).attend(*inputs, visible)
-        out[:, heads] = part.unflatten(1, (len(heads), -1))
-    return out.flatten(1, 2)
+
+
+def store_and_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot: Tensor,
+    lengths: Tensor,
+    softmax: Softmax,
+    out: Tensor,
+) -> None:
+    """Store a new token of some KV heads in its slot and attend from it, without a kernel of our own."""
+    if not len(heads):
+        return
+    kv_heads, samples = key.shape[1], torch.arange(len(query), device=query.device)
+    keys[samples, :, slot] = key[:, heads, 0]
+    values[samples, :, slot] = value[:, heads, 0]
+    used = keys.shape[2] if query.is_cuda else min(keys.shape[2], int(lengths.max()))
+    visible = (torch.arange(used, device=query.device) < lengths[:, None])[:, None, None]
+    queries = query.unflatten(1, (kv_heads, -1))[:, heads].flatten(1, 2)
+    inputs = (queries, keys[:, :, :used], values[:, :, :used])
+    if softmax.plain:
+        found = F.scaled_dot_product_attention(*inputs, attn_mask=visible, scale=softmax.scale, enable_gqa=True)
+    else:
+        found = softmax.of(heads, kv_heads).attend(*inputs, visible)
+    out.unflatten(1, (kv_heads, -1))[:, heads] = found.unflatten(1, (len(heads), -1))
 
 
 @decode_attention.register_fake

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from duo_id.attention.choices import FULL_BACKENDS
 from duo_id.attention.memo import memo
-from duo_id.attention.softmax import Softmax, attend_at, attend_by_rows
+from duo_id.attention.softmax import ROWS, Softmax, attend_at, attend_by_rows, join
 from duo_id.common.errors import UserError
 
 CUDNN_MAX_DIM = 128  # the widest head that cuDNN's forward pass takes in every supported version
@@ -60,6 +61,40 @@ def full_attention(
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=not past, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
+
+
+def attention_in_parts(
+    query: Tensor, parts: Iterable[tuple[Tensor, Tensor]], softmax: Softmax, backend: str = "auto"
+) -> Tensor:
+    """Causal softmax attention over a context that comes in parts, of which one at a time is in memory; no gradient.
+
+    Args:
+        query: (batch, heads, queries, head_dim), of the last tokens.
+        parts: keys and values (batch, KV heads, any, head_dim): first those of the queries' own tokens, then those of
+            earlier ones, at least one each, in any order.
+        softmax: of the layer.
+        backend: see `full_attention`.
+
+    Returns:
+        (batch, heads, queries, head_dim).
+    """
+    found = (_part(query, *part, not place, softmax, backend) for place, part in enumerate(parts))
+    return join(found, softmax).to(query.dtype)
+
+
+def _part(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, softmax: Softmax, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Attention over a part of the context without sinks, and the log-sum-exp of its scores."""
+    if softmax.plain:
+        implementation = _choose(backend, query.device.type, query.dtype, key.shape[2] >= CUDNN_MIN_TOKENS)
+        return _with_log_sum(query, key, value, causal, softmax.scale, implementation)
+    place, found = torch.arange(key.shape[2], device=query.device), []
+    for start in range(0, query.shape[2], ROWS):
+        rows = query[:, :, start : start + ROWS]
+        row = start + torch.arange(rows.shape[2], device=query.device)
+        found.append(softmax.attend_part(rows, key, value, (place <= row[:, None]) | torch.tensor(not causal)))
+    return torch.cat([out for out, _ in found], 2), torch.cat([log_sum for _, log_sum in found], 2)
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, mask: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """How a layer turns scores into attention weights, and attention for layers that no fast backend supports."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,16 @@ class Softmax(NamedTuple):
             return self
         return self._replace(sinks=self.sinks.unflatten(-1, (kv_heads, -1))[..., indices, :].flatten(-2))
 
+    def scores(self, query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
+        """Scores (batch, heads, queries, keys), float32 or wider, -inf where not `visible`; see `weights`."""
+        kv_heads, queries = key.shape[1], query.shape[2]
+        grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # so that keys are not repeated
+        scores = (grouped @ key.mT).unflatten(2, (query.shape[1] // kv_heads, queries)).flatten(1, 2)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.factor(query.shape[-1])
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        return scores.masked_fill(~visible, -torch.inf)
+
     def weights(self, query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
         """Attention weights.
 
@@ -53,13 +63,7 @@ class Softmax(NamedTuple):
         Returns:
             (batch, heads, queries, keys), float32 or wider; rows sum to 1, or to less with a sink.
         """
-        kv_heads, queries = key.shape[1], query.shape[2]
-        grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # so that keys are not repeated
-        scores = (grouped @ key.mT).unflatten(2, (query.shape[1] // kv_heads, queries)).flatten(1, 2)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.factor(query.shape[-1])
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.masked_fill(~visible, -torch.inf)
+        scores = self.scores(query, key, visible)
         if self.sinks is None:
             return scores.softmax(-1)
         sinks = self.sinks.to(scores.dtype)[..., None, None].expand(*scores.shape[:-1], 1)
@@ -67,9 +71,49 @@ class Softmax(NamedTuple):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
         """Attention, (batch, heads, queries, head_dim), over what is `visible`; see `weights`."""
-        weights = self.weights(query, key, visible).to(value.dtype)
-        grouped = weights.unflatten(1, (key.shape[1], -1)).flatten(2, 3) @ value
-        return grouped.unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+        return _weighted(self.weights(query, key, visible), value)
+
+    def attend_part(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention over a part of what is to be seen, without sinks, and the log-sum-exp of its scores; see `weights`.
+
+        Returns:
+            (batch, heads, queries, head_dim), zeros where nothing is visible, and (batch, heads, queries), -inf there.
+        """
+        scores = self.scores(query, key, visible)
+        highest = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+        shares = (scores - highest).exp()
+        total = shares.sum(-1, keepdim=True)
+        out = _weighted(shares / total.clamp(min=torch.finfo(total.dtype).tiny), value)
+        return out, (highest + total.log()).squeeze(-1)
+
+
+def _weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """Sums (batch, heads, queries, head_dim) of values, whose heads are fewer than those of the weights."""
+    grouped = weights.to(value.dtype).unflatten(1, (value.shape[1], -1)).flatten(2, 3) @ value
+    return grouped.unflatten(2, (-1, weights.shape[2])).flatten(1, 2)
+
+
+def join(parts: Iterable[tuple[Tensor, Tensor]], softmax: Softmax) -> Tensor:
+    """Attention over several parts, weighted by their shares of the softmax; no gradient.
+
+    Args:
+        parts: attention (batch, heads, queries, head_dim) over each part and the log-sum-exp (batch, heads, queries) of
+            its scores, as `Softmax.attend_part` returns them; in the first part each query sees something.
+        softmax: of the layer; its sinks take their share.
+
+    Returns:
+        (batch, heads, queries, head_dim), float32 or wider.
+    """
+    parts = iter(parts)
+    first, log_sum = next(parts)
+    out = first.to(torch.promote_types(first.dtype, torch.float32))
+    for part, part_sum in parts:
+        total = torch.logaddexp(log_sum, part_sum)
+        out = out * (log_sum - total).exp()[..., None] + part * (part_sum - total).exp()[..., None]
+        log_sum = total
+    if softmax.sinks is not None:
+        out = out * torch.sigmoid(log_sum - softmax.sinks[..., None].to(log_sum.dtype))[..., None]
+    return out
 
 
 def attend_at(

@@ -10,6 +10,7 @@ from torch import LongTensor, Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from duo_id.attention import codes
 from duo_id.attention.functions import Backends, Mask
 from duo_id.attention.layers import AttentionLayer
 from duo_id.common.compat import cache_layers
@@ -27,6 +28,7 @@ class DualCache(Cache):
     the state that transformers gives them. After T tokens a cache for B samples holds
     `2 * B * head_dim * bytes per number * sum over heads of (T, or min(T, sink + span))` bytes, and a growing one up to
     1/128 or 64 tokens a head of slack. Source: DuoAttention, section 2.3, where all streaming heads have one span.
+    Retrieval heads may keep codes of 8 or 4 bits in place of numbers; see `duo_id.deploy.quantised`.
 
     Args:
         layers: all attention layers of the model.
@@ -34,9 +36,12 @@ class DualCache(Cache):
         config: of the (text) model.
         max_length: tokens to make room for, in a static cache that can be compiled and captured; None: it grows.
         backends: attention implementations of prefill.
+        kv: what retrieval heads keep: `exact` is the model's own type, `int8`, `int4` and `k8v4` are codes of so many
+            bits, the last of 8 for keys and 4 for values.
 
     Raises:
-        UserError: a layer has its own attention pattern, or other state in addition to keys and values.
+        UserError: a layer has its own attention pattern, or other state in addition to keys and values; or no codes of
+            its keys can be packed.
     """
 
     def __init__(
@@ -46,8 +51,10 @@ class DualCache(Cache):
         config: PreTrainedConfig,
         max_length: int | None = None,
         backends: Backends | None = None,
+        kv: str = "exact",
     ) -> None:
         self.mask, self.max_length, self.tokens = mask, max_length, Tokens(max_length is not None)
+        self.kv, bits = kv, codes.bits_of(kv)
         if max_length is not None and max_length < 1:
             raise UserError(f"max_length={max_length} must be at least 1 token")
         all_layers = cache_layers(config, max_length)
@@ -57,6 +64,11 @@ class DualCache(Cache):
                 continue  # an early-exit model does not run it
             if layer.obstacle or isinstance(all_layers[layer.index], LinearAttentionCacheLayerMixin):
                 raise UserError(f"{layer.name} cannot use a dual cache: {layer.obstacle or 'it also has other state'}")
+            if bits and layer.head_dim % 2:
+                raise UserError(
+                    f"kv={kv}: codes are packed in two halves, but heads of {layer.name} are {layer.head_dim} wide, an odd "
+                    "number: use kv=exact"
+                )
             spans, sink_size = all_spans[layer.index], mask.sink_size
             if layer.window is not None:
                 spans, sink_size = [layer.window] * layer.kv_heads, 0
@@ -68,6 +80,7 @@ class DualCache(Cache):
                 layer.index == first,
                 max_length,
                 backends or Backends(),
+                bits,
             )
         super().__init__(layers=all_layers)
 
@@ -150,6 +163,11 @@ class DualCache(Cache):
             return
         if self.max_length is not None:
             raise UserError("a static cache cannot keep tokens beyond its windows: make it without max_length")
+        if self.kv != "exact" and tokens > codes.GROUP:
+            raise UserError(
+                f"activate_past_recording({tokens}): with kv={self.kv} at most {codes.GROUP} tokens can be removed: ask "
+                "for no more, or use kv=exact"
+            )
         self.tokens.recorded, self.tokens.since = tokens, self.tokens.highest if self.tokens.lengths is not None else []
         for layer in self.dual_layers:
             layer.record()
@@ -158,7 +176,8 @@ class DualCache(Cache):
         """Remove the last `-tokens_to_remove` tokens of each sample, columns of padding included.
 
         Raises:
-            UserError: a streaming head would need tokens that it has dropped; the cache is left unchanged.
+            UserError: a streaming head would need tokens that it has dropped, or a retrieval head tokens of which it
+                keeps only codes; the cache is left unchanged.
         """
         try:
             tokens_to_remove = operator.index(tokens_to_remove)  # some releases pass a tensor
@@ -175,6 +194,13 @@ class DualCache(Cache):
             raise UserError("crop: the state of layers without attention cannot be rolled back")
         lengths, removed = tokens.held, tokens.removed(columns)
         floors, peaks = tokens.floors, tokens.highest
+        for length, num_removed, peak in zip(lengths, removed, tokens.highest, strict=True):
+            least = max((layer.full.exact_from(peak) for layer in self.dual_layers), default=0)
+            if num_removed and length - num_removed < least:
+                raise UserError(
+                    f"crop({tokens_to_remove}): with kv={self.kv} the first {least} of {peak} tokens are kept as codes "
+                    "alone: crop to no fewer, or use kv=exact"
+                )
         streaming = [layer.recent for layer in self.dual_layers if len(layer.recent.heads)]
         windows = {ring.window for store in streaming for ring in store.rings}
         for length, num_removed, floor, peak in zip(lengths, removed, floors, peaks, strict=True):
@@ -226,8 +252,7 @@ class DualCache(Cache):
         for layer in self.dual_layers:
             for store in layer.stores:
                 store.reserve(tokens)
-                store.key.normal_(generator=generator)
-                store.value.normal_(generator=generator)
+                store.fill(generator)
         self.tokens.running = False
 
     def _select(self, samples: Tensor) -> None:

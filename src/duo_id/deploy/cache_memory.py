@@ -15,7 +15,7 @@ from duo_id.patterns.spans import HeadSpans
 
 
 def cache_bytes(
-    model: PreTrainedModel, masks: Mapping[str, HeadMask | HeadSpans], contexts: Sequence[int]
+    model: PreTrainedModel, masks: Mapping[str, HeadMask | HeadSpans], contexts: Sequence[int], kv: str = "exact"
 ) -> pd.DataFrame:
     """Bytes of keys and values that one sample's cache keeps under each mask; the model is not run.
 
@@ -23,6 +23,7 @@ def cache_bytes(
         model: not under a mask; its dtype matters.
         masks: or spans, by name; one without streaming heads is full attention.
         contexts: lengths in tokens.
+        kv: what retrieval heads keep; see `DualCache`.
 
     Returns:
         one row per context, one column per mask.
@@ -32,7 +33,7 @@ def cache_bytes(
     """
     columns = {}
     for name, mask in masks.items():
-        with duo_attention(model, mask):
+        with duo_attention(model, mask, kv=kv):
             cache = dual_cache(model)
             cache.fill(1, 1, model.dtype, model.device)  # stores have no size before the first token
             columns[name] = [sum(layer.retained_bytes(tokens) for layer in cache.dual_layers) for tokens in contexts]

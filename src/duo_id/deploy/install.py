@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 
+from duo_id.attention.codes import bits_of
 from duo_id.attention.functions import Backends, Mask, masked_layers
 from duo_id.attention.interface import IMPLEMENTATION, bound, routed
 from duo_id.attention.layers import AttentionLayer, gated_layers
@@ -32,9 +33,9 @@ class Deployment:
     """A model under a mask: creates its caches and checks those passed to it."""
 
     def __init__(
-        self, layers: list[AttentionLayer], mask: HeadMask | HeadSpans, config: Any, backends: Backends
+        self, layers: list[AttentionLayer], mask: HeadMask | HeadSpans, config: Any, backends: Backends, kv: str
     ) -> None:
-        self.layers, self.mask, self.config, self.backends = layers, mask, config, backends
+        self.layers, self.mask, self.config, self.backends, self.kv = layers, mask, config, backends, kv
         self.undo, self.longest = ExitStack(), 0
 
     def deepcopy_of(self, model: PreTrainedModel) -> Any:
@@ -45,15 +46,16 @@ class Deployment:
             try:
                 copied = copy.deepcopy(model, memo)
             finally:
-                install(model, self.mask, self.backends)
-            install(copied, self.mask, self.backends)
+                install(model, self.mask, self.backends, kv=self.kv)
+            install(copied, self.mask, self.backends, kv=self.kv)
             return copied
 
         return deepcopy
 
-    def new_cache(self, max_length: int | None = None) -> DualCache:
+    def new_cache(self, max_length: int | None = None, kv: str | None = None) -> DualCache:
         """A cache for the model's mask; see `DualCache`."""
-        return DualCache(self.layers, self.mask, self.config, max_length, self.backends)
+        kv = self.kv if kv is None else kv
+        return DualCache(self.layers, self.mask, self.config, max_length, self.backends, kv)
 
     def check(self, cache: Any) -> None:
         """Raise a `UserError` unless `cache` is a dual cache for the model's mask."""
@@ -178,6 +180,7 @@ def install(
     *,
     sparsity: float | None = None,
     threshold: float | None = None,
+    kv: str = "exact",
 ) -> None:
     """Put `model` under a head mask until `remove(model)`: every forward is hard-masked, and caches are dual caches.
 
@@ -187,6 +190,7 @@ def install(
         backends: attention implementations; all automatic by default.
         sparsity: of a pattern, the fraction of its KV heads that stream; see `HeadPattern.binarize`.
         threshold: of a pattern of gates, below which heads stream.
+        kv: what retrieval heads keep in caches: `exact`, `int8`, `k8v4` or `int4`; see `DualCache`.
 
     Raises:
         UserError: the mask has another shape, the model is already under a mask, or its attention is not supported.
@@ -198,6 +202,7 @@ def install(
         raise UserError("the model is already under duo_attention: leave that block, or call duo_id.remove(model)")
     backends = backends or Backends()
     config = model.config.get_text_config()
+    bits_of(kv)
     with ExitStack() as undo:
         layers = undo.enter_context(routed(model, backends))
         gated = gated_layers(model, layers)
@@ -206,7 +211,7 @@ def install(
         indices = {layer.index for layer in gated}
         if surplus := [layer for layer in mask.gated_layers if layer not in indices]:
             raise UserError(f"the head mask covers layers {surplus}, which have no gates in {name}")
-        deployment = Deployment(layers, mask, config, backends)
+        deployment = Deployment(layers, mask, config, backends, kv)
         undo.enter_context(bound(gated, masked_layers(gated, mask, backends)))
         inner = getattr(model, "get_decoder", lambda: None)()  # runs where a model bypasses its base model
         for module in {id(x): x for x in (model, model.base_model, inner) if isinstance(x, PreTrainedModel)}.values():
@@ -239,9 +244,10 @@ def duo_attention(
     *,
     sparsity: float | None = None,
     threshold: float | None = None,
+    kv: str = "exact",
 ) -> Iterator[None]:
     """Put `model` under a head mask for a block; see `install`."""
-    install(model, heads, backends, sparsity=sparsity, threshold=threshold)
+    install(model, heads, backends, sparsity=sparsity, threshold=threshold, kv=kv)
     try:
         yield
     finally:
@@ -249,19 +255,20 @@ def duo_attention(
             remove(model)
 
 
-def dual_cache(model: PreTrainedModel, max_length: int | None = None) -> DualCache:
+def dual_cache(model: PreTrainedModel, max_length: int | None = None, kv: str | None = None) -> DualCache:
     """An empty cache for a model under `duo_attention`.
 
     Args:
         model: under a mask.
         max_length: tokens to make room for, in a static cache that can be compiled and captured; None: it grows.
+        kv: what retrieval heads keep, see `DualCache`; None: as `duo_attention` says.
 
     Raises:
         UserError: the model is not under a mask.
     """
     if not isinstance(max_length, int | None) or isinstance(max_length, bool):
         raise UserError(f"max_length={max_length!r} must be a whole number of tokens, or None")
-    return deployment_of(model).new_cache(max_length)
+    return deployment_of(model).new_cache(max_length, kv)
 
 
 def deployment_of(model: PreTrainedModel) -> Deployment:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from duo_id.attention.codes import Bits
 from duo_id.attention.decode import decode_attention
+from duo_id.attention.decode_codes import decode_codes_attention
 from duo_id.attention.functions import Backends
 from duo_id.attention.interface import as_autocast
 from duo_id.attention.layers import AttentionLayer
@@ -17,6 +19,7 @@ from duo_id.attention.softmax import Softmax
 from duo_id.common.errors import UserError
 from duo_id.deploy.arriving import ArrivingKeys
 from duo_id.deploy.counts import Places, Tokens
+from duo_id.deploy.quantised import QuantisedStore
 from duo_id.deploy.rings import StreamingStore
 from duo_id.deploy.stores import FullStore, Store
 from duo_id.patterns.spans import ALL
@@ -33,6 +36,7 @@ class DualLayer(CacheLayerMixin):
         leads: whether it is the first layer of a forward, the one that counts the tokens.
         capacity: slots of the full store; None for one that grows.
         backends: attention implementations of prefill.
+        bits: of the full store's keys and values; None: it keeps them as they are.
     """
 
     is_sliding = False
@@ -46,16 +50,17 @@ class DualLayer(CacheLayerMixin):
         leads: bool,
         capacity: int | None,
         backends: Backends,
+        bits: Bits | None = None,
     ) -> None:
         self.is_initialized = False
         self.layer, self.sink_size, self.tokens = layer, sink_size, tokens
-        self.leads, self.capacity, self.backends = leads, capacity, backends
+        self.leads, self.capacity, self.backends, self.bits = leads, capacity, backends, bits
         # A window as large as a static cache hides nothing, and needs no ring.
         self.spans = [ALL if capacity is not None and sink_size + span >= capacity else span for span in spans]
         self.is_compileable = capacity is not None
         self.home: torch.device | None = None  # the device of an offloaded layer
-        self.before: dict[str, Tensor] = {}  # the window before the running chunk, if layers share their keys
-        self.full: FullStore
+        self.before: list[dict[str, Tensor]] = []  # what the running chunk overwrites, if layers share their keys
+        self.full: FullStore | QuantisedStore
         self.recent: StreamingStore
 
     @torch.inference_mode(False)  # so that the cache also works outside such a block
@@ -65,15 +70,14 @@ class DualLayer(CacheLayerMixin):
         if self.tokens.lengths is None:
             self.tokens.start(len(key_states), device)
         retrieval_heads = [head for head, span in enumerate(self.spans) if span == ALL]
-        self.full = FullStore(key_states, retrieval_heads, self.capacity, self.backends.full)
+        given = key_states, retrieval_heads, self.capacity, self.backends.full
+        self.full = FullStore(*given) if self.bits is None else QuantisedStore(*given, self.bits)
         grows = self.capacity is None
         self.recent = StreamingStore(key_states, self.spans, self.sink_size, grows, self.backends.streaming)
         self.arrived = torch.zeros(key_states.shape[:2].numel(), dtype=torch.int32, device=device)
         if self.is_compileable and not torch.compiler.is_compiling():
-            for store in self.stores:
-                torch._dynamo.mark_static_address(store.key)
-                torch._dynamo.mark_static_address(store.value)
-            torch._dynamo.mark_static_address(self.arrived)
+            for tensor in (*self.full.tensors.values(), *self.recent.tensors.values(), self.arrived):
+                torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
         if self.tokens.recorded:
             self.record()
@@ -85,10 +89,10 @@ class DualLayer(CacheLayerMixin):
         key_states, value_states = as_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        stored = self.full.key
-        if len(key_states) != len(stored):
+        stored = self.full
+        if len(key_states) != stored.batch:
             raise UserError(
-                f"the cache holds {len(stored)} samples, but the batch has {len(key_states)}: use a new cache"
+                f"the cache holds {stored.batch} samples, but the batch has {len(key_states)}: use a new cache"
             )
         if key_states.dtype != stored.dtype:
             raise UserError(
@@ -157,12 +161,13 @@ class DualLayer(CacheLayerMixin):
                 store.reserve(self.tokens.most)
 
     def _rewind(self, shared: bool) -> None:
-        """Restore the window from before a chunk that layers share, because each of them sees what it dropped."""
+        """Restore what a chunk that layers share has overwritten, because each of them sees it."""
         if shared:
-            for name, tensor in self.before.items():
-                getattr(self.recent, name).copy_(tensor)
+            for store, before in zip(self.stores, self.before, strict=True):
+                for name, tensor in before.items():
+                    getattr(store, name).copy_(tensor)
         else:
-            self.before = {name: tensor.clone() for name, tensor in self.recent.tensors.items()}
+            self.before = [{name: x.clone() for name, x in store.overwritten.items()} for store in self.stores]
 
     def _parts(self, batch: int) -> list[tuple[slice, int, Places]]:
         """Samples, their past and where their new tokens are; all samples at once if they are alike."""
@@ -173,25 +178,13 @@ class DualLayer(CacheLayerMixin):
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         assert self.tokens.reach is not None
         full, recent, lengths = self.full, self.recent, self.tokens.reach.to(query.device)
-        return decode_attention(
-            query,
-            key,
-            value,
-            full.key,
-            full.value,
-            recent.key,
-            recent.value,
-            full.listed,
-            recent.listed,
-            lengths,
-            self.arrived,
-            recent.spans,
-            recent.slots,
-            self.sink_size,
-            softmax.factor(query.shape[-1]),
-            softmax.softcap,
-            softmax.sinks,
-        )
+        new, exact = (query, key, value), (full.key, full.value, recent.key, recent.value)
+        counts = full.listed, recent.listed, lengths, self.arrived, recent.spans, recent.slots, self.sink_size
+        scores = softmax.factor(query.shape[-1]), softmax.softcap, softmax.sinks
+        if isinstance(full, FullStore):
+            return decode_attention(*new, *exact, *counts, *scores)
+        coded = full.key_codes, full.key_scales, full.value_codes, full.value_scales
+        return decode_codes_attention(*new, *coded, *exact, *counts, *scores)
 
     @property
     def stores(self) -> tuple[Store, Store]:
@@ -206,7 +199,7 @@ class DualLayer(CacheLayerMixin):
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether the last tokens can be removed at any length."""
-        return self.tokens.recorded > 0 or all(span == ALL for span in self.spans)
+        return self.tokens.recorded > 0 or (self.bits is None and all(span == ALL for span in self.spans))
 
     @property
     def keys(self) -> None:  # type: ignore[override]
@@ -222,17 +215,17 @@ class DualLayer(CacheLayerMixin):
     @property
     def device(self) -> torch.device | None:
         """Device of keys and values; None before the first token."""
-        return self.full.key.device if self.is_initialized else None
+        return self.full.device if self.is_initialized else None
 
     @property
     def dtype(self) -> torch.dtype | None:
         """Type of keys and values; None before the first token."""
-        return self.full.key.dtype if self.is_initialized else None
+        return self.full.dtype if self.is_initialized else None
 
     def offload(self) -> None:
         """Move keys and values to the CPU; call `prefetch` before the next forward."""
         if self.is_initialized and self.capacity is None:
-            self.home = self.home or self.full.key.device
+            self.home = self.home or self.full.device
             for store in self.stores:
                 store.move("cpu")
         elif self.capacity is not None:
@@ -250,7 +243,7 @@ class DualLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Samples in the cache; -1 before the first forward."""
-        return len(self.full.key) if self.is_initialized else -1
+        return self.full.batch if self.is_initialized else -1
 
     @property
     def nbytes(self) -> int:
@@ -259,10 +252,7 @@ class DualLayer(CacheLayerMixin):
 
     def retained_bytes(self, tokens: int) -> int:
         """Bytes that one sample of `tokens` tokens keeps."""
-        if not self.is_initialized:
-            return 0
-        entries = sum(tokens if span == ALL else min(tokens, self.sink_size + span) for span in self.spans)
-        return 2 * entries * self.layer.head_dim * self.full.key.element_size()
+        return sum(store.retained_bytes(tokens) for store in self.stores) if self.is_initialized else 0
 
     def get_seq_length(self) -> int:
         """Tokens seen so far, including padding."""

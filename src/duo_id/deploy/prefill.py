@@ -27,6 +27,8 @@ def prefill(
 ) -> Tensor:
     """Run a prompt through a model under `duo_attention` and into a cache; any chunk size gives the same result.
 
+    Where the cache keeps codes, chunks differ a little, because each sees its own tokens exactly.
+
     Args:
         model: under a mask.
         input_ids: (batch, tokens).

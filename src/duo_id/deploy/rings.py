@@ -184,6 +184,16 @@ class StreamingStore(Store):
         """See `Store.tensors`."""
         return super().tensors | ({} if self.recorded is None else {"recorded": self.recorded})
 
+    @property
+    def overwritten(self) -> dict[str, Tensor]:
+        """See `Store.overwritten`."""
+        return self.tensors
+
+    def retained_bytes(self, tokens: int) -> int:
+        """See `Store.retained_bytes`."""
+        rows = sum(min(tokens, self.sink_size + span) for span in self.spans)
+        return 2 * rows * self.key.shape[2] * self.key.element_size()
+
     def _record(self, key: Tensor, value: Tensor, past: int, sample: slice) -> None:
         """Keep what leaves the windows as new tokens arrive, before its slots are overwritten."""
         assert self.recorded is not None

@@ -61,11 +61,11 @@ class Heads:
 
 
 class Store(ABC):
-    """Keys and values of some KV heads of one layer; the interface that a quantised store would implement.
+    """Keys and values of some KV heads of one layer.
 
     Attributes:
         heads: the layer's KV heads in this store.
-        key: batch first, head_dim last.
+        key: batch first, head_dim last, in the model's type; all tokens, or those that are kept exactly.
         value: the same shape.
     """
 
@@ -107,10 +107,43 @@ class Store(ABC):
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens per sample, including those already stored."""
 
+    @abstractmethod
+    def retained_bytes(self, tokens: int) -> int:
+        """Bytes that one sample of `tokens` tokens keeps, without free slots."""
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by attribute name, batch first."""
         return {"key": self.key, "value": self.value}
+
+    @property
+    def overwritten(self) -> dict[str, Tensor]:
+        """Those of the tensors in which new tokens take the place of older ones."""
+        return {}
+
+    @property
+    def batch(self) -> int:
+        """How many samples."""
+        return len(self.key)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of keys and values as they come and as they are attended to."""
+        return self.key.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of all tensors."""
+        return self.key.device
+
+    def exact_from(self, tokens: int) -> int:
+        """The smallest length to which a sample that once had `tokens` tokens can be cropped, as far as it tells."""
+        return 0
+
+    def fill(self, generator: torch.Generator) -> None:
+        """Fill all slots with random numbers, for benchmarks."""
+        for tensor in (self.key, self.value):
+            tensor.normal_(generator=generator)
 
     @torch.inference_mode(False)
     def move(self, device: torch.device | str) -> None:
@@ -199,6 +232,10 @@ class FullStore(Store):
         """See `Store.put_first`; slots beyond a sample's tokens are masked, and overwritten later."""
         most = min(key.shape[2], self.key.shape[2])
         self.put(key[:, :, :most], value[:, :, :most], 0, slice(None))
+
+    def retained_bytes(self, tokens: int) -> int:
+        """See `Store.retained_bytes`."""
+        return 2 * tokens * len(self.heads) * self.key.shape[3] * self.key.element_size()
 
 
 def with_slack(tokens: int) -> int:

@@ -55,9 +55,9 @@ def short_shares(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from duo_id.attention.kernels import decode as module
 
     monkeypatch.setattr(module, "SHARE", (16, 48))
-    module._programs.cache_clear()
+    module.programs_of.cache_clear()
     yield
-    module._programs.cache_clear()
+    module.programs_of.cache_clear()
 
 
 @pytest.mark.parametrize("sink", [0, 3, 16])
@@ -72,23 +72,23 @@ def test_decode_over_rings_that_programs_share(pattern: str, sink: int, short_sh
 
 def test_shares_divide_the_machine_among_heads() -> None:
     """Two kinds of heads are divided as before; of rings, long ones are shared; heads in full are never starved."""
-    from duo_id.attention.kernels.decode import _programs
+    from duo_id.attention.kernels.decode import programs_of
 
     for capacity in (1000, 100_000):
         for full, streaming, batch in ((4, 4, 1), (8, 24, 1), (1, 7, 4), (32, 0, 1), (40, 40, 8)):
-            splits, share, rings = _programs((384,) * streaming, capacity, full, batch, 132)
+            splits, share, rings = programs_of((384,) * streaming, capacity, full, batch, 132)
             assert splits == max(1, (132 - -(-batch * streaming // 4)) // (batch * full))
             assert share >= 384
     for slots, capacity, full in (((8256,) * 3 + (320,) * 3, 32_768, 2), ((2112, 1088, 320), 10_000, 5)):
-        splits, share, rings = _programs(slots, capacity, full, 1, 132)
+        splits, share, rings = programs_of(slots, capacity, full, 1, 132)
         assert rings == sum(-(-size // share) for size in slots)
         programs = full * splits + rings - sum(size <= 512 for size in slots)
         assert 110 <= programs <= 132
         assert share <= 1.1 * max(512, capacity / splits)
-    splits, share, rings = _programs((8256,) * 2, 1_000_000, 4, 1, 132)
+    splits, share, rings = programs_of((8256,) * 2, 1_000_000, 4, 1, 132)
     assert splits >= 32
     assert share == 2048, "also where a cache with much room holds little"
-    assert _programs((8256,) * 8, 1_000_000, 0, 1, 132)[1] <= 2048
+    assert programs_of((8256,) * 8, 1_000_000, 0, 1, 132)[1] <= 2048
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

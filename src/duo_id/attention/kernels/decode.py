@@ -20,6 +20,58 @@ SHARE = 512, 2048  # slots of a streaming head that one program reads, at least 
 
 
 @triton.jit
+def ring_of(program, batch, streaming, streaming_heads, sink, most, full_programs, ring_share, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which streaming head a program belongs to, as which of how many, and where the first of these has its part."""
+    store, split, parts, part = program - full_programs, 0, 1, batch * 0
+    if HEADS:
+        number = tl.arange(0, HEADS)
+        windows = tl.load(streaming + 2 * streaming_heads + number, number < streaming_heads, 0) + sink
+        programs = tl.cdiv(tl.minimum(windows, most), ring_share)
+        programs = tl.where(number < streaming_heads, programs, 0)
+        ends = tl.cumsum(programs, 0)
+        own = (ends - programs <= store) & (store < ends)
+        split = store - tl.sum(tl.where(own, ends - programs, 0), 0)
+        parts = tl.sum(tl.where(own, programs, 0), 0)
+        part = tl.num_programs(1) * full_programs + batch * (tl.num_programs(0) - full_programs) + store - split
+        store = tl.sum(tl.where(own, number, 0), 0)
+    return store, split, parts, part
+
+
+@triton.jit
+def sum_parts(  # type: ignore[no-untyped-def]
+    partial, parts, place, target, GROUP: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr
+):
+    """Called by each program of a head with its part stored: the last one sums all parts.
+
+    Each part is GROUP rows of DIM sums, then GROUP totals and GROUP maxima.
+    """
+    columns = tl.arange(0, COLUMNS)
+    in_head = columns < DIM
+    tl.debug_barrier()
+    if tl.atomic_add(place, 1, sem="acq_rel") == parts - 1:
+        tl.store(place, 0)
+        for row in tl.static_range(GROUP):
+            summed, weight = tl.zeros([COLUMNS], tl.float32), tl.zeros([1], tl.float32)
+            highest = tl.full([1], FAR_BELOW, tl.float32)
+            for tile in range(0, parts, TILE):
+                other = tile + tl.arange(0, TILE)
+                others = partial + other * GROUP * (DIM + 2)
+                totals = tl.load(others + GROUP * DIM + row, other < parts, 0.0, cache_modifier=".cg")
+                maxima = tl.load(others + GROUP * (DIM + 1) + row, other < parts, FAR_BELOW, cache_modifier=".cg")
+                sums = tl.load(
+                    others[:, None] + row * DIM + columns[None, :],
+                    (other < parts)[:, None] & in_head[None, :], 0.0, cache_modifier=".cg",
+                )  # fmt: skip
+                top = tl.maximum(highest, tl.max(maxima, 0))
+                factors = tl.exp2(maxima - top)
+                rescale = tl.exp2(highest - top)
+                summed = summed * rescale + tl.sum(sums * factors[:, None], 0)
+                weight = weight * rescale + tl.sum(totals * factors, 0)
+                highest = top
+            tl.store(target + row * DIM + columns, (summed / weight).to(target.dtype.element_ty), in_head)
+
+
+@triton.jit
 def _decode(  # type: ignore[no-untyped-def]
     query, key, value, full_key, full_value, recent_key, recent_value, retrieval, streaming, lengths, arrived, partial,
     output, scale, query_batch, query_head, key_batch, key_head, value_batch, value_head, capacity, stored, sink, most,
@@ -35,19 +87,9 @@ def _decode(  # type: ignore[no-untyped-def]
     program, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     past = tl.load(lengths + batch) - 1  # lengths include the new token
     if program >= full_heads * splits:
-        store, split, parts, part = program - full_heads * splits, 0, 1, batch * 0
-        if HEADS:  # which head this program belongs to
-            number = tl.arange(0, HEADS)
-            windows = tl.load(streaming + 2 * streaming_heads + number, number < streaming_heads, 0) + sink
-            programs = tl.cdiv(tl.minimum(windows, most), ring_share)
-            programs = tl.where(number < streaming_heads, programs, 0)
-            ends = tl.cumsum(programs, 0)
-            own = (ends - programs <= store) & (store < ends)
-            split = store - tl.sum(tl.where(own, ends - programs, 0), 0)
-            parts = tl.sum(tl.where(own, programs, 0), 0)
-            full_programs = full_heads * splits
-            part = tl.num_programs(1) * full_programs + batch * (tl.num_programs(0) - full_programs) + store - split
-            store = tl.sum(tl.where(own, number, 0), 0)
+        store, split, parts, part = ring_of(
+            program, batch, streaming, streaming_heads, sink, most, full_heads * splits, ring_share, HEADS
+        )
         head = tl.load(streaming + store)
         recent = tl.load(streaming + 2 * streaming_heads + store)
         slots = sink + recent
@@ -96,35 +138,12 @@ def _decode(  # type: ignore[no-untyped-def]
         normalised = out / total[:, None]
         tl.store(target + rows[:, None] * DIM + columns[None, :], normalised.to(output.dtype.element_ty), inside)
     else:
-        # Each part is GROUP rows of DIM sums, then GROUP totals and GROUP maxima.
-        place = arrived + batch * (full_heads + streaming_heads) + head
-        size = GROUP * (DIM + 2)
-        own_part = partial + (part + split) * size
+        own_part = partial + (part + split) * GROUP * (DIM + 2)
         tl.store(own_part + rows[:, None] * DIM + columns[None, :], out, inside)
         tl.store(own_part + GROUP * DIM + rows, total, rows < GROUP)
         tl.store(own_part + GROUP * (DIM + 1) + rows, row_max, rows < GROUP)
-        tl.debug_barrier()
-        if tl.atomic_add(place, 1, sem="acq_rel") == parts - 1:
-            tl.store(place, 0)
-            for row in tl.static_range(GROUP):
-                summed, weight = tl.zeros([COLUMNS], tl.float32), tl.zeros([1], tl.float32)
-                highest = tl.full([1], FAR_BELOW, tl.float32)
-                for tile in range(0, parts, TILE):
-                    other = tile + tl.arange(0, TILE)
-                    others = partial + (part + other) * size
-                    totals = tl.load(others + GROUP * DIM + row, other < parts, 0.0, cache_modifier=".cg")
-                    maxima = tl.load(others + GROUP * (DIM + 1) + row, other < parts, FAR_BELOW, cache_modifier=".cg")
-                    sums = tl.load(
-                        others[:, None] + row * DIM + columns[None, :],
-                        (other < parts)[:, None] & in_head[None, :], 0.0, cache_modifier=".cg",
-                    )  # fmt: skip
-                    top = tl.maximum(highest, tl.max(maxima, 0))
-                    factors = tl.exp2(maxima - top)
-                    rescale = tl.exp2(highest - top)
-                    summed = summed * rescale + tl.sum(sums * factors[:, None], 0)
-                    weight = weight * rescale + tl.sum(totals * factors, 0)
-                    highest = top
-                tl.store(target + row * DIM + columns, (summed / weight).to(output.dtype.element_ty), in_head)
+        place = arrived + batch * (full_heads + streaming_heads) + head
+        sum_parts(partial + part * GROUP * (DIM + 2), parts, place, target, GROUP, DIM, COLUMNS, TILE)
 
 
 def decode(
@@ -149,8 +168,8 @@ def decode(
     full_heads, group = full_key.shape[1], query_heads // key.shape[1]
     out = torch.empty(batch, query_heads, 1, dim, dtype=query.dtype, device=query.device)
     launch = DECODE_TUNING | tuning
-    processors = _multiprocessors(query.device)
-    splits, share, rings = _programs(tuple(slots), full_key.shape[2], full_heads, batch, processors)
+    processors = multiprocessors(query.device)
+    splits, share, rings = programs_of(tuple(slots), full_key.shape[2], full_heads, batch, processors)
     split_rings = rings > len(slots)
     parts = batch * (full_heads * splits + (rings if split_rings else 0))
     partial = torch.empty(parts * group * (dim + 2), dtype=torch.float32, device=query.device)
@@ -168,7 +187,7 @@ def decode(
 
 
 @functools.lru_cache(maxsize=1024)
-def _programs(
+def programs_of(
     slots: tuple[int, ...], capacity: int, full_heads: int, batch: int, multiprocessors: int
 ) -> tuple[int, int, int]:
     """How many programs share a retrieval head, how many slots of a streaming head one reads, and how many read those.
@@ -190,7 +209,8 @@ def _programs(
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a device has."""
     if device.type != "cuda":  # Triton's interpreter
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
