@@ -66,8 +66,8 @@ class DualCache(Cache):
                 raise UserError(f"{layer.name} cannot use a dual cache: {layer.obstacle or 'it also has other state'}")
             if bits and layer.head_dim % 2:
                 raise UserError(
-                    f"kv={kv}: codes are packed in two halves, but heads of {layer.name} are {layer.head_dim} wide, an odd "
-                    "number: use kv=exact"
+                    f"kv={kv}: codes are packed in two halves, but heads of {layer.name} are {layer.head_dim} wide, an "
+                    "odd number: use kv=exact"
                 )
             spans, sink_size = all_spans[layer.index], mask.sink_size
             if layer.window is not None:
@@ -165,8 +165,8 @@ class DualCache(Cache):
             raise UserError("a static cache cannot keep tokens beyond its windows: make it without max_length")
         if self.kv != "exact" and tokens > codes.GROUP:
             raise UserError(
-                f"activate_past_recording({tokens}): with kv={self.kv} at most {codes.GROUP} tokens can be removed: ask "
-                "for no more, or use kv=exact"
+                f"activate_past_recording({tokens}): with kv={self.kv} at most {codes.GROUP} tokens can be removed: "
+                "ask for no more, or use kv=exact"
             )
         self.tokens.recorded, self.tokens.since = tokens, self.tokens.highest if self.tokens.lengths is not None else []
         for layer in self.dual_layers:

@@ -20,8 +20,8 @@ class QuantisedStore(Store):
 
     A forward sees the groups that were complete before it by their codes, and all later tokens exactly: those of the
     unfinished group, and its own. So a decode step sees the group that it is in exactly, and prefill a chunk of tokens.
-    `key` and `value`, (batch, heads, 2 * group, head_dim), hold the unfinished group and the one before, token t in slot
-    t % (2 * group), so that as many tokens can be removed again as a group has.
+    `key` and `value`, (batch, heads, 2 * group, head_dim), hold the unfinished group and the one before it, token t in
+    slot t % (2 * group), so that as many tokens can be removed again as a group has.
 
     Args:
         like: (batch, KV heads, any, head_dim), a key of the layer, for sizes, type and device.

@@ -42,6 +42,20 @@ def numbers(at, inside, PLANE: tl.constexpr, BITS: tl.constexpr, EVEN: tl.conste
 
 
 @triton.jit
+def scales_of(at, each, inside, EVEN: tl.constexpr, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scales and zeros, float32, of what is numbered in `each`; FAST: of bfloat16 pairs, read as one word each."""
+    if FAST:
+        words = at.to(tl.pointer_type(tl.uint32)) + each
+        pairs = tl.load(words) if EVEN else tl.load(words, inside, 0)
+        scale, zero = (pairs << 16).to(tl.float32, bitcast=True), (pairs & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        words = at + each[:, None] * 2 + tl.arange(0, 2)[None, :]
+        pairs = tl.load(words) if EVEN else tl.load(words, inside[:, None], 0.0)
+        scale, zero = tl.split(pairs.to(tl.float32))
+    return scale, zero
+
+
+@triton.jit
 def _from_bytes(x):  # type: ignore[no-untyped-def]
     """Bytes 0 to 255 as bfloat16."""
     return tl.inline_asm_elementwise(

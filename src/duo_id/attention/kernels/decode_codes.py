@@ -1,10 +1,10 @@
 """The Triton kernel of a decode step whose retrieval heads keep codes: one launch for all heads of a layer.
 
-A block is one group of tokens, whose codes become numbers in registers. The scale of a key channel goes into the query,
-and its zero into a constant, once a block; the scale of a token's value goes into its weight, and all zeros into one sum.
-Products have tokens or channels as rows and the few queries of a KV head as columns: so codes are read straight into the
-registers in which tensor cores take them. Codes come in two halves of the channels (`duo_id.attention.codes`), and so
-does all else.
+A block is one group of tokens, whose codes become numbers in registers. The scale of a key channel goes into the query
+and its zero into a constant, once a block; the scale of a token's value goes into its weight, and all zeros into one
+sum. Products have tokens or channels as rows and the few queries of a KV head as columns: so codes are read straight
+into the registers in which tensor cores take them. Codes come in two halves of the channels (`duo_id.attention.codes`),
+and so does all else.
 """
 
 from collections.abc import Sequence
@@ -14,21 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duo_id.attention.kernels.codes import OFFSET, numbers, write_keys, write_values
+from duo_id.attention.kernels.codes import OFFSET, numbers, scales_of, write_keys, write_values
 from duo_id.attention.kernels.decode import multiprocessors, programs_of, ring_of, sum_parts
 from duo_id.attention.kernels.shared import FAR_BELOW, LOG2_E, padded_dim, precision
 
 # "programs": of all retrieval heads, for each multiprocessor. "block": tokens that are not codes, read at a time.
-CODES_TUNING = {"programs": 4, "warps": 4, "stages": 3, "block": 32}
+CODES_TUNING = {"programs": 3, "warps": 4, "stages": 3, "block": 32}
 
 
 @triton.jit
-def _weigh(scores, row_max, total):  # type: ignore[no-untyped-def]
-    """One step of the online softmax for scores (tokens, rows); see `fold` of the shared kernels."""
+def weigh(scores, row_max):  # type: ignore[no-untyped-def]
+    """One step of the online softmax for scores (tokens, rows): the new maxima, weights, and what earlier sums lose."""
     new_max = tl.maximum(row_max, tl.max(scores, 0))
-    weights = tl.exp2(scores - new_max[None, :])
-    rescale = tl.exp2(row_max - new_max)
-    return weights, new_max, total * rescale + tl.sum(weights, 0), rescale[None, :]
+    return new_max, tl.exp2(scores - new_max[None, :]), tl.exp2(row_max - new_max)[None, :]
 
 
 @triton.jit
@@ -38,7 +36,7 @@ def _decode_codes(  # type: ignore[no-untyped-def]
     value_batch, value_head, groups, stored, sink, most, full_heads, streaming_heads, splits, ring_share,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, SIZE: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`splits` programs for each retrieval head, along its groups, then one for every `ring_share` slots of the others.
 
@@ -97,37 +95,41 @@ def _decode_codes(  # type: ignore[no-untyped-def]
     out_high = tl.where(split == 0, new_value_high.to(tl.float32)[:, None], nothing)
 
     start_group = (batch * full_heads + store) * groups
+    totals, zeros = tl.zeros([SIZE, ROWS], tl.float32), tl.zeros([SIZE, ROWS], tl.float32)  # summed after the loop
+    wide_low, wide_high = query_low.to(tl.float32) * scale, query_high.to(tl.float32) * scale
+    first_max = row_max
     for group in range(first_group, last_group):
         at = start_group + group
-        channels = key_scales + at * 2 * DIM + half[:, None] * 2 + tl.arange(0, 2)[None, :]
-        key_scale_low, key_zero_low = tl.split(tl.load(channels, in_half[:, None], 0.0).to(tl.float32) * scale)
-        key_scale_high, key_zero_high = tl.split(tl.load(channels + DIM, in_half[:, None], 0.0).to(tl.float32) * scale)
-        each_token = value_scales + at * 2 * SIZE + tokens[:, None] * 2 + tl.arange(0, 2)[None, :]
-        value_scale, value_zero = tl.split(tl.load(each_token).to(tl.float32))
+        key_scale_low, key_zero_low = scales_of(key_scales + at * 2 * DIM, half, in_half, EVEN, FAST)
+        key_scale_high, key_zero_high = scales_of(key_scales + at * 2 * DIM + DIM, half, in_half, EVEN, FAST)
+        value_scale, value_zero = scales_of(value_scales + at * 2 * SIZE, tokens, in_half, True, FAST)
         key_low, key_high = numbers(
             key_codes + at * (KEY_BITS // 4 * SIZE * (DIM // 2)) + tokens[:, None] * (DIM // 2) + half[None, :],
-            in_half[None, :], SIZE * (DIM // 2), KEY_BITS, HALF * 2 == DIM, FAST, query.dtype.element_ty,
+            in_half[None, :], SIZE * (DIM // 2), KEY_BITS, EVEN, FAST, query.dtype.element_ty,
         )  # fmt: skip
         value_low, value_high = numbers(
             value_codes + at * (VALUE_BITS // 4 * SIZE * (DIM // 2)) + half[:, None] * SIZE + tokens[None, :],
-            in_half[:, None], SIZE * (DIM // 2), VALUE_BITS, HALF * 2 == DIM, FAST, query.dtype.element_ty,
+            in_half[:, None], SIZE * (DIM // 2), VALUE_BITS, EVEN, FAST, query.dtype.element_ty,
         )  # fmt: skip
-        scaled_low = (query_low.to(tl.float32) * key_scale_low[None, :]).to(query.dtype.element_ty)
-        scaled_high = (query_high.to(tl.float32) * key_scale_high[None, :]).to(query.dtype.element_ty)
-        products = query_low.to(tl.float32) * key_zero_low[None, :]
-        products += query_high.to(tl.float32) * key_zero_high[None, :]
+        scaled_low = (wide_low * key_scale_low[None, :]).to(query.dtype.element_ty)
+        scaled_high = (wide_high * key_scale_high[None, :]).to(query.dtype.element_ty)
+        products = wide_low * key_zero_low[None, :] + wide_high * key_zero_high[None, :]
         if FAST and KEY_BITS == 4:
             products -= OFFSET * (scaled_low.to(tl.float32) + scaled_high.to(tl.float32))
         scores = tl.dot(key_low, tl.trans(scaled_low), input_precision=PRECISION)
         scores = tl.dot(key_high, tl.trans(scaled_high), scores, input_precision=PRECISION)
-        weights, row_max, total, rescale = _weigh(scores + tl.sum(products, 1)[None, :], row_max, total)
+        scores += tl.sum(products, 1)[None, :]
+        row_max, weights, rescale = weigh(scores, row_max)
+        totals = totals * rescale + weights
         scaled = (weights * value_scale[:, None]).to(query.dtype.element_ty)
-        zeros = weights * value_zero[:, None]
+        zeros = zeros * rescale + weights * value_zero[:, None]
         if FAST and VALUE_BITS == 4:
             zeros -= OFFSET * scaled.to(tl.float32)
-        zero = tl.sum(zeros, 0)[None, :]
-        out_low = out_low * rescale + (tl.dot(value_low, scaled, input_precision=PRECISION) + zero)
-        out_high = out_high * rescale + (tl.dot(value_high, scaled, input_precision=PRECISION) + zero)
+        out_low = out_low * rescale + tl.dot(value_low, scaled, input_precision=PRECISION)
+        out_high = out_high * rescale + tl.dot(value_high, scaled, input_precision=PRECISION)
+    total = total * tl.exp2(first_max - row_max) + tl.sum(totals, 0)
+    zero = tl.sum(zeros, 0)[None, :]
+    out_low, out_high = out_low + zero, out_high + zero
 
     for start in range(first, last, BLOCK):
         read = start + tl.arange(0, BLOCK)
@@ -139,7 +141,8 @@ def _decode_codes(  # type: ignore[no-untyped-def]
         value_low, value_high = tl.load(at_values, seen_values, 0.0), tl.load(at_values + DIM // 2, seen_values, 0.0)
         scores = tl.dot(key_low, tl.trans(query_low), input_precision=PRECISION)
         scores = tl.dot(key_high, tl.trans(query_high), scores, input_precision=PRECISION) * scale
-        weights, row_max, total, rescale = _weigh(tl.where(visible[:, None], scores, float("-inf")), row_max, total)
+        row_max, weights, rescale = weigh(tl.where(visible[:, None], scores, float("-inf")), row_max)
+        total = total * tl.sum(rescale, 0) + tl.sum(weights, 0)
         scaled = weights.to(query.dtype.element_ty)
         out_low = tl.dot(value_low, scaled, out_low * rescale, input_precision=PRECISION)
         out_high = tl.dot(value_high, scaled, out_high * rescale, input_precision=PRECISION)
@@ -217,7 +220,7 @@ def decode_codes(
         GROUP=group, ROWS=max(8, triton.next_power_of_2(group)), DIM=dim, HALF=padded_dim(dim // 2), SIZE=size,
         BLOCK=launch["block"], TILE=32, HEADS=max(16, triton.next_power_of_2(len(slots))) if split_rings else 0,
         KEY_BITS=4 * key_codes.shape[3], VALUE_BITS=4 * value_codes.shape[3],
-        FAST=query.is_cuda and query.dtype == torch.bfloat16, PRECISION=precision(query),
+        FAST=query.is_cuda and query.dtype == torch.bfloat16, EVEN=dim == 2 * padded_dim(dim // 2), PRECISION=precision(query),
         num_warps=launch["warps"], num_stages=launch["stages"],
     )  # fmt: skip
     return out
