@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from duo_id import HeadMask
 from duo_id.patterns.spans import ALL, HeadSpans
-from tests.deploy.reference import brute_force
+from tests.deploy.reference import Coded, brute_force
 from tests.support.tiny import FAMILIES, tiny_model
 
 SINK, RECENT = 3, 8
@@ -104,8 +104,8 @@ def case(family: str, kind: str = "mixed", sink: int = SINK, recent: int = RECEN
     return Case(model, mask, ids, logits, padded_logits)
 
 
-def reference(model: PreTrainedModel, mask: HeadMask | HeadSpans) -> Any:
-    return brute_force(model, mask)
+def reference(model: PreTrainedModel, mask: HeadMask | HeadSpans, coded: Coded | None = None) -> Any:
+    return brute_force(model, mask, coded)
 
 
 def check_equal(found: Tensor, expected: Tensor) -> None:

@@ -1,7 +1,9 @@
 """A head mask by brute force: dense float64 scores over the whole sequence, no cache, no attention of the package."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from duo_id import HeadMask
+from duo_id.attention.codes import Bits
 from duo_id.patterns.spans import HeadSpans
 
 NAME = "brute_force"
@@ -30,10 +33,47 @@ def visible(real: Tensor, sink: int, recent: int) -> Tensor:
     return pattern & (real[:, None, :] == 1) & (real[:, :, None] == 1) | torch.eye(real.shape[1], dtype=torch.bool)
 
 
+@dataclass
+class Coded:
+    """What retrieval heads see as codes: groups that were complete before the forward that a token came in.
+
+    Attributes:
+        bits: of keys and values.
+        group: tokens.
+        past: (batch, tokens), the number of real tokens of the sample before the forward that a token came in.
+        capacity: of a static cache, whose heads are retrieval heads if their window is no shorter; None: it grows.
+    """
+
+    bits: Bits
+    group: int
+    past: Tensor
+    capacity: int | None = None
+
+    def see(self, queries: Tensor, real: Tensor) -> Tensor:
+        """Which keys each query sees as codes, (batch, queries, tokens) bool."""
+        complete = self.past[:, -queries.shape[2] :] // self.group * self.group
+        return (real.cumsum(-1) - 1)[:, None, :] < complete[:, :, None]
+
+    def meant(self, x: Tensor, real: Tensor, bits: int, across: int) -> Tensor:
+        """(batch, tokens, dim) as codes mean it, token by token; scales are shared along `across` within a group."""
+        out = x.clone()
+        for sample, mask in enumerate(real.bool()):
+            tokens = mask.nonzero()[:, 0]
+            for start in range(0, len(tokens) - self.group + 1, self.group):
+                group = tokens[start : start + self.group]
+                numbers = x[sample, group]
+                low, high = numbers.amin(across, keepdim=True), numbers.amax(across, keepdim=True)
+                scale = (high - low) * (1 / (2**bits - 1))
+                codes = torch.floor((numbers - low) / scale + 0.5).clamp(0, 2**bits - 1)
+                out[sample, group] = torch.where(scale == 0, low, codes * scale + low)
+        return out
+
+
 @contextmanager
-def brute_force(model: PreTrainedModel, mask: HeadMask | HeadSpans) -> Iterator[None]:
+def brute_force(model: PreTrainedModel, mask: HeadMask | HeadSpans, coded: Coded | None = None) -> Iterator[None]:
     """Let `model` attend by brute force for a block: retrieval heads in full, the others over the sink and what each of
-    them sees of the latest tokens, and layers with a sliding window over that. Call it with use_cache=False."""
+    them sees of the latest tokens, and layers with a sliding window over that. Call it with use_cache=False. If `coded`
+    is given, retrieval heads see what codes mean where they would see codes."""
     sink = mask.sink_size
 
     def attend(
@@ -51,24 +91,34 @@ def brute_force(model: PreTrainedModel, mask: HeadMask | HeadSpans) -> Iterator[
         assert query.shape[2] == key.shape[2], "the reference has no cache"
         batch, heads, tokens, dim = query.shape
         real = torch.ones(batch, tokens, dtype=torch.long) if attention_mask is None else attention_mask.long()
-        group = heads // key.shape[1]
+        group, everything = heads // key.shape[1], (tokens, tokens)
         out = torch.zeros(batch, heads, tokens, dim, dtype=torch.float64)
         for head in range(heads):
             kv_head = head // group
             if sliding_window is not None:
-                seen = visible(real, 0, sliding_window)
+                window = (0, sliding_window)
             elif mask.retrieval[module.layer_idx, kv_head]:
-                seen = visible(real, tokens, tokens)
+                window = everything
             elif isinstance(mask, HeadMask):
-                seen = visible(real, sink, mask.recent_size)
+                window = (sink, mask.recent_size)
             else:
-                seen = visible(real, sink, int(mask.spans[module.layer_idx, kv_head]))
-            scores = query[:, head].double() @ key[:, kv_head].double().mT * (dim**-0.5 if scaling is None else scaling)
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
+                window = (sink, int(mask.spans[module.layer_idx, kv_head]))
+            seen = visible(real, *window)
+
+            def scores_of(keys: Tensor, head: int = head) -> Tensor:
+                scores = query[:, head].double() @ keys.double().mT * (dim**-0.5 if scaling is None else scaling)
+                return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+            keys, values = key[:, kv_head], value[:, kv_head].double()
+            scores, as_codes = scores_of(keys), torch.zeros_like(seen)
+            if coded is not None and (window == everything or sum(window) >= (coded.capacity or math.inf)):
+                as_codes = coded.see(query, real)
+                scores = torch.where(as_codes, scores_of(coded.meant(keys, real, coded.bits.keys, 0)), scores)
             shares = scores.masked_fill(~seen, -torch.inf).exp()
             total = shares.sum(-1, keepdim=True) + (0 if s_aux is None else s_aux[head].double().exp())
-            out[:, head] = shares / total @ value[:, kv_head].double()
+            out[:, head] = (shares / total * ~as_codes) @ values
+            if coded is not None and as_codes.any():
+                out[:, head] += (shares / total * as_codes) @ coded.meant(values, real, coded.bits.values, 1)
         return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
     before = model.config._attn_implementation

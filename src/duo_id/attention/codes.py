@@ -111,7 +111,7 @@ def dequantise_values(codes: Tensor, scales: Tensor) -> Tensor:
     """The values (..., tokens, head_dim), of the type of their scales, that `quantise_values` made codes of."""
     scale, zero = _wide(scales).unsqueeze(-3).unbind(-1)
     numbers = unpack(codes.movedim(-3, 0), scale.dtype).movedim(-2, -3).flatten(-3, -2)
-    return (numbers * scale + zero).to(scales.dtype).mT.flatten(-3, -2)
+    return (numbers * scale + zero).to(scales.dtype).mT.contiguous().flatten(-3, -2)
 
 
 def _wide(scales: Tensor) -> Tensor:

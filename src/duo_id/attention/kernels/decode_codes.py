@@ -220,7 +220,8 @@ def decode_codes(
         GROUP=group, ROWS=max(8, triton.next_power_of_2(group)), DIM=dim, HALF=padded_dim(dim // 2), SIZE=size,
         BLOCK=launch["block"], TILE=32, HEADS=max(16, triton.next_power_of_2(len(slots))) if split_rings else 0,
         KEY_BITS=4 * key_codes.shape[3], VALUE_BITS=4 * value_codes.shape[3],
-        FAST=query.is_cuda and query.dtype == torch.bfloat16, EVEN=dim == 2 * padded_dim(dim // 2), PRECISION=precision(query),
+        FAST=query.is_cuda and query.dtype == torch.bfloat16, EVEN=2 * padded_dim(dim // 2) == dim,
+        PRECISION=precision(query),
         num_warps=launch["warps"], num_stages=launch["stages"],
     )  # fmt: skip
     return out

@@ -1,0 +1,372 @@
+"""Caches of codes compute what brute force computes from what the codes mean, and say how large they are.
+
+Groups have 16 tokens here, not 128, so that short texts have several. Models are in float64: a number that float32
+rounds the other way can become another code, which is no error of the cache.
+"""
+
+import functools
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from duo_id import DualCache, HeadMask, dual_cache, duo_attention, prefill
+from duo_id.attention import codes
+from duo_id.attention.codes import FORMATS, Bits
+from duo_id.common.errors import UserError
+from duo_id.deploy.cache_memory import cache_bytes
+from duo_id.patterns.spans import HeadSpans
+from tests.deploy.cases import (
+    HYBRID,
+    LENGTHS,
+    PROMPT,
+    SINK,
+    TOKENS,
+    build,
+    check_equal,
+    mask_for,
+    padded_ids,
+    random_ids,
+    reference,
+    run,
+)
+from tests.deploy.reference import Coded
+from tests.support.tiny import tiny_model
+
+GROUP = 16
+FAMILIES = ("llama", "gpt2", "gemma2", "gemma3_text", "gpt_oss")  # also soft caps, sliding windows, sinks
+kvs = pytest.mark.parametrize("kv", ["int8", "k8v4", "int4"])
+some_kvs = pytest.mark.parametrize("kv", ["int8", "int4"])
+kinds = pytest.mark.parametrize("kind", ["mixed", "spans"])
+room = pytest.mark.parametrize("max_length", [None, TOKENS])
+
+
+@pytest.fixture(autouse=True)
+def short_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "GROUP", GROUP)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@functools.cache
+def model_of(family: str) -> PreTrainedModel:
+    model = build(family).double()
+    if hasattr(model.config, "num_local_experts"):
+        model.set_experts_implementation("eager")  # others take no float64
+    return model
+
+
+def bits_of(kv: str) -> Bits:
+    bits = FORMATS[kv]
+    assert bits is not None
+    return bits
+
+
+def pasts(real: Tensor, edges: list[int]) -> Tensor:
+    """The real tokens before the forward that each column comes in; forwards begin at `edges`."""
+    starts = torch.tensor([max(edge for edge in edges if edge <= column) for column in range(real.shape[1])])
+    before = torch.cat([real.new_zeros(len(real), 1), real.cumsum(-1)], 1)
+    return before[:, starts]
+
+
+def edges_of(chunk: int, tokens: int = TOKENS) -> list[int]:
+    """Where the forwards of `run` begin."""
+    return [*range(0, PROMPT, chunk), *range(PROMPT, tokens)]
+
+
+def expected(
+    model: PreTrainedModel,
+    mask: HeadMask | HeadSpans,
+    kv: str,
+    ids: Tensor,
+    edges: list[int],
+    real: Tensor | None = None,
+    capacity: int | None = None,
+) -> Tensor:
+    """The reference's logits of the whole sequence, whose forwards begin at `edges`."""
+    real = torch.ones_like(ids) if real is None else real
+    positions = (real.cumsum(-1) - 1).clamp(min=0)
+    with reference(model, mask, Coded(bits_of(kv), GROUP, pasts(real, edges), capacity)):
+        return model(ids, attention_mask=real, position_ids=positions, use_cache=False).logits
+
+
+@kvs
+@kinds
+@room
+@pytest.mark.parametrize("chunk", [1, 7, 40])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_and_steps(family: str, chunk: int, max_length: int | None, kind: str, kv: str) -> None:
+    model, ids = model_of(family), random_ids(2, TOKENS)
+    mask = mask_for(model, kind=kind)
+    wanted = expected(model, mask, kv, ids, edges_of(chunk), capacity=max_length)
+    with duo_attention(model, mask, kv=kv):
+        check_equal(run(model, ids, dual_cache(model, max_length), chunk), wanted)
+
+
+@some_kvs
+@kinds
+@room
+@pytest.mark.parametrize("chunk", [1, 7, PROMPT])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_left_padding(family: str, chunk: int, max_length: int | None, kind: str, kv: str) -> None:
+    model, (ids, real, _) = model_of(family), padded_ids()
+    mask = mask_for(model, kind=kind)
+    wanted = expected(model, mask, kv, ids, edges_of(chunk), real, max_length)
+    with duo_attention(model, mask, kv=kv):
+        found = run(model, ids, dual_cache(model, max_length), chunk, real)
+    check_equal(found[real == 1], wanted[real == 1])
+
+
+@some_kvs
+@room
+def test_padding_between_single_tokens(max_length: int | None, kv: str) -> None:
+    """A sample waits where its group is about to end, then ends it."""
+    model, ids = model_of("llama"), random_ids(2, 80)
+    mask, real = mask_for(model), torch.ones_like(ids)
+    real[0, PROMPT + 14 : PROMPT + 19] = 0
+    real[1, PROMPT + 15 : PROMPT + 21] = 0
+    wanted = expected(model, mask, kv, ids, edges_of(PROMPT, 80), real)
+    with duo_attention(model, mask, kv=kv):
+        found = run(model, ids, dual_cache(model, max_length and 80), PROMPT, real)
+    check_equal(found[real == 1], wanted[real == 1])
+
+
+def test_codes_are_seen() -> None:
+    """The reference itself tells formats, groups and places apart, by far more than the error that is allowed."""
+    model, ids = model_of("llama"), random_ids(2, TOKENS)
+    mask = mask_for(model)
+    right = expected(model, mask, "int4", ids, edges_of(7))
+    assert torch.equal(right[:, :21], expected(model, mask, "int8", ids, edges_of(7))[:, :21]), "no group is complete"
+    others = [expected(model, mask, kv, ids, edges_of(7)) for kv in ("int8", "k8v4")]
+    others += [expected(model, mask, "int4", ids, edges_of(chunk)) for chunk in (8, 40)]
+    assert all((other - right).abs().max() > 1e-3 for other in others)
+
+
+@some_kvs
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_prefill_in_slices_of_the_past(padded: bool, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two groups each; a past of three and a half."""
+    monkeypatch.setattr("duo_id.deploy.quantised.SLICE", 2 * GROUP)
+    monkeypatch.setattr("duo_id.attention.decode_codes.SLICE", 2 * GROUP)
+    model, (ids, real, _) = model_of("llama"), padded_ids()
+    if not padded:
+        ids, real = ids[:2], torch.ones_like(real[:2])
+    mask = mask_for(model)
+    wanted = expected(model, mask, kv, ids, [0, 50, 57], real)
+    with duo_attention(model, mask, kv=kv):
+        cache = dual_cache(model)
+        prefill(model, ids[:, :50], cache, 50, real[:, :50])
+        check_equal(prefill(model, ids[:, 50:57], cache, 7, real[:, :57]), wanted[:, 56])
+        check_equal(prefill(model, ids[:, 57:], cache, 1, real), wanted[:, 57])
+
+
+@kvs
+@room
+def test_samples_are_reordered_forked_and_reset(max_length: int | None, kv: str) -> None:
+    model, ids = model_of("llama"), random_ids(2, TOKENS)
+    mask, order = mask_for(model), torch.tensor([1, 1])
+    wanted = expected(model, mask, kv, ids[order], [0, 39, *range(40, TOKENS)])
+    with duo_attention(model, mask, kv=kv):
+        cache = dual_cache(model, max_length)
+        for _ in range(2):
+            model(ids[:, :39], past_key_values=cache)
+            forks = [] if max_length else [cache.fork(order)]
+            cache.reorder_cache(order)
+            for copied in (cache, *forks):
+                for start in range(39, TOKENS):
+                    part = slice(start, start + 1)
+                    logits = model(ids[order, part], past_key_values=copied).logits
+                    if start > 39:
+                        check_equal(logits, wanted[:, part])
+            cache.reset()
+
+
+@some_kvs
+@pytest.mark.parametrize("way", ["greedy", "beams", "lookup"])
+def test_generation_is_that_of_a_static_cache(way: str, kv: str) -> None:
+    """Which sees the same codes; a cache that removes drafts again keeps what they were made from."""
+    model, (ids, real, _) = model_of("llama"), padded_ids()
+    ids, real = (ids[:1, :PROMPT], real[:1, :PROMPT]) if way == "lookup" else (ids[:, :PROMPT], real[:, :PROMPT])
+    options: dict[str, Any] = {"greedy": {}, "beams": {"num_beams": 3}, "lookup": {}}[way]
+    options |= {"attention_mask": real, "max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
+    with duo_attention(model, mask_for(model), kv=kv):
+        expected = model.generate(ids, cache_implementation="static", **options)
+        if way == "lookup":
+            cache = dual_cache(model)
+            with pytest.raises(UserError, match="at most 16 tokens can be removed: ask for no more, or use kv=exact"):
+                cache.activate_past_recording()
+            cache.activate_past_recording(GROUP)
+            options |= {"prompt_lookup_num_tokens": 3, "past_key_values": cache}
+        found = model.generate(ids, **options)
+    assert found[:, : PROMPT + 12].tolist() == expected[:, : PROMPT + 12].tolist()
+    if way != "lookup":  # chunks of drafts see a group's end exactly for longer
+        assert found.tolist() == expected.tolist()
+
+
+@kvs
+@room
+@pytest.mark.parametrize("length", [31, 32, 33, 47, 48, 50])
+def test_crop_as_far_as_tokens_are_exact(length: int, max_length: int | None, kv: str) -> None:
+    """To any length from the start of the group before the one that the text is in."""
+    model, ids = model_of("llama"), random_ids(2, TOKENS)
+    mask = mask_for(model, kind="all")
+    with duo_attention(model, mask, kv=kv):
+        for least in range((length // GROUP - 1) * GROUP, length):
+            cache = dual_cache(model, max_length)
+            model(ids[:, :20], past_key_values=cache)
+            model(ids[:, 20:length].flip(1), past_key_values=cache)
+            cache.crop(least - length)
+            known = torch.cat([ids[:, :20], ids[:, 20:length].flip(1)], 1)[:, :least]
+            whole = torch.cat([known, ids[:, least:]], 1)
+            edges = [x for x in (0, 20) if x < least] + list(range(least, TOKENS))
+            wanted = expected(model, mask, kv, whole, edges)
+            found = [model(whole[:, t : t + 1], past_key_values=cache).logits for t in range(least, TOKENS)]
+            check_equal(torch.cat(found, 1), wanted[:, least:])
+
+
+@room
+def test_crop_into_codes_is_refused_and_changes_nothing(max_length: int | None) -> None:
+    model, ids = model_of("llama"), random_ids(2, TOKENS)
+    mask = mask_for(model, kind="all")
+    with duo_attention(model, mask, kv="int4"):
+        cache = dual_cache(model, max_length)
+        model(ids[:, :50], past_key_values=cache)
+        with pytest.raises(UserError, match=r"crop\(-19\): with kv=int4 the first 32 of 50 tokens are kept as codes"):
+            cache.crop(-19)
+        cache.crop(-18)
+        with pytest.raises(UserError, match="the first 32 of 50"):
+            cache.crop(-1)
+        assert cache.get_seq_length() == 32
+        assert not cache.is_croppable
+
+
+@some_kvs
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_share_keys(family: str, kv: str) -> None:
+    """Both see the past as it was before the chunk, also where the chunk takes the place of the exact tail."""
+    pytest.importorskip(f"transformers.models.{family.removesuffix('_text')}")
+    from tests.deploy.test_install import SHARED_KV
+
+    model = tiny_model(
+        family, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=HYBRID, sliding_window=9, head_dim=16,
+        vocab_size_per_layer_input=96, hidden_size_per_layer_input=8, **SHARED_KV[family],
+    ).double()  # fmt: skip
+    ids, spans = random_ids(2, TOKENS), torch.tensor([[-1, -1], [-1, 8]] * 2)
+    for chunk in (7, 40):
+        wanted = expected(model, HeadSpans(spans, SINK), kv, ids, edges_of(chunk))
+        with duo_attention(model, HeadSpans(spans, SINK, [1]), kv=kv):
+            check_equal(run(model, ids, dual_cache(model), chunk), wanted)
+
+
+@kvs
+def test_a_cache_is_offloaded_and_saved(kv: str) -> None:
+    model, ids = model_of("llama"), random_ids(2, TOKENS)
+    mask = mask_for(model)
+    wanted = expected(model, mask, kv, ids, [0, *range(40, TOKENS)])
+    with duo_attention(model, mask, kv=kv):
+        cache = dual_cache(model)
+        model(ids[:, :40], past_key_values=cache)
+        cache.offload()
+        cache.prefetch()
+        for token in range(40, 50):
+            check_equal(model(ids[:, token : token + 1], past_key_values=cache).logits, wanted[:, token : token + 1])
+        file = io.BytesIO()
+        for layer in cache.dual_layers:
+            layer.layer.module = None
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(cache.dual_layers[0].layer, "module", None)
+            torch.save([layer.full.tensors for layer in cache.dual_layers], file)
+        file.seek(0)
+        loaded = torch.load(file)
+        for layer, tensors in zip(cache.dual_layers, loaded, strict=True):
+            assert all(torch.equal(layer.full.tensors[name], x) for name, x in tensors.items())
+
+
+# Bytes
+
+
+def formula(kv: str, heads: int, tokens: int, dim: int, itemsize: int) -> int:
+    """Codes, a scale and a zero for each channel of keys and each token of values, and what is exact."""
+    bits, groups = bits_of(kv), tokens // codes.GROUP
+    each_group = codes.GROUP * dim * (bits.keys + bits.values) // 8 + 2 * (dim + codes.GROUP) * itemsize
+    return heads * (groups * each_group + 2 * (tokens % codes.GROUP) * dim * itemsize)
+
+
+@kvs
+@pytest.mark.parametrize("group", [16, 128])
+def test_bytes_are_the_formula(kv: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "GROUP", group)
+    model, tokens = build("llama").bfloat16(), 40_000
+    mask = HeadMask(torch.ones(4, 2, dtype=torch.bool), SINK, 8)
+    wanted = formula(kv, 8, tokens, 16, 2)
+    assert cache_bytes(model, {"all": mask}, [tokens], kv=kv).loc[tokens, "all"] == wanted
+    with duo_attention(model, mask, kv=kv):
+        for max_length in (None, tokens + 1):
+            cache = dual_cache(model, max_length)
+            cache.fill(1, tokens, torch.bfloat16, "cpu")
+            assert cache.retained_bytes == wanted
+            assert wanted <= cache.nbytes <= 1.012 * wanted
+            model(random_ids(1, 1), past_key_values=cache)
+
+
+def test_bytes_of_a_large_model() -> None:
+    """Llama-3-8B with half of its heads in full, 3.3 million tokens: 53.5 GiB in 4 bits, as counted by hand."""
+    found = formula("int4", 32 * 4, 3_300_000, 128, 2)
+    codes_per_token, scales_per_token = 128, 2 * 2 * 2 * 128 / 128
+    assert abs(found - 3_300_000 * 128 * (codes_per_token + scales_per_token)) < 1e-3 * found
+
+
+# What is asked for
+
+
+def test_a_model_and_each_of_its_caches_may_ask_for_a_format() -> None:
+    model, ids = model_of("llama"), random_ids(1, 40)
+    mask = mask_for(model, kind="all")
+    with duo_attention(model, mask, kv="int4"):
+        assert model(ids).past_key_values.kv == dual_cache(model).kv == "int4"
+        assert isinstance(dual_cache(model, kv="exact"), DualCache)
+        sizes = []
+        for kv in ("exact", "int8", "k8v4", "int4"):
+            cache = dual_cache(model, kv=kv)
+            model(ids, past_key_values=cache)
+            sizes.append(cache.retained_bytes)
+        assert sizes == sorted(sizes, reverse=True)
+        for asked in ("int3", 4, None):
+            with pytest.raises(UserError, match=r"kv=.*choose one of exact, int8, k8v4, int4"):
+                DualCache([], mask, model.config, kv=asked)
+    with pytest.raises(UserError, match="kv='bf16': choose one of"), duo_attention(model, mask, kv="bf16"):
+        pass
+    assert not hasattr(model, "duo_id_deployment")
+
+
+def test_heads_of_an_odd_width_are_refused() -> None:
+    model = build("gpt2", n_embd=27, n_head=3)
+    with duo_attention(model, mask_for(model), kv="int4"):
+        with pytest.raises(UserError, match=r"heads of .* are 9 wide, an odd number: use kv=exact"):
+            dual_cache(model)
+        dual_cache(model, kv="exact")
+
+
+def test_first_tokens_of_unequal_lengths() -> None:
+    """Stored at once, and the same as one by one."""
+    model, (ids, real, _) = model_of("llama"), padded_ids()
+    with duo_attention(model, mask_for(model), kv="int4"):
+        cache = dual_cache(model)
+        model(ids[:, :PROMPT], attention_mask=real[:, :PROMPT], past_key_values=cache)
+        for sample, length in enumerate(LENGTHS):
+            alone = dual_cache(model)
+            model(ids[sample : sample + 1, PROMPT - length : PROMPT], past_key_values=alone)
+            for together, single in zip(cache.dual_layers, alone.dual_layers, strict=True):
+                for name in ("key_codes", "value_codes", "key_scales", "value_scales"):
+                    found, wanted = (getattr(x.full, name) for x in (together, single))
+                    groups = length // GROUP
+                    same = found[sample : sample + 1, :, :groups], wanted[:, :, :groups]
+                    assert (same[0].double() - same[1].double()).abs().max() < 1e-9 if groups else True
