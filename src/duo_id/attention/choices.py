@@ -2,4 +2,5 @@
 
 BLEND_NAMES = ("student", "detached", "teacher")  # of `duo_id.attention.blends`
 FULL_BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flash_attn")
+KV_FORMATS = ("exact", "int8", "k8v4", "int4")  # of `duo_id.attention.codes`
 STREAMING_BACKENDS = ("auto", "blocked", "flex", "triton")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from duo_id.attention.choices import KV_FORMATS
 from duo_id.common.errors import UserError
 
 GROUP = 128  # tokens whose codes are written together
@@ -27,7 +28,7 @@ class Bits(NamedTuple):
     values: int
 
 
-FORMATS: dict[str, Bits | None] = {"exact": None, "int8": Bits(8, 8), "k8v4": Bits(8, 4), "int4": Bits(4, 4)}
+FORMATS: dict[str, Bits | None] = dict(zip(KV_FORMATS, (None, Bits(8, 8), Bits(8, 4), Bits(4, 4)), strict=True))
 
 
 def bits_of(kv: str) -> Bits | None:
@@ -39,6 +40,23 @@ def bits_of(kv: str) -> Bits | None:
     if not isinstance(kv, str) or kv not in FORMATS:
         raise UserError(f"kv={kv!r:.80}: choose one of {', '.join(FORMATS)}")
     return FORMATS[kv]
+
+
+def kept_bytes(tokens: int, dim: int, itemsize: int, bits: Bits | None, group: int | None = None) -> int:
+    """Bytes of the keys and values of one head: codes and scales of whole groups, and numbers of all other tokens.
+
+    Args:
+        tokens: of the head.
+        dim: its width.
+        itemsize: bytes of a number.
+        bits: of codes; None: there are none.
+        group: tokens of a group; None: `GROUP`.
+    """
+    if bits is None:
+        return 2 * tokens * dim * itemsize
+    group = GROUP if group is None else group
+    each = group * dim * (bits.keys + bits.values) // 8 + 2 * (dim + group) * itemsize
+    return tokens // group * each + 2 * (tokens % group) * dim * itemsize
 
 
 def quantise(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ class CacheBench:
         cache: Cache | None = None
         for context in contexts:
             self._name(contender, context)
-            floor = self.work.decode(self.settings.batch_size, context, contender.mask)
+            floor = self.work.decode(self.settings.batch_size, context, contender.mask, contender.kv)
             measured = None
             if memory[context] is not None:
                 if cache is None:
@@ -110,7 +110,8 @@ class CacheBench:
                 measured = none_if_out_of_memory(partial(self.prefill_time, contender, context, chunk_size))
                 release()
                 timing, memory = measured or (None, None)
-                floor = self.work.prefill(self.settings.batch_size, context, chunk_size, contender.mask)
+                sizes = self.settings.batch_size, context, chunk_size
+                floor = self.work.prefill(*sizes, contender.mask, contender.kv)
                 yield self._row(contender, context, memory, timing, floor, tokens=context, chunk_size=chunk_size)
 
     @torch.no_grad()
@@ -169,7 +170,8 @@ class CacheBench:
     def _name(self, contender: CacheContender, context: int, chunk_size: int | None = None) -> None:
         chunks = "" if chunk_size is None else f" in chunks of {chunk_size:,}"
         streaming = f", {100 * contender.sparsity:.4g}% stream" if contender.sparsity else ""
-        self.subject = f"{contender.name}{streaming}, {context:,} tokens{chunks}"
+        kv = "" if contender.kv == "exact" else f", kv {contender.kv}"
+        self.subject = f"{contender.name}{streaming}{kv}, {context:,} tokens{chunks}"
 
     def _row(
         self,
@@ -187,6 +189,7 @@ class CacheBench:
         row = {
             "attention": contender.name,
             "sparsity": contender.sparsity,
+            "kv": contender.kv,
             "context": context,
             "chunk_size": chunk_size,
             "batch_size": self.settings.batch_size,

@@ -32,10 +32,12 @@ class CacheContender(ABC):
     Attributes:
         name: in rows and figures, see `duo_id.benchmark.tables`.
         mask: how far each head sees; None: all tokens.
+        kv: what heads keep that see all tokens; see `DualCache`.
     """
 
     name: str
     mask: HeadMask | HeadSpans | None = None
+    kv: str = "exact"
 
     def __init__(self, language_model: LanguageModel, layers: list[AttentionLayer], batch: int) -> None:
         self.model, self.layers, self.batch = language_model.model, layers, batch
@@ -129,6 +131,7 @@ class DualAttention(CacheContender):
         batch: samples.
         mask: how far each head sees.
         name: in rows and figures.
+        kv: what retrieval heads keep; see `DualCache`.
     """
 
     def __init__(
@@ -138,14 +141,15 @@ class DualAttention(CacheContender):
         batch: int,
         mask: HeadMask | HeadSpans,
         name: str = "duo",
+        kv: str = "exact",
     ) -> None:
         super().__init__(language_model, layers, batch)
-        self.mask, self.name = mask, name
+        self.mask, self.name, self.kv = mask, name, kv
 
     def installed(self) -> AbstractContextManager[None]:
         """See `CacheContender`."""
         assert self.mask is not None
-        return duo_attention(self.model, self.mask)
+        return duo_attention(self.model, self.mask, kv=self.kv)
 
     def new_cache(self, slots: int) -> Cache:
         """See `CacheContender`."""

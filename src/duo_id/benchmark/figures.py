@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from duo_id.benchmark.tables import FULL, BenchmarkResults, memory
+from duo_id.benchmark.tables import FULL, BenchmarkResults, kv_of, memory
 from duo_id.common.documents import checked, read_object
 from duo_id.common.errors import UserError
 from duo_id.common.figures import COLORS, MARKERS, set_title, style
@@ -106,7 +106,11 @@ def _at_largest(rows: Sequence[Mapping[str, Any]], axis: str) -> tuple[list[Mapp
 
 
 def _curves(rows: Sequence[Mapping[str, Any]], axis: str) -> dict[str, Points]:
-    """The curves of a figure: full attention (the faster baseline at each point) and the masks."""
+    """The curves of a figure: full attention (the faster baseline at each point) and the masks, for each `kv`."""
+    kvs = list(dict.fromkeys(map(kv_of, rows)))
+    if len(kvs) > 1:
+        each = {kv: _curves([row for row in rows if kv_of(row) == kv], axis) for kv in kvs}
+        return {f"{name}{_suffix(kv)}": points for kv, curves in each.items() for name, points in curves.items()}
     full: dict[float, Mapping[str, Any]] = {}
     masks: dict[str, Points] = {}
     for row in rows:
@@ -124,6 +128,10 @@ def _curves(rows: Sequence[Mapping[str, Any]], axis: str) -> dict[str, Points]:
         full = dict.fromkeys(coordinates, row)
     lines = {FULL_ATTENTION: list(full.items())} | masks
     return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items() if points}
+
+
+def _suffix(kv: str) -> str:
+    return "" if kv == "exact" else f", {kv}"
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[bool, float]:

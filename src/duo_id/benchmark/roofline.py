@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from duo_id.attention.codes import bits_of, kept_bytes
 from duo_id.attention.functions import Mask
 from duo_id.attention.layers import AttentionLayer
 from duo_id.benchmark.ceilings import Ceilings
@@ -56,28 +57,33 @@ class Workload:
     embedding: int
     itemsize: int
 
-    def decode(self, batch: int, context: int, mask: Mask | None) -> Floor:
+    def decode(self, batch: int, context: int, mask: Mask | None, kv: str = "exact") -> Floor:
         """One token for each of `batch` samples after `context` cached tokens; `mask` None: full attention."""
         weights = self.linear + self.head + self.other + batch * self.embedding
-        numbers = operations = 0
+        read = operations = 0
         for layer, windows in zip(self.layers, self._windows(mask, context + 1), strict=True):
             visible = sum(heads * window for window, heads in windows.items())  # the new token's own key among them
-            numbers += 2 * batch * layer.head_dim * (visible - layer.kv_heads)
+            for window, heads in windows.items():
+                read += batch * heads * self._kept(layer, window - 1, kv if window > context else "exact")
             operations += 4 * batch * layer.head_dim * (layer.heads // layer.kv_heads) * visible
-        return Floor(self.itemsize * (weights + numbers), 2 * batch * (self.linear + self.head) + operations)
+        return Floor(self.itemsize * weights + read, 2 * batch * (self.linear + self.head) + operations)
 
-    def prefill(self, batch: int, context: int, chunk_size: int, mask: Mask | None) -> Floor:
+    def prefill(self, batch: int, context: int, chunk_size: int, mask: Mask | None, kv: str = "exact") -> Floor:
         """A prompt of `context` tokens in chunks, with the logits of its last token; `mask` None: full attention."""
         starts = range(0, context, chunk_size)
         numbers = len(starts) * (self.linear + self.other) + self.head + batch * context * self.embedding
-        operations = 2 * batch * (self.linear * context + self.head)
+        operations, read = 2 * batch * (self.linear * context + self.head), 0
         for layer, windows in zip(self.layers, self._windows(mask, context), strict=True):
             for window, heads in windows.items():
-                past = sum(min(start, window) for start in starts)
+                kept = kv if window == context else "exact"
+                read += batch * heads * sum(self._kept(layer, min(start, window), kept) for start in starts)
                 pairs = window * (window + 1) // 2 + (context - window) * window
-                numbers += 2 * batch * layer.head_dim * heads * past
                 operations += 4 * batch * layer.head_dim * (layer.heads // layer.kv_heads) * heads * pairs
-        return Floor(self.itemsize * numbers, operations)
+        return Floor(self.itemsize * numbers + read, operations)
+
+    def _kept(self, layer: AttentionLayer, tokens: int, kv: str) -> int:
+        """Bytes of one head's keys and values of `tokens` tokens."""
+        return kept_bytes(tokens, layer.head_dim, self.itemsize, bits_of(kv))
 
     def _windows(self, mask: Mask | None, tokens: int) -> list[Counter[int]]:
         """For each layer, how many of `tokens` tokens its KV heads see, and how many heads see as many."""

@@ -153,7 +153,7 @@ def attention_layers(language_model: LanguageModel) -> list[AttentionLayer]:
 def line_up(
     settings: BenchmarkSettings, language_model: LanguageModel, layers: list[AttentionLayer]
 ) -> list[CacheContender]:
-    """The contenders, in order: the baselines, a mask for each sparsity, then the spans.
+    """The contenders, in order and for each `kv`: the baselines, a mask for each sparsity, then the spans.
 
     Raises:
         UserError: the head pattern does not fit this model, or its windows cover every context.
@@ -170,17 +170,20 @@ def line_up(
         f"context={longest} fits in the window of sink_size + recent_size = {window}: give a longer one",
     )
 
-    def under(sparsity: float, name: str = "duo") -> DualAttention:
-        return DualAttention(language_model, layers, batch, pattern.binarize(sparsity=sparsity), name)
+    def under(sparsity: float, kv: str, name: str = "duo") -> DualAttention:
+        return DualAttention(language_model, layers, batch, pattern.binarize(sparsity=sparsity), name, kv)
 
     batch = settings.batch_size
-    contenders: list[CacheContender] = [StaticAttention(language_model, layers, batch)]
-    if settings.task == "decode":  # in prefill both caches call the same attention
-        contenders.append(under(0, "full-dual"))
-    contenders += [under(sparsity) for sparsity in settings.sparsity]
-    if settings.spans:
-        spans = shared_spans(pattern, settings.spans, settings.shares)
-        contenders.append(DualAttention(language_model, layers, batch, spans, "spans"))
+    contenders: list[CacheContender] = []
+    for kv in settings.kv:
+        if kv == "exact":
+            contenders.append(StaticAttention(language_model, layers, batch))
+        if kv != "exact" or settings.task == "decode":  # in prefill both caches of exact keys call the same attention
+            contenders.append(under(0, kv, "full-dual"))
+        contenders += [under(sparsity, kv) for sparsity in settings.sparsity]
+        if settings.spans:
+            spans = shared_spans(pattern, settings.spans, settings.shares)
+            contenders.append(DualAttention(language_model, layers, batch, spans, "spans", kv))
     return contenders
 
 
@@ -216,7 +219,8 @@ def _cache_line(row: dict[str, Any]) -> str:
     measured = f"{row['ms']:.4g} ms, {row['over_floor']:.3f} x floor" if "ms" in row else row["status"]
     seconds = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["seconds"].items())
     streaming = f" ({100 * row['sparsity']:.4g}% stream)" if row["sparsity"] else ""
-    return f"{NAMES[row['attention']]}{streaming}, {sizes}: {measured}  [{seconds} s]"
+    kv = "" if row["kv"] == "exact" else f", kv {row['kv']}"
+    return f"{NAMES[row['attention']]}{streaming}{kv}, {sizes}: {measured}  [{seconds} s]"
 
 
 def _step_line(row: dict[str, Any]) -> str:

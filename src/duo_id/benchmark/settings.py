@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from duo_id.attention.choices import BLEND_NAMES
+from duo_id.attention.choices import BLEND_NAMES, KV_FORMATS
 from duo_id.common.config import Count, Fraction, Positive, Seed, Several, Some, Text, one_of, settings
 from duo_id.common.errors import check
 from duo_id.models.settings import ModelSettings
@@ -42,6 +42,7 @@ class BenchmarkSettings:
         default_factory=list
     )  # of the KV heads, that have each; the others see all tokens
     heads: Text | None = None  # a run folder, its heads/ folder or a shipped name; null: heads drawn at random
+    kv: Some[Annotated[Text, one_of(KV_FORMATS)]] = field(default_factory=lambda: ["exact"])  # of retrieval heads
     step: StepSettings = field(default_factory=StepSettings)  # train_step: ours
     blend: Some[Annotated[Text, one_of(BLEND_NAMES)]] = field(default_factory=lambda: ["student"])  # train_step
     beside: bool = True  # train_step: the step in the published shape too, on one device
@@ -71,7 +72,7 @@ class BenchmarkSettings:
             len(self.spans) == len(self.shares) and sum(self.shares) <= 1 + 1e-6,
             f"spans={self.spans} shares={self.shares}: give each span its share of the KV heads, together at most 1",
         )
-        self.blend = list(dict.fromkeys(self.blend))
+        self.blend, self.kv = list(dict.fromkeys(self.blend)), list(dict.fromkeys(self.kv))
         for key in ("context", "chunk_size", "sparsity"):
             setattr(self, key, sorted(set(getattr(self, key))))
         if self.task == "train_step":
@@ -84,6 +85,7 @@ class BenchmarkSettings:
                 self.step.cuda_graphs is not True,
                 "step.cuda_graphs=true: task=train_step measures steps without a graph",
             )
+            check(self.kv == ["exact"], f"kv={self.kv}: task=train_step has no cache")
             check(self.heads is None, f"heads={self.heads}: task=train_step trains the gates of all heads")
             check(not self.spans, f"spans={self.spans}: task=train_step has one window, sink_size and recent_size")
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+from duo_id.attention.choices import KV_FORMATS
 from duo_id.common.documents import FIRST, Data, Line, Natural, NonNegative, Share
 from duo_id.common.tables import TextTable
 
@@ -16,6 +17,7 @@ class MeasurementRow(Data):
 
     attention: Literal["full", "full-dual", "duo", "spans"]
     sparsity: Share
+    kv: Line = "exact"
     context: Natural
     chunk_size: Natural | None
     status: Line
@@ -48,19 +50,24 @@ def memory(row: Mapping[str, Any]) -> int | None:
     return row["peak_bytes"] or row["weights_bytes"] + row["cache_bytes"]
 
 
+def kv_of(row: Mapping[str, Any]) -> str:
+    """What the heads of a row keep that see all tokens; results of earlier versions do not say."""
+    return str(row.get("kv", "exact"))
+
+
 def with_gains(rows: Sequence[Mapping[str, Any]]) -> list[Measurement]:
     """The rows, those of masks with `speedup`, `memory_saving` and `floor_ratio` added.
 
-    Each is full attention over duo at the same sizes, None where either is unknown. The faster baseline counts for
-    time, the smaller one for memory.
+    Each is full attention over duo at the same sizes and with the same `kv`, None where either is unknown. The faster
+    baseline counts for time, the smaller one for memory.
     """
     compared = []
     for row in rows:
-        sizes = [row["context"], row["chunk_size"], row["batch_size"]]
+        same = ("context", "chunk_size", "batch_size")
         baselines = [
             other
             for other in rows
-            if other["attention"] in FULL and [other["context"], other["chunk_size"], other["batch_size"]] == sizes
+            if other["attention"] in FULL and all(other[key] == row[key] for key in same) and kv_of(other) == kv_of(row)
         ]
         gains = {
             "speedup": _ratio([other.get("ms") for other in baselines], row.get("ms")),
@@ -81,7 +88,13 @@ def results_tables(results: Mapping[str, Any]) -> list[TextTable]:
     title = f"{results['model']['name']} on {results['device']}"
     rows = sorted(
         results["rows"],
-        key=lambda row: (row["context"], row["chunk_size"] or 0, order.index(row["attention"]), row["sparsity"]),
+        key=lambda row: (
+            row["context"],
+            row["chunk_size"] or 0,
+            order.index(row["attention"]),
+            row["sparsity"],
+            KV_FORMATS.index(kv_of(row)),
+        ),
     )
     is_prefill = task == "prefill"
     names, time_cells, memory_cells = [], [], []
@@ -89,6 +102,7 @@ def results_tables(results: Mapping[str, Any]) -> list[TextTable]:
         out_of_memory = row["status"] == "OOM"
         masked = f"{row['attention']} {row['sparsity']:.3g}"
         name = {"full": "full SDPA", "full-dual": "full dual"}.get(row["attention"], masked)
+        name += "" if kv_of(row) == "exact" else f" {kv_of(row)}"
         names.append([name, f"{row['context']:,}"] + ([f"{row['chunk_size']:,}"] if is_prefill else []))
         spread = 50 * (row["ms_max"] - row["ms_min"]) / row["ms"] if "ms" in row else None
         time_cells.append(

@@ -154,10 +154,8 @@ class QuantisedStore(Store):
 
     def retained_bytes(self, tokens: int) -> int:
         """See `Store.retained_bytes`."""
-        codes_of_group = len(self.heads) * self.group * self.key.shape[3] * (self.bits.keys + self.bits.values) // 8
-        scales_of_group = 2 * len(self.heads) * (self.group + self.key.shape[3]) * self.key.element_size()
-        exact = tokens % self.group * 2 * len(self.heads) * self.key.shape[3] * self.key.element_size()
-        return tokens // self.group * (codes_of_group + scales_of_group) + exact
+        size = self.key.shape[3], self.key.element_size()
+        return len(self.heads) * codes.kept_bytes(tokens, *size, self.bits, self.group)
 
     def exact_from(self, tokens: int) -> int:
         """See `Store.exact_from`."""
