@@ -71,6 +71,19 @@ def test_spans_are_counted_head_by_head() -> None:
     assert found == 4 * 2 * 16 * (pairs[5] - pairs[10])
 
 
+def test_codes_are_read_in_place_of_numbers() -> None:
+    """By heads that see all tokens, and only of whole groups."""
+    model = tiny_model("llama")
+    work = workload(model, layers_of(model))
+    mask, tokens = HeadMask(HALF, 4, 8), 3 * 128 + 5
+    exact, codes = (work.decode(2, tokens, mask, kv) for kv in ("exact", "k8v4"))
+    each = 128 * 16 * (8 + 4) // 8 + 2 * (16 + 128) * 4  # of a group, and scale and zero of its channels and tokens
+    assert exact.bytes - codes.bytes == 2 * 3 * 3 * (2 * 128 * 16 * 4 - each)
+    assert exact.flops == codes.flops
+    exact, codes = (work.prefill(1, 640, 256, mask, kv) for kv in ("exact", "k8v4"))
+    assert exact.bytes - codes.bytes == 3 * (2 + 4) * (2 * 128 * 16 * 4 - each)
+
+
 def test_the_slower_of_memory_and_arithmetic_decides() -> None:
     assert Floor(1000, 10).seconds(Ceilings(bandwidth=100.0, flops=10.0)) == 10.0
     assert Floor(1000, 1000).seconds(Ceilings(bandwidth=100.0, flops=10.0)) == 100.0

@@ -20,7 +20,7 @@ from tests.support.commands import run_command, settings_of
 from tests.test_layout import leaves
 
 PRESETS = sorted(path.stem for path in (conf_dir() / "preset").glob("*.yaml"))
-PUBLISHED = [preset for preset in PRESETS if preset.startswith("paper-")]
+PUBLISHED = [preset for preset in PRESETS if preset.startswith("paper-") and preset != "paper-3m"]
 SMALL = [
     "model=tiny",
     "context=[24,40]",
@@ -66,6 +66,25 @@ def test_a_run_leaves_results_tables_and_figures(task: str, tmp_path: Path) -> N
             assert image.width > 400
     for name in ("full SDPA", "duo 0.5", "duo 1"):
         assert name in finished.output
+
+
+def test_formats_of_the_cache_stand_beside_each_other(tmp_path: Path) -> None:
+    """Each with full attention over the same format, its baseline."""
+    small = [*SMALL[:2], "context=[300]", "sink_size=4", "recent_size=8", "kv=[exact,int4]", "repeats=2"]
+    finished = run_command("benchmark", *small, "task=decode", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    rows = {(row["attention"], row["kv"]): row for row in saved(tmp_path)["rows"]}
+    assert list(rows) == [(name, kv) for kv in ("exact", "int4") for name in ("full", "full-dual", "duo")][:3] + [
+        ("full-dual", "int4"),
+        ("duo", "int4"),
+    ]
+    duo, full = rows["duo", "int4"], rows["full-dual", "int4"]
+    assert duo["speedup"] == pytest.approx(full["ms"] / duo["ms"])
+    assert duo["floor_ms"] < rows["duo", "exact"]["floor_ms"]
+    assert duo["cache_bytes"] < rows["duo", "exact"]["cache_bytes"]
+    assert "duo 0.5 int4" in finished.output
+    refused = run_command("benchmark", *small, "task=train_step", folder=tmp_path / "other")
+    assert "task=train_step has no cache" in refused.output
 
 
 def test_the_rows_before_an_interruption_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +209,11 @@ def test_presets_are_the_published_measurements(preset: str, tmp_path: Path) -> 
     assert settings.sparsity == ([0, 0.25, 0.5, 0.75, 1] if "ratio" in preset else [{"mha": 0.75, "gqa": 0.5}[kind]])
     assert (settings.sink_size, settings.recent_size) == ({"mha": 64, "gqa": 128}[kind], 256)
     assert settings.chunk_size[-1] == 32768 or settings.task == "decode"
+
+
+def test_the_longest_context_published_is_decoded_after_in_4_bits(tmp_path: Path) -> None:
+    settings = settings_of("benchmark", BenchmarkSettings, "preset=paper-3m", folder=tmp_path)
+    assert (settings.task, settings.context, settings.sparsity, settings.kv) == ("decode", [3_300_000], [0.5], ["int4"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
