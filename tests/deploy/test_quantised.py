@@ -90,10 +90,12 @@ def expected(
     capacity: int | None = None,
 ) -> Tensor:
     """The reference's logits of the whole sequence, whose forwards begin at `edges`."""
-    real = torch.ones_like(ids) if real is None else real
-    positions = (real.cumsum(-1) - 1).clamp(min=0)
-    with reference(model, mask, Coded(bits_of(kv), GROUP, pasts(real, edges), capacity)):
-        return model(ids, attention_mask=real, position_ids=positions, use_cache=False).logits
+    past = pasts(torch.ones_like(ids) if real is None else real, edges)
+    options = {}
+    if real is not None:
+        options = {"attention_mask": real, "position_ids": (real.cumsum(-1) - 1).clamp(min=0)}
+    with reference(model, mask, Coded(bits_of(kv), GROUP, past, capacity)):
+        return model(ids, use_cache=False, **options).logits
 
 
 @some_kvs
@@ -221,24 +223,24 @@ def test_drafts_are_removed_again(kv: str) -> None:
 
 @pytest.mark.parametrize("kv", ["k8v4"])
 @room
-@pytest.mark.parametrize("length", [31, 32, 33, 50])
+@pytest.mark.parametrize("length", [32, 50])
 def test_crop_as_far_as_tokens_are_exact(length: int, max_length: int | None, kv: str) -> None:
     """To any length from the start of the group before the one that the text is in."""
-    model, ids = model_of("llama"), random_ids(2, TOKENS)
+    model, ids = model_of("llama"), random_ids(2, 80)
     mask = mask_for(model, kind="all")
     with duo_attention(model, mask, kv=kv):
         start = (length // GROUP - 1) * GROUP
-        for least in sorted({start, start + 1, start + GROUP - 1, start + GROUP, length - 1} & set(range(length))):
-            cache = dual_cache(model, max_length)
+        for least in {start, start + GROUP - 1, start + GROUP} - {length}:
+            cache = dual_cache(model, max_length and 80)
             model(ids[:, :20], past_key_values=cache)
             model(ids[:, 20:length].flip(1), past_key_values=cache)
             cache.crop(least - length)
             known = torch.cat([ids[:, :20], ids[:, 20:length].flip(1)], 1)[:, :least]
             whole = torch.cat([known, ids[:, least:]], 1)
-            edges = [x for x in (0, 20) if x < least] + list(range(least, TOKENS))
-            wanted = expected(model, mask, kv, whole, edges)
-            found = [model(whole[:, t : t + 1], past_key_values=cache).logits for t in range(least, TOKENS)]
-            check_equal(torch.cat(found, 1), wanted[:, least:])
+            edges = [x for x in (0, 20) if x < least] + list(range(least, 80))
+            wanted = expected(model, mask, kv, whole, edges)[:, least : least + 20]
+            found = [model(whole[:, t : t + 1], past_key_values=cache).logits for t in range(least, least + 20)]
+            check_equal(torch.cat(found, 1), wanted)
 
 
 @room
@@ -310,7 +312,7 @@ def formula(kv: str, heads: int, tokens: int, dim: int, itemsize: int) -> int:
 @pytest.mark.parametrize("group", [16, 128])
 def test_bytes_are_the_formula(kv: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codes, "GROUP", group)
-    model, tokens = build("llama").bfloat16(), 40_000
+    model, tokens = build("llama").bfloat16(), 200_000
     mask = HeadMask(torch.ones(4, 2, dtype=torch.bool), SINK, 8)
     wanted = formula(kv, 8, tokens, 16, 2)
     assert cache_bytes(model, {"all": mask}, [tokens], kv=kv).loc[tokens, "all"] == wanted
@@ -319,12 +321,13 @@ def test_bytes_are_the_formula(kv: str, group: int, monkeypatch: pytest.MonkeyPa
             cache = dual_cache(model, max_length)
             cache.fill(1, tokens, torch.bfloat16, "cpu")
             assert cache.retained_bytes == wanted
-            assert wanted <= cache.nbytes <= 1.012 * wanted
+            assert wanted <= cache.nbytes <= (1.01 if max_length else 1.02) * wanted
             model(random_ids(1, 1), past_key_values=cache)
 
 
-def test_bytes_of_a_large_model() -> None:
+def test_bytes_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama-3-8B with half of its heads in full, 3.3 million tokens: 53.5 GiB in 4 bits, as counted by hand."""
+    monkeypatch.setattr(codes, "GROUP", 128)
     found = formula("int4", 32 * 4, 3_300_000, 128, 2)
     codes_per_token, scales_per_token = 128, 2 * 2 * 2 * 128 / 128
     assert abs(found - 3_300_000 * 128 * (codes_per_token + scales_per_token)) < 1e-3 * found
@@ -354,7 +357,7 @@ def test_a_model_and_each_of_its_caches_may_ask_for_a_format() -> None:
 
 
 def test_heads_of_an_odd_width_are_refused() -> None:
-    model = build("gpt2", n_embd=27, n_head=3)
+    model = build("gpt2", hidden_size=27, num_attention_heads=3)
     with duo_attention(model, mask_for(model), kv="int4"):
         with pytest.raises(UserError, match=r"heads of .* are 9 wide, an odd number: use kv=exact"):
             dual_cache(model)
@@ -363,10 +366,11 @@ def test_heads_of_an_odd_width_are_refused() -> None:
 
 def test_first_tokens_of_unequal_lengths() -> None:
     """Stored at once, and the same as one by one."""
-    model, (ids, real, _) = model_of("llama"), padded_ids()
+    model, (ids, real, positions) = model_of("llama"), padded_ids()
+    options = {"attention_mask": real[:, :PROMPT], "position_ids": positions[:, :PROMPT]}
     with duo_attention(model, mask_for(model), kv="int4"):
         cache = dual_cache(model)
-        model(ids[:, :PROMPT], attention_mask=real[:, :PROMPT], past_key_values=cache)
+        model(ids[:, :PROMPT], past_key_values=cache, **options)
         for sample, length in enumerate(LENGTHS):
             alone = dual_cache(model)
             model(ids[sample : sample + 1, PROMPT - length : PROMPT], past_key_values=alone)
@@ -374,5 +378,5 @@ def test_first_tokens_of_unequal_lengths() -> None:
                 for name in ("key_codes", "value_codes", "key_scales", "value_scales"):
                     found, wanted = (getattr(x.full, name) for x in (together, single))
                     groups = length // GROUP
-                    same = found[sample : sample + 1, :, :groups], wanted[:, :, :groups]
-                    assert (same[0].double() - same[1].double()).abs().max() < 1e-9 if groups else True
+                    same = (x[:, :, :groups].double() for x in (found[sample : sample + 1], wanted))
+                    torch.testing.assert_close(*same, atol=1e-9, rtol=0)

@@ -174,3 +174,23 @@ def test_contexts_too_short_for_a_share_are_counted(recwarn: pytest.WarningsReco
     short = 3 * window
     with pytest.warns(UserWarning, match=rf"^cache=0\.25: 2 of 3 contexts .* up to 0\.333, .* of {short} tokens$"):
         warn_of_short_contexts({"found": NEEDY}, [0.5, 0.25], [short, short + 1, 10 * window])
+
+
+@pytest.mark.parametrize(("kvs", "exact"), [(["exact", "int8", "int4"], True), (["int8", "int4"], False)], ids=str)
+def test_each_format_has_the_same_masks_beside_full_attention_as_it_is(kvs: list[str], exact: bool) -> None:
+    given = {"found": FOUND, "seeds#0": OTHER}
+    plain = contenders(given, [0.5], 1, ["streaming"], 0)
+    lineup = contenders(given, [0.5], 1, ["streaming"], 0, kvs=kvs)
+    assert len({contender.key for contender in lineup}) == len(lineup)
+    assert [x.heads for x in lineup if x.kv == "exact"] == [
+        x.heads for x in plain if exact or x.kind in ("full", "baseline")
+    ]
+    codes = [(x.kind, x.heads, x.kv) for x in lineup if x.kv != "exact"]
+    assert codes == [
+        (kind, name.replace("*", kv), kv)
+        for kv in ("int8", "int4")
+        for kind, name in (("baseline", "full *"), ("pattern", "found *"), ("pattern", "seeds *#0"))
+    ]
+    masks = {x.heads: x.mask(TOKENS) for x in lineup}
+    assert masks["seeds int4#0"] == OTHER.binarize(sparsity=0.5)
+    assert masks["full int8"].retrieval.all()

@@ -15,6 +15,7 @@ from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.random_masks import random_like, random_pattern
 from duo_id.patterns.spans import HeadSpans
 from duo_id.report.rows import ASKED
+from duo_id.report.summary import SEED
 
 Key = tuple[str, str, float | None, int | None, float | None]  # the columns `ASKED`
 Decision = HeadMask | HeadSpans
@@ -33,6 +34,7 @@ class Contender:
         cache: share of the full cache's bytes that it keeps of each context; None where a sparsity is asked.
         note: a remark for readers of the results.
         mask: returns its mask or spans for a context length in tokens; None where duo_id does not run it.
+        kv: what its retrieval heads keep, see `DualCache`; the name says it too.
     """
 
     kind: str
@@ -42,6 +44,7 @@ class Contender:
     cache: float | None = None
     note: str = ""
     mask: Callable[[int], Decision] | None = None
+    kv: str = "exact"
 
     @property
     def key(self) -> Key:
@@ -60,6 +63,7 @@ def contenders(
     baselines: Sequence[str],
     seed: int,
     caches: Sequence[float] = (),
+    kvs: Sequence[str] = ("exact",),
 ) -> list[Contender]:
     """Everything that is compared, full attention first.
 
@@ -76,6 +80,7 @@ def contenders(
         seed: of the first random mask.
         caches: shares of the cache at which the masks of patterns, the spans of those that have needs, random masks and
             baselines are compared, besides `sparsities`.
+        kvs: what retrieval heads keep: all of that for `exact`, and once more for each other format, but for baselines.
     """
     first = next(iter(patterns.values()))
     lineup = [Contender("full", "full", 0.0, mask=_constant_mask(first.binarize(sparsity=0)))]
@@ -96,7 +101,19 @@ def contenders(
             lineup.append(Contender("baseline", name, sparsity, note=note, mask=mask_for_length))
     for cache in caches:
         lineup += _at_a_share(patterns, cache, range(seed, seed + random_masks), baselines)
-    return lineup
+    chosen = [contender for contender in lineup if "exact" in kvs or contender.kind in ("full", "baseline")]
+    return chosen + [
+        _keeping(contender, kv) for kv in kvs if kv != "exact" for contender in lineup if contender.kind != "baseline"
+    ]
+
+
+def _keeping(contender: Contender, kv: str) -> Contender:
+    """The same mask, whose retrieval heads keep codes; full attention is a baseline then."""
+    base, *number = contender.heads.split(SEED)
+    name = SEED.join([f"{base} {kv}", *number])
+    kind = "baseline" if contender.kind == "full" else contender.kind
+    note = ", ".join(filter(None, [contender.note, f"keys and values as {kv}"]))
+    return replace(contender, kind=kind, heads=name, note=note, kv=kv)
 
 
 def _at_a_share(

@@ -59,7 +59,7 @@ def run(
     def answer(batch: Sequence[Item], contender: Contender, generate: bool) -> list[Answers]:
         assert contender.mask is not None
         try:
-            with duo_attention(model.model, contender.mask(len(batch[0].context))):
+            with duo_attention(model.model, contender.mask(len(batch[0].context)), kv=contender.kv):
                 return reader.read(batch, generate)
         except torch.OutOfMemoryError as error:
             raise UserError(

@@ -1,9 +1,10 @@
 """The settings of `python -m duo_id.evaluate`: see conf/evaluate.yaml and the presets of conf/evaluation/."""
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
-from duo_id.common.config import Count, Fraction, Positive, Seed, Several, Some, Text, settings
+from duo_id.attention.choices import KV_FORMATS
+from duo_id.common.config import Count, Fraction, Positive, Seed, Several, Some, Text, one_of, settings
 from duo_id.common.errors import check
 from duo_id.data.settings import HaystackSettings
 from duo_id.evaluate.tasks.names import check_tasks
@@ -34,6 +35,7 @@ class EvaluateSettings:
     sparsity: Several[Fraction]  # fractions of KV heads that stream
     random_masks: Count  # at each sparsity and share of the cache
     cache: Several[Fraction] = field(default_factory=list)  # shares of the full cache's bytes, at the length judged
+    kv: Some[Annotated[Text, one_of(KV_FORMATS)]] = field(default_factory=lambda: ["exact"])  # of retrieval heads
     baselines: Several[Literal["streaming", "window"]] = field(default_factory=list)  # at the bytes of each of both
     patterns: dict[str, Text] = field(default_factory=dict)  # other head patterns, by name
     split: Literal["development", "test"] = "test"
@@ -48,7 +50,7 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         """Normalise values; what depends on the model is checked once it is loaded."""
         self.sparsity, self.lengths = sorted(set(self.sparsity)), sorted(set(self.lengths))
-        self.cache = sorted(set(self.cache), reverse=True)
+        self.cache, self.kv = sorted(set(self.cache), reverse=True), list(dict.fromkeys(self.kv))
         check(bool(self.sparsity or self.cache), "sparsity=[] leaves nothing to compare: give sparsity or cache")
         check(0 not in self.cache, "cache=0 keeps nothing: give shares above 0")
         check_tasks(self.tasks)
