@@ -31,8 +31,10 @@ def test_codes_become_numbers_in_the_registers_of_tensor_cores(bits: tuple[int, 
     aligned = {(place,): [["tt.divisibility", 16]] for place in range(first)}
     source = ASTSource(_decode_codes, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
     options = {"num_warps": CODES_TUNING["warps"], "num_stages": CODES_TUNING["stages"]}
+    options["maxnreg"] = CODES_TUNING["registers"]
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert kernel.metadata.shared <= 227 * 1024 // CODES_TUNING["programs"], "of one multiprocessor"
+    assert 32 * CODES_TUNING["warps"] * CODES_TUNING["registers"] * CODES_TUNING["programs"] <= 65536, "there, too"
     ptx = kernel.asm["ptx"]
     (loop,) = [part for part in re.split(r"\n\$L__BB\d+_\d+:", ptx) if "prmt.b32 a" in part]
     assert loop.count("mma.sync") == 32

@@ -18,8 +18,9 @@ from duo_id.attention.kernels.codes import OFFSET, numbers, scales_of, write_key
 from duo_id.attention.kernels.decode import multiprocessors, programs_of, ring_of, sum_parts
 from duo_id.attention.kernels.shared import FAR_BELOW, LOG2_E, padded_dim, precision
 
-# "programs": of all retrieval heads, for each multiprocessor. "block": tokens that are not codes, read at a time.
-CODES_TUNING = {"programs": 3, "warps": 4, "stages": 3, "block": 32}
+# "programs": of all retrieval heads, for each multiprocessor; as many have room with so many "registers" a thread, and
+# one more would wait for a second round. "block": tokens that are not codes, read at a time.
+CODES_TUNING = {"programs": 3, "registers": 168, "warps": 4, "stages": 3, "block": 32}
 
 
 @triton.jit
@@ -206,7 +207,8 @@ def decode_codes(
     (full_heads, groups), group = key_codes.shape[1:3], query_heads // key.shape[1]
     size = tail_key.shape[2] // 2
     out = torch.empty(batch, query_heads, 1, dim, dtype=query.dtype, device=query.device)
-    launch = CODES_TUNING | tuning
+    launch, half = CODES_TUNING | tuning, padded_dim(dim // 2)
+    narrow = half * query.element_size() <= 128  # others need all registers that there are
     processors = multiprocessors(query.device)
     splits, share, rings = programs_of(tuple(slots), groups * size, full_heads, batch, processors * launch["programs"])
     split_rings = rings > len(slots)
@@ -217,11 +219,12 @@ def decode_codes(
         recent_value, retrieval, streaming, lengths, arrived, partial, out, scale * LOG2_E, query.stride(0),
         query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1), groups, recent_key.shape[1],
         sink_size, max(slots, default=0), full_heads, len(slots), splits, share,
-        GROUP=group, ROWS=max(8, triton.next_power_of_2(group)), DIM=dim, HALF=padded_dim(dim // 2), SIZE=size,
+        GROUP=group, ROWS=max(8, triton.next_power_of_2(group)), DIM=dim, HALF=half, SIZE=size,
         BLOCK=launch["block"], TILE=32, HEADS=max(16, triton.next_power_of_2(len(slots))) if split_rings else 0,
         KEY_BITS=4 * key_codes.shape[3], VALUE_BITS=4 * value_codes.shape[3],
-        FAST=query.is_cuda and query.dtype == torch.bfloat16, EVEN=2 * padded_dim(dim // 2) == dim,
+        FAST=query.is_cuda and query.dtype == torch.bfloat16, EVEN=2 * half == dim,
         PRECISION=precision(query),
-        num_warps=launch["warps"], num_stages=launch["stages"],
+        num_warps=launch["warps"], num_stages=launch["stages"], 
+        maxnreg=launch["registers"] if narrow else None,
     )  # fmt: skip
     return out
