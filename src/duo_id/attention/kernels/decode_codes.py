@@ -224,7 +224,7 @@ def decode_codes(
         KEY_BITS=4 * key_codes.shape[3], VALUE_BITS=4 * value_codes.shape[3],
         FAST=query.is_cuda and query.dtype == torch.bfloat16, EVEN=2 * half == dim,
         PRECISION=precision(query),
-        num_warps=launch["warps"], num_stages=launch["stages"], 
+        num_warps=launch["warps"], num_stages=launch["stages"],
         maxnreg=launch["registers"] if narrow else None,
     )  # fmt: skip
     return out
