@@ -5,11 +5,14 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from duo_id import HeadMask
+from duo_id.attention import codes
+from duo_id.deploy import chunks
 from duo_id.patterns.spans import ALL, HeadSpans
 from tests.deploy.reference import Coded, brute_force
 from tests.support.tiny import FAMILIES, tiny_model
@@ -18,6 +21,7 @@ SINK, RECENT = 3, 8
 SPANS = (ALL, 1, 2, 5, RECENT, 21, 40, 500)  # around prompts and chunks; the last is longer than every text
 PROMPT, TOKENS = 48, 58  # each prompt, and with what is decoded after it: five windows
 LENGTHS = (PROMPT, 33, 5)  # real tokens of the prompts of a padded batch; the last fits into the window
+GROUP = 16  # tokens, in place of 128, so that prompts have several groups of codes
 HYBRID = ["sliding_attention", "full_attention"] * 2
 EVERY_FAMILY: dict[str, dict[str, Any]] = FAMILIES | {
     "mixtral": {"sliding_window": None},
@@ -106,6 +110,13 @@ def case(family: str, kind: str = "mixed", sink: int = SINK, recent: int = RECEN
 
 def reference(model: PreTrainedModel, mask: HeadMask | HeadSpans, coded: Coded | None = None) -> Any:
     return brute_force(model, mask, coded)
+
+
+def short_groups(patch: pytest.MonkeyPatch) -> None:
+    """Let caches make codes of `GROUP` tokens; the check of chunks must stay below that."""
+    patch.setattr(codes, "GROUP", GROUP)
+    patch.setattr(chunks, "PAST", 7)
+    patch.setattr(chunks, "CHUNK", 2)
 
 
 def check_equal(found: Tensor, expected: Tensor) -> None:

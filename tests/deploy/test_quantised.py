@@ -20,6 +20,7 @@ from duo_id.common.errors import UserError
 from duo_id.deploy.cache_memory import cache_bytes
 from duo_id.patterns.spans import HeadSpans
 from tests.deploy.cases import (
+    GROUP,
     HYBRID,
     LENGTHS,
     PROMPT,
@@ -32,11 +33,11 @@ from tests.deploy.cases import (
     random_ids,
     reference,
     run,
+    short_groups,
 )
 from tests.deploy.reference import Coded
 from tests.support.tiny import tiny_model
 
-GROUP = 16
 FAMILIES = ("gpt2", "gemma2", "gemma3_text", "gpt_oss")  # a head each, soft caps, sliding windows, sinks
 kvs = pytest.mark.parametrize("kv", ["int8", "k8v4", "int4"])
 some_kvs = pytest.mark.parametrize("kv", ["int8", "int4"])
@@ -44,8 +45,8 @@ room = pytest.mark.parametrize("max_length", [None, TOKENS])
 
 
 @pytest.fixture(autouse=True)
-def short_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codes, "GROUP", GROUP)
+def groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    short_groups(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from duo_id.common.compat import cache_argument, cache_of
 from duo_id.common.errors import UserError
 
-PAST, CHUNK, CHUNKS = 20, 4, 3  # tokens of the check; in short chunks every token is close to a boundary
+# Tokens of the check: in short chunks every token is close to a boundary, and all are fewer than are kept as codes.
+PAST, CHUNK, CHUNKS = 20, 4, 3
 
 
 @dataclass(frozen=True)
