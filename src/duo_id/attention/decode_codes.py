@@ -120,9 +120,9 @@ def _parts(
         )
         token = start * size + torch.arange(numbers[0].shape[2], device=device)
         yield softmax.attend_part(query, *numbers, (token < (complete * size)[:, None])[:, None, None])
-    if not groups:
-        return
     closes, place = (lengths % size == 0) & (complete < groups), complete.clamp(max=groups - 1)
+    if not groups or not (query.is_cuda or closes.any()):  # a GPU does not wait to know
+        return
     bits = 4 * key_codes.shape[3], 4 * value_codes.shape[3]
     new_codes = *quantise_keys(keys, bits[0], size), *quantise_values(values, bits[1], size)
     for stored, new in zip(coded, new_codes, strict=True):
