@@ -10,6 +10,7 @@ from duo_id.attention.decode import ring_groups, store_and_attend
 from duo_id.attention.softmax import Softmax, join
 
 SLICE = 8192  # tokens that are numbers again at the same time
+WIDEST = 512  # bytes of a head in the query's type, for which the kernel has registers and shared memory
 
 
 @torch.library.custom_op(
@@ -74,7 +75,8 @@ def decode_codes_attention(
     """
     softmax, kv_heads = Softmax(scale, softcap, sinks), key.shape[1]
     coded = key_codes, key_scales, value_codes, value_scales
-    if query.is_cuda and softmax.plain and query.dtype != torch.float64:
+    fits = query.shape[-1] * query.element_size() <= WIDEST and query.dtype != torch.float64
+    if query.is_cuda and softmax.plain and fits:
         from duo_id.attention.kernels.decode_codes import decode_codes
 
         stores, listed = (*coded, tail_key, tail_value, recent_key, recent_value), (retrieval, streaming)

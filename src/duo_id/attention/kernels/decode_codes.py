@@ -208,7 +208,7 @@ def decode_codes(
     size = tail_key.shape[2] // 2
     out = torch.empty(batch, query_heads, 1, dim, dtype=query.dtype, device=query.device)
     launch, half = CODES_TUNING | tuning, padded_dim(dim // 2)
-    narrow = half * query.element_size() <= 128  # others need all registers that there are
+    narrow = half * query.element_size() <= 128  # others need more registers and shared memory
     processors = multiprocessors(query.device)
     splits, share, rings = programs_of(tuple(slots), groups * size, full_heads, batch, processors * launch["programs"])
     split_rings = rings > len(slots)
@@ -224,7 +224,7 @@ def decode_codes(
         KEY_BITS=4 * key_codes.shape[3], VALUE_BITS=4 * value_codes.shape[3],
         FAST=query.is_cuda and query.dtype == torch.bfloat16, EVEN=2 * half == dim,
         PRECISION=precision(query),
-        num_warps=launch["warps"], num_stages=launch["stages"],
+        num_warps=launch["warps"], num_stages=launch["stages"] if narrow else 2,
         maxnreg=launch["registers"] if narrow else None,
     )  # fmt: skip
     return out
