@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from matplotlib.axes import Axes
 
-from duo_id.benchmark.figures import plot_benchmark, plotted_axes
+from duo_id.benchmark.figures import CARDS, largest_contexts, plot_benchmark, plot_largest_contexts, plotted_axes
 from duo_id.benchmark.step_tables import plot_steps
 from duo_id.common.errors import UserError
 from duo_id.common.figures import save_figure
@@ -99,3 +99,25 @@ def test_bars_of_steps_show_their_values() -> None:
     time, memory = plot_steps({"rows": rows, "model": {"name": "a model"}, "device": "a device"}).axes
     assert [text.get_text() for text in time.texts if text.get_text()] == ["0.763", "54.2", "OOM"]
     assert [text.get_text() for text in memory.texts if text.get_text()] == ["43.5", "1", "OOM"]
+
+
+def test_the_largest_context_is_what_a_card_has_room_for() -> None:
+    """A line through the two longest contexts that were measured; a contender that does not grow has none."""
+    gibi, rows = 2**30, []
+    for kv, weights, each in (("exact", 16, 20), ("int4", 16, 5)):
+        for context in (10**5, 10**6, 2 * 10**6):
+            status = "OOM" if (kv, context) == ("exact", 2 * 10**6) else "ok"
+            row = {"attention": "duo", "sparsity": 0.5, "kv": kv, "context": context, "chunk_size": None}
+            size = {"peak_bytes": (weights + each * context // 10**6) * gibi, "weights_bytes": 0, "cache_bytes": 0}
+            rows.append(row | {"batch_size": 1, "status": status} | size)
+    rows.append(rows[0] | {"attention": "spans", "kv": "exact"})
+    results = {"task": "memory", "model": {"name": "a model"}, "device": "a card", "rows": rows}
+    found = largest_contexts(results)
+    assert list(found) == ["duo, 50% retrieval heads", "duo, 50% retrieval heads, int4"]
+    exact, codes = (dict(zip(CARDS, tokens, strict=True)) for tokens in found.values())
+    assert exact[16] == pytest.approx(0)
+    assert exact[96] == pytest.approx(4e6)
+    assert codes[96] == pytest.approx(16e6)
+    (axes,) = plot_largest_contexts(results).axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [list(CARDS)] * 2
+    assert axes.lines[1].get_ydata()[CARDS.index(96)] == pytest.approx(16)

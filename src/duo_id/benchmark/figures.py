@@ -19,6 +19,7 @@ AXES = {
     "retrieval": "retrieval heads (% of KV heads)",
 }
 TIMES = {"decode": ("time of a decode step (ms)", 1.0), "prefill": ("time of the prefill (s)", 1e-3)}  # and unit of ms
+CARDS = (16, 24, 32, 48, 64, 80, 96, 141, 192)  # GiB of memory, about those that are made
 FULL_ATTENTION = "full attention"
 Points = list[tuple[float, Mapping[str, Any]]]
 
@@ -81,6 +82,41 @@ def plot_benchmark(results: Mapping[str, Any] | str | Path, axis: str) -> Figure
     figure.legend(loc="outside lower center", ncols=3)
     set_title(figure, "\n".join(filter(None, [f"{results['model']['name']}, {results['device']}", fixed])))
     return figure
+
+
+def largest_contexts(results: Mapping[str, Any]) -> dict[str, list[float]]:
+    """How many tokens fit on each of `CARDS`, by contender: memory grows by as much a token as between the two longest.
+
+    Left out is who has fewer than two measured contexts, or does not grow.
+    """
+    found = {}
+    for name, points in _curves(_at_largest(results["rows"], "context")[0], "context").items():
+        measured = [(1e3 * x, size) for x, row in points if (size := memory(row)) is not None]
+        if len(measured) > 1 and (per_token := _slope(*measured[-2:])) > 0:
+            context, size = measured[-1]
+            found[name] = [max(0.0, context + (card * 2**30 - size) / per_token) for card in CARDS]
+    return found
+
+
+@style()
+def plot_largest_contexts(results: Mapping[str, Any]) -> Figure:
+    """The largest context of a decode step over a card's memory, see `largest_contexts`; what is measured is less."""
+    figure = Figure(figsize=(4.8, 3.6))
+    axes = figure.subplots()
+    for (name, tokens), color, marker in zip(
+        largest_contexts(results).items(), cycle(COLORS), cycle(MARKERS), strict=False
+    ):
+        axes.plot(CARDS, [count / 1e6 for count in tokens], color=color, marker=marker, markersize=3.5, label=name)
+    axes.set(xlabel="memory of a card (GiB)", ylabel="largest context (million tokens)")
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y")
+    figure.legend(loc="outside lower center", ncols=2)
+    set_title(figure, f"{results['model']['name']}, from {results['device']}")
+    return figure
+
+
+def _slope(first: tuple[float, int], last: tuple[float, int]) -> float:
+    return (last[1] - first[1]) / (last[0] - first[0])
 
 
 def _coordinate(row: Mapping[str, Any], axis: str) -> float | None:

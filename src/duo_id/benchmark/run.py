@@ -18,7 +18,7 @@ from duo_id.benchmark.caches import CacheBench
 from duo_id.benchmark.ceilings import measure_ceilings
 from duo_id.benchmark.contenders import CacheContender, DualAttention, StaticAttention
 from duo_id.benchmark.efficiency import read_baseline
-from duo_id.benchmark.figures import plot_benchmark, plotted_axes
+from duo_id.benchmark.figures import largest_contexts, plot_benchmark, plot_largest_contexts, plotted_axes
 from duo_id.benchmark.roofline import workload
 from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.benchmark.step_tables import plot_steps, step_tables
@@ -130,6 +130,8 @@ def _measure(
                 save_figure(plot_steps(results), folder / "train_step.png")
             for axis in [] if steps else plotted_axes(results):
                 save_figure(plot_benchmark(results, axis), folder / f"{settings.task}_over_{axis}.png")
+            if settings.task == "memory" and largest_contexts(results):
+                save_figure(plot_largest_contexts(results), folder / "context_over_memory.png")
             cli.say(f"results and figures: {folder}")
     return results
 
