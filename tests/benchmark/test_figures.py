@@ -115,7 +115,7 @@ def test_the_largest_context_is_what_a_card_has_room_for() -> None:
     found = largest_contexts(results)
     assert list(found) == ["duo, 50% retrieval heads", "duo, 50% retrieval heads, int4"]
     exact, codes = (dict(zip(CARDS, tokens, strict=True)) for tokens in found.values())
-    assert exact[16] == pytest.approx(0)
+    assert exact[16] == pytest.approx(0, abs=1)
     assert exact[96] == pytest.approx(4e6)
     assert codes[96] == pytest.approx(16e6)
     (axes,) = plot_largest_contexts(results).axes
