@@ -8,7 +8,7 @@ import torch._dynamo.testing
 from torch import Tensor
 
 from duo_id import dual_cache, duo_attention
-from tests.deploy.cases import PROMPT, case, check_equal, padded_ids
+from tests.deploy.cases import PROMPT, build, case, check_equal, mask_for, padded_ids, random_ids, short_groups
 
 
 @pytest.fixture(autouse=True)
@@ -61,4 +61,29 @@ def test_a_decode_step_is_one_graph(family: str, kind: str, backend: str) -> Non
             prompt_and_steps()
             cache = dual_cache(given.model, 100)  # as `generate` makes for each call
             prompt_and_steps()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+@torch.no_grad()
+def test_a_decode_step_over_codes_is_one_graph(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the plain step computes, while a group ends."""
+    short_groups(monkeypatch)
+    model, ids = build("llama").double(), random_ids(2, 54)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    with duo_attention(model, mask_for(model), kv=kv):
+        compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=counter)
+        caches = [dual_cache(model, 100) for _ in range(2)]
+        for cache in caches:
+            model(ids[:, :40], past_key_values=cache)
+        for token in range(40, 54):
+            new, at = ids[:, token : token + 1].contiguous(), torch.full((2, 1), token)
+            found, wanted = (
+                step(new, past_key_values=cache, position_ids=at).logits
+                for step, cache in zip((compiled, model), caches, strict=True)
+            )
+            check_equal(found, wanted)
+        for found, wanted in zip(*(cache.dual_layers for cache in caches), strict=True):
+            assert torch.equal(found.full.key_codes, wanted.full.key_codes)
+            assert found.full.key_codes[:, :, 2].any() or not len(found.full.heads)
     assert counter.frame_count == 1
