@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from math import inf
+from math import ceil, floor, inf, log10
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,7 @@ class Plan:
         """Raise a `UserError` unless it fits."""
         if not self.fits:
             assert self.budget is not None
-            needed, there = self.total / (1 - self.spared) / GIB, self.budget / GIB
+            needed, there = _rounded_up(self.total / (1 - self.spared) / GIB), self.budget / GIB
             raise UserError(
                 f"step.memory: a step of {self.tokens:,} tokens needs at least {needed:.3g} GiB of its device "
                 f"({self._parts()}), and there are {there:.3g}: raise step.memory, lower data.length_max (of the "
@@ -151,6 +151,12 @@ class MeasuredCosts(Costs):
         runs = zip(reversed(Keep), pairwise([0, *ends[best].tolist(), layers]), strict=True)
         levels = [level for level, (start, end) in runs for _ in range(start, end)]
         return self.plan_for(levels, tokens, budget)
+
+
+def _rounded_up(number: float) -> float:
+    """A positive number of three digits that is not smaller, so that asking for it suffices."""
+    unit = 10.0 ** (floor(log10(number)) - 2)
+    return ceil(number / unit) * unit
 
 
 def _sums_of_runs(table: Sequence[Sequence[float]], ends: Tensor) -> Tensor:
