@@ -52,7 +52,7 @@ def find(gated_model: GatedModel, samples: SampleModule, settings: SpanSettings,
     by_length = sorted(training_samples, key=lambda sample: -len(sample["input_ids"]))
     longest_samples = by_length[: settings.curvature_samples]  # they tell all spans apart
     with (
-        prepared_step(distillation, replace(run.step, compile=False)) as apply_plan,
+        prepared_step(distillation, replace(run.step, compile=False), len(levels) - 1) as apply_plan,
         progress_bar(run.console) as progress,
     ):
         bar = progress.add_task(settings.name, total=len(longest_samples) + len(priced_samples))

@@ -17,8 +17,15 @@ from duo_id.step.recompute import Keep, Recomputation
 PROBED_BEYOND = 256  # tokens of the short pass beyond the windows
 
 
-def measure_costs(distillation: Distillation, recomputation: Recomputation) -> MeasuredCosts:
-    """Count what a step keeps, in a short pass at each level."""
+def measure_costs(distillation: Distillation, recomputation: Recomputation, priced: int = 0) -> MeasuredCosts:
+    """Count what a step keeps, in a short pass at each level.
+
+    Args:
+        distillation: the model and the objective.
+        recomputation: whose levels are tried.
+        priced: other spans that every head attends to beside its own (`duo_id.attention.priced`), which no short pass
+            could tell apart: of each, the step keeps how its output differs.
+    """
     model, window = distillation.gated_model.model.model, distillation.gated_model.window
     device, layers = model.device, distillation.gated_model.layers
     tokens = window.sink_size + window.recent_size + PROBED_BEYOND
@@ -28,12 +35,17 @@ def measure_costs(distillation: Distillation, recomputation: Recomputation) -> M
     alpha = torch.full((len(layers), layers[0].kv_heads), 0.5, device=device, requires_grad=True)
     before, kept, other = list(recomputation.levels), [], 0
     vocabulary = distillation.gated_model.model.vocabulary
+    more = [
+        priced * model.dtype.itemsize * sum(layer.heads * layer.head_dim for layer in inside)
+        for inside in recomputation.attention
+    ]
     last, distillation.last = distillation.last, None  # with many scored tokens it computes all
     try:
         for level in Keep:
             recomputation.levels[:] = [level] * len(recomputation.levels)
             inside, other = _count(distillation, recomputation, alpha, batch)
-            kept.append([count / tokens for count in inside])
+            apart = [count if level < Keep.OUTPUT else 0 for count in more]
+            kept.append([count / tokens + beside for count, beside in zip(inside, apart, strict=True)])
     finally:
         recomputation.levels[:], distillation.last = before, last
     return MeasuredCosts(
