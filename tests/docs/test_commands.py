@@ -18,7 +18,7 @@ import zstandard
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 import duo_id
 from duo_id.common import cli
@@ -140,6 +140,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, least in SMALL.items():
         monkeypatch.setattr(duo_id, name, partial(call, original=getattr(duo_id, name), least=least))
+    generate = GenerationMixin.generate
+
+    def generate_few(model: GenerationMixin, *arguments: Any, **options: Any) -> Any:
+        return generate(model, *arguments, **options | {"max_new_tokens": 8})
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate_few)
 
 
 def jobs(arguments: list[str]) -> list[list[str]]:
