@@ -19,11 +19,12 @@ def pairwise(**axes: Iterable[Any]) -> pytest.MarkDecorator:
 
 
 def covering(axes: list[list[Any]]) -> list[tuple[Any, ...]]:
-    """Rows with a value of each axis, such that every two values of two axes are in one of them.
+    """Rows with a value of each axis, of two or more, such that every two values of two axes are in one of them.
 
     Greedy: each row begins with the first two values that have not met and takes, axis by axis, the value that meets
     the most others for the first time; of equals, the one taken least.
     """
+    assert len(axes) > 1, "there are no pairs"
     places = list(itertools.combinations(range(len(axes)), 2))
     open_pairs = {
         ((a, i), (b, j)): None for a, b in places for i in range(len(axes[a])) for j in range(len(axes[b]))
