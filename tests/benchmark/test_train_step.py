@@ -46,7 +46,7 @@ def bench(**changes: Any) -> StepBench:
 
 def test_both_steps_are_measured_side_by_side(tmp_path: Path) -> None:
     overrides = ["data.length=60", "blend=[student,teacher]", "profile=true"]
-    finished = run_command("benchmark", *SMALL, *overrides, folder=tmp_path)
+    finished = run_command("benchmark", *SMALL, *overrides, folder=tmp_path, figures=True)
     assert finished.status == 0, finished.output
     rows = saved(tmp_path)["rows"]
     assert [(row["step"], row["blend"]) for row in rows] == [
