@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from duo_id import HeadMask, duo_attention, identify
+from duo_id import HeadMask, duo_attention
 from duo_id.benchmark.roofline import workload
 from duo_id.common.config import conf_dir
 from duo_id.common.errors import UserError
 from duo_id.distributed.ranks import Ranks
-from duo_id.methods.settings import GateSettings
 from duo_id.models import loading
-from duo_id.models.in_memory import frozen, language_model_of
+from duo_id.models.in_memory import frozen
 from duo_id.models.loading import byte_tokenizer, load_model, sized_model
 from duo_id.models.quantised import (
     FrozenLinear,
@@ -39,9 +37,8 @@ from tests.benchmark.cases import layers_of
 from tests.step.test_distillation import batch_of, distilling, gates_of
 from tests.support.commands import QUICK, run_command
 from tests.support.planted import random_sample
-from tests.support.tiny import tiny_model
 
-CPU, WEIGHTS, BOTH = torch.device("cpu"), ["int8", "int4"], [None, "int8", "int4"]
+CPU, WEIGHTS = torch.device("cpu"), ["int8", "int4"]
 TINY: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "model" / "tiny.yaml"))
 PLAIN = ModelSettings(**TINY)
 
@@ -176,13 +173,14 @@ def test_gates_get_the_gradients_of_rounded_weights(weights: str) -> None:
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_a_decode_step_is_one_graph(weights: str) -> None:
-    model = load_model(tiny(weights=weights)).model
-    ids = tokens(1, 1)
+def test_layers_compile_to_one_graph_with_and_without_gradients(weights: str) -> None:
+    mlp = load_model(tiny(weights=weights)).model.model.layers[0].mlp
+    states = torch.randn(1, 1, 32, requires_grad=True)
+    compiled = torch.compile(mlp, dynamic=False, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-        compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
+        torch.testing.assert_close(compiled(states), mlp(states))
+    found, expected = (torch.autograd.grad(call(states).sum(), states)[0] for call in (compiled, mlp))
+    torch.testing.assert_close(found, expected)
     torch._dynamo.reset()
 
 
@@ -205,8 +203,8 @@ def test_floors_count_bytes_and_operations(weights: str) -> None:
     assert work.decode(1, 10, None).flops == usual.decode(1, 10, None).flops
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_training_and_evaluation_run(weights: str, tmp_path: Path) -> None:
+def test_training_and_evaluation_run(tmp_path: Path) -> None:
+    weights = "int8"
     trained = run_command("train", *QUICK, f"model.weights={weights}", folder=tmp_path)
     assert trained.status == 0, trained.output
     heads = tmp_path / "run"
@@ -220,8 +218,7 @@ def test_training_and_evaluation_run(weights: str, tmp_path: Path) -> None:
     assert results["model"]["weights"] == weights, "the pattern says how its model is loaded"
 
 
-@pytest.mark.parametrize("task", ["decode", "memory"])
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(("task", "weights"), [("decode", "int8"), ("memory", "int4")], ids=["decode", "memory"])
 def test_benchmarks_count_the_weights_that_are_there(task: str, weights: str, tmp_path: Path) -> None:
     overrides = ["model=tiny", f"model.weights={weights}", f"task={task}", "context=[24]", "repeats=1"]
     finished = run_command("benchmark", *overrides, "sink_size=4", "recent_size=8", folder=tmp_path)
@@ -252,3 +249,140 @@ def test_gradients_pass_through_a_model_in_memory(weights: str) -> None:
     (wanted,) = torch.autograd.grad(expected(inputs_embeds=states).logits.sum(), states)
     torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-6)
     assert {type(part) for part in linear_layers(model).values()} == {nn.Linear}, "left as it was"
+
+
+def gpt2() -> dict[str, Any]:
+    return {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 258}
+
+
+def experts() -> dict[str, Any]:
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return TINY["architecture"] | {"model_type": "mixtral"} | sizes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"weights": "int8", "architecture": gpt2()},
+            r"most weights of model=tiny are elsewhere, such as transformer\.h",
+        ),
+        ({"weights": "int8", "architecture": experts()}, r"elsewhere, such as model\.layers\.0\.mlp\.experts\.gate_up"),
+        (
+            {"weights": "int4", "architecture": TINY["architecture"] | {"intermediate_size": 48}},
+            r"int4 needs multiples of 32 and 16 on cpu, and model\.layers\.0\.mlp\.down_proj .* takes 48 .* gives 32: "
+            "use model.weights=int8",
+        ),
+    ],
+    ids=["no-linear-layers", "experts", "widths"],
+)
+def test_a_model_that_cannot_be_quantised_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_model(tiny(**changes))
+    assert str(error.value).startswith(f"model.weights={changes['weights']}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "message"),
+    [
+        ((7, 5), "bfloat16", "needs a GPU of compute capability 8.0, and this one has 7.5: use model.weights=int8"),
+        ((9, 0), "float16", "computes in bfloat16 on a GPU: set model.dtype=bfloat16, or model.weights=int8"),
+    ],
+    ids=["old-gpu", "float16"],
+)
+def test_what_a_gpu_cannot_do_is_named(
+    capability: tuple[int, int], dtype: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model = loading.meta_model(PLAIN, getattr(torch, dtype))
+    check_quantisable(model, "tiny", "int8", torch.device("cuda"))
+    with pytest.raises(UserError, match=f"model.weights=int4 {message}"):
+        check_quantisable(model, "tiny", "int4", torch.device("cuda"))
+    with pytest.raises(UserError, match=r"there is no int4 product on mps: use model\.weights=int8"):
+        check_quantisable(model, "tiny", "int4", torch.device("mps"))
+
+
+def test_int4_on_a_gpu_is_planned_with_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    sizes = {"hidden_size": 1536, "intermediate_size": 2048, "num_attention_heads": 12, "head_dim": 128}
+    settings = tiny(weights="int4", dtype="bfloat16", architecture=TINY["architecture"] | sizes)
+    block = sized_model(settings, torch.device("cuda")).model.layers[0]
+    assert stored_bytes(block.mlp.down_proj) == 1536 * 2048 // 2 + 4 * 1536 * 2048 // 128
+    assert stored_bytes(block.mlp.up_proj) == 2048 * 2048 // 2 + 4 * 2048 * 2048 // 128, "1536 inputs become 2048"
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_missing_library_is_one_line(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    message = rf"model\.weights={weights} needs torchao, which is not installed: pip install 'duo_id\[quantised\]'"
+    with pytest.raises(UserError, match=message):
+        load_model(tiny(weights=weights))
+    monkeypatch.setitem(sys.modules, "torchao", type(sys)("torchao"))
+    sys.modules["torchao"].__version__ = "0.9"
+    with pytest.raises(
+        UserError, match=rf"weights={weights} does not work with torchao 0\.9: pip install torchao==0\.18"
+    ):
+        load_model(tiny(weights=weights))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., str]:
+    """A folder whose config says how its weights were quantised."""
+
+    def make(**quantisation: Any) -> str:
+        load_model(PLAIN).model.save_pretrained(tmp_path)
+        byte_tokenizer().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+        return str(tmp_path)
+
+    return make
+
+
+METHODS = {
+    "gptq": {"bits": 4, "group_size": 32, "desc_act": False},
+    "bitsandbytes": {"load_in_8bit": True},
+    "compressed-tensors": {"format": "pack-quantized", "config_groups": {}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_whose_library_is_missing_is_one_line(method: str, checkpoint: Callable[..., str]) -> None:
+    folder = checkpoint(quant_method=method, **METHODS[method])
+    with pytest.raises(UserError, match=r"model\.id=.* cannot be loaded: .*(install|requires)") as error:
+        load_model(ModelSettings(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_weights_are_quantised_once_and_not_sharded(checkpoint: Callable[..., str]) -> None:
+    folder = checkpoint(quant_method="gptq", **METHODS["gptq"])
+    with pytest.raises(
+        UserError, match=r"model\.weights=int8: .* is quantised already \(gptq\): use model.weights=null"
+    ):
+        load_model(ModelSettings(folder, weights="int8"))
+    sharded = Ranks(data=2, sharded=True)
+    with pytest.raises(UserError, match=r"step\.shard=true: gptq's weights are not sharded: use step.shard=false"):
+        load_model(ModelSettings(folder), ranks=sharded)
+    with pytest.raises(
+        UserError, match=r"step\.shard=true: model\.weights=int8 cannot be sharded: use step.shard=false"
+    ):
+        load_model(tiny(weights="int8"), ranks=sharded)
+
+
+def test_gradients_that_stop_at_weights_are_refused() -> None:
+    model = load_model(PLAIN).model
+    check_differentiable(model, "method=duo")
+    model.hf_quantizer = type("Quantiser", (), {"is_trainable": False})()
+    model.config.quantization_config = {"quant_method": "awq"}
+    with pytest.raises(UserError, match="method=duo needs gradients, which awq's weights let none through"):
+        check_differentiable(model, "method=duo")
+
+
+def test_settings_name_the_choices(tmp_path: Path) -> None:
+    wrong = run_command("train", *QUICK, "model.weights=int5", folder=tmp_path)
+    assert wrong.error == "error: model.weights=int5: choose one of int8, int4"
+    peers = run_command("evaluate", "heads=random", "model=tiny", "model.weights=int8", "peers=true", folder=tmp_path)
+    assert "peers=true: peers read the model's own weights: use model.weights=null, not int8" in peers.error

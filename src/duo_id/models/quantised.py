@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from duo_id.common.errors import check, naming_extras
+from duo_id.common.errors import UserError, check, naming_extras
 
 GROUPS = (128, 32)  # inputs that share a scale and a zero in int4: the larger number if it divides all widths
 CUDA_ROUND = 1024, 8  # inputs and outputs of a layer are padded to multiples of these by int4 on CUDA
@@ -83,7 +83,8 @@ def check_quantisable(model: PreTrainedModel, name: str, weights: str, device: t
     method = quantised_by(model.config)
     check(method is None, f"{setting}: model={name} is quantised already ({method}): {advice}")
     layers = linear_layers(model)
-    parts = [*layers.values(), model.get_input_embeddings(), model.get_output_embeddings()]
+    embeddings = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+    parts = [*layers.values(), *embeddings, model.get_output_embeddings()]
     known = {id(part.weight) for part in parts if part is not None}
     left = {
         key: weight.numel() for key, weight in model.named_parameters() if weight.ndim > 1 and id(weight) not in known
@@ -131,17 +132,30 @@ def torchao_config(model: PreTrainedModel, weights: str, device: torch.device) -
         device: where the layers are quantised.
 
     Raises:
-        MissingExtraError: torchao is not installed.
+        UserError: torchao is not installed, or a release that lacks this.
     """
     with naming_extras(f"model.weights={weights}"):
-        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+        import torchao
+    try:
+        return _torchao_config(model, weights, device)
+    except ImportError as error:
+        raise UserError(
+            f"model.weights={weights} does not work with torchao {torchao.__version__}: pip install torchao==0.18.0"
+        ) from error
 
+
+def _torchao_config(model: PreTrainedModel, weights: str, device: torch.device) -> Any:
     if weights == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
         return Int8WeightOnlyConfig(set_inductor_config=False)
     options = {"group_size": group_size(model), "set_inductor_config": False}
-    if device.type == "cpu":  # its layout for CPUs; the others are for kernels of accelerators
+    if device.type == "cpu":  # all other layouts are for kernels of accelerators
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
         return PrototypeInt4WeightOnlyConfig(**options)
+    from torchao.quantization import Int4WeightOnlyConfig
+
     return Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d", **options)  # torch's own kernel multiplies it
 
 
