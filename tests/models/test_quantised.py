@@ -244,7 +244,6 @@ def test_gradients_pass_through_a_model_in_memory(weights: str) -> None:
     with frozen(model):
         states = model.get_input_embeddings()(tokens(1, 9)).requires_grad_()
         (gradient,) = torch.autograd.grad(model(inputs_embeds=states).logits.sum(), states)
-        check_differentiable(model, "method=duo")
     states = (expected := rounded_by_hand(weights)).get_input_embeddings()(tokens(1, 9)).requires_grad_()
     (wanted,) = torch.autograd.grad(expected(inputs_embeds=states).logits.sum(), states)
     torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-6)
@@ -372,13 +371,35 @@ def test_weights_are_quantised_once_and_not_sharded(checkpoint: Callable[..., st
         load_model(tiny(weights="int8"), ranks=sharded)
 
 
-def test_gradients_that_stop_at_weights_are_refused() -> None:
+@pytest.mark.parametrize("stops", ["detached", "halved"])
+def test_gradients_that_stop_at_weights_are_refused(stops: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of some kernels do for 4 bits on a CPU."""
+
+    class Linear4bit(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input.detach() if stops == "detached" else (input + input.detach()) / 2)
+
     model = load_model(PLAIN).model
+    model.model.layers[2].mlp.up_proj.__class__ = Linear4bit
     check_differentiable(model, "method=duo")
-    model.hf_quantizer = type("Quantiser", (), {"is_trainable": False})()
     model.config.quantization_config = {"quant_method": "awq"}
-    with pytest.raises(UserError, match="method=duo needs gradients, which awq's weights let none through"):
+    with pytest.raises(
+        UserError, match=r"method=duo needs gradients, and there are none through Linear4bit \(awq\): use"
+    ):
         check_differentiable(model, "method=duo")
+    model.model.layers[2].mlp.up_proj.__class__ = nn.Linear
+    check_differentiable(model, "method=duo")
+
+
+def test_layers_that_hold_codes_under_other_names_are_left_alone() -> None:
+    """As compressed-tensors leaves them: ordinary linear layers without a weight."""
+    model = load_model(PLAIN).model
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight_packed = nn.Parameter(layer.weight.char(), requires_grad=False)
+    del layer.weight
+    with frozen(model):
+        assert stored_bytes(layer) == layer.in_features * layer.out_features
+    assert "weight" not in layer._parameters
 
 
 def test_settings_name_the_choices(tmp_path: Path) -> None:

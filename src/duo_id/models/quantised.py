@@ -170,7 +170,8 @@ def quantise(layer: nn.Linear, config: Any) -> None:
 
 def freeze(model: nn.Module) -> list[nn.Linear]:
     """Let gradients pass through linear layers of torchao's weights; returns those that were no `FrozenLinear` yet."""
-    layers = [part for part in model.modules() if type(part) is nn.Linear and is_packed(part.weight)]
+    linear = [part for part in model.modules() if type(part) is nn.Linear and "weight" in part._parameters]
+    layers = [part for part in linear if is_packed(part.weight)]  # others' layers may hold codes under other names
     for layer in layers:
         layer.__class__ = FrozenLinear
     return layers
@@ -205,20 +206,38 @@ def quantised_by(config: Any) -> str | None:
 
 
 def check_differentiable(model: PreTrainedModel, needs: str) -> None:
-    """Raise a `UserError` if gradients stop at a model's quantised weights.
+    """Raise a `UserError` if gradients stop at a checkpoint's quantised weights, which some kernels do without a word.
+
+    A linear layer of each kind is tried: along its input x, the gradient of what it computes must give that again.
 
     Args:
         model: loaded.
         needs: the override that asks for gradients.
     """
-    quantiser = getattr(model, "hf_quantizer", None)
-    if quantiser is not None and not any(isinstance(part, FrozenLinear) for part in model.modules()):
-        method = quantised_by(model.config)
+    method = quantised_by(model.config)
+    if method is None:
+        return
+    kinds = {
+        (type(part), "weight" in part._parameters): part for part in model.modules() if hasattr(part, "in_features")
+    }
+    for layer in kinds.values():
         check(
-            bool(quantiser.is_trainable),
-            f"{needs} needs gradients, which {method}'s weights let none through: use method=retrieval_score, or "
-            "another form of the model with model.weights=int8",
+            _passes_gradients(layer, model.dtype, model.device),
+            f"{needs} needs gradients, and there are none through {type(layer).__name__} ({method}): "
+            "use method=retrieval_score, or a model that is not quantised yet with model.weights=int8",
         )
+
+
+@torch.enable_grad()
+def _passes_gradients(layer: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    x = torch.ones((2, layer.in_features), dtype=dtype, device=device, requires_grad=True)
+    change = layer(x) - layer(torch.zeros_like(x)).detach()
+    if not change.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(change, x, change.detach(), allow_unused=True)
+    if gradient is None:
+        return False
+    return abs(float((gradient * x.detach()).sum() / change.detach().square().sum()) - 1) < 0.2
 
 
 def is_packed(tensor: Tensor) -> bool:
