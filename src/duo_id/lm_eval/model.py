@@ -171,7 +171,7 @@ def _check_options(options: Mapping[str, Any], pretrained: str | None) -> None:
             raise UserError(f"--model_args {name}={value} is about loading a model with HFLM: add pretrained=MODEL")
 
 
-def _settings(model: str | None, pattern: HeadPattern, dtype: str, weights: str | None) -> ModelSettings:
+def _settings(model: str | None, pattern: HeadPattern, dtype: str, weights: str | None = None) -> ModelSettings:
     """The settings of a model in conf/model/, or of the model that the pattern was found on."""
     folder = conf_dir() / "model"
     if model is None:
