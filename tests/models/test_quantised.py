@@ -24,6 +24,7 @@ from duo_id.models.quantised import (
     FrozenLinear,
     check_differentiable,
     check_quantisable,
+    inductor_options,
     linear_layers,
     stored_bytes,
     torchao_config,
@@ -182,6 +183,12 @@ def test_layers_compile_to_one_graph_with_and_without_gradients(weights: str) ->
     found, expected = (torch.autograd.grad(call(states).sum(), states)[0] for call in (compiled, mlp))
     torch.testing.assert_close(found, expected)
     torch._dynamo.reset()
+
+
+def test_benchmarks_compile_quantised_weights_to_be_read_once() -> None:
+    assert inductor_options(load_model(PLAIN).model) is None
+    assert inductor_options(load_model(tiny(weights="int8")).model) == {"coordinate_descent_tuning": True}
+    assert "coordinate_descent_tuning" in torch._inductor.list_options()
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
