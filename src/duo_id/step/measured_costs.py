@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from duo_id.attention.layers import AttentionLayer
+from duo_id.models.quantised import stored, stored_bytes
 from duo_id.step.chunks import ELEMENT_BYTES
 from duo_id.step.distillation import Distillation
-from duo_id.step.memory import MeasuredCosts, libraries, weight_bytes
+from duo_id.step.memory import MeasuredCosts, libraries
 from duo_id.step.recompute import Keep, Recomputation
 
 PROBED_BEYOND = 256  # tokens of the short pass beyond the windows
@@ -49,7 +50,7 @@ def measure_costs(distillation: Distillation, recomputation: Recomputation, pric
     finally:
         recomputation.levels[:], distillation.last = before, last
     return MeasuredCosts(
-        weight_bytes(model),
+        stored_bytes(model),
         [dict(zip(Keep, row, strict=True)) for row in zip(*kept, strict=True)],
         other / tokens,
         logits=ELEMENT_BYTES * vocabulary if distillation.objective.logits or distillation.far else 0,
@@ -63,15 +64,16 @@ def _count(
 ) -> tuple[list[int], int]:
     """Bytes kept by each layer, and by all else; each tensor counts once, where it is first kept."""
     model = distillation.gated_model.model.model
-    seen = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers(), alpha)}
+    seen = {x.untyped_storage().data_ptr() for x in stored((*model.parameters(), *model.buffers(), alpha))}
     inside, outside = [0] * len(recomputation.blocks), [0]
     place: list[int | None] = [None]
 
     def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            (outside if place[0] is None else inside)[place[0] or 0] += storage.nbytes()
+        for part in stored((tensor,)):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                (outside if place[0] is None else inside)[place[0] or 0] += storage.nbytes()
         return tensor
 
     def enter(number: int) -> Any:

@@ -11,7 +11,7 @@ from math import ceil, floor, inf, log10
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from duo_id.common.errors import UserError
 from duo_id.step.budget import memory_bytes
@@ -202,8 +202,3 @@ def available(memory: str, device: torch.device) -> int | None:
 def libraries(device: torch.device) -> int:
     """The bytes of a device that are no tensors."""
     return LIBRARIES if device.type == "cuda" else 0
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """The bytes of all parameters and buffers; of sharded ones the whole."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
