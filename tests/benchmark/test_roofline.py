@@ -21,7 +21,13 @@ HALF = torch.tensor([[True, False]] * 3)
 def test_parameters_are_counted_once_and_the_embedding_by_the_row(tied: bool) -> None:
     model = tiny_model("llama", tie_word_embeddings=tied)
     work = workload(model, layers_of(model))
-    assert (work.linear, work.head, work.other, work.embedding, work.itemsize) == (3 * LAYER, HEAD, NORMS, 32, 4)
+    assert (work.linear, work.head, work.weights, work.embedding, work.itemsize) == (
+        3 * LAYER,
+        HEAD,
+        4 * (3 * LAYER + NORMS),
+        32,
+        4,
+    )
 
 
 def test_a_decode_step_reads_the_weights_and_what_its_heads_keep() -> None:

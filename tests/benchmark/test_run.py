@@ -42,7 +42,7 @@ def saved(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_leaves_results_tables_and_figures(task: str, tmp_path: Path) -> None:
-    finished = run_command("benchmark", *SMALL, f"task={task}", folder=tmp_path)
+    finished = run_command("benchmark", *SMALL, f"task={task}", folder=tmp_path, figures=True)
     assert finished.status == 0, finished.output
     results = saved(tmp_path)
     assert len(results["rows"]) == COUNTS[task]

@@ -1,5 +1,6 @@
 """What all commands share: how warnings and mistakes look, and that mistakes cost no second."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -99,12 +100,41 @@ def test_help_begins_with_examples_that_compose(config: str) -> None:
     assert max(map(len, header.splitlines())) <= 80
 
 
+EACH = """
+import atexit, json, os, runpy, sys
+import hydra.main
+import duo_id.common.cli
+
+fast, slow = map(json.loads, sys.argv[1:])
+for number, (command, arguments) in enumerate(fast):
+    if pid := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    os.mkdir(str(number))
+    os.chdir(str(number))
+    with open("output.txt", "w") as file:
+        os.dup2(file.fileno(), 1)
+    sys.argv = ["", *arguments.split()]
+    atexit.register(lambda: print("loaded:", sorted(set(slow) & sys.modules.keys())))
+    runpy.run_module(f"duo_id.{command}", run_name="__main__")
+    sys.exit()
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[int, str]]:
+    """How each of `FAST` ends, in a process forked from one that has imported what all commands import: its status
+    and what it printed, the modules of `SLOW` that it has loaded last."""
+    folder = tmp_path_factory.mktemp("fast")
+    command = [sys.executable, "-c", EACH, json.dumps(FAST), json.dumps(SLOW)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    outputs = [(folder / str(number) / "output.txt").read_text() for number in range(len(FAST))]
+    return dict(zip(FAST, zip(map(int, done.stdout.split()), outputs, strict=True), strict=True))
+
+
 @pytest.mark.parametrize(("command", "arguments"), FAST)
-def test_help_and_mistakes_wait_for_no_large_import(command: str, arguments: str, tmp_path: Path) -> None:
-    code = (
-        f"import atexit, runpy, sys; sys.argv = ['', *{arguments.split()}]; "
-        f"atexit.register(lambda: print('loaded:', sorted({set(SLOW)} & sys.modules.keys()))); "
-        f"runpy.run_module('duo_id.{command}', run_name='__main__')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (2 * (arguments != "--help"), "loaded: []"), done.stdout
+def test_help_and_mistakes_wait_for_no_large_import(
+    command: str, arguments: str, ended: dict[tuple[str, str], tuple[int, str]]
+) -> None:
+    status, output = ended[command, arguments]
+    assert (status, output.splitlines()[-1]) == (2 * (arguments != "--help"), "loaded: []"), output

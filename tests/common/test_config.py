@@ -69,9 +69,9 @@ ACCEPTED = {
     "true": FLAGS,
     "null": """batch_tokens compare compile data.haystack.id data.haystack.name data.haystack.path
         data.haystack.revision data.haystack.sha256 data.length data.length_max data.path data.text_tokens heads
-        model.revision model.wheel resume method.prior method.target_sparsity method.batch_tokens method.start
-        method.swap_at trainer.benchmark trainer.callbacks trainer.check_val_every_n_epoch trainer.deterministic
-        trainer.enable_model_summary trainer.enable_progress_bar trainer.gradient_clip_algorithm
+        model.revision model.weights model.wheel resume method.prior method.target_sparsity method.batch_tokens
+        method.start method.swap_at trainer.benchmark trainer.callbacks trainer.check_val_every_n_epoch
+        trainer.deterministic trainer.enable_model_summary trainer.enable_progress_bar trainer.gradient_clip_algorithm
         trainer.gradient_clip_val trainer.limit_train_batches trainer.limit_val_batches trainer.model_registry
         trainer.num_sanity_val_steps trainer.profiler""",
     "empty": "model.name",

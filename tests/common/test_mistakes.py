@@ -153,15 +153,14 @@ PUBLISHED = "attn_patterns/Llama-3-8B-Instruct-Gradient-1048k/lr=0.02-reg=0.05-c
 ODD = ["a b(c", 'it\'s "b"=c', "ends=in\\", 'back\\"quote=', "back\\slash=", "ü=ß"]
 
 
-@pytest.mark.parametrize("path", [PUBLISHED, f"./{PUBLISHED}/", *ODD])
 @pytest.mark.parametrize(
-    ("command", "key"),
+    ("command", "key", "path"),
     [
-        ("train", "resume"),
-        ("train", "+method.start"),
-        ("evaluate", "heads"),
-        ("evaluate", "+patterns.other"),
-        ("benchmark", "heads"),
+        *(("train", "resume", path) for path in (PUBLISHED, f"./{PUBLISHED}/", *ODD)),
+        *(("train", "+method.start", path) for path in (PUBLISHED, ODD[1])),
+        *(("evaluate", "heads", path) for path in (PUBLISHED, ODD[2])),
+        *(("evaluate", "+patterns.other", path) for path in (PUBLISHED, ODD[3])),
+        *(("benchmark", "heads", path) for path in (PUBLISHED, ODD[5])),
     ],
 )
 def test_the_quotes_that_are_shown_are_those_that_hydra_needs(

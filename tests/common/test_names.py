@@ -36,7 +36,9 @@ def shown(*things: object) -> str:
 def test_a_run_of_strange_names_comes_to_its_end(tmp_path: Path) -> None:
     folder = tmp_path / "d[/x] $" / ":smile:é"
     names = [f"model.name='{STRANGE}'", f"hydra.run.dir='{folder}'"]
-    finished = run_command("train", *QUICK, *FEW, "repeats=2", "trainer.max_steps=1", *names, folder=tmp_path)
+    finished = run_command(
+        "train", *QUICK, *FEW, "repeats=2", "trainer.max_steps=1", *names, folder=tmp_path, figures=True
+    )
     assert finished.status == 0, finished.output
     assert f"{STRANGE}: 1 held-out samples" in finished.output
     assert f"heads: {folder / 'heads'}" in finished.output

@@ -31,13 +31,15 @@ from tests.deploy.cases import (
     reference,
     run,
 )
+from tests.support.pairs import pairwise
 from tests.support.tiny import tiny_model
 
 WINDOW = SINK + RECENT
 SOME = ("llama", "gpt_neox", "gemma3_text")
 KINDS = (None, 100)  # growing, static
+MASKS = ("mixed", "spans")
 kinds = pytest.mark.parametrize("max_length", KINDS)
-masks = pytest.mark.parametrize("kind", ["mixed", "spans"])
+masks = pytest.mark.parametrize("kind", MASKS)
 families = pytest.mark.parametrize("family", SOME)
 
 
@@ -90,9 +92,7 @@ def filled(given: Case, max_length: int | None, tokens: int, batch: int = 2) -> 
 # Lengths and bytes
 
 
-@masks
-@kinds
-@families
+@pairwise(family=SOME, max_length=KINDS, kind=MASKS)
 def test_lengths_are_those_of_the_tokens_that_went_in(kind: str, family: str, max_length: int | None) -> None:
     """The length of the sequence counts padding, as positions in transformers do; each sample's own does not."""
     given = case(family, kind)
@@ -279,9 +279,7 @@ def test_fill_beyond_a_static_cache_is_refused() -> None:
 # Reset
 
 
-@masks
-@kinds
-@families
+@pairwise(family=SOME, max_length=KINDS, kind=MASKS)
 def test_reset_forgets_all(kind: str, family: str, max_length: int | None) -> None:
     given = case(family, kind)
     with duo_attention(given.model, given.mask):
@@ -322,9 +320,7 @@ def test_reset_forgets_how_far_a_crop_may_go(max_length: int | None) -> None:
 # Crop
 
 
-@kinds
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("count", [1, 5, 40])
+@pairwise(count=[1, 5, 40], family=["llama", "gpt_neox"], max_length=KINDS)
 def test_crop_where_all_heads_are_in_full(family: str, count: int, max_length: int | None) -> None:
     given = case(family, "all")
     with duo_attention(given.model, given.mask):
@@ -348,9 +344,7 @@ def test_crop_within_the_window(family: str, length: int, count: int, max_length
         check_goes_on(given, cache, ids[:, : length - count])
 
 
-@masks
-@kinds
-@families
+@pairwise(family=SOME, max_length=KINDS, kind=MASKS)
 def test_crop_and_go_on_again_and_again(kind: str, family: str, max_length: int | None) -> None:
     """One token at a time can be taken back at any length, as long as one comes in between."""
     given = case(family, kind)
@@ -519,9 +513,7 @@ def test_an_early_exit_drafts_too() -> None:
     assert given.model.config.num_hidden_layers == 4
 
 
-@masks
-@families
-@pytest.mark.parametrize("chunk", [1, 3, 30])
+@pairwise(family=SOME, chunk=[1, 3, 30], kind=MASKS)
 def test_recorded_tokens_come_back_into_the_window(kind: str, family: str, chunk: int) -> None:
     """Again and again, in chunks below and above the window; beyond what is recorded it is refused."""
     given, cache_ids, draw = case(family, kind), random_ids(2, 20), random.Random(chunk)
@@ -553,11 +545,7 @@ def test_a_static_cache_records_nothing() -> None:
 # Samples of the batch
 
 
-@masks
-@kinds
-@families
-@pytest.mark.parametrize("order", [[2, 0, 0], [1, 2, 0], [2, 2, 2]], ids=str)
-@pytest.mark.parametrize("chunk", [3, 1])
+@pairwise(order=[[2, 0, 0], [1, 2, 0], [2, 2, 2]], family=SOME, max_length=KINDS, kind=MASKS, chunk=[3, 1])
 def test_reorder(kind: str, family: str, order: list[int], chunk: int, max_length: int | None) -> None:
     """Of unequal samples, in the middle of generation: after a chunk and after single tokens."""
     given = case(family, kind)
@@ -572,9 +560,7 @@ def test_reorder(kind: str, family: str, order: list[int], chunk: int, max_lengt
         check_goes_on(given, cache, ids[order], real[order])
 
 
-@masks
-@kinds
-@families
+@pairwise(family=SOME, max_length=KINDS, kind=MASKS)
 def test_repeat_and_select(kind: str, family: str, max_length: int | None) -> None:
     given = case(family, kind)
     ids, real, _ = (x[:, PROMPT - 30 : PROMPT] for x in padded_ids())
@@ -673,9 +659,7 @@ def test_layers_without_attention_keep_the_state_that_they_have(kind: str, max_l
 # Bad input
 
 
-@masks
-@families
-@pytest.mark.parametrize("extra", [1, 2, 30])
+@pairwise(family=SOME, extra=[1, 2, 30], kind=MASKS)
 def test_a_static_cache_that_is_full_refuses_before_it_writes(kind: str, family: str, extra: int) -> None:
     given = case(family, kind)
     with duo_attention(given.model, given.mask):

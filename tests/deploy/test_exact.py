@@ -27,12 +27,14 @@ from tests.deploy.cases import (
     reference,
     run,
 )
+from tests.support.pairs import pairwise
 
 # Grouped heads, a head each, learned positions, sliding layers.
 SOME = ("llama", "gpt_neox", "gpt2", "gemma3_text")
 CHUNKS = (1, 7, 40, PROMPT)
 KINDS = (None, TOKENS)  # a cache that grows, and a static one that is full at the end
-masks = pytest.mark.parametrize("kind", ["mixed", "spans"])
+MASKS = ("mixed", "spans")
+masks = pytest.mark.parametrize("kind", MASKS)
 
 
 @masks
@@ -48,28 +50,14 @@ def test_without_a_cache_and_with_the_models_own(kind: str, family: str) -> None
             check_equal(output.logits, given.logits[:, token : token + 1])
 
 
-@masks
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_a_growing_cache(kind: str, family: str, chunk: int) -> None:
+@pairwise(family=EVERY_FAMILY, chunk=CHUNKS, max_length=KINDS, kind=MASKS)
+def test_a_growing_and_a_static_cache(kind: str, family: str, chunk: int, max_length: int | None) -> None:
     given = case(family, kind)
     with duo_attention(given.model, given.mask):
-        check_equal(run(given.model, given.ids, dual_cache(given.model), chunk), given.logits)
+        check_equal(run(given.model, given.ids, dual_cache(given.model, max_length), chunk), given.logits)
 
 
-@masks
-@pytest.mark.parametrize(
-    ("family", "chunk"), [(family, 7) for family in EVERY_FAMILY] + [(f, c) for f in SOME for c in CHUNKS if c != 7]
-)
-def test_a_static_cache(kind: str, family: str, chunk: int) -> None:
-    given = case(family, kind)
-    with duo_attention(given.model, given.mask):
-        check_equal(run(given.model, given.ids, dual_cache(given.model, TOKENS), chunk), given.logits)
-
-
-@pytest.mark.parametrize("kind", ["all", "none", "long"])
-@pytest.mark.parametrize("max_length", KINDS)
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pairwise(kind=["all", "none", "long"], max_length=KINDS, family=["llama", "gemma3_text"])
 def test_layers_where_all_or_no_heads_are_retrieval_heads(family: str, max_length: int | None, kind: str) -> None:
     given = case(family, kind)
     with duo_attention(given.model, given.mask):
@@ -145,11 +133,7 @@ def test_chunks_longer_than_the_blocks_of_streaming_attention(chunks: list[int],
     check_equal(torch.cat(found, 1), expected)
 
 
-@masks
-@pytest.mark.parametrize("max_length", KINDS)
-@pytest.mark.parametrize(
-    ("family", "chunk"), [(f, 7) for f in EVERY_FAMILY] + [(f, c) for f in SOME for c in CHUNKS if c != 7]
-)
+@pairwise(family=EVERY_FAMILY, chunk=CHUNKS, max_length=KINDS, kind=MASKS)
 def test_left_padding(kind: str, family: str, chunk: int, max_length: int | None) -> None:
     given = case(family, kind)
     padded, real, positions = padded_ids()
@@ -160,9 +144,7 @@ def test_left_padding(kind: str, family: str, chunk: int, max_length: int | None
     check_equal(whole[real == 1], given.padded_logits[real == 1])
 
 
-@masks
-@pytest.mark.parametrize("max_length", KINDS)
-@pytest.mark.parametrize("family", SOME)
+@pairwise(family=SOME, max_length=KINDS, kind=MASKS)
 def test_padding_between_single_tokens(kind: str, family: str, max_length: int | None) -> None:
     """A sample that waits while others go on, then goes on itself, as if nothing had been."""
     given, ids = case(family, kind), random_ids(2, TOKENS)
@@ -177,9 +159,7 @@ def test_padding_between_single_tokens(kind: str, family: str, max_length: int |
     check_equal(found[real == 1], expected[real == 1])
 
 
-@masks
-@pytest.mark.parametrize("max_length", KINDS)
-@pytest.mark.parametrize("family", SOME)
+@pairwise(family=SOME, max_length=KINDS, kind=MASKS)
 def test_a_padded_sample_is_as_if_it_were_alone(kind: str, family: str, max_length: int | None) -> None:
     given = case(family, kind)
     padded, real, _ = padded_ids()
@@ -191,10 +171,7 @@ def test_a_padded_sample_is_as_if_it_were_alone(kind: str, family: str, max_leng
             check_equal(found[sample, PROMPT - length :], alone[0])
 
 
-@masks
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("padded", [False, True])
+@pairwise(family=SOME, chunk=CHUNKS, padded=[False, True], kind=MASKS)
 def test_prefill_returns_the_last_logits(kind: str, family: str, chunk: int, padded: bool) -> None:
     given, real = case(family, kind), None
     ids, expected = given.ids, given.logits
@@ -244,10 +221,7 @@ def check_generation(found: Any, expected: Any) -> None:
         check_equal(ours[finite], theirs[finite])
 
 
-@masks
-@pytest.mark.parametrize(
-    ("family", "cache"), [(f, None) for f in EVERY_FAMILY] + [(f, c) for f in SOME for c in ("dynamic", "static")]
-)
+@pairwise(family=EVERY_FAMILY, cache=[None, "static"], kind=MASKS)
 def test_greedy_generation(kind: str, family: str, cache: str | None) -> None:
     given = case(family, kind)
     expected = expected_generation(family, kind, "greedy")
@@ -258,10 +232,7 @@ def test_greedy_generation(kind: str, family: str, cache: str | None) -> None:
         assert (found.past_key_values.max_length is None) == (cache != "static")
 
 
-@masks
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("cache", ["dynamic", "static", "no"])
-@pytest.mark.parametrize("way", GENERATION)
+@pairwise(way=GENERATION, cache=["dynamic", "static", "no"], family=["llama", "gemma3_text"], kind=MASKS)
 def test_other_generation(kind: str, way: str, cache: str, family: str) -> None:
     given = case(family, kind)
     options = {"use_cache": False} if cache == "no" else {"cache_implementation": cache}
@@ -269,9 +240,7 @@ def test_other_generation(kind: str, way: str, cache: str, family: str) -> None:
         check_generation(generate(given.model, **options, **GENERATION[way]), expected_generation(family, kind, way))
 
 
-@masks
-@pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("max_length", [None, 200])
+@pairwise(family=SOME, max_length=[None, 200], kind=MASKS)
 def test_generation_goes_on_from_a_cache_that_is_given(kind: str, family: str, max_length: int | None) -> None:
     """A second call with the cache of the first: only the new tokens run."""
     given, seen = case(family, kind), []
@@ -335,9 +304,7 @@ def test_a_wrong_mask_is_caught(family: str) -> None:
         assert (found - given.logits).abs().max() > 1e-3
 
 
-@masks
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", SOME)
+@pairwise(family=SOME, side=["left", "right"], kind=MASKS)
 def test_padding_on_either_side_of_a_chunk(kind: str, family: str, side: str) -> None:
     given, ids = case(family, kind), random_ids(2, 40)
     real = torch.ones_like(ids)

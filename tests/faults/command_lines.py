@@ -278,6 +278,8 @@ LM_EVAL = {
     "heads=HEADS,pretrained=FILE": ("pretrained",),
     "heads=HEADS,model=tiny,abc=1": ("abc",),
     "heads=HEADS,model=tiny,dtype=abc": ("dtype",),
+    "heads=HEADS,model=tiny,weights=abc": ("weights",),
+    "heads=HEADS,pretrained=EMPTY,weights=int8": ("weights",),
     "heads=HEADS,model=tiny,batch_size=0": ("batch_size",),
     "heads=HEADS,model=tiny,batch_size=abc": ("batch_size",),
     "heads=HEADS,model=tiny,max_length=-1": ("max_length",),

@@ -72,6 +72,7 @@ MODEL = {
     "model.wheel": text(),
     "model.init": choice("pretrained"),
     "model.dtype": choice("auto"),
+    "model.weights": values(f"nan -1 0 true int5 INT8 {SHAPELESS} {WORDS}", "null"),
     "model.trust_remote_code": flag(),
     "model.architecture": values(f"{PLAIN} null {{}} {{model_type:abc}} {{abc:1}}"),
     "model.architecture.model_type": choice("llama"),

@@ -26,7 +26,7 @@ from tests.support.planted import random_sample
 from tests.support.tiny import FAMILIES, compute_all_logits, hooks_of
 
 MakeModel = Callable[..., PreTrainedModel]
-MODELS: list[tuple[str, dict[str, Any]]] = [*((family, {}) for family in FAMILIES), ("gemma3_text", HYBRID)]
+MODELS: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES} | {"gemma3_text": HYBRID}
 SAMPLES = [random_sample(40, 1, 5), random_sample(31, 2, 3)]
 
 
@@ -62,12 +62,12 @@ def one_by_one(gated_model: GatedModel, masks: Tensor, objective: Objective, tok
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize(("family", "changes"), MODELS, ids=[name for name, _ in MODELS])
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_losses_equal_each_mask_alone(
-    family: str, changes: dict[str, Any], objective: str, make_model: MakeModel
-) -> None:
-    with gated_model_of(make_model(family, **changes)) as gated_model:
+@pytest.mark.parametrize(
+    ("family", "objective"), [(f, o) for f in MODELS for o in OBJECTIVES if f in ("llama", "gemma3_text") or o == "kl"]
+)
+def test_losses_equal_each_mask_alone(family: str, objective: str, make_model: MakeModel) -> None:
+    """Every objective with layers that are alike and with those that are not; every family with its logits."""
+    with gated_model_of(make_model(family, **MODELS[family])) as gated_model:
         masks = drawn(12, gated_model.shape)
         expected = one_by_one(gated_model, masks, OBJECTIVES[objective])
         distillation = Distillation(gated_model, OBJECTIVES[objective], "labelled")

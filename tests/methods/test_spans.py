@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,36 @@ def test_curvature_alone_finds_them_too(make_model: MakeModel) -> None:
     pattern = found(make_model, samples=0)
     assert pattern.allocate(cache=exact_share(), length=TOKENS).spans.equal(NEEDED)
     assert pattern.provenance["samples"] == 0
+
+
+def test_a_step_is_priced_on_the_longest_samples_and_only_where_they_tell_its_spans_apart(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [90, 30, 220, 100]
+
+    class Unequal:
+        def samples(self, split: str, count: int) -> list[Any]:
+            return [random_sample(length, seed, 12) for seed, length in enumerate(lengths[:count])]
+
+    def curvature(gated_model: Any, sample: Any, levels: torch.Tensor) -> torch.Tensor:
+        length = len(sample["input_ids"])
+        steps = torch.tensor([0.5, 0.25, 1.0]) * length * torch.tensor([length > 10, length > 66, length > 130])
+        return spans.costs_of(steps).expand(2, 3, -1)
+
+    monkeypatch.setattr(spans, "curvature", curvature)
+    settings = SpanSettings("spans", 2, 16, levels=LEVELS, samples=0, curvature_samples=4)
+    with gated_model_of(model_with_spans(make_model), settings.window) as gated_model:
+        everything = spans.find(gated_model, Unequal(), settings, Run())  # type: ignore[arg-type]
+        settings = replace(settings, curvature_samples=2)
+        lengths.sort()
+        lengths[:2] = []
+        longest = spans.find(gated_model, Unequal(), settings, Run())  # type: ignore[arg-type]
+    assert everything.needs is not None
+    assert longest.needs is not None
+    steps = -everything.needs.costs.diff(dim=-1)[0, 0]
+    torch.testing.assert_close(steps, torch.tensor([0.5 * 440 / 4, 0.25 * 410 / 3, 220.0]))
+    steps = -longest.needs.costs.diff(dim=-1)[0, 0]
+    torch.testing.assert_close(steps, torch.tensor([0.5 * 160, 0.25 * 160, 220.0]))
 
 
 def test_an_interrupted_run_returns_what_it_has_if_asked(

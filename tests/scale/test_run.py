@@ -11,7 +11,7 @@ from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern
 from tests.scale.devices import environment
 from tests.support.commands import Finished, run_command
-from tests.support.processes import run_file, start
+from tests.support.processes import run_file_on_two, start
 
 OVERRIDES = [
     "model=tiny",
@@ -88,7 +88,8 @@ def run_two(device: str, folder: Path, overrides: list[str], command: str = COMM
     (folder / "command.py").write_text(command)
     options = [*overrides, f"trainer.accelerator={device}", "trainer.devices=2", "hydra.run.dir=run"]
     given = environment(device) | variables
-    return Finished(*start(run_file, "command.py", *options, cwd=folder, file=folder / "output.txt", **given).finish())
+    started = start(run_file_on_two, "command.py", *options, cwd=folder, file=folder / "output.txt", **given)
+    return Finished(*started.finish())
 
 
 @pytest.fixture(scope="module")

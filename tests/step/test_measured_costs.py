@@ -1,11 +1,14 @@
 """Counted bytes against those that autograd saves."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from duo_id.attention.interface import bound
+from duo_id.attention.priced import priced_layers
 from duo_id.step.chunks import ELEMENT_BYTES
 from duo_id.step.measured_costs import measure_costs
 from duo_id.step.recompute import Keep, activation_checkpointing
@@ -51,6 +54,40 @@ def test_counted_bytes_foretell_those_of_longer_steps(blend: str, make_model: Ca
         assert row[Keep.OUTPUT] - row[Keep.INPUT] == pytest.approx(output)
     assert costs.kept[1][Keep.INPUT] == 4 * 32, "one hidden state a token"
     assert (costs.other > 3 * 4 * 64) == (blend == "teacher"), "the teacher's outputs of three layers"
+
+
+def test_priced_spans_keep_how_they_differ(make_model: Callable[..., PreTrainedModel]) -> None:
+    model, tokens, saved = make_model("llama"), 300, []
+    with (
+        distilling(model, "kl") as distillation,
+        activation_checkpointing(model, distillation.gated_model.layers, Keep.ALL) as recomputation,
+    ):
+        gated_model = distillation.gated_model
+        one, three = (measure_costs(distillation, recomputation, count) for count in (1, 3))
+        for others in ([4], [4, 8, 16]):
+            spans = torch.full((3, 2), -1, dtype=torch.int32)
+            others = torch.tensor(others, dtype=torch.int32).view(-1, 1, 1).expand(-1, 3, 2)
+            shares = torch.zeros(others.shape, requires_grad=True)
+            kept: list[int] = []
+            functions = priced_layers(gated_model.layers, spans, others, shares, 2, gated_model.backends)
+            with (
+                bound(gated_model.layers, functions),
+                torch.autograd.graph.saved_tensors_hooks(partial(_note, kept), lambda tensor: tensor),
+            ):
+                outputs = distillation.outputs(batch_of(random_sample(tokens, 1)))
+            saved.append(sum(kept))
+            del outputs
+    for row, before in zip(three.kept, one.kept, strict=True):
+        assert row[Keep.ALL] - before[Keep.ALL] == row[Keep.ATTENTION] - before[Keep.ATTENTION] == 2 * 4 * 64
+        assert row[Keep.OUTPUT] == before[Keep.OUTPUT]
+    counted = 2 * 4 * 64 * (tokens + tokens + 10)  # the last layer attends from the labelled tokens alone
+    assert saved[1] - saved[0] == counted
+
+
+def _note(kept: list[int], tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dim() == 5:  # how the heads of a group differ: nothing else has as many dimensions
+        kept.append(tensor.untyped_storage().nbytes())
+    return tensor
 
 
 @pytest.mark.parametrize(

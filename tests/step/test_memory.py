@@ -73,7 +73,7 @@ def test_a_part_of_a_gpus_budget_is_spared() -> None:
 def test_too_little_is_one_line_with_the_numbers() -> None:
     with pytest.raises(UserError) as error:
         MeasuredCosts(2**34, KEPT, 0, again=COSTS.again).plan(2**20, 2**34)
-    assert "a step of 1,048,576 tokens needs at least 16 GiB of its device (weights 16 + activations" in str(
+    assert "a step of 1,048,576 tokens needs at least 16.1 GiB of its device (weights 16 + activations" in str(
         error.value
     )
     assert "and there are 16: raise step.memory, lower data.length_max" in str(error.value)

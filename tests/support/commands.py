@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import chdir, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
@@ -22,6 +22,7 @@ from duo_id.evaluate import __main__ as evaluate
 from duo_id.train import __main__ as train
 from duo_id.train.fitting import train_settings
 from duo_id.train.settings import TrainSettings
+from tests.support.figures import blank_figures
 
 COMMANDS = {"train": train.main, "evaluate": evaluate.main, "benchmark": benchmark.main}
 
@@ -67,7 +68,11 @@ class Finished:
 
 
 def run_command(
-    name: str, *overrides: str, folder: Path, command: Callable[[DictConfig], object] | None = None
+    name: str,
+    *overrides: str,
+    folder: Path,
+    command: Callable[[DictConfig], object] | None = None,
+    figures: bool = False,
 ) -> Finished:
     """Run a command in the working directory `folder`, with `run` there as its run folder unless overridden.
 
@@ -76,6 +81,7 @@ def run_command(
         overrides: the command line.
         folder: the working directory.
         command: called with the config instead of the command's own function.
+        figures: whether its figures are drawn, or left blank.
     """
     if not any(override.startswith(("resume=", "hydra.run.dir=")) for override in overrides):
         overrides = (*overrides, f"hydra.run.dir={folder / 'run'}")
@@ -88,6 +94,7 @@ def run_command(
         patch.dict(os.environ),
         # Hydra composes all settings an extra time to look for hydra.mode, which nothing in conf/ sets.
         patch.object(Hydra, "get_mode", return_value=None),
+        nullcontext() if figures else blank_figures(),
     ):
         try:
             cli.run(name, command or COMMANDS[name])

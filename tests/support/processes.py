@@ -4,6 +4,7 @@ Importing duo_id.train takes as long as a hundred tiny steps, so one server proc
 others are forked from it: they have the modules, but no state from any test.
 """
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -11,8 +12,10 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Modules that look for a GPU when they are imported must not initialise CUDA, or forked processes could not use it.
@@ -62,6 +65,49 @@ def run_file(path: str, *arguments: str) -> None:
     """`python path argument...`."""
     sys.argv = [path, *arguments]
     runpy.run_path(path, run_name="__main__")
+
+
+def run_file_on_two(path: str, *arguments: str) -> None:
+    """`python path argument...`, where Lightning's second process is forked before the first begins, and waits."""
+    from lightning.fabric.strategies.launchers import subprocess_script
+
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(read)
+        subprocess_script.subprocess = SimpleNamespace(Popen=partial(Second, pid, write))
+        run_file(path, *arguments)
+        return
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        given = pipe.read()
+    if not given:  # the first has ended without it
+        os._exit(0)
+    command, environment, cwd = json.loads(given)
+    os.chdir(cwd)
+    os.environ |= environment
+    run_file(*command[1:])
+
+
+class Second:
+    """What Lightning asks of the second process; to make one tells it to begin."""
+
+    def __init__(self, pid: int, pipe: int, command: list[str], env: dict[str, str], cwd: str) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        with os.fdopen(pipe, "w") as begin:
+            json.dump([command, env, cwd], begin)
+
+    def poll(self) -> None:
+        """Note how it has ended, if it has: its status, negative if a signal killed it."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
 
 
 def _run_redirected(

@@ -43,9 +43,9 @@ def priced_heads(spans: Tensor, others: Tensor, shares: Tensor, sink_size: int, 
             )
             with torch.no_grad():
                 attended = masked_heads(other[heads], sink_size, backends)(*inputs, rows=rows)
-                difference = attended.unflatten(1, (len(heads), -1)) - grouped[:, heads]
-            index = torch.tensor(heads, device=query.device)
-            slope = slope.index_add(1, index, share[heads][:, None, None, None] * difference)
+                difference = torch.zeros_like(grouped)
+                difference[:, heads] = attended.unflatten(1, (len(heads), -1)) - grouped[:, heads]
+            slope = slope + share[:, None, None, None] * difference
         return chosen + slope.flatten(1, 2).to(chosen.dtype)
 
     return attend

@@ -25,6 +25,7 @@ from duo_id.benchmark.timing import (
 )
 from duo_id.common.compat import cache_argument
 from duo_id.deploy.prefill import read_in_chunks
+from duo_id.models.quantised import inductor_options, stored
 from duo_id.step.compiled import compiled_parts
 
 STEPS_BEFORE = 2  # decode steps before the warm-up: one to compile, one on the stream of the capture
@@ -56,7 +57,7 @@ class CacheBench:
         self.compiles = settings.compiles(self.device)
         self.subject = ""
         self.watch = Stopwatch(lambda phase: announce(f"{self.subject}: {phase}"))
-        weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+        weights = {tensor.data_ptr(): tensor.nbytes for tensor in stored((*model.parameters(), *model.buffers()))}
         self.weights_bytes = sum(weights.values())
 
     def rows(self, contender: CacheContender) -> Iterator[dict[str, Any]]:
@@ -83,7 +84,8 @@ class CacheBench:
             self._name(contender, context)
             memory[context] = none_if_out_of_memory(partial(self.step_memory, contender, context))
             release()
-        forward = torch.compile(self.model, dynamic=False) if self.compiles else self.model
+        options = inductor_options(self.model)
+        forward = torch.compile(self.model, dynamic=False, options=options) if self.compiles else self.model
         cache: Cache | None = None
         for context in contexts:
             self._name(contender, context)

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from duo_id.attention.codes import bits_of, kept_bytes
 from duo_id.attention.functions import Mask
 from duo_id.attention.layers import AttentionLayer
 from duo_id.benchmark.ceilings import Ceilings
+from duo_id.models.quantised import linear_layers, stored
 from duo_id.patterns.spans import ALL
 
 
@@ -45,33 +45,34 @@ class Workload:
         layers: its attention layers.
         linear: weights of the linear layers but the last.
         head: weights of the last linear layer, from hidden state to logits.
-        other: all other parameters except the embedding: norms and biases.
+        weights: bytes of all parameters except the embedding and the last layer, as they are stored.
         embedding: numbers in one row of the embedding.
-        itemsize: bytes per number.
+        itemsize: bytes of a number in the cache, the embedding and the last layer.
     """
 
     layers: Sequence[AttentionLayer]
     linear: int
     head: int
-    other: int
+    weights: int
     embedding: int
     itemsize: int
 
     def decode(self, batch: int, context: int, mask: Mask | None, kv: str = "exact") -> Floor:
         """One token for each of `batch` samples after `context` cached tokens; `mask` None: full attention."""
-        weights = self.linear + self.head + self.other + batch * self.embedding
+        numbers = self.head + batch * self.embedding
         read = operations = 0
         for layer, windows in zip(self.layers, self._windows(mask, context + 1), strict=True):
             visible = sum(heads * window for window, heads in windows.items())  # the new token's own key among them
             for window, heads in windows.items():
                 read += batch * heads * self._kept(layer, window - 1, kv if window > context else "exact")
             operations += 4 * batch * layer.head_dim * (layer.heads // layer.kv_heads) * visible
-        return Floor(self.itemsize * weights + read, 2 * batch * (self.linear + self.head) + operations)
+        moved = self.weights + self.itemsize * numbers + read
+        return Floor(moved, 2 * batch * (self.linear + self.head) + operations)
 
     def prefill(self, batch: int, context: int, chunk_size: int, mask: Mask | None, kv: str = "exact") -> Floor:
         """A prompt of `context` tokens in chunks, with the logits of its last token; `mask` None: full attention."""
         starts = range(0, context, chunk_size)
-        numbers = len(starts) * (self.linear + self.other) + self.head + batch * context * self.embedding
+        numbers = self.head + batch * context * self.embedding
         operations, read = 2 * batch * (self.linear * context + self.head), 0
         for layer, windows in zip(self.layers, self._windows(mask, context), strict=True):
             for window, heads in windows.items():
@@ -79,7 +80,7 @@ class Workload:
                 read += batch * heads * sum(self._kept(layer, min(start, window), kept) for start in starts)
                 pairs = window * (window + 1) // 2 + (context - window) * window
                 operations += 4 * batch * layer.head_dim * (layer.heads // layer.kv_heads) * heads * pairs
-        return Floor(self.itemsize * numbers + read, operations)
+        return Floor(len(starts) * self.weights + self.itemsize * numbers + read, operations)
 
     def _kept(self, layer: AttentionLayer, tokens: int, kv: str) -> int:
         """Bytes of one head's keys and values of `tokens` tokens."""
@@ -109,8 +110,8 @@ def workload(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Worklo
     head = embedding if output is None else output.weight
     assert isinstance(embedding, torch.Tensor)
     assert isinstance(head, torch.Tensor)
-    matrices = {id(part.weight): part.weight for part in model.modules() if isinstance(part, nn.Linear)}
-    linear = sum(weight.numel() for key, weight in matrices.items() if key != id(head))
-    counted = {*matrices, id(head), id(embedding)}
-    other = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in counted)
-    return Workload(layers, linear, head.numel(), other, embedding.shape[1], embedding.element_size())
+    linear = sum(layer.in_features * layer.out_features for layer in linear_layers(model).values())
+    saved = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    inside = stored(tensor for key, tensor in saved.items() if key not in (id(head), id(embedding)))
+    weights = sum(tensor.nbytes for tensor in inside)
+    return Workload(layers, linear, head.numel(), weights, embedding.shape[1], embedding.element_size())

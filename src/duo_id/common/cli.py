@@ -164,6 +164,8 @@ def _escape_unencodable() -> None:
 
 def _show_warnings() -> None:
     """Show each warning once, as one line, whichever part of the run raises it."""
+    for library in ("torchao", "torch.utils._pytree"):  # as transformers imports them: of kernels that are not used
+        logging.getLogger(library).setLevel(logging.ERROR)
     printed = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:

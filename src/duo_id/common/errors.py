@@ -21,6 +21,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "lm_eval": "lm-eval",
     "flash_attn": "flash",
+    "torchao": "quantised",
 }  # an imported module -> the extra of pyproject.toml that installs it
 NEEDS = {"duo-id train": "train", "duo-id benchmark": "train", "identify": "train"}  # these include the extra eval
 

@@ -1,6 +1,6 @@
 """A frozen model whose weights are sharded over processes, with FSDP2 as transformers sets it up."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -25,13 +25,26 @@ def shard(model: PreTrainedModel, world: int) -> None:
 
 
 @torch.no_grad()
-def materialise(model: PreTrainedModel, device: torch.device) -> None:
+def materialise(
+    model: PreTrainedModel, device: torch.device, finish: Callable[[nn.Module], None] | None = None
+) -> None:
     """Give a model on the meta device random weights, which depend on the generator's state but not on the sharding.
 
     One module at a time is allocated in full, initialised by transformers, and sharded. Weights are tied at the end.
+
+    Args:
+        model: the model.
+        device: of the weights.
+        finish: called with each module once it has its weights, before the next one gets any; not if they are sharded.
     """
-    model.to_empty(device=device)
+    if finish is None:
+        model.to_empty(device=device)
     for module, owner in _inner_first(model, model):
+        if finish is not None:
+            module.to_empty(device=device, recurse=False)
+            owner._init_weights(module)
+            finish(module)
+            continue
         shares = {name: share for name, share in module._parameters.items() if share is not None}
         full_parameters = {
             name: nn.Parameter(torch.empty(x.shape, dtype=x.dtype, device=device)) for name, x in shares.items()

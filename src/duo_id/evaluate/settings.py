@@ -53,6 +53,10 @@ class EvaluateSettings:
         self.cache, self.kv = sorted(set(self.cache), reverse=True), list(dict.fromkeys(self.kv))
         check(bool(self.sparsity or self.cache), "sparsity=[] leaves nothing to compare: give sparsity or cache")
         check(0 not in self.cache, "cache=0 keeps nothing: give shares above 0")
+        check(
+            not self.peers or self.model.weights is None,
+            f"peers=true: peers read the model's own weights: use model.weights=null, not {self.model.weights}",
+        )
         check_tasks(self.tasks)
         reserved = {"full", "random", *BASELINES}
         for name in self.patterns:

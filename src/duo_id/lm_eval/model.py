@@ -44,6 +44,7 @@ class DuoLM(HFLM):
         model: str | None = None,
         pretrained: str | None = None,
         dtype: str = "auto",
+        weights: str | None = None,
         device: str | None = None,
         truncation_side: str = "left",
         **options: Any,
@@ -56,6 +57,8 @@ class DuoLM(HFLM):
             model: a name in conf/model/, loaded as in the other commands. By default the pattern's own model.
             pretrained: instead of `model`, a hub id or local folder that HFLM loads with all its options.
             dtype: of the weights; auto: with `model` float32 on the CPU, else bfloat16, with `pretrained` as stored.
+            weights: int8 or int4, of a `model` whose linear layers are quantised when it is loaded; by default as those
+                were that the pattern was found on.
             device: by default cuda if it is available.
             truncation_side: what is cut from a prompt that is too long for the model. left: its beginning, as in HFLM;
                 middle: its middle, as LongBench's authors do (Bai et al. 2023, arXiv 2308.14508, section 4.1).
@@ -83,8 +86,12 @@ class DuoLM(HFLM):
             raise UserError(f"--model_args dtype={dtype}: choose {', '.join(DTYPES)}")
         if device is None or (str(device).startswith("cuda") and not torch.cuda.is_available()):  # as HFLM does
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        check(
+            weights is None or pretrained is None,
+            f"--model_args pretrained={pretrained},weights={weights}: only model=NAME is quantised when it is loaded",
+        )
         if pretrained is None:
-            loaded = load_model(_settings(model, pattern, dtype), device)
+            loaded = load_model(_settings(model, pattern, dtype, weights), device)
             super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **options)
         else:
             try:
@@ -164,7 +171,7 @@ def _check_options(options: Mapping[str, Any], pretrained: str | None) -> None:
             raise UserError(f"--model_args {name}={value} is about loading a model with HFLM: add pretrained=MODEL")
 
 
-def _settings(model: str | None, pattern: HeadPattern, dtype: str) -> ModelSettings:
+def _settings(model: str | None, pattern: HeadPattern, dtype: str, weights: str | None = None) -> ModelSettings:
     """The settings of a model in conf/model/, or of the model that the pattern was found on."""
     folder = conf_dir() / "model"
     if model is None:
@@ -177,5 +184,5 @@ def _settings(model: str | None, pattern: HeadPattern, dtype: str) -> ModelSetti
     else:
         names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "hub"))
         raise UserError(f"--model_args model={model}: choose among {names}, or give pretrained=HUB_ID_OR_FOLDER")
-    overrides = {} if dtype == "auto" else {"dtype": dtype}
+    overrides = ({} if dtype == "auto" else {"dtype": dtype}) | ({} if weights is None else {"weights": weights})
     return parse(ModelSettings, OmegaConf.create({**values, **overrides}))

@@ -113,7 +113,7 @@ class SpanSettings(WithObjective, ScoreSettings):
     tokens: Tokens = "labelled"
     levels: Several[Positive] = field(default_factory=list)  # spans in tokens; none: half the recent size, doubled
     budgets: Some[Fraction] = field(default_factory=lambda: [0.08, 0.6])  # shares of the cache, drawn log-uniformly
-    curvature_samples: Positive = 8  # whose curvature at full attention prices spans at first
+    curvature_samples: Positive = 16  # the longest; their curvature at full attention prices spans at first
     start: Named = None  # another method's settings, or a saved pattern: its order of the heads is the first one
 
     def __post_init__(self) -> None:

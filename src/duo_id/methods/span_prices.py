@@ -27,6 +27,12 @@ class _State(Data):
     seconds: NonNegative
 
 
+def costs_of(steps: Tensor) -> Tensor:
+    """The costs (..., levels), 0 at the last, of what each step (..., levels - 1) to the next larger level saves."""
+    rise = steps.flip(-1).cumsum(-1).flip(-1)
+    return torch.cat([rise, rise.new_zeros((*rise.shape[:-1], 1))], -1)
+
+
 class SpanPrices:
     """Estimates of how much the loss rises when a head's span shrinks to the next smaller level.
 
@@ -72,9 +78,7 @@ class SpanPrices:
 
     def costs(self) -> Tensor:
         """(gated layers, KV heads, levels) float64: the rise of the loss at each level, 0 at the last."""
-        steps = (self.saved / self.weights).mean(0)
-        rise = steps.flip(-1).cumsum(-1).flip(-1)
-        return torch.cat([rise, rise.new_zeros((*rise.shape[:-1], 1))], -1)
+        return costs_of((self.saved / self.weights).mean(0))
 
     def write(self, path: Path, levels: Tensor, seconds: float) -> None:
         """Save the prices, the levels that they are of, and the time that they have taken."""

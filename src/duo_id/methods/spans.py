@@ -21,7 +21,7 @@ from duo_id.methods.gates import GOLDEN, SEED_OFFSET
 from duo_id.methods.run import Run
 from duo_id.methods.saliency import fisher
 from duo_id.methods.settings import SpanSettings
-from duo_id.methods.span_prices import PRICES_FILE, SpanPrices
+from duo_id.methods.span_prices import PRICES_FILE, SpanPrices, costs_of
 from duo_id.models.gated_model import GatedModel
 from duo_id.patterns.allocation import best_levels, tokens_within
 from duo_id.patterns.needs import SpanNeeds
@@ -32,6 +32,7 @@ from duo_id.step.objectives import OBJECTIVES
 from duo_id.step.prepare import prepared_step
 
 TINY = 1e-30  # below the cost of any head that needs something
+CURVATURE_WEIGHT = 50  # prices of average samples that weigh as much in a head's cost; see docs/lab/log.md
 
 
 def find(gated_model: GatedModel, samples: SampleModule, settings: SpanSettings, run: Run) -> HeadPattern:
@@ -47,24 +48,29 @@ def find(gated_model: GatedModel, samples: SampleModule, settings: SpanSettings,
     levels = torch.tensor(settings.levels_up_to(longest), dtype=torch.int32)
     nearest = int(torch.searchsorted(levels[:-1], gated_model.window.recent_size).clamp(max=len(levels) - 2))
     distillation = Distillation(gated_model, settings.resolved_objective, settings.tokens)
-    first_samples, provenance = training_samples[: settings.curvature_samples], dict[str, Any]()
+    provenance = dict[str, Any]()
+    by_length = sorted(training_samples, key=lambda sample: -len(sample["input_ids"]))
+    longest_samples = by_length[: settings.curvature_samples]  # they tell all spans apart
     with (
-        prepared_step(distillation, replace(run.step, compile=False)) as apply_plan,
+        prepared_step(distillation, replace(run.step, compile=False), len(levels) - 1) as apply_plan,
         progress_bar(run.console) as progress,
     ):
-        bar = progress.add_task(settings.name, total=len(first_samples) + len(priced_samples))
+        bar = progress.add_task(settings.name, total=len(longest_samples) + len(priced_samples))
         apply_plan(longest)
         if path.is_file():
             prices, seconds_before = SpanPrices.read(path, levels, gated_model.shape)
-            progress.advance(bar, len(first_samples) + prices.count)
+            progress.advance(bar, len(longest_samples) + prices.count)
         else:
             costs, seconds_before = torch.zeros(*gated_model.shape, len(levels)), 0.0
-            for sample in first_samples:
-                costs += curvature(gated_model, sample, levels) / len(first_samples)
+            counts = torch.zeros(len(levels) - 1)
+            for sample in longest_samples:
+                costs += curvature(gated_model, sample, levels)
+                counts += kept_tokens(levels, gated_model.window.sink_size, len(sample["input_ids"])).diff() > 0
                 progress.advance(bar)
+            costs = costs_of(-costs.diff(dim=-1) / counts)
             if start is not None:
                 costs = in_order(costs, start.scores[[layer.index for layer in gated_model.layers]], nearest)
-            prices = SpanPrices(costs, len(first_samples) * (len(priced_samples) + 1) / 2)
+            prices = SpanPrices(costs, CURVATURE_WEIGHT * (len(priced_samples) + 1) / 2)
         try:
             for index, sample in enumerate(priced_samples[prices.count :], prices.count):
                 fraction = (run.seed * SEED_OFFSET + index * GOLDEN) % 1

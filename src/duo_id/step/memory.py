@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from math import inf
+from math import ceil, floor, inf, log10
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from duo_id.common.errors import UserError
 from duo_id.step.budget import memory_bytes
@@ -70,7 +70,7 @@ class Plan:
         """Raise a `UserError` unless it fits."""
         if not self.fits:
             assert self.budget is not None
-            needed, there = self.total / (1 - self.spared) / GIB, self.budget / GIB
+            needed, there = _rounded_up(self.total / (1 - self.spared) / GIB), self.budget / GIB
             raise UserError(
                 f"step.memory: a step of {self.tokens:,} tokens needs at least {needed:.3g} GiB of its device "
                 f"({self._parts()}), and there are {there:.3g}: raise step.memory, lower data.length_max (of the "
@@ -153,6 +153,12 @@ class MeasuredCosts(Costs):
         return self.plan_for(levels, tokens, budget)
 
 
+def _rounded_up(number: float) -> float:
+    """A positive number of three digits that is not smaller, so that asking for it suffices."""
+    unit = 10.0 ** (floor(log10(number)) - 2)
+    return ceil(number / unit) * unit
+
+
 def _sums_of_runs(table: Sequence[Sequence[float]], ends: Tensor) -> Tensor:
     """What layers come to if the first ones do as the last column says, the next ones as the one before it, and so on.
 
@@ -196,8 +202,3 @@ def available(memory: str, device: torch.device) -> int | None:
 def libraries(device: torch.device) -> int:
     """The bytes of a device that are no tensors."""
     return LIBRARIES if device.type == "cuda" else 0
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """The bytes of all parameters and buffers; of sharded ones the whole."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

@@ -14,8 +14,13 @@ ApplyPlan = Callable[[int], Plan | None]
 
 
 @contextmanager
-def prepared_step(distillation: Distillation, step: StepSettings) -> Iterator[ApplyPlan]:
+def prepared_step(distillation: Distillation, step: StepSettings, priced: int = 0) -> Iterator[ApplyPlan]:
     """Compile the model and checkpoint its activations, as the settings say, within the block.
+
+    Args:
+        distillation: the model and the objective.
+        step: the settings.
+        priced: other spans that each head attends to; see `measure_costs`.
 
     Yields:
         a function to call with the number of tokens before each step; it returns the memory plan, if there is one.
@@ -36,4 +41,4 @@ def prepared_step(distillation: Distillation, step: StepSettings) -> Iterator[Ap
             yield lambda tokens: None
             return
         assert recomputation is not None
-        yield MemoryPlanner(recomputation, measure_costs(distillation, recomputation), budget).apply_plan
+        yield MemoryPlanner(recomputation, measure_costs(distillation, recomputation, priced), budget).apply_plan

@@ -104,11 +104,11 @@ def fitted(
     Raises:
         UserError: the model cannot be found, reached or built.
     """
-    from duo_id.models.loading import dtype_of, meta_model
+    from duo_id.models.loading import sized_model
 
     device = _training_device(settings) if model is None else model.device
     if model is None:
-        model = meta_model(settings.model, dtype_of(settings.model.dtype, device))
+        model = sized_model(settings.model, device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     data, method = settings.data, settings.method
     longest = data.length_max or limit or LONGEST

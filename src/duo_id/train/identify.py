@@ -18,6 +18,7 @@ from duo_id.methods import (
 from duo_id.methods.run import Find
 from duo_id.methods.settings import METHODS, MethodSettings, SearchSettings, name_nested_override, nested_override
 from duo_id.models.gated_model import GatedModel
+from duo_id.models.quantised import check_differentiable
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern
 from duo_id.train import fit_gates
@@ -36,6 +37,8 @@ FIND: dict[str, Find] = {
     "random": random.find,
 }
 
+GRADIENTS = ("duo", "nested", "saliency", "spans")  # methods that need them
+
 
 def identify(gated_model: GatedModel, method: MethodSettings, run: TrainRun) -> HeadPattern:
     """Run a method; the pattern's provenance holds what only the method knows.
@@ -53,6 +56,8 @@ def identify(gated_model: GatedModel, method: MethodSettings, run: TrainRun) -> 
         f"trainer.devices={devices}: method={method.name} only works on a single device; gate training works on "
         "several, and without step.sequence_parallel all methods but search do",
     )
+    if method.name in GRADIENTS:
+        check_differentiable(gated_model.model.model, f"method={method.name}")
     samples = sample_module(gated_model.model, run.settings, run.seed, run.tasks)
     samples.task("train")  # refuses bad settings before anything is computed
     key = "start" if hasattr(method, "start") else "prior"

@@ -27,7 +27,7 @@ from duo_id.distributed.ranks import Ranks
 from duo_id.methods.settings import GateSettings
 from duo_id.models.gated_model import GatedModel
 from duo_id.models.language_model import LanguageModel
-from duo_id.models.loading import dtype_of, load_model, meta_model
+from duo_id.models.loading import load_model, sized_model
 from duo_id.patterns.agreement import agreement_table
 from duo_id.patterns.combining import average
 from duo_id.patterns.pattern import HeadPattern
@@ -144,7 +144,7 @@ def _plan_shared_step(settings: TrainSettings, device: torch.device, ranks: Rank
     Raises:
         UserError: a device has too little memory, or the settings only work on a single device.
     """
-    model = meta_model(settings.model, dtype_of(settings.model.dtype, device))
+    model = sized_model(settings.model, device)
     tokens = settings.data.length_max or model.config.get_text_config().max_position_embeddings
     teacher_outputs = isinstance(settings.method, GateSettings) and BLENDS[settings.method.blend].needs_teacher
     step, plan = shared_step(model, settings.step, ranks, device, tokens, settings.data.batch_size, teacher_outputs)
