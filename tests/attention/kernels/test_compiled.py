@@ -17,24 +17,26 @@ def test_codes_become_numbers_in_the_registers_of_tensor_cores(bits: tuple[int, 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from duo_id.attention.kernels.decode_codes import CODES_TUNING, _decode_codes
+    from duo_id.attention.kernels.decode_codes import CODES_TUNING, EIGHT_BITS_TUNING, _decode_codes
+
+    tuning = EIGHT_BITS_TUNING if bits == (8, 8) else CODES_TUNING
 
     names = _decode_codes.arg_names
     first, last = names.index("scale"), names.index("GROUP")
     signature = {name: "*" + POINTERS.get(name, "bf16") for name in names[:first]}
     signature |= {"scale": "fp32"} | dict.fromkeys(names[first + 1 : last], "i32")
     constants = {
-        "GROUP": 4, "ROWS": 8, "DIM": 128, "HALF": 64, "SIZE": 128, "BLOCK": CODES_TUNING["block"], "TILE": 32,
+        "GROUP": 4, "ROWS": 8, "DIM": 128, "HALF": 64, "SIZE": 128, "BLOCK": tuning["block"], "TILE": 32,
         "HEADS": 0, "KEY_BITS": bits[0], "VALUE_BITS": bits[1], "FAST": True, "EVEN": True, "PRECISION": "tf32",
     }  # fmt: skip
     assert constants.keys() == set(names[last:])
     aligned = {(place,): [["tt.divisibility", 16]] for place in range(first)}
     source = ASTSource(_decode_codes, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    options = {"num_warps": CODES_TUNING["warps"], "num_stages": CODES_TUNING["stages"]}
-    options["maxnreg"] = CODES_TUNING["registers"]
+    options = {"num_warps": tuning["warps"], "num_stages": tuning["stages"]}
+    options["maxnreg"] = tuning["registers"]
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert kernel.metadata.shared <= 227 * 1024 // CODES_TUNING["programs"], "of one multiprocessor"
-    assert 32 * CODES_TUNING["warps"] * CODES_TUNING["registers"] * CODES_TUNING["programs"] <= 65536, "there, too"
+    assert kernel.metadata.shared <= 227 * 1024 // tuning["programs"], "of one multiprocessor"
+    assert 32 * tuning["warps"] * tuning["registers"] * tuning["programs"] <= 65536, "there, too"
     ptx = kernel.asm["ptx"]
     (loop,) = [part for part in re.split(r"\n\$L__BB\d+_\d+:", ptx) if "prmt.b32 a" in part]
     assert loop.count("mma.sync") == 32

@@ -21,6 +21,7 @@ from duo_id.attention.kernels.shared import FAR_BELOW, LOG2_E, padded_dim, preci
 # "programs": of all retrieval heads, for each multiprocessor; as many have room with so many "registers" a thread, and
 # one more would wait for a second round. "block": tokens that are not codes, read at a time.
 CODES_TUNING = {"programs": 3, "registers": 168, "warps": 4, "stages": 3, "block": 32}
+EIGHT_BITS_TUNING = CODES_TUNING | {"programs": 2, "registers": 255}  # keys and values; on an H200, see docs/lab/log.md
 
 
 @triton.jit
@@ -207,7 +208,8 @@ def decode_codes(
     (full_heads, groups), group = key_codes.shape[1:3], query_heads // key.shape[1]
     size = tail_key.shape[2] // 2
     out = torch.empty(batch, query_heads, 1, dim, dtype=query.dtype, device=query.device)
-    launch, half = CODES_TUNING | tuning, padded_dim(dim // 2)
+    bits, half = (4 * key_codes.shape[3], 4 * value_codes.shape[3]), padded_dim(dim // 2)
+    launch = (EIGHT_BITS_TUNING if bits == (8, 8) else CODES_TUNING) | tuning
     narrow = half * query.element_size() <= 128  # others need more registers and shared memory
     processors = multiprocessors(query.device)
     splits, share, rings = programs_of(tuple(slots), groups * size, full_heads, batch, processors * launch["programs"])
@@ -221,7 +223,7 @@ def decode_codes(
         sink_size, max(slots, default=0), full_heads, len(slots), splits, share,
         GROUP=group, ROWS=max(8, triton.next_power_of_2(group)), DIM=dim, HALF=half, SIZE=size,
         BLOCK=launch["block"], TILE=32, HEADS=max(16, triton.next_power_of_2(len(slots))) if split_rings else 0,
-        KEY_BITS=4 * key_codes.shape[3], VALUE_BITS=4 * value_codes.shape[3],
+        KEY_BITS=bits[0], VALUE_BITS=bits[1],
         FAST=query.is_cuda and query.dtype == torch.bfloat16, EVEN=2 * half == dim,
         PRECISION=precision(query),
         num_warps=launch["warps"], num_stages=launch["stages"] if narrow else 2,
