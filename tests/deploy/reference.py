@@ -1,6 +1,5 @@
 """A head mask by brute force: dense float64 scores over the whole sequence, no cache, no attention of the package."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,13 +40,11 @@ class Coded:
         bits: of keys and values.
         group: tokens.
         past: (batch, tokens), the number of real tokens of the sample before the forward that a token came in.
-        capacity: of a static cache, whose heads are retrieval heads if their window is no shorter; None: it grows.
     """
 
     bits: Bits
     group: int
     past: Tensor
-    capacity: int | None = None
 
     def see(self, queries: Tensor, real: Tensor) -> Tensor:
         """Which keys each query sees as codes, (batch, queries, tokens) bool."""
@@ -111,7 +108,7 @@ def brute_force(model: PreTrainedModel, mask: HeadMask | HeadSpans, coded: Coded
 
             keys, values = key[:, kv_head], value[:, kv_head].double()
             scores, as_codes = scores_of(keys), torch.zeros_like(seen)
-            if coded is not None and (window == everything or sum(window) >= (coded.capacity or math.inf)):
+            if coded is not None and window == everything:
                 as_codes = coded.see(query, real)
                 scores = torch.where(as_codes, scores_of(coded.meant(keys, real, coded.bits.keys, 0)), scores)
             shares = scores.masked_fill(~seen, -torch.inf).exp()

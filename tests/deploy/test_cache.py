@@ -216,7 +216,7 @@ def test_growth_keeps_what_is_there() -> None:
 def test_growth_keeps_rings_and_what_is_complete_stays() -> None:
     """Heads of several spans, some of one, out of order; each grows to its window and no further."""
     spans = [ALL, 30, 500, 4, 500, 200]
-    store = StreamingStore(torch.empty(2, 6, 0, 4), spans, 3, True, "auto")
+    store = StreamingStore(torch.empty(2, 6, 0, 4), spans, 3, None, "auto")
     assert (list(store.heads), store.rows, store.nbytes) == ([2, 4, 5, 1, 3], 0, 0)
     for tokens in (1, 40, 190, 300, 502, 503, 10_000):
         before = [ring.view(store.key).clone() for ring in store.rings]

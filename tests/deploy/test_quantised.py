@@ -88,14 +88,13 @@ def expected(
     ids: Tensor,
     edges: list[int],
     real: Tensor | None = None,
-    capacity: int | None = None,
 ) -> Tensor:
     """The reference's logits of the whole sequence, whose forwards begin at `edges`."""
     past = pasts(torch.ones_like(ids) if real is None else real, edges)
     options = {}
     if real is not None:
         options = {"attention_mask": real, "position_ids": (real.cumsum(-1) - 1).clamp(min=0)}
-    with reference(model, mask, Coded(bits_of(kv), GROUP, past, capacity)):
+    with reference(model, mask, Coded(bits_of(kv), GROUP, past)):
         return model(ids, use_cache=False, **options).logits
 
 
@@ -113,7 +112,7 @@ def expected(
 def test_chunks_and_steps(family: str, chunk: int, kind: str, max_length: int | None, kv: str) -> None:
     model, ids = model_of(family), random_ids(2, TOKENS)
     mask = mask_for(model, kind=kind)
-    wanted = expected(model, mask, kv, ids, edges_of(chunk), capacity=max_length)
+    wanted = expected(model, mask, kv, ids, edges_of(chunk))
     with duo_attention(model, mask, kv=kv):
         check_equal(run(model, ids, dual_cache(model, max_length), chunk), wanted)
 
@@ -124,7 +123,7 @@ def test_chunks_and_steps(family: str, chunk: int, kind: str, max_length: int | 
 def test_left_padding(chunk: int, kind: str, max_length: int | None, kv: str) -> None:
     model, (ids, real, _) = model_of("llama"), padded_ids()
     mask = mask_for(model, kind=kind)
-    wanted = expected(model, mask, kv, ids, edges_of(chunk), real, max_length)
+    wanted = expected(model, mask, kv, ids, edges_of(chunk), real)
     with duo_attention(model, mask, kv=kv):
         found = run(model, ids, dual_cache(model, max_length), chunk, real)
     check_equal(found[real == 1], wanted[real == 1])
@@ -202,6 +201,33 @@ def test_generation_is_that_of_a_static_cache(beams: int, kv: str) -> None:
     with duo_attention(model, mask_for(model), kv=kv):
         wanted = model.generate(ids[:, :PROMPT], do_sample=False, cache_implementation="static", **options)
         assert model.generate(ids[:, :PROMPT], do_sample=False, **options).tolist() == wanted.tolist()
+
+
+@kvs
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_windows_as_large_as_a_static_cache_are_no_codes(family: str, kv: str) -> None:
+    """Streaming heads, and layers with a window of their own, keep what they see exactly, whatever room they have."""
+    model, ids = model_of(family), random_ids(2, TOKENS)
+    mask = mask_for(model)
+    spans = torch.full(mask.spans.shape, -1)
+    spans[list(mask.gated_layers)] = TOKENS
+    wanted = model(ids, use_cache=False).logits
+    with duo_attention(model, HeadSpans(spans, SINK, mask.gated_layers), kv=kv):
+        cache = dual_cache(model, TOKENS)
+        check_equal(run(model, ids, cache, 7), wanted)
+        assert all(layer.full.heads.indices == () for layer in cache.dual_layers)
+        slots = {slots for layer in cache.dual_layers for slots in layer.recent.slots}
+        assert max(slots) <= TOKENS, "no more than there is room for"
+
+
+def test_bytes_of_short_texts_count_what_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "GROUP", 128)
+    model = build("llama").bfloat16()
+    mask = HeadMask(torch.ones(4, 2, dtype=torch.bool), SINK, 8)
+    sizes = {kv: cache_bytes(model, {"all": mask}, [100, 256, 300, 1024], kv=kv)["all"] for kv in ("exact", "int4")}
+    assert sizes["int4"][100] == sizes["exact"][100]
+    assert (sizes["int4"] > sizes["exact"]).tolist() == [False, True, True, False]
+    assert sizes["int4"].is_monotonic_increasing
 
 
 @kvs
@@ -306,7 +332,7 @@ def formula(kv: str, heads: int, tokens: int, dim: int, itemsize: int) -> int:
     """Codes, a scale and a zero for each channel of keys and each token of values, and what is exact."""
     bits, groups = bits_of(kv), tokens // codes.GROUP
     each_group = codes.GROUP * dim * (bits.keys + bits.values) // 8 + 2 * (dim + codes.GROUP) * itemsize
-    return heads * (groups * each_group + 2 * (tokens % codes.GROUP) * dim * itemsize)
+    return heads * (groups * each_group + 2 * min(tokens, 2 * codes.GROUP) * dim * itemsize)
 
 
 @kvs

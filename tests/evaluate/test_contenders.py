@@ -8,6 +8,7 @@ import torch
 
 from duo_id import HeadMask, HeadSpans, SpanNeeds
 from duo_id.common.errors import UserError
+from duo_id.data.settings import HaystackSettings
 from duo_id.evaluate.contenders import (
     Contender,
     check_shares,
@@ -17,6 +18,8 @@ from duo_id.evaluate.contenders import (
     warn_of_short_contexts,
 )
 from duo_id.evaluate.items import Item, Question
+from duo_id.evaluate.settings import EvaluateSettings, EvaluationDataSettings
+from duo_id.models.settings import ModelSettings
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.random_masks import random_mask
 from duo_id.report.rows import KINDS
@@ -194,3 +197,27 @@ def test_each_format_has_the_same_masks_beside_full_attention_as_it_is(kvs: list
     masks = {x.heads: x.mask(TOKENS) for x in lineup}
     assert masks["seeds int4#0"] == OTHER.binarize(sparsity=0.5)
     assert masks["full int8"].retrieval.all()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        pytest.param("full", "reserved name", id="full"),
+        pytest.param("mine int4", "rows of kv=int4 are called so", id="a format"),
+    ],
+)
+def test_names_that_rows_have_anyway_are_refused(name: str, reason: str) -> None:
+    given = (
+        "heads",
+        ModelSettings("tiny", "tiny"),
+        EvaluationDataSettings(HaystackSettings()),
+        ["short"],
+        [9],
+        1,
+        1,
+        [0.5],
+        1,
+    )
+    with pytest.raises(UserError, match=rf"patterns\.{name}: .*{reason}"):
+        EvaluateSettings(*given, patterns={name: "other"})
+    EvaluateSettings(*given, patterns={"int4": "other", "mine int4x": "other"})

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from duo_id.attention import codes
 from duo_id.deploy.chunks import continuation
 from duo_id.deploy.install import duo_attention
+from duo_id.evaluate import reading
 from duo_id.evaluate.items import Item, Question
 from duo_id.evaluate.reading import GENERATED, Answers, Reader, batches, end_tokens, work
 from duo_id.models.language_model import LanguageModel
@@ -91,6 +93,22 @@ def test_bytes_are_those_of_the_context(model: LanguageModel) -> None:
     for sparsity, entries in ((0, 6 * 100), (0.5, 3 * 100 + 3 * 20), (1, 6 * 20)):
         with duo_attention(model.model, PATTERN.binarize(sparsity=sparsity)):
             assert {answers.bytes for answers in read(model, make_items(), 10**6)} == {entries * entry}
+
+
+def test_answers_inside_a_context_see_codes_of_it(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as one chunk holds it, it would see none; questions after it do as they are."""
+    monkeypatch.setattr(codes, "GROUP", 16)
+    monkeypatch.setattr(reading, "CODED_CHUNK", 32)
+    found = {}
+    for kv in ("exact", "int4"):
+        with duo_attention(model.model, PATTERN.binarize(sparsity=0), kv=kv):
+            ((after, inside, _),) = [answers.logits for answers in read(model, make_items(1), 10**6)]
+            found[kv] = after, inside
+    difference = [(one - other).abs().max() for one, other in zip(*found.values(), strict=True)]
+    assert min(difference) > 1e-4
+    with duo_attention(model.model, PATTERN.binarize(sparsity=0), kv="int4"):
+        ((_, small, _),) = [answers.logits for answers in read(model, make_items(1), 10**6, 32)]
+    assert small.equal(found["int4"][1])
 
 
 def test_inside_a_context_the_head_computes_the_answers_alone(model: LanguageModel) -> None:

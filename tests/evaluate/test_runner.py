@@ -88,13 +88,14 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     perfect = InductionModel()
 
     @contextmanager
-    def under(model: InductionModel, mask: HeadMask) -> Iterator[None]:
+    def under(model: InductionModel, mask: HeadMask, kv: str = "exact") -> Iterator[None]:
+        assert kv == "exact"
         model.mask = mask
         yield
 
     def empty(model: InductionModel) -> Any:
         cache = model.new_cache()
-        cache.rows = _Rows()
+        cache.rows, cache.kv = _Rows(), "exact"
         return cache
 
     monkeypatch.setattr(runner, "duo_attention", under)

@@ -279,6 +279,7 @@ EVALUATE = (
             "{a:[1]} {a:{b:1}} {a:not/*} {a:OTHER_HEADS}"
         ),
         "split": choice("test"),
+        "kv": values(NAMES),
         "generate": flag(),
         "chat_template": flag(),
         "batch_tokens": whole(1, null=True),
@@ -303,6 +304,7 @@ BENCHMARK = (
         "sink_size": whole(0),
         "recent_size": whole(1),
         "blend": values(NAMES),
+        "kv": values(NAMES),
         "beside": flag(),
         "profile": flag(),
         "batch_size": whole(1),

@@ -55,8 +55,9 @@ class DualLayer(CacheLayerMixin):
         self.is_initialized = False
         self.layer, self.sink_size, self.tokens = layer, sink_size, tokens
         self.leads, self.capacity, self.backends, self.bits = leads, capacity, backends, bits
-        # A window as large as a static cache hides nothing, and needs no ring.
-        self.spans = [ALL if capacity is not None and sink_size + span >= capacity else span for span in spans]
+        # A window as large as a static cache hides nothing, and needs no ring; but rings are never codes.
+        whole = capacity if bits is None else None
+        self.spans = [ALL if whole is not None and sink_size + span >= whole else span for span in spans]
         self.is_compileable = capacity is not None
         self.home: torch.device | None = None  # the device of an offloaded layer
         self.before: list[dict[str, Tensor]] = []  # what the running chunk overwrites, if layers share their keys
@@ -72,8 +73,7 @@ class DualLayer(CacheLayerMixin):
         retrieval_heads = [head for head, span in enumerate(self.spans) if span == ALL]
         given = key_states, retrieval_heads, self.capacity, self.backends.full
         self.full = FullStore(*given) if self.bits is None else QuantisedStore(*given, self.bits)
-        grows = self.capacity is None
-        self.recent = StreamingStore(key_states, self.spans, self.sink_size, grows, self.backends.streaming)
+        self.recent = StreamingStore(key_states, self.spans, self.sink_size, self.capacity, self.backends.streaming)
         self.arrived = torch.zeros(key_states.shape[:2].numel(), dtype=torch.int32, device=device)
         if self.is_compileable and not torch.compiler.is_compiling():
             for tensor in (*self.full.tensors.values(), *self.recent.tensors.values(), self.arrived):

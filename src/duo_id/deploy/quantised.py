@@ -154,8 +154,9 @@ class QuantisedStore(Store):
 
     def retained_bytes(self, tokens: int) -> int:
         """See `Store.retained_bytes`."""
-        size = self.key.shape[3], self.key.element_size()
-        return len(self.heads) * codes.kept_bytes(tokens, *size, self.bits, self.group)
+        dim, itemsize = self.key.shape[3], self.key.element_size()
+        coded = codes.kept_bytes(tokens // self.group * self.group, dim, itemsize, self.bits, self.group)
+        return len(self.heads) * (coded + codes.kept_bytes(min(tokens, 2 * self.group), dim, itemsize, None))
 
     def exact_from(self, tokens: int) -> int:
         """See `Store.exact_from`."""

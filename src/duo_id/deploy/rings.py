@@ -70,7 +70,8 @@ class StreamingStore(Store):
         like: (batch, KV heads, any, head_dim), a key of the layer, for sizes, type and device.
         spans: of each KV head of the layer, in tokens; -1 for retrieval heads, which are not in this store.
         sink_size: first tokens that all heads see.
-        grows: whether to start empty and grow with the text until the windows are full.
+        capacity: tokens to make room for, in a store of fixed size; None for one that starts empty and grows with the
+            text until the windows are full.
         backend: see `streaming_attention`.
 
     Attributes:
@@ -80,14 +81,14 @@ class StreamingStore(Store):
         listed: (3, heads) int32 on the device: the KV head, first row and span of each of the store's heads.
     """
 
-    def __init__(self, like: Tensor, spans: Sequence[int], sink_size: int, grows: bool, backend: str) -> None:
+    def __init__(self, like: Tensor, spans: Sequence[int], sink_size: int, capacity: int | None, backend: str) -> None:
         order = sorted((head for head, span in enumerate(spans) if span >= 0), key=lambda head: -spans[head])
         self.heads, self.spans = Heads(order), [spans[head] for head in order]
         self.sink_size, self.backend = sink_size, backend
         self.recorded: Tensor | None = None  # (batch, 2, heads, tokens, head_dim): keys and values beyond the window
         self.listed = torch.tensor([order, [0] * len(order), self.spans], dtype=torch.int32, device=like.device)
         self.rings: list[Ring] = []
-        self._lay_out(0 if grows else sink_size + max(self.spans, default=0))
+        self._lay_out(capacity or 0)
         shape = (like.shape[0], self.rows, like.shape[3])
         self.key, self.value = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
 

@@ -18,6 +18,9 @@ from duo_id.evaluate.items import Item, Question
 from duo_id.models.language_model import LanguageModel
 
 GENERATED = 32  # tokens of a context that take as long as one that is generated
+CODED_CHUNK = (
+    512  # tokens, at most, of a chunk with answers inside, where the cache keeps codes: a chunk sees none of its own
+)
 CHECK_EVERY = 8  # decode steps between checks whether all answers have ended, each of which synchronises the device
 
 
@@ -117,6 +120,8 @@ class Reader:
         wanted = sorted({(position, row) for (row, _), positions in predictors.items() for position in positions})
         chunk_logits = []
         chunk_size = context.shape[1] if self._continuation.stepwise else self.chunk_size
+        if in_context and cache.kv != "exact":
+            chunk_size = min(chunk_size, CODED_CHUNK)
         for start in range(0, context.shape[1], chunk_size):
             end = min(start + chunk_size, context.shape[1])
             chunk = context[:, start:end]

@@ -61,3 +61,8 @@ class EvaluateSettings:
         reserved = {"full", "random", *BASELINES}
         for name in self.patterns:
             check(name not in reserved, f"patterns.{name}: {name} is a reserved name, choose another")
+            kv = name.rpartition(" ")[2]
+            check(
+                name == kv or kv not in KV_FORMATS,
+                f"patterns.{name}: rows of kv={kv} are called so, choose a name with another end",
+            )
