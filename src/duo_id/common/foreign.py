@@ -12,15 +12,8 @@ from duo_id.common.config import shown
 from duo_id.common.errors import UserError
 from duo_id.common.mistakes import escape_interpolations
 
-MODEL_TEXTS = (
-    "id",
-    "name",
-    "revision",
-    "wheel",
-    "init",
-    "dtype",
-    "weights",
-)  # settings of a model that a pattern may contain
+# Settings of a model that a pattern may contain.
+MODEL_TEXTS = ("id", "name", "revision", "wheel", "init", "dtype", "weights")
 MODEL_SHAPES = ("architecture", "config")
 # Keys of a model's config that may hold a word; all others hold numbers (`_attn_implementation` could load kernels).
 TEXT_KEYS = (
