@@ -113,9 +113,11 @@ class Past:
         return out
 
     def check(self, found: Tensor, heads: list[int] | None = None) -> None:
-        """The greatest error in float32 is 2e-5; in bfloat16 the error is what rounding once or twice makes it."""
+        """The greatest error in float32 is 1e-5, or 2e-5 over thousands of keys; in bfloat16 that of rounding twice."""
         expected = self.expected()
         if heads is not None:
             expected, found = (x.unflatten(1, (KV_HEADS, -1))[:, heads] for x in (expected, found))
         error = (found.double() - expected).abs().max()
-        assert error <= (2e-5 if self.dtype == torch.float32 else 2e-2), f"error {error:.1e}"
+        assert error <= ((2e-5 if self.pattern == "long" else 1e-5) if self.dtype == torch.float32 else 2e-2), (
+            f"error {error:.1e}"
+        )

@@ -199,7 +199,7 @@ def test_a_step_keeps_its_budget(blend: str, compiled: bool) -> None:
         key: value.to("cuda") if torch.is_tensor(value) else value
         for key, value in batch_of(random_sample(16384, 1)).items()
     }
-    step = StepSettings(memory="3.5GiB", compile=compiled)
+    step = StepSettings(memory="3.1GiB", compile=compiled)
     with distilling(model, "hidden_l2", blend) as distillation, prepared_step(distillation, step) as apply_plan:
         plan = apply_plan(16384)
         assert plan is not None
@@ -208,4 +208,4 @@ def test_a_step_keeps_its_budget(blend: str, compiled: bool) -> None:
         torch.autograd.grad(distillation.loss(alpha, batch), alpha)
         torch.cuda.reset_peak_memory_stats()
         torch.autograd.grad(distillation.loss(alpha, batch), alpha)
-        assert torch.cuda.max_memory_allocated() < 3.5 * 2**30
+        assert torch.cuda.max_memory_allocated() < 3.1 * 2**30

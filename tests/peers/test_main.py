@@ -139,5 +139,4 @@ def test_the_worker_names_what_its_environment_lacks() -> None:
     command = [sys.executable, "-P", str(worker), json.dumps({})]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    said = done.stderr.splitlines()[-1]  # after what torchao says of its kernels, which transformers imports
-    assert said == f"error: environment={sys.prefix} has no kvpress: install=true installs it"
+    assert done.stderr == f"error: environment={sys.prefix} has no kvpress: install=true installs it\n"

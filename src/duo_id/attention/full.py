@@ -93,7 +93,7 @@ def _part(
     for start in range(0, query.shape[2], ROWS):
         rows = query[:, :, start : start + ROWS]
         row = start + torch.arange(rows.shape[2], device=query.device)
-        found.append(softmax.attend_part(rows, key, value, (place <= row[:, None]) | torch.tensor(not causal)))
+        found.append(softmax.attend_part(rows, key, value, (place <= row[:, None]) | (not causal)))
     return torch.cat([out for out, _ in found], 2), torch.cat([log_sum for _, log_sum in found], 2)
 
 

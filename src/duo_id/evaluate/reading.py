@@ -18,9 +18,8 @@ from duo_id.evaluate.items import Item, Question
 from duo_id.models.language_model import LanguageModel
 
 GENERATED = 32  # tokens of a context that take as long as one that is generated
-CODED_CHUNK = (
-    512  # tokens, at most, of a chunk with answers inside, where the cache keeps codes: a chunk sees none of its own
-)
+# Tokens of a chunk with answers inside, at most, where the cache keeps codes: a chunk sees none of its own.
+CODED_CHUNK = 512
 CHECK_EVERY = 8  # decode steps between checks whether all answers have ended, each of which synchronises the device
 
 
