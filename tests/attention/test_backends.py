@@ -13,6 +13,7 @@ from duo_id.attention.softmax import Softmax
 from duo_id.attention.streaming import FLEX_BLOCK, flex_block_mask, spans_attention, streaming_attention
 from duo_id.attention.window import Window
 from duo_id.common.errors import UserError
+from tests.support.pairs import pairwise
 
 WINDOWS = [Window(0, 1), Window(0, 5), Window(3, 7), Window(16, 64), Window(130, 70), Window(5, 300)]
 LENGTHS = [1, 2, 63, 64, 65, 200, 333, 777]
@@ -35,9 +36,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None, wi
     return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("tokens", LENGTHS)
-@pytest.mark.parametrize("kv_heads", [2, 6])
+@pairwise(window=WINDOWS, tokens=LENGTHS, kv_heads=[2, 6])
 def test_blocked_equals_dense(window: Window, tokens: int, kv_heads: int) -> None:
     query, key, value = inputs(tokens, 6, kv_heads)
     out = streaming_attention(query, key, value, Softmax(0.3), window, "blocked")
@@ -74,9 +73,7 @@ def test_a_span_for_each_head_equals_a_head_at_a_time(spans: list[int], tokens: 
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("tokens", [64, 200, 333])
-@pytest.mark.parametrize("kv_heads", [2, 6])
+@pairwise(window=WINDOWS, tokens=[64, 200, 333], kv_heads=[2, 6])
 def test_flex_equals_dense(window: Window, tokens: int, kv_heads: int) -> None:
     query, key, value = inputs(tokens, 6, kv_heads, torch.float32)
     with torch.no_grad():  # FlexAttention has no backward pass on the CPU; on CUDA the gpu tests cover it

@@ -11,6 +11,7 @@ from duo_id import dual_cache, duo_attention
 from duo_id.common.compat import cache_of
 from duo_id.common.errors import UserError
 from tests.deploy.cases import build, check_equal, mask_for, padded_ids, random_ids, reference
+from tests.support.pairs import pairwise
 
 FAMILIES = ("llama", "gpt2", "gemma3_text", "gpt_oss")
 
@@ -35,10 +36,9 @@ def check_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", ["mixed", "spans"])
-@pytest.mark.parametrize("way", ["default", "growing", "static", "no cache"])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pairwise(
+    family=FAMILIES, way=["default", "growing", "static", "no cache"], padded=[False, True], kind=["mixed", "spans"]
+)
 def test_the_gradient_is_that_of_dense_attention(family: str, padded: bool, way: str, kind: str) -> None:
     model = build(family)
     mask, options = mask_for(model, kind=kind), {}

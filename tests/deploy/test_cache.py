@@ -31,7 +31,7 @@ from tests.deploy.cases import (
     reference,
     run,
 )
-from tests.support.pairs import pairwise
+from tests.support.pairs import pairwise, pairwise_of_some
 from tests.support.tiny import tiny_model
 
 WINDOW = SINK + RECENT
@@ -480,8 +480,7 @@ def test_crop_takes_columns_whatever_lies_in_them(max_length: int | None) -> Non
 # Assisted generation
 
 
-@pytest.mark.parametrize("kind", ["all", "mixed", "none", "spans"])
-@pytest.mark.parametrize("family", SOME)
+@pairwise_of_some(["llama"], family=SOME, kind=["mixed", "spans", "all", "none"])
 def test_prompt_lookup_writes_what_decoding_writes(family: str, kind: str) -> None:
     """Candidates are looked up in the prompt and mostly thrown away again, far beyond every window."""
     given, ids = case(family, kind), random_ids(1, 4).repeat(1, 9)

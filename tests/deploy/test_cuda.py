@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from duo_id import dual_cache, duo_attention, prefill
 from duo_id.patterns.spans import ALL, HeadSpans
 from tests.deploy.cases import LENGTHS, PROMPT, TOKENS, build, case, mask_for, padded_ids, random_ids, reference, run
+from tests.support.pairs import pairwise
 
 FAMILIES = ("llama", "gpt_neox", "gemma3_text")
 
@@ -71,10 +72,7 @@ def capture(step: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
     return replay
 
 
-@pytest.mark.parametrize("kind", ["mixed", "spans"])
-@pytest.mark.parametrize("max_length", [None, TOKENS])
-@pytest.mark.parametrize("chunk", [1, 7, 40, PROMPT])
-@pytest.mark.parametrize("family", FAMILIES)
+@pairwise(family=FAMILIES, chunk=[1, 7, 40, PROMPT], max_length=[None, TOKENS], kind=["mixed", "spans"])
 def test_chunks_and_steps(family: str, chunk: int, max_length: int | None, kind: str, device: str) -> None:
     given, model = case(family, kind), build(family).to(device)
     padded, real, positions = (x.to(device) for x in padded_ids())

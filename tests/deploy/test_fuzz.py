@@ -229,7 +229,7 @@ def lives(family: str, kind: str, first: int, count: int, steps: int, kv: str = 
 @pytest.mark.parametrize("kind", ["mixed", "all", "spans"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text", "gpt_oss"])
 def test_short_lives(family: str, kind: str) -> None:
-    lives(family, kind, SEED, 5, 14)
+    lives(family, kind, SEED, 4, 14)
 
 
 @pytest.mark.parametrize("kv", ["int8", "int4"])

@@ -36,6 +36,7 @@ from tests.deploy.cases import (
     short_groups,
 )
 from tests.deploy.reference import Coded
+from tests.support.pairs import pairwise
 from tests.support.tiny import tiny_model
 
 FAMILIES = ("gpt2", "gemma2", "gemma3_text", "gpt_oss")  # a head each, soft caps, sliding windows, sinks
@@ -98,18 +99,13 @@ def expected(
         return model(ids, use_cache=False, **options).logits
 
 
-@some_kvs
-@room
-@pytest.mark.parametrize(
-    ("family", "chunk", "kind"),
-    [
-        ("llama", 1, "mixed"),
-        ("llama", 7, "spans"),
-        ("llama", 40, "mixed"),
-        *((family, 7, "mixed") for family in FAMILIES),
-    ],
+@pairwise(
+    place=[("llama", 1, "mixed"), ("llama", 7, "spans"), ("llama", 40, "mixed"), *((x, 7, "mixed") for x in FAMILIES)],
+    max_length=[None, TOKENS],
+    kv=["int8", "int4"],
 )
-def test_chunks_and_steps(family: str, chunk: int, kind: str, max_length: int | None, kv: str) -> None:
+def test_chunks_and_steps(place: tuple[str, int, str], max_length: int | None, kv: str) -> None:
+    family, chunk, kind = place
     model, ids = model_of(family), random_ids(2, TOKENS)
     mask = mask_for(model, kind=kind)
     wanted = expected(model, mask, kv, ids, edges_of(chunk))
@@ -117,10 +113,11 @@ def test_chunks_and_steps(family: str, chunk: int, kind: str, max_length: int | 
         check_equal(run(model, ids, dual_cache(model, max_length), chunk), wanted)
 
 
-@kvs
-@room
-@pytest.mark.parametrize(("chunk", "kind"), [(1, "mixed"), (7, "spans"), (PROMPT, "mixed")])
-def test_left_padding(chunk: int, kind: str, max_length: int | None, kv: str) -> None:
+@pairwise(
+    pieces=[(1, "mixed"), (7, "spans"), (PROMPT, "mixed")], max_length=[None, TOKENS], kv=["int8", "k8v4", "int4"]
+)
+def test_left_padding(pieces: tuple[int, str], max_length: int | None, kv: str) -> None:
+    chunk, kind = pieces
     model, (ids, real, _) = model_of("llama"), padded_ids()
     mask = mask_for(model, kind=kind)
     wanted = expected(model, mask, kv, ids, edges_of(chunk), real)
@@ -172,12 +169,13 @@ def test_prefill_in_slices_of_the_past(padded: bool, kv: str, monkeypatch: pytes
         check_equal(prefill(model, ids[:, 57:], cache, 1, real), wanted[:, 57])
 
 
-@kvs
+@pytest.mark.parametrize("kv", ["k8v4", "int4"])
 @room
 def test_samples_are_reordered_forked_and_reset(max_length: int | None, kv: str) -> None:
-    model, ids = model_of("llama"), random_ids(2, TOKENS)
+    """And go on until a group is complete."""
+    model, ids = model_of("llama"), random_ids(2, 52)
     mask, order = mask_for(model), torch.tensor([1, 1])
-    wanted = expected(model, mask, kv, ids[order], [0, 39, *range(40, TOKENS)])
+    wanted = expected(model, mask, kv, ids[order], [0, 39, *range(40, 52)])
     with duo_attention(model, mask, kv=kv):
         cache = dual_cache(model, max_length)
         for _ in range(2):
@@ -185,7 +183,7 @@ def test_samples_are_reordered_forked_and_reset(max_length: int | None, kv: str)
             forks = [] if max_length else [cache.fork(order)]
             cache.reorder_cache(order)
             for copied in (cache, *forks):
-                for start in range(39, TOKENS):
+                for start in range(39, 52):
                     part = slice(start, start + 1)
                     logits = model(ids[order, part], past_key_values=copied).logits
                     if start > 39:

@@ -12,7 +12,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from hydra._internal.hydra import Hydra
 from omegaconf import DictConfig
 
 from duo_id.benchmark import __main__ as benchmark
@@ -22,6 +21,7 @@ from duo_id.evaluate import __main__ as evaluate
 from duo_id.train import __main__ as train
 from duo_id.train.fitting import train_settings
 from duo_id.train.settings import TrainSettings
+from tests.support.compositions import remembered_compositions
 from tests.support.figures import blank_figures
 
 COMMANDS = {"train": train.main, "evaluate": evaluate.main, "benchmark": benchmark.main}
@@ -92,8 +92,7 @@ def run_command(
         redirect_stderr(output),
         patch.object(sys, "argv", [name, *overrides]),
         patch.dict(os.environ),
-        # Hydra composes all settings an extra time to look for hydra.mode, which nothing in conf/ sets.
-        patch.object(Hydra, "get_mode", return_value=None),
+        remembered_compositions(),
         nullcontext() if figures else blank_figures(),
     ):
         try:

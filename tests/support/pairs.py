@@ -13,8 +13,23 @@ def pairwise(**axes: Iterable[Any]) -> pytest.MarkDecorator:
     What breaks at one value, or where two meet, is noticed, by a number of cases near the product of the two longest
     axes instead of all. The cases are the same each time.
     """
-    names = list(axes)
-    rows = covering([list(axis) for axis in axes.values()])
+    return _parametrized(list(axes), covering([list(axis) for axis in axes.values()]))
+
+
+def pairwise_of_some(some: Iterable[Any], **axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """As `pairwise`, but of the first axis only the values in `some` meet all others; each of the rest has one case.
+
+    In those, the other axes' combinations take turns. For values of which most behave alike where others matter.
+    """
+    (name, first), *others = ((name, list(axis)) for name, axis in axes.items())
+    some = list(some)
+    rows = covering([some, *(axis for _, axis in others)])
+    turns = itertools.cycle(itertools.product(*(axis for _, axis in others)))
+    rows += [(value, *next(turns)) for value in first if value not in some]
+    return _parametrized([name, *(name for name, _ in others)], rows)
+
+
+def _parametrized(names: list[str], rows: list[tuple[Any, ...]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(names, rows, ids=["-".join(map(str, row)) for row in rows])
 
 
