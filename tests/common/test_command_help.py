@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from duo_id.common.command_help import command_help, file_comments
 from duo_id.common.config import conf_dir
 from tests.support.commands import run_command
+from tests.support.compositions import remembered_compositions
 
 WIDE = 10_000  # characters of a line: no comment is wrapped
 GROUPS = {
@@ -28,6 +30,12 @@ CHOICES = [
     for path in sorted((conf_dir() / group).glob("*.yaml"))
     if path.stem in ALIKE.get(group, [path.stem])
 ]
+
+
+@pytest.fixture(autouse=True)
+def remembered() -> Iterator[None]:
+    with remembered_compositions():
+        yield
 
 
 def settings_shown(text: str) -> dict[str, str]:

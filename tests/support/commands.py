@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
-from contextlib import chdir, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, chdir, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
@@ -93,6 +93,8 @@ def run_command(
         patch.object(sys, "argv", [name, *overrides]),
         patch.dict(os.environ),
         remembered_compositions(),
+        patch.object(os, "fsync"),  # no machine goes down while tests run
+        no_callbacks_of_others(),
         nullcontext() if figures else blank_figures(),
     ):
         try:
@@ -102,6 +104,12 @@ def run_command(
             status = exiting.code if isinstance(exiting.code, int) else 1
     torch.set_rng_state(random_state)
     return Finished(status, output.getvalue())
+
+
+def no_callbacks_of_others() -> AbstractContextManager[object]:
+    """Lightning reads the metadata of all installed distributions for each trainer, to look for callbacks."""
+    registry = sys.modules.get("lightning.fabric.utilities.registry")
+    return nullcontext() if registry is None else patch.object(registry, "entry_points", return_value=[])
 
 
 def settings_of(name: str, schema: type, *overrides: str, folder: Path) -> Any:

@@ -6,22 +6,29 @@ What remains to be done for each command is what differs: its overrides of singl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
 from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, base
 
-Key = tuple[object, ...]  # the command, its choices of groups, and where they lie
+COMPOSE = ConfigLoaderImpl._compose_config_from_defaults_list
+SOURCES = (FileConfigSource, ImportlibResourcesConfigSource)
+Key = tuple[object, ...]  # the command, its choices of groups, and where they lie; or a file, and when it was written
 
 _chosen: dict[Key, DefaultsList] = {}
 _composed: dict[int, DictConfig] = {}  # by the list of files of one of `_chosen`, which is never collected
 _parsed: dict[str, Override] = {}
+_files: dict[Key, ConfigResult] = {}
 _interpolations: dict[tuple[object, ...], Any] = {}
 
 
@@ -36,14 +43,23 @@ def remembered_compositions() -> Iterator[None]:
             (ConfigLoaderImpl, "_process_config_searchpath", _search(ConfigLoaderImpl._process_config_searchpath)),
             (OverridesParser, "parse_rule", _parse(OverridesParser.parse_rule)),
             (config_loader_impl, "create_defaults_list", _choose(config_loader_impl.create_defaults_list)),
-            (ConfigLoaderImpl, "_compose_config_from_defaults_list", _compose(_original_compose)),
+            (ConfigLoaderImpl, "_compose_config_from_defaults_list", _compose(COMPOSE)),
             (base, "parse", _interpolate(base.parse)),
+            *((source, "load_config", _load(source.load_config)) for source in SOURCES),
         ):
             patches.enter_context(patch.object(place, name, function))
         yield
 
 
-_original_compose = ConfigLoaderImpl._compose_config_from_defaults_list
+def _load(inner: Callable[..., ConfigResult]) -> Callable[..., ConfigResult]:
+    def load(self: ConfigSource, config_path: str) -> ConfigResult:
+        file = Path(self.path, self._normalize_file_name(config_path))
+        key = (self.path, config_path, file.stat().st_mtime_ns if file.is_file() else None)
+        if key not in _files:
+            _files[key] = inner(self, config_path)
+        return deepcopy(_files[key])
+
+    return load
 
 
 def _search(inner: Callable[..., None]) -> Callable[..., None]:
