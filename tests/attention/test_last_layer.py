@@ -117,7 +117,10 @@ def test_whatever_the_blend_and_the_way(tokens: str, how: str, make_model: MakeM
         distillation.last = last
         with ExitStack() as stack:
             if "compiled" in how:
-                given = {"dynamic": how == "compiled", "backend": "eager"}  # one of the two with a graph for each length
+                given = {
+                    "dynamic": how == "compiled",
+                    "backend": "eager",
+                }  # one of the two with a graph for each length
                 stack.enter_context(compiled_parts(model, layers, attention=True, **given))
             if how.split()[-1] in Keep.__members__:
                 stack.enter_context(activation_checkpointing(model, layers, Keep[how.split()[-1]]))

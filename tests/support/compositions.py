@@ -21,12 +21,14 @@ from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, base
 
+from duo_id.common.config import conf_dir
+
 COMPOSE = ConfigLoaderImpl._compose_config_from_defaults_list
 SOURCES = (FileConfigSource, ImportlibResourcesConfigSource)
 Key = tuple[object, ...]  # the command, its choices of groups, and where they lie; or a file, and when it was written
 
 _chosen: dict[Key, DefaultsList] = {}
-_composed: dict[int, DictConfig] = {}  # by the list of files of one of `_chosen`, which is never collected
+_composed: dict[int, DictConfig | None] = {}  # by the list of files of one of `_chosen`, which is never collected
 _parsed: dict[str, Override] = {}
 _files: dict[Key, ConfigResult] = {}
 _interpolations: dict[tuple[object, ...], Any] = {}
@@ -86,9 +88,12 @@ def _choose(inner: Callable[..., DefaultsList]) -> Callable[..., DefaultsList]:
         values = Overrides(repo, overrides_list).config_overrides
         groups = [override.input_line for override in overrides_list if not any(override is value for value in values)]
         places = [source.path for source in repo.get_sources()]
+        if str(conf_dir()) not in places:  # others may change
+            return inner(repo=repo, config_name=config_name, overrides_list=overrides_list, **options)
         key = (config_name, *sorted(options.items()), None, *groups, None, *places)
         if key not in _chosen:
             _chosen[key] = inner(repo=repo, config_name=config_name, overrides_list=overrides_list, **options)
+            _composed[id(_chosen[key].defaults)] = None
         found = copy(_chosen[key])
         found.config_overrides = values
         return found
@@ -99,8 +104,10 @@ def _choose(inner: Callable[..., DefaultsList]) -> Callable[..., DefaultsList]:
 def _compose(inner: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
     def compose(self: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> DictConfig:
         if id(defaults) not in _composed:
-            _composed[id(defaults)] = inner(self, defaults, repo)
-        return deepcopy(_composed[id(defaults)])
+            return inner(self, defaults, repo)
+        if (remembered := _composed[id(defaults)]) is None:
+            remembered = _composed[id(defaults)] = inner(self, defaults, repo)
+        return deepcopy(remembered)
 
     return compose
 
