@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, chdir, nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
@@ -92,10 +92,8 @@ def run_command(
         redirect_stderr(output),
         patch.object(sys, "argv", [name, *overrides]),
         patch.dict(os.environ),
-        remembered_compositions(),
         patch.object(os, "fsync"),  # no machine goes down while tests run
-        no_callbacks_of_others(),
-        nullcontext() if figures else blank_figures(),
+        shortcuts(figures),
     ):
         try:
             cli.run(name, command or COMMANDS[name])
@@ -106,10 +104,19 @@ def run_command(
     return Finished(status, output.getvalue())
 
 
-def no_callbacks_of_others() -> AbstractContextManager[object]:
-    """Lightning reads the metadata of all installed distributions for each trainer, to look for callbacks."""
+@contextmanager
+def shortcuts(figures: bool = False) -> Iterator[None]:
+    """Leave out of the commands in a block what takes long and is not what they are tested for.
+
+    Lightning reads the metadata of all installed distributions for each trainer, to look for callbacks of others.
+    """
     registry = sys.modules.get("lightning.fabric.utilities.registry")
-    return nullcontext() if registry is None else patch.object(registry, "entry_points", return_value=[])
+    with (
+        remembered_compositions(),
+        nullcontext() if registry is None else patch.object(registry, "entry_points", return_value=[]),
+        nullcontext() if figures else blank_figures(),
+    ):
+        yield
 
 
 def settings_of(name: str, schema: type, *overrides: str, folder: Path) -> Any:

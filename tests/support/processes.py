@@ -22,7 +22,12 @@ from typing import Any
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 SPAWNING = multiprocessing.get_context("forkserver")
 SPAWNING.set_forkserver_preload(
-    ["duo_id.train.run", "transformers.models.llama.modeling_llama", "matplotlib.backends.backend_agg"]
+    [
+        "duo_id.train.run",
+        "transformers.models.llama.modeling_llama",
+        "matplotlib.backends.backend_agg",
+        "tests.support.commands",
+    ]
 )
 
 

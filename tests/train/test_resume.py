@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import shortcuts
 from tests.support.processes import Started, start
 
 OVERRIDES = [
@@ -78,7 +79,8 @@ DISTURBED = [event for event in EVENTS if event != "undisturbed"]
 def train_under(event: str, *arguments: str) -> None:
     """The command, with the event in it."""
     sys.argv = ["train", *arguments]
-    exec(f"{COUNT}\n{event}\ncli.run('train', train.main)", {})
+    with shortcuts():
+        exec(f"{COUNT}\n{event}\ncli.run('train', train.main)", {})
 
 
 def start_run(event: str, *arguments: str, cwd: Path, file: str) -> Started:
