@@ -23,9 +23,9 @@ from tests.support.families import (
 
 NAMED = (
     "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi3 olmo2 granite cohere stablelm "
-    "starcoder2 gpt_neox opt smollm3 gpt_oss qwen3_next bert deepseek_v3 falcon mamba"
+    "starcoder2 gpt_neox opt smollm3 gpt_oss granitemoehybrid bert deepseek_v3 falcon mamba"
 ).split()
-SLOW = ("falcon_h1", "kimi_linear")  # seconds for a forward of their linear layers on a CPU
+OTHERS_SLOW = [name if name in NAMED else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 LINES = TABLE.read_text().partition(START)[2].partition(END)[0].splitlines()[3:]
 
 
@@ -37,9 +37,7 @@ def test_the_table_has_every_family() -> None:
     assert not [line for line in LINES if "WRONG" in line]
 
 
-@pytest.mark.parametrize(
-    "family", [name if name in NAMED else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", OTHERS_SLOW)
 def test_a_family_does_what_the_table_says(family: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -47,9 +45,7 @@ def test_a_family_does_what_the_table_says(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", OTHERS_SLOW)
 def test_logits_of_hidden_states_are_the_models_own(family: str) -> None:
     """Of gated and refused families alike, whatever they do to their last states and their logits."""
     ids, model = random_tokens(2, 16), runnable_model(family)
