@@ -30,6 +30,9 @@ MODULES = (
     "duo_id.data.disk",
     "transformers.models.llama.modeling_llama",
     "matplotlib.backends.backend_agg",
+    "duo_id.lm_eval.model",
+    "lm_eval.__main__",
+    "lm_eval.models.huggingface",
 )
 SECONDS = 20.0  # a trial may take
 FRESH_SECONDS = 120.0  # and one that has to import everything itself
