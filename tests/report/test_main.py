@@ -11,13 +11,16 @@ import pytest
 from duo_id.common import cli
 from duo_id.report import __main__ as report
 from tests.evaluate.saved import a_pattern, line_up, save, saved_results
+from tests.support.figures import blank_figures
+
+FEW = (("json-lookup", "language"), (1000,))  # tasks and lengths
 
 
 def run_report(*arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
-    """The exit status and what is printed, with the working directory `folder`."""
+    """The exit status and what is printed, with the working directory `folder`; the page's figures are blank."""
     monkeypatch.setattr(sys, "argv", ["report", *arguments])
     output = StringIO()
-    with chdir(folder), redirect_stdout(output):
+    with chdir(folder), redirect_stdout(output), blank_figures():
         try:
             cli.run_plain(report.main)
             status = 0
@@ -74,7 +77,7 @@ def test_out_says_where(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_reference_of_comparisons_can_be_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patterns = {name: a_pattern() for name in ("first", "second")}
-    save(run.parent / "two", saved_results(2, patterns=patterns))
+    save(run.parent / "two", saved_results(2, *FEW, patterns=patterns))
     for arguments, name in (["two"], "first"), (["two", "reference=second"], "second"):
         status, _ = run_report(*arguments, folder=run.parent, monkeypatch=monkeypatch)
         assert status == 0
@@ -89,7 +92,7 @@ def test_evaluations_without_the_reference_are_compared_with_their_first(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for split, names in ("test", ("first", "second")), ("development", ("third", "fourth")):
-        saved = saved_results(2, patterns={name: a_pattern() for name in names})
+        saved = saved_results(2, *FEW, patterns={name: a_pattern() for name in names})
         save(run.parent / split, saved | {"split": split})
     status, _ = run_report("test", "development", "reference=second", folder=run.parent, monkeypatch=monkeypatch)
     page = (run.parent / "test" / "report.html").read_text()
