@@ -90,8 +90,8 @@ def divided(rank: int, data: int, sequence: int, sharded: bool) -> Ranks:
 def compiled(
     model: PreTrainedModel, layers: Sequence[AttentionLayer], ranks: Ranks, device: str
 ) -> AbstractContextManager[None]:
-    """Compiled layers; graphs of any length of a sharded model take half a minute, so two processes on a CPU fix it."""
-    dynamic = not ranks.sharded or ranks.world > 2 or device != "cpu"
+    """Compiled layers; graphs of any length take up to half a minute, so two processes on a CPU fix it."""
+    dynamic = ranks.world > 2 or device != "cpu"
     return compiled_parts(model, layers, attention=True, dynamic=dynamic, backend="eager")
 
 
