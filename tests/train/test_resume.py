@@ -15,7 +15,7 @@ OVERRIDES = [
     "data.length_max=500",
     "data.num_passkeys=1",
     "data.passkey_words=2",
-    "trainer.max_steps=9",
+    "trainer.max_steps=12",
     "trainer.val_check_interval=5",
     "trainer.accelerator=cpu",
     "comparison.samples=1",
@@ -124,8 +124,8 @@ def test_resumed_gates_are_the_same_bit_for_bit(event: str, runs: dict[str, dict
 @pytest.mark.parametrize("event", DISTURBED)
 def test_resumed_run_continues_where_the_other_stopped(event: str, runs: dict[str, dict]) -> None:
     steps = [line for line in runs[event]["resumed_output"].splitlines() if line.startswith("step ")]
-    assert not any(line.startswith("step 2/9") for line in steps), "it started from the beginning"
-    assert any(line.startswith("step 9/9") for line in steps)
+    assert not any(line.startswith("step 2/12") for line in steps), "it started from the beginning"
+    assert any(line.startswith("step 12/12") for line in steps)
 
 
 @pytest.mark.parametrize("event", INTERRUPTED)
