@@ -132,12 +132,12 @@ def test_long_prompts_are_truncated(
             monkeypatch.setattr(logger, "level", logging.WARNING)
             logger._cache.clear()  # type: ignore[attr-defined]  # of levels that are enabled
     copy_of_the_hub("longbench", "qasper", "test", *(QUESTION | {"context": story} for story in STORIES))
-    kept = 500 - 16  # tokens of a prompt, beside what may be generated
-    samples = run("longbench_qasper", {"max_gen_toks": 16}, max_length=500, truncation_side=side)
+    kept = 500 - 128  # tokens of a prompt, beside what the task may generate
+    samples = run("longbench_qasper", max_length=500, truncation_side=side)
     ids = [tokens_of(prompt) for prompt in prompts(samples)]
     halves = [x[: kept // 2] + x[-kept // 2 :] for x in ids]
     expected = {"left": [x[-kept:] for x in ids], "middle": halves}[side]
-    assert answers(samples) == [written(model, prompt, 16) for prompt in expected]
+    assert answers(samples) == [written(model, prompt, 128) for prompt in expected]
     warning = {
         "left": "truncating to last 372 tokens",
         "middle": f"middle of a prompt of {len(ids[1])} tokens is cut: the model takes 372",
