@@ -1,5 +1,6 @@
 """Read a long prompt in chunks, so that activations take the memory of a single chunk."""
 
+from collections.abc import Iterator
 from numbers import Integral
 from typing import Any
 
@@ -8,11 +9,12 @@ from rich.progress import track
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from duo_id.attention import codes
 from duo_id.attention.padding import first_position
 from duo_id.common.compat import cache_argument, keeps_logits
 from duo_id.common.errors import UserError, check
 from duo_id.deploy.cache import DualCache
-from duo_id.deploy.chunks import Continuation, check_chunks
+from duo_id.deploy.chunks import Continuation, check_chunks, continuation
 from duo_id.deploy.install import deployment_of
 
 
@@ -111,3 +113,23 @@ def read_in_chunks(
         logits[rows] = chunk_logits[rows, column_indices]
     assert logits is not None
     return logits
+
+
+@torch.no_grad()
+def logits_in_groups(model: PreTrainedModel, input_ids: Tensor, cache: DualCache) -> Iterator[Tensor]:
+    """The logits of a text, group by group as the cache makes codes, (batch, tokens of the group, vocabulary).
+
+    Each token sees what a decode step in its place would see: its own group exactly, and earlier ones by their codes.
+
+    Args:
+        model: under a mask.
+        input_ids: (batch, tokens), without padding.
+        cache: empty.
+    """
+    name, how = cache_argument(model), continuation(model, input_ids)
+    for start in range(0, input_ids.shape[1], codes.GROUP):
+        group, logits = input_ids[:, start : start + codes.GROUP], []
+        for part in group.split(1 if how.stepwise else codes.GROUP, 1):
+            known = {name: cache} | how.options(part, int(cache.get_seq_length()))
+            logits.append(model(part, use_cache=True, **known).logits)
+        yield torch.cat(logits, 1)
