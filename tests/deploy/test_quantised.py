@@ -360,6 +360,22 @@ def test_bytes_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(found - 3_300_000 * 128 * (codes_per_token + scales_per_token)) < 1e-3 * found
 
 
+@pytest.mark.parametrize(("kv", "tokens"), [("exact", 20), ("int4", 32)], ids=["exact", "codes"])
+def test_a_step_without_room_that_the_host_does_not_count_is_refused(
+    kv: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As compiled ones are; codes leave the rest of the group that the last token is in."""
+    model = model_of("llama")
+    with duo_attention(model, mask_for(model), kv=kv):
+        cache = dual_cache(model, max_length=20)
+        model(random_ids(2, 20), past_key_values=cache)
+        monkeypatch.setattr("duo_id.deploy.counts._host_blind", lambda tensor: True)
+        for _ in range(20, tokens):
+            model(random_ids(2, 1), past_key_values=cache)
+        with pytest.raises(UserError, match=f"has room for {tokens} tokens, not {tokens + 1}: use a larger max_length"):
+            model(random_ids(2, 1), past_key_values=cache)
+
+
 # What is asked for
 
 
