@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 
-from duo_id.attention.codes import bits_of
+from duo_id.attention.codes import Kv, bits_by_layer
 from duo_id.attention.functions import Backends, Mask, masked_layers
 from duo_id.attention.interface import IMPLEMENTATION, bound, routed
 from duo_id.attention.layers import AttentionLayer, gated_layers
@@ -33,7 +33,7 @@ class Deployment:
     """A model under a mask: creates its caches and checks those passed to it."""
 
     def __init__(
-        self, layers: list[AttentionLayer], mask: HeadMask | HeadSpans, config: Any, backends: Backends, kv: str
+        self, layers: list[AttentionLayer], mask: HeadMask | HeadSpans, config: Any, backends: Backends, kv: Kv
     ) -> None:
         self.layers, self.mask, self.config, self.backends, self.kv = layers, mask, config, backends, kv
         self.undo, self.longest = ExitStack(), 0
@@ -52,7 +52,7 @@ class Deployment:
 
         return deepcopy
 
-    def new_cache(self, max_length: int | None = None, kv: str | None = None) -> DualCache:
+    def new_cache(self, max_length: int | None = None, kv: Kv | None = None) -> DualCache:
         """A cache for the model's mask; see `DualCache`."""
         kv = self.kv if kv is None else kv
         return DualCache(self.layers, self.mask, self.config, max_length, self.backends, kv)
@@ -180,7 +180,7 @@ def install(
     *,
     sparsity: float | None = None,
     threshold: float | None = None,
-    kv: str = "exact",
+    kv: Kv = "exact",
 ) -> None:
     """Put `model` under a head mask until `remove(model)`: every forward is hard-masked, and caches are dual caches.
 
@@ -190,7 +190,7 @@ def install(
         backends: attention implementations; all automatic by default.
         sparsity: of a pattern, the fraction of its KV heads that stream; see `HeadPattern.binarize`.
         threshold: of a pattern of gates, below which heads stream.
-        kv: what retrieval heads keep in caches: `exact`, `int8`, `k8v4` or `int4`; see `DualCache`.
+        kv: what retrieval heads keep: `exact`, `int8`, `k8v4` or `int4`, or one of these a layer; see `DualCache`.
 
     Raises:
         UserError: the mask has another shape, the model is already under a mask, or its attention is not supported.
@@ -202,7 +202,7 @@ def install(
         raise UserError("the model is already under duo_attention: leave that block, or call duo_id.remove(model)")
     backends = backends or Backends()
     config = model.config.get_text_config()
-    bits_of(kv)
+    bits_by_layer(kv, config.num_hidden_layers)
     with ExitStack() as undo:
         layers = undo.enter_context(routed(model, backends))
         gated = gated_layers(model, layers)
@@ -244,7 +244,7 @@ def duo_attention(
     *,
     sparsity: float | None = None,
     threshold: float | None = None,
-    kv: str = "exact",
+    kv: Kv = "exact",
 ) -> Iterator[None]:
     """Put `model` under a head mask for a block; see `install`."""
     install(model, heads, backends, sparsity=sparsity, threshold=threshold, kv=kv)
@@ -255,7 +255,7 @@ def duo_attention(
             remove(model)
 
 
-def dual_cache(model: PreTrainedModel, max_length: int | None = None, kv: str | None = None) -> DualCache:
+def dual_cache(model: PreTrainedModel, max_length: int | None = None, kv: Kv | None = None) -> DualCache:
     """An empty cache for a model under `duo_attention`.
 
     Args:

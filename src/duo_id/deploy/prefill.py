@@ -48,9 +48,7 @@ def prefill(
             what the model computes.
     """
     deployment_of(model).check(cache)
-    _check_tensor("input_ids", input_ids)
-    is_whole = not input_ids.is_floating_point() and not input_ids.is_complex()
-    check(is_whole, f"input_ids are {input_ids.dtype}, not whole numbers")
+    check_ids("input_ids", input_ids)
     if attention_mask is not None:
         _check_tensor("attention_mask", attention_mask)
     check(isinstance(chunk_size, Integral), f"chunk_size={chunk_size!r:.80} must be a whole number of tokens")
@@ -58,6 +56,13 @@ def prefill(
     if input_ids.shape[1] and chunk_size > 0:
         how = check_chunks(model, input_ids, chunk_size, int(cache.get_seq_length()))
     return read_in_chunks(model, input_ids, cache, chunk_size, attention_mask, progress, how)
+
+
+def check_ids(name: str, values: Any) -> None:
+    """Raise a `UserError` unless an argument is a tensor of token ids (batch, tokens)."""
+    _check_tensor(name, values)
+    is_whole = not values.is_floating_point() and not values.is_complex()
+    check(is_whole, f"{name} are {values.dtype}, not whole numbers")
 
 
 def _check_tensor(name: str, values: Any) -> None:

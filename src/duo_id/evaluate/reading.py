@@ -119,7 +119,7 @@ class Reader:
         wanted = sorted({(position, row) for (row, _), positions in predictors.items() for position in positions})
         chunk_logits = []
         chunk_size = context.shape[1] if self._continuation.stepwise else self.chunk_size
-        if in_context and cache.kv != "exact":
+        if in_context and cache.coded:
             chunk_size = min(chunk_size, CODED_CHUNK)
         for start in range(0, context.shape[1], chunk_size):
             end = min(start + chunk_size, context.shape[1])
