@@ -250,6 +250,14 @@ def test_the_default_model_is_the_patterns_own(tmp_path: Path, pattern: HeadPatt
     assert DuoLM(heads=str(tmp_path), device="cpu").model.config.intermediate_size == 48
 
 
+def test_heads_of_other_weights_are_said(
+    tmp_path: Path, pattern: HeadPattern, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pattern(HeadPattern(pattern.scores, 2, 5, provenance={"model": {"weights": "int8"}}), tmp_path / "heads")
+    DuoLM(heads=str(tmp_path), model="tiny", device="cpu")
+    assert capsys.readouterr().out == "the heads were found on int8 weights, and are used on unquantised ones\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

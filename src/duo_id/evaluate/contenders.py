@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from duo_id.common.errors import UserError
+from duo_id.common.foreign import describe_weights
 from duo_id.evaluate.items import Item
 from duo_id.patterns.allocation import least_share, tokens_within
 from duo_id.patterns.mask import HeadMask
@@ -178,6 +179,13 @@ def warn_of_short_contexts(
                 f"{least[min(short)]:.3g}, since sink and window take that much of {min(short)} tokens",
                 stacklevel=2,
             )
+
+
+def warn_of_other_weights(patterns: Mapping[str, HeadPattern], weights: str | None) -> None:
+    """Warn of heads that were found on weights of other bits than they are scored on; see `LanguageModel.weights`."""
+    for name, pattern in patterns.items():
+        if line := describe_weights(pattern.provenance, weights, f"heads of {name}"):
+            warnings.warn(line, stacklevel=2)
 
 
 def _spans_of_share(pattern: HeadPattern, cache: float, tokens: int) -> HeadSpans:

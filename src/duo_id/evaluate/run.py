@@ -24,7 +24,13 @@ from duo_id.common.tables import print_tables
 from duo_id.common.version import __version__
 from duo_id.data.haystack import Haystack, load_haystack, text_versions
 from duo_id.evaluate import chat
-from duo_id.evaluate.contenders import check_shares, check_windows, contenders, warn_of_short_contexts
+from duo_id.evaluate.contenders import (
+    check_shares,
+    check_windows,
+    contenders,
+    warn_of_other_weights,
+    warn_of_short_contexts,
+)
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal, write_results
 from duo_id.evaluate.judging import peer_rows
@@ -137,6 +143,7 @@ def score(
     items = all_items(settings, model, haystack)
     check_windows(patterns, items)
     check_shares(patterns, settings.cache, settings.lengths)
+    warn_of_other_weights(patterns, model.weights)
     warn_of_short_contexts(patterns, settings.cache, [len(item.context) for item in items])
     masks = settings.random_masks, settings.baselines, settings.seed
     lineup = contenders(patterns, settings.sparsity, *masks, settings.cache, settings.kv)

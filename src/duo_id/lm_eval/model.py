@@ -16,10 +16,11 @@ from torch import Tensor
 from duo_id.attention.choices import KV_FORMATS
 from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import UserError, check
-from duo_id.common.foreign import describe_model, model_of
+from duo_id.common.foreign import describe_model, describe_weights, model_of
 from duo_id.deploy.install import dual_cache, install
 from duo_id.deploy.prefill import logits_in_groups
 from duo_id.models.loading import load_model
+from duo_id.models.quantised import weights_of
 from duo_id.models.settings import ModelSettings
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern
@@ -107,6 +108,8 @@ class DuoLM(HFLM):
             except (OSError, ValueError, TypeError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise UserError(f"--model_args pretrained={pretrained}: lm-eval cannot load it: {reason}") from error
+        if line := describe_weights(pattern.provenance, weights_of(self.model), "the heads"):
+            print(line)
         install(self.model, mask, kv=kv)
         self.kv = kv
         sizes = {"sink_size": mask.sink_size, "recent_size": mask.recent_size}

@@ -6,6 +6,7 @@ of up to 128 inputs, multiplied by the kernels of torch itself (CUDA from comput
 Embeddings and the head that makes logits keep their dtype.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -203,6 +204,19 @@ def quantised_by(config: Any) -> str | None:
     recorded = getattr(config, "quantization_config", None)
     method = recorded.get("quant_method") if isinstance(recorded, dict) else getattr(recorded, "quant_method", None)
     return None if recorded is None else str(getattr(method, "value", method))
+
+
+def weights_of(model: PreTrainedModel) -> str | None:
+    """int8 or int4 where torchao holds linear layers so, else the method of `quantised_by`; None: not quantised.
+
+    A checkpoint's config alone names torchao, whose weights may have any bits, and a program may have left none there.
+    """
+    weights = [part._parameters.get("weight") for part in linear_layers(model).values()]  # others' layers may have none
+    kinds = {type(weight).__name__ for weight in weights if weight is not None and is_packed(weight)}
+    bits = {match[1] if (match := re.match("Int([48])(?=[A-Z])", kind)) else None for kind in kinds}
+    if len(bits) == 1 and (found := bits.pop()):
+        return f"int{found}"
+    return quantised_by(model.config) or ("torchao" if kinds else None)
 
 
 def check_differentiable(model: PreTrainedModel, needs: str) -> None:
