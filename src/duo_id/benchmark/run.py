@@ -155,7 +155,7 @@ def attention_layers(language_model: LanguageModel) -> list[AttentionLayer]:
 def line_up(
     settings: BenchmarkSettings, language_model: LanguageModel, layers: list[AttentionLayer]
 ) -> list[CacheContender]:
-    """The contenders, in order and for each `kv`: the baselines, a mask for each sparsity, then the spans.
+    """The contenders, in order and for each `kv`: the baselines if `beside`, a mask for each sparsity, then the spans.
 
     Raises:
         UserError: the head pattern does not fit this model, or its windows cover every context.
@@ -178,9 +178,10 @@ def line_up(
     batch = settings.batch_size
     contenders: list[CacheContender] = []
     for kv in settings.kv:
-        if kv == "exact":
+        if settings.beside and kv == "exact":
             contenders.append(StaticAttention(language_model, layers, batch))
-        if kv != "exact" or settings.task == "decode":  # in prefill both caches of exact keys call the same attention
+        # in prefill both caches of exact keys call the same attention
+        if settings.beside and (kv != "exact" or settings.task == "decode"):
             contenders.append(under(0, kv, "full-dual"))
         contenders += [under(sparsity, kv) for sparsity in settings.sparsity]
         if settings.spans:

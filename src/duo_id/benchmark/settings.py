@@ -45,7 +45,7 @@ class BenchmarkSettings:
     kv: Some[Annotated[Text, one_of(KV_FORMATS)]] = field(default_factory=lambda: ["exact"])  # of retrieval heads
     step: StepSettings = field(default_factory=StepSettings)  # train_step: ours
     blend: Some[Annotated[Text, one_of(BLEND_NAMES)]] = field(default_factory=lambda: ["student"])  # train_step
-    beside: bool = True  # train_step: the step in the published shape too, on one device
+    beside: bool = True  # full attention too, or on one device the step in the published shape
     profile: bool = False  # train_step: also where the time goes
     batch_size: Positive = 1  # samples across all devices
     trainer: Trainer = field(

@@ -14,7 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duo_id.attention.kernels.codes import OFFSET, numbers, scales_of, write_keys, write_values
+from duo_id.attention.kernels.codes import (
+    HIGH_OFFSET,
+    LOW_OFFSET,
+    numbers,
+    scales_of,
+    write_keys,
+    write_values,
+)
 from duo_id.attention.kernels.decode import multiprocessors, programs_of, ring_of, sum_parts
 from duo_id.attention.kernels.shared import FAR_BELOW, LOG2_E, padded_dim, precision
 
@@ -96,8 +103,12 @@ def _decode_codes(  # type: ignore[no-untyped-def]
     out_low = tl.where(split == 0, new_value_low.to(tl.float32)[:, None], nothing)
     out_high = tl.where(split == 0, new_value_high.to(tl.float32)[:, None], nothing)
 
+    TYPE: tl.constexpr = tl.float16 if FAST else query.dtype.element_ty
+    RAISED: tl.constexpr = 64.0 if FAST else 1.0  # weights times scales, or the least would be 0 in float16
     start_group = (batch * full_heads + store) * groups
-    totals, zeros = tl.zeros([SIZE, ROWS], tl.float32), tl.zeros([SIZE, ROWS], tl.float32)  # summed after the loop
+    totals = tl.zeros([SIZE, ROWS], tl.float32)  # this and the next two are summed after the loop
+    zeros, offsets = totals, totals
+    out_low, out_high = out_low * RAISED, out_high * RAISED
     wide_low, wide_high = query_low.to(tl.float32) * scale, query_high.to(tl.float32) * scale
     first_max = row_max
     for group in range(first_group, last_group):
@@ -105,33 +116,39 @@ def _decode_codes(  # type: ignore[no-untyped-def]
         key_scale_low, key_zero_low = scales_of(key_scales + at * 2 * DIM, half, in_half, EVEN, FAST)
         key_scale_high, key_zero_high = scales_of(key_scales + at * 2 * DIM + DIM, half, in_half, EVEN, FAST)
         value_scale, value_zero = scales_of(value_scales + at * 2 * SIZE, tokens, in_half, True, FAST)
+        value_scale *= RAISED
         key_low, key_high = numbers(
             key_codes + at * (KEY_BITS // 4 * SIZE * (DIM // 2)) + tokens[:, None] * (DIM // 2) + half[None, :],
-            in_half[None, :], SIZE * (DIM // 2), KEY_BITS, EVEN, FAST, query.dtype.element_ty,
+            in_half[None, :], SIZE * (DIM // 2), KEY_BITS, EVEN, FAST, TYPE,
         )  # fmt: skip
         value_low, value_high = numbers(
             value_codes + at * (VALUE_BITS // 4 * SIZE * (DIM // 2)) + half[:, None] * SIZE + tokens[None, :],
-            in_half[:, None], SIZE * (DIM // 2), VALUE_BITS, EVEN, FAST, query.dtype.element_ty,
+            in_half[:, None], SIZE * (DIM // 2), VALUE_BITS, EVEN, FAST, TYPE,
         )  # fmt: skip
-        scaled_low = (wide_low * key_scale_low[None, :]).to(query.dtype.element_ty)
-        scaled_high = (wide_high * key_scale_high[None, :]).to(query.dtype.element_ty)
+        scaled_low = (wide_low * key_scale_low[None, :]).to(TYPE)
+        scaled_high = (wide_high * key_scale_high[None, :]).to(TYPE)
         products = wide_low * key_zero_low[None, :] + wide_high * key_zero_high[None, :]
-        if FAST and KEY_BITS == 4:
-            products -= OFFSET * (scaled_low.to(tl.float32) + scaled_high.to(tl.float32))
+        if FAST:
+            products -= LOW_OFFSET * scaled_low.to(tl.float32)
+            products -= (HIGH_OFFSET if KEY_BITS == 4 else LOW_OFFSET) * scaled_high.to(tl.float32)
         scores = tl.dot(key_low, tl.trans(scaled_low), input_precision=PRECISION)
         scores = tl.dot(key_high, tl.trans(scaled_high), scores, input_precision=PRECISION)
         scores += tl.sum(products, 1)[None, :]
         row_max, weights, rescale = weigh(scores, row_max)
         totals = totals * rescale + weights
-        scaled = (weights * value_scale[:, None]).to(query.dtype.element_ty)
+        scaled = (weights * value_scale[:, None]).to(TYPE)
         zeros = zeros * rescale + weights * value_zero[:, None]
-        if FAST and VALUE_BITS == 4:
-            zeros -= OFFSET * scaled.to(tl.float32)
+        if FAST:
+            offsets = offsets * rescale + scaled.to(tl.float32)
         out_low = out_low * rescale + tl.dot(value_low, scaled, input_precision=PRECISION)
         out_high = out_high * rescale + tl.dot(value_high, scaled, input_precision=PRECISION)
     total = total * tl.exp2(first_max - row_max) + tl.sum(totals, 0)
     zero = tl.sum(zeros, 0)[None, :]
-    out_low, out_high = out_low + zero, out_high + zero
+    out_low, out_high = out_low * (1 / RAISED) + zero, out_high * (1 / RAISED) + zero
+    if FAST:
+        offset = tl.sum(offsets, 0)[None, :] * (1 / RAISED)
+        out_low -= LOW_OFFSET * offset
+        out_high -= (HIGH_OFFSET if VALUE_BITS == 4 else LOW_OFFSET) * offset
 
     for start in range(first, last, BLOCK):
         read = start + tl.arange(0, BLOCK)
