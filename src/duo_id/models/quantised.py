@@ -6,7 +6,6 @@ of up to 128 inputs, multiplied by the kernels of torch itself (CUDA from comput
 Embeddings and the head that makes logits keep their dtype.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -212,10 +211,9 @@ def weights_of(model: PreTrainedModel) -> str | None:
     A checkpoint's config alone names torchao, whose weights may have any bits, and a program may have left none there.
     """
     weights = [part._parameters.get("weight") for part in linear_layers(model).values()]  # others' layers may have none
-    kinds = {type(weight).__name__ for weight in weights if weight is not None and is_packed(weight)}
-    bits = {match[1] if (match := re.match("Int([48])(?=[A-Z])", kind)) else None for kind in kinds}
-    if len(bits) == 1 and (found := bits.pop()):
-        return f"int{found}"
+    kinds = {type(weight).__name__[:4].lower() for weight in weights if weight is not None and is_packed(weight)}
+    if kinds in ({"int8"}, {"int4"}):  # Int8Tensor, Int4TilePackedTo4dTensor and so on
+        return kinds.pop()
     return quantised_by(model.config) or ("torchao" if kinds else None)
 
 
