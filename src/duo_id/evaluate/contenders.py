@@ -12,7 +12,7 @@ from duo_id.common.foreign import describe_weights
 from duo_id.evaluate.items import Item
 from duo_id.patterns.allocation import least_share, tokens_within
 from duo_id.patterns.mask import HeadMask
-from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.pattern import HeadPattern, TieWarning
 from duo_id.patterns.random_masks import random_like, random_pattern
 from duo_id.patterns.spans import HeadSpans
 from duo_id.report.rows import ASKED
@@ -156,7 +156,7 @@ def check_windows(patterns: Mapping[str, HeadPattern], items: Sequence[Item]) ->
 
 
 def check_shares(patterns: Mapping[str, HeadPattern], caches: Sequence[float], lengths: Sequence[int]) -> None:
-    """Raise a `UserError` if a share of the cache cannot be kept at a length, with spans or with a window."""
+    """Raise a `UserError` if a share of the cache cannot be kept at a length; warn where equal scores part heads."""
     for (name, pattern), cache, length in product(patterns.items(), caches, lengths):
         for heads in [pattern] if pattern.needs is None else [pattern, replace(pattern, needs=None)]:
             try:
@@ -190,7 +190,8 @@ def warn_of_other_weights(patterns: Mapping[str, HeadPattern], weights: str | No
 
 def _spans_of_share(pattern: HeadPattern, cache: float, tokens: int) -> HeadSpans:
     """The pattern's spans at a context of `tokens` tokens; at least its smallest."""
-    return pattern.allocate(max(cache, least_share(pattern, tokens)), tokens)
+    with warnings.catch_warnings(action="ignore", category=TieWarning):  # `check_shares` has warned
+        return pattern.allocate(max(cache, least_share(pattern, tokens)), tokens)
 
 
 def _mask_of_share(pattern: HeadPattern, cache: float, tokens: int) -> HeadMask:
