@@ -52,8 +52,8 @@ from duo_id.report.figures import figures
 from duo_id.report.leaderboard import leaderboards
 from duo_id.report.paired import paired_grids
 from duo_id.report.rows import ASKED, SCHEMA, VERSION, ScoredRow
-from duo_id.report.summary import SEED
-from duo_id.report.tables import results_table, terminal_table
+from duo_id.report.summary import SEED, frame
+from duo_id.report.tables import WRITTEN_TITLE, results_table, terminal_table, written_grid
 
 VERBATIM: dict[str, Any] = {"markup": False, "highlight": False}  # for text from elsewhere
 DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")
@@ -90,6 +90,8 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     results = score(settings, model, description, patterns, folder, cli.console)
     write_results(folder, results)
     print_tables(cli.console, results_table(results, f"{model.name} under {settings.heads}"))
+    if (texts := written_grid(frame(results))) is not None:
+        print_tables(cli.console, terminal_table(texts, f"{WRITTEN_TITLE}: up to {settings.write} tokens"))
     for title, grid in (leaderboards(results) | paired_grids(results)).items():
         print_tables(cli.console, terminal_table(grid, title))
     for name, figure in figures(results).items():
@@ -148,6 +150,7 @@ def score(
     masks = settings.random_masks, settings.baselines, settings.seed
     lineup = contenders(patterns, settings.sparsity, *masks, settings.cache, settings.kv)
     protocol = {key: getattr(settings, key) for key in ("split", "seed", "chat_template", "depths")}
+    protocol |= {"write": settings.write} if settings.write else {}
     saved_patterns = {name: contents_of(pattern) for name, pattern in patterns.items()}
     header = {"model": description, "patterns": saved_patterns, "data": plain(settings.data)} | protocol
     header["versions"] = {"duo_id": __version__, "python": platform.python_version()}  # samples depend on both
@@ -156,7 +159,8 @@ def score(
     if settings.peers:
         write_samples(folder / SAMPLES, _samples_header(settings, model, next(iter(patterns.values()))), items)
     read_answers(folder, items)  # unreadable answers fail before the long run
-    run(model, items, lineup, journal, settings.generate, settings.batch_tokens, settings.chunk_size, console)
+    sizes = settings.batch_tokens, settings.chunk_size
+    run(model, items, lineup, journal, settings.generate, *sizes, console, settings.write)
     eviction = read_answers(folder, items)
     return {
         "schema": SCHEMA,
