@@ -71,8 +71,7 @@ class SplitAttention(nn.Module):
         check(layer < layers, f"{prefix} is beyond the {layers} layers of the head mask")
         check(kv_heads == expected, f"{prefix} has {kv_heads} KV heads and the head mask {expected}")
         row = spans.spans[layer].tolist()
-        if any(span != ALL for span in row):
-            _check_streams(prefix, given)
+        _check_layer(prefix, given, spans, any(span != ALL for span in row))
         self.kv_heads = kv_heads
         self.heads = nn.ModuleList()
         for head, span in enumerate(row):
@@ -97,24 +96,32 @@ class SplitAttention(nn.Module):
         return joined if output_shape is None else joined.view(output_shape)
 
 
-def _check_streams(prefix: str, given: dict[str, Any]) -> None:
-    """Raise a `UserError` unless heads of a layer with these arguments can stream."""
+def _check_layer(prefix: str, given: dict[str, Any], spans: HeadSpans, streams: bool) -> None:
+    """Raise a `UserError` unless a layer with these arguments can be split, with heads that stream where they shall."""
     cache = given.get("cache_config")
     window = given.get("per_layer_sliding_window") or (cache and cache.sliding_window)
-    check(not window, f"{prefix} has a sliding window of {window} tokens: its heads cannot stream, as the mask says")
-    for name, meaning in UNSERVED.items():
-        check(given.get(name) is None, f"{prefix} has {meaning}, with which vLLM cannot serve streaming heads yet")
+    if streams:
+        check(
+            not window, f"{prefix} has a sliding window of {window} tokens: its heads cannot stream, as the mask says"
+        )
+        for name, meaning in UNSERVED.items():
+            check(given.get(name) is None, f"{prefix} has {meaning}, with which vLLM cannot serve streaming heads yet")
+    elif window and bool((spans.spans[list(spans.gated_layers)] == window).all()):
+        raise UserError(  # vLLM would give both one block table, and the model's own layers have no sink
+            f"{window} tokens are the window of {prefix} and of all streaming heads: give another recent_size, or a "
+            "mask with a retrieval head"
+        )
 
 
-def split_layers(spans: HeadSpans) -> None:
-    """From here on, let models get a `SplitAttention` where they construct vLLM's `Attention`.
+def split_layers(spans: HeadSpans | None) -> None:
+    """From here on, let models get a `SplitAttention` where they construct vLLM's `Attention`; None: no longer.
 
     Its subclasses, for encoders and for other kinds of attention, stay as they are.
     """
     signature = inspect.signature(Attention.__init__)
 
     def construct(cls: type, *arguments: Any, **named: Any) -> Any:
-        if cls is not Attention or not (arguments or named):  # copies have no arguments
+        if spans is None or cls is not Attention or not (arguments or named):  # copies have no arguments
             return object.__new__(cls)
         given = signature.bind(None, *arguments, **named).arguments
         given |= given.pop("extra_impl_args", {})
@@ -123,13 +130,7 @@ def split_layers(spans: HeadSpans) -> None:
             return object.__new__(cls)
         return SplitAttention(spans, given)  # no instance of `cls`, so Python does not call its __init__
 
-    Attention.__new__ = construct
-
-
-def join_layers() -> None:
-    """Undo `split_layers`."""
-    if "__new__" in vars(Attention):
-        del Attention.__new__
+    Attention.__new__ = construct  # it stays: Python keeps a class that lost its own from constructing anything
 
 
 def check_arrived(spans: HeadSpans, specs: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ def check_servable(config: Any, spans: HeadSpans, device_type: str) -> None:
         check(size == 1, f"{option}={size}: a head mask is served by one worker, give {option} 1")
     check(
         cache.cache_dtype in PLAIN,
-        f"--kv-cache-dtype={cache.cache_dtype}: streaming heads read no quantised cache, give auto or {model.dtype}",
+        f"--kv-cache-dtype={cache.cache_dtype}: streaming heads read no quantised cache, give auto or {str(model.dtype).removeprefix('torch.')}",
     )
     wanted = {
         "--speculative-config: streaming heads keep no blocks for drafts that are rejected": config.speculative_config,

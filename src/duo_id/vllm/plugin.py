@@ -76,9 +76,9 @@ def remove() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from duo_id.vllm.layers import join_layers
+    from duo_id.vllm.layers import split_layers
 
-    join_layers()
+    split_layers(None)
     for owner, name in ((EngineArgs, "create_engine_config"), (KVCacheSpecRegistry, "check_kv_cache_spec_registry")):
         if (original := getattr(getattr(owner, name), "__wrapped__", None)) is not None:
             setattr(owner, name, original)
