@@ -35,9 +35,10 @@ def check_servable(config: Any, spans: HeadSpans, device_type: str) -> None:
         size = getattr(parallel, f"{name}_parallel_size", 1)
         option = f"--{name.replace('_', '-')}-parallel-size"
         check(size == 1, f"{option}={size}: a head mask is served by one worker, give {option} 1")
+    dtype = str(model.dtype).removeprefix("torch.")
     check(
         cache.cache_dtype in PLAIN,
-        f"--kv-cache-dtype={cache.cache_dtype}: streaming heads read no quantised cache, give auto or {str(model.dtype).removeprefix('torch.')}",
+        f"--kv-cache-dtype={cache.cache_dtype}: streaming heads read no quantised cache, give auto or {dtype}",
     )
     wanted = {
         "--speculative-config: streaming heads keep no blocks for drafts that are rejected": config.speculative_config,
