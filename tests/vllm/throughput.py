@@ -1,8 +1,8 @@
 """How many requests vLLM runs side by side in a fixed cache, and how fast, without and with a head mask.
 
-`.venv-vllm/bin/python -m tests.vllm.throughput MODEL NAME@0.5 NAME@0.75`, MODEL a local folder; docs/serving.md has the
-figures. Each engine runs in a process of its own; rounds alternate, so that all see the same machine. Seconds are those of a
-thread on its core, which on a machine with other work are fewer than those of a clock.
+`.venv-vllm/bin/python -m tests.vllm.throughput MODEL NAME@0.5 NAME@0.75`, MODEL a local folder; docs/serving.md has
+figures. Each engine runs in a process of its own; rounds alternate, so that all see the same machine. Seconds are those
+of a thread on its core, which on a machine with other work are fewer than those of a clock.
 """
 
 import argparse
@@ -56,7 +56,12 @@ def measure(options: argparse.Namespace, heads: str) -> dict[str, float]:
     start, cpu = time.perf_counter(), time.process_time()
     engine.generate(prompts, parameters, use_tqdm=False)
     seconds = (time.process_time() - cpu) / options.threads
-    return {"side by side": max(running), "seconds": seconds, "wall": time.perf_counter() - start, "steps": len(running)}
+    return {
+        "side by side": max(running),
+        "seconds": seconds,
+        "wall": time.perf_counter() - start,
+        "steps": len(running),
+    }
 
 
 def main() -> None:
