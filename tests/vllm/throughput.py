@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -44,23 +45,27 @@ def measure(options: argparse.Namespace, heads: str) -> dict[str, float]:
     prompts = [
         {"prompt_token_ids": [draw.randrange(3, 30000) for _ in range(options.tokens)]} for _ in range(options.requests)
     ]
-    running, schedule = [], scheduler.schedule
+    steps, schedule = [], scheduler.schedule
 
     def watched(*arguments: Any) -> Any:
         step = schedule(*arguments)
-        running.append(len(scheduler.running))
+        steps.append((len(scheduler.running), step.total_num_scheduled_tokens, time.process_time()))
         return step
 
     scheduler.schedule = watched
     parameters = vllm.SamplingParams(temperature=0, max_tokens=options.new, ignore_eos=True, detokenize=False)
-    start, cpu = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
     engine.generate(prompts, parameters, use_tqdm=False)
-    seconds = (time.process_time() - cpu) / options.threads
+    steps.append((0, 0, time.process_time()))
+    spent = [(*step[:2], (after[2] - step[2]) / options.threads) for step, after in pairwise(steps)]
+    decoding = [(new, seconds) for running, new, seconds in spent if running == new]  # a token each, and no prompt
     return {
-        "side by side": max(running),
-        "seconds": seconds,
+        "side by side": max(running for running, _, _ in spent),
+        "seconds": sum(seconds for _, _, seconds in spent),
+        "decoded": sum(new for new, _ in decoding),
+        "decoding": sum(seconds for _, seconds in decoding),
         "wall": time.perf_counter() - start,
-        "steps": len(running),
+        "steps": len(spent),
     }
 
 
@@ -90,14 +95,16 @@ def main() -> None:
             (line,) = [line for line in printed.splitlines() if line.startswith("MEASURED")]
             found[heads].append(json.loads(line.removeprefix("MEASURED")))
             print(heads or "without a mask", found[heads][-1], flush=True)
-    first = median(row["seconds"] for row in found[""])
+    first: dict[str, float] = {}
     for heads, rows in found.items():
-        seconds = [row["seconds"] for row in rows]
-        speed = options.requests * options.new / median(seconds)
-        print(
-            f"{heads or 'without a mask'}: {rows[0]['side by side']:.0f} side by side, {speed:.1f} tokens/s, "
-            f"{first / median(seconds):.2f} times as fast; seconds {min(seconds):.1f} to {max(seconds):.1f}"
-        )
+        asked = options.requests * options.new
+        speeds = {
+            "tokens/s": median(asked / row["seconds"] for row in rows),
+            "tokens/s decoding": median(row["decoded"] / row["decoding"] for row in rows),
+        }
+        first = first or speeds
+        ratios = ", ".join(f"{speed:.1f} {name} ({speed / first[name]:.2f}x)" for name, speed in speeds.items())
+        print(f"{heads or 'without a mask'}: {rows[0]['side by side']:.0f} requests side by side, {ratios}")
 
 
 if __name__ == "__main__":

@@ -44,8 +44,10 @@ def install(spans: "HeadSpans") -> None:
     """Let the engines of this process serve under `spans`; a later call replaces them."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
+    from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+    from duo_id.vllm.groups import grouped
     from duo_id.vllm.layers import check_arrived, split_layers
     from duo_id.vllm.limits import check_servable
     from duo_id.vllm.spec import register_spec
@@ -54,6 +56,7 @@ def install(spans: "HeadSpans") -> None:
     register_spec()
     split_layers(spans)
     create, check_specs = EngineArgs.create_engine_config, KVCacheSpecRegistry.check_kv_cache_spec_registry
+    group = kv_cache_utils._get_kv_cache_groups_uniform_page_size
 
     @wraps(create)
     def create_checked(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -67,18 +70,33 @@ def install(spans: "HeadSpans") -> None:
         check_specs(specs)
         check_arrived(spans, specs)
 
-    EngineArgs.create_engine_config = create_checked
-    KVCacheSpecRegistry.check_kv_cache_spec_registry = staticmethod(check_all)
+    @wraps(group)
+    def group_heads(specs: dict[str, Any]) -> list[Any]:
+        return grouped(specs) or group(specs)
+
+    replacements = (create_checked, staticmethod(check_all), group_heads)
+    for (owner, name), replacement in zip(_replaced(), replacements, strict=True):
+        setattr(owner, name, replacement)
 
 
 def remove() -> None:
     """Undo `install`."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-
     from duo_id.vllm.layers import split_layers
 
     split_layers(None)
-    for owner, name in ((EngineArgs, "create_engine_config"), (KVCacheSpecRegistry, "check_kv_cache_spec_registry")):
+    for owner, name in _replaced():
         if (original := getattr(getattr(owner, name), "__wrapped__", None)) is not None:
             setattr(owner, name, original)
+
+
+def _replaced() -> list[tuple[Any, str]]:
+    """What `install` replaces beside `Attention.__new__`."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    return [
+        (EngineArgs, "create_engine_config"),
+        (KVCacheSpecRegistry, "check_kv_cache_spec_registry"),
+        (kv_cache_utils, "_get_kv_cache_groups_uniform_page_size"),
+    ]

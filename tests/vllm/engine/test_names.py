@@ -37,6 +37,8 @@ NAMES: dict[str, str | None] = {
     ),
     "vllm.v1.core.block_pool:BlockPool.get_cached_block": "self block_hash kv_cache_group_ids",
     "vllm.v1.core.block_pool:BlockPool.touch": "self blocks",
+    "vllm.v1.core.kv_cache_utils:_get_kv_cache_groups_uniform_page_size": "kv_cache_spec",
+    "vllm.v1.core.kv_cache_utils:create_kv_cache_group_specs": "kv_cache_spec grouped_layer_names",
     "vllm.v1.core.kv_cache_utils:resolve_block_hashes": (
         "block_hashes hash_block_size block_size supports_fine_grained_hash_lookup alignment_tokens"
     ),

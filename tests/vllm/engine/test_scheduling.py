@@ -106,6 +106,25 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list
     return calls
 
 
+@pytest.mark.parametrize(
+    ("whole", "streaming", "size", "groups"), [(68, 22, 68, 2), (45, 45, 45, 2), (22, 68, 22, 5)], ids=str
+)
+def test_pages_of_retrieval_heads_are_never_empty(whole: int, streaming: int, size: int, groups: int) -> None:
+    grouped = pytest.importorskip("duo_id.vllm.groups").grouped
+    interface = pytest.importorskip("vllm.v1.kv_cache_interface")
+    shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
+    spec = pytest.importorskip("duo_id.vllm.spec").SinkWindowSpec(**shape, sliding_window=RECENT, sink_size=SINK)
+    full = interface.FullAttentionSpec(**shape)
+    specs = {f"layers.{i}.attn.kv0": full if i < whole else spec for i in range(whole + streaming)}
+    found = grouped(specs)
+    assert (max(len(group.layer_names) for group in found), len(found)) == (size, groups)
+    assert sorted(name for group in found for name in group.layer_names) == sorted(specs)
+    assert [len(group.layer_names) for group in found if group.kv_cache_spec == full] == [whole]
+    few = {name: full if i < 2 else spec for i, name in enumerate(specs)}
+    assert len(grouped(few)) <= 17
+    assert grouped(dict.fromkeys(specs, spec)) is None
+
+
 def test_a_mask_lets_more_requests_run_side_by_side(tiny: Path) -> None:
     """In the same memory: what admission reserves knows the sink and the window."""
     prompts, side_by_side = some_prompts(*[640] * 8), {}
