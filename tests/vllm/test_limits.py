@@ -22,6 +22,8 @@ def config(**changes: Any) -> SimpleNamespace:
         "is_hybrid": False,
         "is_attention_free": False,
         "is_encoder_decoder": False,
+        "is_mm_prefix_lm": False,
+        "is_diffusion": False,
         "get_total_num_hidden_layers": lambda: 3,
         "get_total_num_kv_heads": lambda: 2,
     }
@@ -51,6 +53,8 @@ REFUSED = {
     "linear": ({"model_config__is_hybrid": True}, "^tiny has layers of linear attention: such models"),
     "no-attention": ({"model_config__is_attention_free": True}, "^tiny has no attention: "),
     "encoder": ({"model_config__is_encoder_decoder": True}, "^tiny has an encoder: "),
+    "images": ({"model_config__is_mm_prefix_lm": True}, "^tiny has tokens that see images which follow them: "),
+    "diffusion": ({"model_config__is_diffusion": True}, "^tiny has tokens that see others which follow them: "),
     "layers": (
         {"model_config__get_total_num_hidden_layers": lambda: 4},
         "for 3 layers x 2 KV heads, but tiny has 4 layers x 2 KV heads$",

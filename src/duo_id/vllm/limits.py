@@ -27,6 +27,8 @@ def check_servable(config: Any, spans: HeadSpans, device_type: str) -> None:
         "layers of linear attention": model.is_hybrid,
         "no attention": model.is_attention_free,
         "an encoder": model.is_encoder_decoder,
+        "tokens that see images which follow them": model.is_mm_prefix_lm,
+        "tokens that see others which follow them": model.is_diffusion,
     }
     for kind, has in kinds.items():
         check(not has, f"{model.model} has {kind}: such models are not served under a head mask")
