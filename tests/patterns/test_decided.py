@@ -18,5 +18,5 @@ def test_a_pattern_needs_a_cut_and_the_others_have_one() -> None:
     for heads in (mask, spans):
         with pytest.raises(UserError, match=f"^a {type(heads).__name__} has decided how far heads see"):
             decided(heads, 0.5)
-    with pytest.raises(UserError, match="^a str is neither a HeadMask, nor a HeadSpans, nor a HeadPattern$"):
+    with pytest.raises(UserError, match=r"^a str is neither a HeadMask, nor a HeadSpans, nor a HeadPattern$"):
         decided("heads")

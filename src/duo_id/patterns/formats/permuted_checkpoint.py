@@ -85,8 +85,7 @@ def write_permuted_checkpoint(pattern: HeadPattern, path: Path, options: Options
     shards = sorted(source.glob("*.safetensors"))
     check(bool(shards), f"checkpoint={source} holds no .safetensors")
     check(source.resolve() != path.resolve(), f"DST is the checkpoint itself, {path}: give another")
-    read = read_object(source / CONFIG)
-    sizes = checked(Sizes, read | (read.get("text_config") or {}), source / CONFIG)
+    sizes = _sizes(source / CONFIG)
     mask = pattern.binarize(sparsity=sparsity)
     mask.check_fits(sizes.num_hidden_layers, sizes.num_key_value_heads, str(source))
     order = (~mask.retrieval).int().argsort(dim=1, stable=True)
@@ -102,6 +101,19 @@ def write_permuted_checkpoint(pattern: HeadPattern, path: Path, options: Options
     return (
         f"{path}: the first heads of a layer retrieve, {count} of {order.numel()} stream; their mask: {path / 'heads'}"
     )
+
+
+def _sizes(path: Path) -> Sizes:
+    """The sizes of a model, or of the language model in it, from its config.json."""
+    read = read_object(path)
+    text = read.get("text_config")
+    sizes = checked(Sizes, read | text if isinstance(text, dict) else read, path)
+    check(
+        0 < sizes.num_key_value_heads <= sizes.num_attention_heads
+        and sizes.num_attention_heads % sizes.num_key_value_heads == 0,
+        f"{path}: {sizes.num_attention_heads} query heads do not share {sizes.num_key_value_heads} KV heads evenly",
+    )
+    return sizes
 
 
 def _check_layers(shards: list[Path], order: Tensor) -> None:
@@ -140,7 +152,7 @@ def _write_shard(shard: Path, target: Path, order: Tensor, sizes: Sizes) -> None
 def _order(kv_heads: Tensor, sizes: Sizes) -> Order:
     group = sizes.num_attention_heads // sizes.num_key_value_heads
     heads = (kv_heads[:, None] * group + torch.arange(group)).flatten()
-    return Order(kv_heads, heads, sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads)
+    return Order(kv_heads, heads, sizes.head_dim or sizes.hidden_size // len(heads))
 
 
 def _tensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
