@@ -20,8 +20,8 @@ def test_smollm2_says_what_duo_attention_says() -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), load(folder)
     text = "".join((PAGES / page).read_text() for page in ("concepts.md", "deploy.md", "quickstart.md"))
     words = tokenizer(text).input_ids
-    prompts = [words[:700], words[700:1200], words[1200:1500]]
-    expected = answers(model, load_pattern(NAME).binarize(sparsity=0.5), prompts, new=16)
-    assert expected != answers(model, None, prompts, new=16)
+    prompts = [words[:1500], words[1500:2400], words[2400:2800]]
+    expected = answers(model, load_pattern(NAME).binarize(sparsity=0.5), prompts, new=24)
+    assert expected != answers(model, None, prompts, new=24)
     with served(folder, f"{NAME}@0.5") as engine:
-        assert tokens(says(engine, prompts, new=16)) == expected
+        assert tokens(says(engine, prompts, new=24)) == expected
