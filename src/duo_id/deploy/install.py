@@ -21,6 +21,7 @@ from duo_id.common.compat import GENERATE_CACHE, cache_argument, cache_from_argu
 from duo_id.common.errors import UserError
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.wrappers import REFUSED, check_prefix, refusal, restarts, unwrapped
+from duo_id.patterns.decided import decided
 from duo_id.patterns.pattern import HeadMask, HeadPattern
 from duo_id.patterns.spans import HeadSpans
 
@@ -197,7 +198,7 @@ def install(
     """
     check_prefix(model)
     model = unwrapped(model)
-    mask = _mask_of(heads, sparsity, threshold)
+    mask = decided(heads, sparsity, threshold)
     if hasattr(model, INSTALLED):
         raise UserError("the model is already under duo_attention: leave that block, or call duo_id.remove(model)")
     backends = backends or Backends()
@@ -279,18 +280,6 @@ def deployment_of(model: PreTrainedModel) -> Deployment:
     deployment = getattr(model, INSTALLED)
     assert isinstance(deployment, Deployment)
     return deployment
-
-
-def _mask_of(heads: Any, sparsity: float | None, threshold: float | None) -> HeadMask | HeadSpans:
-    if isinstance(heads, HeadPattern):
-        return heads.binarize(sparsity, threshold)
-    if not isinstance(heads, HeadMask | HeadSpans):
-        raise UserError(f"a {type(heads).__name__} is neither a HeadMask, nor a HeadSpans, nor a HeadPattern")
-    if sparsity is not None or threshold is not None:
-        raise UserError(
-            f"a {type(heads).__name__} has decided how far heads see: pass sparsity and threshold with a HeadPattern"
-        )
-    return heads
 
 
 def _equal(mask: Mask, other: Mask) -> bool:
