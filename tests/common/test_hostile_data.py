@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from duo_id.benchmark.figures import plot_benchmark
 from duo_id.common.config import conf_dir, parse
@@ -30,6 +31,7 @@ from duo_id.patterns.agreement import agreement, agreement_table
 from duo_id.patterns.files import contents_of, duo_config
 from duo_id.patterns.formats.options import Options
 from duo_id.patterns.formats.registry import FORMATS, lost_parts, read_any
+from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern
 from duo_id.patterns.sharing import model_card
 from duo_id.patterns.sources import SHIPPED
@@ -187,6 +189,23 @@ def duo(folder: Path) -> dict[str, Any]:
     return {"model_name": "someone/something", "sink_size": 4, "recent_size": 8, "gated_layers": [0, 1]}
 
 
+def checkpoint(folder: Path) -> dict[str, Any]:
+    layers = {
+        f"model.layers.{layer}.self_attn.{name}_proj.weight": torch.ones(shape)
+        for layer in range(2)
+        for name, shape in {"q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8)}.items()
+    }
+    save_file(layers, folder / "model.safetensors")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return sizes | {"head_dim": 2, "text_config": {"num_hidden_layers": 2}}
+
+
+def use_checkpoint(path: Path) -> None:
+    pattern = HeadPattern(torch.tensor([[0.1, 0.9], [0.9, 0.1]]), 1, 2)
+    options = replace(OPTIONS, checkpoint=str(path.parent))
+    FORMATS["permuted-checkpoint"].write(pattern, path.parents[1] / "sorted", options)
+
+
 @dataclass(frozen=True)
 class Case:
     """A file.
@@ -282,6 +301,13 @@ CASES = {
     ),
     "retrieval-head": Case(
         "scores.json", lambda folder: QUERY_HEADS, lambda path: read_any(str(path), OPTIONS), NUMBERS
+    ),
+    "checkpoint": Case(
+        "config.json",
+        checkpoint,
+        use_checkpoint,
+        UNSAID | {r"hidden_size=.*": "head_dim says it", r"num_hidden_layers=.*|text_config=.*": "the other says it"},
+        says="/run",
     ),
     "duo-attention": Case(
         "config.json", duo, lambda path: use_heads(path.with_name("full_attention_heads.tsv")), UNSAID, says="/run"

@@ -1,6 +1,6 @@
 """A head mask by brute force: dense float64 scores over the whole sequence, no cache, no attention of the package."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,7 @@ class Coded:
         past: (batch, tokens), the number of real tokens of the sample before the forward that a token came in.
     """
 
-    bits: Bits
+    bits: Sequence[Bits | None]
     group: int
     past: Tensor
 
@@ -89,6 +89,7 @@ def brute_force(model: PreTrainedModel, mask: HeadMask | HeadSpans, coded: Coded
         batch, heads, tokens, dim = query.shape
         real = torch.ones(batch, tokens, dtype=torch.long) if attention_mask is None else attention_mask.long()
         group, everything = heads // key.shape[1], (tokens, tokens)
+        bits = None if coded is None else coded.bits[module.layer_idx]
         out = torch.zeros(batch, heads, tokens, dim, dtype=torch.float64)
         for head in range(heads):
             kv_head = head // group
@@ -108,14 +109,14 @@ def brute_force(model: PreTrainedModel, mask: HeadMask | HeadSpans, coded: Coded
 
             keys, values = key[:, kv_head], value[:, kv_head].double()
             scores, as_codes = scores_of(keys), torch.zeros_like(seen)
-            if coded is not None and window == everything:
+            if coded is not None and bits is not None and window == everything:
                 as_codes = coded.see(query, real)
-                scores = torch.where(as_codes, scores_of(coded.meant(keys, real, coded.bits.keys, 0)), scores)
+                scores = torch.where(as_codes, scores_of(coded.meant(keys, real, bits.keys, 0)), scores)
             shares = scores.masked_fill(~seen, -torch.inf).exp()
             total = shares.sum(-1, keepdim=True) + (0 if s_aux is None else s_aux[head].double().exp())
             out[:, head] = (shares / total * ~as_codes) @ values
-            if coded is not None and as_codes.any():
-                out[:, head] += (shares / total * as_codes) @ coded.meant(values, real, coded.bits.values, 1)
+            if coded is not None and bits is not None and as_codes.any():
+                out[:, head] += (shares / total * as_codes) @ coded.meant(values, real, bits.values, 1)
         return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
     before = model.config._attn_implementation

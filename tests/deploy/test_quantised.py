@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from duo_id import DualCache, HeadMask, dual_cache, duo_attention, prefill
 from duo_id.attention import codes
-from duo_id.attention.codes import FORMATS, Bits
+from duo_id.attention.codes import FORMATS, Bits, Kv, bits_by_layer
 from duo_id.common.errors import UserError
 from duo_id.deploy.cache_memory import cache_bytes
 from duo_id.patterns.spans import HeadSpans
@@ -85,7 +85,7 @@ def edges_of(chunk: int, tokens: int = TOKENS) -> list[int]:
 def expected(
     model: PreTrainedModel,
     mask: HeadMask | HeadSpans,
-    kv: str,
+    kv: Kv,
     ids: Tensor,
     edges: list[int],
     real: Tensor | None = None,
@@ -95,7 +95,7 @@ def expected(
     options = {}
     if real is not None:
         options = {"attention_mask": real, "position_ids": (real.cumsum(-1) - 1).clamp(min=0)}
-    with reference(model, mask, Coded(bits_of(kv), GROUP, past)):
+    with reference(model, mask, Coded(bits_by_layer(kv, model.config.num_hidden_layers), GROUP, past)):
         return model(ids, use_cache=False, **options).logits
 
 
@@ -111,6 +111,37 @@ def test_chunks_and_steps(place: tuple[str, int, str], max_length: int | None, k
     wanted = expected(model, mask, kv, ids, edges_of(chunk))
     with duo_attention(model, mask, kv=kv):
         check_equal(run(model, ids, dual_cache(model, max_length), chunk), wanted)
+
+
+@room
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_format_for_each_layer(family: str, max_length: int | None) -> None:
+    model, ids = model_of(family), random_ids(2, TOKENS)
+    mask, kv = mask_for(model, kind="all"), ["int4", "exact", "int8", "k8v4"]
+    wanted = expected(model, mask, kv, ids, edges_of(7))
+    with duo_attention(model, mask, kv=kv):
+        cache = dual_cache(model, max_length)
+        check_equal(run(model, ids, cache, 7), wanted)
+        alone = [dual_cache(model, kv=name) for name in kv]
+        for each in (cache, *alone):
+            each.fill(2, TOKENS, torch.float64, "cpu")
+        found = [layer.retained_bytes(TOKENS) for layer in cache.dual_layers]
+        own = [layers.dual_layers[i].retained_bytes(TOKENS) for i, layers in enumerate(alone)]
+        assert found == own
+    table = cache_bytes(model, {"all": mask}, [TOKENS], kv=kv)
+    assert int(table["all"][TOKENS]) == sum(found)
+
+
+def test_layers_with_codes_limit_what_can_be_removed() -> None:
+    model, ids = model_of("llama"), random_ids(1, 50)
+    with duo_attention(model, mask_for(model, kind="all"), kv=["exact"] * 3 + ["int4"]):
+        cache = dual_cache(model)
+        model(ids, past_key_values=cache)
+        with pytest.raises(UserError, match=r"crop\(-19\): the first 32 of 50 tokens are kept as codes alone"):
+            cache.crop(-19)
+        cache.crop(-18)
+        with pytest.raises(UserError, match="with codes at most 16 tokens can be removed"):
+            cache.activate_past_recording(17)
 
 
 @pairwise(
@@ -236,7 +267,7 @@ def test_drafts_are_removed_again(kv: str) -> None:
     wanted = expected(model, mask, kv, ids, [0, *range(40, TOKENS)])
     with duo_attention(model, mask, kv=kv):
         cache = dual_cache(model)
-        with pytest.raises(UserError, match=r"with kv=.* at most 16 tokens can be removed: ask for no more"):
+        with pytest.raises(UserError, match=r"with codes at most 16 tokens can be removed: ask for no more"):
             cache.activate_past_recording(GROUP + 1)
         cache.activate_past_recording(GROUP)
         model(ids[:, :40], past_key_values=cache)
@@ -275,7 +306,7 @@ def test_crop_into_codes_is_refused_and_changes_nothing(max_length: int | None) 
     with duo_attention(model, mask, kv="int4"):
         cache = dual_cache(model, max_length)
         model(ids[:, :50], past_key_values=cache)
-        with pytest.raises(UserError, match=r"crop\(-19\): with kv=int4 the first 32 of 50 tokens are kept as codes"):
+        with pytest.raises(UserError, match=r"crop\(-19\): the first 32 of 50 tokens are kept as codes"):
             cache.crop(-19)
         cache.crop(-18)
         with pytest.raises(UserError, match="the first 32 of 50"):
@@ -358,6 +389,22 @@ def test_bytes_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(found - 3_300_000 * 128 * (codes_per_token + scales_per_token)) < 1e-3 * found
 
 
+@pytest.mark.parametrize(("kv", "tokens"), [("exact", 20), ("int4", 32)], ids=["exact", "codes"])
+def test_a_step_without_room_that_the_host_does_not_count_is_refused(
+    kv: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As compiled ones are; codes leave the rest of the group that the last token is in."""
+    model = model_of("llama")
+    with duo_attention(model, mask_for(model), kv=kv):
+        cache = dual_cache(model, max_length=20)
+        model(random_ids(2, 20), past_key_values=cache)
+        monkeypatch.setattr("duo_id.deploy.counts._host_blind", lambda tensor: True)
+        for _ in range(20, tokens):
+            model(random_ids(2, 1), past_key_values=cache)
+        with pytest.raises(UserError, match=f"has room for {tokens} tokens, not {tokens + 1}: use a larger max_length"):
+            model(random_ids(2, 1), past_key_values=cache)
+
+
 # What is asked for
 
 
@@ -377,6 +424,12 @@ def test_a_model_and_each_of_its_caches_may_ask_for_a_format() -> None:
             with pytest.raises(UserError, match=r"kv=.*choose one of exact, int8, k8v4, int4"):
                 DualCache([], mask, model.config, kv=asked)
     with pytest.raises(UserError, match="kv='bf16': choose one of"), duo_attention(model, mask, kv="bf16"):
+        pass
+    for few in (["int4"] * 3, ("int4",) * 5):
+        message = f"kv has {len(few)} formats for 4 layers: give one for each"
+        with pytest.raises(UserError, match=message), duo_attention(model, mask, kv=few):
+            pass
+    with pytest.raises(UserError, match="kv='int3': choose one of"), duo_attention(model, mask, kv=["int3"] * 4):
         pass
     assert not hasattr(model, "duo_id_deployment")
 

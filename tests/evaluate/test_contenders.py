@@ -15,6 +15,7 @@ from duo_id.evaluate.contenders import (
     check_windows,
     contenders,
     kept_tokens,
+    warn_of_other_weights,
     warn_of_short_contexts,
 )
 from duo_id.evaluate.items import Item, Question
@@ -221,3 +222,18 @@ def test_names_that_rows_have_anyway_are_refused(name: str, reason: str) -> None
     with pytest.raises(UserError, match=rf"patterns\.{name}: .*{reason}"):
         EvaluateSettings(*given, patterns={name: "other"})
     EvaluateSettings(*given, patterns={"int4": "other", "mine int4x": "other"})
+
+
+def test_heads_of_other_weights_are_said(recwarn: pytest.WarningsRecorder) -> None:
+    found = {kind: replace(NEEDY, provenance={"model": {"weights": kind}}) for kind in ("int8", "gptq")}
+    found |= {"plain": replace(NEEDY, provenance={"model": {}}), "unknown": NEEDY}
+    warn_of_other_weights(found, "int8")
+    assert [str(warning.message) for warning in recwarn] == [
+        "heads of gptq were found on gptq weights, and are used on int8 ones",
+        "heads of plain were found on unquantised weights, and are used on int8 ones",
+    ]
+    recwarn.clear()
+    warn_of_other_weights(found, None)
+    assert [str(warning.message) for warning in recwarn] == [
+        f"heads of {kind} were found on {kind} weights, and are used on unquantised ones" for kind in ("int8", "gptq")
+    ]

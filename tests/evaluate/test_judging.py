@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from duo_id.common.errors import UserError
+from duo_id.evaluate.answers import Answers, Written
 from duo_id.evaluate.contenders import Contender
 from duo_id.evaluate.items import Item, Question
-from duo_id.evaluate.judging import compare_logits, judge_generated, peer_rows, score_rows
-from duo_id.evaluate.reading import Answers
+from duo_id.evaluate.judging import compare_logits, compare_written, judge_generated, peer_rows, repeated, score_rows
 from duo_id.models.loading import byte_tokenizer
 
 
@@ -72,6 +72,20 @@ def test_rows_say_who_was_asked_what() -> None:
     broken = Answers([torch.full((1, 2), torch.nan)] * 2, [None, None], 640)
     with pytest.raises(UserError, match=r"needle at 100 tokens .* under full: .*model\.dtype=float32"):
         score_rows(Contender("full", "full", 0.0, None), item, broken, broken, byte_tokenizer(), set())
+
+
+def test_texts_are_compared_token_by_token() -> None:
+    """By hand: one more token than full attention, the third differs; two of five runs occurred before."""
+    sure = lambda *tokens: torch.eye(6)[list(tokens)] * 9  # noqa: E731
+    full = Written([1, 2, 3, 4], sure(1, 2, 3, 4))
+    own = Written([1, 2, 5, 5, 5, 5, 5, 5], sure(1, 2, 5, 5, 5, 5, 5, 5))
+    said = Answers([], [], written=own, along=sure(1, 2, 5, 4))
+    found = compare_written(said, full, sure(1, 2, 3, 5, 5, 5, 5, 5))
+    one = float((sure(3).log_softmax(-1).exp() * (sure(3).log_softmax(-1) - sure(5).log_softmax(-1))).sum())
+    assert (found["agreed"], found["along_correct"], found["full_written"], found["written"]) == (2, 3, 4, 8)
+    assert (found["along_kl"], found["own_kl"]) == pytest.approx((one, one))
+    assert found["repeated"] == pytest.approx(2 / 5), "1255, 2555 and three of 5555"
+    assert repeated([1, 2, 3]) == 0
 
 
 def test_answers_of_peers_become_rows() -> None:

@@ -1,14 +1,20 @@
 """Reading through the dual cache gives the logits of a plain masked forward, and the tokens of `generate`."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from duo_id.attention import codes
 from duo_id.deploy.chunks import continuation
 from duo_id.deploy.install import duo_attention
 from duo_id.evaluate import reading
+from duo_id.evaluate.answers import Answers
+from duo_id.evaluate.batches import GENERATED, batches, work
 from duo_id.evaluate.items import Item, Question
-from duo_id.evaluate.reading import GENERATED, Answers, Reader, batches, end_tokens, work
+from duo_id.evaluate.reading import Reader, end_tokens
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
 from duo_id.patterns.mask import HeadMask
@@ -75,6 +81,63 @@ def test_answers_are_those_of_plain_forwards(
     sparsity: float, batch_tokens: int, chunk_size: int, model: LanguageModel
 ) -> None:
     check_answers(model, PATTERN.binarize(sparsity=sparsity), batch_tokens, chunk_size)
+
+
+@pytest.mark.parametrize("batch_tokens", [10**6, 256, 1], ids=str)
+def test_free_text_is_that_of_generate(batch_tokens: int, model: LanguageModel) -> None:
+    """What a mask writes, its logits, those along another text, and those of full attention along what it wrote."""
+    items = [*make_items(), replace(make_items(1)[0], index=9, questions=make_items(1)[0].questions[1:2])]
+    full, mask = PATTERN.binarize(sparsity=0), PATTERN.binarize(sparsity=1)
+    reader, others = Reader(model, batch_tokens, 40), {item: tokens(50 + item.index, 7) for item in items[:3]}
+    for batch in batches(items, batch_tokens):
+        with duo_attention(model.model, full):
+            of_full = reader.read(batch, False, write=11, keep=True)
+        followed = {item: others[item] for item in batch if item in others}
+        with duo_attention(model.model, mask):
+            of_mask = reader.read(batch, False, write=11, texts=followed)
+        own = {item: said.written.tokens for item, said in zip(batch, of_mask, strict=True) if said.written}
+        with duo_attention(model.model, full):
+            along_own = reader.follow(own)
+        for item, *both in zip(batch, of_full, of_mask, strict=True):
+            if item not in others:
+                assert [said.written for said in both] == [None, None], "all its answers are inside the context"
+                continue
+            prompt = torch.tensor([(*item.context, *item.questions[0].prompt)])
+            for heads, said in zip((full, mask), both, strict=True):
+                assert said.written is not None
+                with duo_attention(model.model, heads), torch.no_grad():
+                    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": None}
+                    expected = model.model.generate(prompt, max_new_tokens=11, **options)[0, prompt.shape[1] :]
+                assert said.written.tokens == expected.tolist()
+                check_along(model, heads, prompt, said.written.tokens, said.written.logits)
+            assert both[1].along is not None
+            check_along(model, mask, prompt, others[item], both[1].along)
+            check_along(model, full, prompt, own[item], along_own[item])
+
+
+def check_along(model: LanguageModel, mask: HeadMask, prompt: Tensor, text: Sequence[int], found: Tensor) -> None:
+    """Logits along a text are those of a forward without a cache."""
+    ids = torch.cat([prompt, torch.tensor([list(text)])], 1)
+    with duo_attention(model.model, mask), torch.no_grad():
+        logits = model.model(ids, use_cache=False).logits[0, prompt.shape[1] - 1 : -1]
+    torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
+
+
+def test_free_text_ends_where_the_model_ends_it(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the token that ends it, even where others write on."""
+    items = make_items()
+    with duo_attention(model.model, PATTERN.binarize(sparsity=0)):
+        plain = [said.written for said in Reader(model, 10**6, 10**6).read(items, False, write=11)]
+        assert plain[0] is not None
+        end = plain[0].tokens[4]
+        monkeypatch.setattr(reading, "end_tokens", lambda model: {end})
+        ended = [said.written for said in Reader(model, 10**6, 10**6).read(items, False, write=11)]
+    for before, after in zip(plain, ended, strict=True):
+        assert before is not None
+        assert after is not None
+        first = before.tokens.index(end) + 1 if end in before.tokens else 11
+        assert after.tokens == before.tokens[:first]
+        assert len(after.logits) == first
 
 
 @pytest.mark.parametrize("family", ["jamba", "bamba"])

@@ -50,9 +50,29 @@ def keys(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     """A finished run's folder, and what it printed."""
     folder = tmp_path_factory.mktemp("evaluate")
-    finished = evaluate(folder, figures=True)
+    finished = evaluate(folder, "write=6", figures=True)
     assert finished.status == 0, finished.output
     return folder / "run", finished
+
+
+def test_what_contenders_write_is_compared_with_full_attention(finished_run: tuple[Path, Finished]) -> None:
+    """Once a context, and not where its answers are inside it; resumed runs write as much."""
+    folder, finished = finished_run
+    rows = [row for row in results(folder)["rows"] if row.get("written") is not None]
+    assert len(rows) == 6, "one needle context, six contenders"
+    assert {(row["task"], row["question"]) for row in rows} == {("needle-words", 0)}
+    for row in rows:
+        assert 0 <= row["agreed"] <= min(row["written"], row["full_written"]) <= 6
+        assert row["agreed"] <= row["along_correct"] <= row["full_written"]
+    (full,) = (row for row in rows if row["heads"] == "full")
+    assert full["agreed"] == full["along_correct"] == full["written"] == full["full_written"]
+    assert full["along_kl"] == full["own_kl"] == 0
+    others = [row for row in rows if row["heads"] != "full"]
+    assert all(row["along_kl"] > 0 and row["own_kl"] > 0 for row in others)
+    assert "up to 6 tokens" in finished.output
+    assert "same next" in finished.output
+    again = evaluate(folder.parent, f"resume={folder}", "write=7")
+    assert "was made with another write (write=6, not 7)" in again.output
 
 
 def test_a_run_leaves_a_table_results_and_figures(finished_run: tuple[Path, Finished]) -> None:

@@ -134,6 +134,7 @@ tasks=[ruler-data/vt] data.path=FILE
 tasks=[ruler-data/vt] data.path=not/there
 data.haystack.source=file data.haystack.path=EMPTY
 chat_template=true model=tiny
+write=3
 resume=EVALUATION seed=3
 resume=EVALUATION split=development
 """.strip().splitlines()

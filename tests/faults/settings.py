@@ -281,6 +281,7 @@ EVALUATE = (
         "split": choice("test"),
         "kv": values(NAMES),
         "generate": flag(),
+        "write": whole(0),
         "chat_template": flag(),
         "batch_tokens": whole(1, null=True),
         "chunk_size": whole(1),

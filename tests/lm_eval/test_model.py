@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duo_id.common.errors import UserError
-from duo_id.deploy.install import duo_attention
+from duo_id.deploy.install import dual_cache, duo_attention
 from duo_id.models.loading import byte_tokenizer
 from duo_id.patterns.pattern import HeadMask, HeadPattern
 from duo_id.patterns.saved import save_pattern
+from tests.deploy.cases import short_groups
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -98,12 +99,15 @@ def samples(model: Any, folder: Path, task: str, **arguments: Any) -> list[dict[
 
 
 @torch.no_grad()
-def by_hand(model: PreTrainedModel, mask: HeadMask, text: str, choice: str) -> float:
-    """Log-likelihood of `choice` after `text`, of the model under the mask, alone in its batch."""
+def by_hand(model: PreTrainedModel, mask: HeadMask, text: str, choice: str, kv: str = "exact") -> float:
+    """Log-likelihood of `choice` after `text`, of the model under the mask, alone; with codes token by token."""
     context, answer = TOKENIZER(text)["input_ids"], TOKENIZER(choice, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([context + answer])
-    with duo_attention(model, mask):
-        chances = model(ids[:, :-1], use_cache=False).logits.log_softmax(-1)[0, len(context) - 1 :]
+    ids = torch.tensor([context + answer])[:, :-1]
+    with duo_attention(model, mask, kv=kv):
+        cache = None if kv == "exact" else dual_cache(model)
+        parts = [ids] if cache is None else ids.split(1, 1)
+        options = {"use_cache": cache is not None, "past_key_values": cache}
+        chances = torch.cat([model(part, **options).logits for part in parts], 1).log_softmax(-1)[0, len(context) - 1 :]
     return float(chances.gather(1, torch.tensor(answer)[:, None]).sum())
 
 
@@ -143,6 +147,40 @@ def test_likelihoods_are_those_of_the_masked_model(
     )
     assert likelihoods(logged) == pytest.approx(masked, abs=1e-4)
     assert likelihoods(logged)[0] != pytest.approx(full[0], abs=1e-2), "the mask changes nothing here"
+
+
+@pytest.mark.parametrize("kv", ["int8", "k8v4", "int4"])
+def test_likelihoods_with_codes_are_those_of_decoding(
+    kv: str, folder: Path, saved: tuple[PreTrainedModel, Path], pattern: HeadPattern, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that is read at once would see no codes."""
+    short_groups(monkeypatch)
+    model, path = saved
+    given = {"heads": str(folder), "sparsity": 0.5, "pretrained": str(path), "dtype": "float32", "device": "cpu"}
+    coded = DuoLM(**given, batch_size=3, kv=kv)
+    assert coded.get_model_info()["kv"] == kv
+    logged, mask = likelihoods(samples(coded, folder, "choices")), pattern.binarize(sparsity=0.5)
+    pairs = [(document["text"], choice) for document in DOCUMENTS for choice in document["choices"]]
+    assert logged == pytest.approx([by_hand(model, mask, *pair, kv) for pair in pairs], abs=1e-4)
+    if kv != "int8":
+        exact = [by_hand(model, mask, *pair) for pair in pairs]
+        assert max(abs(x - y) for x, y in zip(logged, exact, strict=True)) > 1e-3, "codes change nothing here"
+
+
+def test_generated_text_with_codes_is_that_of_generate(
+    folder: Path, saved: tuple[PreTrainedModel, Path], pattern: HeadPattern, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_groups(monkeypatch)
+    model, path = saved
+    given = {"heads": str(folder), "sparsity": 0.5, "pretrained": str(path), "dtype": "float32", "device": "cpu"}
+    logged = texts(samples(DuoLM(**given, batch_size=3, kv="int4"), folder, "writing"))
+    wanted = []
+    with duo_attention(model, pattern.binarize(sparsity=0.5), kv="int4"):
+        for document in DOCUMENTS:
+            ids = TOKENIZER(document["text"], return_tensors="pt")["input_ids"]
+            written = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+            wanted.append(TOKENIZER.decode(written, skip_special_tokens=True).partition("\n\n")[0])
+    assert logged == wanted
 
 
 def test_generated_text_is_that_of_the_masked_model(
@@ -212,6 +250,14 @@ def test_the_default_model_is_the_patterns_own(tmp_path: Path, pattern: HeadPatt
     assert DuoLM(heads=str(tmp_path), device="cpu").model.config.intermediate_size == 48
 
 
+def test_heads_of_other_weights_are_said(
+    tmp_path: Path, pattern: HeadPattern, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pattern(HeadPattern(pattern.scores, 2, 5, provenance={"model": {"weights": "int8"}}), tmp_path / "heads")
+    DuoLM(heads=str(tmp_path), model="tiny", device="cpu")
+    assert capsys.readouterr().out == "the heads were found on int8 weights, and are used on unquantised ones\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -231,6 +277,7 @@ def test_the_default_model_is_the_patterns_own(tmp_path: Path, pattern: HeadPatt
             "^--model_args mixed_precision_dtype=bf16",
         ),
         ({"heads": "", "pretrained": "x", "mixed_precision_dtype": "auto"}, "=auto: choose bfloat16 or float16"),
+        ({"heads": "", "model": "tiny", "kv": "int3"}, "^--model_args kv=int3: choose exact, int8, k8v4, int4$"),
         ({"heads": "", "model": "tiny", "truncation_side": "right"}, "truncation_side=right: choose left or middle"),
         (
             {"heads": "", "model": "tiny", "truncation_side": "middle", "truncation": True},

@@ -18,7 +18,7 @@ from duo_id.common.config import conf_dir
 from duo_id.common.errors import UserError
 from duo_id.distributed.ranks import Ranks
 from duo_id.models import loading
-from duo_id.models.in_memory import frozen
+from duo_id.models.in_memory import frozen, language_model_of
 from duo_id.models.loading import byte_tokenizer, load_model, sized_model
 from duo_id.models.quantised import (
     FrozenLinear,
@@ -29,6 +29,7 @@ from duo_id.models.quantised import (
     stored_bytes,
     torchao_config,
     transposed_rows,
+    weights_of,
 )
 from duo_id.models.settings import ModelSettings
 from duo_id.step.devices import calculated_costs
@@ -255,6 +256,30 @@ def test_gradients_pass_through_a_model_in_memory(weights: str) -> None:
     (wanted,) = torch.autograd.grad(expected(inputs_embeds=states).logits.sum(), states)
     torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-6)
     assert {type(part) for part in linear_layers(model).values()} == {nn.Linear}, "left as it was"
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_what_weights_are_is_seen_whoever_quantised_them(weights: str) -> None:
+    """A checkpoint's config says that torchao did it, and not to how many bits."""
+    model = in_torchao(weights)
+    tokenizer = load_model(PLAIN).tokenizer
+    assert language_model_of(model, tokenizer).weights == weights
+    model.config.quantization_config = {"quant_method": "torchao"}
+    assert weights_of(model) == weights
+    next(iter(linear_layers(model).values())).weight = in_torchao(
+        "int8" if weights == "int4" else "int4"
+    ).lm_head.weight
+    assert weights_of(model) == weights, "a layer in floating point changes nothing"
+
+
+def test_weights_of_several_bits_and_of_other_methods_are_called_by_the_method() -> None:
+    model, other = in_torchao("int8"), in_torchao("int4")
+    next(iter(linear_layers(model).values())).weight = next(iter(linear_layers(other).values())).weight
+    assert weights_of(model) == "torchao"
+    plain = load_model(PLAIN).model
+    assert weights_of(plain) is None
+    plain.config.quantization_config = {"quant_method": "gptq"}
+    assert weights_of(plain) == "gptq"
 
 
 def gpt2() -> dict[str, Any]:

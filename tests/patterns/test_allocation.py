@@ -135,10 +135,15 @@ def test_without_needs_the_heads_of_highest_score_see_everything(seed: int) -> N
         budget = full * LENGTH + (8 - full) * tokens_of(7)
         for more in (0, 1, LENGTH - tokens_of(7) - 1):
             if budget + more <= 8 * LENGTH:
-                spans = pattern.allocate(cache=(budget + more) / (8 * LENGTH), length=LENGTH)
-                with warnings.catch_warnings(action="ignore"):
+                with warnings.catch_warnings(record=True) as of_spans:
+                    spans = pattern.allocate(cache=(budget + more) / (8 * LENGTH), length=LENGTH)
+                with warnings.catch_warnings(record=True) as of_mask:
                     mask = pattern.binarize(sparsity=1 - full / 8)
                 assert spans == HeadSpans(mask.spans, SINK, (0, 2))
+                said, expected = ([str(each.message) for each in caught] for caught in (of_spans, of_mask))
+                assert [text.partition(" separates ")[2] for text in said] == [
+                    text.partition(" separates ")[2] for text in expected
+                ]
 
 
 def test_ties_go_to_the_higher_score_then_to_later_heads() -> None:

@@ -423,6 +423,7 @@ def test_what_stands_in_for_a_file_is_named(
 
 
 SHIPPED = {
+    "Qwen2.5-Coder-0.5B-Instruct": ((24, 2), (64, 1024), {"full", "found", "streaming"}),
     "Qwen2.5-Coder-1.5B-Instruct": ((28, 2), (64, 1024), {"full", "found", "random"}),
     "SmolLM2-135M-Instruct": ((30, 3), (64, 256), {"full", "found", "random", "streaming"}),
 }

@@ -10,13 +10,14 @@ the scale as it is kept. So only the scale's rounding adds to the half step by w
 at most in bfloat16, which is half a step more for 8 bits and a thirtieth for 4.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from duo_id.attention.choices import KV_FORMATS
-from duo_id.common.errors import UserError
+from duo_id.common.errors import UserError, check
 
 GROUP = 128  # tokens whose codes are written together
 
@@ -31,6 +32,9 @@ class Bits(NamedTuple):
 FORMATS: dict[str, Bits | None] = dict(zip(KV_FORMATS, (None, Bits(8, 8), Bits(8, 4), Bits(4, 4)), strict=True))
 
 
+Kv = str | Sequence[str]  # a format for all layers, or one for each
+
+
 def bits_of(kv: str) -> Bits | None:
     """The bits of a format by its name; None: the model's own type.
 
@@ -40,6 +44,18 @@ def bits_of(kv: str) -> Bits | None:
     if not isinstance(kv, str) or kv not in FORMATS:
         raise UserError(f"kv={kv!r:.80}: choose one of {', '.join(FORMATS)}")
     return FORMATS[kv]
+
+
+def bits_by_layer(kv: Kv, layers: int) -> list[Bits | None]:
+    """The bits of each layer: those of one format for all of them, or of a format for each.
+
+    Raises:
+        UserError: there is no such format, or there are more or fewer formats than layers.
+    """
+    if not isinstance(kv, list | tuple):
+        return [bits_of(kv)] * layers  # type: ignore[arg-type]  # what is no name is refused there
+    check(len(kv) == layers, f"kv has {len(kv)} formats for {layers} layers: give one for each, or a single name")
+    return [bits_of(name) for name in kv]
 
 
 def kept_bytes(tokens: int, dim: int, itemsize: int, bits: Bits | None, group: int | None = None) -> int:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duo_id.attention.softmax import Softmax
+from duo_id.common.errors import check
 
 
 @torch.library.custom_op(
@@ -58,6 +59,9 @@ def decode_attention(
 
     Returns:
         (batch, query heads, 1, head_dim).
+
+    Raises:
+        UserError: there is no slot for the token, on a CPU; a GPU does not store it.
     """
     softmax, device = Softmax(scale, softcap, sinks), query.device
     if query.is_cuda and softmax.plain:
@@ -65,11 +69,32 @@ def decode_attention(
 
         stores, listed = (full_key, full_value, recent_key, recent_value), (retrieval, streaming)
         return decode(query, key, value, *stores, *listed, lengths, arrived, slots, sink_size, scale)
+    check_room(lengths, full_key.shape[2])
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
     full = (retrieval.long(), full_key, full_value, lengths - 1)
     for group in (full, *ring_groups(recent_key, recent_value, streaming, lengths, spans, slots, sink_size)):
         store_and_attend(query, key, value, *group, lengths, softmax, out)
     return out
+
+
+def check_room(lengths: Tensor, slots: int) -> None:
+    """Raise a `UserError` if a sample has more tokens than slots, unless only a GPU knows."""
+    if not lengths.is_cuda:
+        needed = int(lengths.max())
+        check(needed <= slots, f"the static cache has room for {slots} tokens, not {needed}: use a larger max_length")
+
+
+def store_token(stored: Tensor, new: Tensor, slot: Tensor) -> None:
+    """Store a token of each sample (batch, heads, head_dim) in its `slot` (batch,) of `stored`, if there is such a one.
+
+    Args:
+        stored: (batch, heads, slots, head_dim).
+        new: of the token.
+        slot: int64.
+    """
+    samples, last = torch.arange(len(stored), device=stored.device), stored.shape[2] - 1
+    place = slot.clamp(max=last)
+    stored[samples, :, place] = torch.where((slot <= last)[:, None, None], new, stored[samples, :, place])
 
 
 HeadGroup = tuple[Tensor, Tensor, Tensor, Tensor]  # KV heads, their keys and values, and the new token's slot
@@ -109,9 +134,9 @@ def store_and_attend(
     """Store a new token of some KV heads in its slot and attend from it, without a kernel of our own."""
     if not len(heads):
         return
-    kv_heads, samples = key.shape[1], torch.arange(len(query), device=query.device)
-    keys[samples, :, slot] = key[:, heads, 0]
-    values[samples, :, slot] = value[:, heads, 0]
+    kv_heads = key.shape[1]
+    for stored, new in ((keys, key), (values, value)):
+        store_token(stored, new[:, heads, 0], slot)
     used = keys.shape[2] if query.is_cuda else min(keys.shape[2], int(lengths.max()))
     visible = (torch.arange(used, device=query.device) < lengths[:, None])[:, None, None]
     queries = query.unflatten(1, (kv_heads, -1))[:, heads].flatten(1, 2)

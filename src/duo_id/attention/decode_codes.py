@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from duo_id.attention.codes import dequantise_keys, dequantise_values, quantise_keys, quantise_values
-from duo_id.attention.decode import ring_groups, store_and_attend
+from duo_id.attention.decode import check_room, ring_groups, store_and_attend, store_token
 from duo_id.attention.softmax import Softmax, join
 
 SLICE = 8192  # tokens that are numbers again at the same time
@@ -72,6 +72,9 @@ def decode_codes_attention(
 
     Returns:
         (batch, query heads, 1, head_dim).
+
+    Raises:
+        UserError: see `decode_attention`; the group after the last one of codes has room, too.
     """
     softmax, kv_heads = Softmax(scale, softcap, sinks), key.shape[1]
     coded = key_codes, key_scales, value_codes, value_scales
@@ -81,6 +84,7 @@ def decode_codes_attention(
 
         stores, listed = (*coded, tail_key, tail_value, recent_key, recent_value), (retrieval, streaming)
         return decode_codes(query, key, value, *stores, *listed, lengths, arrived, slots, sink_size, scale)
+    check_room(lengths, key_codes.shape[2] * (tail_key.shape[2] // 2) + tail_key.shape[2] // 2)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     for group in ring_groups(recent_key, recent_value, streaming, lengths, spans, slots, sink_size):
         store_and_attend(query, key, value, *group, lengths, softmax, out)
@@ -107,8 +111,9 @@ def _parts(
     device, size, groups = query.device, tails[0].shape[2] // 2, key_codes.shape[2]
     samples, past = torch.arange(len(query), device=device), lengths - 1
     complete = (past // size).clamp(max=groups)  # groups that are read as codes
+    slot = torch.where(past < (complete + 1) * size, past % (2 * size), 2 * size)  # the last means that it has no room
     for tail, new in zip(tails, (key, value), strict=True):
-        tail[samples, :, past % (2 * size)] = new[:, :, 0]
+        store_token(tail, new[:, :, 0], slot)
     token = (complete * size)[:, None] + torch.arange(size, device=device)
     keys, values = (tail[samples[:, None], :, token % (2 * size)].transpose(1, 2) for tail in tails)
     yield softmax.attend_part(query, keys, values, (token < lengths[:, None])[:, None, None])

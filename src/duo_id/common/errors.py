@@ -22,6 +22,7 @@ EXTRAS = {
     "lm_eval": "lm-eval",
     "flash_attn": "flash",
     "torchao": "quantised",
+    "vllm": "vllm",
 }  # an imported module -> the extra of pyproject.toml that installs it
 NEEDS = {"duo-id train": "train", "duo-id benchmark": "train", "identify": "train"}  # these include the extra eval
 

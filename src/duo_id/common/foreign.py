@@ -99,6 +99,22 @@ def describe_model(provenance: Mapping[str, Any], override: str, advice: str) ->
     return f"the model that {override} names: {model['id']}{revision}; for another give {advice}{code}"
 
 
+def describe_weights(provenance: Mapping[str, Any], weights: str | None, heads: str) -> str | None:
+    """A line about heads that are used on weights of other bits than they were found on; None: no such thing is known.
+
+    Args:
+        provenance: of the pattern.
+        weights: int8, int4, another method that they are quantised by, or None.
+        heads: what the line calls them.
+    """
+    model = provenance.get("model")
+    found = model.get("weights") if isinstance(model, Mapping) else weights
+    if found == weights:
+        return None
+    kinds = ("unquantised" if kind is None else kind for kind in (found, weights))
+    return "{} were found on {} weights, and are used on {} ones".format(heads, *kinds)
+
+
 def _needs_code(model: Mapping[str, Any]) -> bool:
     return model.get("trust_remote_code") not in (None, False)
 

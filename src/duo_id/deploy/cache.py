@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from duo_id.attention import codes
+from duo_id.attention.codes import Kv
 from duo_id.attention.functions import Backends, Mask
 from duo_id.attention.layers import AttentionLayer
 from duo_id.common.compat import cache_layers
@@ -37,7 +38,7 @@ class DualCache(Cache):
         max_length: tokens to make room for, in a static cache that can be compiled and captured; None: it grows.
         backends: attention implementations of prefill.
         kv: what retrieval heads keep: `exact` is the model's own type, `int8`, `int4` and `k8v4` are codes of so many
-            bits, the last of 8 for keys and 4 for values.
+            bits, the last of 8 for keys and 4 for values. Or one of these for each layer of the model.
 
     Raises:
         UserError: a layer has its own attention pattern, or other state in addition to keys and values; or no codes of
@@ -51,10 +52,10 @@ class DualCache(Cache):
         config: PreTrainedConfig,
         max_length: int | None = None,
         backends: Backends | None = None,
-        kv: str = "exact",
+        kv: Kv = "exact",
     ) -> None:
         self.mask, self.max_length, self.tokens = mask, max_length, Tokens(max_length is not None)
-        self.kv, bits = kv, codes.bits_of(kv)
+        self.kv, bits = kv, codes.bits_by_layer(kv, config.num_hidden_layers)
         if max_length is not None and max_length < 1:
             raise UserError(f"max_length={max_length} must be at least 1 token")
         all_layers = cache_layers(config, max_length)
@@ -64,10 +65,10 @@ class DualCache(Cache):
                 continue  # an early-exit model does not run it
             if layer.obstacle or isinstance(all_layers[layer.index], LinearAttentionCacheLayerMixin):
                 raise UserError(f"{layer.name} cannot use a dual cache: {layer.obstacle or 'it also has other state'}")
-            if bits and layer.head_dim % 2:
+            if bits[layer.index] and layer.head_dim % 2:
                 raise UserError(
-                    f"kv={kv}: codes are packed in two halves, but heads of {layer.name} are {layer.head_dim} wide, an "
-                    "odd number: use kv=exact"
+                    f"codes are packed in two halves, but heads of {layer.name} are {layer.head_dim} wide, an odd "
+                    "number: use kv=exact"
                 )
             spans, sink_size = all_spans[layer.index], mask.sink_size
             if layer.window is not None:
@@ -80,7 +81,7 @@ class DualCache(Cache):
                 layer.index == first,
                 max_length,
                 backends or Backends(),
-                bits,
+                bits[layer.index],
             )
         super().__init__(layers=all_layers)
 
@@ -88,6 +89,11 @@ class DualCache(Cache):
     def dual_layers(self) -> list[DualLayer]:
         """The layers with attention."""
         return [layer for layer in self.layers if isinstance(layer, DualLayer)]
+
+    @property
+    def coded(self) -> bool:
+        """Whether retrieval heads of any layer keep codes."""
+        return any(layer.bits is not None for layer in self.dual_layers)
 
     @property
     def nbytes(self) -> int:
@@ -163,10 +169,10 @@ class DualCache(Cache):
             return
         if self.max_length is not None:
             raise UserError("a static cache cannot keep tokens beyond its windows: make it without max_length")
-        if self.kv != "exact" and tokens > codes.GROUP:
+        if self.coded and tokens > codes.GROUP:
             raise UserError(
-                f"activate_past_recording({tokens}): with kv={self.kv} at most {codes.GROUP} tokens can be removed: "
-                "ask for no more, or use kv=exact"
+                f"activate_past_recording({tokens}): with codes at most {codes.GROUP} tokens can be removed: ask for "
+                "no more, or use kv=exact"
             )
         self.tokens.recorded, self.tokens.since = tokens, self.tokens.highest if self.tokens.lengths is not None else []
         for layer in self.dual_layers:
@@ -198,8 +204,8 @@ class DualCache(Cache):
             least = max((layer.full.exact_from(peak) for layer in self.dual_layers), default=0)
             if num_removed and length - num_removed < least:
                 raise UserError(
-                    f"crop({tokens_to_remove}): with kv={self.kv} the first {least} of {peak} tokens are kept as codes "
-                    "alone: crop to no fewer, or use kv=exact"
+                    f"crop({tokens_to_remove}): the first {least} of {peak} tokens are kept as codes alone: crop to no "
+                    "fewer, or use kv=exact"
                 )
         streaming = [layer.recent for layer in self.dual_layers if len(layer.recent.heads)]
         windows = {ring.window for store in streaming for ring in store.rings}

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
+from duo_id.attention.codes import Kv
 from duo_id.common.errors import UserError
 from duo_id.common.figures import COLORS, MARKERS, plain, set_title, style
 from duo_id.deploy.install import dual_cache, duo_attention
@@ -15,7 +16,7 @@ from duo_id.patterns.spans import HeadSpans
 
 
 def cache_bytes(
-    model: PreTrainedModel, masks: Mapping[str, HeadMask | HeadSpans], contexts: Sequence[int], kv: str = "exact"
+    model: PreTrainedModel, masks: Mapping[str, HeadMask | HeadSpans], contexts: Sequence[int], kv: Kv = "exact"
 ) -> pd.DataFrame:
     """Bytes of keys and values that one sample's cache keeps under each mask; the model is not run.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 
-from duo_id.attention.codes import bits_of
+from duo_id.attention.codes import Kv, bits_by_layer
 from duo_id.attention.functions import Backends, Mask, masked_layers
 from duo_id.attention.interface import IMPLEMENTATION, bound, routed
 from duo_id.attention.layers import AttentionLayer, gated_layers
@@ -21,6 +21,7 @@ from duo_id.common.compat import GENERATE_CACHE, cache_argument, cache_from_argu
 from duo_id.common.errors import UserError
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.wrappers import REFUSED, check_prefix, refusal, restarts, unwrapped
+from duo_id.patterns.decided import decided
 from duo_id.patterns.pattern import HeadMask, HeadPattern
 from duo_id.patterns.spans import HeadSpans
 
@@ -33,7 +34,7 @@ class Deployment:
     """A model under a mask: creates its caches and checks those passed to it."""
 
     def __init__(
-        self, layers: list[AttentionLayer], mask: HeadMask | HeadSpans, config: Any, backends: Backends, kv: str
+        self, layers: list[AttentionLayer], mask: HeadMask | HeadSpans, config: Any, backends: Backends, kv: Kv
     ) -> None:
         self.layers, self.mask, self.config, self.backends, self.kv = layers, mask, config, backends, kv
         self.undo, self.longest = ExitStack(), 0
@@ -52,7 +53,7 @@ class Deployment:
 
         return deepcopy
 
-    def new_cache(self, max_length: int | None = None, kv: str | None = None) -> DualCache:
+    def new_cache(self, max_length: int | None = None, kv: Kv | None = None) -> DualCache:
         """A cache for the model's mask; see `DualCache`."""
         kv = self.kv if kv is None else kv
         return DualCache(self.layers, self.mask, self.config, max_length, self.backends, kv)
@@ -180,7 +181,7 @@ def install(
     *,
     sparsity: float | None = None,
     threshold: float | None = None,
-    kv: str = "exact",
+    kv: Kv = "exact",
 ) -> None:
     """Put `model` under a head mask until `remove(model)`: every forward is hard-masked, and caches are dual caches.
 
@@ -190,19 +191,19 @@ def install(
         backends: attention implementations; all automatic by default.
         sparsity: of a pattern, the fraction of its KV heads that stream; see `HeadPattern.binarize`.
         threshold: of a pattern of gates, below which heads stream.
-        kv: what retrieval heads keep in caches: `exact`, `int8`, `k8v4` or `int4`; see `DualCache`.
+        kv: what retrieval heads keep: `exact`, `int8`, `k8v4` or `int4`, or one of these a layer; see `DualCache`.
 
     Raises:
         UserError: the mask has another shape, the model is already under a mask, or its attention is not supported.
     """
     check_prefix(model)
     model = unwrapped(model)
-    mask = _mask_of(heads, sparsity, threshold)
+    mask = decided(heads, sparsity, threshold)
     if hasattr(model, INSTALLED):
         raise UserError("the model is already under duo_attention: leave that block, or call duo_id.remove(model)")
     backends = backends or Backends()
     config = model.config.get_text_config()
-    bits_of(kv)
+    bits_by_layer(kv, config.num_hidden_layers)
     with ExitStack() as undo:
         layers = undo.enter_context(routed(model, backends))
         gated = gated_layers(model, layers)
@@ -244,7 +245,7 @@ def duo_attention(
     *,
     sparsity: float | None = None,
     threshold: float | None = None,
-    kv: str = "exact",
+    kv: Kv = "exact",
 ) -> Iterator[None]:
     """Put `model` under a head mask for a block; see `install`."""
     install(model, heads, backends, sparsity=sparsity, threshold=threshold, kv=kv)
@@ -255,7 +256,7 @@ def duo_attention(
             remove(model)
 
 
-def dual_cache(model: PreTrainedModel, max_length: int | None = None, kv: str | None = None) -> DualCache:
+def dual_cache(model: PreTrainedModel, max_length: int | None = None, kv: Kv | None = None) -> DualCache:
     """An empty cache for a model under `duo_attention`.
 
     Args:
@@ -279,18 +280,6 @@ def deployment_of(model: PreTrainedModel) -> Deployment:
     deployment = getattr(model, INSTALLED)
     assert isinstance(deployment, Deployment)
     return deployment
-
-
-def _mask_of(heads: Any, sparsity: float | None, threshold: float | None) -> HeadMask | HeadSpans:
-    if isinstance(heads, HeadPattern):
-        return heads.binarize(sparsity, threshold)
-    if not isinstance(heads, HeadMask | HeadSpans):
-        raise UserError(f"a {type(heads).__name__} is neither a HeadMask, nor a HeadSpans, nor a HeadPattern")
-    if sparsity is not None or threshold is not None:
-        raise UserError(
-            f"a {type(heads).__name__} has decided how far heads see: pass sparsity and threshold with a HeadPattern"
-        )
-    return heads
 
 
 def _equal(mask: Mask, other: Mask) -> bool:

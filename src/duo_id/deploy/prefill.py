@@ -1,5 +1,6 @@
 """Read a long prompt in chunks, so that activations take the memory of a single chunk."""
 
+from collections.abc import Iterator
 from numbers import Integral
 from typing import Any
 
@@ -8,11 +9,12 @@ from rich.progress import track
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from duo_id.attention import codes
 from duo_id.attention.padding import first_position
 from duo_id.common.compat import cache_argument, keeps_logits
 from duo_id.common.errors import UserError, check
 from duo_id.deploy.cache import DualCache
-from duo_id.deploy.chunks import Continuation, check_chunks
+from duo_id.deploy.chunks import Continuation, check_chunks, continuation
 from duo_id.deploy.install import deployment_of
 
 
@@ -46,9 +48,7 @@ def prefill(
             what the model computes.
     """
     deployment_of(model).check(cache)
-    _check_tensor("input_ids", input_ids)
-    is_whole = not input_ids.is_floating_point() and not input_ids.is_complex()
-    check(is_whole, f"input_ids are {input_ids.dtype}, not whole numbers")
+    check_ids("input_ids", input_ids)
     if attention_mask is not None:
         _check_tensor("attention_mask", attention_mask)
     check(isinstance(chunk_size, Integral), f"chunk_size={chunk_size!r:.80} must be a whole number of tokens")
@@ -56,6 +56,13 @@ def prefill(
     if input_ids.shape[1] and chunk_size > 0:
         how = check_chunks(model, input_ids, chunk_size, int(cache.get_seq_length()))
     return read_in_chunks(model, input_ids, cache, chunk_size, attention_mask, progress, how)
+
+
+def check_ids(name: str, values: Any) -> None:
+    """Raise a `UserError` unless an argument is a tensor of token ids (batch, tokens)."""
+    _check_tensor(name, values)
+    is_whole = not values.is_floating_point() and not values.is_complex()
+    check(is_whole, f"{name} are {values.dtype}, not whole numbers")
 
 
 def _check_tensor(name: str, values: Any) -> None:
@@ -111,3 +118,23 @@ def read_in_chunks(
         logits[rows] = chunk_logits[rows, column_indices]
     assert logits is not None
     return logits
+
+
+@torch.no_grad()
+def logits_in_groups(model: PreTrainedModel, input_ids: Tensor, cache: DualCache) -> Iterator[Tensor]:
+    """The logits of a text, group by group as the cache makes codes, (batch, tokens of the group, vocabulary).
+
+    Each token sees what a decode step in its place would see: its own group exactly, and earlier ones by their codes.
+
+    Args:
+        model: under a mask.
+        input_ids: (batch, tokens), without padding.
+        cache: empty.
+    """
+    name, how = cache_argument(model), continuation(model, input_ids)
+    for start in range(0, input_ids.shape[1], codes.GROUP):
+        group, logits = input_ids[:, start : start + codes.GROUP], []
+        for part in group.split(1 if how.stepwise else codes.GROUP, 1):
+            known = {name: cache} | how.options(part, int(cache.get_seq_length()))
+            logits.append(model(part, use_cache=True, **known).logits)
+        yield torch.cat(logits, 1)

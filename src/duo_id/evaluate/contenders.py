@@ -8,10 +8,11 @@ from itertools import product
 from typing import Any
 
 from duo_id.common.errors import UserError
+from duo_id.common.foreign import describe_weights
 from duo_id.evaluate.items import Item
 from duo_id.patterns.allocation import least_share, tokens_within
 from duo_id.patterns.mask import HeadMask
-from duo_id.patterns.pattern import HeadPattern
+from duo_id.patterns.pattern import HeadPattern, TieWarning
 from duo_id.patterns.random_masks import random_like, random_pattern
 from duo_id.patterns.spans import HeadSpans
 from duo_id.report.rows import ASKED
@@ -155,7 +156,7 @@ def check_windows(patterns: Mapping[str, HeadPattern], items: Sequence[Item]) ->
 
 
 def check_shares(patterns: Mapping[str, HeadPattern], caches: Sequence[float], lengths: Sequence[int]) -> None:
-    """Raise a `UserError` if a share of the cache cannot be kept at a length, with spans or with a window."""
+    """Raise a `UserError` if a share of the cache cannot be kept at a length; warn where equal scores part heads."""
     for (name, pattern), cache, length in product(patterns.items(), caches, lengths):
         for heads in [pattern] if pattern.needs is None else [pattern, replace(pattern, needs=None)]:
             try:
@@ -180,9 +181,17 @@ def warn_of_short_contexts(
             )
 
 
+def warn_of_other_weights(patterns: Mapping[str, HeadPattern], weights: str | None) -> None:
+    """Warn of heads that were found on weights of other bits than they are scored on; see `LanguageModel.weights`."""
+    for name, pattern in patterns.items():
+        if line := describe_weights(pattern.provenance, weights, f"heads of {name}"):
+            warnings.warn(line, stacklevel=2)
+
+
 def _spans_of_share(pattern: HeadPattern, cache: float, tokens: int) -> HeadSpans:
     """The pattern's spans at a context of `tokens` tokens; at least its smallest."""
-    return pattern.allocate(max(cache, least_share(pattern, tokens)), tokens)
+    with warnings.catch_warnings(action="ignore", category=TieWarning):  # `check_shares` has warned
+        return pattern.allocate(max(cache, least_share(pattern, tokens)), tokens)
 
 
 def _mask_of_share(pattern: HeadPattern, cache: float, tokens: int) -> HeadMask:

@@ -14,6 +14,7 @@ from duo_id.common.errors import UserError
 from duo_id.common.files import atomic_path, write_text
 from duo_id.common.integrity import DIFFERS, sealed
 from duo_id.common.record import differences
+from duo_id.evaluate.batches import first_following
 from duo_id.evaluate.contenders import Key
 from duo_id.evaluate.items import Item
 from duo_id.report.rows import ASKED, QUESTION, SCHEMA, VERSION, Scored, ScoredRow
@@ -56,8 +57,8 @@ class Journal:
         """All rows, in the order of their first writing."""
         return list(self._rows.values())
 
-    def has(self, item: Item, key: Key, generate: bool) -> bool:
-        """Whether a contender has answered all questions of an item, with generated answers if wanted.
+    def has(self, item: Item, key: Key, generate: bool, write: bool = False) -> bool:
+        """Whether a contender has answered all questions of an item, with generated answers and free text if wanted.
 
         Raises:
             UserError: the journal's sample of this task, length and index differs.
@@ -71,6 +72,8 @@ class Journal:
                     "the one that this version of duo_id generates: leave out resume to start anew"
                 )
             if row is None or (generate and question.place is None and row["text"] is None):
+                return False
+            if write and number == first_following(item) and row.get("written") is None:
                 return False
         return True
 

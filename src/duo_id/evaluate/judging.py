@@ -9,13 +9,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.common.errors import UserError
+from duo_id.evaluate.answers import Answers, Written
+from duo_id.evaluate.batches import first_following
 from duo_id.evaluate.contenders import Contender
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.metrics import METRICS, first_answer
-from duo_id.evaluate.reading import Answers
 from duo_id.report.rows import ASKED, ScoredRow
 
 BLOCK = 4096  # rows of logits in float32 at a time
+RUN = 4  # tokens in a row that count as repeated
 
 
 def score_rows(
@@ -25,6 +27,7 @@ def score_rows(
     full: Answers,
     tokenizer: PreTrainedTokenizerBase,
     ends: set[int],
+    of_full: Tensor | None = None,
 ) -> list[ScoredRow]:
     """The rows of one item.
 
@@ -35,8 +38,10 @@ def score_rows(
         full: of full attention, the reference of KL.
         tokenizer: of the model.
         ends: tokens that end a text, see `end_tokens`.
+        of_full: logits of full attention along what the contender wrote, if it wrote anything.
     """
     rows = []
+    written_after = first_following(item)
     for number, question in enumerate(item.questions):
         measured = compare_logits(answers.logits[number], full.logits[number], question.answer)
         if math.isnan(measured["loss"]):
@@ -47,6 +52,8 @@ def score_rows(
         row = {"task": item.task, "length": item.length, "index": item.index, "sample": item.digest, "question": number}
         row |= {"depth": question.depth} | contender_columns(contender) | measured
         row |= judge_generated(item, number, answers.generated[number], tokenizer, ends) | {"bytes": answers.bytes}
+        if number == written_after and answers.written is not None and full.written is not None:
+            row |= compare_written(answers, full.written, of_full)
         rows.append(row)
     return rows
 
@@ -66,6 +73,36 @@ def judge_generated(
     text = first_answer(str(tokenizer.decode(list(generated[:end]))), item.stop)
     score = METRICS[item.metric](text, item.questions[number].references)
     return {"score": score, "exact": score == 1, "text": text}
+
+
+def compare_written(answers: Answers, full: Written, of_full: Tensor | None) -> ScoredRow:
+    """What a contender wrote, against what full attention wrote after the same question.
+
+    Args:
+        answers: with what it wrote, and its logits along the text of full attention (none: it is full attention).
+        full: the text of full attention.
+        of_full: logits of full attention along the contender's text (none: it is full attention).
+    """
+    own = answers.written
+    assert own is not None
+    pairs = enumerate(zip(own.tokens, full.tokens, strict=False))
+    along = compare_logits(full.logits if answers.along is None else answers.along, full.logits, full.tokens)
+    drift = compare_logits(own.logits, own.logits if of_full is None else of_full, own.tokens)
+    return {
+        "full_written": len(full.tokens),
+        "along_kl": along["kl"],
+        "along_correct": along["correct"],
+        "agreed": next((place for place, (a, b) in pairs if a != b), min(len(own.tokens), len(full.tokens))),
+        "written": len(own.tokens),
+        "own_kl": drift["kl"],
+        "repeated": repeated(own.tokens),
+    }
+
+
+def repeated(tokens: Sequence[int]) -> float:
+    """The share of a text's runs of `RUN` tokens that occurred before in it; 0 where it has none."""
+    runs = [tuple(tokens[start : start + RUN]) for start in range(len(tokens) - RUN + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def peer_rows(

@@ -4,7 +4,7 @@ A context is read once, in chunks, with the mask applied from its first token; e
 cache. A model that loses its state between chunks reads the context in one forward pass and the rest token by token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,28 +14,15 @@ from duo_id.common.compat import cache_argument
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.chunks import Continuation, continuation
 from duo_id.deploy.install import dual_cache
+from duo_id.evaluate.answers import Answers, Written
+from duo_id.evaluate.batches import GENERATED, first_following
 from duo_id.evaluate.items import Item, Question
 from duo_id.models.language_model import LanguageModel
 
-GENERATED = 32  # tokens of a context that take as long as one that is generated
 # Tokens of a chunk with answers inside, at most, where the cache keeps codes: a chunk sees none of its own.
 CODED_CHUNK = 512
+Pair = tuple[int, int]  # the row of a batch, and the number of a question
 CHECK_EVERY = 8  # decode steps between checks whether all answers have ended, each of which synchronises the device
-
-
-@dataclass
-class Answers:
-    """A model's answers to one item.
-
-    Attributes:
-        logits: one tensor (answer tokens, vocabulary) per question, teacher-forced, in the model's dtype.
-        generated: the tokens it generated for each question, or None where nothing was generated.
-        bytes: of the context's keys and values in the cache.
-    """
-
-    logits: list[Tensor]
-    generated: list[list[int] | None]
-    bytes: int = 0
 
 
 @dataclass
@@ -53,16 +40,27 @@ class Reader:
     batch_tokens: int
     chunk_size: int
     on_work: Callable[[int], None] = lambda tokens: None
+    kept: tuple[Sequence[Item], DualCache] | None = None  # the last batch, if it was to be kept
     _stop_masks: dict[str | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _continuation: Continuation = field(default_factory=Continuation)
 
     @torch.no_grad()
-    def read(self, items: Sequence[Item], generate: bool) -> list[Answers]:
+    def read(
+        self,
+        items: Sequence[Item],
+        generate: bool,
+        write: int = 0,
+        texts: Mapping[Item, Sequence[int]] | None = None,
+        keep: bool = False,
+    ) -> list[Answers]:
         """Answer all questions of items whose contexts have the same number of tokens.
 
         Args:
             items: a batch, see `batches`.
             generate: also generate answers, greedily.
+            write: tokens at most, to write freely after the first question that follows a context.
+            texts: to follow after the same question, one for each item that has one.
+            keep: the cache of the batch, for `follow`.
 
         Raises:
             UserError: no way of continuing after a context reproduces the model's own logits.
@@ -84,21 +82,69 @@ class Reader:
             for number, question in enumerate(item.questions)
             if question.place is None
         ]
-        for group in self._groups(following, items):
-            copies = torch.tensor([row for row, _ in group])
-            questions = [items[row].questions[number] for row, number in group]
-            answer_logits = self._answer_logits(cache.fork(copies), questions, past)
-            for (row, number), logits in zip(group, answer_logits, strict=True):
-                answers[row].logits[number] = logits
+        right = {(row, number): items[row].questions[number].answer for row, number in following}
+        for (row, number), logits in self._logits_along(cache, items, right, past).items():
+            answers[row].logits[number] = logits
         to_generate = [pair for pair in following if generate and items[pair[0]].max_new_tokens]
         for group in self._groups(to_generate, items):
-            copies = torch.tensor([row for row, _ in group])
-            generated = self._generate(cache.fork(copies), [(items[row], number) for row, number in group], past)
-            for (row, number), tokens in zip(group, generated, strict=True):
+            limits = [items[row].max_new_tokens for row, _ in group]
+            texts_of_group, _ = self._generate(cache, items, group, limits, [items[row].stop for row, _ in group], past)
+            for (row, number), tokens in zip(group, texts_of_group, strict=True):
                 answers[row].generated[number] = tokens
+        if write:
+            self._write(cache, items, answers, write, past)
+        if texts:
+            for row, logits in self._along(cache, items, {items.index(item): texts[item] for item in texts}, past):
+                answers[row].along = logits
+        if keep:
+            self.kept = items, cache
         return answers
 
-    def _groups(self, pairs: list[tuple[int, int]], items: Sequence[Item]) -> list[list[tuple[int, int]]]:
+    @torch.no_grad()
+    def follow(self, texts: Mapping[Item, Sequence[int]]) -> dict[Item, Tensor]:
+        """Logits (tokens, vocabulary) along texts after items of the kept batch, under the mask that it was read with.
+
+        Args:
+            texts: by item, after the first question that follows its context.
+        """
+        assert self.kept is not None
+        items, cache = self.kept
+        rows = {items.index(item): text for item, text in texts.items()}
+        return {items[row]: logits for row, logits in self._along(cache, items, rows, len(items[0].context))}
+
+    def _along(
+        self, cache: DualCache, items: Sequence[Item], texts: Mapping[int, Sequence[int]], past: int
+    ) -> list[tuple[int, Tensor]]:
+        """Logits along texts by row of the batch."""
+        after = {row: first_following(items[row]) for row in texts}
+        pairs = {(row, number): texts[row] for row, number in after.items() if number is not None}
+        return [(row, logits) for (row, _), logits in self._logits_along(cache, items, pairs, past).items()]
+
+    def _write(
+        self, cache: DualCache, items: Sequence[Item], answers: Sequence[Answers], limit: int, past: int
+    ) -> None:
+        """Let the model write after the first question that follows each context."""
+        pairs = [(row, number) for row, item in enumerate(items) if (number := first_following(item)) is not None]
+        ends = end_tokens(self.model)
+        for group in self._groups(pairs, items):
+            limits, stops = [limit] * len(group), [None] * len(group)
+            written, logits = self._generate(cache, items, group, limits, stops, past, keep_logits=True)
+            for (row, _), tokens, chosen_from in zip(group, written, logits, strict=True):
+                end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens) - 1) + 1
+                answers[row].written = Written(tokens[:end], chosen_from[:end])
+
+    def _logits_along(
+        self, cache: DualCache, items: Sequence[Item], texts: Mapping[Pair, Sequence[int]], past: int
+    ) -> dict[Pair, Tensor]:
+        """Teacher-forced logits of texts after questions, by row of the batch and number of the question."""
+        found: dict[Pair, Tensor] = {}
+        for group in self._groups(list(texts), items):
+            copies = torch.tensor([row for row, _ in group])
+            questions = [(items[row].questions[number].prompt, texts[row, number]) for row, number in group]
+            found |= zip(group, self._answer_logits(cache.fork(copies), questions, past), strict=True)
+        return found
+
+    def _groups(self, pairs: list[Pair], items: Sequence[Item]) -> list[list[Pair]]:
         """The questions in groups whose copies of the cache fit in memory, those of similar length together."""
         pairs = sorted(pairs, key=lambda pair: len(items[pair[0]].questions[pair[1]].prompt))
         rows = max(1, self.batch_tokens // items[0].length)
@@ -119,7 +165,7 @@ class Reader:
         wanted = sorted({(position, row) for (row, _), positions in predictors.items() for position in positions})
         chunk_logits = []
         chunk_size = context.shape[1] if self._continuation.stepwise else self.chunk_size
-        if in_context and cache.kv != "exact":
+        if in_context and cache.coded:
             chunk_size = min(chunk_size, CODED_CHUNK)
         for start in range(0, context.shape[1], chunk_size):
             end = min(start + chunk_size, context.shape[1])
@@ -140,52 +186,72 @@ class Reader:
             for (row, number), positions in predictors.items()
         }
 
-    def _answer_logits(self, cache: DualCache, questions: Sequence[Question], past: int) -> list[Tensor]:
-        """Teacher-forced logits of the right answers after `past` tokens; padding comes last and changes nothing."""
-        rows = [[*question.prompt, *question.answer[:-1]] for question in questions]
+    def _answer_logits(
+        self, cache: DualCache, questions: Sequence[tuple[Sequence[int], Sequence[int]]], past: int
+    ) -> list[Tensor]:
+        """Teacher-forced logits of answers to prompts after `past` tokens; padding comes last and changes nothing."""
+        rows = [[*prompt, *answer[:-1]] for prompt, answer in questions]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.model.model.device)
-        first = min(len(question.prompt) for question in questions) - 1
+        first = min(len(prompt) for prompt, _ in questions) - 1
         keep = torch.arange(first, longest, device=ids.device)
         logits = self._forward_following(ids, cache, keep, past)
-        answer_starts = [len(question.prompt) - 1 - first for question in questions]
+        answer_starts = [len(prompt) - 1 - first for prompt, _ in questions]
         return [
-            logits[row, answer_start : answer_start + len(question.answer)]
-            for row, (answer_start, question) in enumerate(zip(answer_starts, questions, strict=True))
+            logits[row, answer_start : answer_start + len(answer)]
+            for row, (answer_start, (_, answer)) in enumerate(zip(answer_starts, questions, strict=True))
         ]
 
-    def _generate(self, cache: DualCache, questions: Sequence[tuple[Item, int]], past: int) -> list[list[int]]:
+    def _generate(
+        self,
+        cache: DualCache,
+        items: Sequence[Item],
+        group: Sequence[Pair],
+        limits: Sequence[int],
+        stops: Sequence[str | None],
+        past: int,
+        keep_logits: bool = False,
+    ) -> tuple[list[list[int]], list[Tensor]]:
         """Greedy answers: all prompts up to the length of the shortest at once, then token by token.
 
         A question that is still being read takes its own next token instead of the model's choice, so questions of
         different lengths need no padding.
+
+        Returns:
+            tokens, and the logits (tokens, vocabulary) from which they were chosen if `keep_logits`.
         """
         device = self.model.model.device
-        prompts = [item.questions[number].prompt for item, number in questions]
-        limits = [item.max_new_tokens for item, _ in questions]
+        cache = cache.fork(torch.tensor([row for row, _ in group]))
+        prompts = [items[row].questions[number].prompt for row, number in group]
         shortest, longest = min(map(len, prompts)), max(map(len, prompts))
         prompt_ids = torch.tensor([[*prompt] + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         starts = torch.tensor([len(prompt) - shortest for prompt in prompts], device=device)
         ends = starts + torch.tensor(limits, device=device)
-        blank, stops = self._blank_and_stop_tokens([item.stop for item, _ in questions])
-        rows = torch.arange(len(questions), device=device)
+        blank, stopping = self._blank_and_stop_tokens(stops)
+        rows = torch.arange(len(group), device=device)
         chosen: list[Tensor] = []
-        begun = torch.zeros(len(questions), dtype=torch.bool, device=device)
+        chosen_from: list[Tensor] = []
+        begun = torch.zeros(len(group), dtype=torch.bool, device=device)
         ended = torch.zeros_like(begun)
         last = torch.tensor([shortest - 1], device=device)
         logits = self._forward_following(prompt_ids[:, :shortest], cache, last, past)[:, -1]
         for step in range(int(ends.max())):
-            self.on_work(GENERATED * len(questions))
+            self.on_work(GENERATED * len(group))
             reading = starts > step
             token = torch.where(reading, prompt_ids[:, min(shortest + step, longest - 1)], logits.argmax(-1))
             chosen.append(token)
+            if keep_logits:
+                chosen_from.append(logits)
             begun |= ~reading & ~blank[token]
-            ended |= (~reading & begun & stops[rows, token]) | (ends == step + 1)
+            ended |= (~reading & begun & stopping[rows, token]) | (ends == step + 1)
             if step % CHECK_EVERY == CHECK_EVERY - 1 and bool(ended.all()):
                 break
             logits = self._forward(token[:, None], cache, None, past + shortest + step)[:, -1]
-        tokens = torch.stack(chosen, 1).tolist()
-        return [row[start:end] for row, start, end in zip(tokens, starts.tolist(), ends.tolist(), strict=True)]
+        tokens, places = torch.stack(chosen, 1).tolist(), list(zip(starts.tolist(), ends.tolist(), strict=True))
+        texts = [row[start:end] for row, (start, end) in zip(tokens, places, strict=True)]
+        if not keep_logits:
+            return texts, []
+        return texts, [row[start:end] for row, (start, end) in zip(torch.stack(chosen_from, 1), places, strict=True)]
 
     def _forward_following(self, ids: Tensor, cache: DualCache, keep: Tensor, past: int) -> Tensor:
         """As `_forward` for tokens after a context, one at a time where the model needs that."""
@@ -225,34 +291,11 @@ class Reader:
         return torch.tensor(blank, device=device), torch.tensor(stopping, device=device)
 
 
-def work(items: Sequence[Item], generate: bool) -> int:
-    """Tokens of the contexts plus those that may be generated, weighted: a proxy for the time that a batch takes."""
-    generated = [item.max_new_tokens * len(item.questions) for item in items if generate]
-    return sum(len(item.context) for item in items) + GENERATED * sum(generated)
-
-
 def end_tokens(model: LanguageModel) -> set[int]:
     """The model's end-of-text tokens."""
     generation = getattr(model.model, "generation_config", None)
     candidates = [model.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
     return {token for ids in candidates if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
-
-
-def batches(items: Sequence[Item], batch_tokens: int) -> list[list[Item]]:
-    """Items grouped into batches, regardless of their task: at most `batch_tokens` tokens, or one item.
-
-    Contexts in a batch have the same number of tokens. Those with answers inside are kept separate: they need more
-    logits.
-    """
-    groups: dict[tuple[int, int, bool], list[Item]] = {}
-    for item in items:
-        in_context = any(question.place is not None for question in item.questions)
-        groups.setdefault((item.length, len(item.context), in_context), []).append(item)
-    grouped = []
-    for (length, _, _), group in groups.items():
-        size = max(1, batch_tokens // length)
-        grouped += [group[start : start + size] for start in range(0, len(group), size)]
-    return grouped
 
 
 def _predicting_positions(question: Question) -> range:

@@ -24,7 +24,13 @@ from duo_id.common.tables import print_tables
 from duo_id.common.version import __version__
 from duo_id.data.haystack import Haystack, load_haystack, text_versions
 from duo_id.evaluate import chat
-from duo_id.evaluate.contenders import check_shares, check_windows, contenders, warn_of_short_contexts
+from duo_id.evaluate.contenders import (
+    check_shares,
+    check_windows,
+    contenders,
+    warn_of_other_weights,
+    warn_of_short_contexts,
+)
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal, write_results
 from duo_id.evaluate.judging import peer_rows
@@ -46,8 +52,8 @@ from duo_id.report.figures import figures
 from duo_id.report.leaderboard import leaderboards
 from duo_id.report.paired import paired_grids
 from duo_id.report.rows import ASKED, SCHEMA, VERSION, ScoredRow
-from duo_id.report.summary import SEED
-from duo_id.report.tables import results_table, terminal_table
+from duo_id.report.summary import SEED, frame
+from duo_id.report.tables import WRITTEN_TITLE, results_table, terminal_table, written_grid
 
 VERBATIM: dict[str, Any] = {"markup": False, "highlight": False}  # for text from elsewhere
 DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")
@@ -84,6 +90,8 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     results = score(settings, model, description, patterns, folder, cli.console)
     write_results(folder, results)
     print_tables(cli.console, results_table(results, f"{model.name} under {settings.heads}"))
+    if (texts := written_grid(frame(results))) is not None:
+        print_tables(cli.console, terminal_table(texts, f"{WRITTEN_TITLE}: up to {settings.write} tokens"))
     for title, grid in (leaderboards(results) | paired_grids(results)).items():
         print_tables(cli.console, terminal_table(grid, title))
     for name, figure in figures(results).items():
@@ -137,10 +145,12 @@ def score(
     items = all_items(settings, model, haystack)
     check_windows(patterns, items)
     check_shares(patterns, settings.cache, settings.lengths)
+    warn_of_other_weights(patterns, model.weights)
     warn_of_short_contexts(patterns, settings.cache, [len(item.context) for item in items])
     masks = settings.random_masks, settings.baselines, settings.seed
     lineup = contenders(patterns, settings.sparsity, *masks, settings.cache, settings.kv)
     protocol = {key: getattr(settings, key) for key in ("split", "seed", "chat_template", "depths")}
+    protocol |= {"write": settings.write} if settings.write else {}
     saved_patterns = {name: contents_of(pattern) for name, pattern in patterns.items()}
     header = {"model": description, "patterns": saved_patterns, "data": plain(settings.data)} | protocol
     header["versions"] = {"duo_id": __version__, "python": platform.python_version()}  # samples depend on both
@@ -149,7 +159,8 @@ def score(
     if settings.peers:
         write_samples(folder / SAMPLES, _samples_header(settings, model, next(iter(patterns.values()))), items)
     read_answers(folder, items)  # unreadable answers fail before the long run
-    run(model, items, lineup, journal, settings.generate, settings.batch_tokens, settings.chunk_size, console)
+    sizes = settings.batch_tokens, settings.chunk_size
+    run(model, items, lineup, journal, settings.generate, *sizes, console, settings.write)
     eviction = read_answers(folder, items)
     return {
         "schema": SCHEMA,

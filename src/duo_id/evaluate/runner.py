@@ -1,6 +1,7 @@
 """Score all contenders on all items, batch by batch, so that full attention reads each context once for all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -10,14 +11,17 @@ from duo_id.common.errors import UserError
 from duo_id.common.progress import progress_bar
 from duo_id.deploy.chunks import continuation
 from duo_id.deploy.install import duo_attention
+from duo_id.evaluate.answers import Answers
+from duo_id.evaluate.batches import batches, work
 from duo_id.evaluate.contenders import Contender
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal
 from duo_id.evaluate.judging import score_rows
-from duo_id.evaluate.reading import Answers, Reader, batches, end_tokens, work
+from duo_id.evaluate.reading import Reader, end_tokens
 from duo_id.models.language_model import LanguageModel
 
 CPU_CONTEXT_TOKENS = 4096
+Texts = Mapping[Item, Sequence[int]]  # tokens, by the item they follow
 
 
 def run(
@@ -29,6 +33,7 @@ def run(
     batch_tokens: int | None,
     chunk_size: int,
     console: Console,
+    write: int = 0,
 ) -> None:
     """Answer all items that are missing from the journal, starting with the first samples of all tasks and lengths.
 
@@ -43,6 +48,7 @@ def run(
         batch_tokens: see `Reader`; None: as many as fit the device, see `context_tokens_for`.
         chunk_size: tokens per forward pass.
         console: shows progress, and a note if contexts are not read in chunks.
+        write: tokens at most of a free text after the first question of each context, compared with full attention's.
 
     Raises:
         UserError: a batch does not fit in memory, or the model's output with a cache differs from that without one.
@@ -54,13 +60,19 @@ def run(
     rows = partial(score_rows, tokenizer=model.tokenizer, ends=end_tokens(model))
 
     def missing(contender: Contender, batch: Sequence[Item]) -> list[Item]:
-        return [item for item in batch if not journal.has(item, contender.key, generate)]
+        return [item for item in batch if not journal.has(item, contender.key, generate, write > 0)]
 
-    def answer(batch: Sequence[Item], contender: Contender, generate: bool) -> list[Answers]:
+    def under(contender: Contender, batch: Sequence[Item]) -> AbstractContextManager[None]:
         assert contender.mask is not None
+        return duo_attention(model.model, contender.mask(len(batch[0].context)), kv=contender.kv)
+
+    def answer(
+        batch: Sequence[Item], contender: Contender, generate: bool, texts: Texts | None = None
+    ) -> list[Answers]:
+        """The answers of a batch; `texts` to follow, for all but full attention, whose cache is kept for the others."""
         try:
-            with duo_attention(model.model, contender.mask(len(batch[0].context)), kv=contender.kv):
-                return reader.read(batch, generate)
+            with under(contender, batch):
+                return reader.read(batch, generate, write, texts, keep=bool(write) and contender is full)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{len(batch)} contexts of {batch[0].length} tokens do not fit in the device's memory: "
@@ -77,8 +89,8 @@ def run(
         _warn_if_stepwise(model, plan[0][0][0], full, chunk_size, console)
     with progress_bar(console, counted=False) as progress:
         total = sum(
-            work(batch, generate and bool(missing(full, batch)))
-            + sum(work(subset, generate) for subset in subsets.values())
+            work(batch, generate and bool(missing(full, batch)), write)
+            + sum(work(subset, generate, write) for subset in subsets.values())
             for batch, subsets in plan
         )
         bar, planned = progress.add_task("evaluating", total=total), 0
@@ -90,17 +102,23 @@ def run(
         reader.on_work = advance
         for batch, subsets in plan:
             unrecorded = missing(full, batch)
-            planned += work(batch, generate and bool(unrecorded))
+            planned += work(batch, generate and bool(unrecorded), write)
             progress.update(bar, description=f"{full.heads}: {len(batch)} x {batch[0].length:,} tokens")
             reference = dict(zip(batch, answer(batch, full, generate and bool(unrecorded)), strict=True))
             journal.add(row for item in unrecorded for row in rows(full, item, reference[item], reference[item]))
             progress.update(bar, completed=planned)
             for contender, subset in subsets.items():
-                planned += work(subset, generate)
+                planned += work(subset, generate, write)
                 progress.update(bar, description=f"{contender.heads}: {len(subset)} x {subset[0].length:,} tokens")
-                answers = zip(subset, answer(subset, contender, generate), strict=True)
+                texts = {item: said.tokens for item in subset if (said := reference[item].written) is not None}
+                answers = dict(zip(subset, answer(subset, contender, generate, texts), strict=True))
+                own = {item: said.tokens for item, a in answers.items() if (said := a.written) is not None}
+                with under(full, batch):
+                    of_full = reader.follow(own) if own else {}
                 journal.add(
-                    row for item, answered in answers for row in rows(contender, item, answered, reference[item])
+                    row
+                    for item, answered in answers.items()
+                    for row in rows(contender, item, answered, reference[item], of_full=of_full.get(item))
                 )
                 progress.update(bar, completed=planned)
 

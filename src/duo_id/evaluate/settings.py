@@ -40,6 +40,7 @@ class EvaluateSettings:
     patterns: dict[str, Text] = field(default_factory=dict)  # other head patterns, by name
     split: Literal["development", "test"] = "test"
     generate: bool = True  # generate answers, besides scoring the right answer
+    write: Count = 0  # tokens of a free text after each context, compared with what full attention writes
     chat_template: bool = False  # put context and question into the model's chat template
     batch_tokens: Positive | None = None  # of all contexts in memory at once; null: what fits
     chunk_size: Positive = 32768  # tokens per forward pass

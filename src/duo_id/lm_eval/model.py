@@ -13,11 +13,14 @@ from lm_eval.models.utils import truncate_tokens
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from duo_id.attention.choices import KV_FORMATS
 from duo_id.common.config import conf_dir, parse
 from duo_id.common.errors import UserError, check
-from duo_id.common.foreign import describe_model, model_of
-from duo_id.deploy.install import install
+from duo_id.common.foreign import describe_model, describe_weights, model_of
+from duo_id.deploy.install import dual_cache, install
+from duo_id.deploy.prefill import logits_in_groups
 from duo_id.models.loading import load_model
+from duo_id.models.quantised import weights_of
 from duo_id.models.settings import ModelSettings
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern
@@ -35,6 +38,9 @@ class DuoLM(HFLM):
     For log-likelihoods as for generation, whole requests are read under the mask. lm-eval pads log-likelihood requests
     on the right, where padding does not affect the tokens before it, and prompts to generate from on the left, with an
     attention mask; the sink starts after the padding.
+
+    A request that is read at once sees no codes. So where retrieval heads keep codes, those of log-likelihoods are read
+    in groups of tokens, each of which then sees what a decode step in its place would see.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class DuoLM(HFLM):
         pretrained: str | None = None,
         dtype: str = "auto",
         weights: str | None = None,
+        kv: str = "exact",
         device: str | None = None,
         truncation_side: str = "left",
         **options: Any,
@@ -59,6 +66,7 @@ class DuoLM(HFLM):
             dtype: of the weights; auto: with `model` float32 on the CPU, else bfloat16, with `pretrained` as stored.
             weights: int8 or int4, of a `model` whose linear layers are quantised when it is loaded; by default as those
                 were that the pattern was found on.
+            kv: what retrieval heads keep: exact, int8, k8v4 or int4; see `DualCache`.
             device: by default cuda if it is available.
             truncation_side: what is cut from a prompt that is too long for the model. left: its beginning, as in HFLM;
                 middle: its middle, as LongBench's authors do (Bai et al. 2023, arXiv 2308.14508, section 4.1).
@@ -82,6 +90,7 @@ class DuoLM(HFLM):
         both = truncation_side != "left" and options.get("truncation")
         check(not both, f"{argument},truncation=True: give one of them")
         self.truncation_side = truncation_side
+        check(kv in KV_FORMATS, f"--model_args kv={kv}: choose {', '.join(KV_FORMATS)}")
         if dtype not in DTYPES and pretrained is None:
             raise UserError(f"--model_args dtype={dtype}: choose {', '.join(DTYPES)}")
         if device is None or (str(device).startswith("cuda") and not torch.cuda.is_available()):  # as HFLM does
@@ -99,10 +108,13 @@ class DuoLM(HFLM):
             except (OSError, ValueError, TypeError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise UserError(f"--model_args pretrained={pretrained}: lm-eval cannot load it: {reason}") from error
-        install(self.model, mask)
+        if line := describe_weights(pattern.provenance, weights_of(self.model), "the heads"):
+            print(line)
+        install(self.model, mask, kv=kv)
+        self.kv = kv
         sizes = {"sink_size": mask.sink_size, "recent_size": mask.recent_size}
         self.mask_info: dict[str, Any] = {"heads": heads, "sparsity": mask.sparsity, **sizes}
-        self.mask_info["truncation_side"] = truncation_side
+        self.mask_info |= {"kv": kv, "truncation_side": truncation_side}
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "DuoLM":
@@ -129,6 +141,13 @@ class DuoLM(HFLM):
         prompts = [self._without_middle(self.tok_encode(text), left_truncate_len) for text in strings]
         batch = self.tokenizer.pad({"input_ids": prompts}, padding_side=padding_side, return_tensors="pt")
         return batch["input_ids"], batch["attention_mask"]
+
+    def _model_call(self, inps: Tensor, *args: Any, **options: Any) -> Tensor:
+        if self.kv == "exact":
+            return super()._model_call(inps, *args, **options)
+        device, dtype = self.device.type, self.mixed_precision_dtype
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            return torch.cat(list(logits_in_groups(self.model, inps, dual_cache(self.model))), 1)
 
     def _loglikelihood_tokens(self, requests: list[Request], *args: Any, **options: Any) -> list[tuple[float, bool]]:
         if self.truncation_side == "middle":

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from duo_id.common.errors import check
 from duo_id.deploy.wrappers import check_prefix, unwrapped
 from duo_id.models.language_model import LanguageModel
-from duo_id.models.quantised import gradients_through, quantised_by
+from duo_id.models.quantised import gradients_through, weights_of
 
 ADAPTER_SETTINGS = ("base_model_name_or_path", "revision", "r", "lora_alpha", "target_modules")
 
@@ -40,7 +40,7 @@ def language_model_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Languag
     identifier = inner.config.name_or_path or type(inner).__name__
     revision = getattr(inner.config, "_commit_hash", None)
     name = Path(identifier).name or identifier
-    weights, adapters = quantised_by(inner.config), adapters_of(model)
+    weights, adapters = weights_of(inner), adapters_of(model)
     language_model = LanguageModel(
         inner, tokenizer, name, identifier, revision, "memory", weights=weights, adapters=adapters
     )

@@ -34,6 +34,7 @@ from duo_id.models.quantised import (
     quantised_by,
     stored_bytes,
     torchao_config,
+    weights_of,
 )
 from duo_id.models.settings import ModelSettings
 from duo_id.models.tokenizers import byte_tokenizer
@@ -76,7 +77,7 @@ def load_model(
         settings.init != "random" or rows >= len(tokenizer),
         f"model.architecture.vocab_size={rows}: random weights use a byte tokenizer with {len(tokenizer)} tokens",
     )
-    weights = settings.weights or quantised_by(model.config)
+    weights = settings.weights or weights_of(model)
     return LanguageModel(model, tokenizer, settings.name, settings.id, settings.revision, source, ranks, weights)
 
 

@@ -205,6 +205,18 @@ def quantised_by(config: Any) -> str | None:
     return None if recorded is None else str(getattr(method, "value", method))
 
 
+def weights_of(model: PreTrainedModel) -> str | None:
+    """int8 or int4 where torchao holds linear layers so, else the method of `quantised_by`; None: not quantised.
+
+    A checkpoint's config alone names torchao, whose weights may have any bits, and a program may have left none there.
+    """
+    weights = [part._parameters.get("weight") for part in linear_layers(model).values()]  # others' layers may have none
+    kinds = {type(weight).__name__[:4].lower() for weight in weights if weight is not None and is_packed(weight)}
+    if kinds in ({"int8"}, {"int4"}):  # Int8Tensor, Int4TilePackedTo4dTensor and so on
+        return kinds.pop()
+    return quantised_by(model.config) or ("torchao" if kinds else None)
+
+
 def check_differentiable(model: PreTrainedModel, needs: str) -> None:
     """Raise a `UserError` if gradients stop at a checkpoint's quantised weights, which some kernels do without a word.
 

@@ -62,7 +62,7 @@ def least_share(pattern: PatternFields, length: int) -> float:
     return min(math.nextafter(kept / length, 1), 1.0)  # rounded up, never below what they keep
 
 
-def best_levels(costs: np.ndarray, kept: Sequence[int], rank: Sequence[int], budget: int) -> list[int]:
+def best_levels(costs: np.ndarray, kept: Sequence[int] | np.ndarray, rank: Sequence[int], budget: int) -> list[int]:
     """The level of each head at which they cost least together while they keep at most `budget` tokens.
 
     This is a multiple-choice knapsack, solved greedily on the lower convex hull of each head's (tokens, cost) curve:
@@ -75,27 +75,28 @@ def best_levels(costs: np.ndarray, kept: Sequence[int], rank: Sequence[int], bud
 
     Args:
         costs: (heads, levels).
-        kept: tokens that a head keeps at each level, not descending.
+        kept: tokens that a head keeps at each level, (levels,) or, if heads differ, (heads, levels); not descending.
         rank: of each head.
         budget: at least what all heads keep at the first level.
     """
     costs = np.minimum.accumulate(costs, axis=1)
-    tokens, heads = np.array(kept), np.arange(len(costs))
-    distinct = [level for level in range(len(kept)) if level + 1 == len(kept) or kept[level] < kept[level + 1]]
+    tokens, heads = np.broadcast_to(np.array(kept), costs.shape), np.arange(len(costs))
+    last = costs.shape[1] - 1
+    distinct = [[level for level in range(last) if row[level] < row[level + 1]] + [last] for row in tokens]
     steps = sorted(
         (slope, -rank[head], head, level)
-        for head in range(len(costs))
-        for slope, level in _hull_steps([costs[head, level] for level in distinct], tokens[distinct], distinct)
+        for head, levels in enumerate(distinct)
+        for slope, level in _hull_steps(costs[head, levels], tokens[head, levels], levels)
     )
-    chosen = np.full(len(costs), distinct[0])
-    rest = budget - len(costs) * int(tokens[distinct[0]])
+    chosen = np.array([levels[0] for levels in distinct], dtype=np.int64)
+    rest = budget - int(tokens[heads, chosen].sum())
     for _, _, head, level in steps:
-        more = int(tokens[level] - tokens[chosen[head]])
+        more = int(tokens[head, level] - tokens[head, chosen[head]])
         if more > rest:
             break
         chosen[head], rest = level, rest - more
     while True:
-        more_tokens = tokens - tokens[chosen][:, None]
+        more_tokens = tokens - tokens[heads, chosen][:, None]
         fits = (more_tokens > 0) & (more_tokens <= rest)
         if not fits.any():
             return chosen.tolist()
@@ -105,7 +106,7 @@ def best_levels(costs: np.ndarray, kept: Sequence[int], rank: Sequence[int], bud
         chosen[head], rest = level, rest - int(more_tokens[head, level])
 
 
-def _hull_steps(costs: Sequence[float], tokens: np.ndarray, levels: Sequence[int]) -> list[tuple[float, int]]:
+def _hull_steps(costs: np.ndarray, tokens: np.ndarray, levels: Sequence[int]) -> list[tuple[float, int]]:
     """The steps along the lower convex hull of a head's curve, each as its slope and the level it leads to."""
 
     def slope(low: int, high: int) -> float:

@@ -154,11 +154,18 @@ class HeadPattern:
 
         Warns:
             UserWarning: the sink and the smallest span hold the whole context, so that all heads see it.
+            TieWarning: there are no `needs`, and heads of the same score get different spans, by the order above.
 
         Raises:
             UserError: `cache` or `length` is out of range, or the sinks and the smallest spans alone exceed the budget.
         """
-        return allocation.allocate(self, cache, length)
+        spans = allocation.allocate(self, cache, length)
+        if self.needs is None:
+            gated = list(self.gated_layers)
+            streaming = int((~spans.retrieval[gated]).sum())
+            if tie := _tie(self.scores[gated].flatten().sort().values, streaming):
+                warnings.warn(f"cache={cache:g} at length={length} {tie}", TieWarning, stacklevel=2)
+        return spans
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "HeadPattern":

@@ -13,6 +13,7 @@ class Model(Data):
     revision: Line | None = None
     source: Line | None = None
     dtype: Line | None = None
+    weights: Line | None = None  # int8, int4, or the method that its checkpoint was quantised by
     layers: Natural | None = None
     gated_layers: Natural | None = None
     kv_heads: Natural | None = None

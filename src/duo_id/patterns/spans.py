@@ -80,7 +80,15 @@ class HeadSpans:
         Raises:
             UserError: it cannot be read, holds something else or is damaged; the message names the file.
         """
-        contents = read_object(path)
+        return cls.from_contents(read_object(path), path)
+
+    @classmethod
+    def from_contents(cls, contents: dict[str, Any], path: str | Path) -> "HeadSpans":
+        """The spans in the parsed contents of a file; `path` is for messages.
+
+        Raises:
+            UserError: see `from_pretrained`.
+        """
         schema, version = contents.get("schema"), contents.get("version")
         if schema != SCHEMA:
             raise UserError(f"{path} holds no attention spans: its schema is {excerpt(schema)}, not {SCHEMA!r}")
@@ -98,6 +106,10 @@ class HeadSpans:
 
     def save(self, path: str | Path) -> None:
         """Write the spans to a JSON file, whole or not at all."""
+        write_text(path, self.as_json())
+
+    def as_json(self) -> str:
+        """The text of the file that `save` writes."""
         layers, kv_heads = self.spans.shape
         contents = {
             "schema": SCHEMA,
@@ -108,7 +120,7 @@ class HeadSpans:
             "gated_layers": list(self.gated_layers),
             "spans": self.spans.tolist(),
         }
-        write_text(path, json_text(sealed(contents)))
+        return json_text(sealed(contents))
 
     def cache_share(self, length: int) -> float:
         """The share of the full cache's bytes that the gated layers keep of a context of `length` tokens.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from duo_id.report.rows import QUESTION, SAMPLE
+from duo_id.report.rows import QUESTION, SAMPLE, WRITTEN
 
 DRAWS = 4000  # even: half of them mirror the other half
 FINE = 64  # draws of a scale for each one kept, so that those kept are quantiles
@@ -145,7 +145,8 @@ def _fractions(rows: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     paired_columns = ["loss", "correct", "score", "bytes"]
     full = rows.loc[rows["kind"] == "full", [*QUESTION, *paired_columns]].drop_duplicates(QUESTION)
     full = rows[QUESTION].merge(full, on=QUESTION, how="left")
-    values = {column: rows[column].to_numpy(float) for column in [*paired_columns, "kl", "tokens", "exact"]}
+    columns = [*paired_columns, "kl", "tokens", "exact", *WRITTEN]
+    values = {column: rows[column].to_numpy(float) for column in columns}
     full_values = {column: full[column].to_numpy(float) for column in paired_columns}
     tokens, ones = values["tokens"], np.ones(len(rows))
     pairs = {
@@ -156,6 +157,12 @@ def _fractions(rows: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         "accuracy": (values["correct"], tokens),
         "exact": (values["exact"], ones),
         "score": (values["score"], ones),
+        "agreed": (values["agreed"], ones),
+        "agreement": (values["along_correct"], values["full_written"]),
+        "along": (values["along_kl"], values["full_written"]),
+        "drift": (values["own_kl"], values["written"]),
+        "written": (values["written"], values["full_written"]),
+        "repeated": (values["repeated"], ones),
         "shared_accuracy": (values["correct"] + 0 * full_values["correct"], tokens),  # NaN where either is
         "full_accuracy": (full_values["correct"] + 0 * values["correct"], tokens),
         "shared_score": (values["score"] + 0 * full_values["score"], ones),

@@ -6,6 +6,15 @@ from duo_id.common.documents import Data, Line, Natural, Share, Tokens
 
 SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
 ScoredRow = dict[str, Any]  # one contender's scores on one question, see `duo_id.evaluate.judging`
+WRITTEN = [
+    "full_written",
+    "along_kl",
+    "along_correct",
+    "agreed",
+    "written",
+    "own_kl",
+    "repeated",
+]  # columns, see `Scored`
 SAMPLE = ["task", "length", "index"]  # columns that identify a context, shared by its questions
 QUESTION = [*SAMPLE, "question"]
 KINDS = ("full", "pattern", "spans", "baseline", "eviction")  # of contenders, in the order of tables
@@ -34,3 +43,10 @@ class Scored(Data):
     exact: bool | None
     text: str | None
     bytes: Natural | None
+    full_written: Natural | None = None  # tokens that full attention wrote; this and the rest only with `write`
+    along_kl: float | None = None  # KL from full attention along its text, summed over these
+    along_correct: Natural | None = None  # of these, those that the contender would have written too
+    agreed: Natural | None = None  # tokens before the first difference between both texts
+    written: Natural | None = None  # tokens that the contender wrote
+    own_kl: float | None = None  # KL from full attention along the contender's own text, summed over these
+    repeated: Share | None = None  # of its runs of tokens, those that occurred before

@@ -15,10 +15,10 @@ from duo_id.patterns.provenance import Model
 from duo_id.patterns.saved import pattern_from_json
 from duo_id.report.bootstrap import bootstrap, with_intervals
 from duo_id.report.budgets import with_budgets
-from duo_id.report.rows import ASKED, KINDS, OF_PATTERNS, QUESTION, SCHEMA, VERSION, Scored
+from duo_id.report.rows import ASKED, KINDS, OF_PATTERNS, QUESTION, SCHEMA, VERSION, WRITTEN, Scored
 
 CONTENDER = ["kind", "heads", "budget"]  # random masks of all seeds are one contender
-MEASURED = ["loss", "kl", "tokens", "correct", "score", "exact", "text", "bytes"]
+MEASURED = ["loss", "kl", "tokens", "correct", "score", "exact", "text", "bytes", *WRITTEN]
 COLUMNS = [*QUESTION, "depth", *ASKED, *MEASURED]
 SEED = "#"  # the pattern NAME#2 is a seed of the contender NAME
 
@@ -50,11 +50,17 @@ REPORTED = {
     "exact": Metric("exact answers (%)", 1, True),
     "score": Metric("score (%)", 1, True),
     "relative_score": Metric("score / full's (%)", 1, True),
+    "agreed": Metric("tokens before the first difference", 1),
+    "agreement": Metric("same next token along full's text (%)", 1, True),
+    "along": Metric("KL along full's text (nats)", 3),
+    "drift": Metric("KL along its own text (nats)", 3),
+    "written": Metric("tokens / full's (%)", 1, True),
+    "repeated": Metric("repeated runs (%)", 1, True),
 }
 
 SHARE, POSITIVE = (0.0, 1.0), (0.0, np.inf)
-LIMITS = dict.fromkeys(("accuracy", "exact", "score"), SHARE) | dict.fromkeys(
-    ("kept", "loss", "kl", "relative_accuracy", "relative_score"), POSITIVE
+LIMITS = dict.fromkeys(("accuracy", "exact", "score", "agreement", "repeated"), SHARE) | dict.fromkeys(
+    ("kept", "loss", "kl", "relative_accuracy", "relative_score", "agreed", "along", "drift", "written"), POSITIVE
 )  # possible values
 
 
@@ -118,7 +124,8 @@ def frame(results: Mapping[str, Any]) -> pd.DataFrame:
     """
     rows = pd.DataFrame(results["rows"], columns=COLUMNS)
     rows["exact"] = rows["exact"].map({True: 1.0, False: 0.0})
-    for column in ("depth", "sparsity", "cache", "seed", "loss", "kl", "tokens", "correct", "score", "exact", "bytes"):
+    measured = [column for column in MEASURED if column != "text"]
+    for column in ("depth", "sparsity", "cache", "seed", *measured):
         try:
             rows[column] = rows[column].astype(float)
         except (TypeError, ValueError) as error:

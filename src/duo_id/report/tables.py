@@ -22,7 +22,15 @@ HEADINGS = {  # two short lines, so that the table fits a terminal
     "accuracy": "token\naccuracy %",
     "exact": "exact\nanswers %",
     "relative_score": "score\n/ full's %",
+    "agreed": "same\ntokens",
+    "agreement": "same next\ntoken %",
+    "along": "KL along\nfull's text",
+    "drift": "KL along\nits own",
+    "written": "length\n/ full's %",
+    "repeated": "repeated\n%",
 }
+OF_TEXTS = ("agreed", "agreement", "along", "drift", "written", "repeated")  # metrics of what contenders write
+WRITTEN_TITLE = "What they write after each context, against what full attention writes"
 # The metric of full attention that each relative one refers to.
 OF_FULL = {"relative_score": "score", "relative_accuracy": "accuracy", "rise": "loss"}
 CAPTION = (
@@ -96,11 +104,19 @@ def task_table(
     return terminal_table(task_grid(rows, metric, budget), title, caption)
 
 
-def contender_grid(rows: pd.DataFrame) -> Grid:
-    """One line per contender: head patterns and their baselines, then token eviction at the same bytes."""
+def contender_grid(
+    rows: pd.DataFrame, always: Sequence[str] = ("kept", "loss"), shown: Sequence[str] = SHOWN[2:]
+) -> Grid:
+    """One line per contender: head patterns and their baselines, then token eviction at the same bytes.
+
+    Args:
+        rows: as returned by `frame`.
+        always: metrics that have a column even where nothing was measured.
+        shown: metrics that have one where something was.
+    """
     statistics = contenders(rows)
     asked = [column for column in ("sparsity", "cache") if statistics[column].fillna(0).any() or column == "sparsity"]
-    metrics = [metric for metric in SHOWN if metric in ("kept", "loss") or statistics[metric].notna().any()]
+    metrics = [*always, *(metric for metric in shown if statistics[metric].notna().any())]
     sections: dict[str, list[list[Cell]]] = {}
     for row in statistics.to_dict("records"):
         section = "token eviction" if row["kind"] == "eviction" else "head patterns"
@@ -109,6 +125,11 @@ def contender_grid(rows: pd.DataFrame) -> Grid:
         cells = [name, *shares, *(metric_cell(row, metric) for metric in metrics)]
         sections.setdefault(section, []).append(cells)
     return Grid(["heads", *(HEADINGS[column] for column in (*asked, *metrics))], sections)
+
+
+def written_grid(rows: pd.DataFrame) -> Grid | None:
+    """One line per contender that wrote: how its text compares with that of full attention; None where none did."""
+    return contender_grid(rows[rows["written"].notna()], ("kept",), OF_TEXTS) if rows["written"].notna().any() else None
 
 
 def task_grid(rows: pd.DataFrame, metric: str, budget: Budget | None) -> Grid:

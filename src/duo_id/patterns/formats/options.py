@@ -24,6 +24,7 @@ class Options:
         model: hub id, for the provenance of the pattern.
         cache: in place of a sparsity, the share of the full cache's bytes that the heads may keep.
         length: of the context of which they keep it, in tokens.
+        checkpoint: folder of the model's weights, for the format that holds them.
     """
 
     sparsity: float | None = None
@@ -35,6 +36,7 @@ class Options:
     model: str | None = None
     cache: float | None = None
     length: int | None = None
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         """Check what was given together."""

@@ -8,6 +8,7 @@ from duo_id.common.documents import read_json
 from duo_id.common.errors import UserError
 from duo_id.patterns.formats.kvzip import read_kvzip, write_kvzip
 from duo_id.patterns.formats.options import Options
+from duo_id.patterns.formats.permuted_checkpoint import write_permuted_checkpoint
 from duo_id.patterns.formats.quantile_tables import (
     WEIGHTS,
     evenly_spaced_ranks,
@@ -71,6 +72,7 @@ FORMATS = {
     "headkv": Format(read_scores, write_headkv),
     "qrhead": Format(read_head_list, write_qrhead),
     "kvzip": Format(read_kvzip, write_kvzip),
+    "permuted-checkpoint": Format(read_folder, write_permuted_checkpoint, folder=True, lossless=True),  # with heads/
 }
 
 

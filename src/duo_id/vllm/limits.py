@@ -1,0 +1,55 @@
+"""Which engines the plug-in serves under: what it cannot do right is refused before a model is loaded."""
+
+from typing import Any
+
+from duo_id.common.errors import UserError, check
+from duo_id.patterns.spans import HeadSpans
+
+PLAIN = ("auto", "float16", "bfloat16", "float32")  # kinds of numbers in a cache that streaming heads read
+
+
+def check_servable(config: Any, spans: HeadSpans, device_type: str) -> None:
+    """Raise a `UserError` unless an engine can serve a model under a mask.
+
+    Args:
+        config: vLLM's configuration of the engine, a `VllmConfig`.
+        spans: how far each head sees.
+        device_type: of vLLM's platform, such as `cpu`.
+    """
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    check(
+        device_type == "cpu",
+        f"a head mask is served on CPUs alone, and this vLLM runs on {device_type}: attention over its block tables "
+        "was tested on no other device",
+    )
+    check(not model.use_mla, f"{model.model} has latent attention (MLA), which has no KV heads to serve under a mask")
+    kinds = {
+        "layers of linear attention": model.is_hybrid,
+        "no attention": model.is_attention_free,
+        "an encoder": model.is_encoder_decoder,
+        "tokens that see images which follow them": model.is_mm_prefix_lm,
+        "tokens that see others which follow them": model.is_diffusion,
+    }
+    for kind, has in kinds.items():
+        check(not has, f"{model.model} has {kind}: such models are not served under a head mask")
+    spans.check_fits(model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.model)
+    for name in ("tensor", "pipeline", "decode_context", "prefill_context"):
+        size = getattr(parallel, f"{name}_parallel_size", 1)
+        option = f"--{name.replace('_', '-')}-parallel-size"
+        check(size == 1, f"{option}={size}: a head mask is served by one worker, give {option} 1")
+    dtype = str(model.dtype).removeprefix("torch.")
+    check(
+        cache.cache_dtype in PLAIN,
+        f"--kv-cache-dtype={cache.cache_dtype}: streaming heads read no quantised cache, give auto or {dtype}",
+    )
+    wanted = {
+        "--speculative-config: streaming heads keep no blocks for drafts that are rejected": config.speculative_config,
+        "--kv-transfer-config: connectors do not know the blocks of streaming heads": config.kv_transfer_config,
+        "--disable-hybrid-kv-cache-manager: without it streaming heads would keep all blocks": (
+            config.scheduler_config.disable_hybrid_kv_cache_manager
+        ),
+        "--kv-sharing-fast-prefill: it skips layers that hold keys of others": cache.kv_sharing_fast_prefill,
+    }
+    for reason, given in wanted.items():
+        if given:
+            raise UserError(f"{reason}: leave it out under a head mask")
