@@ -232,7 +232,11 @@ def with_model_of_pattern(config: DictConfig, overrides: Sequence[str]) -> DictC
         overrides: the command line's overrides.
     """
     check(isinstance(config.heads, str), f"heads={config.heads}: give a run folder or one of {list_patterns()}")
-    provenance, override = load_pattern(config.heads).provenance, f"heads={config.heads}"
+    override = f"heads={config.heads}"
+    try:
+        provenance = load_pattern(config.heads).provenance
+    except UserError as error:
+        raise UserError(f"{override}: {error}") from error
     overridden = [item.split("=")[0].lstrip("+").replace("/", ".") for item in overrides]
     pattern_model = None if "model" in overridden else model_of(provenance, override)
     if pattern_model:
