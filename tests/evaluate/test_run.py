@@ -75,6 +75,21 @@ def test_what_contenders_write_is_compared_with_full_attention(finished_run: tup
     assert "was made with another write (write=6, not 7)" in again.output
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["write=101", "model.architecture.max_position_embeddings=1600"],
+            "write=101: after 1500 tokens the model's limit of 1600 leaves no room: lower lengths or write",
+        ),
+        (["write=1", "tasks=[language]"], "write=1: all answers of language are inside the context"),
+    ],
+    ids=["limit", "inside"],
+)
+def test_where_nothing_can_be_written_is_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
+    assert message in evaluate(tmp_path, *overrides).output
+
+
 def test_a_run_leaves_a_table_results_and_figures(finished_run: tuple[Path, Finished]) -> None:
     folder, finished = finished_run
     saved = results(folder)

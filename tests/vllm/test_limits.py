@@ -65,6 +65,7 @@ REFUSED = {
     "decode-context": ({"parallel_config__decode_context_parallel_size": 2}, "^--decode-context-parallel-size=2: "),
     "prefill-context": ({"parallel_config__prefill_context_parallel_size": 2}, "^--prefill-context-parallel-size=2: "),
     "codes": ({"cache_config__cache_dtype": "fp8_e5m2"}, "^--kv-cache-dtype=fp8_e5m2: .* give auto or bfloat16$"),
+    "other-type": ({"cache_config__cache_dtype": "float16"}, "^--kv-cache-dtype=float16: .* give auto or bfloat16$"),
     "drafts": ({"speculative_config": object()}, "^--speculative-config: .*: leave it out under a head mask$"),
     "connector": ({"kv_transfer_config": object()}, "^--kv-transfer-config: "),
     "one-group": ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "^--disable-hybrid-kv-cache-manager: "),

@@ -88,8 +88,10 @@ def kv_costs(
     Raises:
         UserError: a sample is too short, or `duo_attention` refuses the model or the heads.
     """
+    check(isinstance(samples, list | tuple), f"samples: give a list of texts, not a {type(samples).__name__}")
     for ids in samples:
         check_ids("samples", ids)
+        check(len(ids) > 0, "samples: a batch holds no text")
         check(
             ids.shape[1] > codes.GROUP,
             f"samples: {ids.shape[1]} tokens see no codes, which are made of {codes.GROUP}: give longer texts",

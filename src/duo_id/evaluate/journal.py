@@ -21,6 +21,7 @@ from duo_id.report.rows import ASKED, QUESTION, SCHEMA, VERSION, Scored, ScoredR
 
 JOURNAL = "scores.jsonl"  # in a run folder: a header line, then one row per line
 RESULTS = "results.json"
+ABSENT = {"write": 0}  # what headers of earlier versions meant by lacking a key
 ROW_ADVICE = "delete that line to score it again"
 
 
@@ -107,7 +108,7 @@ class Journal:
                 "leave out resume to start anew"
             )
         for key in self.header.keys() | header.keys():
-            if header.get(key) != self.header.get(key):
+            if header.get(key, ABSENT.get(key)) != self.header.get(key):
                 raise UserError(
                     f"resume: {self.path} was made with another {key} ({_difference(key, header, self.header)}): "
                     "leave out resume to start anew"

@@ -18,7 +18,6 @@ from duo_id.common.errors import UserError, check
 from duo_id.patterns.fields import ALL
 from duo_id.patterns.spans import HeadSpans
 from duo_id.vllm.backend import StreamingBackend
-from duo_id.vllm.limits import PLAIN
 from duo_id.vllm.spec import SinkWindowSpec
 
 HEAD = ".kv"  # between the name of a layer and the index of a KV head
@@ -39,7 +38,7 @@ class StreamingHead(Attention):
     def __init__(self, sink_size: int, recent_size: int, **given: Any) -> None:
         super().__init__(attn_backend=StreamingBackend, **given)
         check(
-            self.kv_cache_dtype in PLAIN,
+            self.kv_cache_dtype in ("auto", str(torch.get_default_dtype()).removeprefix("torch.")),
             f"{self.layer_name} has a cache in {self.kv_cache_dtype}, as the checkpoint says: give --kv-cache-dtype",
         )
         self.sink_size, self.recent_size = sink_size, recent_size

@@ -5,8 +5,6 @@ from typing import Any
 from duo_id.common.errors import UserError, check
 from duo_id.patterns.spans import HeadSpans
 
-PLAIN = ("auto", "float16", "bfloat16", "float32")  # kinds of numbers in a cache that streaming heads read
-
 
 def check_servable(config: Any, spans: HeadSpans, device_type: str) -> None:
     """Raise a `UserError` unless an engine can serve a model under a mask.
@@ -39,8 +37,9 @@ def check_servable(config: Any, spans: HeadSpans, device_type: str) -> None:
         check(size == 1, f"{option}={size}: a head mask is served by one worker, give {option} 1")
     dtype = str(model.dtype).removeprefix("torch.")
     check(
-        cache.cache_dtype in PLAIN,
-        f"--kv-cache-dtype={cache.cache_dtype}: streaming heads read no quantised cache, give auto or {dtype}",
+        cache.cache_dtype in ("auto", dtype),
+        f"--kv-cache-dtype={cache.cache_dtype}: streaming heads read numbers of the model's type alone, give auto or "
+        f"{dtype}",
     )
     wanted = {
         "--speculative-config: streaming heads keep no blocks for drafts that are rejected": config.speculative_config,

@@ -6,7 +6,7 @@ from functools import wraps
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from duo_id.common.errors import check
+from duo_id.common.errors import UserError, check
 from duo_id.vllm.choices import GROUP, NAME, VARIABLE
 
 if TYPE_CHECKING:
@@ -20,7 +20,13 @@ def plugin() -> None:
     if text := os.environ.get(VARIABLE):
         from duo_id.vllm.heads import read_spans  # PyTorch, which vLLM has by now
 
-        install(read_spans(text))
+        try:
+            spans = read_spans(text)
+        except UserError as error:
+            if VARIABLE in str(error):
+                raise
+            raise UserError(f"{VARIABLE}={text:.80}: {error}") from error
+        install(spans)
 
 
 def register(heads: Any, sparsity: float | None = None, threshold: float | None = None) -> None:
@@ -28,6 +34,7 @@ def register(heads: Any, sparsity: float | None = None, threshold: float | None 
     from duo_id.vllm.heads import as_spans
 
     if heads is None:
+        check(sparsity is None and threshold is None, "register(None) serves without a mask, and takes nothing else")
         os.environ.pop(VARIABLE, None)
         remove()
         return

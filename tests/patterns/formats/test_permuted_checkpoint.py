@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from duo_id import HeadPattern, convert, duo_attention, load_pattern, save_pattern
 from duo_id.common.errors import UserError
+from duo_id.patterns.formats.options import Options
+from duo_id.patterns.formats.permuted_checkpoint import write_permuted_checkpoint
 from duo_id.patterns.needs import SpanNeeds
 from tests.support.tiny import tiny_model
 
@@ -71,6 +73,39 @@ def test_shards_and_other_files_stay_what_they_are(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "sorted").iterdir()} == {*names, "heads"}
     assert len([name for name in names if name.endswith(".safetensors")]) > 2
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_other_formats_are_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would be loaded unsorted; so would be those of an earlier checkpoint in the same folder."""
+    (tmp_path / "model").mkdir()
+    others = ["consolidated.00.safetensors", "pytorch_model.bin"]
+    for name in others:
+        (tmp_path / "model" / name).write_bytes(b"")
+    converted(tmp_path, tiny_model("llama", **SIZES), pattern_of(SCORES))
+    assert not {path.name for path in (tmp_path / "sorted").iterdir()} & set(others)
+    assert f"left out, since they are not sorted: {', '.join(others)}" in capsys.readouterr().out.replace("\n", " ")
+    with pytest.raises(UserError, match=r"sorted.model\.safetensors is there, and other weights .*: give another DST"):
+        convert_to(tmp_path / "sorted", tmp_path)
+
+
+def test_tensors_that_no_mask_covers_stay(tmp_path: Path) -> None:
+    """Frequencies that all heads share, and layers beyond those of the model."""
+    model = tiny_model("llama", **SIZES)
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(8)}
+    more["model.layers.3.self_attn.q_proj.weight"] = torch.rand(4, 4)
+    save_file(load_file(file) | more, file, metadata={"format": "pt"})
+    save_pattern(pattern_of(SCORES), tmp_path / "run")
+    convert_to(tmp_path / "sorted", tmp_path)
+    written = load_file(tmp_path / "sorted" / "model.safetensors")
+    assert all(written[name].equal(tensor) for name, tensor in more.items())
+
+
+def convert_to(folder: Path, tmp_path: Path) -> None:
+    """Sort tmp_path / "model" by the pattern in tmp_path / "run"; mistakes are raised."""
+    options = Options(sparsity=0.5, checkpoint=str(tmp_path / "model"))
+    write_permuted_checkpoint(load_pattern(tmp_path / "run"), folder, options)
 
 
 def test_layers_without_gates_stay(tmp_path: Path) -> None:

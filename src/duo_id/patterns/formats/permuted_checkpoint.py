@@ -29,6 +29,10 @@ from duo_id.patterns.sources import CONFIG
 ATTENTION = re.compile(r"(?:.*\.)?layers\.(\d+)\.\w*attn\.(.+?)\.?(weight|bias)?")
 OUTPUT, FUSED = "o_proj", "qkv_proj"  # fused: rows of queries, then of keys, then of values
 SEPARATE = ("q_proj", "k_proj", "v_proj")
+SHARED = "rotary_emb.inv_freq"  # of all heads, in checkpoints of old
+# Files of weights; of these only the shards that transformers reads are sorted, so that no others are copied.
+WEIGHTS = ("*.safetensors", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
+OTHERS = "consolidated"  # how the names of shards begin that are in another project's format
 
 
 class Sizes(Data):
@@ -53,7 +57,7 @@ class Order:
         """The tensor `kind` of the module `name` with its heads in this order; None: it is not known how they lie."""
         queries, keys = (len(heads) * self.head_dim for heads in (self.heads, self.kv_heads))
         rows = len(tensor) if kind is not None and tensor.dim() in (1, 2) else None
-        if name == OUTPUT and kind == "bias":
+        if (name == OUTPUT and kind == "bias") or name == SHARED:
             return tensor
         if name == OUTPUT and rows is not None:
             return _moved(tensor, self.heads, 1) if tensor.shape[1:] == (queries,) else None
@@ -82,9 +86,12 @@ def write_permuted_checkpoint(pattern: HeadPattern, path: Path, options: Options
     if (sparsity := options.sparsity) is None:
         raise UserError(f"{reason} by a mask: set sparsity=...")
     source = Path(options.checkpoint).expanduser()
-    shards = sorted(source.glob("*.safetensors"))
+    shards = [shard for shard in sorted(source.glob("*.safetensors")) if not shard.name.startswith(OTHERS)]
     check(bool(shards), f"checkpoint={source} holds no .safetensors")
+    left_out = {file for file in _weights(source) if file not in shards}
     check(source.resolve() != path.resolve(), f"DST is the checkpoint itself, {path}: give another")
+    there = next(iter(sorted(_weights(path))), None)
+    check(there is None, f"{there} is there, and other weights beside these would be loaded: give another DST")
     sizes = _sizes(source / CONFIG)
     mask = pattern.binarize(sparsity=sparsity)
     mask.check_fits(sizes.num_hidden_layers, sizes.num_key_value_heads, str(source))
@@ -93,14 +100,20 @@ def write_permuted_checkpoint(pattern: HeadPattern, path: Path, options: Options
     for shard in shards:
         _write_shard(shard, path / shard.name, order, sizes)
     for file in sorted(source.iterdir()):
-        if file.is_file() and file not in shards:
+        if file.is_file() and file not in shards and file not in left_out:
             with atomic_path(path / file.name) as temporary:
                 shutil.copyfile(file, temporary)
     save_pattern(_reordered(pattern, order, sparsity), path / "heads", (sparsity,))
-    count = int((~mask.retrieval).sum())
+    count, unsorted = int((~mask.retrieval).sum()), ", ".join(sorted(file.name for file in left_out))
     return (
         f"{path}: the first heads of a layer retrieve, {count} of {order.numel()} stream; their mask: {path / 'heads'}"
+        + (f"; left out, since they are not sorted: {unsorted}" if unsorted else "")
     )
+
+
+def _weights(folder: Path) -> set[Path]:
+    """The files of weights in a folder, in any format."""
+    return {file for pattern in WEIGHTS for file in folder.glob(pattern) if file.is_file()}
 
 
 def _sizes(path: Path) -> Sizes:
@@ -137,7 +150,8 @@ def _write_shard(shard: Path, target: Path, order: Tensor, sizes: Sizes) -> None
     written = {}
     for key, tensor in _tensors(shard):
         written[key] = tensor
-        if match := ATTENTION.fullmatch(key):
+        match = ATTENTION.fullmatch(key)
+        if match and int(match[1]) < len(order):  # beyond are layers that predict further tokens, which no mask covers
             moved = _order(order[int(match[1])], sizes).apply(match[2], match[3], tensor)
             if moved is None:
                 shape = " x ".join(map(str, tensor.shape)) or "a number"
