@@ -20,7 +20,12 @@ def refused(message: str, folder: Path, heads: Any, **options: Any) -> None:
 def test_an_engine_that_cannot_serve_is_refused_before_it_loads(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    refused("^--kv-cache-dtype=fp8: streaming heads read no quantised", tmp_path, alternating(), kv_cache_dtype="fp8")
+    refused(
+        "^--kv-cache-dtype=fp8: streaming heads read numbers",
+        tmp_path,
+        alternating(),
+        kv_cache_dtype="fp8",
+    )
     other = HeadSpans(torch.full((3, 4), 8), 4)
     refused(f"for 3 layers x 4 KV heads, but {tmp_path} has 4 layers x 4 KV heads$", tmp_path, other)
 
@@ -64,7 +69,7 @@ def test_a_wrong_variable_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from duo_id.vllm.plugin import plugin
 
     monkeypatch.setenv("DUO_ID_HEADS", "nowhere@0.5")
-    with pytest.raises(UserError, match=r"^no head pattern 'nowhere'"):
+    with pytest.raises(UserError, match=r"^DUO_ID_HEADS=nowhere@0.5: no head pattern 'nowhere'"):
         plugin()
 
 
