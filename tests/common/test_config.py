@@ -60,7 +60,7 @@ ACCEPTED = {
     "negative": f"{TEXTS} trainer.devices trainer.num_sanity_val_steps",
     "zero": f"""{TEXTS} {FLAGS}
         data.curriculum data.depth_min data.num_workers data.text_skip n n_test n_validation random_masks seed
-        sink_size sparsity warmup checkpoint_seconds comparison.random_masks comparison.validation_samples
+        sink_size sparsity warmup write checkpoint_seconds comparison.random_masks comparison.validation_samples
         method.sink_size method.budgets method.floor method.initial method.reg_weight method.target_rise method.warmup
         method.at method.max_swaps method.samples trainer.limit_val_batches trainer.num_sanity_val_steps
         trainer.reload_dataloaders_every_n_epochs""",

@@ -82,7 +82,7 @@ class Life:
         positions = (real.cumsum(-1) - 1).clamp(min=0)
         coded = None
         if self.bits is not None:
-            coded = Coded(self.bits, codes.GROUP, self.pasts(real, chunk))
+            coded = Coded([self.bits] * len(self.given.mask.spans), codes.GROUP, self.pasts(real, chunk))
         with reference(self.given.model, self.given.mask, coded):
             return self.given.model(ids, attention_mask=real, position_ids=positions, use_cache=False).logits
 

@@ -153,7 +153,7 @@ def test_the_first_samples_of_all_tasks_and_lengths_come_first(model: Any, tmp_p
 def test_a_batch_that_does_not_fit_names_the_override(
     model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def full(*args: Any) -> None:
+    def full(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(reading.Reader, "read", full)

@@ -52,7 +52,7 @@ def test_without_the_wheel_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> 
         return lambda source, **kwargs: (asked.update({kind: (source, kwargs)}), result)[1]
 
     model = torch.nn.Linear(1, 1)
-    model.config = config
+    model.config, model.get_output_embeddings = config, lambda: None
     monkeypatch.setattr(AutoConfig, "from_pretrained", answer("config", config))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", answer("model", model))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", answer("tokenizer", byte_tokenizer()))

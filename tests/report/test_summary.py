@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from duo_id.common.errors import UserError
+from duo_id.report.rows import WRITTEN
 from duo_id.report.summary import COLUMNS, REPORTED, contenders, frame, load_results, name_of, summarise
 from tests.evaluate.saved import line_up, save, saved_results
 
@@ -32,13 +33,30 @@ def only(rows: pd.DataFrame, kind: str = "pattern", **options: Any) -> pd.Series
     return statistics[statistics["kind"] == kind].squeeze()
 
 
+def written(agreed: int, same: int, length: int, along: float, own: float, repeated: float) -> dict[str, Any]:
+    """Columns of a free text, where full attention wrote four tokens."""
+    return dict(zip(WRITTEN, (4, along, same, agreed, length, own, repeated), strict=True))
+
+
 def by_hand() -> pd.DataFrame:
     """Task a: two samples of 1 and 3 tokens; task b: one of 10 tokens, without generated answers."""
     return rows_of(
-        row("a", 0, FULL, 1.0, 1, correct=1, score=1.0, exact=True),
+        row("a", 0, FULL, 1.0, 1, correct=1, score=1.0, exact=True, **written(4, 4, 4, 0.0, 0.0, 0.0)),
         row("a", 1, FULL, 3.0, 3, correct=3, score=0.5, exact=False),
         row("b", 0, FULL, 20.0, 10, correct=5),
-        row("a", 0, MASK, 2.0, 1, correct=1, score=0.75, exact=False, kl=0.5, bytes=50),
+        row(
+            "a",
+            0,
+            MASK,
+            2.0,
+            1,
+            correct=1,
+            score=0.75,
+            exact=False,
+            kl=0.5,
+            bytes=50,
+            **written(2, 3, 8, 2.0, 4.0, 0.25),
+        ),
         row("a", 1, MASK, 4.0, 3, correct=1, score=0.0, exact=False, kl=0.7, bytes=70),
         row("b", 0, MASK, 25.0, 10, correct=3, kl=2.0, bytes=30),
     )
@@ -56,6 +74,12 @@ def test_values_by_hand() -> None:
         "exact": 0.0,
         "score": 0.375,  # of task a alone
         "relative_score": 0.375 / 0.75,
+        "agreed": 2,
+        "agreement": 3 / 4,
+        "along": 2 / 4,
+        "drift": 4 / 8,
+        "written": 8 / 4,
+        "repeated": 0.25,
     }
     assert expected.keys() == REPORTED.keys()
     for metric, value in expected.items():
