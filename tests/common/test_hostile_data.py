@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -203,6 +204,7 @@ def checkpoint(folder: Path) -> dict[str, Any]:
 def use_checkpoint(path: Path) -> None:
     pattern = HeadPattern(torch.tensor([[0.1, 0.9], [0.9, 0.1]]), 1, 2)
     options = replace(OPTIONS, checkpoint=str(path.parent))
+    shutil.rmtree(path.parents[1] / "sorted", ignore_errors=True)  # of the value before
     FORMATS["permuted-checkpoint"].write(pattern, path.parents[1] / "sorted", options)
 
 
