@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from duo_id.common.errors import UserError, check
 from duo_id.evaluate.items import Item
 
 GENERATED = 32  # tokens of a context that take as long as one that is generated
@@ -34,3 +35,21 @@ def work(items: Sequence[Item], generate: bool, write: int = 0) -> int:
 def first_following(item: Item) -> int | None:
     """The number of the first question that follows the context; None: the answers are all inside it."""
     return next((number for number, question in enumerate(item.questions) if question.place is None), None)
+
+
+def check_room_to_write(write: int, items: Sequence[Item], limit: int | None) -> None:
+    """Raise a `UserError` if no item has a question to write after, or a text ends beyond what the model can read.
+
+    Args:
+        write: tokens of a text at most.
+        items: all that are read.
+        limit: of the model, in tokens.
+    """
+    longest = max((item.length for item in items if first_following(item) is not None), default=None)
+    if longest is None:
+        tasks = ", ".join(dict.fromkeys(item.task for item in items))
+        raise UserError(f"write={write}: all answers of {tasks} are inside the context")
+    check(
+        limit is None or longest + write <= limit,
+        f"write={write}: after {longest} tokens the model's limit of {limit} leaves no room: lower lengths or write",
+    )

@@ -24,7 +24,7 @@ from duo_id.common.tables import print_tables
 from duo_id.common.version import __version__
 from duo_id.data.haystack import Haystack, load_haystack, text_versions
 from duo_id.evaluate import chat
-from duo_id.evaluate.batches import first_following
+from duo_id.evaluate.batches import check_room_to_write
 from duo_id.evaluate.contenders import (
     check_shares,
     check_windows,
@@ -146,7 +146,7 @@ def score(
     items = all_items(settings, model, haystack)
     check_windows(patterns, items)
     if settings.write:
-        _check_room_to_write(settings, model, items)
+        check_room_to_write(settings.write, items, model.max_length)
     check_shares(patterns, settings.cache, settings.lengths)
     warn_of_other_weights(patterns, model.weights)
     warn_of_short_contexts(patterns, settings.cache, [len(item.context) for item in items])
@@ -265,18 +265,6 @@ def _check_resumed(settings: EvaluateSettings, folder: Path) -> None:
             key: values for key, values in changes.items() if in_groups(key, MEASURED) and key not in UNCOMPARED
         }
         check_unchanged(relevant, f"resume={settings.resume}: it was made", "and its scores are valid for that only")
-
-
-def _check_room_to_write(settings: EvaluateSettings, model: LanguageModel, items: Sequence[Item]) -> None:
-    """Refuse to write after contexts without a question that follows, or beyond what the model can read."""
-    following = [item for item in items if first_following(item) is not None]
-    check(bool(following), f"write={settings.write}: all answers of {', '.join(settings.tasks)} are inside the context")
-    longest, limit = max(item.length for item in following), model.max_length
-    check(
-        limit is None or longest + settings.write <= limit,
-        f"write={settings.write}: after {longest} tokens the model's limit of {limit} leaves no room: lower lengths or "
-        "write",
-    )
 
 
 def _recorded_settings(settings: EvaluateSettings) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Score all contenders on all items, batch by batch, so that full attention reads each context once for all of them."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -70,9 +70,13 @@ def run(
         batch: Sequence[Item], contender: Contender, generate: bool, texts: Texts | None = None
     ) -> list[Answers]:
         """The answers of a batch; `texts` to follow, for all but full attention, whose cache is kept for the others."""
+        with fitting(batch), under(contender, batch):
+            return reader.read(batch, generate, write, texts, keep=bool(write) and contender is full)
+
+    @contextmanager
+    def fitting(batch: Sequence[Item]) -> Iterator[None]:
         try:
-            with under(contender, batch):
-                return reader.read(batch, generate, write, texts, keep=bool(write) and contender is full)
+            yield
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{len(batch)} contexts of {batch[0].length} tokens do not fit in the device's memory: "
@@ -113,14 +117,17 @@ def run(
                 texts = {item: said.tokens for item in subset if (said := reference[item].written) is not None}
                 answers = dict(zip(subset, answer(subset, contender, generate, texts), strict=True))
                 own = {item: said.tokens for item, a in answers.items() if (said := a.written) is not None}
-                with under(full, batch):
-                    of_full = reader.follow(own) if own else {}
+                of_full = {}
+                if own:
+                    with fitting(batch), under(full, batch):
+                        of_full = reader.follow(own)
                 journal.add(
                     row
                     for item, answered in answers.items()
                     for row in rows(contender, item, answered, reference[item], of_full=of_full.get(item))
                 )
                 progress.update(bar, completed=planned)
+            reader.kept = None  # before the next batch takes its memory
 
 
 def _warn_if_stepwise(model: LanguageModel, item: Item, full: Contender, chunk_size: int, console: Console) -> None:

@@ -6,15 +6,8 @@ from duo_id.common.documents import Data, Line, Natural, Share, Tokens
 
 SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
 ScoredRow = dict[str, Any]  # one contender's scores on one question, see `duo_id.evaluate.judging`
-WRITTEN = [
-    "full_written",
-    "along_kl",
-    "along_correct",
-    "agreed",
-    "written",
-    "own_kl",
-    "repeated",
-]  # columns, see `Scored`
+# Columns of a free text, see `Scored`.
+WRITTEN = ["full_written", "along_kl", "along_correct", "agreed", "written", "own_kl", "repeated"]
 SAMPLE = ["task", "length", "index"]  # columns that identify a context, shared by its questions
 QUESTION = [*SAMPLE, "question"]
 KINDS = ("full", "pattern", "spans", "baseline", "eviction")  # of contenders, in the order of tables

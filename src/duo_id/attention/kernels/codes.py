@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-# What `numbers` adds to codes where it is fast, and to those in the upper bits of a byte.
+# What `numbers` adds where it is fast: the first to codes, but the second to those in the upper bits of a byte.
 LOW_OFFSET, HIGH_OFFSET = tl.constexpr(1024.0), tl.constexpr(64.0)
 
 

@@ -14,14 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duo_id.attention.kernels.codes import (
-    HIGH_OFFSET,
-    LOW_OFFSET,
-    numbers,
-    scales_of,
-    write_keys,
-    write_values,
-)
+from duo_id.attention.kernels.codes import HIGH_OFFSET, LOW_OFFSET, numbers, scales_of, write_keys, write_values
 from duo_id.attention.kernels.decode import multiprocessors, programs_of, ring_of, sum_parts
 from duo_id.attention.kernels.shared import FAR_BELOW, LOG2_E, padded_dim, precision
 
