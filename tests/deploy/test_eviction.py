@@ -350,7 +350,7 @@ def test_layers_that_share_keys_need_a_score_without_queries() -> None:
     )  # fmt: skip
     ids = random_ids(1, PROMPT)
     with duo_attention(model, HeadSpans(torch.full((4, 2), -1), SINK, [1])):
-        with pytest.raises(UserError, match="^score=snapkv: layers of this model share keys: use score=keydiff$"):
+        with pytest.raises(UserError, match=r"^score=snapkv: layers of this model share keys: use score=keydiff$"):
             prefill(model, ids, dual_cache(model), evict=HOW)
         cache = dual_cache(model)
         prefill(model, ids, cache, evict=replace(HOW, score="keydiff"))
