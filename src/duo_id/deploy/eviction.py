@@ -1,7 +1,7 @@
 """Token eviction on top of a head mask: retrieval heads keep a share of a context's tokens, and the rest is freed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 
@@ -62,58 +62,52 @@ class Eviction:
         return max(tokens_within(self.keep, tokens), min(tokens, sink_size + self.window))
 
 
-class Reading:
-    """A cache that is being read into, some tokens of which are evicted afterwards.
+@contextmanager
+def evicting(model: PreTrainedModel, cache: DualCache, how: Eviction | None, input_ids: Tensor) -> Iterator[None]:
+    """A block that reads a text into a cache, and after which tokens are evicted.
 
     Args:
         model: under a mask.
         cache: its own.
-        how: what stays.
+        how: what stays; None: everything.
+        input_ids: (batch, tokens), what is read.
 
     Raises:
         UserError: tokens of this cache cannot be evicted.
     """
+    if how is None:
+        yield
+        return
+    check_supported(cache, how)
+    latest = LatestQueries(how.window)
+    with latest.recorded(cache) if how.score == "snapkv" else nullcontext():
+        yield
+    check_uniform(cache)
+    tokens, sink = cache.tokens.held[0], cache.mask.sink_size
+    if all(how.kept(tokens, sink) >= tokens - layer.full.dropped for layer in evictable(cache)):
+        return
+    if how.score == "keydiff":
+        scores = keydiff(cache)
+    elif how.score == "snapkv":
+        scores = snapkv(cache, latest, how.pool)
+    else:
+        continued = continuation(model, input_ids)
+        check(not continued.stepwise, "score=kvzip: several tokens cannot follow a past here: use score=snapkv")
+        scores = kvzip(model, input_ids, cache, continued)
+    evict(cache, scores, how)
 
-    def __init__(self, model: PreTrainedModel, cache: DualCache, how: Eviction) -> None:
-        self.model, self.cache, self.how, self.latest = model, cache, how, LatestQueries(how.window)
-        check(not cache.coded, "evict: retrieval heads that keep codes cannot drop tokens: use kv=exact")
-        if how.score != "keydiff" and any(layer.layer.sharers for layer in cache.dual_layers):
-            raise UserError(f"score={how.score}: layers of this model share keys: use score=keydiff")
-        if how.score == "kvzip":
-            begun = int(cache.get_seq_length()) > 0
-            check(not begun, "score=kvzip repeats the whole context, but the cache is not empty: use score=snapkv")
-            check(cache.max_length is None, "score=kvzip needs a growing cache: leave max_length out")
-            stateful = any(not isinstance(layer, DualLayer) for layer in cache.layers)
-            check(not stateful, "score=kvzip: layers without attention would keep what is repeated: use score=snapkv")
 
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Read into the cache in this block."""
-        with self.latest.recorded(self.cache):
-            yield
-
-    def evict(self, input_ids: Tensor, cache: DualCache | None = None, samples: Tensor | None = None) -> None:
-        """Evict tokens.
-
-        Args:
-            input_ids: (batch, tokens), what was read.
-            cache: one forked from the cache that was read; None: that itself.
-            samples: int64, those it was forked with.
-        """
-        cache = self.cache if cache is None else cache
-        check_uniform(cache)
-        tokens, sink = cache.tokens.held[0], cache.mask.sink_size
-        if all(self.how.kept(tokens, sink) >= tokens - layer.full.dropped for layer in evictable(cache)):
-            return
-        if self.how.score == "keydiff":
-            scores = keydiff(cache)
-        elif self.how.score == "snapkv":
-            scores = snapkv(cache, self.latest, self.how.pool, samples)
-        else:
-            continued = continuation(self.model, input_ids)
-            check(not continued.stepwise, "score=kvzip: several tokens cannot follow a past here: use score=snapkv")
-            scores = kvzip(self.model, input_ids, cache, continued)
-        evict(cache, scores, self.how)
+def check_supported(cache: DualCache, how: Eviction) -> None:
+    """Raise a `UserError` if tokens of a cache cannot be evicted this way, whatever is read into it."""
+    check(not cache.coded, "evict: retrieval heads that keep codes cannot drop tokens: use kv=exact")
+    if how.score != "keydiff" and any(layer.layer.sharers for layer in cache.dual_layers):
+        raise UserError(f"score={how.score}: layers of this model share keys: use score=keydiff")
+    if how.score == "kvzip":
+        begun = int(cache.get_seq_length()) > 0
+        check(not begun, "score=kvzip repeats the whole context, but the cache is not empty: use score=snapkv")
+        check(cache.max_length is None, "score=kvzip needs a growing cache: leave max_length out")
+        stateful = any(not isinstance(layer, DualLayer) for layer in cache.layers)
+        check(not stateful, "score=kvzip: layers without attention would keep what is repeated: use score=snapkv")
 
 
 def check_uniform(cache: DualCache) -> None:

@@ -15,7 +15,7 @@ from duo_id.common.compat import cache_argument, keeps_logits
 from duo_id.common.errors import UserError, check
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.chunks import Continuation, check_chunks, continuation
-from duo_id.deploy.eviction import PADDED, Eviction, Reading
+from duo_id.deploy.eviction import PADDED, Eviction, evicting
 from duo_id.deploy.install import deployment_of
 
 
@@ -58,16 +58,12 @@ def prefill(
     how = Continuation()
     if input_ids.shape[1] and chunk_size > 0:
         how = check_chunks(model, input_ids, chunk_size, int(cache.get_seq_length()))
-    given = model, input_ids, cache, chunk_size, attention_mask, progress, how
-    if evict is None:
-        return read_in_chunks(*given)
-    check(isinstance(evict, Eviction), f"evict={evict!r:.80} must be an Eviction, such as duo_id.Eviction(keep=0.5)")
-    check(attention_mask is None or bool(attention_mask.all()), PADDED)
-    reading = Reading(model, cache, evict)
-    with reading.recorded():
-        logits = read_in_chunks(*given)
-    reading.evict(input_ids)
-    return logits
+    if evict is not None:
+        given = f"evict={evict!r:.80}"
+        check(isinstance(evict, Eviction), f"{given} must be an Eviction, such as duo_id.Eviction(keep=0.5)")
+        check(attention_mask is None or bool(attention_mask.all()), PADDED)
+    with evicting(model, cache, evict, input_ids):
+        return read_in_chunks(model, input_ids, cache, chunk_size, attention_mask, progress, how)
 
 
 def check_ids(name: str, values: Any) -> None:

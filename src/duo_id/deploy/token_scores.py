@@ -63,20 +63,18 @@ class LatestQueries:
         self.softmax[index] = softmax
 
 
-def snapkv(cache: DualCache, latest: LatestQueries, pool: int, samples: Tensor | None = None) -> Scores:
+def snapkv(cache: DualCache, latest: LatestQueries, pool: int) -> Scores:
     """What the latest queries attend to, averaged over `pool` neighbours (SnapKV, arXiv 2404.14469).
 
     Args:
         cache: that was read.
         latest: recorded until its last token.
         pool: tokens, an odd number.
-        samples: int64, whose queries belong to the samples of the cache; None: they are the same.
     """
     scores = {}
     for layer in evictable(cache):
         index, (keys, _) = layer.layer.index, _stored(layer)
-        queries = latest.queries[index] if samples is None else latest.queries[index][samples]
-        queries, softmax = queries.unflatten(1, (layer.layer.kv_heads, -1)), latest.softmax[index]
+        queries, softmax = latest.queries[index].unflatten(1, (layer.layer.kv_heads, -1)), latest.softmax[index]
         stored = keys.shape[2]
         at = torch.arange(stored - queries.shape[3], stored, device=keys.device)
         visible = torch.arange(stored, device=keys.device) <= at[:, None]
