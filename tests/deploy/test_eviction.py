@@ -143,6 +143,21 @@ def test_copies_and_beams_after_eviction(deployed: Any) -> None:
     check_equal(following(deployed, ids[order], cache), wanted[order])
 
 
+@pytest.mark.parametrize("max_length", [None, 80], ids=["growing", "static"])
+def test_generate_goes_on_from_an_evicted_cache(max_length: int | None, deployed: Any) -> None:
+    ids = random_ids(2, TOKENS)
+    cache = dual_cache(deployed, max_length)
+    prefill(deployed, ids[:, :PROMPT], cache, evict=HOW)
+    saved = copy.deepcopy(cache)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    found = deployed.generate(ids, past_key_values=cache, **options)[:, TOKENS:]
+    token, wanted = ids[:, PROMPT:], []
+    for _ in range(6):
+        token = deployed(token, past_key_values=saved).logits[:, -1:].argmax(-1)
+        wanted.append(token)
+    assert torch.equal(found, torch.cat(wanted, 1))
+
+
 def test_memory_is_freed(deployed: Any) -> None:
     ids = random_ids(1, 3000)
     cache = dual_cache(deployed)

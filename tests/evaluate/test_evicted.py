@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from duo_id import Eviction, dual_cache, duo_attention, evaluate_pattern, prefill
+from duo_id import Eviction, dual_cache, duo_attention, prefill
 from duo_id.common.compat import cache_argument
 from duo_id.common.errors import UserError
 from duo_id.data.settings import HaystackSettings
@@ -119,13 +119,3 @@ def test_settings_that_cannot_work(given: dict[str, object], message: str) -> No
             1,
             **given,
         )
-
-
-def test_in_one_table_with_the_mask(model: LanguageModel) -> None:
-    table = evaluate_pattern(
-        model.model, model.tokenizer, PATTERN, ["passkeys", "language"], cache=0.5, lengths=700, samples=1,
-        random_masks=0, baselines=[], evict=["snapkv", "keydiff", "kvzip"], progress=False,
-    )  # fmt: skip
-    kept = dict(zip(table["heads"], table["kept"], strict=True))
-    for score in ("snapkv", "keydiff", "kvzip"):
-        assert 0.47 < kept[f"pattern + {score}"] <= 0.505, kept
