@@ -42,7 +42,7 @@ def _attend(  # type: ignore[no-untyped-def]
     cache_token, ROWS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     SIZE: tl.constexpr, SINGLE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Running softmax over tokens, the first `held`, then `oldest` to `end`: of their blocks those `number` to `last`."""
+    """Running softmax over tokens, the first `held`, then `oldest` to `end`: their blocks from `number` to `last`."""
     columns = tl.arange(0, COLUMNS)[None, :]
     row_max = tl.full([ROWS], FAR_BELOW, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
