@@ -30,7 +30,7 @@ def config(**changes: Any) -> SimpleNamespace:
     sizes = ("tensor", "pipeline", "decode_context", "prefill_context")
     parts: dict[str, dict[str, Any]] = {
         "model_config": model,
-        "parallel_config": {f"{size}_parallel_size": 1 for size in sizes},
+        "parallel_config": {f"{size}_parallel_size": 1 for size in sizes} | {"use_ubatching": False},
         "cache_config": {"cache_dtype": "auto", "kv_sharing_fast_prefill": False},
         "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
     }
@@ -45,6 +45,7 @@ def config(**changes: Any) -> SimpleNamespace:
 
 def test_a_plain_engine_is_served() -> None:
     check_servable(config(), SPANS, "cpu")
+    check_servable(config(), SPANS, "cuda")
     check_servable(config(cache_config__cache_dtype="bfloat16"), SPANS, "cpu")
 
 
@@ -69,6 +70,7 @@ REFUSED = {
     "drafts": ({"speculative_config": object()}, "^--speculative-config: .*: leave it out under a head mask$"),
     "connector": ({"kv_transfer_config": object()}, "^--kv-transfer-config: "),
     "one-group": ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "^--disable-hybrid-kv-cache-manager: "),
+    "halves": ({"parallel_config__use_ubatching": True}, "^--enable-dbo, --ubatch-size: "),
     "shared-keys": ({"cache_config__kv_sharing_fast_prefill": True}, "^--kv-sharing-fast-prefill: "),
 }
 
@@ -80,6 +82,8 @@ def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], message:
     assert "\n" not in str(error.value)
 
 
-def test_gpus_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^a head mask is served on CPUs alone, and this vLLM runs on cuda: "):
-        check_servable(config(), SPANS, "cuda")
+@pytest.mark.parametrize("device", ["rocm", "xpu", "tpu"])
+def test_other_devices_are_refused(device: str) -> None:
+    message = f"^a head mask is served on CPUs and on NVIDIA GPUs, and this vLLM runs on {device}: "
+    with pytest.raises(UserError, match=message):
+        check_servable(config(), SPANS, device)

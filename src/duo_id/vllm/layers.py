@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionType
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
 from duo_id.common.errors import UserError, check
 from duo_id.patterns.fields import ALL
 from duo_id.patterns.spans import HeadSpans
-from duo_id.vllm.backend import StreamingBackend
 from duo_id.vllm.spec import SinkWindowSpec
 
 HEAD = ".kv"  # between the name of a layer and the index of a KV head
@@ -28,6 +28,21 @@ UNSERVED = {
 }
 
 
+def streaming_backend() -> type[AttentionBackend]:
+    """What streaming heads attend with on this platform."""
+    if current_platform.is_cuda():
+        check(
+            current_platform.has_device_capability(80),
+            "a head mask is served on GPUs of compute capability 8.0 and above, and this one is older",
+        )
+        from duo_id.vllm.backend_gpu import PagedBackend
+
+        return PagedBackend
+    from duo_id.vllm.backend_cpu import StreamingBackend
+
+    return StreamingBackend
+
+
 class WholeHead(Attention):
     """A KV head with its query heads that keeps what the model's own attention keeps."""
 
@@ -36,7 +51,7 @@ class StreamingHead(Attention):
     """A KV head with its query heads that keeps the sink and a window."""
 
     def __init__(self, sink_size: int, recent_size: int, **given: Any) -> None:
-        super().__init__(attn_backend=StreamingBackend, **given)
+        super().__init__(attn_backend=streaming_backend(), **given)
         check(
             self.kv_cache_dtype in ("auto", str(torch.get_default_dtype()).removeprefix("torch.")),
             f"{self.layer_name} has a cache in {self.kv_cache_dtype}, as the checkpoint says: give --kv-cache-dtype",
@@ -108,6 +123,8 @@ def _check_layer(prefix: str, given: dict[str, Any], spans: HeadSpans, streams: 
         check(
             not window, f"{prefix} has a sliding window of {window} tokens: its heads cannot stream, as the mask says"
         )
+        width = given.get("head_size_v") or given["head_size"]
+        check(width == given["head_size"], f"{prefix} has values of another width than keys: its heads cannot stream")
         for name, meaning in UNSERVED.items():
             check(given.get(name) is None, f"{prefix} has {meaning}, with which vLLM cannot serve streaming heads yet")
     elif window and bool((spans.spans[list(spans.gated_layers)] == window).all()):

@@ -6,19 +6,19 @@ from duo_id.common.errors import UserError, check
 from duo_id.patterns.spans import HeadSpans
 
 
-def check_servable(config: Any, spans: HeadSpans, device_type: str) -> None:
+def check_servable(config: Any, spans: HeadSpans, device: str) -> None:
     """Raise a `UserError` unless an engine can serve a model under a mask.
 
     Args:
         config: vLLM's configuration of the engine, a `VllmConfig`.
         spans: how far each head sees.
-        device_type: of vLLM's platform, such as `cpu`.
+        device: of vLLM's platform, such as `cpu`.
     """
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     check(
-        device_type == "cpu",
-        f"a head mask is served on CPUs alone, and this vLLM runs on {device_type}: attention over its block tables "
-        "was tested on no other device",
+        device in ("cpu", "cuda"),
+        f"a head mask is served on CPUs and on NVIDIA GPUs, and this vLLM runs on {device}: streaming heads have no "
+        "kernel there",
     )
     check(not model.use_mla, f"{model.model} has latent attention (MLA), which has no KV heads to serve under a mask")
     kinds = {
@@ -42,6 +42,7 @@ def check_servable(config: Any, spans: HeadSpans, device_type: str) -> None:
         f"{dtype}",
     )
     wanted = {
+        "--enable-dbo, --ubatch-size: it was not tested with parts of a batch side by side": parallel.use_ubatching,
         "--speculative-config: streaming heads keep no blocks for drafts that are rejected": config.speculative_config,
         "--kv-transfer-config: connectors do not know the blocks of streaming heads": config.kv_transfer_config,
         "--disable-hybrid-kv-cache-manager: without it streaming heads would keep all blocks": (

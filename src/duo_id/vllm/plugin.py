@@ -68,7 +68,7 @@ def install(spans: "HeadSpans") -> None:
     @wraps(create)
     def create_checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = create(self, *args, **kwargs)
-        check_servable(config, spans, current_platform.device_type)
+        check_servable(config, spans, current_platform.device_name)
         logger.info("serving under a head mask: %s", spans)
         return config
 

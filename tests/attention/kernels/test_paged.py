@@ -150,7 +150,7 @@ def test_any_block_size_and_layout(window: Window | None, size: int, tokens_firs
     Batch(edges, window, size=size, tokens_first=tokens_first).check(block=32, least=1, rows=32)
 
 
-@pytest.mark.parametrize(("group", "dim"), [(1, 64), (4, 80), (7, 96), (4, 128), (2, 256), (20, 32)], ids=str)
+@pytest.mark.parametrize(("group", "dim"), [(1, 64), (4, 80), (7, 96), (4, 128), (2, 256), (2, 512), (20, 32)], ids=str)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_any_shape_with_the_blocks_of_real_runs(group: int, dim: int, dtype: torch.dtype) -> None:
     for window in (Window(64, 130), None):
@@ -169,13 +169,13 @@ def test_programs_share_a_context_and_leave_their_workspace_as_it_was() -> None:
     """The same bits each time, whichever program comes last."""
     from duo_id.attention.kernels.paged import workspace
 
-    space = workspace(8, 2, 3, 64, torch.device(DEVICE), programs=16)
-    for window, least in ((Window(40, 700), 1), (None, 1), (None, 3)):
-        batch = Batch([(900, 1), (0, 1), (431, 1), (432, 1)], window, dim=64)
+    space = workspace(8, 1, 3, 16, torch.device(DEVICE), programs=16)
+    for window, least in ((Window(40, 200), 1), (None, 1), (None, 3)):
+        batch = Batch([(300, 1), (0, 1), (143, 1), (144, 1)], window, kv_heads=1)
         options = {"space": space, "block": 16, "least": least, "programs": 16}
         batch.check(longest=1, **options)
         first = batch.out.clone()
-        for _ in range(3):
+        for _ in range(2 if DEVICE == "cpu" else 20):
             batch.out.zero_()
             assert torch.equal(batch.attend(longest=1, **options)[:4], first[:4])
             assert space.arrived.eq(0).all()
