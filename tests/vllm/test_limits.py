@@ -27,7 +27,7 @@ def config(**changes: Any) -> SimpleNamespace:
         "get_total_num_hidden_layers": lambda: 3,
         "get_total_num_kv_heads": lambda: 2,
     }
-    sizes = ("tensor", "pipeline", "decode_context", "prefill_context")
+    sizes = ("pipeline", "decode_context", "prefill_context")
     parts: dict[str, dict[str, Any]] = {
         "model_config": model,
         "parallel_config": {f"{size}_parallel_size": 1 for size in sizes} | {"use_ubatching": False},
@@ -61,8 +61,10 @@ REFUSED = {
         "for 3 layers x 2 KV heads, but tiny has 4 layers x 2 KV heads$",
     ),
     "heads": ({"model_config__get_total_num_kv_heads": lambda: 8}, "but tiny has 3 layers x 8 KV heads$"),
-    "tensor": ({"parallel_config__tensor_parallel_size": 2}, "^--tensor-parallel-size=2: .* give --tensor-parallel-"),
-    "pipeline": ({"parallel_config__pipeline_parallel_size": 4}, "^--pipeline-parallel-size=4: "),
+    "pipeline": (
+        {"parallel_config__pipeline_parallel_size": 4},
+        "^--pipeline-parallel-size=4: .* --pipeline-parallel-",
+    ),
     "decode-context": ({"parallel_config__decode_context_parallel_size": 2}, "^--decode-context-parallel-size=2: "),
     "prefill-context": ({"parallel_config__prefill_context_parallel_size": 2}, "^--prefill-context-parallel-size=2: "),
     "codes": ({"cache_config__cache_dtype": "fp8_e5m2"}, "^--kv-cache-dtype=fp8_e5m2: .* give auto or bfloat16$"),

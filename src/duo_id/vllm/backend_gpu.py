@@ -47,7 +47,7 @@ class PagedMetadataBuilder(AttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.window = Window(kv_cache_spec.sink_size, kv_cache_spec.sliding_window)
         layers, compilation = vllm_config.compilation_config.static_forward_context, vllm_config.compilation_config
-        group = max(layers[name].num_heads for name in layer_names)
+        group = max((layers[name].num_heads for name in layer_names), default=1)  # none: a rank without such heads
         requests = max(vllm_config.scheduler_config.max_num_seqs, compilation.max_cudagraph_capture_size or 0)
         self.space = workspace(requests, 1, group, kv_cache_spec.head_size, device)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
@@ -72,6 +73,11 @@ class StreamingHead(Attention):
         )
 
 
+def heads_of_rank(kv_heads: int, rank: int, ranks: int) -> range:
+    """The KV heads of a tensor-parallel rank; where there are more ranks than heads, several have the same one."""
+    return range(rank * kv_heads // ranks, rank * kv_heads // ranks + max(1, kv_heads // ranks))
+
+
 class SplitAttention(nn.Module):
     """An attention layer of a model, as one layer per KV head.
 
@@ -88,12 +94,14 @@ class SplitAttention(nn.Module):
         layer = extract_layer_index(prefix)
         layers, expected = spans.spans.shape
         check(layer < layers, f"{prefix} is beyond the {layers} layers of the head mask")
-        check(kv_heads == expected, f"{prefix} has {kv_heads} KV heads and the head mask {expected}")
         row = spans.spans[layer].tolist()
         _check_layer(prefix, given, spans, any(span != ALL for span in row))
+        own = heads_of_rank(expected, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        check(kv_heads == len(own), f"{prefix} has {kv_heads} KV heads where the head mask has {len(own)}")
         self.kv_heads = kv_heads
         self.heads = nn.ModuleList()
-        for head, span in enumerate(row):
+        for head in own:  # named as in the whole model, so that vLLM takes the ranks' heads for different layers
+            span = row[head]
             part = given | {"num_heads": heads // kv_heads, "num_kv_heads": 1, "prefix": f"{prefix}{HEAD}{head}"}
             self.heads.append(WholeHead(**part) if span == ALL else StreamingHead(spans.sink_size, span, **part))
 

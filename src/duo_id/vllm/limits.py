@@ -31,10 +31,10 @@ def check_servable(config: Any, spans: HeadSpans, device: str) -> None:
     for kind, has in kinds.items():
         check(not has, f"{model.model} has {kind}: such models are not served under a head mask")
     spans.check_fits(model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.model)
-    for name in ("tensor", "pipeline", "decode_context", "prefill_context"):
+    for name in ("pipeline", "decode_context", "prefill_context"):
         size = getattr(parallel, f"{name}_parallel_size", 1)
         option = f"--{name.replace('_', '-')}-parallel-size"
-        check(size == 1, f"{option}={size}: a head mask is served by one worker, give {option} 1")
+        check(size == 1, f"{option}={size}: a head mask is served by tensor-parallel workers alone, give {option} 1")
     dtype = str(model.dtype).removeprefix("torch.")
     check(
         cache.cache_dtype in ("auto", dtype),
