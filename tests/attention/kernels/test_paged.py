@@ -14,7 +14,7 @@ from duo_id.attention.window import Window
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3} | ({} if DEVICE == "cpu" else {torch.bfloat16: 1e-2})
+LIMITS = {torch.float32: 3e-5, torch.float16: 2e-3} | ({} if DEVICE == "cpu" else {torch.bfloat16: 1e-2})
 # Triton's interpreter (3.7) multiplies bfloat16 as if it were integers.
 WINDOWS = {
     "usual": Window(5, 11),
