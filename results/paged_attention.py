@@ -4,6 +4,7 @@ Llama-3-8B's shape in bfloat16, medians of CUDA graphs. `--tune` tries launch se
 """
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from itertools import product
 
@@ -125,6 +126,12 @@ def table(options: argparse.Namespace) -> None:
             )
         del step
         release()
+    step = Step(1, options.tokens[0], 1, options.block_size)
+    space = step.space(1)
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        step.run((SINK, RECENT), 1, space)
+    print(f"\nhost, without a graph: {(time.perf_counter() - start) / CALLS / KV_HEADS * 1e6:.0f} us a launch")
     print("\nchunk, ms | sees | one launch | TFLOP/s | a launch a head | SDPA")
     step = Step(1, options.past + options.chunk, options.chunk, options.block_size)
     for name, window in windows():
