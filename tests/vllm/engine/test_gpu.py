@@ -101,3 +101,23 @@ def test_a_step_keeps_the_tensors_that_a_captured_graph_reads() -> None:
     assert builder.space.partial.numel() >= 24 * 4 * (64 + 2)
     support = PagedMetadataBuilder.get_cudagraph_support(config, spec)
     assert support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+@pytest.mark.parametrize(("device", "warned"), [("cpu", 0), ("cuda", 1)], ids=["cpu", "cuda"])
+def test_the_log_says_that_gpus_were_not_tested(device: str, warned: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    from duo_id.vllm import plugin
+    from tests.vllm.test_limits import SPANS, config
+
+    said: list[str] = []
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: config())
+    monkeypatch.setattr(type(current_platform), "device_name", device)
+    monkeypatch.setattr(plugin.logger, "warning", said.append)
+    plugin.install(SPANS)
+    try:
+        EngineArgs.create_engine_config(None)
+    finally:
+        plugin.remove()
+    assert len(said) == warned
