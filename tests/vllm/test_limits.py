@@ -84,6 +84,14 @@ def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], message:
     assert "\n" not in str(error.value)
 
 
+def test_sums_that_do_not_depend_on_the_batch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    check_servable(config(), SPANS, "cuda")
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(UserError, match=r"^VLLM_BATCH_INVARIANT: .*: leave it out under a head mask$"):
+        check_servable(config(), SPANS, "cuda")
+
+
 @pytest.mark.parametrize("device", ["rocm", "xpu", "tpu"])
 def test_other_devices_are_refused(device: str) -> None:
     message = f"^a head mask is served on CPUs and on NVIDIA GPUs, and this vLLM runs on {device}: "

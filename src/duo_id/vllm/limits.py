@@ -1,5 +1,6 @@
 """Which engines the plug-in serves under: what it cannot do right is refused before a model is loaded."""
 
+import os
 from typing import Any
 
 from duo_id.common.errors import UserError, check
@@ -42,6 +43,9 @@ def check_servable(config: Any, spans: HeadSpans, device: str) -> None:
         f"{dtype}",
     )
     wanted = {
+        "VLLM_BATCH_INVARIANT: how streaming heads sum up depends on the batch": (
+            os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0"
+        ),
         "--enable-dbo, --ubatch-size: it was not tested with parts of a batch side by side": parallel.use_ubatching,
         "--speculative-config: streaming heads keep no blocks for drafts that are rejected": config.speculative_config,
         "--kv-transfer-config: connectors do not know the blocks of streaming heads": config.kv_transfer_config,

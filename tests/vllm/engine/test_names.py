@@ -10,6 +10,7 @@ from tests.vllm.engine.cases import vllm
 VERSION = "0.32.0"
 # Where a name lives, and the parameters by which it is called or overridden (None: a class or a value).
 NAMES: dict[str, str | None] = {
+    "vllm.config.parallel:ParallelConfig.use_ubatching": None,
     "vllm.distributed:get_tensor_model_parallel_rank": "",
     "vllm.distributed:get_tensor_model_parallel_world_size": "",
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": "self usage_context headless",
