@@ -14,8 +14,8 @@ from duo_id.evaluate import reading
 from duo_id.evaluate.answers import Answers
 from duo_id.evaluate.batches import GENERATED, batches, work
 from duo_id.evaluate.items import Item, Question
-from duo_id.evaluate.reading import Reader, end_tokens
-from duo_id.models.language_model import LanguageModel
+from duo_id.evaluate.reading import Reader
+from duo_id.models.language_model import LanguageModel, end_tokens
 from duo_id.models.loading import byte_tokenizer
 from duo_id.patterns.mask import HeadMask
 from duo_id.patterns.pattern import HeadPattern

@@ -17,7 +17,7 @@ from duo_id.deploy.install import dual_cache
 from duo_id.evaluate.answers import Answers, Written
 from duo_id.evaluate.batches import GENERATED, first_following
 from duo_id.evaluate.items import Item, Question
-from duo_id.models.language_model import LanguageModel
+from duo_id.models.language_model import LanguageModel, end_tokens
 
 # Tokens of a chunk with answers inside, at most, where the cache keeps codes: a chunk sees none of its own.
 CODED_CHUNK = 512
@@ -289,13 +289,6 @@ class Reader:
         blank = [not text.strip() and token not in ends for token, text in enumerate(texts)]
         stopping = [token in ends or (stop is not None and stop in text) for token, text in enumerate(texts)]
         return torch.tensor(blank, device=device), torch.tensor(stopping, device=device)
-
-
-def end_tokens(model: LanguageModel) -> set[int]:
-    """The model's end-of-text tokens."""
-    generation = getattr(model.model, "generation_config", None)
-    candidates = [model.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
-    return {token for ids in candidates if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
 
 
 def _predicting_positions(question: Question) -> range:

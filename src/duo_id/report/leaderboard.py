@@ -21,6 +21,8 @@ FAMILIES = {  # of each identification task: the held-out tasks that resemble it
     "key_value": ("json-lookup", *RULER),
     "copying": ("copying", "list-reorder"),
     "text": ("language", "rare-ngrams"),
+    "turns": (*NEEDLES, *RULER, "json-lookup"),
+    "self": ("language",),
 }
 
 

@@ -8,9 +8,9 @@ from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.common.config import conf_dir, parse
+from duo_id.data.chat import Chat, plain
 from duo_id.data.haystack import Haystack, load_haystack
 from duo_id.data.settings import HaystackSettings
-from duo_id.evaluate.chat import Chat, plain
 from duo_id.evaluate.items import SPLITS, Item
 from duo_id.evaluate.tasks.building import SampleBuilder
 from duo_id.evaluate.tasks.registry import EVALUATION_TASKS, make_items

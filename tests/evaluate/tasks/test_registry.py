@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from duo_id.common.errors import UserError
-from duo_id.evaluate.chat import Chat, plain, split_chat
+from duo_id.data.chat import Chat, plain, split_chat
 from duo_id.evaluate.items import SPLITS
 from duo_id.evaluate.metrics import METRICS
 from duo_id.evaluate.tasks.names import GROUPS

@@ -8,7 +8,6 @@ from duo_id.common.errors import UserError, check
 from duo_id.data.haystack import leading_tokens, tokenize
 
 PLACEHOLDER = "What is the name of this place?"
-ADVICE = "give chat_template=false"
 
 
 @dataclass(frozen=True)
@@ -29,32 +28,32 @@ def plain(tokenizer: PreTrainedTokenizerBase) -> Chat:
     return Chat(tuple(leading_tokens(tokenizer)), ())
 
 
-def split_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
+def split_chat(tokenizer: PreTrainedTokenizerBase, setting: str = "chat_template") -> Chat:
     """The model's chat template around one user message, up to where the model's answer begins.
 
     Args:
         tokenizer: of the model.
+        setting: what chooses the template, for messages.
 
     Raises:
         UserError: there is no template, or it does not split into tokens before and after the message.
     """
-    check(bool(tokenizer.chat_template), f"chat_template=true: the model's tokenizer has none, {ADVICE}")
+    chosen, advice = f"{setting}=true", f"give {setting}=false"
+    check(bool(tokenizer.chat_template), f"{chosen}: the model's tokenizer has none, {advice}")
     messages = [{"role": "user", "content": PLACEHOLDER}]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # templates are programs and may raise anything
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"chat_template=true: the model's template rejects a single user message ({reason}), {ADVICE}"
-        ) from error
+        raise UserError(f"{chosen}: the model's template rejects a single user message ({reason}), {advice}") from error
     check(
         text.count(PLACEHOLDER) == 1,
-        f"chat_template=true: the model's template repeats a message {text.count(PLACEHOLDER)} times, {ADVICE}",
+        f"{chosen}: the model's template repeats a message {text.count(PLACEHOLDER)} times, {advice}",
     )
     before, after = (_template_tokens(tokenizer, piece) for piece in text.split(PLACEHOLDER))
     check(
         [*before, *tokenize(tokenizer, PLACEHOLDER), *after] == _template_tokens(tokenizer, text),
-        f"chat_template=true: the model's template does not tokenize separately from the message in it, {ADVICE}",
+        f"{chosen}: the model's template does not tokenize separately from the message in it, {advice}",
     )
     return Chat(tuple(before), tuple(after))
 

@@ -2,8 +2,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.common.errors import UserError
+from duo_id.data.chat import Chat, plain, split_chat
 from duo_id.data.haystack import leading_tokens, tokenize
-from duo_id.evaluate.chat import Chat, plain, split_chat
 from duo_id.models.loading import byte_tokenizer
 from tests.data.conftest import TOKENIZERS, byte_level_bpe, metaspace
 from tests.evaluate.tasks.making import tokenizer_of
