@@ -76,7 +76,9 @@ class SampleModule(LightningDataModule):
         """The first `count` samples of a split."""
         task = self.task(split)
         if isinstance(task, Sized) and count > len(task):  # one on disk
-            source = "data" if self.settings.path is None else f"data.path={self.settings.path}"
+            paths = {"disk": "path", "self": "self_path"}
+            key = paths.get(self.settings.task, "path")
+            source = f"data.{key}={path}" if (path := getattr(self.settings, key)) is not None else "data"
             raise UserError(
                 f"{count} {split} samples are requested, but {source} has {len(task)}: lower {COUNT_SETTINGS[split]}"
             )

@@ -76,7 +76,8 @@ class TurnsTask(DraftedTask):
             )
         answers, key = 3 * settings.answer_words * word, KEY_WORDS * word
         if kind == 1:
-            return 2 * len(self.entry) + len(self.entry_question) + 3 * (len(self.colon) + key) + answers
+            told = 2 * (len(self.entry) + len(self.answer_end))
+            return told + len(self.entry_question) + 3 * (len(self.colon) + key) + answers
         told = 2 * (len(self.fact) + len(self.fact_middle) + len(self.fact_end))
         return told + max(2 * len(topic) + len(asked) for topic, asked in self.topics.values()) + answers
 
@@ -109,7 +110,7 @@ class TurnsTask(DraftedTask):
         for number in rng.sample(range(base**KEY_WORDS), count):
             key = self.spell([self.words[number // base], self.words[number % base]]) + self.colon
             answer = self._answer(rng)
-            told.append((self.entry + key + answer, self.entry_question + key, answer))
+            told.append((self.entry + key + answer + self.answer_end, self.entry_question + key, answer))
         return told
 
     def _facts(self, rng: random.Random, count: int) -> list[Told]:

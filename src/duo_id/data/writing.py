@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +147,12 @@ def _write_batch(
     model: LanguageModel, batch: Sequence[Prompt], seed: int, graph: bool, progress: Progress
 ) -> list[WrittenText]:
     ids = torch.tensor([prompt.tokens for prompt in batch], device=model.model.device)
-    advance = partial(progress.advance, progress.task_ids[0])
+    reading = [ids.numel() / READ]
+
+    def advance() -> None:
+        """The first step has read the prompts, too."""
+        progress.advance(progress.task_ids[0], len(batch) + (reading.pop() if reading else 0))
+
     try:
         written = write(
             model.model,
@@ -160,7 +164,7 @@ def _write_batch(
             seed=seed,
             chunk_size=max(CHUNK // len(batch), 1),
             graph=graph,
-            on_step=lambda: advance(len(batch)),
+            on_step=advance,
         )
     except torch.OutOfMemoryError as error:
         raise UserError(
