@@ -49,8 +49,8 @@ model.wheel out resume tasks trainer.model_registry
 FLAGS = """
 beside chat_template compile data.self_chat generate model.trust_remote_code peers profile step.compile
 step.cuda_graphs step.shard trainer.barebones trainer.benchmark trainer.detect_anomaly trainer.deterministic
-trainer.enable_autolog_hparams trainer.enable_model_summary trainer.enable_progress_bar trainer.fast_dev_run trainer.inference_mode
-trainer.sync_batchnorm
+trainer.enable_autolog_hparams trainer.enable_model_summary trainer.enable_progress_bar trainer.fast_dev_run
+trainer.inference_mode trainer.sync_batchnorm
 """
 ACCEPTED = {
     "nan": TEXTS,
@@ -59,11 +59,11 @@ ACCEPTED = {
     "huge-float": TEXTS,
     "negative": f"{TEXTS} trainer.devices trainer.num_sanity_val_steps",
     "zero": f"""{TEXTS} {FLAGS}
-        data.curriculum data.depth_min data.num_workers data.self_seed data.self_temperatures data.text_skip
-        n n_test n_validation random_masks seed sink_size sparsity warmup write checkpoint_seconds comparison.random_masks comparison.validation_samples
-        method.sink_size method.budgets method.floor method.initial method.reg_weight method.target_rise method.warmup
-        method.at method.max_swaps method.samples trainer.limit_val_batches trainer.num_sanity_val_steps
-        trainer.reload_dataloaders_every_n_epochs""",
+        data.curriculum data.depth_min data.num_workers data.self_seed data.self_temperatures data.text_skip n n_test
+        n_validation random_masks seed sink_size sparsity warmup write checkpoint_seconds comparison.random_masks
+        comparison.validation_samples method.sink_size method.budgets method.floor method.initial method.reg_weight
+        method.target_rise method.warmup method.at method.max_swaps method.samples trainer.limit_val_batches
+        trainer.num_sanity_val_steps trainer.reload_dataloaders_every_n_epochs""",
     "fraction": f"""{TEXTS} checkpoint_seconds data.self_temperatures method.lr method.multiplier_lr
         method.prior_weight method.reg_weight method.temperature trainer.gradient_clip_val""",
     "true": FLAGS,
