@@ -1,6 +1,6 @@
 """What a model writes, against forwards over whole texts without a cache."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -45,6 +45,19 @@ def test_greedy_text_is_the_likeliest_under_any_mask(family: str, kind: str, dev
             options = {"chunk_size": chunk_size, "graph": graph}
             assert write(model, prompts.to(device), 20, GREEDY, NEVER, **options) == expected
         assert write(model, prompts[:, :1].to(device), 1, GREEDY, NEVER)  # shorter than what a capture reads
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = build("llama"), random_ids(2, 40)
+
+    def refused(step: Callable[[], object], device: torch.device) -> None:
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with duo_attention(model, mask_for(model, kind="mixed")):
+        expected = write(model, prompts, 20, GREEDY, NEVER)
+        monkeypatch.setattr(writing, "capture_graph", refused)
+        assert write(model, prompts, 20, GREEDY, NEVER) == expected
 
 
 def test_models_with_other_state_write_too(device: str) -> None:

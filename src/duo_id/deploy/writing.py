@@ -1,5 +1,6 @@
 """Let a model write after prompts, greedily or by chance: each step, where a GPU allows it, as one CUDA graph."""
 
+import inspect
 from collections.abc import Callable, Collection
 
 import torch
@@ -48,7 +49,7 @@ def write(
         words: tokens that may be written, the first ones; None: all that the model has logits of.
         seed: of the draws.
         chunk_size: tokens of a prompt per forward, where the model can continue after a chunk.
-        graph: capture a decode step as a CUDA graph, on a GPU.
+        graph: capture a decode step, on a GPU as a CUDA graph.
         on_step: called whenever each sample has got a token.
 
     Returns:
@@ -86,12 +87,12 @@ def _new_cache(model: PreTrainedModel, tokens: int) -> DualCache:
 
 def _step(model: PreTrainedModel, cache: DualCache, how: Continuation, prompts: Tensor, graph: bool) -> Step:
     """A decode step with a cache, which is left empty; one CUDA graph if `graph` and the model allows it."""
-    name = cache_argument(model)
+    name, takes_positions = cache_argument(model), "position_ids" in inspect.signature(model.forward).parameters
 
     def plain(ids: Tensor, past: int) -> Tensor:
         return model(ids, use_cache=True, **{name: cache}, **how.options(ids, past)).logits[:, -1]
 
-    if not graph or not prompts.is_cuda or cache.max_length is None or how.stepwise:
+    if not graph or cache.max_length is None or how.stepwise or not takes_positions:
         return plain
     ids, positions, first = prompts[:, :1].clone(), torch.empty_like(prompts[:, :1]), first_position(model)
     found: dict[str, Tensor] = {}
@@ -106,7 +107,7 @@ def _step(model: PreTrainedModel, cache: DualCache, how: Continuation, prompts: 
     try:
         captured()
         replay = capture_graph(captured, prompts.device)
-    except (RuntimeError, TypeError):  # it waits for the device, or takes no positions
+    except RuntimeError:  # it waits for the device
         return plain
     finally:
         cache.reset()
