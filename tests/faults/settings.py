@@ -188,6 +188,7 @@ METHODS = {
         "method.start": ORDER,
     },
     "reconstruction": WINDOW | SAMPLES | {"method.reduction": choice("max")},
+    "replay_gradient": WINDOW | SAMPLES | {"method.reduction": choice("max")},
     "duo": WINDOW
     | {
         "method.name": choice("duo"),
