@@ -122,6 +122,11 @@ def test_other_settings_have_other_texts(settings, model, folder, tmp_path, key)
     assert first.self_sha256 != second.self_sha256
 
 
+def test_active_adapters_write_texts_of_their_own(settings, model, folder):
+    adapted = replace(model, adapters=[{"name": "default", "type": "LORA"}])
+    assert written(settings, model).self_path != written(settings, adapted).self_path
+
+
 def test_an_interruption_leaves_nothing_and_the_next_run_writes_all(settings, model, folder, monkeypatch):
     plain, calls = writing.write, []
 

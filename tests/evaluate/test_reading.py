@@ -15,7 +15,7 @@ from duo_id.evaluate.answers import Answers
 from duo_id.evaluate.batches import GENERATED, batches, work
 from duo_id.evaluate.items import Item, Question
 from duo_id.evaluate.reading import Reader
-from duo_id.models.language_model import LanguageModel, end_tokens
+from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
 from duo_id.patterns.mask import HeadMask
 from duo_id.patterns.pattern import HeadPattern
@@ -235,10 +235,6 @@ def test_batches_hold_what_can_be_read_together() -> None:
         [("a", 10, 5)],
         [("c", 10, 0)],
     ]
-
-
-def test_all_ends_of_a_text_are_known(model: LanguageModel) -> None:
-    assert end_tokens(model) == {model.tokenizer.eos_token_id, 2}
 
 
 def test_work_is_reported_chunk_by_chunk_and_token_by_token(model: LanguageModel) -> None:

@@ -98,6 +98,7 @@ def _origin(settings: DataSettings, model: LanguageModel, chat: Chat, lengths: S
     return {
         "rules": RULES,
         "weights": fingerprint(model.model),
+        "adapters": list(model.adapters),
         "vocabulary": vocabulary_hash(model.tokenizer),
         "chat": [chat.before, chat.after],
         "requests": REQUESTS,
