@@ -18,7 +18,10 @@ from tests.data.conftest import byte_level_bpe
 def made(quick, tokenizer):
     def make(chat=None, **changes):
         settings = quick(self_samples=8, self_temperatures=[0, 0.7], **changes)
-        return list(prompts(settings, tokenizer, chat or plain(tokenizer), prompt_lengths(settings, None)))
+        lengths = prompt_lengths(settings, None)
+        haystacks = {split: load_haystack(settings.haystack, split) for split in SPLITS}
+        given = settings, tokenizer, chat or plain(tokenizer), haystacks, lengths
+        return [prompt for place in range(len(lengths)) for prompt in prompts(*given, place)]
 
     return make
 
@@ -28,8 +31,8 @@ def test_each_split_has_its_number_in_lengths_and_temperatures_that_take_turns(m
     assert Counter(prompt.split for prompt in found) == {"train": 8, "validation": 2, "test": 2}
     train = [prompt for prompt in found if prompt.split == "train"]
     sizes = [(len(prompt.tokens) + prompt.limit, prompt.limit) for prompt in train]
-    assert sizes[:4] == [(700, 175), (800, 200), (900, 225), (700, 175)]
-    assert [prompt.temperature for prompt in train] == [0, 0, 0, 0.7, 0.7, 0.7, 0, 0]
+    assert sizes == 3 * [(700, 175)] + 3 * [(800, 200)] + 2 * [(900, 225)]
+    assert [prompt.temperature for prompt in train] == [0, 0.7, 0, 0, 0.7, 0, 0, 0.7]
 
 
 def test_a_prompt_is_a_passage_of_its_split_and_a_request(made, tokenizer):

@@ -79,7 +79,9 @@ def test_a_mixture_has_them_in_its_proportion(task, folder, quick, tokenizer):
 
 def test_more_than_there_are_is_told_with_the_settings_to_change(folder, quick, tokenizer):
     module = SampleModule(quick(task="self", self_path=str(folder)), tokenizer, seed=0)
-    with pytest.raises(UserError, match=r"3 test samples .* data.self_path=.* has 2: lower comparison.samples"):
+    with pytest.raises(
+        UserError, match=r"3 test samples .* data.self_path=.* has 2: lower comparison.samples, or raise data.self_s"
+    ):
         module.samples("test", 3)
 
 

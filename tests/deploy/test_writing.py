@@ -73,15 +73,15 @@ def test_models_with_other_state_write_too(device: str) -> None:
 def test_a_text_ends_with_the_first_token_that_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts, steps = build("llama"), random_ids(2, 40), list[int]()
     with duo_attention(model, mask_for(model, kind="all")):
-        whole = write(model, prompts, 20, GREEDY, NEVER, on_step=lambda: steps.append(1))
-        assert len(steps) == 20
+        whole = write(model, prompts, 20, GREEDY, NEVER, on_tokens=steps.append)
+        assert steps == [40] + 20 * [1]
         end = next(token for token in whole[0][3:] if token not in whole[1])
         first = whole[0].index(end) + 1
         assert write(model, prompts, 20, GREEDY, {end, 10**6}) == [whole[0][:first], whole[1]]
         monkeypatch.setattr(writing, "CHECK_EVERY", 2)
         steps.clear()
         both = {end, whole[1][1]}
-        assert [row[-1] in both for row in write(model, prompts, 20, GREEDY, both, on_step=lambda: steps.append(1))]
+        assert [row[-1] in both for row in write(model, prompts, 20, GREEDY, both, on_tokens=steps.append)]
         assert len(steps) < 20
 
 

@@ -1,14 +1,14 @@
 """Prompts that a model writes after: a passage of the haystack, and a request about all of it."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.common.errors import check
 from duo_id.data.chat import Chat, plain, split_chat
-from duo_id.data.haystack import load_haystack, tokenize
+from duo_id.data.haystack import Haystack, tokenize
 from duo_id.data.samples import SPLITS
 from duo_id.data.settings import DataSettings
 from duo_id.data.synthetic import lengths_of
@@ -43,25 +43,30 @@ class Prompt:
 
 
 def prompts(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, chat: Chat, lengths: Sequence[int]
-) -> Iterator[Prompt]:
-    """The prompts of all splits, each a function of the settings, its split and its number.
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
+    haystacks: Mapping[str, Haystack],
+    lengths: Sequence[int],
+    place: int,
+) -> list[Prompt]:
+    """The prompts of one length, of all splits; each is a function of the settings, its split and its number.
 
     Args:
         settings: of the samples.
         tokenizer: of the model.
         chat: what stands around each, see `chat_of`.
+        haystacks: of the splits.
         lengths: of samples, see `prompt_lengths`; they and the temperatures take turns.
+        place: of the length.
 
     Raises:
-        UserError: the shortest sample has no room for a passage beside the request and what is written.
+        UserError: such a sample has no room for a passage beside the request and what is written.
     """
+    made, limit = [], most_written(settings, lengths[place])
     for split, count in counts(settings).items():
-        haystack = load_haystack(settings.haystack, split)
-        for number in range(count):
+        for number in range(place, count, len(lengths)):
             rng = random.Random(f"{settings.self_seed}:self:{split}:{number}")
-            turn, place = divmod(number, len(lengths))
-            limit = max(min(settings.self_tokens, round(settings.self_share * lengths[place])), 1)
             request = tokenize(tokenizer, f"\n\n{rng.choice(REQUESTS)}")
             after = [*request, *(chat.after or tokenize(tokenizer, "\n\n"))]
             room = lengths[place] - limit - len(chat.before) - len(after)
@@ -70,9 +75,17 @@ def prompts(
                 f"data.length_min={settings.length_min} leaves {max(room, 0)} tokens for a passage, beside a request "
                 f"and {limit} tokens that the model writes: raise it, or lower data.self_share",
             )
-            tokens = [*chat.before, *haystack.window(rng, room, tokenizer), *after]
-            temperature = settings.self_temperatures[turn % len(settings.self_temperatures)]
-            yield Prompt(split, tokens, limit, temperature)
+            tokens = [*chat.before, *haystacks[split].window(rng, room, tokenizer), *after]
+            turn = number // len(lengths)
+            made.append(
+                Prompt(split, tokens, limit, settings.self_temperatures[turn % len(settings.self_temperatures)])
+            )
+    return made
+
+
+def most_written(settings: DataSettings, length: int) -> int:
+    """The tokens that a model writes at most of a sample of so many."""
+    return max(min(settings.self_tokens, round(settings.self_share * length)), 1)
 
 
 def counts(settings: DataSettings) -> dict[str, int]:

@@ -5,7 +5,7 @@ Source: training on what a model itself says is sequence-level distillation (Kim
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,8 @@ from duo_id.common.user_cache import cached_folder
 from duo_id.data.chat import Chat
 from duo_id.data.disk import vocabulary_hash
 from duo_id.data.haystack import load_haystack
-from duo_id.data.prompts import REQUESTS, Prompt, chat_of, counts, prompt_lengths, prompts
+from duo_id.data.prompts import REQUESTS, Prompt, chat_of, counts, most_written, prompt_lengths, prompts
+from duo_id.data.samples import SPLITS
 from duo_id.data.settings import DataSettings
 from duo_id.data.written import TEXTS, WrittenText, read_written, written_lines
 from duo_id.deploy.install import dual_cache, duo_attention
@@ -83,8 +84,7 @@ def _cached(settings: DataSettings, model: LanguageModel, console: Console, grap
         )
         line = f"data=self: {model.name} writes {number} texts of up to {lengths[-1]:,} tokens, which later runs read"
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-        asked = prompts(settings, model.tokenizer, chat, lengths)
-        texts = write_texts(model, asked, settings.self_seed, console, graph)
+        texts = write_texts(model, settings, chat, lengths, console, graph)
         with whole_folder(folder) as new_folder:
             (new_folder / TEXTS).write_text(written_lines(texts, model.tokenizer), encoding="utf-8")
             record = {"model": model.name} | origin
@@ -113,64 +113,74 @@ def _origin(settings: DataSettings, model: LanguageModel, chat: Chat, lengths: S
 
 
 def write_texts(
-    model: LanguageModel, asked: Iterable[Prompt], seed: int, console: Console, graph: bool = True
+    model: LanguageModel,
+    settings: DataSettings,
+    chat: Chat,
+    lengths: Sequence[int],
+    console: Console,
+    graph: bool = True,
 ) -> list[WrittenText]:
-    """What the model writes after prompts, with all heads seeing everything, those of one length together.
+    """What the model writes after the prompts of all splits, with all heads seeing everything.
 
     Args:
         model: not attached, and not under a mask.
-        asked: the prompts.
-        seed: of the draws.
+        settings: of the samples.
+        chat: what stands around each prompt.
+        lengths: of samples, ascending; those of one length are written together.
         console: shows the progress.
         graph: decode by CUDA graphs, on a GPU.
 
     Raises:
-        UserError: the model has no dual cache, or its device has too little memory.
+        UserError: the model has no dual cache, its device has too little memory, or a prompt has no room.
     """
-    groups: dict[tuple[int, int], list[Prompt]] = {}
-    for prompt in asked:
-        groups.setdefault((len(prompt.tokens), prompt.limit), []).append(prompt)
+    haystacks = {split: load_haystack(settings.haystack, split) for split in SPLITS}
     texts: list[WrittenText] = []
     with _everything_seen(model), progress_bar(console, counted=False) as progress:
-        total = sum(len(group) * (past / READ + limit) for (past, limit), group in groups.items())
-        bar = progress.add_task("writing", total=total)
-        for (past, limit), group in sorted(groups.items()):
-            rows = _rows(model, past + limit)
-            for batch in (group[start : start + rows] for start in range(0, len(group), rows)):
+        places = (number % len(lengths) for count in counts(settings).values() for number in range(count))
+        bar = progress.add_task("writing", total=sum(_work(settings, lengths[place]) for place in places))
+        for place, length in enumerate(lengths):
+            asked = prompts(settings, model.tokenizer, chat, haystacks, lengths, place)
+            rows, limit = _rows(model, length), most_written(settings, length)
+            for batch in (asked[start : start + rows] for start in range(0, len(asked), rows)):
                 done = progress.tasks[bar].completed
-                progress.update(bar, description=f"writing {len(batch)} x {limit:,} tokens after {past:,}")
-                texts += _write_batch(model, batch, seed + len(texts), graph, progress)
-                progress.update(bar, completed=done + len(batch) * (past / READ + limit))
+                progress.update(bar, description=f"writing {len(batch)} x {limit:,} tokens after {length - limit:,}")
+                texts += _write_batch(model, batch, settings.self_seed + len(texts), graph, progress)
+                progress.update(bar, completed=done + len(batch) * _work(settings, length))
     return texts
+
+
+def _work(settings: DataSettings, length: int) -> float:
+    """What a sample of so many tokens takes, in written tokens."""
+    limit = most_written(settings, length)
+    return limit + (length - limit) / READ
 
 
 def _write_batch(
     model: LanguageModel, batch: Sequence[Prompt], seed: int, graph: bool, progress: Progress
 ) -> list[WrittenText]:
     ids = torch.tensor([prompt.tokens for prompt in batch], device=model.model.device)
-    reading = [ids.numel() / READ]
+    past, limit = ids.shape[1], batch[0].limit
 
-    def advance() -> None:
-        """The first step has read the prompts, too."""
-        progress.advance(progress.task_ids[0], len(batch) + (reading.pop() if reading else 0))
+    def advance(tokens: int) -> None:
+        progress.advance(progress.task_ids[0], len(batch) * (tokens / READ if tokens == past else tokens))
 
     try:
         written = write(
             model.model,
             ids,
-            batch[0].limit,
+            limit,
             torch.tensor([prompt.temperature for prompt in batch]),
             end_tokens(model),
             words=len(model.tokenizer),
             seed=seed,
             chunk_size=max(CHUNK // len(batch), 1),
             graph=graph,
-            on_step=advance,
+            on_tokens=advance,
         )
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"data=self: {len(batch)} texts of {ids.shape[1] + batch[0].limit} tokens do not fit in the device's "
-            "memory: lower data.length_max"
+            f"data=self: {len(batch)} texts of {past + limit} tokens do not fit in the device's memory: lower "
+            "data.length_max"
         ) from error
     return [
         WrittenText(prompt.split, prompt.temperature, tuple(prompt.tokens), tuple(tokens))

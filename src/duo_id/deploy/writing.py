@@ -33,7 +33,7 @@ def write(
     seed: int = 0,
     chunk_size: int = 32768,
     graph: bool = True,
-    on_step: Callable[[], None] = lambda: None,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[int]]:
     """What a model under `duo_attention` writes after prompts, without any other change of its probabilities.
 
@@ -50,7 +50,7 @@ def write(
         seed: of the draws.
         chunk_size: tokens of a prompt per forward, where the model can continue after a chunk.
         graph: capture a decode step, on a GPU as a CUDA graph.
-        on_step: called whenever each sample has got a token.
+        on_tokens: called with how many tokens each sample has got: those of its prompt, then one at a time.
 
     Returns:
         the tokens of each sample.
@@ -63,6 +63,7 @@ def write(
     how, cache = continuation(model, prompts), _new_cache(model, past + max(limit, PROBED))
     step = _step(model, cache, how, prompts, graph)
     logits = read_in_chunks(model, prompts, cache, past if how.stepwise else chunk_size, how=how)
+    on_tokens(past)
     generator = torch.Generator(prompts.device).manual_seed(seed)
     scale = temperatures.to(prompts.device, torch.float32)[:, None]
     ending = torch.tensor(sorted(ends), device=prompts.device)
@@ -72,7 +73,7 @@ def write(
         noise = torch.empty_like(scores).exponential_(generator=generator).log()
         written.append((scores - scale * noise).argmax(-1))
         ended |= torch.isin(written[-1], ending)
-        on_step()
+        on_tokens(1)
         if number == limit - 1 or (number % CHECK_EVERY == CHECK_EVERY - 1 and bool(ended.all())):
             break
         logits = step(written[-1][:, None], past + number)
