@@ -16,6 +16,7 @@ from duo_id.methods import replay_gradient as module
 from duo_id.methods.replay import REQUEST, Replay, replayed
 from duo_id.methods.replay_gradient import find, gradient_norms, replay_gradient
 from duo_id.methods.run import Run
+from duo_id.step.recompute import Keep, activation_checkpointing
 from duo_id.step.settings import StepSettings
 from tests.methods.conftest import WINDOW, gated_model_of, grouped, one_word_tokenizer, settings
 from tests.methods.test_attention_weights import SHARED
@@ -125,6 +126,16 @@ def test_layers_may_keep_less(memory: str, make_model: MakeModel) -> None:
         samples: Any = type("Samples", (), {"samples": lambda self, split, count: [sample]})()
         pattern = find(gated_model, samples, settings(), Run(step=StepSettings(memory=memory)))
     torch.testing.assert_close(pattern.scores, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_what_is_recomputed_counts_once(make_model: MakeModel) -> None:
+    with gated_model_of(make_model("llama")) as gated_model:
+        replay = replayed(gated_model, random_sample(TOKENS, 1), "replay_gradient")
+        expected = gradient_norms(gated_model, replay)
+        with activation_checkpointing(gated_model.model.model, gated_model.layers, Keep.INPUT):
+            norms = gradient_norms(gated_model, replay)
+    assert {index: len(found) for index, found in norms.items()} == {0: 1, 1: 1, 2: 1}
+    torch.testing.assert_close(norms, expected)
 
 
 def test_layers_that_share_keys_have_gradients_of_their_own(make_model: MakeModel) -> None:
