@@ -13,10 +13,11 @@ from rich.console import Console
 from torch import Tensor
 
 from duo_id.common.errors import UserError
+from duo_id.data import chat
 from duo_id.data.haystack import load_haystack
 from duo_id.data.settings import HaystackSettings
 from duo_id.deploy.chunks import Continuation
-from duo_id.evaluate import chat, reading, runner
+from duo_id.evaluate import reading, runner
 from duo_id.evaluate.contenders import contenders
 from duo_id.evaluate.journal import Journal
 from duo_id.evaluate.runner import CPU_CONTEXT_TOKENS, context_tokens_for, run
