@@ -22,7 +22,7 @@ from duo_id.common.files import write_text
 from duo_id.common.integrity import DIFFERS, SEAL, digest_of, sealed
 from duo_id.patterns import hub
 from duo_id.patterns.needs import PatternFields, SpanNeeds
-from duo_id.patterns.sources import CONFIG, HEADS, SCORES, file_in, local_file, repo_of
+from duo_id.patterns.sources import CONFIG, HEADS, SCORES, SPANS, file_in, local_file, repo_of
 from duo_id.patterns.tables import exact_rows, json_text, number_rows, read_tsv, tsv
 
 SCHEMA = "duo_id/heads"
@@ -76,7 +76,7 @@ class Heads(Sizes):
 def write_heads(pattern: Fields, masks: Mapping[float, Tensor], folder: str | Path) -> None:
     """Write a pattern and masks to `folder`, each file atomically, `heads.json` last.
 
-    Masks of an earlier export at other sparsities are removed.
+    Masks of an earlier export at other sparsities are removed, and its spans.
 
     Args:
         pattern: what is written.
@@ -91,7 +91,7 @@ def write_heads(pattern: Fields, masks: Mapping[float, Tensor], folder: str | Pa
     files[HEADS] = json_text(sealed(_contents(pattern, masks)))
     for name, text in files.items():
         write_text(folder / name, text)
-    for path in stale:
+    for path in (*stale, folder / SPANS):
         path.unlink(missing_ok=True)
 
 

@@ -183,7 +183,7 @@ class HeadPattern:
     def save(self, folder: str | Path, sparsities: Iterable[float] = (0.25, 0.5, 0.75)) -> None:
         """Write the pattern and its masks at some sparsities, each file atomically, `heads.json` last.
 
-        Masks of an earlier export at other sparsities are removed.
+        Masks of an earlier export at other sparsities are removed, and its spans.
 
         Raises:
             UserError: a sparsity is outside [0, 1], or `folder` is no path; nothing is written.

@@ -8,6 +8,7 @@ from duo_id.patterns import hub
 
 SHIPPED = Path(__file__).parent / "head_patterns"
 HEADS, SCORES, CONFIG = "heads.json", "full_attention_heads.tsv", "config.json"
+SPANS = "spans.json"  # where a pattern was written with spans of one length
 
 
 def local_file(source: str | Path) -> Path | None:

@@ -91,7 +91,7 @@ def test_our_own_folder_keeps_needs_and_spans(tmp_path: Path, capsys: pytest.Cap
     assert load_pattern(folder) == NEEDY
     assert HeadSpans.from_pretrained(folder / "spans.json") == NEEDY.allocate(0.4, LENGTH)
     assert f"duo_id.HeadSpans.from_pretrained('{folder / 'spans.json'}')" in capsys.readouterr().out
-    convert.main([str(tmp_path / "heads"), str(folder)])
+    NEEDY.save(folder)
     assert not (folder / "spans.json").exists()  # nobody asked for any this time
 
 

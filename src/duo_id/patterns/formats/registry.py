@@ -28,7 +28,7 @@ from duo_id.patterns.formats.query_heads import (
 )
 from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern, save_pattern
-from duo_id.patterns.sources import CONFIG, HEADS, SCORES, list_patterns
+from duo_id.patterns.sources import CONFIG, HEADS, SCORES, SPANS, list_patterns
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,11 @@ def _write_heads(pattern: HeadPattern, path: Path, options: Options) -> str:
     save_pattern(pattern, path, (0.25, 0.5, 0.75) if options.sparsity is None else (options.sparsity,))
     usage = f"{path}: duo_id.load_pattern({str(path)!r})"
     if spans is None:
-        (path / SPANS).unlink(missing_ok=True)  # of an earlier pattern
         return usage
     spans.save(path / SPANS)
     return f"{usage}, duo_id.HeadSpans.from_pretrained({str(path / SPANS)!r})"
 
 
-SPANS = "spans.json"  # in our own folder, beside heads.json
 FORMATS = {
     "heads": Format(read_folder, _write_heads, folder=True, lossless=True),  # ours
     "duo-attention": Format(read_folder, write_duo_attention, folder=True, lossless=True),
