@@ -42,11 +42,13 @@ def test_generated_answers_are_cut_and_judged() -> None:
     write = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     eos = tokenizer.eos_token_id
     assert judge_generated(item, 0, write(" red and blue"), tokenizer, {eos}) == {
-        "score": 1, "exact": True, "text": " red and blue",
+        "score": 1, "exact": True, "text": " red and blue", "pieces": None, "turn": None,
     }  # fmt: skip
     assert judge_generated(item, 0, write(" red\nblue"), tokenizer, {eos})["score"] == 0.5, "the line ends the answer"
     assert judge_generated(item, 0, [*write(" red"), eos, *write(" blue")], tokenizer, {eos})["exact"] is False
-    assert judge_generated(item, 0, None, tokenizer, {eos}) == {"score": None, "exact": None, "text": None}
+    assert judge_generated(item, 0, None, tokenizer, {eos}) == {
+        "score": None, "exact": None, "text": None, "pieces": None, "turn": None,
+    }  # fmt: skip
 
 
 def test_rows_say_who_was_asked_what() -> None:

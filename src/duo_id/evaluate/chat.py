@@ -1,4 +1,4 @@
-"""The tokens around a single user message: the model's chat template, or just the tokenizer's prefix."""
+"""The tokens around a user message: the model's chat template, or just the tokenizer's prefix."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ from duo_id.common.errors import UserError, check
 from duo_id.data.haystack import leading_tokens, tokenize
 
 PLACEHOLDER = "What is the name of this place?"
+REPLY, NEXT = "It is called Rosehill.", "Who lives there?"
 ADVICE = "give chat_template=false"
 
 
@@ -18,10 +19,12 @@ class Chat:
     Attributes:
         before: the start of every context.
         after: between the question and the model's answer; empty without a chat template.
+        between: between the model's answer and the user's next message; None: the template takes no second one.
     """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
+    between: tuple[int, ...] | None = ()
 
 
 def plain(tokenizer: PreTrainedTokenizerBase) -> Chat:
@@ -56,7 +59,20 @@ def split_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
         [*before, *tokenize(tokenizer, PLACEHOLDER), *after] == _template_tokens(tokenizer, text),
         f"chat_template=true: the model's template does not tokenize separately from the message in it, {ADVICE}",
     )
-    return Chat(tuple(before), tuple(after))
+    return Chat(tuple(before), tuple(after), _between(tokenizer))
+
+
+def _between(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...] | None:
+    """The tokens between an answer and the next message, or None where the template has no place for these."""
+    said = zip(("user", "assistant", "user"), (PLACEHOLDER, REPLY, NEXT), strict=True)
+    messages = [{"role": role, "content": content} for role, content in said]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception:  # as above
+        return None
+    if text.count(REPLY) != 1 or text.count(NEXT) != 1:
+        return None
+    return tuple(_template_tokens(tokenizer, text.partition(REPLY)[2].partition(NEXT)[0]))
 
 
 def _template_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -13,7 +13,7 @@ from duo_id.evaluate.answers import Answers, Written
 from duo_id.evaluate.batches import first_following
 from duo_id.evaluate.contenders import Contender
 from duo_id.evaluate.items import Item
-from duo_id.evaluate.metrics import METRICS, first_answer
+from duo_id.evaluate.metrics import METRICS, first_answer, lines
 from duo_id.report.rows import ASKED, ScoredRow
 
 BLOCK = 4096  # rows of logits in float32 at a time
@@ -51,7 +51,8 @@ def score_rows(
             )
         row = {"task": item.task, "length": item.length, "index": item.index, "sample": item.digest, "question": number}
         row |= {"depth": question.depth} | contender_columns(contender) | measured
-        row |= judge_generated(item, number, answers.generated[number], tokenizer, ends) | {"bytes": answers.bytes}
+        row |= judge_generated(item, number, answers.generated[number], tokenizer, ends)
+        row |= {"bytes": answers.bytes, "total_bytes": answers.total_bytes[number] if answers.total_bytes else None}
         if number == written_after and answers.written is not None and full.written is not None:
             row |= compare_written(answers, full.written, of_full)
         rows.append(row)
@@ -66,13 +67,16 @@ def contender_columns(contender: Contender) -> ScoredRow:
 def judge_generated(
     item: Item, number: int, generated: Sequence[int] | None, tokenizer: PreTrainedTokenizerBase, ends: set[int]
 ) -> ScoredRow:
-    """Score, exactness and text of a generated answer to question `number`; each None without one."""
+    """Score, exactness, text and right pieces of a generated answer to question `number`; each None without one."""
+    turn = {"turn": number + 1 if item.turns else None}
     if generated is None:
-        return {"score": None, "exact": None, "text": None}
+        return {"score": None, "exact": None, "text": None, "pieces": None} | turn
     end = next((index for index, token in enumerate(generated) if token in ends), len(generated))
     text = first_answer(str(tokenizer.decode(list(generated[:end]))), item.stop)
-    score = METRICS[item.metric](text, item.questions[number].references)
-    return {"score": score, "exact": score == 1, "text": text}
+    references = item.questions[number].references
+    score = METRICS[item.metric](text, references)
+    pieces = "".join("01"[right] for right in lines(text, references)) if item.metric == "lines" else None
+    return {"score": score, "exact": score == 1, "text": text, "pieces": pieces} | turn
 
 
 def compare_written(answers: Answers, full: Written, of_full: Tensor | None) -> ScoredRow:
@@ -111,7 +115,7 @@ def peer_rows(
     """Ordinary rows from what `duo_id.evaluate.peers.read_answers` returns.
 
     For an answer inside the context, a peer caches only the tokens before it; its bytes are scaled up to the whole
-    context.
+    context. What follows a context is kept by all heads, at the full cache's bytes a token.
     """
     items_by_key = {(item.task, item.length, item.index): item for item in items}
     rows = []
@@ -120,8 +124,12 @@ def peer_rows(
         question = item.questions[answer["question"]]
         row = {key: value for key, value in answer.items() if key not in ("generated", "full_bytes", "note")}
         row |= {"sample": item.digest, "depth": question.depth}
+        row["total_bytes"] = None
         if question.place is not None:
             row["bytes"] = round(row["bytes"] * len(item.context) / (question.place - 1))
+        elif answer["generated"] is not None:
+            following = len(question.prompt) + len(answer["generated"])
+            row["total_bytes"] = row["bytes"] + round(answer["full_bytes"] * following / len(item.context))
         rows.append(row | judge_generated(item, answer["question"], answer["generated"], tokenizer, ends))
     return rows
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from duo_id.common.errors import check
 from duo_id.common.mistakes import did_you_mean
 
-TASK_NAMES = (  # of `duo_id.evaluate.tasks.registry`
+RECALLED = (  # the tasks of published tables, each question of which is answered as if it were the only one
     "needle-words",
     "needle-numbers",
     "needle-sentences",
@@ -25,12 +25,20 @@ TASK_NAMES = (  # of `duo_id.evaluate.tasks.registry`
     "rare-ngrams",
     "short",
 )
+TURNS = ("turns-needle-words", "turns-needle-numbers", "turns-json-lookup", "turns-mixed")
+RULES = ("rules-json", "rules-codeword", "rules-words")
+LONG = ("table-reformat", "list-all", "shown-work")
+TASK_NAMES = (*RECALLED, *TURNS, *RULES, *LONG)  # of `duo_id.evaluate.tasks.registry`
 GROUPS = {
-    "all": TASK_NAMES,
-    "needle": tuple(name for name in TASK_NAMES if name.startswith("needle-")),
-    "ruler": tuple(name for name in TASK_NAMES if name.startswith("ruler-")),
+    "all": RECALLED,
+    "needle": tuple(name for name in RECALLED if name.startswith("needle-")),
+    "ruler": tuple(name for name in RECALLED if name.startswith("ruler-")),
     "lookup": ("passkeys", "json-lookup", "copying", "list-reorder", "classification"),
     "text": ("language", "rare-ngrams"),
+    "writing": (*TURNS, *RULES, *LONG),
+    "turns": TURNS,
+    "rules": RULES,
+    "long": LONG,
 }
 LONGBENCH = "python -m duo_id.lm_eval --model duo_id --model_args heads=RUN,sparsity=0.5 --tasks longbench"
 RULER_DATA = "ruler-data"
