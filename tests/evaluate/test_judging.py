@@ -102,6 +102,7 @@ def test_answers_of_peers_become_rows() -> None:
     first, second = peer_rows(answers, [item], byte_tokenizer(), set())
     assert (first["depth"], first["score"], first["bytes"], first["sample"]) == (0.5, 1, 40, item.digest)
     assert (second["score"], second["bytes"]) == (None, 40), "half of what two of eight tokens take, as half of all"
+    assert (first["total_bytes"], second["total_bytes"]) == (40 + 2 * 10, None), "question and answer are kept whole"
     full = score_rows(
         Contender("full", "full", 0.0),
         item,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,10 +118,12 @@ def peer_rows(
     For an answer inside the context, a peer caches only the tokens before it; its bytes are scaled up to the whole
     context. What follows a context is kept by all heads, at the full cache's bytes a token.
     """
+    following: dict[tuple[Any, ...], int] = {}  # tokens after a context, by contender; answers come in order
     items_by_key = {(item.task, item.length, item.index): item for item in items}
     rows = []
     for answer in answers:
-        item = items_by_key[answer["task"], answer["length"], answer["index"]]
+        item_key = answer["task"], answer["length"], answer["index"]
+        item = items_by_key[item_key]
         question = item.questions[answer["question"]]
         row = {key: value for key, value in answer.items() if key not in ("generated", "full_bytes", "note")}
         row |= {"sample": item.digest, "depth": question.depth}
@@ -128,8 +131,10 @@ def peer_rows(
         if question.place is not None:
             row["bytes"] = round(row["bytes"] * len(item.context) / (question.place - 1))
         elif answer["generated"] is not None:
-            following = len(question.prompt) + len(answer["generated"])
-            row["total_bytes"] = row["bytes"] + round(answer["full_bytes"] * following / len(item.context))
+            said = len(question.prompt) + sum(token not in ends for token in answer["generated"])
+            key = (*item_key, *(answer[column] for column in ASKED))
+            following[key] = said + (following.get(key, 0) if item.turns else 0)
+            row["total_bytes"] = row["bytes"] + round(answer["full_bytes"] * following[key] / len(item.context))
         rows.append(row | judge_generated(item, answer["question"], answer["generated"], tokenizer, ends))
     return rows
 
