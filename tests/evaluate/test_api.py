@@ -95,6 +95,18 @@ def test_spans_of_a_pattern_that_has_needs(model: PreTrainedModel) -> None:
         assert (spans["kl"] > 0).any()
 
 
+def test_conversations_have_a_table_by_turn(model: PreTrainedModel) -> None:
+    longer = tiny_model("llama", vocab_size=258, max_position_embeddings=4096)
+    table = scored(longer, tasks="turns-json", lengths=3000, samples=1, generate=False, random_masks=0)
+    turns = table.attrs["turns"]
+    assert turns["turn"].tolist() == [1, 2, 3, 4, 5, 6] * len(table)
+    by_turn = {row["turn"]: row for row in table.attrs["results"]["rows"] if row["kind"] == "full"}
+    full = turns[turns["kind"] == "full"]
+    assert full["loss"].tolist() == [row["loss"] / row["tokens"] for _, row in sorted(by_turn.items())]
+    assert all(row["text"] is not None for row in by_turn.values()), "answers stay, whatever else is generated"
+    assert "turns" not in scored(model, tasks="json-lookup", lengths=1500, samples=1, generate=False).attrs
+
+
 def test_the_text_is_a_choice_and_recorded(model: PreTrainedModel, tmp_path: Path) -> None:
     words = [f"Word {number} is followed by word {number + 1}. " for number in range(2000)]
     (tmp_path / "mine.txt").write_text("".join(words))

@@ -29,7 +29,7 @@ from duo_id.patterns.pattern import HeadPattern
 PATTERN = HeadPattern(torch.tensor([[0.1, 0.9]]), sink_size=4, recent_size=60)
 TASKS = ["needle-words", "needle-numbers", "needle-sentences", "passkeys", "ruler-single", "ruler-multikey"]
 TASKS += ["json-lookup", "copying"]
-TURNS = ["turns-needle-words", "turns-needle-numbers", "turns-json-lookup", "turns-mixed"]
+TURNS = ["turns-words", "turns-numbers", "turns-json", "turns-mixed"]
 
 
 class Recalled:

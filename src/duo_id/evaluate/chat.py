@@ -1,6 +1,7 @@
 """The tokens around a user message: the model's chat template, or just the tokenizer's prefix."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -9,6 +10,7 @@ from duo_id.data.haystack import leading_tokens, tokenize
 
 PLACEHOLDER = "What is the name of this place?"
 REPLY, NEXT = "It is called Rosehill.", "Who lives there?"
+TEMPLATED: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
 ADVICE = "give chat_template=false"
 
 
@@ -33,7 +35,7 @@ def plain(tokenizer: PreTrainedTokenizerBase) -> Chat:
 
 
 def split_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
-    """The model's chat template around one user message, up to where the model's answer begins.
+    """The model's chat template around one user message, up to where the model's answer begins, without thinking.
 
     Args:
         tokenizer: of the model.
@@ -44,7 +46,7 @@ def split_chat(tokenizer: PreTrainedTokenizerBase) -> Chat:
     check(bool(tokenizer.chat_template), f"chat_template=true: the model's tokenizer has none, {ADVICE}")
     messages = [{"role": "user", "content": PLACEHOLDER}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = str(tokenizer.apply_chat_template(messages, **TEMPLATED))
     except Exception as error:  # templates are programs and may raise anything
         reason = " ".join(str(error).split())
         raise UserError(
@@ -67,7 +69,7 @@ def _between(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...] | None:
     said = zip(("user", "assistant", "user"), (PLACEHOLDER, REPLY, NEXT), strict=True)
     messages = [{"role": role, "content": content} for role, content in said]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = str(tokenizer.apply_chat_template(messages, **TEMPLATED))
     except Exception:  # as above
         return None
     if text.count(REPLY) != 1 or text.count(NEXT) != 1:

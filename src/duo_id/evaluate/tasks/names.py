@@ -1,6 +1,7 @@
 """The names that `tasks` chooses from, apart from the tasks: a mistake is answered without importing torch."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from duo_id.common.errors import check
 from duo_id.common.mistakes import did_you_mean
@@ -25,7 +26,7 @@ RECALLED = (  # the tasks of published tables, each question of which is answere
     "rare-ngrams",
     "short",
 )
-TURNS = ("turns-needle-words", "turns-needle-numbers", "turns-json-lookup", "turns-mixed")
+TURNS = ("turns-words", "turns-numbers", "turns-json", "turns-mixed")
 RULES = ("rules-json", "rules-codeword", "rules-words")
 LONG = ("table-reformat", "list-all", "shown-work")
 TASK_NAMES = (*RECALLED, *TURNS, *RULES, *LONG)  # of `duo_id.evaluate.tasks.registry`
@@ -60,8 +61,18 @@ def check_generated(names: Sequence[str]) -> None:
     choices = (*GROUPS, *TASK_NAMES, RULER_DATA)
     for name in names:
         check(not name.startswith("longbench"), f"tasks={name}: LongBench is run by lm-eval: {LONGBENCH}")
-        advice = f"choose among {', '.join(choices)}{did_you_mean(name, choices)}"
+        advice = f"choose among {_listed(choices)}{did_you_mean(name, choices)}"
         check(name in GROUPS or name in TASK_NAMES, f"tasks: there is no {name}, {advice}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names with commas; of several in a row that begin alike, all but the first from their dash on."""
+    shown = [names[0]]
+    for last, name in pairwise(names):
+        start, dash, _ = name.partition("-")
+        alike = dash and last.startswith(start + dash) and start in GROUPS
+        shown.append(name.removeprefix(start) if alike else name)
+    return ", ".join(shown)
 
 
 def is_ruler_data(name: str) -> bool:
