@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from duo_id.deploy.install import duo_attention
-from duo_id.evaluate import reading
+from duo_id.evaluate import stops
 from duo_id.evaluate.answers import Answers
 from duo_id.evaluate.batches import GENERATED, batches, work
 from duo_id.evaluate.conversing import _Conversation
@@ -56,7 +56,7 @@ def logits_of(model: LanguageModel, ids: list[int]) -> Tensor:
 
 def check_conversation(model: LanguageModel, mask: HeadMask, item: Item, answers: Answers) -> list[int]:
     """A conversation is that of forwards without a cache, token by token; returns its length at each answer's end."""
-    ends = reading.end_tokens(model)
+    ends = stops.end_tokens(model)
     texts = [model.tokenizer.decode([token]) for token in range(258)]
     stopping = [token in ends or (item.stop is not None and item.stop in text) for token, text in enumerate(texts)]
     blank = [not text.strip() and token not in ends for token, text in enumerate(texts)]
@@ -125,7 +125,7 @@ def test_an_end_of_text_ends_an_answer_and_does_not_stay(model: LanguageModel, m
     assert [len(text or []) for text in answers.generated] == [9, 9, 9], "nothing ends them"
     assert answers.generated[0] is not None
     end = answers.generated[0][3]
-    monkeypatch.setattr(reading, "end_tokens", lambda model: {end})
+    monkeypatch.setattr(stops, "end_tokens", lambda model: {end})
     with duo_attention(model.model, mask):
         (answers,) = read(model, [item])
     assert answers.generated[0].index(end) + 1 == len(answers.generated[0]) <= 4

@@ -10,11 +10,12 @@ from torch import Tensor
 from duo_id.attention import codes
 from duo_id.deploy.chunks import continuation
 from duo_id.deploy.install import duo_attention
-from duo_id.evaluate import reading
+from duo_id.evaluate import reading, stops
 from duo_id.evaluate.answers import Answers
 from duo_id.evaluate.batches import GENERATED, batches, work
 from duo_id.evaluate.items import Item, Question
-from duo_id.evaluate.reading import Reader, end_tokens
+from duo_id.evaluate.reading import Reader
+from duo_id.evaluate.stops import end_tokens
 from duo_id.models.language_model import LanguageModel
 from duo_id.models.loading import byte_tokenizer
 from duo_id.patterns.mask import HeadMask
@@ -135,7 +136,7 @@ def test_free_text_ends_where_the_model_ends_it(model: LanguageModel, monkeypatc
         plain = [said.written for said in Reader(model, 10**6, 10**6).read(items, False, write=11)]
         assert plain[0] is not None
         end = plain[0].tokens[4]
-        monkeypatch.setattr(reading, "end_tokens", lambda model: {end})
+        monkeypatch.setattr(stops, "end_tokens", lambda model: {end})
         ended = [said.written for said in Reader(model, 10**6, 10**6).read(items, False, write=11)]
     for before, after in zip(plain, ended, strict=True):
         assert before is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 from duo_id.deploy.cache import DualCache
 from duo_id.evaluate.batches import GENERATED
 from duo_id.evaluate.items import Item
+from duo_id.evaluate.stops import Stops
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Turn:
 class Forward(Protocol):
     """What a conversation needs of `duo_id.evaluate.reading.Reader`."""
 
+    stops: Stops
+
     def on_work(self, tokens: int, /) -> None:
         """Report work that is done."""
 
@@ -40,9 +43,6 @@ class Forward(Protocol):
 
     def forward_following(self, ids: Tensor, cache: DualCache, keep: Tensor, past: int) -> Tensor:
         """The same for several tokens after a context."""
-
-    def blank_and_stop_tokens(self, stops: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-        """Masks of the blank tokens, and of those that end answers."""
 
 
 @dataclass
@@ -85,7 +85,7 @@ class _Conversation:
 
 @torch.no_grad()
 def converse(
-    reader: Forward, cache: DualCache, items: Sequence[Item], rows: Sequence[int], past: int, ends: Collection[int]
+    reader: Forward, cache: DualCache, items: Sequence[Item], rows: Sequence[int], past: int
 ) -> list[list[Turn]]:
     """Ask all questions of some items of a batch, one after another, through a copy of their contexts' cache.
 
@@ -99,14 +99,13 @@ def converse(
         items: of the batch.
         rows: of the batch, with the items to talk about.
         past: tokens of a context.
-        ends: tokens that end a text.
 
     Returns:
         the turns of each row.
     """
     talks = [_Conversation(items[row], deque(items[row].questions[0].prompt)) for row in rows]
     cache = cache.fork(torch.tensor(rows))
-    blank, stopping = reader.blank_and_stop_tokens([items[row].stop for row in rows])
+    blank, stopping = reader.stops.blank, reader.stops.at([items[row].stop for row in rows])
     shortest, every = min(len(talk.given) for talk in talks), torch.arange(len(rows), device=blank.device)
     first = [[talk.given.popleft() for _ in range(shortest)] for talk in talks]
     ids, read = torch.tensor(first, device=blank.device), past + shortest
@@ -116,7 +115,7 @@ def converse(
         chosen = logits.argmax(-1)
         choices = torch.stack([chosen, blank[chosen], stopping[every, chosen]], 1).tolist()
         following = [
-            talk.next_token(token, bool(is_blank), bool(stops), read, ends)
+            talk.next_token(token, bool(is_blank), bool(stops), read, reader.stops.ends)
             for talk, (token, is_blank, stops) in zip(talks, choices, strict=True)
         ]
         if all(talk.over for talk in talks):

@@ -38,7 +38,7 @@ def score_rows(
         answers: of the contender.
         full: of full attention, the reference of KL.
         tokenizer: of the model.
-        ends: tokens that end a text, see `end_tokens`.
+        ends: tokens that end a text, see `duo_id.evaluate.stops`.
         of_full: logits of full attention along what the contender wrote, if it wrote anything.
     """
     rows = []

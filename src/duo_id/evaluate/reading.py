@@ -19,6 +19,7 @@ from duo_id.evaluate.answers import Answers, Written
 from duo_id.evaluate.batches import GENERATED, first_following
 from duo_id.evaluate.conversing import converse
 from duo_id.evaluate.items import Item, Question
+from duo_id.evaluate.stops import Stops
 from duo_id.models.language_model import LanguageModel
 
 # Tokens of a chunk with answers inside, at most, where the cache keeps codes: a chunk sees none of its own.
@@ -43,8 +44,12 @@ class Reader:
     chunk_size: int
     on_work: Callable[[int], None] = lambda tokens: None
     kept: tuple[Sequence[Item], DualCache] | None = None  # the last batch, if it was to be kept
-    _stop_masks: dict[str | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    stops: Stops = field(init=False)
     _continuation: Continuation = field(default_factory=Continuation)
+
+    def __post_init__(self) -> None:
+        """Find out where the model's answers end."""
+        self.stops = Stops(self.model)
 
     @torch.no_grad()
     def read(
@@ -95,7 +100,7 @@ class Reader:
                 answers[row].total_bytes[number] = cache.bytes_of(end)
         for group in self._groups([(row, 0) for row, item in enumerate(items) if item.turns], items):
             rows = [row for row, _ in group]
-            talks = converse(self, cache, items, rows, past, end_tokens(self.model))
+            talks = converse(self, cache, items, rows, past)
             for row, turns in zip(rows, talks, strict=True):
                 for number, turn in enumerate(turns):
                     answers[row].logits[number], answers[row].generated[number] = turn.logits, turn.said
@@ -235,7 +240,7 @@ class Reader:
         prompt_ids = torch.tensor([[*prompt] + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         starts = torch.tensor([len(prompt) - shortest for prompt in prompts], device=device)
         ends = starts + torch.tensor(limits, device=device)
-        blank, stopping = self.blank_and_stop_tokens(stops)
+        blank, stopping = self.stops.blank, self.stops.at(stops)
         rows = torch.arange(len(group), device=device)
         chosen: list[Tensor] = []
         chosen_from: list[Tensor] = []
@@ -283,29 +288,6 @@ class Reader:
         cache_arguments = {cache_argument(self.model.model): cache} | self._continuation.options(ids, past)
         logits = self.model.model(ids, use_cache=True, **cache_arguments, **options).logits
         return logits if options or keep is None else logits[:, keep]
-
-    def blank_and_stop_tokens(self, stops: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-        """Masks of the blank tokens, (vocabulary,), and of those that end an answer, (stops, vocabulary)."""
-        for stop in {*stops} - self._stop_masks.keys():
-            self._stop_masks[stop] = self._stop_tokens(stop)
-        blank = self._stop_masks[stops[0]][0]
-        return blank, torch.stack([self._stop_masks[stop][1] for stop in stops])
-
-    def _stop_tokens(self, stop: str | None) -> tuple[Tensor, Tensor]:
-        tokenizer, device = self.model.tokenizer, self.model.model.device
-        ends = end_tokens(self.model)
-        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-        texts += [""] * (self.model.model.config.get_text_config().vocab_size - len(texts))  # embeddings may be padded
-        blank = [not text.strip() and token not in ends for token, text in enumerate(texts)]
-        stopping = [token in ends or (stop is not None and stop in text) for token, text in enumerate(texts)]
-        return torch.tensor(blank, device=device), torch.tensor(stopping, device=device)
-
-
-def end_tokens(model: LanguageModel) -> set[int]:
-    """The model's end-of-text tokens."""
-    generation = getattr(model.model, "generation_config", None)
-    candidates = [model.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
-    return {token for ids in candidates if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
 
 
 def _no_answers(questions: int, size: int) -> Answers:

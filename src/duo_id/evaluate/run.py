@@ -36,9 +36,9 @@ from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal, write_results
 from duo_id.evaluate.judging import peer_rows
 from duo_id.evaluate.peers import SAMPLES, read_answers, write_samples
-from duo_id.evaluate.reading import end_tokens
 from duo_id.evaluate.runner import run
 from duo_id.evaluate.settings import BASELINES, EvaluateSettings
+from duo_id.evaluate.stops import end_tokens
 from duo_id.evaluate.tasks.building import SampleBuilder
 from duo_id.evaluate.tasks.names import is_ruler_data
 from duo_id.evaluate.tasks.registry import make_items
