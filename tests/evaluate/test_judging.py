@@ -1,6 +1,7 @@
 """Rows by hand: loss, KL, correct tokens, and scores of generated answers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,9 @@ def test_generated_answers_are_cut_and_judged() -> None:
         "score": 1, "exact": True, "text": " red and blue", "pieces": None, "turn": None,
     }  # fmt: skip
     assert judge_generated(item, 0, write(" red\nblue"), tokenizer, {eos})["score"] == 0.5, "the line ends the answer"
+    long = replace(item, questions=(Question((1,), (1,), ("red", "blue", "green")),), metric="lines", stop=None)
+    judged = judge_generated(replace(long, turns=True), 0, write("\nred\ngreen."), tokenizer, {eos})
+    assert (judged["score"], judged["pieces"], judged["turn"]) == (pytest.approx(2 / 3), "101", 1)
     assert judge_generated(item, 0, [*write(" red"), eos, *write(" blue")], tokenizer, {eos})["exact"] is False
     assert judge_generated(item, 0, None, tokenizer, {eos}) == {
         "score": None, "exact": None, "text": None, "pieces": None, "turn": None,

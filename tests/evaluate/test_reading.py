@@ -162,6 +162,11 @@ def test_bytes_are_those_of_the_context(model: LanguageModel) -> None:
     for sparsity, entries in ((0, 6 * 100), (0.5, 3 * 100 + 3 * 20), (1, 6 * 20)):
         with duo_attention(model.model, PATTERN.binarize(sparsity=sparsity)):
             assert {answers.bytes for answers in read(model, make_items(), 10**6)} == {entries * entry}
+            for item, answers in zip(make_items(), read(model, make_items(), 10**6), strict=True):
+                for question, said, total in zip(item.questions, answers.generated, answers.total_bytes, strict=True):
+                    following = len(question.prompt) + len(said or ())
+                    grown = round(6 * (1 - sparsity)) * following  # in heads that stream, the oldest make room
+                    assert total == ((entries + grown) * entry if question.place is None else None)
 
 
 def test_answers_inside_a_context_see_codes_of_it(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,21 @@ def test_what_contenders_write_is_compared_with_full_attention(finished_run: tup
     assert "was made with another write (write=6, not 7)" in again.output
 
 
+def test_conversations_have_a_table_and_go_on(tmp_path: Path) -> None:
+    tasks = ["tasks=[turns-json,rules-json]", "lengths=[4000]", "random_masks=0", "baselines=[]"]
+    finished = evaluate(tmp_path, *tasks)
+    assert finished.status == 0, finished.output
+    assert "By turn of a conversation" in finished.output
+    rows = results(tmp_path / "run")["rows"]
+    assert [row["turn"] for row in rows if row["task"] == "turns-json"] == [1, 2, 3, 4, 5, 6] * 2
+    assert all(row["total_bytes"] > row["bytes"] for row in rows if row["kind"] == "full")
+    resumed = run_command("evaluate", f"resume={tmp_path / 'run'}", "sparsity=[0.5,1]", folder=tmp_path)
+    assert resumed.status == 0, resumed.output
+    later = results(tmp_path / "run")["rows"]
+    assert later[: len(rows)] == rows
+    assert len(later) == 3 * len(rows) / 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

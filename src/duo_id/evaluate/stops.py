@@ -1,4 +1,4 @@
-"""Where a generated answer ends: at a token that ends texts for the model, or at one that holds the stop of the task."""
+"""Where a generated answer ends: at a token that ends texts for the model, or at one that holds the stop of a task."""
 
 from collections.abc import Sequence
 from functools import cached_property
