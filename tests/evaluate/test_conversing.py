@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from duo_id.deploy.install import duo_attention
+from duo_id.attention import codes
+from duo_id.common.compat import cache_argument
+from duo_id.deploy.install import dual_cache, duo_attention
 from duo_id.evaluate import stops
 from duo_id.evaluate.answers import Answers
 from duo_id.evaluate.batches import GENERATED, batches, work
@@ -97,6 +99,29 @@ def test_turns_are_those_of_plain_forwards(
         said |= {len(text) for text in answers.generated if text}
     assert len(said) > 2, "answers of different lengths"
     torch.testing.assert_close(found[-1].logits, other.logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kv", ["exact", "int4"])
+def test_right_answers_see_what_a_cache_without_copies_holds(
+    kv: str, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes of the conversation too, whose tokens were read one by one after the first question's beginning."""
+    monkeypatch.setattr(codes, "GROUP", 16)
+    items = make_items()
+    shortest = min(len(item.questions[0].prompt) for item in items)
+    with duo_attention(model.model, PATTERN.binarize(sparsity=0.5), kv=kv), torch.no_grad():
+        for item, answers in zip(items, read(model, items), strict=True):
+            said: list[int] = []
+            for question, logits, text in zip(item.questions, answers.logits, answers.generated, strict=True):
+                said += question.prompt
+                cache = dual_cache(model.model)
+                options = {cache_argument(model.model): cache, "use_cache": True}
+                pieces = [[*item.context], said[:shortest], *([token] for token in said[shortest:])]
+                outputs = [model.model(torch.tensor([piece]), **options).logits[0, -1:] for piece in pieces][-1:]
+                if len(question.answer) > 1:
+                    outputs.append(model.model(torch.tensor([question.answer[:-1]]), **options).logits[0])
+                torch.testing.assert_close(logits, torch.cat(outputs), atol=1e-4, rtol=0)
+                said += [token for token in text or () if token not in stops.end_tokens(model)]
 
 
 def test_a_cache_that_forgets_its_answers_answers_otherwise(
