@@ -93,6 +93,15 @@ def test_values_by_hand() -> None:
     assert [full[metric] for metric in ("kept", "rise", "relative_score", "exact")] == [1, 0, 1, 0.5]
 
 
+def test_the_cache_that_is_kept_is_that_of_whole_answers() -> None:
+    """Where both were generated; elsewhere that of the contexts, 70 of 100 in a and 30 of 100 in b."""
+    rows = by_hand().assign(total_bytes=np.nan)
+    first = (rows["task"] == "a") & (rows["index"] == 0)
+    rows.loc[first, "total_bytes"] = np.where(rows.loc[first, "kind"] == "full", 400, 110)
+    rows.loc[(rows["task"] == "b") & (rows["kind"] == "full"), "total_bytes"] = 900
+    assert only(rows)["kept"] == pytest.approx(((110 + 70) / (400 + 100) + 0.3) / 2)
+
+
 def test_intervals_by_hand() -> None:
     """Two samples, 1 degree of freedom: 12.7 standard errors, clipped to possible values."""
     statistics = only(by_hand()[lambda rows: rows["task"] == "a"])
