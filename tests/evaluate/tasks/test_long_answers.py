@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from duo_id.evaluate.metrics import METRICS, lines
+from duo_id.evaluate.metrics import METRICS
 from duo_id.evaluate.tasks.long_answers import GIVEN, LISTED, ROWS, SUMMED
 from duo_id.evaluate.tasks.names import GROUPS
 from tests.evaluate.tasks.making import some, text
@@ -48,9 +48,3 @@ def test_sums_add_up() -> None:
             last, added, total = map(int, re.findall(r"\d+", step))
             assert (last + added, added) == (total, number)
         assert total == sum(numbers)
-
-
-def test_lines_are_judged_one_by_one_whatever_their_order() -> None:
-    assert lines("b\nA.\n d", ["a", "b", "c", "d"]) == [True, True, False, True]
-    assert METRICS["lines"]("b\nA.\n d", ["a", "b", "c", "d"]) == 0.75
-    assert lines("", ["a"]) == [False]

@@ -3,7 +3,7 @@
 import pytest
 
 from duo_id.evaluate.chat import Chat
-from duo_id.evaluate.metrics import METRICS, rules
+from duo_id.evaluate.metrics import METRICS
 from duo_id.evaluate.tasks.names import GROUPS
 from duo_id.evaluate.tasks.registry import make_items
 from duo_id.evaluate.tasks.rules import ANSWER
@@ -47,20 +47,3 @@ def test_answers_begin_as_a_model_would(task: str, after: str) -> None:
     for question in item.questions:
         assert text(question.prompt).endswith(after or ANSWER)
         assert text(question.answer).startswith(" ") == (not after)
-
-
-def kept(text: str, *references: str) -> list[bool]:
-    return rules(text, references)
-
-
-def test_rules_by_hand() -> None:
-    assert kept('{"a": 1}', "json a", "json b") == [True, False]
-    assert kept('```json\n{\n "a": "x"\n}\n```', "json a") == [True]
-    assert kept('{"a": 1, "b": 2}', "json a") == kept('It is {"a": 1}', "json a") == kept('["a"]', "json a") == [False]
-    assert kept("[" * 10**5, "json a") == [False]
-    assert kept(" Buenas tardes, Ida.", "begins Buenas tardes", "begins Hola") == [True, False]
-    assert kept("It was red. tunina.\nWhat else?", "ends tunina") == kept("red\ntunina", "ends tunina") == [True]
-    assert kept("tunina is red", "ends tunina") == [False]
-    assert kept("IT WAS TUNINA", "says tunina", "avoids ruby", "capitals") == [True, True, True]
-    assert kept("A Ruby", "avoids ruby", "capitals") == [False, False]
-    assert kept(" ...\n", "avoids ruby", "capitals", "says a") == [False] * 3, "silence keeps no rule"
