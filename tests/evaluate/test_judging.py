@@ -43,15 +43,15 @@ def test_generated_answers_are_cut_and_judged() -> None:
     write = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     eos = tokenizer.eos_token_id
     assert judge_generated(item, 0, write(" red and blue"), tokenizer, {eos}) == {
-        "score": 1, "exact": True, "text": " red and blue", "pieces": None, "turn": None,
+        "score": 1, "exact": True, "text": " red and blue", "pieces": None,
     }  # fmt: skip
     assert judge_generated(item, 0, write(" red\nblue"), tokenizer, {eos})["score"] == 0.5, "the line ends the answer"
     long = replace(item, questions=(Question((1,), (1,), ("red", "blue", "green")),), metric="lines", stop=None)
-    judged = judge_generated(replace(long, turns=True), 0, write("\nred\ngreen."), tokenizer, {eos})
-    assert (judged["score"], judged["pieces"], judged["turn"]) == (pytest.approx(2 / 3), "101", 1)
+    judged = judge_generated(long, 0, write("\nred\ngreen."), tokenizer, {eos})
+    assert (judged["score"], judged["pieces"]) == (pytest.approx(2 / 3), "101")
     assert judge_generated(item, 0, [*write(" red"), eos, *write(" blue")], tokenizer, {eos})["exact"] is False
     assert judge_generated(item, 0, None, tokenizer, {eos}) == {
-        "score": None, "exact": None, "text": None, "pieces": None, "turn": None,
+        "score": None, "exact": None, "text": None, "pieces": None,
     }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def score_rows(
                 "compute in model.dtype=float32, or check the model"
             )
         row = {"task": item.task, "length": item.length, "index": item.index, "sample": item.digest, "question": number}
-        row |= {"depth": question.depth} | contender_columns(contender) | measured
+        row |= {"turn": turn_of(item, number), "depth": question.depth} | contender_columns(contender) | measured
         row |= judge_generated(item, number, answers.generated[number], tokenizer, ends)
         row |= {"bytes": answers.bytes, "total_bytes": answers.total_bytes[number] if answers.total_bytes else None}
         if number == written_after and answers.written is not None and full.written is not None:
@@ -65,19 +65,23 @@ def contender_columns(contender: Contender) -> ScoredRow:
     return dict(zip(ASKED, contender.key, strict=True))
 
 
+def turn_of(item: Item, number: int) -> int | None:
+    """Which turn of a conversation question `number` is, from 1; None where each is asked alone."""
+    return number + 1 if item.turns else None
+
+
 def judge_generated(
     item: Item, number: int, generated: Sequence[int] | None, tokenizer: PreTrainedTokenizerBase, ends: set[int]
 ) -> ScoredRow:
     """Score, exactness, text and right pieces of a generated answer to question `number`; each None without one."""
-    turn = {"turn": number + 1 if item.turns else None}
     if generated is None:
-        return {"score": None, "exact": None, "text": None, "pieces": None} | turn
+        return {"score": None, "exact": None, "text": None, "pieces": None}
     end = next((index for index, token in enumerate(generated) if token in ends), len(generated))
     text = first_answer(str(tokenizer.decode(list(generated[:end]))), item.stop)
     references = item.questions[number].references
     score = METRICS[item.metric](text, references)
     pieces = "".join("01"[right] for right in lines(text, references)) if item.metric == "lines" else None
-    return {"score": score, "exact": score == 1, "text": text, "pieces": pieces} | turn
+    return {"score": score, "exact": score == 1, "text": text, "pieces": pieces}
 
 
 def compare_written(answers: Answers, full: Written, of_full: Tensor | None) -> ScoredRow:
@@ -126,7 +130,7 @@ def peer_rows(
         item = items_by_key[item_key]
         question = item.questions[answer["question"]]
         row = {key: value for key, value in answer.items() if key not in ("generated", "full_bytes", "note")}
-        row |= {"sample": item.digest, "depth": question.depth}
+        row |= {"sample": item.digest, "turn": turn_of(item, answer["question"]), "depth": question.depth}
         row["total_bytes"] = None
         if question.place is not None:
             row["bytes"] = round(row["bytes"] * len(item.context) / (question.place - 1))

@@ -167,6 +167,6 @@ def _with_rules(draft: Draft, rules: Sequence[str], reply: Reply, noun: str | No
 
 
 def _request(draft: Draft, text: str, answer: str, kept: Sequence[str], depth: float | None = None) -> Question:
-    """A request and its right answer, which begins with a space unless a chat template ends with a line break."""
+    """A request and its right answer, which begins the model's turn where there is a chat template."""
     beginning, gap = ("", "") if draft.builder.chat.after else (ANSWER, " ")
     return draft.question(text, beginning, draft.builder.tokens(gap + answer), kept, depth)
