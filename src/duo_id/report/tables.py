@@ -36,12 +36,12 @@ HEADINGS = {  # two short lines, so that the table fits a terminal
 }
 OF_TEXTS = ("agreed", "agreement", "along", "drift", "written", "repeated")  # metrics of what contenders write
 WRITTEN_TITLE = "What they write after each context, against what full attention writes"
-TURNS_TITLE = "By turn of a conversation that keeps the model's answers"
+TURNS_TITLE = "By turn of a conversation that keeps the model's answers (full attention: absolute)"
 THIRDS_TITLE = "Right lines of long answers, by their place in the answer"
 GENERATED_CAPTION = "Intervals: python -m duo_id.report RUN"
-OF_TURNS = {  # sections of the table by turn: a metric relative to full attention, whose own line is absolute
-    "relative_score": "score / full's %; full attention: score %",
-    "rise": "rise in loss; full attention: loss",
+OF_TURNS = {  # sections of the table by turn: metrics relative to full attention, whose own line is absolute
+    "relative_score": "score, % of full attention's",
+    "rise": "rise in loss",
 }
 # The metric of full attention that each relative one refers to.
 OF_FULL = {"relative_score": "score", "relative_accuracy": "accuracy", "rise": "loss"}
@@ -141,7 +141,7 @@ def contender_grid(
 
 def written_grid(rows: pd.DataFrame) -> Grid | None:
     """One line per contender that wrote: how its text compares with that of full attention; None where none did."""
-    return contender_grid(rows[rows["written"].notna()], ("kept",), OF_TEXTS) if rows["written"].notna().any() else None
+    return contender_grid(rows[rows["written"].notna()], (), OF_TEXTS) if rows["written"].notna().any() else None
 
 
 def thirds_grid(rows: pd.DataFrame) -> Grid | None:
