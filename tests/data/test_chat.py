@@ -26,6 +26,31 @@ def test_a_message_stands_between_the_two_parts() -> None:
     assert chat.after == (eos, *tokenize(tokenizer, "\n"), bos, *tokenize(tokenizer, "[assistant]\n"))
 
 
+def test_what_stands_between_an_answer_and_the_next_message() -> None:
+    tokenizer = with_template(USER + ANSWER)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert split_chat(tokenizer).between == (eos, *tokenize(tokenizer, "\n"), bos, *tokenize(tokenizer, "[user]\n"))
+    assert plain(tokenizer).between == ()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[-1]['content'] }}" + ANSWER,
+        "{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}" + USER + ANSWER,
+    ],
+    ids=["forgets-answers", "raises"],
+)
+def test_a_template_of_a_single_message_has_nothing_between(template: str) -> None:
+    assert split_chat(with_template(template)).between is None
+
+
+def test_reasoning_models_are_asked_not_to_think() -> None:
+    empty = "{% if enable_thinking is false %}<think></think>{% endif %}"
+    tokenizer = with_template(USER + ANSWER + empty)
+    assert tokenizer.decode(split_chat(tokenizer).after).endswith("<think></think>")
+
+
 @pytest.mark.parametrize("message", ["What is a mill?", "Say </s> twice, then\n\nstop.", "1 2 3"])
 def test_parts_and_message_are_the_tokens_of_the_whole(message: str) -> None:
     tokenizer = with_template(USER + ANSWER)

@@ -1,6 +1,7 @@
-"""The tokens around a single user message: the model's chat template, or just the tokenizer's prefix."""
+"""The tokens around a user message: the model's chat template, or just the tokenizer's prefix."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -8,6 +9,8 @@ from duo_id.common.errors import UserError, check
 from duo_id.data.haystack import leading_tokens, tokenize
 
 PLACEHOLDER = "What is the name of this place?"
+REPLY, NEXT = "It is called Rosehill.", "Who lives there?"
+TEMPLATED: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
 
 
 @dataclass(frozen=True)
@@ -17,10 +20,12 @@ class Chat:
     Attributes:
         before: the start of every context.
         after: between the question and the model's answer; empty without a chat template.
+        between: between the model's answer and the user's next message; None: the template takes no second one.
     """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
+    between: tuple[int, ...] | None = ()
 
 
 def plain(tokenizer: PreTrainedTokenizerBase) -> Chat:
@@ -28,12 +33,13 @@ def plain(tokenizer: PreTrainedTokenizerBase) -> Chat:
     return Chat(tuple(leading_tokens(tokenizer)), ())
 
 
-def split_chat(tokenizer: PreTrainedTokenizerBase, setting: str = "chat_template") -> Chat:
+def split_chat(tokenizer: PreTrainedTokenizerBase, setting: str = "chat_template", thinking: bool = False) -> Chat:
     """The model's chat template around one user message, up to where the model's answer begins.
 
     Args:
         tokenizer: of the model.
         setting: what chooses the template, for messages.
+        thinking: let a model that can reason first, where its template asks.
 
     Raises:
         UserError: there is no template, or it does not split into tokens before and after the message.
@@ -42,7 +48,7 @@ def split_chat(tokenizer: PreTrainedTokenizerBase, setting: str = "chat_template
     check(bool(tokenizer.chat_template), f"{chosen}: the model's tokenizer has none, {advice}")
     messages = [{"role": "user", "content": PLACEHOLDER}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = str(tokenizer.apply_chat_template(messages, enable_thinking=thinking, **TEMPLATED))
     except Exception as error:  # templates are programs and may raise anything
         reason = " ".join(str(error).split())
         raise UserError(f"{chosen}: the model's template rejects a single user message ({reason}), {advice}") from error
@@ -55,7 +61,20 @@ def split_chat(tokenizer: PreTrainedTokenizerBase, setting: str = "chat_template
         [*before, *tokenize(tokenizer, PLACEHOLDER), *after] == _template_tokens(tokenizer, text),
         f"{chosen}: the model's template does not tokenize separately from the message in it, {advice}",
     )
-    return Chat(tuple(before), tuple(after))
+    return Chat(tuple(before), tuple(after), _between(tokenizer, thinking))
+
+
+def _between(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> tuple[int, ...] | None:
+    """The tokens between an answer and the next message, or None where the template has no place for these."""
+    said = zip(("user", "assistant", "user"), (PLACEHOLDER, REPLY, NEXT), strict=True)
+    messages = [{"role": role, "content": content} for role, content in said]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, enable_thinking=thinking, **TEMPLATED))
+    except Exception:  # as above
+        return None
+    if text.count(REPLY) != 1 or text.count(NEXT) != 1:
+        return None
+    return tuple(_template_tokens(tokenizer, text.partition(REPLY)[2].partition(NEXT)[0]))
 
 
 def _template_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -101,7 +101,7 @@ def chat_of(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Chat:
         UserError: there is none although the settings ask for it, or it does not work.
     """
     templated = bool(tokenizer.chat_template) if settings.self_chat is None else settings.self_chat
-    return split_chat(tokenizer, "data.self_chat") if templated else plain(tokenizer)
+    return split_chat(tokenizer, "data.self_chat", thinking=True) if templated else plain(tokenizer)
 
 
 def prompt_lengths(settings: DataSettings, limit: int | None) -> list[int]:

@@ -53,7 +53,7 @@ from duo_id.report.leaderboard import leaderboards
 from duo_id.report.paired import paired_grids
 from duo_id.report.rows import ASKED, SCHEMA, VERSION, ScoredRow
 from duo_id.report.summary import SEED, frame
-from duo_id.report.tables import WRITTEN_TITLE, results_table, terminal_table, written_grid
+from duo_id.report.tables import GENERATED_CAPTION, of_generated, results_table, terminal_table
 
 VERBATIM: dict[str, Any] = {"markup": False, "highlight": False}  # for text from elsewhere
 DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")
@@ -90,8 +90,8 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     results = score(settings, model, description, patterns, folder, cli.console)
     write_results(folder, results)
     print_tables(cli.console, results_table(results, f"{model.name} under {settings.heads}"))
-    if (texts := written_grid(frame(results))) is not None:
-        print_tables(cli.console, terminal_table(texts, f"{WRITTEN_TITLE}: up to {settings.write} tokens"))
+    for title, grid in of_generated(frame(results)).items():
+        print_tables(cli.console, terminal_table(grid, title, GENERATED_CAPTION, spreads=False))
     for title, grid in (leaderboards(results) | paired_grids(results)).items():
         print_tables(cli.console, terminal_table(grid, title))
     for name, figure in figures(results).items():
