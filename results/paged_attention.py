@@ -14,7 +14,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from duo_id.attention.kernels.paged import Workspace, paged_attention, workspace
 from duo_id.benchmark.ceilings import measure_ceilings
-from duo_id.benchmark.timing import capture_graph, release, time_runs
+from duo_id.benchmark.timing import release, time_runs
+from duo_id.deploy.graphs import capture_graph
 
 KV_HEADS, GROUP, DIM, SINK, RECENT = 8, 4, 128, 64, 256
 DEVICE, DTYPE = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16
