@@ -20,6 +20,8 @@ from duo_id.common.errors import UserError
 from duo_id.common.foreign import describe_model, model_of
 from duo_id.common.integrity import unsealed
 from duo_id.common.record import differences, read_settings, recorded_settings
+from duo_id.data.registry import make_task
+from duo_id.data.settings import DataSettings
 from duo_id.evaluate.contenders import contenders
 from duo_id.evaluate.journal import JOURNAL, Journal
 from duo_id.evaluate.peers import read_answers, write_samples
@@ -28,6 +30,7 @@ from duo_id.methods.head_order import HeadOrder
 from duo_id.methods.search import _read_order as read_search
 from duo_id.models.loading import meta_model
 from duo_id.models.settings import ModelSettings
+from duo_id.models.tokenizers import byte_tokenizer
 from duo_id.patterns.agreement import agreement, agreement_table
 from duo_id.patterns.files import contents_of, duo_config
 from duo_id.patterns.formats.options import Options
@@ -130,6 +133,11 @@ def journal(folder: Path) -> list[Any]:
 def answers(folder: Path) -> list[Any]:
     write_samples(folder / "samples.jsonl", TOLD, ITEMS)
     return [json.loads(line) for line in write_answers(folder, [answer()]).read_text().splitlines()]
+
+
+def use_written(path: Path) -> None:
+    """What a model wrote is refused before a sample is made of it."""
+    make_task(DataSettings(task="self", self_path=str(path.parent)), byte_tokenizer(), "train").sample(0, 0)
 
 
 def use_benchmark(path: Path) -> None:
@@ -284,6 +292,14 @@ CASES = {
         | TEXTS
         | {r"1\.questions\.\d\.full_loss=.*": "not looked at", r".*=\[\]": "no answers"},
         lines=True,
+    ),
+    "written": Case(
+        "texts.jsonl",
+        lambda folder: [{"split": "train", "temperature": 0.7, "prompt": [1, 2], "written": [3]}],
+        use_written,
+        NUMBERS,
+        lines=True,
+        says="texts.jsonl|data.self_path=",
     ),
     "benchmark": Case(
         "results.json",

@@ -255,3 +255,11 @@ def test_a_refusal_is_short() -> None:
     with pytest.raises(UserError, match=r"\(and 6 more\)") as raised:
         check_unchanged(changes, "resume=RUN: it was made", "and that matters")
     assert len(str(raised.value)) < 600
+
+
+def test_a_task_that_an_earlier_version_did_not_have_has_no_weight() -> None:
+    before = {"data": {"mixture": {"passkey": 1.0}}}
+    assert differences(before, {"data": {"mixture": {"passkey": 1.0, "self": 0.0}}}) == {}
+    now = {"data": {"mixture": {"passkey": 1.0, "self": 0.5}}}
+    assert differences(before, now) == {"data.mixture.self": (0, 0.5)}
+    assert differences(now, before) == {"data.mixture.self": (0.5, 0)}

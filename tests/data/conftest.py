@@ -19,6 +19,7 @@ QUICK = {
     "num_passkeys": 3,
     "passkey_words": 2,
     "num_questions": 3,
+    "num_turns": 3,
     "answer_words": 2,
     "answer_tokens": 10,
 }

@@ -89,7 +89,9 @@ def test_tasks_without_weight_are_not_made(mixture):
 @pytest.mark.parametrize("name", ["mixture", "disk", "nosuch"])
 def test_what_cannot_be_mixed_is_refused(mixture, name):
     for weight in (1.0, 0.0):
-        with pytest.raises(UserError, match=f"data.mixture.{name}: .* passkey, key_value, copying, multi_query, text$"):
+        with pytest.raises(
+            UserError, match=f"data.mixture.{name}: .* passkey, key_value, copying, multi_query, text, turns, self$"
+        ):
             mixture({"passkey": 1.0, name: weight})
 
 

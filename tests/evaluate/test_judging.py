@@ -1,6 +1,7 @@
 """Rows by hand: loss, KL, correct tokens, and scores of generated answers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,11 +43,16 @@ def test_generated_answers_are_cut_and_judged() -> None:
     write = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     eos = tokenizer.eos_token_id
     assert judge_generated(item, 0, write(" red and blue"), tokenizer, {eos}) == {
-        "score": 1, "exact": True, "text": " red and blue",
+        "score": 1, "exact": True, "text": " red and blue", "pieces": None,
     }  # fmt: skip
     assert judge_generated(item, 0, write(" red\nblue"), tokenizer, {eos})["score"] == 0.5, "the line ends the answer"
+    long = replace(item, questions=(Question((1,), (1,), ("red", "blue", "green")),), metric="lines", stop=None)
+    judged = judge_generated(long, 0, write("\nred\ngreen."), tokenizer, {eos})
+    assert (judged["score"], judged["pieces"]) == (pytest.approx(2 / 3), "101")
     assert judge_generated(item, 0, [*write(" red"), eos, *write(" blue")], tokenizer, {eos})["exact"] is False
-    assert judge_generated(item, 0, None, tokenizer, {eos}) == {"score": None, "exact": None, "text": None}
+    assert judge_generated(item, 0, None, tokenizer, {eos}) == {
+        "score": None, "exact": None, "text": None, "pieces": None,
+    }  # fmt: skip
 
 
 def test_rows_say_who_was_asked_what() -> None:
@@ -100,6 +106,7 @@ def test_answers_of_peers_become_rows() -> None:
     first, second = peer_rows(answers, [item], byte_tokenizer(), set())
     assert (first["depth"], first["score"], first["bytes"], first["sample"]) == (0.5, 1, 40, item.digest)
     assert (second["score"], second["bytes"]) == (None, 40), "half of what two of eight tokens take, as half of all"
+    assert (first["total_bytes"], second["total_bytes"]) == (40 + 2 * 10, None), "question and answer are kept whole"
     full = score_rows(
         Contender("full", "full", 0.0),
         item,

@@ -10,12 +10,12 @@ from torch import Tensor
 from duo_id.attention import codes
 from duo_id.deploy.chunks import continuation
 from duo_id.deploy.install import duo_attention
-from duo_id.evaluate import reading
+from duo_id.evaluate import reading, stops
 from duo_id.evaluate.answers import Answers
 from duo_id.evaluate.batches import GENERATED, batches, work
 from duo_id.evaluate.items import Item, Question
-from duo_id.evaluate.reading import Reader, end_tokens
-from duo_id.models.language_model import LanguageModel
+from duo_id.evaluate.reading import Reader
+from duo_id.models.language_model import LanguageModel, end_tokens
 from duo_id.models.loading import byte_tokenizer
 from duo_id.patterns.mask import HeadMask
 from duo_id.patterns.pattern import HeadPattern
@@ -54,6 +54,11 @@ def read(model: LanguageModel, items: list[Item], batch_tokens: int, chunk_size:
     return [answers for batch in batches(items, batch_tokens) for answers in reader.read(batch, True)]
 
 
+def until_end(model: LanguageModel, text: list[int]) -> list[int]:
+    """A text up to the token that ends it, if one does."""
+    return text[: next((place for place, token in enumerate(text) if token in end_tokens(model)), len(text)) + 1]
+
+
 def check_answers(model: LanguageModel, mask: HeadMask, batch_tokens: int, chunk_size: int) -> None:
     """The reader's answers are those of whole texts without a cache, and of `generate`."""
     items = make_items()
@@ -72,7 +77,7 @@ def check_answers(model: LanguageModel, mask: HeadMask, batch_tokens: int, chunk
                 prompt = ids[:, :start]
                 options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": None}
                 expected = model.model.generate(prompt, max_new_tokens=item.max_new_tokens, **options)[0, start:]
-                assert answers.generated[number] == expected.tolist()
+                assert answers.generated[number] == until_end(model, expected.tolist())
 
 
 @pytest.mark.parametrize(("batch_tokens", "chunk_size"), [(10**6, 10**6), (10**6, 7), (1, 10**6), (256, 33)])
@@ -130,7 +135,7 @@ def test_free_text_ends_where_the_model_ends_it(model: LanguageModel, monkeypatc
         plain = [said.written for said in Reader(model, 10**6, 10**6).read(items, False, write=11)]
         assert plain[0] is not None
         end = plain[0].tokens[4]
-        monkeypatch.setattr(reading, "end_tokens", lambda model: {end})
+        monkeypatch.setattr(stops, "end_tokens", lambda model: {end})
         ended = [said.written for said in Reader(model, 10**6, 10**6).read(items, False, write=11)]
     for before, after in zip(plain, ended, strict=True):
         assert before is not None
@@ -156,6 +161,11 @@ def test_bytes_are_those_of_the_context(model: LanguageModel) -> None:
     for sparsity, entries in ((0, 6 * 100), (0.5, 3 * 100 + 3 * 20), (1, 6 * 20)):
         with duo_attention(model.model, PATTERN.binarize(sparsity=sparsity)):
             assert {answers.bytes for answers in read(model, make_items(), 10**6)} == {entries * entry}
+            for item, answers in zip(make_items(), read(model, make_items(), 10**6), strict=True):
+                for question, said, total in zip(item.questions, answers.generated, answers.total_bytes, strict=True):
+                    following = len(question.prompt) + len(said or ())
+                    grown = round(6 * (1 - sparsity)) * following  # in heads that stream, the oldest make room
+                    assert total == ((entries + grown) * entry if question.place is None else None)
 
 
 def test_answers_inside_a_context_see_codes_of_it(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +205,7 @@ def test_answers_end_at_the_stop_and_decoding_ends_with_the_last_of_them(
 ) -> None:
     newline, letter, blank = (byte_tokenizer()(x, add_special_tokens=False)["input_ids"][0] for x in "\na ")
     forwards = []
-    plain = Reader._forward
+    plain = Reader.forward
     script = {0: newline, 1: blank, 2: letter, 3: letter, 4: newline}  # a blank line in front ends nothing
 
     def forward(reader: Reader, ids: torch.Tensor, cache: object, keep: torch.Tensor | None, past: int) -> torch.Tensor:
@@ -206,7 +216,7 @@ def test_answers_end_at_the_stop_and_decoding_ends_with_the_last_of_them(
             forwards.append(ids.shape)
         return logits
 
-    monkeypatch.setattr(Reader, "_forward", forward)
+    monkeypatch.setattr(Reader, "forward", forward)
     monkeypatch.setattr("duo_id.evaluate.reading.CHECK_EVERY", 1)
     item = Item("t", 128, 0, tokens(0, 100), (Question(tokens(1, 5), tokens(2, 4)),), max_new_tokens=50)
     with duo_attention(model.model, PATTERN.binarize(sparsity=0.5)):
@@ -235,10 +245,6 @@ def test_batches_hold_what_can_be_read_together() -> None:
         [("a", 10, 5)],
         [("c", 10, 0)],
     ]
-
-
-def test_all_ends_of_a_text_are_known(model: LanguageModel) -> None:
-    assert end_tokens(model) == {model.tokenizer.eos_token_id, 2}
 
 
 def test_work_is_reported_chunk_by_chunk_and_token_by_token(model: LanguageModel) -> None:

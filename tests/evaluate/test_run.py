@@ -1,6 +1,7 @@
 """The evaluate command end to end on tiny random weights: its output, how it resumes, what it refuses."""
 
 import json
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -69,10 +70,26 @@ def test_what_contenders_write_is_compared_with_full_attention(finished_run: tup
     assert full["along_kl"] == full["own_kl"] == 0
     others = [row for row in rows if row["heads"] != "full"]
     assert all(row["along_kl"] > 0 and row["own_kl"] > 0 for row in others)
-    assert "up to 6 tokens" in finished.output
-    assert "same next" in finished.output
+    (table,) = re.findall(r"^What they write.*?Intervals", finished.output, re.MULTILINE | re.DOTALL)
+    assert "KL on" in table
+    assert max(map(len, table.splitlines())) <= 80
     again = evaluate(folder.parent, f"resume={folder}", "write=7")
     assert "was made with another write (write=6, not 7)" in again.output
+
+
+def test_conversations_have_a_table_and_go_on(tmp_path: Path) -> None:
+    tasks = ["tasks=[turns-json,rules-json]", "lengths=[4000]", "random_masks=0", "baselines=[]"]
+    finished = evaluate(tmp_path, *tasks)
+    assert finished.status == 0, finished.output
+    assert "By turn of a conversation" in finished.output
+    rows = results(tmp_path / "run")["rows"]
+    assert [row["turn"] for row in rows if row["task"] == "turns-json"] == [1, 2, 3, 4, 5, 6] * 2
+    assert all(row["total_bytes"] > row["bytes"] for row in rows if row["kind"] == "full")
+    resumed = run_command("evaluate", f"resume={tmp_path / 'run'}", "sparsity=[0.5,1]", folder=tmp_path)
+    assert resumed.status == 0, resumed.output
+    later = results(tmp_path / "run")["rows"]
+    assert later[: len(rows)] == rows
+    assert len(later) == 3 * len(rows) / 2
 
 
 @pytest.mark.parametrize(

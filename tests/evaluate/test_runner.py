@@ -13,10 +13,11 @@ from rich.console import Console
 from torch import Tensor
 
 from duo_id.common.errors import UserError
+from duo_id.data import chat
 from duo_id.data.haystack import load_haystack
 from duo_id.data.settings import HaystackSettings
 from duo_id.deploy.chunks import Continuation
-from duo_id.evaluate import chat, reading, runner
+from duo_id.evaluate import reading, runner
 from duo_id.evaluate.contenders import contenders
 from duo_id.evaluate.journal import Journal
 from duo_id.evaluate.runner import CPU_CONTEXT_TOKENS, context_tokens_for, run
@@ -29,6 +30,7 @@ from duo_id.patterns.pattern import HeadPattern
 PATTERN = HeadPattern(torch.tensor([[0.1, 0.9]]), sink_size=4, recent_size=60)
 TASKS = ["needle-words", "needle-numbers", "needle-sentences", "passkeys", "ruler-single", "ruler-multikey"]
 TASKS += ["json-lookup", "copying"]
+TURNS = ["turns-words", "turns-numbers", "turns-json", "turns-mixed"]
 
 
 class Recalled:
@@ -39,7 +41,10 @@ class Recalled:
 
     @property
     def retained_bytes(self) -> int:
-        return min(len(self.rows[0]), self.size or len(self.rows[0]))
+        return self.bytes_of(len(self.rows[0]))
+
+    def bytes_of(self, tokens: int) -> int:
+        return min(tokens, self.size or tokens)
 
     def fork(self, samples: Tensor) -> "Recalled":
         return Recalled([self.rows[row] for row in samples.tolist()], self.size)
@@ -118,14 +123,17 @@ def test_a_perfect_model_scores_everything_and_one_that_cannot_look_back_nothing
 ) -> None:
     haystack = load_haystack(HaystackSettings(source="library"), "test")
     builder = SampleBuilder(model.tokenizer, haystack, "test", chat.plain(model.tokenizer))
-    items = make_items(TASKS, builder, [2600], 1, 0, None, 3)
+    items = make_items(TASKS, builder, [2600], 1, 0, None, 3) + make_items(TURNS, builder, [4200], 1, 0, None, 3)
     lineup = contenders({"found": PATTERN}, [1.0], 0, [], 0)
     journal = Journal(tmp_path, {})
     run(model, items, lineup, journal, True, batch_tokens, 700, Console(quiet=True))
     rows = journal.rows
-    assert {row["task"] for row in rows} == set(TASKS)
+    assert {row["task"] for row in rows} == {*TASKS, *TURNS}
     for row in rows:
-        assert row["bytes"] == (64 if row["kind"] == "pattern" else 2600 - 96 * 4)
+        assert row["turn"] == (row["question"] + 1 if row["task"] in TURNS else None)
+        context = row["length"] - 4 * (480 if row["turn"] else 96)
+        assert row["bytes"] == (64 if row["kind"] == "pattern" else context)
+        assert row["total_bytes"] == 64 if row["kind"] == "pattern" else context < row["total_bytes"] <= row["length"]
         if row["kind"] == "full":
             assert row["exact"], row
             assert (row["score"], row["correct"], row["kl"]) == (1, row["tokens"], 0)

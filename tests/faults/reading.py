@@ -138,7 +138,7 @@ def plotted_benchmark(path: str) -> Any:
 
 @reader
 def ruler(path: str, name: str) -> Any:
-    from duo_id.evaluate.chat import plain
+    from duo_id.data.chat import plain
     from duo_id.evaluate.tasks.ruler_data import ruler_items
     from duo_id.models.loading import byte_tokenizer
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from duo_id.attention.window import Window
 from duo_id.common.errors import UserError
 from duo_id.data.haystack import tokenize
-from duo_id.methods.reconstruction import REQUEST, reconstruction
+from duo_id.methods.reconstruction import reconstruction
+from duo_id.methods.replay import REQUEST
 from tests.methods.conftest import WINDOW, gated_model_of, grouped, one_word_tokenizer, settings
 from tests.support.dense import dense_attention
 from tests.support.planted import random_sample

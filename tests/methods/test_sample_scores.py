@@ -13,6 +13,7 @@ from duo_id.common.errors import UserError
 from duo_id.methods.attention_profile import attention_profile
 from duo_id.methods.query_score import query_score
 from duo_id.methods.reconstruction import reconstruction
+from duo_id.methods.replay_gradient import replay_gradient
 from duo_id.methods.retrieval_score import retrieval_score
 from duo_id.methods.saliency import saliency
 from duo_id.methods.sample_scores import TIE_RANGE, Score, break_ties, mean_scores
@@ -24,13 +25,14 @@ MakeModel = Callable[..., PreTrainedModel]
 CONSOLE = Console(file=io.StringIO())
 WINDOW: dict[str, Any] = {"sink_size": 3, "recent_size": 8}
 SCORES: dict[str, Score] = {
-    score.__name__: score for score in (attention_profile, query_score, reconstruction, retrieval_score, saliency)
+    score.__name__: score
+    for score in (attention_profile, query_score, reconstruction, replay_gradient, retrieval_score, saliency)
 }
 
 
 @pytest.mark.parametrize(("layer", "kv_head"), HEADS)
 @pytest.mark.parametrize("reduction", ["max", "mean"])
-@pytest.mark.parametrize("name", ["attention_profile", "retrieval_score", "query_score", "reconstruction"])
+@pytest.mark.parametrize("name", [name for name in SCORES if name != "saliency"])
 def test_scores_from_attention_rank_the_planted_head_first(
     name: str, reduction: str, layer: int, kv_head: int, make_model: MakeModel
 ) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from duo_id.models.language_model import LanguageModel
+from duo_id.models.language_model import LanguageModel, end_tokens
 from duo_id.models.loading import byte_tokenizer
 from tests.support import families
 from tests.support.tiny import compute_all_logits
@@ -156,3 +156,13 @@ def test_models_that_cannot_leave_logits_out_do_as_well(
     expected = model(ids).logits.flatten(0, 1)[SCORED - 1]
     compute_all_logits(model, monkeypatch)
     torch.testing.assert_close(predictions(wrapped(model), {"input_ids": ids}), expected)
+
+
+def test_all_ends_of_a_text_are_known(make_model: Callable[..., PreTrainedModel]) -> None:
+    model = LanguageModel(make_model("llama"), byte_tokenizer(), "tiny", "tiny", None, "random")
+    config: Any = model.model.generation_config
+    assert end_tokens(model) == {model.tokenizer.eos_token_id, 2}
+    config.eos_token_id = [5, 7]
+    assert end_tokens(model) == {model.tokenizer.eos_token_id, 5, 7}
+    model.tokenizer.eos_token = config.eos_token_id = None
+    assert end_tokens(model) == set()

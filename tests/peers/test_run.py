@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from duo_id.common.integrity import unsealed
+from duo_id.evaluate.judging import peer_rows
 from duo_id.evaluate.peers import read_answers
+from duo_id.models.loading import byte_tokenizer
 from duo_id.peers.choices import PRESSES
 from tests.peers.cases import (
     RECENT,
@@ -72,6 +75,32 @@ def test_answers_are_those_of_a_plain_forward(
         assert (row["generated"] is None) == (question.place is not None)
         if row["generated"] and row["sparsity"] == 0:
             assert row["generated"] == greedy(model, [*item.context, *question.prompt], item.max_new_tokens)
+
+
+def test_turns_follow_what_the_press_has_answered(
+    scripts: SimpleNamespace, run: Path, saved: tuple[Path, PreTrainedModel]
+) -> None:
+    """In full attention's own conversation for the reference; no token that follows the context is evicted."""
+    items = [replace(item, questions=item.questions[::2], turns=True) for item in ITEMS]
+    write_run(run, saved[0], items)
+    assert ask(scripts, run, "knorm", generate=False) == 0
+    model, rows = saved[1], read_answers(run, items)
+    assert len(rows) == 2 * 2 * 2
+    judged = peer_rows(rows, items, byte_tokenizer(), {2, 257})
+    for first, second in zip(judged[::2], judged[1::2], strict=True):
+        assert (first["turn"], second["turn"], second["bytes"]) == (1, 2, first["bytes"])
+    for first, second, last in zip(rows[::2], rows[1::2], judged[1::2], strict=True):
+        item, kept = items[second["index"]], kept_tokens(second["sparsity"], TOKENS)
+        said = [token for token in first["generated"] if token not in (2, 257)]
+        asked = replace(item.questions[1], prompt=(*item.questions[0].prompt, *said, *item.questions[1].prompt))
+        logits = answer_logits(model, item, asked, (torch.arange(TOKENS) >= TOKENS - kept)[None])
+        loss, _, correct = measures(logits, logits, asked.answer)
+        assert (second["loss"], second["correct"]) == (pytest.approx(loss, abs=1e-4), correct)
+        if second["sparsity"] == 0:
+            assert second["kl"] == pytest.approx(0, abs=1e-4)
+            assert second["generated"] == greedy(model, [*item.context, *asked.prompt], item.max_new_tokens)
+        answered = sum(token not in (2, 257) for token in second["generated"])
+        assert last["total_bytes"] == cache_bytes(model, kept + len(asked.prompt) + answered)
 
 
 def test_a_share_of_the_cache_is_kept_of_each_context(scripts: SimpleNamespace, run: Path, saved: Any) -> None:

@@ -153,6 +153,15 @@ def test_one_contender_one_task_one_length() -> None:
         assert "nan" not in parsed.text
 
 
+def test_conversations_and_long_answers_have_tables() -> None:
+    results = saved_results(2, ("json-lookup",), (1000,), line_up(peers=False))
+    for row in results["rows"]:
+        row |= {"turn": row["question"] + 1, "pieces": "110101"}
+    text = Page(report([RunFolder("run", MODEL, results, patterns=results["patterns"])])).text
+    assert "By turn of a conversation that keeps the model's answers" in text
+    assert "Right lines of long answers, by their place in the answer" in text
+
+
 def test_large_figures_become_pngs(monkeypatch: pytest.MonkeyPatch) -> None:
     figure = a_pattern().plot()
     assert str(FigureEmbedder(print)(figure, "a < b")["image"]).startswith('<svg role="img" aria-label="a &lt; b"')

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from duo_id.common.errors import UserError
-from duo_id.report.rows import WRITTEN
+from duo_id.report.rows import THIRDS, WRITTEN
 from duo_id.report.summary import COLUMNS, REPORTED, contenders, frame, load_results, name_of, summarise
 from tests.evaluate.saved import line_up, save, saved_results
 
@@ -55,6 +55,7 @@ def by_hand() -> pd.DataFrame:
             exact=False,
             kl=0.5,
             bytes=50,
+            pieces="1000010",
             **written(2, 3, 8, 2.0, 4.0, 0.25),
         ),
         row("a", 1, MASK, 4.0, 3, correct=1, score=0.0, exact=False, kl=0.7, bytes=70),
@@ -74,6 +75,9 @@ def test_values_by_hand() -> None:
         "exact": 0.0,
         "score": 0.375,  # of task a alone
         "relative_score": 0.375 / 0.75,
+        "first_third": 1 / 2,
+        "middle_third": 0,
+        "last_third": 1 / 3,
         "agreed": 2,
         "agreement": 3 / 4,
         "along": 2 / 4,
@@ -87,6 +91,15 @@ def test_values_by_hand() -> None:
     assert (statistics["samples"], statistics["seeds"]) == (3, 1)
     full = only(by_hand(), "full")
     assert [full[metric] for metric in ("kept", "rise", "relative_score", "exact")] == [1, 0, 1, 0.5]
+
+
+def test_the_cache_that_is_kept_is_that_of_whole_answers() -> None:
+    """Where both were generated; elsewhere that of the contexts, 70 of 100 in a and 30 of 100 in b."""
+    rows = by_hand().assign(total_bytes=np.nan)
+    first = (rows["task"] == "a") & (rows["index"] == 0)
+    rows.loc[first, "total_bytes"] = np.where(rows.loc[first, "kind"] == "full", 400, 110)
+    rows.loc[(rows["task"] == "b") & (rows["kind"] == "full"), "total_bytes"] = 900
+    assert only(rows)["kept"] == pytest.approx(((110 + 70) / (400 + 100) + 0.3) / 2)
 
 
 def test_intervals_by_hand() -> None:
@@ -193,7 +206,7 @@ def test_results_come_back_from_the_disk(tmp_path: Path) -> None:
     folder = save(tmp_path / "run", results)
     assert load_results(folder) == load_results(folder / "results.json") == json.loads(json.dumps(results))
     rows = frame(load_results(folder))
-    assert list(rows.columns) == [*COLUMNS, "budget"]
+    assert list(rows.columns) == [*COLUMNS, *THIRDS, "budget"]
     assert len(rows) == len(results["rows"])
     assert set(rows["exact"].dropna()) <= {0.0, 1.0}
 

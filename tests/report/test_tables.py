@@ -16,6 +16,7 @@ from duo_id.report.tables import (
     headline,
     metric_cell,
     middle,
+    of_generated,
     results_table,
     task_grid,
     task_table,
@@ -68,6 +69,38 @@ def test_tasks_stand_under_each_other() -> None:
         "heads == 'found' and sparsity == 0.25 and task == 'language'"
     )
     assert f"{statistics['rise'].item():.3f}" in at_quarter
+
+
+def test_turns_stand_beside_each_other_and_full_attention_in_absolute_terms() -> None:
+    results = saved_results(samples=2, tasks=("json-lookup",), lengths=(1000,))
+    for row in results["rows"]:
+        row |= {"turn": row["question"] + 1, "score": 0.5 if row["kind"] == "full" else 0.4 - 0.3 * row["question"]}
+        row["loss"] = row["tokens"] * (1.5 if row["kind"] == "full" else 2 + row["question"])
+    ((_, grid),) = of_generated(frame(results)).items()
+    assert grid.headings == ["heads", "stream\n%", "turn\n1", "turn\n2"]
+    scores, rises = (
+        {tuple(map(str, line[:2])): [cell.text for cell in line[2:]] for line in lines}
+        for lines in grid.sections.values()
+    )
+    assert len(scores) == len(rises) == 1 + 3 * 5
+    assert scores["full attention", "0"] == ["50.0", "50.0"]
+    assert rises["full attention", "0"] == ["1.500", "1.500"]
+    assert scores["found", "25"] == scores["random (5 masks)", "75"] == ["80.0", "20.0"]
+    assert rises["found", "25"] == ["0.500", "1.500"]
+    text = shown(terminal_table(grid, "By turn", spreads=False), 80)
+    assert "±" not in text
+
+
+def test_lines_of_long_answers_are_counted_by_thirds() -> None:
+    results = saved_results(samples=2, tasks=("json-lookup",), lengths=(1000,))
+    for row in results["rows"]:
+        row["pieces"] = "1111111" if row["kind"] == "full" else "1110100"
+    ((_, grid),) = of_generated(frame(results)).items()
+    assert grid.headings[-3:] == ["first\nthird %", "middle\nthird %", "last\nthird %"]
+    (full, found, *_) = ([cell.text for cell in line[-3:]] for line in grid.sections["head patterns"])
+    assert full == ["100.0"] * 3
+    assert found == ["100.0", "50.0", "33.3"]
+    assert not of_generated(frame(saved_results(samples=1)))
 
 
 @pytest.mark.parametrize("compared", [line_up(peers=False)[:1], line_up(sparsities=(0.5,))])

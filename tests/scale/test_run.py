@@ -164,6 +164,7 @@ def test_one_process_goes_on_with_it(lost: tuple[Path, Finished, float], alone: 
     "prior",
     [
         ["method@method.prior=reconstruction"],
+        ["method@method.prior=replay_gradient", "method.prior.samples=2"],
         ["method@method.prior=saliency", "method.prior.kind=fisher", "method.prior.samples=2", "step.memory=least"],
     ],
     ids=str,

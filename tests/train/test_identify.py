@@ -188,7 +188,15 @@ def test_the_seconds_of_resumed_gates_are_those_of_all_parts(tmp_path: Path) -> 
         assert 1000 < load_pattern(tmp_path / "run").provenance["seconds"] < 1100
 
 
-@pytest.mark.parametrize("start", ["+method@method.start=saliency", "+method@method.start=duo", "method.start=SAVED"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "+method@method.start=saliency",
+        "+method@method.start=replay_gradient",
+        "+method@method.start=duo",
+        "method.start=SAVED",
+    ],
+)
 def test_a_search_refines_what_another_method_found(start: str, tmp_path: Path) -> None:
     saved = HeadPattern(torch.arange(6).view(3, 2) / 5, 4, 60)
     save_pattern(saved, tmp_path / "saved", [0.5])
@@ -221,14 +229,15 @@ def test_a_prior_is_mixed_into_the_scores(gate: str, tmp_path: Path) -> None:
     assert (patterns["with"].holds_gates, patterns["without"].holds_gates) == (False, gate == "duo")
 
 
-def test_a_prior_may_be_a_method_of_the_same_run_and_of_its_samples(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["reconstruction", "replay_gradient"])
+def test_a_prior_may_be_a_method_of_the_same_run_and_of_its_samples(name: str, tmp_path: Path) -> None:
     alike = [*SMALL, "method.sink_size=4", "method.recent_size=60", "seed=5"]
     few = [override for override in QUICK if "method" not in override]
-    alone = run_command("train", *few, *alike, "method=reconstruction", "method.samples=2", folder=tmp_path)
+    alone = run_command("train", *few, *alike, f"method={name}", "method.samples=2", folder=tmp_path)
     assert alone.status == 0, alone.output
     expected = normalized_ranks(load_pattern(tmp_path / "run").scores)
     gates = [
-        "method@method.prior=reconstruction",
+        f"method@method.prior={name}",
         "method.prior.samples=2",
         "method.prior_weight=1e6",
         f"hydra.run.dir={tmp_path / 'gates'}",
@@ -237,7 +246,7 @@ def test_a_prior_may_be_a_method_of_the_same_run_and_of_its_samples(tmp_path: Pa
     assert finished.status == 0, finished.output
     pattern = load_pattern(tmp_path / "gates")
     torch.testing.assert_close(pattern.scores, expected, atol=1e-4, rtol=0)
-    assert pattern.provenance["settings"]["method"]["prior"]["name"] == "reconstruction"
+    assert pattern.provenance["settings"]["method"]["prior"]["name"] == name
 
 
 def test_a_resumed_run_keeps_its_prior_or_takes_another(tmp_path: Path) -> None:

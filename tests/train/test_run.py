@@ -20,6 +20,7 @@ from PIL import Image
 
 import duo_id.train.run
 from duo_id import load_pattern
+from duo_id.common import user_cache
 from duo_id.common.config import conf_dir, plain
 from duo_id.common.integrity import DIGEST_PREFIX, unsealed
 from duo_id.common.record import SETTINGS, keep_settings
@@ -40,7 +41,7 @@ from tests.support.processes import run_module, start
 ROOT = Path(__file__).parents[2]
 SIZES = [override for override in QUICK if override.startswith("data.")]
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
-FEWER = {"spans": ["method.samples=2"]}
+FEWER = {"spans": ["method.samples=2"], "reasoning": ["data.self_samples=4", "data.self_share=0.25"]}
 VALIDATED = ("distill", "answer_loss_0", "answer_loss_25", "answer_loss_50", "token_accuracy_0", "token_accuracy_50")
 TRAINED = ("loss", "distill", "lr", "length", "tokens_per_s")
 
@@ -212,7 +213,8 @@ def test_all_that_is_read_again_carries_a_checksum(run: Run) -> None:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_runs_a_step(experiment: str, tmp_path: Path) -> None:
+def test_every_experiment_runs_a_step(experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user_cache, "user_cache_path", lambda name: tmp_path / "cache")
     quick = [override for override in QUICK if override != "data=passkey"]
     overrides = [f"experiment={experiment}", *quick, "data/haystack=embedded", "data.num_questions=1"]
     quicker = [

@@ -27,10 +27,10 @@ def config(**changes: Any) -> SimpleNamespace:
         "get_total_num_hidden_layers": lambda: 3,
         "get_total_num_kv_heads": lambda: 2,
     }
-    sizes = ("tensor", "pipeline", "decode_context", "prefill_context")
+    sizes = ("pipeline", "decode_context", "prefill_context")
     parts: dict[str, dict[str, Any]] = {
         "model_config": model,
-        "parallel_config": {f"{size}_parallel_size": 1 for size in sizes},
+        "parallel_config": {f"{size}_parallel_size": 1 for size in sizes} | {"use_ubatching": False},
         "cache_config": {"cache_dtype": "auto", "kv_sharing_fast_prefill": False},
         "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
     }
@@ -45,6 +45,7 @@ def config(**changes: Any) -> SimpleNamespace:
 
 def test_a_plain_engine_is_served() -> None:
     check_servable(config(), SPANS, "cpu")
+    check_servable(config(), SPANS, "cuda")
     check_servable(config(cache_config__cache_dtype="bfloat16"), SPANS, "cpu")
 
 
@@ -60,8 +61,10 @@ REFUSED = {
         "for 3 layers x 2 KV heads, but tiny has 4 layers x 2 KV heads$",
     ),
     "heads": ({"model_config__get_total_num_kv_heads": lambda: 8}, "but tiny has 3 layers x 8 KV heads$"),
-    "tensor": ({"parallel_config__tensor_parallel_size": 2}, "^--tensor-parallel-size=2: .* give --tensor-parallel-"),
-    "pipeline": ({"parallel_config__pipeline_parallel_size": 4}, "^--pipeline-parallel-size=4: "),
+    "pipeline": (
+        {"parallel_config__pipeline_parallel_size": 4},
+        "^--pipeline-parallel-size=4: .* --pipeline-parallel-",
+    ),
     "decode-context": ({"parallel_config__decode_context_parallel_size": 2}, "^--decode-context-parallel-size=2: "),
     "prefill-context": ({"parallel_config__prefill_context_parallel_size": 2}, "^--prefill-context-parallel-size=2: "),
     "codes": ({"cache_config__cache_dtype": "fp8_e5m2"}, "^--kv-cache-dtype=fp8_e5m2: .* give auto or bfloat16$"),
@@ -69,6 +72,7 @@ REFUSED = {
     "drafts": ({"speculative_config": object()}, "^--speculative-config: .*: leave it out under a head mask$"),
     "connector": ({"kv_transfer_config": object()}, "^--kv-transfer-config: "),
     "one-group": ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "^--disable-hybrid-kv-cache-manager: "),
+    "halves": ({"parallel_config__use_ubatching": True}, "^--enable-dbo, --ubatch-size: "),
     "shared-keys": ({"cache_config__kv_sharing_fast_prefill": True}, "^--kv-sharing-fast-prefill: "),
 }
 
@@ -80,6 +84,16 @@ def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], message:
     assert "\n" not in str(error.value)
 
 
-def test_gpus_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^a head mask is served on CPUs alone, and this vLLM runs on cuda: "):
+def test_sums_that_do_not_depend_on_the_batch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    check_servable(config(), SPANS, "cuda")
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(UserError, match=r"^VLLM_BATCH_INVARIANT: .*: leave it out under a head mask$"):
         check_servable(config(), SPANS, "cuda")
+
+
+@pytest.mark.parametrize("device", ["rocm", "xpu", "tpu"])
+def test_other_devices_are_refused(device: str) -> None:
+    message = f"^a head mask is served on CPUs and on NVIDIA GPUs, and this vLLM runs on {device}: "
+    with pytest.raises(UserError, match=message):
+        check_servable(config(), SPANS, device)

@@ -17,13 +17,13 @@ from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.benchmark.timing import (
     Stopwatch,
     Timing,
-    capture_graph,
     measure_peak,
     none_if_out_of_memory,
     release,
     time_runs,
 )
 from duo_id.common.compat import cache_argument
+from duo_id.deploy.graphs import capture_graph
 from duo_id.deploy.prefill import read_in_chunks
 from duo_id.models.quantised import inductor_options, stored
 from duo_id.step.compiled import compiled_parts

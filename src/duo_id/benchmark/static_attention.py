@@ -18,7 +18,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from duo_id.attention.full import full_attention
 from duo_id.attention.layers import AttentionLayer
 from duo_id.attention.softmax import Softmax
-from duo_id.benchmark.timing import capture_graph, time_runs
+from duo_id.benchmark.timing import time_runs
+from duo_id.deploy.graphs import capture_graph
 
 IMPLEMENTATION = "duo_id_baseline"  # the name under which transformers knows the attention function
 DECODE_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)

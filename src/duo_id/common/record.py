@@ -23,6 +23,7 @@ OPEN_GROUPS = (  # settings whose keys are not fixed by a schema: a key on one s
     "method.start",
     "trainer",
 )
+WEIGHTS = ("data.mixture",)  # groups in which a missing key is a weight of 0: earlier versions had fewer tasks
 MAX_SHOWN = 3  # differences in a message
 
 
@@ -69,7 +70,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
         return {}
     old, new = (dict(_leaves(json.loads(json.dumps(settings)))) for settings in (before, now))
     keys = [key for key in old.keys() | new.keys() if (key in old and key in new) or in_groups(key, OPEN_GROUPS)]
-    return {key: (old.get(key), new.get(key)) for key in sorted(keys) if old.get(key) != new.get(key)}
+    absent = {key: 0 if in_groups(key, WEIGHTS) else None for key in keys}
+    values = {key: (old.get(key, absent[key]), new.get(key, absent[key])) for key in sorted(keys)}
+    return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
 
 
 def in_groups(key: str, groups: Sequence[str]) -> bool:

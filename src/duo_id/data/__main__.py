@@ -24,14 +24,21 @@ def generate(config: DictConfig) -> None:
         UserError: the settings do not fit together, or `out` exists.
     """
     settings = parse(DataGenSettings, config)
+    import torch
+
     from duo_id.data.disk import write_dataset
     from duo_id.data.haystack import with_digest
     from duo_id.data.registry import make_task
-    from duo_id.models.loading import load_tokenizer
+    from duo_id.data.writing import with_written
+    from duo_id.models.loading import load_model, load_tokenizer
 
     cli.quiet_libraries()
     settings = replace(settings, data=with_digest(settings.data))
     tokenizer = load_tokenizer(settings.model)
+    if settings.data.reads_written:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model(settings.model, device, settings.seed)
+        settings = replace(settings, data=with_written(settings.data, model, cli.console))
     counts = {"train": settings.n, "validation": settings.n_validation, "test": settings.n_test}
     tasks = {split: make_task(settings.data, tokenizer, split) for split, count in counts.items() if count > 0}
     cli.say(write_dataset(settings, tokenizer, tasks))

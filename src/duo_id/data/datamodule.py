@@ -76,10 +76,12 @@ class SampleModule(LightningDataModule):
         """The first `count` samples of a split."""
         task = self.task(split)
         if isinstance(task, Sized) and count > len(task):  # one on disk
-            source = "data" if self.settings.path is None else f"data.path={self.settings.path}"
-            raise UserError(
-                f"{count} {split} samples are requested, but {source} has {len(task)}: lower {COUNT_SETTINGS[split]}"
-            )
+            settings, advice = self.settings, f"lower {COUNT_SETTINGS[split]}"
+            if settings.task == "self":
+                advice += ", or raise data.self_samples"
+            folders = {"disk": f"data.path={settings.path}", "self": f"data.self_path={settings.self_path}"}
+            source = folders.get(settings.task, "data")
+            raise UserError(f"{count} {split} samples are requested, but {source} has {len(task)}: {advice}")
         return [task.sample(index, self.seed) for index in range(count)]
 
     @property

@@ -1,15 +1,14 @@
 """A mixture of tasks: which task makes a sample depends only on the sample's index."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.data.haystack import load_haystack
-from duo_id.data.samples import Sample
+from duo_id.data.samples import Sample, Task
 from duo_id.data.settings import DataSettings
-from duo_id.data.synthetic import DraftedTask
 
 
 class MixtureTask:
@@ -21,7 +20,7 @@ class MixtureTask:
 
     def __init__(
         self,
-        tasks: Mapping[str, type[DraftedTask]],
+        tasks: Mapping[str, Callable[..., Task]],
         settings: DataSettings,
         tokenizer: PreTrainedTokenizerBase,
         split: str,

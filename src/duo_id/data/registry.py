@@ -15,6 +15,8 @@ from duo_id.data.samples import Task
 from duo_id.data.settings import DataSettings
 from duo_id.data.synthetic import DraftedTask
 from duo_id.data.text import TextTask
+from duo_id.data.turns import TurnsTask
+from duo_id.data.written import WrittenTask
 
 DRAFTED: dict[str, type[DraftedTask]] = {
     "passkey": PasskeyTask,
@@ -22,8 +24,10 @@ DRAFTED: dict[str, type[DraftedTask]] = {
     "copying": CopyingTask,
     "multi_query": MultiQueryTask,
     "text": TextTask,
+    "turns": TurnsTask,
 }
-TRAINING_TASKS: dict[str, Callable[..., Task]] = {**DRAFTED, "mixture": partial(MixtureTask, DRAFTED), "disk": DiskTask}
+MIXED: dict[str, Callable[..., Task]] = {**DRAFTED, "self": WrittenTask}
+TRAINING_TASKS: dict[str, Callable[..., Task]] = {**MIXED, "mixture": partial(MixtureTask, MIXED), "disk": DiskTask}
 
 
 def make_task(

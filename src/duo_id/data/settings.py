@@ -8,16 +8,20 @@ from pydantic import Field
 from duo_id.common.config import (
     Count,
     Fraction,
+    Number,
     Positive,
     Seed,
+    Some,
     Text,
     Weight,
     settings,
 )
 from duo_id.common.errors import check
 from duo_id.common.mistakes import did_you_mean
-from duo_id.data.choices import DRAFTED_NAMES, TASK_NAMES
+from duo_id.data.choices import MIXED_NAMES, TASK_NAMES
 from duo_id.models.settings import ModelSettings
+
+Temperature = Annotated[Number, Field(ge=0, le=10)]
 
 
 @settings("data.haystack")
@@ -58,16 +62,30 @@ class DataSettings:
     num_passkeys: Positive = 1
     passkey_words: Positive = 1
     num_questions: Positive = 1  # key_value, copying; multi_query: facts that its question asks for
-    answer_words: Positive = 1  # key_value, multi_query
+    num_turns: Positive = 4  # turns: questions, of the three kinds in turn
+    answer_words: Positive = 1  # key_value, multi_query, turns
     answer_tokens: Positive = 1  # copying
     text_skip: Count = 64  # text: first tokens that are not labelled
     text_tokens: Positive | None = None  # text: label at most this many of the last tokens; null: all
+    self_path: Text | None = None  # self: a folder of texts that the model wrote; null: in the user's cache
+    self_sha256: Text | None = None  # of these texts, which must have it; null: any. A run records that of its texts
+    self_samples: Positive = 32  # texts for training; a quarter as many for validation, and for test
+    self_share: Annotated[Number, Field(gt=0, lt=1)] = 0.25  # of a sample, which the model writes
+    self_tokens: Positive = 2048  # that it writes at most
+    self_temperatures: Some[Temperature] = field(default_factory=lambda: [0.0, 0.7])  # in turn; 0: greedy
+    self_seed: Seed = 0  # of prompts and draws
+    self_chat: bool | None = None  # prompts in the model's chat template; null: if it has one
     depth_min: Fraction = 0.05  # of the haystack, or the records
     depth_max: Fraction = 0.95
     score: Literal["answers", "questions", "all"] = "answers"  # what is labelled; all: also separators
     batch_size: Positive = 1
     padding_side: Literal["left", "right"] = "right"
     num_workers: Annotated[Count, Field(le=4096)] = 0
+
+    @property
+    def reads_written(self) -> bool:
+        """Whether samples are texts that the model itself wrote."""
+        return self.task == "self" or (self.task == "mixture" and self.mixture.get("self", 0) > 0)
 
     def __post_init__(self) -> None:
         """Check the task and combinations of settings; what depends on the tokenizer is checked by the task."""
@@ -77,8 +95,8 @@ class DataSettings:
             f"data.task={self.task}: choose one of {choices}{did_you_mean(self.task, TASK_NAMES)}",
         )
         for name in self.mixture:
-            among = f"data.mixture.{name}: a mixture can have {', '.join(DRAFTED_NAMES)}"
-            check(name in DRAFTED_NAMES, f"{among}{did_you_mean(name, DRAFTED_NAMES)}")
+            among = f"data.mixture.{name}: a mixture can have {', '.join(MIXED_NAMES)}"
+            check(name in MIXED_NAMES, f"{among}{did_you_mean(name, MIXED_NAMES)}")
         check(self.task != "disk" or bool(self.path), "data=disk needs data.path=DIR, a folder written by data_gen/")
         check(
             self.length_max is None or self.length_max >= self.length_min,

@@ -46,7 +46,7 @@ class DraftedTask(ABC):
             UserError: samples of the requested lengths cannot be made.
         """
         self.settings, self.tokenizer, self.split = settings, tokenizer, split
-        self.lengths = _lengths(settings, length_limit)
+        self.lengths = lengths_of(settings, length_limit)
         self.words = self.part(WORDS)
         self.longest_word = max(len(self.spell([word])) for word in self.words)
         self.start = leading_tokens(tokenizer)
@@ -125,7 +125,7 @@ def scatter(filler: Sequence[Filler], needles: Iterable[tuple[float, Sequence[Fi
     return [*combined, *filler[previous:]]
 
 
-def _lengths(settings: DataSettings, limit: int | None) -> list[int]:
+def lengths_of(settings: DataSettings, limit: int | None) -> list[int]:
     """The lengths to draw from: ascending, evenly spaced, both ends included (a single one is the shortest)."""
     longest = settings.length_max or limit
     if longest is None:

@@ -103,8 +103,11 @@ class DualCache(Cache):
     @property
     def retained_bytes(self) -> int:
         """Bytes of keys and values that the longest sample keeps, without free slots."""
-        held = max(self.tokens.held, default=0) if self.tokens.lengths is not None else 0
-        return sum(layer.retained_bytes(held) for layer in self.dual_layers)
+        return self.bytes_of(max(self.tokens.held, default=0) if self.tokens.lengths is not None else 0)
+
+    def bytes_of(self, tokens: int) -> int:
+        """Bytes of keys and values that a sample of so many tokens keeps, whatever the cache holds now."""
+        return sum(layer.retained_bytes(tokens) for layer in self.dual_layers)
 
     @property
     def max_cache_len(self) -> int:

@@ -82,7 +82,6 @@ def evicting(model: PreTrainedModel, cache: DualCache, how: Eviction | None, inp
     latest = LatestQueries(how.window)
     with latest.recorded(cache) if how.score == "snapkv" else nullcontext():
         yield
-    check_uniform(cache)
     tokens, sink = cache.tokens.held[0], cache.mask.sink_size
     if all(how.kept(tokens, sink) >= tokens - layer.full.dropped for layer in evictable(cache)):
         return
@@ -98,8 +97,17 @@ def evicting(model: PreTrainedModel, cache: DualCache, how: Eviction | None, inp
 
 
 def check_supported(cache: DualCache, how: Eviction) -> None:
-    """Raise a `UserError` if tokens of a cache cannot be evicted this way, whatever is read into it."""
+    """Raise a `UserError` if tokens of a cache cannot be evicted once a text without padding is read into it."""
     check(not cache.coded, "evict: retrieval heads that keep codes cannot drop tokens: use kv=exact")
+    tokens, spans = cache.tokens, cache.mask.spans
+    check(tokens.lengths is None or (tokens.real is None and len(set(tokens.held)) == 1), PADDED)
+    for layer in cache.dual_layers:
+        meant = spans[layer.layer.index] if layer.layer.window is None else torch.zeros(layer.layer.kv_heads)
+        if bool((torch.tensor(layer.spans)[meant != ALL] == ALL).any()):
+            raise UserError(
+                f"evict: streaming heads of {layer.layer.name} see all of max_length={cache.max_length}, so they are "
+                "kept as retrieval heads are: leave max_length out"
+            )
     if how.score != "keydiff" and any(layer.layer.sharers for layer in cache.dual_layers):
         raise UserError(f"score={how.score}: layers of this model share keys: use score=keydiff")
     if how.score == "kvzip":
@@ -110,32 +118,16 @@ def check_supported(cache: DualCache, how: Eviction) -> None:
         check(not stateful, "score=kvzip: layers without attention would keep what is repeated: use score=snapkv")
 
 
-def check_uniform(cache: DualCache) -> None:
-    """Raise a `UserError` if samples differ in length."""
-    tokens = cache.tokens
-    if tokens.real is not None or len(set(tokens.held)) > 1:
-        raise UserError(PADDED)
-
-
 def evict(cache: DualCache, scores: Scores, how: Eviction) -> None:
     """Let retrieval heads keep the sink, the latest tokens and those of highest score, and free the others' memory.
 
     Args:
-        cache: that holds some tokens, the same number of each sample.
+        cache: see `check_supported`.
         scores: see `duo_id.deploy.token_scores`.
         how: how many stay.
-
-    Raises:
-        UserError: a static cache is no longer than a window: its store would mix streaming heads with retrieval heads.
     """
-    tokens, sink, spans = cache.tokens.held[0], cache.mask.sink_size, cache.mask.spans
+    tokens, sink = cache.tokens.held[0], cache.mask.sink_size
     kept = how.kept(tokens, sink)
-    for layer in evictable(cache):
-        if layer.layer.window is not None or bool((spans[layer.layer.index, list(layer.full.heads)] != ALL).any()):
-            raise UserError(
-                f"evict: streaming heads of {layer.layer.name} see all of max_length={cache.max_length}, so they are "
-                "kept as retrieval heads are: leave max_length out"
-            )
     for layer in evictable(cache):
         score = scores[layer.layer.index].clone()
         stored = score.shape[2]

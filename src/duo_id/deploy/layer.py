@@ -298,8 +298,8 @@ class DualLayer(CacheLayerMixin):
         if self.capacity is None:
             self.is_initialized = False
             self.__dict__.pop("full", None), self.__dict__.pop("recent", None)
-        elif self.is_initialized and self.full.dropped:
-            self.is_initialized = False  # its room is gone
+        elif self.is_initialized and self.full.dropped:  # its room is gone
+            self.is_initialized = False
 
     def fork(self, samples: Tensor, tokens: Tokens) -> "DualLayer":
         """An independent layer with the samples `samples[i]`, counted by `tokens`."""

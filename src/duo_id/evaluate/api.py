@@ -58,7 +58,8 @@ def evaluate_pattern(
         one row a contender, full attention first. Each metric (`loss`, `kl`, `rise`, `accuracy`, `exact`, `score`,
         `kept`, ...) is followed by the ends of its 95% interval, `loss_low` and `loss_high`; NaN where the samples are
         too few for one. `attrs["results"]` holds what a run of the command writes to `results.json`: the rows behind
-        the table, the pattern and the settings.
+        the table, the pattern and the settings; `attrs["turns"]` is the same table by turn of conversations, with a
+        column `turn`, if there were any (`tasks="turns"`).
 
     Raises:
         UserError: something cannot work; the message names the setting.
@@ -84,6 +85,9 @@ def evaluate_pattern(
     console = Console(quiet=not progress)
     with tempfile.TemporaryDirectory() as folder, frozen(language_model.model):
         results = score(settings, language_model, description, patterns, Path(folder), console)
-    table = contenders(frame(results))
+    rows = frame(results)
+    table, in_turns = contenders(rows), rows[rows["turn"].notna()]
     table.attrs["results"] = results
+    if len(in_turns):
+        table.attrs["turns"] = contenders(in_turns, ["turn"])
     return table

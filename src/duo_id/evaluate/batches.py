@@ -26,8 +26,12 @@ def batches(items: Sequence[Item], batch_tokens: int) -> list[list[Item]]:
 
 
 def work(items: Sequence[Item], generate: bool, write: int = 0) -> int:
-    """Tokens of the contexts plus those that may be generated, weighted: a proxy for the time that a batch takes."""
-    generated = [item.max_new_tokens * len(item.questions) for item in items if generate]
+    """Tokens of the contexts plus those that may be generated, weighted: a proxy for the time that a batch takes.
+
+    Conversations are held token by token, questions and all, whether or not other answers are generated.
+    """
+    generated = [item.max_new_tokens * len(item.questions) for item in items if generate or item.turns]
+    generated += [len(question.prompt) for item in items if item.turns for question in item.questions]
     generated += [write for item in items if first_following(item) is not None]
     return sum(len(item.context) for item in items) + GENERATED * sum(generated)
 

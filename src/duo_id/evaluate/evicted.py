@@ -42,12 +42,12 @@ def read_evicted(
     answers, inside = [], dict[int, tuple[int, int]]()
     pieces: list[Item] = []
     for row, (item, whole) in enumerate(zip(items, read, strict=True)):
-        found = replace(whole, logits=[], generated=[])
-        given = zip(whole.logits, whole.generated, strict=True)
+        found = replace(whole, logits=[], generated=[], total_bytes=[])
+        given = zip(whole.logits, whole.generated, whole.total_bytes, strict=True)
         for number, question in enumerate(item.questions):
-            logits, generated = next(given) if question.place is None else (torch.empty(0), None)
-            found.logits.append(logits)
-            found.generated.append(generated)
+            answer = next(given) if question.place is None else (torch.empty(0), None, None)
+            for kept, part in zip((found.logits, found.generated, found.total_bytes), answer, strict=True):
+                kept.append(part)
             if question.place is not None:
                 pieces.append(_before(item, question, question.place))
                 inside[id(pieces[-1])] = row, number

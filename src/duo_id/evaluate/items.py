@@ -34,17 +34,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Item:
-    """One context with its questions, each answered as if it were the only one.
+    """One context with its questions: each answered as if it were the only one, or one after another.
 
     Attributes:
         task: the task's name.
-        length: limit in tokens on the context with the longest question and its answer.
+        length: limit in tokens on the context with the longest question and its answer; in turns, with all of them.
         index: number of the sample among those of its task and length.
         context: tokens, including those that the tokenizer or a chat template puts in front.
         questions: at least one.
         metric: how generated answers are judged, a key of `duo_id.evaluate.metrics.METRICS`.
         max_new_tokens: limit of a generated answer; 0: nothing is generated.
         stop: a generated answer ends before this text; None: only where the model ends it.
+        turns: the questions are those of one conversation, in which the model's own answers stay.
     """
 
     task: str
@@ -55,6 +56,7 @@ class Item:
     metric: str = "exact"
     max_new_tokens: int = 0
     stop: str | None = "\n"
+    turns: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -62,8 +64,11 @@ class Item:
         return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values; those of an item without turns have no word of them, and the digest that they always had."""
+        contents = asdict(self)
+        if not self.turns:
+            del contents["turns"]
+        return contents
 
 
 def from_json(contents: dict[str, Any]) -> Item:

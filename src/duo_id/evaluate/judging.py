@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from duo_id.evaluate.answers import Answers, Written
 from duo_id.evaluate.batches import first_following
 from duo_id.evaluate.contenders import Contender
 from duo_id.evaluate.items import Item
-from duo_id.evaluate.metrics import METRICS, first_answer
+from duo_id.evaluate.metrics import METRICS, first_answer, lines
 from duo_id.report.rows import ASKED, ScoredRow
 
 BLOCK = 4096  # rows of logits in float32 at a time
@@ -37,7 +38,7 @@ def score_rows(
         answers: of the contender.
         full: of full attention, the reference of KL.
         tokenizer: of the model.
-        ends: tokens that end a text, see `end_tokens`.
+        ends: tokens that end a text, see `duo_id.evaluate.stops`.
         of_full: logits of full attention along what the contender wrote, if it wrote anything.
     """
     rows = []
@@ -50,8 +51,9 @@ def score_rows(
                 "compute in model.dtype=float32, or check the model"
             )
         row = {"task": item.task, "length": item.length, "index": item.index, "sample": item.digest, "question": number}
-        row |= {"depth": question.depth} | contender_columns(contender) | measured
-        row |= judge_generated(item, number, answers.generated[number], tokenizer, ends) | {"bytes": answers.bytes}
+        row |= {"turn": turn_of(item, number), "depth": question.depth} | contender_columns(contender) | measured
+        row |= judge_generated(item, number, answers.generated[number], tokenizer, ends)
+        row |= {"bytes": answers.bytes, "total_bytes": answers.total_bytes[number] if answers.total_bytes else None}
         if number == written_after and answers.written is not None and full.written is not None:
             row |= compare_written(answers, full.written, of_full)
         rows.append(row)
@@ -63,16 +65,23 @@ def contender_columns(contender: Contender) -> ScoredRow:
     return dict(zip(ASKED, contender.key, strict=True))
 
 
+def turn_of(item: Item, number: int) -> int | None:
+    """Which turn of a conversation question `number` is, from 1; None where each is asked alone."""
+    return number + 1 if item.turns else None
+
+
 def judge_generated(
     item: Item, number: int, generated: Sequence[int] | None, tokenizer: PreTrainedTokenizerBase, ends: set[int]
 ) -> ScoredRow:
-    """Score, exactness and text of a generated answer to question `number`; each None without one."""
+    """Score, exactness, text and right pieces of a generated answer to question `number`; each None without one."""
     if generated is None:
-        return {"score": None, "exact": None, "text": None}
+        return {"score": None, "exact": None, "text": None, "pieces": None}
     end = next((index for index, token in enumerate(generated) if token in ends), len(generated))
     text = first_answer(str(tokenizer.decode(list(generated[:end]))), item.stop)
-    score = METRICS[item.metric](text, item.questions[number].references)
-    return {"score": score, "exact": score == 1, "text": text}
+    references = item.questions[number].references
+    score = METRICS[item.metric](text, references)
+    pieces = "".join("01"[right] for right in lines(text, references)) if item.metric == "lines" else None
+    return {"score": score, "exact": score == 1, "text": text, "pieces": pieces}
 
 
 def compare_written(answers: Answers, full: Written, of_full: Tensor | None) -> ScoredRow:
@@ -111,17 +120,25 @@ def peer_rows(
     """Ordinary rows from what `duo_id.evaluate.peers.read_answers` returns.
 
     For an answer inside the context, a peer caches only the tokens before it; its bytes are scaled up to the whole
-    context.
+    context. What follows a context is kept by all heads, at the full cache's bytes a token.
     """
+    following: dict[tuple[Any, ...], int] = {}  # tokens after a context, by contender; answers come in order
     items_by_key = {(item.task, item.length, item.index): item for item in items}
     rows = []
     for answer in answers:
-        item = items_by_key[answer["task"], answer["length"], answer["index"]]
+        item_key = answer["task"], answer["length"], answer["index"]
+        item = items_by_key[item_key]
         question = item.questions[answer["question"]]
         row = {key: value for key, value in answer.items() if key not in ("generated", "full_bytes", "note")}
-        row |= {"sample": item.digest, "depth": question.depth}
+        row |= {"sample": item.digest, "turn": turn_of(item, answer["question"]), "depth": question.depth}
+        row["total_bytes"] = None
         if question.place is not None:
             row["bytes"] = round(row["bytes"] * len(item.context) / (question.place - 1))
+        elif answer["generated"] is not None:
+            said = len(question.prompt) + sum(token not in ends for token in answer["generated"])
+            key = (*item_key, *(answer[column] for column in ASKED))
+            following[key] = said + (following.get(key, 0) if item.turns else 0)
+            row["total_bytes"] = row["bytes"] + round(answer["full_bytes"] * following[key] / len(item.context))
         rows.append(row | judge_generated(item, answer["question"], answer["generated"], tokenizer, ends))
     return rows
 

@@ -1,7 +1,8 @@
 """Read contexts under a mask and answer their questions, all through the dual cache, as a deployed model would.
 
-A context is read once, in chunks, with the mask applied from its first token; each question starts from a copy of the
-cache. A model that loses its state between chunks reads the context in one forward pass and the rest token by token.
+A context is read once, in chunks, with the mask applied from its first token; each question, or the conversation of
+all, starts from a copy of the cache. A model that loses its state between chunks reads the context in one forward pass
+and the rest token by token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,9 @@ from duo_id.deploy.eviction import Eviction, evicting
 from duo_id.deploy.install import dual_cache
 from duo_id.evaluate.answers import Answers, Written
 from duo_id.evaluate.batches import GENERATED, first_following
+from duo_id.evaluate.conversing import converse
 from duo_id.evaluate.items import Item, Question
+from duo_id.evaluate.stops import Stops
 from duo_id.models.language_model import LanguageModel
 
 # Tokens of a chunk with answers inside, at most, where the cache keeps codes: a chunk sees none of its own.
@@ -42,8 +45,12 @@ class Reader:
     chunk_size: int
     on_work: Callable[[int], None] = lambda tokens: None
     kept: tuple[Sequence[Item], DualCache] | None = None  # the last batch, if it was to be kept
-    _stop_masks: dict[str | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    stops: Stops = field(init=False)
     _continuation: Continuation = field(default_factory=Continuation)
+
+    def __post_init__(self) -> None:
+        """Find out where the model's answers end."""
+        self.stops = Stops(self.model)
 
     @torch.no_grad()
     def read(
@@ -75,16 +82,14 @@ class Reader:
         with evicting(self.model.model, cache, evict, context):
             in_context_logits = self._read_context(context, cache, items)
         size, past = cache.retained_bytes, context.shape[1]
-        answers = [
-            Answers([torch.empty(0)] * len(item.questions), [None] * len(item.questions), size) for item in items
-        ]
+        answers = [_no_answers(len(item.questions), size) for item in items]
         for (row, number), logits in in_context_logits.items():
             answers[row].logits[number] = logits
         following = [
             (row, number)
             for row, item in enumerate(items)
             for number, question in enumerate(item.questions)
-            if question.place is None
+            if question.place is None and not item.turns
         ]
         right = {(row, number): items[row].questions[number].answer for row, number in following}
         for (row, number), logits in self._logits_along(cache, items, right, past).items():
@@ -95,6 +100,15 @@ class Reader:
             texts_of_group, _ = self._generate(cache, items, group, limits, [items[row].stop for row, _ in group], past)
             for (row, number), tokens in zip(group, texts_of_group, strict=True):
                 answers[row].generated[number] = tokens
+                end = past + len(items[row].questions[number].prompt) + len(tokens)
+                answers[row].total_bytes[number] = cache.bytes_of(end)
+        for group in self._groups([(row, 0) for row, item in enumerate(items) if item.turns], items):
+            rows = [row for row, _ in group]
+            talks = converse(self, cache, items, rows, past)
+            for row, turns in zip(rows, talks, strict=True):
+                for number, turn in enumerate(turns):
+                    answers[row].logits[number], answers[row].generated[number] = turn.logits, turn.said
+                    answers[row].total_bytes[number] = cache.bytes_of(turn.end)
         if write:
             self._write(cache, items, answers, write, past)
         if texts:
@@ -129,13 +143,11 @@ class Reader:
     ) -> None:
         """Let the model write after the first question that follows each context."""
         pairs = [(row, number) for row, item in enumerate(items) if (number := first_following(item)) is not None]
-        ends = end_tokens(self.model)
         for group in self._groups(pairs, items):
             limits, stops = [limit] * len(group), [None] * len(group)
             written, logits = self._generate(cache, items, group, limits, stops, past, keep_logits=True)
             for (row, _), tokens, chosen_from in zip(group, written, logits, strict=True):
-                end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens) - 1) + 1
-                answers[row].written = Written(tokens[:end], chosen_from[:end])
+                answers[row].written = Written(tokens, chosen_from)
 
     def _logits_along(
         self, cache: DualCache, items: Sequence[Item], texts: Mapping[Pair, Sequence[int]], past: int
@@ -178,10 +190,10 @@ class Reader:
                 self.on_work(len(context) * chunk_size)  # the previous one
             flat = [row * (end - start) + position - start for position, row in wanted if start <= position < end]
             if not flat:
-                self._forward(chunk, cache, torch.tensor([end - start - 1], device=context.device), start)
+                self.forward(chunk, cache, torch.tensor([end - start - 1], device=context.device), start)
                 continue
             with self.model.head_at(chunk, torch.tensor(flat, device=context.device)) as pick:
-                chunk_logits.append(pick(self._forward(chunk, cache, None, start)))
+                chunk_logits.append(pick(self.forward(chunk, cache, None, start)))
         if not wanted:
             return {}
         logits, row_of_logits = torch.cat(chunk_logits), {pair: i for i, pair in enumerate(wanted)}
@@ -199,7 +211,7 @@ class Reader:
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.model.model.device)
         first = min(len(prompt) for prompt, _ in questions) - 1
         keep = torch.arange(first, longest, device=ids.device)
-        logits = self._forward_following(ids, cache, keep, past)
+        logits = self.forward_following(ids, cache, keep, past)
         answer_starts = [len(prompt) - 1 - first for prompt, _ in questions]
         return [
             logits[row, answer_start : answer_start + len(answer)]
@@ -222,7 +234,8 @@ class Reader:
         different lengths need no padding.
 
         Returns:
-            tokens, and the logits (tokens, vocabulary) from which they were chosen if `keep_logits`.
+            tokens, with the one that ends the answer, and the logits (tokens, vocabulary) from which they were chosen
+            if `keep_logits`.
         """
         device = self.model.model.device
         cache = cache.fork(torch.tensor([row for row, _ in group]))
@@ -231,14 +244,14 @@ class Reader:
         prompt_ids = torch.tensor([[*prompt] + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         starts = torch.tensor([len(prompt) - shortest for prompt in prompts], device=device)
         ends = starts + torch.tensor(limits, device=device)
-        blank, stopping = self._blank_and_stop_tokens(stops)
+        blank, stopping = self.stops.blank, self.stops.at(stops)
         rows = torch.arange(len(group), device=device)
         chosen: list[Tensor] = []
         chosen_from: list[Tensor] = []
         begun = torch.zeros(len(group), dtype=torch.bool, device=device)
-        ended = torch.zeros_like(begun)
+        ended, lengths = torch.zeros_like(begun), torch.zeros_like(starts)
         last = torch.tensor([shortest - 1], device=device)
-        logits = self._forward_following(prompt_ids[:, :shortest], cache, last, past)[:, -1]
+        logits = self.forward_following(prompt_ids[:, :shortest], cache, last, past)[:, -1]
         for step in range(int(ends.max())):
             self.on_work(GENERATED * len(group))
             reading = starts > step
@@ -246,29 +259,31 @@ class Reader:
             chosen.append(token)
             if keep_logits:
                 chosen_from.append(logits)
+            lengths += ~reading & ~ended
             begun |= ~reading & ~blank[token]
             ended |= (~reading & begun & stopping[rows, token]) | (ends == step + 1)
             if step % CHECK_EVERY == CHECK_EVERY - 1 and bool(ended.all()):
                 break
-            logits = self._forward(token[:, None], cache, None, past + shortest + step)[:, -1]
-        tokens, places = torch.stack(chosen, 1).tolist(), list(zip(starts.tolist(), ends.tolist(), strict=True))
+            logits = self.forward(token[:, None], cache, None, past + shortest + step)[:, -1]
+        places = list(zip(starts.tolist(), (starts + lengths).tolist(), strict=True))
+        tokens = torch.stack(chosen, 1).tolist()
         texts = [row[start:end] for row, (start, end) in zip(tokens, places, strict=True)]
         if not keep_logits:
             return texts, []
         return texts, [row[start:end] for row, (start, end) in zip(torch.stack(chosen_from, 1), places, strict=True)]
 
-    def _forward_following(self, ids: Tensor, cache: DualCache, keep: Tensor, past: int) -> Tensor:
-        """As `_forward` for tokens after a context, one at a time where the model needs that."""
+    def forward_following(self, ids: Tensor, cache: DualCache, keep: Tensor, past: int) -> Tensor:
+        """As `forward` for tokens after a context, one at a time where the model needs that."""
         if not self._continuation.stepwise:
-            return self._forward(ids, cache, keep, past)
+            return self.forward(ids, cache, keep, past)
         kept_positions, kept_logits = set(keep.tolist()), []
         for offset, token in enumerate(ids.split(1, 1)):
-            logits = self._forward(token, cache, None, past + offset)
+            logits = self.forward(token, cache, None, past + offset)
             if offset in kept_positions:
                 kept_logits.append(logits)
         return torch.cat(kept_logits, 1)
 
-    def _forward(self, ids: Tensor, cache: DualCache, keep: Tensor | None, past: int) -> Tensor:
+    def forward(self, ids: Tensor, cache: DualCache, keep: Tensor | None, past: int) -> Tensor:
         """Logits at the positions `keep` (n,) of `ids` (batch, tokens), all if None: (batch, n, vocabulary).
 
         `past`: tokens already in the cache.
@@ -278,28 +293,10 @@ class Reader:
         logits = self.model.model(ids, use_cache=True, **cache_arguments, **options).logits
         return logits if options or keep is None else logits[:, keep]
 
-    def _blank_and_stop_tokens(self, stops: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-        """Masks of the blank tokens, (vocabulary,), and of those that end an answer, (stops, vocabulary)."""
-        for stop in {*stops} - self._stop_masks.keys():
-            self._stop_masks[stop] = self._stop_tokens(stop)
-        blank = self._stop_masks[stops[0]][0]
-        return blank, torch.stack([self._stop_masks[stop][1] for stop in stops])
 
-    def _stop_tokens(self, stop: str | None) -> tuple[Tensor, Tensor]:
-        tokenizer, device = self.model.tokenizer, self.model.model.device
-        ends = end_tokens(self.model)
-        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-        texts += [""] * (self.model.model.config.get_text_config().vocab_size - len(texts))  # embeddings may be padded
-        blank = [not text.strip() and token not in ends for token, text in enumerate(texts)]
-        stopping = [token in ends or (stop is not None and stop in text) for token, text in enumerate(texts)]
-        return torch.tensor(blank, device=device), torch.tensor(stopping, device=device)
-
-
-def end_tokens(model: LanguageModel) -> set[int]:
-    """The model's end-of-text tokens."""
-    generation = getattr(model.model, "generation_config", None)
-    candidates = [model.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
-    return {token for ids in candidates if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
+def _no_answers(questions: int, size: int) -> Answers:
+    """To so many questions, of a context of `size` bytes."""
+    return Answers([torch.empty(0)] * questions, [None] * questions, size, [None] * questions)
 
 
 def _predicting_positions(question: Question) -> range:

@@ -22,8 +22,8 @@ from duo_id.common.progress import headline
 from duo_id.common.record import check_unchanged, differences, in_groups, keep_settings, read_settings
 from duo_id.common.tables import print_tables
 from duo_id.common.version import __version__
+from duo_id.data import chat
 from duo_id.data.haystack import Haystack, load_haystack, text_versions
-from duo_id.evaluate import chat
 from duo_id.evaluate.batches import check_room_to_write
 from duo_id.evaluate.contenders import (
     check_shares,
@@ -36,14 +36,13 @@ from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal, write_results
 from duo_id.evaluate.judging import peer_rows
 from duo_id.evaluate.peers import SAMPLES, read_answers, write_samples
-from duo_id.evaluate.reading import end_tokens
 from duo_id.evaluate.runner import run
 from duo_id.evaluate.settings import BASELINES, EvaluateSettings
 from duo_id.evaluate.tasks.building import SampleBuilder
 from duo_id.evaluate.tasks.names import is_ruler_data
 from duo_id.evaluate.tasks.registry import make_items
 from duo_id.evaluate.tasks.ruler_data import ruler_items
-from duo_id.models.language_model import LanguageModel
+from duo_id.models.language_model import LanguageModel, end_tokens
 from duo_id.models.loading import load_model, weights_source
 from duo_id.patterns.files import contents_of
 from duo_id.patterns.pattern import HeadPattern
@@ -54,7 +53,7 @@ from duo_id.report.leaderboard import leaderboards
 from duo_id.report.paired import paired_grids
 from duo_id.report.rows import ASKED, SCHEMA, VERSION, ScoredRow
 from duo_id.report.summary import SEED, frame
-from duo_id.report.tables import WRITTEN_TITLE, results_table, terminal_table, written_grid
+from duo_id.report.tables import GENERATED_CAPTION, of_generated, results_table, terminal_table
 
 VERBATIM: dict[str, Any] = {"markup": False, "highlight": False}  # for text from elsewhere
 DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")
@@ -91,8 +90,8 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> dict[str, Any]:
     results = score(settings, model, description, patterns, folder, cli.console)
     write_results(folder, results)
     print_tables(cli.console, results_table(results, f"{model.name} under {settings.heads}"))
-    if (texts := written_grid(frame(results))) is not None:
-        print_tables(cli.console, terminal_table(texts, f"{WRITTEN_TITLE}: up to {settings.write} tokens"))
+    for title, grid in of_generated(frame(results)).items():
+        print_tables(cli.console, terminal_table(grid, title, GENERATED_CAPTION, spreads=False))
     for title, grid in (leaderboards(results) | paired_grids(results)).items():
         print_tables(cli.console, terminal_table(grid, title))
     for name, figure in figures(results).items():

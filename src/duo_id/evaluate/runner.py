@@ -18,8 +18,8 @@ from duo_id.evaluate.evicted import read_evicted
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal
 from duo_id.evaluate.judging import score_rows
-from duo_id.evaluate.reading import Reader, end_tokens
-from duo_id.models.language_model import LanguageModel
+from duo_id.evaluate.reading import Reader
+from duo_id.models.language_model import LanguageModel, end_tokens
 
 CPU_CONTEXT_TOKENS = 4096
 Texts = Mapping[Item, Sequence[int]]  # tokens, by the item they follow

@@ -13,6 +13,7 @@ from duo_id.models.gated_model import GatedModel
 
 ROWS = 64  # queries whose weights are held at once
 Reduce = Callable[[Iterator[tuple[Tensor, Tensor]]], Tensor]
+ScoreLayer = Callable[[int, Tensor, Tensor, Tensor, Softmax], Tensor]  # of a layer's index, query, key, value, softmax
 
 
 def score_attention(gated_model: GatedModel, ids: Tensor, queries: Tensor, reduce: Reduce, reduction: str) -> Tensor:
@@ -26,12 +27,29 @@ def score_attention(gated_model: GatedModel, ids: Tensor, queries: Tensor, reduc
             several values per query head, (..., heads).
         reduction: over the query heads of a KV head: max | mean.
     """
-    collected: dict[int, list[Tensor]] = {layer.index: [] for layer in gated_model.layers}
     queries = queries.to(gated_model.device)
+    return score_layers(
+        gated_model,
+        ids,
+        lambda index, query, key, value, softmax: reduce(attention_rows(query, key, queries, softmax)),
+        reduction,
+    )
+
+
+def score_layers(gated_model: GatedModel, ids: Tensor, score: ScoreLayer, reduction: str) -> Tensor:
+    """Scores from what the heads of each layer get under full attention: (..., gated layers, KV heads) float32 CPU.
+
+    Args:
+        gated_model: the model.
+        ids: (tokens,), one text.
+        score: one or several values per query head, (..., heads); called again for each module that shares keys.
+        reduction: over the query heads of a KV head: max | mean.
+    """
+    collected: dict[int, list[Tensor]] = {layer.index: [] for layer in gated_model.layers}
 
     def recording(index: int) -> AttendFunction:
         def attend(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-            values = reduce(attention_rows(query, key, queries, softmax))
+            values = score(index, query, key, value, softmax)
             collected[index].append(values.unflatten(-1, (key.shape[1], -1)))  # one entry per layer that shares keys
             return full_attention(query, key, value, softmax, gated_model.backends.full)
 

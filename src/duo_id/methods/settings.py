@@ -236,6 +236,7 @@ METHODS: dict[str, type[MethodSettings]] = {
     "retrieval_score": AttentionSettings,
     "query_score": AttentionSettings,
     "reconstruction": AttentionSettings,
+    "replay_gradient": AttentionSettings,
     "saliency": SaliencySettings,
     "search": SearchSettings,
     "spans": SpanSettings,

@@ -204,3 +204,10 @@ class LanguageModel:
             return {"input_ids": ids, "attention_mask": no_padding(ids), "use_cache": False} | options
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0) + first  # counts real tokens, wherever the padding is
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+
+
+def end_tokens(model: LanguageModel) -> set[int]:
+    """The model's end-of-text tokens."""
+    generation = getattr(model.model, "generation_config", None)
+    candidates = [model.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
+    return {token for ids in candidates if ids is not None for token in (ids if isinstance(ids, list) else [ids])}

@@ -31,8 +31,8 @@ class CompressedCache:
     Attributes:
         cache: compressed.
         sizes: entries per head, by layer.
-        tokens: of the context, which is also the next position.
-        bytes: of the keys and values that are neither evicted nor masked.
+        tokens: of the context and what was appended to it, which is also the next position.
+        bytes: of the context's keys and values that are neither evicted nor masked.
     """
 
     cache: Any  # of transformers, with keys and values as tensors
@@ -41,7 +41,7 @@ class CompressedCache:
     bytes: int
 
     def restore(self) -> None:
-        """Drop everything after the context."""
+        """Drop everything after the context and what was appended to it."""
         for layer, size in zip(self.cache.layers, self.sizes, strict=True):
             layer.keys, layer.values = layer.keys[:, :, :size], layer.values[:, :, :size]
 
@@ -132,6 +132,14 @@ def generate(
         position += 1
     cache.restore()
     return generated
+
+
+@torch.no_grad()
+def append(model: PreTrainedModel, cache: CompressedCache, tokens: Sequence[int]) -> None:
+    """Let tokens stay in the cache, uncompressed: whatever is asked from now on follows them."""
+    _forward(model, cache, tokens, cache.tokens, 1)
+    cache.sizes = [size + len(tokens) for size in cache.sizes]
+    cache.tokens += len(tokens)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

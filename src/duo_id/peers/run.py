@@ -7,7 +7,7 @@ only those parts of duo_id that need neither a recent transformers nor Hydra.
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +24,12 @@ from duo_id.common.errors import UserError, check, one_line
 from duo_id.peers.answers import ANSWERS_SCHEMA, VERSION, Answers, Json, load_samples
 from duo_id.peers.heads import write_heads
 from duo_id.peers.presses import PEERS, SHARED_NOTE, Budget
-from duo_id.peers.reading import compare, force, generate, load_model, read
+from duo_id.peers.reading import CompressedCache, append, compare, end_tokens, force, generate, load_model, read
 
 RESUME = "repeat the command to resume"
 console = Console()
 
+AskedQuestion = tuple[int, list[int], Json]  # its number, its prompt and the rest of it
 Pending = list[tuple[str, Json]]  # presses, and what is asked of them: `sparsity`, or that as None and `cache`
 
 
@@ -80,9 +81,27 @@ class Examiner:
         references = {}
         for tokens, questions in contexts(item).items():
             cache = read(self.model, item["context"][:tokens], None)
-            logits = [force(self.model, cache, prompt, question["answer"]) for _, prompt, question in questions]
+            logits = [logits for logits, _ in self.asked(item, cache, questions, generates=False)]
             references[tokens] = logits, cache.bytes
         return references
+
+    def asked(
+        self, item: Json, cache: CompressedCache, questions: Sequence[AskedQuestion], generates: bool
+    ) -> Iterator[tuple[Tensor, list[int] | None]]:
+        """Logits of each question's right answer, and the generated one if there is one.
+
+        In turns it is always generated and stays in the cache with its question, but for an end of text.
+        """
+        turns = item.get("turns", False)
+        for _, prompt, question in questions:
+            logits, generated = force(self.model, cache, prompt, question["answer"]), None
+            if turns or (generates and item["max_new_tokens"] and question["place"] is None):
+                limits = item["max_new_tokens"], item["stop"]
+                generated = generate(self.model, self.tokenizer, cache, prompt, *limits)
+            if turns and generated:
+                ends = end_tokens(self.model, self.tokenizer)
+                append(self.model, cache, [*prompt, *(token for token in generated if token not in ends)])
+            yield logits, generated
 
     def budget(self, tokens: int, asked: Json) -> Budget:
         """What is kept of a context of `tokens` tokens."""
@@ -99,23 +118,20 @@ class Examiner:
             press = PEERS[name].make(self.budget(tokens, asked))
             cache = read(self.model, item["context"][:tokens], press, PEERS[name].eager)
             full, full_bytes = reference[tokens]
-            for (number, prompt, question), logits in zip(questions, full, strict=True):
-                measured = compare(force(self.model, cache, prompt, question["answer"]), logits, question["answer"])
-                generated = None
-                if self.generates and item["max_new_tokens"] and question["place"] is None:
-                    limits = item["max_new_tokens"], item["stop"]
-                    generated = generate(self.model, self.tokenizer, cache, prompt, *limits)
+            answered = self.asked(item, cache, questions, self.generates)
+            for (number, _, question), of_full, (logits, generated) in zip(questions, full, answered, strict=True):
+                measured = compare(logits, of_full, question["answer"])
                 sizes = {"bytes": cache.bytes, "full_bytes": full_bytes}
                 answers_by_number[number] = {"question": number} | measured | {"generated": generated} | sizes
         return _line_key(item, asked) | {"questions": [answer for _, answer in sorted(answers_by_number.items())]}
 
 
-def contexts(item: Json) -> dict[int, list[tuple[int, list[int], Json]]]:
+def contexts(item: Json) -> dict[int, list[AskedQuestion]]:
     """The questions by the length of context read before them: number, prompt and question.
 
     For an answer inside the context, only the tokens before it are read, and the last of these is the prompt.
     """
-    by_length: dict[int, list[tuple[int, list[int], Json]]] = {}
+    by_length: dict[int, list[AskedQuestion]] = {}
     for number, question in enumerate(item["questions"]):
         start, context = question["place"], item["context"]
         tokens = len(context) if start is None else start - 1

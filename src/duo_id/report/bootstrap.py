@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from duo_id.report.rows import QUESTION, SAMPLE, WRITTEN
+from duo_id.report.rows import QUESTION, SAMPLE, THIRDS, WRITTEN
 
 DRAWS = 4000  # even: half of them mirror the other half
 FINE = 64  # draws of a scale for each one kept, so that those kept are quantiles
@@ -142,21 +142,23 @@ class _Multipliers:
 
 def _fractions(rows: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Numerators and denominators, one value per row, whose sums divide to a statistic; 0 where unknown."""
-    paired_columns = ["loss", "correct", "score", "bytes"]
+    paired_columns = ["loss", "correct", "score", "bytes", "total_bytes"]
     full = rows.loc[rows["kind"] == "full", [*QUESTION, *paired_columns]].drop_duplicates(QUESTION)
     full = rows[QUESTION].merge(full, on=QUESTION, how="left")
-    columns = [*paired_columns, "kl", "tokens", "exact", *WRITTEN]
+    columns = [*paired_columns, "kl", "tokens", "exact", *THIRDS, *WRITTEN]
     values = {column: rows[column].to_numpy(float) for column in columns}
     full_values = {column: full[column].to_numpy(float) for column in paired_columns}
     tokens, ones = values["tokens"], np.ones(len(rows))
+    answered = np.isfinite(values["total_bytes"] + full_values["total_bytes"])
     pairs = {
-        "kept": (values["bytes"], full_values["bytes"]),
+        "kept": tuple(np.where(answered, each["total_bytes"], each["bytes"]) for each in (values, full_values)),
         "loss": (values["loss"], tokens),
         "rise": (values["loss"] - full_values["loss"], tokens),
         "kl": (values["kl"], tokens),
         "accuracy": (values["correct"], tokens),
         "exact": (values["exact"], ones),
         "score": (values["score"], ones),
+        **{third: (values[third], ones) for third in THIRDS},
         "agreed": (values["agreed"], ones),
         "agreement": (values["along_correct"], values["full_written"]),
         "along": (values["along_kl"], values["full_written"]),

@@ -13,14 +13,17 @@ from duo_id.report.rows import OF_PATTERNS
 from duo_id.report.summary import CONTENDER, contender_of, contenders, frame, name_of
 from duo_id.report.tables import Cell, Grid, metric_cell
 
-NEEDLES = ("needle-words", "needle-numbers", "needle-sentences", "passkeys")
+TURNS = ("turns-words", "turns-numbers", "turns-mixed")
+NEEDLES = ("needle-words", "needle-numbers", "needle-sentences", "passkeys", *TURNS)
 RULER = ("ruler-single", "ruler-multikey", "ruler-multivalue", "ruler-multiquery")
 FAMILIES = {  # of each identification task: the held-out tasks that resemble it
     "passkey": (*NEEDLES, *RULER),
     "multi_query": (*NEEDLES, *RULER),
-    "key_value": ("json-lookup", *RULER),
-    "copying": ("copying", "list-reorder"),
+    "key_value": ("json-lookup", "turns-json", *RULER),
+    "copying": ("copying", "list-reorder", "table-reformat", "list-all"),
     "text": ("language", "rare-ngrams"),
+    "turns": (*NEEDLES, *RULER, "json-lookup"),
+    "self": ("language",),
 }
 
 

@@ -26,7 +26,7 @@ from duo_id.report.runs import RunFolder, free_name, merge
 from duo_id.report.summary import REPORTED, contender_of, frame, name_of
 from duo_id.report.sweep_figures import sweep_figures
 from duo_id.report.sweeps import CAPTION, Sweep, grids
-from duo_id.report.tables import WRITTEN_TITLE, Cell, Grid, contender_grid, headline, middle, task_grid, written_grid
+from duo_id.report.tables import Cell, Grid, contender_grid, headline, middle, of_generated, task_grid
 from duo_id.train.plots import plot_training
 
 LARGEST_SVG = 200_000  # characters; a larger figure becomes a PNG
@@ -191,7 +191,7 @@ def _evaluation(results: Mapping[str, Any], embed: FigureEmbedder, reference: st
         ],
         "leaderboards": leaderboards(results) | paired_grids(results, reference),
         "tables": [
-            *([] if (texts := written_grid(rows)) is None else [(WRITTEN_TITLE, texts)]),
+            *of_generated(rows).items(),
             *(
                 (f"{REPORTED[metric].label}, {budget.in_words}", task_grid(rows, metric, budget))
                 for budget in budgets

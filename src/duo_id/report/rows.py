@@ -8,6 +8,7 @@ SCHEMA, VERSION = "duo_id/results", 1  # of scores and results on disk
 ScoredRow = dict[str, Any]  # one contender's scores on one question, see `duo_id.evaluate.judging`
 # Columns of a free text, see `Scored`.
 WRITTEN = ["full_written", "along_kl", "along_correct", "agreed", "written", "own_kl", "repeated"]
+THIRDS = ["first_third", "middle_third", "last_third"]  # of a long answer's pieces: the share that is right
 SAMPLE = ["task", "length", "index"]  # columns that identify a context, shared by its questions
 QUESTION = [*SAMPLE, "question"]
 KINDS = ("full", "pattern", "spans", "baseline", "eviction")  # of contenders, in the order of tables
@@ -35,7 +36,10 @@ class Scored(Data):
     score: float | None
     exact: bool | None
     text: str | None
-    bytes: Natural | None
+    bytes: Natural | None  # of the context
+    total_bytes: Natural | None = None  # the same at the end of the generated answer: context, question and answer
+    turn: Natural | None = None  # number of the question in a conversation that keeps the model's answers, from 1
+    pieces: Line | None = None  # of a long answer, in order: 1 where a line of the right answer is there, else 0
     full_written: Natural | None = None  # tokens that full attention wrote; this and the rest only with `write`
     along_kl: float | None = None  # KL from full attention along its text, summed over these
     along_correct: Natural | None = None  # of these, those that the contender would have written too

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +16,11 @@ from duo_id.patterns.provenance import Model
 from duo_id.patterns.saved import pattern_from_json
 from duo_id.report.bootstrap import bootstrap, with_intervals
 from duo_id.report.budgets import with_budgets
-from duo_id.report.rows import ASKED, KINDS, OF_PATTERNS, QUESTION, SCHEMA, VERSION, WRITTEN, Scored
+from duo_id.report.rows import ASKED, KINDS, OF_PATTERNS, QUESTION, SCHEMA, THIRDS, VERSION, WRITTEN, Scored
 
 CONTENDER = ["kind", "heads", "budget"]  # random masks of all seeds are one contender
-MEASURED = ["loss", "kl", "tokens", "correct", "score", "exact", "text", "bytes", *WRITTEN]
-COLUMNS = [*QUESTION, "depth", *ASKED, *MEASURED]
+MEASURED = ["loss", "kl", "tokens", "correct", "score", "exact", "bytes", "total_bytes", *WRITTEN]
+COLUMNS = [*QUESTION, "turn", "depth", *ASKED, *MEASURED, "text", "pieces"]
 SEED = "#"  # the pattern NAME#2 is a seed of the contender NAME
 
 
@@ -50,6 +51,9 @@ REPORTED = {
     "exact": Metric("exact answers (%)", 1, True),
     "score": Metric("score (%)", 1, True),
     "relative_score": Metric("score / full's (%)", 1, True),
+    "first_third": Metric("lines right, first third (%)", 1, True),
+    "middle_third": Metric("lines right, middle third (%)", 1, True),
+    "last_third": Metric("lines right, last third (%)", 1, True),
     "agreed": Metric("tokens before the first difference", 1),
     "agreement": Metric("same next token along full's text (%)", 1, True),
     "along": Metric("KL along full's text (nats)", 3),
@@ -59,7 +63,7 @@ REPORTED = {
 }
 
 SHARE, POSITIVE = (0.0, 1.0), (0.0, np.inf)
-LIMITS = dict.fromkeys(("accuracy", "exact", "score", "agreement", "repeated"), SHARE) | dict.fromkeys(
+LIMITS = dict.fromkeys(("accuracy", "exact", "score", "agreement", "repeated", *THIRDS), SHARE) | dict.fromkeys(
     ("kept", "loss", "kl", "relative_accuracy", "relative_score", "agreed", "along", "drift", "written"), POSITIVE
 )  # possible values
 
@@ -117,15 +121,17 @@ def load_results(path: str | Path) -> dict[str, Any]:
 def frame(results: Mapping[str, Any]) -> pd.DataFrame:
     """The rows of results as a frame; what was not measured is NaN, and `exact` is 1 or 0.
 
-    Patterns named NAME#SEED are seeds of the contender NAME. `budget` is what was asked, see `Budget`.
+    Patterns named NAME#SEED are seeds of the contender NAME. `budget` is what was asked, see `Budget`; `THIRDS` are the
+    shares of the right lines in each third of a long answer.
 
     Raises:
         UserError: a column holds values other than numbers.
     """
     rows = pd.DataFrame(results["rows"], columns=COLUMNS)
     rows["exact"] = rows["exact"].map({True: 1.0, False: 0.0})
-    measured = [column for column in MEASURED if column != "text"]
-    for column in ("depth", "sparsity", "cache", "seed", *measured):
+    for third, name in enumerate(THIRDS):
+        rows[name] = rows["pieces"].map(partial(_right_in_third, third), na_action="ignore")
+    for column in ("turn", "depth", "sparsity", "cache", "seed", *MEASURED, *THIRDS):
         try:
             rows[column] = rows[column].astype(float)
         except (TypeError, ValueError) as error:
@@ -136,6 +142,12 @@ def frame(results: Mapping[str, Any]) -> pd.DataFrame:
 def contender_of(pattern: str) -> str:
     """The contender that a pattern belongs to: NAME for NAME#2, and in merged runs NAME [2] for NAME#2 [2]."""
     return re.sub(rf"{SEED}\d+(?=$| \[\d+\]$)", "", pattern)
+
+
+def _right_in_third(third: int, pieces: str) -> float:
+    """The share of 1 among the pieces of one third; NaN where it has none."""
+    part = pieces[third * len(pieces) // 3 : (third + 1) * len(pieces) // 3]
+    return part.count("1") / len(part) if part else np.nan
 
 
 def _with_seeds(rows: pd.DataFrame) -> pd.DataFrame:
@@ -151,7 +163,7 @@ def summarise(rows: pd.DataFrame, by: Sequence[str] = CONTENDER, seed: int = 0) 
     Loss, KL and token accuracy pool the tokens of a task, exact answers and scores are means over its questions, and
     several tasks are averaged with equal weight. Metrics relative to full attention compare the same questions: `rise`
     is a difference, `relative_accuracy` and `relative_score` are ratios of the averages over tasks, and `kept` is the
-    fraction of the full cache's bytes.
+    fraction of the full cache's bytes, at the end of both generated answers; of the context where there are none.
 
     Intervals are those of Student's t over the samples of each task, all questions of a sample together, and over seeds
     where a group has several, combined by a bootstrap (`duo_id.report.bootstrap`). Both sides of a relative value share

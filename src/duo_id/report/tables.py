@@ -9,6 +9,7 @@ import pandas as pd
 
 from duo_id.common.tables import TextTable
 from duo_id.report.budgets import Budget, budgets_of
+from duo_id.report.rows import THIRDS
 from duo_id.report.summary import CONTENDER, REPORTED, Metric, contenders, frame, name_of
 
 SHOWN = ("kept", "loss", "rise", "kl", "accuracy", "exact", "relative_score")  # metrics per contender
@@ -21,16 +22,27 @@ HEADINGS = {  # two short lines, so that the table fits a terminal
     "kl": "KL\nfrom full",
     "accuracy": "token\naccuracy %",
     "exact": "exact\nanswers %",
+    "score": "score\n%",
     "relative_score": "score\n/ full's %",
     "agreed": "same\ntokens",
-    "agreement": "same next\ntoken %",
-    "along": "KL along\nfull's text",
-    "drift": "KL along\nits own",
-    "written": "length\n/ full's %",
-    "repeated": "repeated\n%",
+    "agreement": "same\nnext %",
+    "along": "KL on\nfull's",
+    "drift": "KL on\nown",
+    "written": "length\n%",
+    "repeated": "repeat\n%",
+    "first_third": "first\nthird %",
+    "middle_third": "middle\nthird %",
+    "last_third": "last\nthird %",
 }
 OF_TEXTS = ("agreed", "agreement", "along", "drift", "written", "repeated")  # metrics of what contenders write
 WRITTEN_TITLE = "What they write after each context, against what full attention writes"
+TURNS_TITLE = "By turn of a conversation that keeps the model's answers (full attention: absolute)"
+THIRDS_TITLE = "Right lines of long answers, by their place in the answer"
+GENERATED_CAPTION = "Intervals: python -m duo_id.report RUN"
+OF_TURNS = {  # sections of the table by turn: metrics relative to full attention, whose own line is absolute
+    "relative_score": "score, % of full attention's",
+    "rise": "rise in loss",
+}
 # The metric of full attention that each relative one refers to.
 OF_FULL = {"relative_score": "score", "relative_accuracy": "accuracy", "rise": "loss"}
 CAPTION = (
@@ -115,7 +127,7 @@ def contender_grid(
         shown: metrics that have one where something was.
     """
     statistics = contenders(rows)
-    asked = [column for column in ("sparsity", "cache") if statistics[column].fillna(0).any() or column == "sparsity"]
+    asked = asked_of(statistics)
     metrics = [*always, *(metric for metric in shown if statistics[metric].notna().any())]
     sections: dict[str, list[list[Cell]]] = {}
     for row in statistics.to_dict("records"):
@@ -129,7 +141,36 @@ def contender_grid(
 
 def written_grid(rows: pd.DataFrame) -> Grid | None:
     """One line per contender that wrote: how its text compares with that of full attention; None where none did."""
-    return contender_grid(rows[rows["written"].notna()], ("kept",), OF_TEXTS) if rows["written"].notna().any() else None
+    return contender_grid(rows[rows["written"].notna()], (), OF_TEXTS) if rows["written"].notna().any() else None
+
+
+def thirds_grid(rows: pd.DataFrame) -> Grid | None:
+    """One line per contender with long answers: the right pieces in each third of them; None where there are none."""
+    long = rows[rows[THIRDS[0]].notna()]
+    return contender_grid(long, ("kept", "score"), THIRDS) if len(long) else None
+
+
+def turns_grid(rows: pd.DataFrame) -> Grid | None:
+    """One line per contender that held conversations, one column per turn; None where none did."""
+    rows = rows[rows["turn"].notna()]
+    if rows.empty:
+        return None
+    statistics, of_turns = contenders(rows), contenders(rows, ["turn"])
+    asked, turns = asked_of(statistics), sorted(of_turns["turn"].unique())
+    sections: dict[str, list[list[Cell]]] = {}
+    for metric, title in OF_TURNS.items():
+        for row in statistics.to_dict("records"):
+            own = of_turns[(of_turns[CONTENDER] == [row[column] for column in CONTENDER]).all(axis=1)].set_index("turn")
+            shown = OF_FULL[metric] if row["kind"] == "full" else metric
+            name = Cell(name_of(row["kind"], row["heads"], row["seeds"]))
+            cells = [metric_cell(own.loc[turn].to_dict() if turn in own.index else {}, shown) for turn in turns]
+            sections.setdefault(title, []).append([name, *(share_cell(row[column]) for column in asked), *cells])
+    return Grid(["heads", *(HEADINGS[column] for column in asked), *(f"turn\n{turn:.0f}" for turn in turns)], sections)
+
+
+def asked_of(statistics: pd.DataFrame) -> list[str]:
+    """The columns of what contenders were asked to keep."""
+    return [column for column in ("sparsity", "cache") if statistics[column].fillna(0).any() or column == "sparsity"]
 
 
 def task_grid(rows: pd.DataFrame, metric: str, budget: Budget | None) -> Grid:
@@ -185,11 +226,25 @@ def middle(rows: pd.DataFrame) -> Budget | None:
     return min(budgets_of(rows), key=lambda budget: abs(budget.share - 0.5), default=None)
 
 
+def of_generated(rows: pd.DataFrame) -> dict[str, Grid]:
+    """The tables of what contenders generate, by title: free text, by turn, by the place in long answers."""
+    grids = {WRITTEN_TITLE: written_grid(rows), TURNS_TITLE: turns_grid(rows), THIRDS_TITLE: thirds_grid(rows)}
+    return {title: grid for title, grid in grids.items() if grid is not None}
+
+
 def _rows(results: Mapping[str, Any] | pd.DataFrame) -> pd.DataFrame:
     return results if isinstance(results, pd.DataFrame) else frame(results)
 
 
-def terminal_table(grid: Grid, title: str, caption: str | None = None, leading: int = 1) -> TextTable:
-    """A grid as a terminal table, without the ends of intervals; its first `leading` columns name the rows."""
-    sections = {section: [list(map(str, cells)) for cells in lines] for section, lines in grid.sections.items()}
+def terminal_table(
+    grid: Grid, title: str, caption: str | None = None, leading: int = 1, spreads: bool = True
+) -> TextTable:
+    """A grid as a terminal table, without the ends of intervals; its first `leading` columns name the rows.
+
+    Without `spreads` it has no intervals at all, as wide tables, which pages show with them.
+    """
+    sections = {
+        section: [[str(cell) if spreads else cell.text for cell in cells] for cells in lines]
+        for section, lines in grid.sections.items()
+    }
     return TextTable(grid.headings, sections, title, caption, leading)

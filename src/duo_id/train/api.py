@@ -20,6 +20,7 @@ from duo_id.common.isolation import isolated
 from duo_id.data.haystack import text_versions, with_digest
 from duo_id.data.in_memory import SampleList, read_data, text_task
 from duo_id.data.samples import Task
+from duo_id.data.writing import with_written
 from duo_id.models.gated_model import GatedModel
 from duo_id.models.in_memory import frozen, language_model_of
 from duo_id.patterns.pattern import HeadPattern
@@ -95,14 +96,16 @@ def identify(
             tasks["train"] = text_task(rows, settings.data, tokenizer, language_model.max_length)
         else:
             settings = replace(settings, data=with_digest(settings.data))
+        console = Console(quiet=not progress)
+        data_settings = with_written(settings.data, language_model, console)
+        settings = replace(settings, data=replace(settings.data, self_sha256=data_settings.self_sha256))
         began = time.perf_counter()
         with attached(language_model.model, settings.step.backends) as layers:
             gated_model = GatedModel(language_model, layers, settings.method.window, settings.step.backends)
-            console = Console(quiet=not progress)
             for line in introduction(gated_model, settings):
                 console.print(argument_names(line), soft_wrap=True, highlight=False, markup=False)
             run = TrainRun(
-                settings=settings,
+                settings=replace(settings, data=data_settings),
                 seed=settings.seed,
                 folder=Path(folder),
                 step=settings.step,

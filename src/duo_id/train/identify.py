@@ -10,6 +10,7 @@ from duo_id.methods import (
     query_score,
     random,
     reconstruction,
+    replay_gradient,
     retrieval_score,
     saliency,
     search,
@@ -31,13 +32,14 @@ FIND: dict[str, Find] = {
     "retrieval_score": retrieval_score.find,
     "query_score": query_score.find,
     "reconstruction": reconstruction.find,
+    "replay_gradient": replay_gradient.find,
     "saliency": saliency.find,
     "search": search.find,
     "spans": spans.find,
     "random": random.find,
 }
 
-GRADIENTS = ("duo", "nested", "saliency", "spans")  # methods that need them
+GRADIENTS = ("duo", "nested", "replay_gradient", "saliency", "spans")  # methods that need them
 
 
 def identify(gated_model: GatedModel, method: MethodSettings, run: TrainRun) -> HeadPattern:

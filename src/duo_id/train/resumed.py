@@ -22,6 +22,7 @@ CHANGEABLE = (
     "repeats",
     "model.name",
     "data.num_workers",
+    "data.self_path",
 )  # used again on resume, or without effect on the heads
 STEP_SETTINGS = ("step", "trainer")  # a resumed run may change them for the steps to come; provenance records it
 NOT_RECORDED = (

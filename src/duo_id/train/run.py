@@ -22,6 +22,7 @@ from duo_id.common.integrity import sealed
 from duo_id.common.record import keep_settings
 from duo_id.common.tables import print_tables
 from duo_id.data.haystack import text_versions, with_digest
+from duo_id.data.writing import with_written
 from duo_id.distributed.launch import launch
 from duo_id.distributed.ranks import Ranks
 from duo_id.methods.settings import GateSettings
@@ -76,13 +77,16 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
         if ranks.world > 1:
             settings = _plan_shared_step(settings, device, ranks, folder)
         model = load_model(settings.model, device, settings.seed, ranks)
+        data = with_written(settings.data, model, cli.console, graph=settings.step.cuda_graphs is not False)
+        settings = replace(settings, data=replace(settings.data, self_sha256=data.self_sha256))
+        requested["data"] = plain(settings.data)
         with attached(model.model, settings.step.backends, ranks.group) as layers:
             on_accepted = partial(keep_settings, folder, requested | kept, replaced) if ranks.first else lambda: None
             gated_model = GatedModel(model, layers, method.window, settings.step.backends)
             for line in introduction(gated_model, settings, folder):
                 cli.say(line)
             run = TrainRun(
-                settings=settings,
+                settings=replace(settings, data=data),
                 seed=settings.seed,
                 folder=folder,
                 resume=bool(settings.resume),
@@ -90,7 +94,7 @@ def train(settings: TrainSettings, folder: Path, in_sweep: bool = False) -> dict
                 console=cli.console,
                 on_accepted=on_accepted,
             )
-            samples = sample_module(model, settings, settings.seed)
+            samples = sample_module(model, run.settings, settings.seed)
             test = samples.samples("test", settings.comparison.samples)
             check_window(test, method.sink_size, method.recent_size)
             validation = samples.samples("validation", settings.comparison.samples) if in_sweep else []

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionType
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
 from duo_id.common.errors import UserError, check
 from duo_id.patterns.fields import ALL
 from duo_id.patterns.spans import HeadSpans
-from duo_id.vllm.backend import StreamingBackend
 from duo_id.vllm.spec import SinkWindowSpec
 
 HEAD = ".kv"  # between the name of a layer and the index of a KV head
@@ -28,6 +29,21 @@ UNSERVED = {
 }
 
 
+def streaming_backend() -> type[AttentionBackend]:
+    """What streaming heads attend with on this platform."""
+    if current_platform.is_cuda():
+        check(
+            current_platform.has_device_capability(80),
+            "a head mask is served on GPUs of compute capability 8.0 and above, and this one is older",
+        )
+        from duo_id.vllm.backend_gpu import PagedBackend
+
+        return PagedBackend
+    from duo_id.vllm.backend_cpu import StreamingBackend
+
+    return StreamingBackend
+
+
 class WholeHead(Attention):
     """A KV head with its query heads that keeps what the model's own attention keeps."""
 
@@ -36,7 +52,7 @@ class StreamingHead(Attention):
     """A KV head with its query heads that keeps the sink and a window."""
 
     def __init__(self, sink_size: int, recent_size: int, **given: Any) -> None:
-        super().__init__(attn_backend=StreamingBackend, **given)
+        super().__init__(attn_backend=streaming_backend(), **given)
         check(
             self.kv_cache_dtype in ("auto", str(torch.get_default_dtype()).removeprefix("torch.")),
             f"{self.layer_name} has a cache in {self.kv_cache_dtype}, as the checkpoint says: give --kv-cache-dtype",
@@ -57,6 +73,11 @@ class StreamingHead(Attention):
         )
 
 
+def heads_of_rank(kv_heads: int, rank: int, ranks: int) -> range:
+    """The KV heads of a tensor-parallel rank; where there are more ranks than heads, several have the same one."""
+    return range(rank * kv_heads // ranks, rank * kv_heads // ranks + max(1, kv_heads // ranks))
+
+
 class SplitAttention(nn.Module):
     """An attention layer of a model, as one layer per KV head.
 
@@ -73,12 +94,14 @@ class SplitAttention(nn.Module):
         layer = extract_layer_index(prefix)
         layers, expected = spans.spans.shape
         check(layer < layers, f"{prefix} is beyond the {layers} layers of the head mask")
-        check(kv_heads == expected, f"{prefix} has {kv_heads} KV heads and the head mask {expected}")
         row = spans.spans[layer].tolist()
         _check_layer(prefix, given, spans, any(span != ALL for span in row))
+        own = heads_of_rank(expected, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        check(kv_heads == len(own), f"{prefix} has {kv_heads} KV heads where the head mask has {len(own)}")
         self.kv_heads = kv_heads
         self.heads = nn.ModuleList()
-        for head, span in enumerate(row):
+        for head in own:  # named as in the whole model, so that vLLM takes the ranks' heads for different layers
+            span = row[head]
             part = given | {"num_heads": heads // kv_heads, "num_kv_heads": 1, "prefix": f"{prefix}{HEAD}{head}"}
             self.heads.append(WholeHead(**part) if span == ALL else StreamingHead(spans.sink_size, span, **part))
 
@@ -108,6 +131,8 @@ def _check_layer(prefix: str, given: dict[str, Any], spans: HeadSpans, streams: 
         check(
             not window, f"{prefix} has a sliding window of {window} tokens: its heads cannot stream, as the mask says"
         )
+        width = given.get("head_size_v") or given["head_size"]
+        check(width == given["head_size"], f"{prefix} has values of another width than keys: its heads cannot stream")
         for name, meaning in UNSERVED.items():
             check(given.get(name) is None, f"{prefix} has {meaning}, with which vLLM cannot serve streaming heads yet")
     elif window and bool((spans.spans[list(spans.gated_layers)] == window).all()):

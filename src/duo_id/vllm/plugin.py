@@ -68,8 +68,10 @@ def install(spans: "HeadSpans") -> None:
     @wraps(create)
     def create_checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = create(self, *args, **kwargs)
-        check_servable(config, spans, current_platform.device_type)
+        check_servable(config, spans, current_platform.device_name)
         logger.info("serving under a head mask: %s", spans)
+        if current_platform.device_name == "cuda":
+            logger.warning("head masks were tested on CPUs alone: compare answers before you rely on a GPU's")
         return config
 
     @wraps(check_specs)

@@ -8,17 +8,19 @@ from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.common.config import conf_dir, parse
+from duo_id.data.chat import Chat, plain
 from duo_id.data.haystack import Haystack, load_haystack
 from duo_id.data.settings import HaystackSettings
-from duo_id.evaluate.chat import Chat, plain
 from duo_id.evaluate.items import SPLITS, Item
 from duo_id.evaluate.tasks.building import SampleBuilder
-from duo_id.evaluate.tasks.registry import EVALUATION_TASKS, make_items
+from duo_id.evaluate.tasks.names import GROUPS
+from duo_id.evaluate.tasks.registry import make_items
 from duo_id.models.loading import byte_tokenizer, load_tokenizer, weights_source
 from duo_id.models.settings import ModelSettings
 from tests.data.conftest import TOKENIZERS, metaspace
 
 LENGTHS = {"bytes": 2600, "byte_level_bpe": 1600, "metaspace": 1600, "smollm2": 512}  # tokens
+MORE = 2.5  # times as many for conversations, instructions and long answers
 AFTER = "[END]\n[ASSISTANT]\n"  # of a made-up chat template
 
 
@@ -57,8 +59,19 @@ def items_of(
     task: str, tokenizer: str = "bytes", split: str = "test", samples: int = 1, seed: int = 0, length: int | None = None
 ) -> list[Item]:
     return make_items(
-        [task], builder_of(tokenizer, split), [length or LENGTHS[tokenizer]], samples, seed, limit=None, depths=3
+        [task],
+        builder_of(tokenizer, split),
+        [length or length_of(task, tokenizer)],
+        samples,
+        seed,
+        limit=None,
+        depths=3,
     )
+
+
+def length_of(task: str, tokenizer: str = "bytes") -> int:
+    """Tokens of the task's samples."""
+    return int(LENGTHS[tokenizer] * (MORE if task in GROUPS["writing"] else 1))
 
 
 def some(task: str, samples: int = 3) -> list[tuple[Item, str, str]]:
@@ -72,6 +85,5 @@ def text(tokens: tuple[int, ...], tokenizer: str = "bytes") -> str:
     return str(tokenizer_of(tokenizer).decode(list(tokens)))
 
 
-ASKED = [
-    name for name in EVALUATION_TASKS if name not in ("language", "rare-ngrams")
-]  # tasks with questions after the context
+# Tasks with questions after the context, each asked alone.
+ASKED = [name for name in GROUPS["all"] if name not in ("language", "rare-ngrams")]

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import pytest
 
 from duo_id.common.errors import UserError
-from duo_id.evaluate.chat import Chat, plain, split_chat
+from duo_id.data.chat import Chat, plain, split_chat
 from duo_id.evaluate.items import SPLITS
 from duo_id.evaluate.metrics import METRICS
 from duo_id.evaluate.tasks.names import GROUPS
 from duo_id.evaluate.tasks.registry import EVALUATION_TASKS, expand, make_items, reserved_tokens
-from tests.evaluate.tasks.making import AFTER, ASKED, LENGTHS, builder_of, items_of, text, tokenizer_of
+from tests.evaluate.tasks.making import AFTER, ASKED, LENGTHS, builder_of, items_of, length_of, text, tokenizer_of
 
 MATRIX = pytest.mark.parametrize("tokenizer", LENGTHS)
 BOTH = pytest.mark.parametrize("split", SPLITS)
@@ -23,21 +23,22 @@ ALL = pytest.mark.parametrize("task", EVALUATION_TASKS)
 def test_contexts_have_the_exact_length_and_leave_room_for_the_answer(task: str, split: str, tokenizer: str) -> None:
     builder = builder_of(tokenizer, split)
     (item,) = items_of(task, tokenizer, split)
-    free = reserved_tokens(EVALUATION_TASKS[task], builder)
+    free, taken = reserved_tokens(EVALUATION_TASKS[task], builder), []
     assert item.task == task
     assert len(item.context) + free == item.length
-    assert item.length == LENGTHS[tokenizer] or task == "short"
+    assert item.length == length_of(task, tokenizer) or task == "short"
     assert item.questions
     for question in item.questions:
         assert question.answer
         if question.place is None:
-            assert len(question.prompt) + max(len(question.answer), item.max_new_tokens) <= free
+            taken.append(len(question.prompt) + max(len(question.answer), item.max_new_tokens))
             assert len(question.answer) <= item.max_new_tokens
             assert question.references
         else:
             assert item.context[question.place :][: len(question.answer)] == question.answer
             assert question.place >= 1
             assert not question.prompt
+    assert (sum(taken) if item.turns else max(taken, default=0)) <= free
 
 
 @pytest.mark.parametrize("task", ASKED)
@@ -76,12 +77,14 @@ def test_prompts_end_with_the_beginning_of_an_answer_that_goes_on_with_a_space(t
 def test_a_sample_depends_on_its_own_coordinates_alone(task: str) -> None:
     def made(seed: int = 0, split: str = "test", samples: int = 2) -> list[object]:
         random.seed(seed)  # the global generator must not matter
-        items = make_items([task], builder_of(split=split), [2600], samples, seed, None, 3)
+        items = make_items([task], builder_of(split=split), [length_of(task)], samples, seed, None, 3)
         return [(item.context, item.questions) for item in items]
 
     first, second = made()
     assert made(samples=1) == [first]
-    assert make_items(["short", task], builder_of(), [2600], 2, 0, None, 3)[-1] == items_of(task, samples=2)[1]
+    assert (
+        make_items(["short", task], builder_of(), [length_of(task)], 2, 0, None, 3)[-1] == items_of(task, samples=2)[1]
+    )
     others = [second, *made(seed=1, samples=1), *made(split="development", samples=1)]
     assert all(other != first for other in others)
     assert len({repr(other) for other in others}) == len(others)
@@ -115,7 +118,7 @@ def test_contexts_begin_as_the_tokenizer_wants(name: str) -> None:
 
 def test_all_tasks_fit_in_512_tokens_with_a_chat_template() -> None:
     items = make_items(["all"], builder_of("smollm2", chat=split_chat(tokenizer_of("smollm2"))), [512], 2, 0, None, 5)
-    assert len(items) == 2 * len(EVALUATION_TASKS)
+    assert len(items) == 2 * len(GROUPS["all"])
 
 
 def test_short_is_short_and_there_once_a_sample() -> None:
@@ -125,7 +128,9 @@ def test_short_is_short_and_there_once_a_sample() -> None:
 
 def test_groups_and_names_expand_once_in_their_order() -> None:
     assert [task.name for task in expand(["needle", "copying", "needle-words"])] == [*GROUPS["needle"], "copying"]
-    assert [task.name for task in expand(["all"])] == list(EVALUATION_TASKS)
+    assert [task.name for task in expand(["all", "writing"])] == list(EVALUATION_TASKS)
+    assert GROUPS["writing"] == (*GROUPS["turns"], *GROUPS["rules"], *GROUPS["long"])
+    assert len(GROUPS["all"]) == 18, "those of published tables"
     assert {name for group in GROUPS.values() for name in group} == EVALUATION_TASKS.keys()
     assert len(GROUPS["ruler"]) == 7
 
@@ -159,7 +164,7 @@ def test_too_short_lengths_say_what_is_needed(task: str) -> None:
     while not (refused := refusal(task, needed)).startswith("made"):
         match = re.match(rf"lengths={needed} is too short for {task}, which needs at least (\d+) tokens here", refused)
         assert match, refused
-        assert needed < int(match[1]) < 2300
+        assert needed < int(match[1]) < 0.9 * length_of(task)
         needed = int(match[1])
     make_items([task], builder_of(), [needed + 300], 2, 0, None, 3)
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from duo_id.common.errors import UserError
+from duo_id.data.chat import Chat, plain
 from duo_id.data.haystack import tokenize
-from duo_id.evaluate.chat import Chat, plain
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.tasks.names import expand_ruler, is_ruler_data
 from duo_id.evaluate.tasks.ruler_data import ruler_items

@@ -8,14 +8,14 @@ import pytest
 from duo_id.data.registry import DRAFTED
 from duo_id.data.words import NAMES, THINGS, WORDS
 from duo_id.evaluate.items import SPLITS
-from duo_id.evaluate.tasks import lookup, needles, ruler
+from duo_id.evaluate.tasks import long_answers, lookup, needles, ruler, rules
 from duo_id.evaluate.tasks.registry import EVALUATION_TASKS
 from duo_id.evaluate.tasks.words import VOCABULARIES
 from tests.evaluate.tasks.making import builder_of, items_of, text
 
 TEMPLATES = [
     value
-    for module in (needles, ruler, lookup)
+    for module in (needles, ruler, lookup, rules, long_answers)
     for value in vars(module).values()
     if isinstance(value, dict) and value.keys() == set(SPLITS)
 ]

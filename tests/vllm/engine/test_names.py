@@ -10,6 +10,9 @@ from tests.vllm.engine.cases import vllm
 VERSION = "0.32.0"
 # Where a name lives, and the parameters by which it is called or overridden (None: a class or a value).
 NAMES: dict[str, str | None] = {
+    "vllm.config.parallel:ParallelConfig.use_ubatching": None,
+    "vllm.distributed:get_tensor_model_parallel_rank": "",
+    "vllm.distributed:get_tensor_model_parallel_world_size": "",
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": "self usage_context headless",
     "vllm.model_executor.layers.attention:Attention": None,
     "vllm.model_executor.layers.attention:Attention.__init__": (
@@ -20,13 +23,34 @@ NAMES: dict[str, str | None] = {
     "vllm.model_executor.layers.attention:Attention.forward": "self query key value output_shape output_dtype",
     "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec": "self vllm_config",
     "vllm.model_executor.models.utils:extract_layer_index": "layer_name num_attn_module",
-    "vllm.platforms:current_platform.device_type": None,
+    "vllm.platforms:current_platform.device_name": None,
+    "vllm.platforms:current_platform.has_device_capability": "capability device_id",
+    "vllm.platforms:current_platform.is_cuda": "",
     "vllm.utils.math_utils:cdiv": "a b",
+    "vllm.v1.attention.backend:AttentionBackend.forward_includes_kv_cache_update": None,
+    "vllm.v1.attention.backend:AttentionBackend.get_builder_cls": "",
+    "vllm.v1.attention.backend:AttentionBackend.get_impl_cls": "",
+    "vllm.v1.attention.backend:AttentionBackend.get_name": "",
+    "vllm.v1.attention.backend:AttentionBackend.get_supported_kernel_block_sizes": "kv_cache_spec",
+    "vllm.v1.attention.backend:AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE": None,
+    "vllm.v1.attention.backend:AttentionImpl.__init__": (
+        "self num_heads head_size scale num_kv_heads alibi_slopes sliding_window kv_cache_dtype logits_soft_cap "
+        "attn_type kv_sharing_target_layer_name"
+    ),
+    "vllm.v1.attention.backend:AttentionImpl.forward": (
+        "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
+    ),
     "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__": "self kv_cache_spec layer_names vllm_config device",
     "vllm.v1.attention.backend:AttentionMetadataBuilder.build": (
         "self common_prefix_len common_attn_metadata fast_build"
     ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder._cudagraph_support": None,
     "vllm.v1.attention.backend:AttentionType.DECODER": None,
+    "vllm.v1.attention.backend:MultipleOf": "base",
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum.CUSTOM": None,
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.do_kv_cache_update": (
+        "self layer key value kv_cache slot_mapping"
+    ),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend.get_builder_cls": "",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend.get_impl_cls": "",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (

@@ -74,8 +74,12 @@ def test_a_wrong_variable_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["alibi_slopes", "sinks", "kv_sharing_target_layer_name"])
-def test_layers_with_more_than_a_softmax_are_refused(name: str) -> None:
+def test_layers_with_more_than_a_softmax_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from duo_id.vllm import layers
     from duo_id.vllm.layers import SplitAttention
+
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_world_size", lambda: 1)
 
     spans = HeadSpans(torch.tensor([[8, -1]]), 4)
     given = {"num_heads": 4, "head_size": 32, "scale": 1.0, "num_kv_heads": 2, "prefix": "layers.0.attn", name: 1.0}
@@ -83,5 +87,10 @@ def test_layers_with_more_than_a_softmax_are_refused(name: str) -> None:
         SplitAttention(spans, given)
     with pytest.raises(UserError, match=r"^layers.1.attn is beyond the 1 layers of the head mask$"):
         SplitAttention(spans, given | {"prefix": "layers.1.attn"})
-    with pytest.raises(UserError, match=r"^layers.0.attn has 4 KV heads and the head mask 2$"):
-        SplitAttention(spans, given | {"num_kv_heads": 4})
+    plain = {key: value for key, value in given.items() if key != name}
+    with pytest.raises(UserError, match=r"^layers.0.attn has 4 KV heads where the head mask has 2$"):
+        SplitAttention(spans, plain | {"num_kv_heads": 4})
+    with pytest.raises(
+        UserError, match=r"^layers.0.attn has values of another width than keys: its heads cannot stream$"
+    ):
+        SplitAttention(spans, plain | {"head_size_v": 16})

@@ -98,8 +98,9 @@ def test_a_mistake_ends_the_command_with_one_line_that_names_it(model: tuple[Pat
         list(map(str, command)), env=environment(f"{model[0] / 'run'}@0.5"), capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert (
-        done.stderr.rstrip().splitlines()[-1].endswith("streaming heads read no quantised cache, give auto or float32")
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.endswith(
+        "--kv-cache-dtype=fp8: streaming heads read numbers of the model's type alone, give auto or float32"
     )
 
 

@@ -20,6 +20,12 @@ def fold(query, key, value, visible, row_max, total, out, scale, MASKED: tl.cons
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
+    return fold_scores(scores, value, row_max, total, out, PRECISION)
+
+
+@triton.jit
+def fold_scores(scores, value, row_max, total, out, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Fold the scores (m, n) of one block of values (n, dim) into the running softmax."""
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     weights = tl.exp2(scores - new_max[:, None])
     rescale = tl.exp2(row_max - new_max)

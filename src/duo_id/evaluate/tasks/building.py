@@ -10,8 +10,8 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.common.errors import check
+from duo_id.data.chat import Chat
 from duo_id.data.haystack import Haystack, tokenize
-from duo_id.evaluate.chat import Chat
 from duo_id.evaluate.items import Question
 from duo_id.evaluate.tasks.words import VOCABULARIES, Vocabulary
 

@@ -74,11 +74,11 @@ OWNERSHIP = {
 }
 
 
-def json_lookup(draft: Draft) -> TaskSample:
+def json_lookup(draft: Draft, num_questions: int = QUESTIONS) -> TaskSample:
     """Lookup of a key's value among many alike in a JSON object (Liu et al. 2023, arXiv 2307.03172)."""
     head, question = JSON[draft.builder.split]
     tokens, words = draft.builder.tokens, draft.builder.words
-    max_entries = max(2 * QUESTIONS, draft.size // 8)  # no entry has fewer tokens
+    max_entries = max(2 * num_questions, draft.size // 8)  # no entry has fewer tokens
     made_up = words.made_up(draft.rng, min(2 * max_entries, words.num_made_up))
     keys, values = made_up[::2], made_up[1::2]
 
@@ -86,9 +86,9 @@ def json_lookup(draft: Draft) -> TaskSample:
         for number, (key, value) in enumerate(zip(keys, values, strict=False)):
             yield [*tokens(f'{"," if number else ""}\n"{key}": "'), *tokens(value), *tokens('"')]
 
-    context, count = draft.fill(head, entries(), "\n}", least=2 * QUESTIONS)
+    context, count = draft.fill(head, entries(), "\n}", least=2 * num_questions)
     questions = []
-    for index in one_index_per_part(draft.rng, count, QUESTIONS):
+    for index in one_index_per_part(draft.rng, count, num_questions):
         key, value = keys[index], values[index]
         question_text, beginning = question.format(f'"{key}"'), f'"{key}": "'
         questions.append(draft.question(question_text, beginning, tokens(value), [value], index / (count - 1)))

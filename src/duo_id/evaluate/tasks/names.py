@@ -1,11 +1,12 @@
 """The names that `tasks` chooses from, apart from the tasks: a mistake is answered without importing torch."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from duo_id.common.errors import check
 from duo_id.common.mistakes import did_you_mean
 
-TASK_NAMES = (  # of `duo_id.evaluate.tasks.registry`
+RECALLED = (  # the tasks of published tables, each question of which is answered as if it were the only one
     "needle-words",
     "needle-numbers",
     "needle-sentences",
@@ -25,12 +26,20 @@ TASK_NAMES = (  # of `duo_id.evaluate.tasks.registry`
     "rare-ngrams",
     "short",
 )
+TURNS = ("turns-words", "turns-numbers", "turns-json", "turns-mixed")
+RULES = ("rules-json", "rules-codeword", "rules-words")
+LONG = ("table-reformat", "list-all", "shown-work")
+TASK_NAMES = (*RECALLED, *TURNS, *RULES, *LONG)  # of `duo_id.evaluate.tasks.registry`
 GROUPS = {
-    "all": TASK_NAMES,
-    "needle": tuple(name for name in TASK_NAMES if name.startswith("needle-")),
-    "ruler": tuple(name for name in TASK_NAMES if name.startswith("ruler-")),
+    "all": RECALLED,
+    "needle": tuple(name for name in RECALLED if name.startswith("needle-")),
+    "ruler": tuple(name for name in RECALLED if name.startswith("ruler-")),
     "lookup": ("passkeys", "json-lookup", "copying", "list-reorder", "classification"),
     "text": ("language", "rare-ngrams"),
+    "writing": (*TURNS, *RULES, *LONG),
+    "turns": TURNS,
+    "rules": RULES,
+    "long": LONG,
 }
 LONGBENCH = "python -m duo_id.lm_eval --model duo_id --model_args heads=RUN,sparsity=0.5 --tasks longbench"
 RULER_DATA = "ruler-data"
@@ -52,8 +61,18 @@ def check_generated(names: Sequence[str]) -> None:
     choices = (*GROUPS, *TASK_NAMES, RULER_DATA)
     for name in names:
         check(not name.startswith("longbench"), f"tasks={name}: LongBench is run by lm-eval: {LONGBENCH}")
-        advice = f"choose among {', '.join(choices)}{did_you_mean(name, choices)}"
+        advice = f"choose among {_listed(choices)}{did_you_mean(name, choices)}"
         check(name in GROUPS or name in TASK_NAMES, f"tasks: there is no {name}, {advice}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names with commas; of several in a row that begin alike, all but the first from their dash on."""
+    shown = [names[0]]
+    for last, name in pairwise(names):
+        start, dash, _ = name.partition("-")
+        alike = dash and last.startswith(start + dash) and start in GROUPS
+        shown.append(name.removeprefix(start) if alike else name)
+    return ", ".join(shown)
 
 
 def is_ruler_data(name: str) -> bool:

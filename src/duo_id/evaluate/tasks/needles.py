@@ -1,8 +1,9 @@
 """Needles in a haystack: short statements at known depths in unrelated text, with a question about each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from duo_id.evaluate.items import Question
 from duo_id.evaluate.tasks.building import LINE, Draft, TaskSample, evenly_spaced
 
 PASSKEYS = 4
@@ -115,6 +116,26 @@ def passkeys(draft: Draft) -> TaskSample:
     return _hide_and_ask(draft, wording, draft.builder.words.adjectives, draft.numbers(PASSKEYS, digits=5), depths)
 
 
+def mixed(draft: Draft) -> TaskSample:
+    """Retrieval of words, numbers and sentences from one context, a third of its needles each."""
+    words, split, rng = draft.builder.words, draft.builder.split, draft.rng
+    count, depths = draft.depths // 3, evenly_spaced(draft.depths // 3 * 3)
+    nouns = rng.sample(words.nouns, 3 * count)
+    guests, writers = words.names[::2], words.names[1::2]
+    kinds = (
+        (WORD_WORDINGS[split], words.cities, [" ".join(nouns[number::count]) for number in range(count)]),
+        (NUMBER_WORDINGS[split], guests, draft.numbers(count)),
+        (SENTENCE_WORDINGS[split], writers, [SENTENCE[split].format(*words.things(rng, 2)) for _ in range(count)]),
+    )
+    hidden = [
+        pair
+        for number, (wording, subjects, answers) in enumerate(kinds)
+        for pair in _hidden(draft, wording, subjects, answers, depths[number::3])
+    ]
+    needles, questions = zip(*hidden, strict=True)
+    return draft.scatter("".join(wording.head for wording, *_ in kinds), needles), list(questions)
+
+
 def _over_depths(draft: Draft, wording: Wording, subjects: Sequence[str], answers: Sequence[str]) -> TaskSample:
     return _hide_and_ask(draft, wording, subjects, answers, evenly_spaced(draft.depths))
 
@@ -122,13 +143,19 @@ def _over_depths(draft: Draft, wording: Wording, subjects: Sequence[str], answer
 def _hide_and_ask(
     draft: Draft, wording: Wording, subjects: Sequence[str], answers: Sequence[str], depths: Sequence[float]
 ) -> TaskSample:
-    """One needle and question per answer, about different subjects that the hay does not mention."""
+    """A context with one needle per answer, and a question about each."""
+    needles, questions = zip(*_hidden(draft, wording, subjects, answers, depths), strict=True)
+    return draft.scatter(wording.head, needles), list(questions)
+
+
+def _hidden(
+    draft: Draft, wording: Wording, subjects: Sequence[str], answers: Sequence[str], depths: Sequence[float]
+) -> Iterator[tuple[tuple[float, list[int]], Question]]:
+    """One needle, at its depth, and question per answer, about different subjects that the hay does not mention."""
     tokens = draft.builder.tokens
-    needles, questions = [], []
     chosen = draft.not_in_hay(draft.shuffled(subjects), len(answers))
     for subject, answer, depth in zip(chosen, answers, depths, strict=True):
         answer_tokens = tokens(f" {answer}")
-        needles.append((depth, [*tokens(LINE + wording.needle.format(subject)), *answer_tokens, *tokens(LINE)]))
+        needle = [*tokens(LINE + wording.needle.format(subject)), *answer_tokens, *tokens(LINE)]
         question, beginning = wording.question.format(subject), wording.beginning.format(subject)
-        questions.append(draft.question(question, beginning, answer_tokens, [answer], depth))
-    return draft.scatter(wording.head, needles), questions
+        yield (depth, needle), draft.question(question, beginning, answer_tokens, [answer], depth)

@@ -3,14 +3,17 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from duo_id.common.errors import UserError, check
 from duo_id.evaluate.items import Item
-from duo_id.evaluate.tasks import language, lookup, needles, ruler
-from duo_id.evaluate.tasks.building import Draft, SampleBuilder, TaskSample, TooShort
+from duo_id.evaluate.tasks import language, long_answers, lookup, needles, ruler, rules
+from duo_id.evaluate.tasks.building import BLANK_LINE, Draft, SampleBuilder, TaskSample, TooShort
 from duo_id.evaluate.tasks.names import GROUPS, check_generated
+from duo_id.evaluate.tasks.turns import TURNS, in_turns
 
 RESERVED_TOKENS = 96  # the same for almost all tasks, so that their contexts share a size and are read together
+WRITING_TOKENS = 480  # the same for conversations and long answers
 SHORT = 64  # tokens of a sample of the task short, without those of the chat template
 
 
@@ -24,8 +27,9 @@ class EvaluationTask:
         max_new_tokens: of a generated answer; 0: nothing is generated.
         metric: how a generated answer is judged, a key of `duo_id.evaluate.metrics.METRICS`.
         stop: text that ends a generated answer.
-        room: tokens reserved for the longest question with its answer.
+        room: tokens reserved for the longest question with its answer; in turns, for all of them.
         length: of every sample, regardless of the requested lengths; None: the requested ones.
+        turns: the questions are those of one conversation.
     """
 
     name: str
@@ -35,6 +39,15 @@ class EvaluationTask:
     stop: str | None = "\n"
     room: int = RESERVED_TOKENS
     length: int | None = None
+    turns: bool = False
+
+
+def _turns(name: str, make: Callable[[Draft], TaskSample], max_new_tokens: int, stop: str = "\n") -> EvaluationTask:
+    return EvaluationTask(name, in_turns(make), max_new_tokens, stop=stop, room=WRITING_TOKENS, turns=True)
+
+
+def _long(name: str, make: Callable[[Draft], TaskSample], max_new_tokens: int) -> EvaluationTask:
+    return EvaluationTask(name, make, max_new_tokens, "lines", BLANK_LINE, WRITING_TOKENS)
 
 
 EVALUATION_TASKS = {
@@ -58,6 +71,16 @@ EVALUATION_TASKS = {
         EvaluationTask("language", language.language, room=0),
         EvaluationTask("rare-ngrams", language.rare_ngrams, room=0),
         EvaluationTask("short", lookup.short, 5, room=24, length=SHORT),
+        _turns("turns-words", needles.needle_words, 14),
+        _turns("turns-numbers", needles.needle_numbers, 10),
+        _turns("turns-json", partial(lookup.json_lookup, num_questions=TURNS), 8, '"'),
+        _turns("turns-mixed", needles.mixed, 30),
+        EvaluationTask("rules-json", rules.rules_json, 40, "rules", BLANK_LINE),
+        EvaluationTask("rules-codeword", rules.rules_codeword, 40, "rules", BLANK_LINE),
+        EvaluationTask("rules-words", rules.rules_words, 40, "rules", BLANK_LINE),
+        _long("table-reformat", long_answers.table_reformat, 400),
+        _long("list-all", long_answers.list_all, 240),
+        _long("shown-work", long_answers.shown_work, 260),
     )
 }
 
@@ -76,7 +99,8 @@ def expand(names: Sequence[str]) -> list[EvaluationTask]:
 
 def reserved_tokens(task: EvaluationTask, builder: SampleBuilder) -> int:
     """Tokens that a context of `task` leaves free for question and answer."""
-    return builder.scaled(task.room) + len(builder.chat.after) if task.room else 0
+    chat = len(builder.chat.after) + task.turns * (TURNS - 1) * len(builder.chat.after + (builder.chat.between or ()))
+    return builder.scaled(task.room) + chat if task.room else 0
 
 
 def make_items(
@@ -132,11 +156,13 @@ def _item(task: EvaluationTask, builder: SampleBuilder, length: int, index: int,
         ) from error
     assert len(context) == draft.size
     max_new_tokens = builder.scaled(task.max_new_tokens) if task.max_new_tokens else 0
-    for question in questions:
-        needed = len(question.prompt) + max(len(question.answer), max_new_tokens) if question.place is None else 0
-        check(
-            needed <= reserved,
-            f"tasks: a question of {task.name} takes {needed} tokens of this model's tokenizer, more than the "
-            f"{reserved} reserved for it: leave the task out",
-        )
-    return Item(task.name, length, index, tuple(context), tuple(questions), task.metric, max_new_tokens, task.stop)
+    sizes = [len(question.prompt) + max(len(question.answer), max_new_tokens) for question in questions]
+    sizes = [0 if question.place is not None else size for question, size in zip(questions, sizes, strict=True)]
+    needed, asked = (sum(sizes), "the conversation") if task.turns else (max(sizes), "a question")
+    check(
+        needed <= reserved,
+        f"tasks: {asked} of {task.name} takes {needed} tokens of this model's tokenizer, more than the {reserved} "
+        "reserved for it: leave the task out",
+    )
+    judged = task.metric, max_new_tokens, task.stop, task.turns
+    return Item(task.name, length, index, tuple(context), tuple(questions), *judged)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.common.errors import check
+from duo_id.data.chat import Chat
 from duo_id.data.haystack import tokenize
-from duo_id.evaluate.chat import Chat
 from duo_id.evaluate.items import Item, Question
 from duo_id.evaluate.tasks.names import RULER_DATA, expand_ruler
 from duo_id.evaluate.tasks.ruler_files import Sample, read_ruler

@@ -2,8 +2,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from duo_id.common.errors import UserError
+from duo_id.data.chat import Chat, plain, split_chat
 from duo_id.data.haystack import leading_tokens, tokenize
-from duo_id.evaluate.chat import Chat, plain, split_chat
 from duo_id.models.loading import byte_tokenizer
 from tests.data.conftest import TOKENIZERS, byte_level_bpe, metaspace
 from tests.evaluate.tasks.making import tokenizer_of
@@ -24,6 +24,31 @@ def test_a_message_stands_between_the_two_parts() -> None:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert chat.before == (bos, *tokenize(tokenizer, "[user]\n"))
     assert chat.after == (eos, *tokenize(tokenizer, "\n"), bos, *tokenize(tokenizer, "[assistant]\n"))
+
+
+def test_what_stands_between_an_answer_and_the_next_message() -> None:
+    tokenizer = with_template(USER + ANSWER)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert split_chat(tokenizer).between == (eos, *tokenize(tokenizer, "\n"), bos, *tokenize(tokenizer, "[user]\n"))
+    assert plain(tokenizer).between == ()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[-1]['content'] }}" + ANSWER,
+        "{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}" + USER + ANSWER,
+    ],
+    ids=["forgets-answers", "raises"],
+)
+def test_a_template_of_a_single_message_has_nothing_between(template: str) -> None:
+    assert split_chat(with_template(template)).between is None
+
+
+def test_reasoning_models_are_asked_not_to_think() -> None:
+    empty = "{% if enable_thinking is false %}<think></think>{% endif %}"
+    tokenizer = with_template(USER + ANSWER + empty)
+    assert tokenizer.decode(split_chat(tokenizer).after).endswith("<think></think>")
 
 
 @pytest.mark.parametrize("message", ["What is a mill?", "Say </s> twice, then\n\nstop.", "1 2 3"])
