@@ -334,7 +334,7 @@ def test_what_is_refused(deployed: Any) -> None:
         (dual_cache(deployed), {"evict": HOW, "attention_mask": padded}, "padded batch"),
         (dual_cache(deployed), {"evict": 0.5}, "^evict=0.5 must be an Eviction"),
         (dual_cache(deployed, 60), {"evict": replace(HOW, score="kvzip")}, "leave max_length out"),
-        (dual_cache(deployed, SINK + 5), {"evict": HOW}, "holds 8 tokens but would need 48"),
+        (dual_cache(deployed, 20), {"evict": HOW}, "holds 20 tokens but would need 48"),
     ):
         with pytest.raises(UserError, match=message):
             prefill(deployed, ids, cache, **options)
@@ -342,6 +342,8 @@ def test_what_is_refused(deployed: Any) -> None:
     prefill(deployed, ids, cache, attention_mask=padded)
     with pytest.raises(UserError, match="padded batch"):
         prefill(deployed, ids, cache, evict=HOW)
+    cache = dual_cache(deployed)
+    prefill(deployed, ids, cache)
     with pytest.raises(UserError, match="score=kvzip repeats the whole context, but the cache is not empty"):
         prefill(deployed, ids, cache, evict=replace(HOW, score="kvzip"))
 

@@ -45,9 +45,10 @@ def read_evicted(
         found = replace(whole, logits=[], generated=[], total_bytes=[])
         given = zip(whole.logits, whole.generated, whole.total_bytes, strict=True)
         for number, question in enumerate(item.questions):
-            answer = next(given) if question.place is None else (torch.empty(0), None, None)
-            for kept, part in zip((found.logits, found.generated, found.total_bytes), answer, strict=True):
-                kept.append(part)
+            logits, generated, size = next(given) if question.place is None else (torch.empty(0), None, None)
+            found.logits.append(logits)
+            found.generated.append(generated)
+            found.total_bytes.append(size)
             if question.place is not None:
                 pieces.append(_before(item, question, question.place))
                 inside[id(pieces[-1])] = row, number
