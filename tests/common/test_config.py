@@ -59,11 +59,11 @@ ACCEPTED = {
     "huge-float": TEXTS,
     "negative": f"{TEXTS} trainer.devices trainer.num_sanity_val_steps",
     "zero": f"""{TEXTS} {FLAGS}
-        data.curriculum data.depth_min data.num_workers data.self_seed data.self_temperatures data.text_skip n n_test
-        n_validation random_masks seed sink_size sparsity warmup write checkpoint_seconds comparison.random_masks
-        comparison.validation_samples method.sink_size method.budgets method.floor method.initial method.reg_weight
-        method.target_rise method.warmup method.at method.max_swaps method.samples trainer.limit_val_batches
-        trainer.num_sanity_val_steps trainer.reload_dataloaders_every_n_epochs""",
+        data.curriculum data.depth_min data.num_workers data.self_seed data.self_temperatures data.text_skip
+        evict_split n n_test n_validation random_masks seed sink_size sparsity warmup write checkpoint_seconds
+        comparison.random_masks comparison.validation_samples method.sink_size method.budgets method.floor
+        method.initial method.reg_weight method.target_rise method.warmup method.at method.max_swaps method.samples
+        trainer.limit_val_batches trainer.num_sanity_val_steps trainer.reload_dataloaders_every_n_epochs""",
     "fraction": f"""{TEXTS} checkpoint_seconds data.self_temperatures method.lr method.multiplier_lr
         method.prior_weight method.reg_weight method.temperature trainer.gradient_clip_val""",
     "true": FLAGS,
@@ -78,9 +78,9 @@ ACCEPTED = {
     "empty": "model.name",
     "word": f"""{TEXTS} method.prior method.start trainer._target_ trainer.accelerator trainer.devices trainer.profiler
         trainer.strategy""",
-    "list": """cache chunk_size context data.self_temperatures lengths sparsity tasks method.budgets method.levels
-        trainer.devices""",
-    "empty-list": "baselines cache method.levels shares spans trainer.callbacks",
+    "list": """cache chunk_size context data.self_temperatures evict_split lengths sparsity tasks method.budgets
+        method.levels trainer.devices""",
+    "empty-list": "baselines cache evict method.levels shares spans trainer.callbacks",
     "mapping": "data.mixture model.architecture model.config patterns",
     "empty-mapping": "data data.haystack data.mixture model.config patterns step logger trainer",
 }

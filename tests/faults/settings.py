@@ -290,6 +290,8 @@ EVALUATE = (
         ),
         "split": choice("test"),
         "kv": values(NAMES),
+        "evict": values(NAMES.replace("[]", "[full]")),
+        "evict_split": many(SHARE),
         "generate": flag(),
         "write": whole(0),
         "chat_template": flag(),
