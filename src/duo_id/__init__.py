@@ -8,6 +8,7 @@ from duo_id.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from duo_id.deploy.cache import DualCache
+    from duo_id.deploy.eviction import Eviction
     from duo_id.deploy.install import dual_cache, duo_attention, install, remove
     from duo_id.deploy.kv_costs import kv_costs
     from duo_id.deploy.prefill import prefill
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "DualCache": "duo_id.deploy.cache",
+    "Eviction": "duo_id.deploy.eviction",
     "HeadMask": "duo_id.patterns.mask",
     "HeadPattern": "duo_id.patterns.pattern",
     "HeadSpans": "duo_id.patterns.spans",
@@ -42,6 +44,7 @@ _HOMES = {
 }
 __all__ = [
     "DualCache",
+    "Eviction",
     "HeadMask",
     "HeadPattern",
     "HeadSpans",

@@ -33,6 +33,7 @@ class Past:
         recent: the span of streaming heads that have none of their own.
         pattern: which KV heads are retrieval heads, and the spans of the others.
         capacity: slots of the full stores.
+        dropped: tokens of each sample and retrieval head that were evicted, others for each head.
         most: slots of streaming heads at most, as in a store that grows; None: those of their windows.
     """
 
@@ -48,6 +49,7 @@ class Past:
     capacity: int | None = None
     most: int | None = None
     scale: float = 0.3
+    dropped: int = 0
     query: Tensor = field(init=False)
     key: Tensor = field(init=False)
     value: Tensor = field(init=False)
@@ -80,14 +82,16 @@ class Past:
 
     def stores(self, after: bool = False) -> list[Tensor]:
         """Full keys and values and streaming ones, before the new tokens or after; free slots hold 7."""
-        batch, room = len(self.past), self.capacity or max(self.past) + self.new
+        batch, room = len(self.past), (self.capacity or max(self.past) + self.new) - self.dropped
         found = []
         for tokens in (self.keys, self.values):
             full = tokens.new_full((batch, len(self.full), room, self.dim), 7)
             recent = tokens.new_full((batch, sum(self.slots), self.dim), 7)
             for sample, count in enumerate(self.past):
                 end = count + self.new if after else count
-                full[sample, :, :end] = tokens[sample, self.full, :end]
+                for place, head in enumerate(self.full):
+                    kept = [token for token in range(end) if token not in self.evicted(head)]
+                    full[sample, place, : len(kept)] = tokens[sample, head, kept]
                 for head, first in zip(self.streaming, self.first, strict=True):
                     span = self.span[head]
                     kept = sorted({*range(min(end, self.sink)), *range(max(0, end - span), end)})
@@ -95,6 +99,10 @@ class Past:
                     recent[sample, rows] = tokens[sample, head, kept]
             found.append((full, recent))
         return [found[0][0], found[1][0], found[0][1], found[1][1]]
+
+    def evicted(self, head: int) -> range:
+        """The tokens that a retrieval head no longer sees."""
+        return range(head, head + self.dropped)
 
     def expected(self) -> Tensor:
         """Dense attention in float64, (batch, query heads, new, head_dim)."""
@@ -107,6 +115,8 @@ class Past:
                 seen = j <= i
                 if kv_head in self.span:
                     seen = seen & ((j < self.sink) | (i - j < self.span[kv_head]))
+                else:
+                    seen = seen & ~torch.isin(j, torch.tensor([*self.evicted(kv_head)], device=self.device))
                 keys, values = (x[sample, kv_head, : count + self.new].double() for x in (self.keys, self.values))
                 scores = self.query[sample, head].double() @ keys.mT * self.scale
                 out[sample, head] = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values

@@ -14,7 +14,7 @@ LENGTHS = [[0, 0, 0], [2, 2, 2], [10, 3, 11], [12, 60, 0], [61, 43, 47]]  # arou
 
 def arguments(past: Past, stores: list[Tensor]) -> tuple:
     given = (past.query, past.key, past.value, *stores, past.retrieval, past.listed, past.lengths, past.arrived)
-    return *given, past.spans, past.slots, past.sink, past.scale
+    return *given, past.spans, past.slots, past.sink, past.scale, None, None, past.dropped
 
 
 @pairwise(pattern=PATTERNS, window=WINDOWS, lengths=LENGTHS, group=[1, 3])
@@ -32,6 +32,15 @@ def test_decode_over_rings_that_still_grow(pattern: str) -> None:
     """No sample has as many tokens as the longest windows, so these heads have fewer slots."""
     past = Past([60, 11, 0], 1, 3, 8, pattern=pattern, most=64)
     assert max(past.slots) < 3 + max(past.spans) or pattern == "spans"
+    stores = past.stores()
+    past.check(decode_attention(*arguments(past, stores)))
+    for found, expected in zip(stores, past.stores(after=True), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("pattern", ["mixed", "all", "none", "rings"])
+def test_decode_after_eviction(pattern: str) -> None:
+    past = Past([60, 43, 50], 1, 3, 8, pattern=pattern, dropped=30)
     stores = past.stores()
     past.check(decode_attention(*arguments(past, stores)))
     for found, expected in zip(stores, past.stores(after=True), strict=True):

@@ -66,11 +66,31 @@ class Coded:
         return out
 
 
+@dataclass
+class Evicted:
+    """What retrieval heads no longer see once a context is read.
+
+    Attributes:
+        hidden: by layer, (batch, KV heads, columns of the context) bool.
+    """
+
+    hidden: dict[int, Tensor]
+
+    def see(self, layer: int, head: int, seen: Tensor) -> Tensor:
+        """What is left of `seen` (batch, tokens, tokens); queries inside the context see all of it."""
+        hidden = self.hidden[layer][:, head]
+        seen = seen.clone()
+        seen[:, hidden.shape[1] :, : hidden.shape[1]] &= ~hidden[:, None]
+        return seen
+
+
 @contextmanager
-def brute_force(model: PreTrainedModel, mask: HeadMask | HeadSpans, coded: Coded | None = None) -> Iterator[None]:
+def brute_force(
+    model: PreTrainedModel, mask: HeadMask | HeadSpans, coded: Coded | None = None, evicted: Evicted | None = None
+) -> Iterator[None]:
     """Let `model` attend by brute force for a block: retrieval heads in full, the others over the sink and what each of
     them sees of the latest tokens, and layers with a sliding window over that. Call it with use_cache=False. If `coded`
-    is given, retrieval heads see what codes mean where they would see codes."""
+    is given, retrieval heads see what codes mean where they would see codes; if `evicted`, not what was evicted."""
     sink = mask.sink_size
 
     def attend(
@@ -102,6 +122,8 @@ def brute_force(model: PreTrainedModel, mask: HeadMask | HeadSpans, coded: Coded
             else:
                 window = (sink, int(mask.spans[module.layer_idx, kv_head]))
             seen = visible(real, *window)
+            if evicted is not None and window == everything:
+                seen = evicted.see(module.layer_idx, kv_head, seen)
 
             def scores_of(keys: Tensor, head: int = head) -> Tensor:
                 scores = query[:, head].double() @ keys.double().mT * (dim**-0.5 if scaling is None else scaling)

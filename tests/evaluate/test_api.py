@@ -133,6 +133,16 @@ def test_presets_and_a_bar(model: PreTrainedModel) -> None:
     assert "Traceback" not in shown.getvalue()
 
 
+def test_eviction_keeps_what_is_asked(model: PreTrainedModel) -> None:
+    """In one table with the mask at the same share, also where answers lie inside the context."""
+    scores = ["snapkv", "keydiff", "kvzip"]
+    table = scored(model, cache=0.5, evict=scores, samples=1, random_masks=0, generate=False)
+    kept = dict(zip(table["heads"], table["kept"], strict=True))
+    assert kept.keys() == {"full", "pattern", *(f"pattern + {score}" for score in scores)}
+    for score in scores:
+        assert 0.49 < kept[f"pattern + {score}"] <= 0.5
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

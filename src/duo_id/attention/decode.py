@@ -32,11 +32,13 @@ def decode_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    dropped: int = 0,
 ) -> Tensor:
     """Store a new token in its layer's slots and attend from it; the number of tokens is read on the device.
 
-    Slot t of a retrieval head holds token t. A streaming head's first `sink_size` slots do the same, and the others are
-    a ring: slot sink_size + (t - sink_size) % span holds token t.
+    Slot t - dropped of a retrieval head holds token t; where tokens were evicted, those that stayed come before. Slot t
+    of a streaming head holds token t of the first `sink_size`, and the others are a ring: slot
+    sink_size + (t - sink_size) % span holds token t.
 
     Args:
         query: (batch, query heads, 1, head_dim); like all tensors here, its last dimension is contiguous.
@@ -56,6 +58,7 @@ def decode_attention(
         scale: factor on the scores.
         softcap: see `Softmax`.
         sinks: (query heads,), see `Softmax`.
+        dropped: how many tokens before the new one are in no slot of any retrieval head, the same for all samples.
 
     Returns:
         (batch, query heads, 1, head_dim).
@@ -68,11 +71,12 @@ def decode_attention(
         from duo_id.attention.kernels.decode import decode
 
         stores, listed = (full_key, full_value, recent_key, recent_value), (retrieval, streaming)
-        return decode(query, key, value, *stores, *listed, lengths, arrived, slots, sink_size, scale)
-    check_room(lengths, full_key.shape[2])
+        return decode(query, key, value, *stores, *listed, lengths, arrived, slots, sink_size, scale, dropped)
+    held = lengths - dropped
+    check_room(held, full_key.shape[2])
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
-    full = (retrieval.long(), full_key, full_value, lengths - 1)
-    for group in (full, *ring_groups(recent_key, recent_value, streaming, lengths, spans, slots, sink_size)):
+    store_and_attend(query, key, value, retrieval.long(), full_key, full_value, held - 1, held, softmax, out)
+    for group in ring_groups(recent_key, recent_value, streaming, lengths, spans, slots, sink_size):
         store_and_attend(query, key, value, *group, lengths, softmax, out)
     return out
 

@@ -210,6 +210,11 @@ class DualCache(Cache):
                     f"crop({tokens_to_remove}): the first {least} of {peak} tokens are kept as codes alone: crop to no "
                     "fewer, or use kv=exact"
                 )
+            if num_removed and length - num_removed < tokens.evicted:
+                raise UserError(
+                    f"crop({tokens_to_remove}): tokens of the first {tokens.evicted} were evicted: crop to no fewer, "
+                    "or start with a new cache"
+                )
         streaming = [layer.recent for layer in self.dual_layers if len(layer.recent.heads)]
         windows = {ring.window for store in streaming for ring in store.rings}
         for length, num_removed, floor, peak in zip(lengths, removed, floors, peaks, strict=True):

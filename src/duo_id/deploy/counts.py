@@ -29,6 +29,7 @@ class Tokens:
             or captured steps are missing, because the host does not know them.
         peaks: the largest number of real tokens that each sample has had.
         recorded: tokens that streaming heads keep beyond their window, for `DualCache.crop`; 0: none.
+        evicted: real tokens that each sample had when some of them were last evicted; 0: never.
         since: the number of real tokens that each sample had when recording began.
         fresh: whether the running forward is known to be the first.
         announced: whether a forward of the whole model has started, which sets `mask`.
@@ -46,7 +47,7 @@ class Tokens:
         self.places: list[Places] = []
         self.real: Tensor | None = None
         self.peaks: list[int] = []
-        self.recorded = 0
+        self.recorded = self.evicted = 0
         self.since: list[int] = []
         self.mask: Tensor | None = None
         self.running = self.fresh = self.announced = False
@@ -75,7 +76,7 @@ class Tokens:
 
     def _forget(self, batch: int) -> None:
         self.past, self.new, self.peaks, self.since = ([0] * batch for _ in range(4))
-        self.places, self.real = [slice(0, 0)] * batch, None
+        self.places, self.real, self.evicted = [slice(0, 0)] * batch, None, 0
 
     @property
     def held(self) -> list[int]:

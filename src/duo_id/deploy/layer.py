@@ -1,7 +1,7 @@
 """One layer of the dual cache."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from duo_id.deploy.rings import StreamingStore
 from duo_id.deploy.stores import FullStore, Store
 from duo_id.patterns.spans import ALL
 
+Observer = Callable[[Tensor, Softmax], None]
+
 
 class DualLayer(CacheLayerMixin):
     """One layer of the cache: a full store for its retrieval heads, a streaming store for the others.
@@ -37,6 +39,9 @@ class DualLayer(CacheLayerMixin):
         capacity: slots of the full store; None for one that grows.
         backends: attention implementations of prefill.
         bits: of the full store's keys and values; None: it keeps them as they are.
+
+    Attributes:
+        observer: is shown the queries (batch, heads, tokens, head_dim) of each forward once its tokens are stored.
     """
 
     is_sliding = False
@@ -60,6 +65,7 @@ class DualLayer(CacheLayerMixin):
         self.spans = [ALL if whole is not None and sink_size + span >= whole else span for span in spans]
         self.is_compileable = capacity is not None
         self.home: torch.device | None = None  # the device of an offloaded layer
+        self.observer: Observer | None = None
         self.before: list[dict[str, Tensor]] = []  # what the running chunk overwrites, if layers share their keys
         self.full: FullStore | QuantisedStore
         self.recent: StreamingStore
@@ -75,9 +81,7 @@ class DualLayer(CacheLayerMixin):
         self.full = FullStore(*given) if self.bits is None else QuantisedStore(*given, self.bits)
         self.recent = StreamingStore(key_states, self.spans, self.sink_size, self.capacity, self.backends.streaming)
         self.arrived = torch.zeros(key_states.shape[:2].numel(), dtype=torch.int32, device=device)
-        if self.is_compileable and not torch.compiler.is_compiling():
-            for tensor in (*self.full.tensors.values(), *self.recent.tensors.values(), self.arrived):
-                torch._dynamo.mark_static_address(tensor)
+        self._pin(*self.full.tensors.values(), *self.recent.tensors.values(), self.arrived)
         self.is_initialized = True
         if self.tokens.recorded:
             self.record()
@@ -117,7 +121,16 @@ class DualLayer(CacheLayerMixin):
         if self.layer.sharers and (new > 1 or tokens.recorded):
             self._rewind(shared)
         if new == 1 and not tokens.recorded:
-            return self._decode(query, key, value, softmax)
+            out = self._decode(query, key, value, softmax)
+        else:
+            out = self._attend_chunk(query, key, value, softmax)
+        if self.observer is not None:
+            self.observer(query, softmax)
+        return out
+
+    def _attend_chunk(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+        """Several tokens, see `attend`."""
+        new, tokens = key.shape[2], self.tokens
         # Tokens before heads in memory, the layout that the model continues with. Padding needs zeros: nothing else
         # writes there.
         contiguous = tokens.uniform and tokens.places[0] == slice(0, new)
@@ -149,6 +162,18 @@ class DualLayer(CacheLayerMixin):
             for store in self.stores:
                 if len(store.heads):
                     store.put_first(key, value, lengths)
+
+    def evict(self, slots: Tensor) -> None:
+        """Keep only some slots of the full store, (batch, retrieval heads, n) int64; see `FullStore.keep`."""
+        assert isinstance(self.full, FullStore)
+        self.full.keep(slots, self.tokens.held[0])
+        self._pin(*self.full.tensors.values())
+
+    def _pin(self, *tensors: Tensor) -> None:
+        """Tell the compiler that these tensors of a static layer stay where they are."""
+        if self.is_compileable and not torch.compiler.is_compiling():
+            for tensor in tensors:
+                torch._dynamo.mark_static_address(tensor)
 
     def begin(self, new: int) -> None:
         """Count new tokens (first layer only) and make room for them."""
@@ -182,7 +207,7 @@ class DualLayer(CacheLayerMixin):
         counts = full.listed, recent.listed, lengths, self.arrived, recent.spans, recent.slots, self.sink_size
         scores = softmax.factor(query.shape[-1]), softmax.softcap, softmax.sinks
         if isinstance(full, FullStore):
-            return decode_attention(*new, *exact, *counts, *scores)
+            return decode_attention(*new, *exact, *counts, *scores, full.dropped)
         coded = full.key_codes, full.key_scales, full.value_codes, full.value_scales
         return decode_codes_attention(*new, *coded, *exact, *counts, *scores)
 
@@ -269,10 +294,12 @@ class DualLayer(CacheLayerMixin):
         return -1 if self.capacity is None else self.capacity
 
     def reset(self) -> None:
-        """Forget all tokens; a growing layer frees its memory."""
+        """Forget all tokens; a growing layer frees its memory, and a static one of which tokens were evicted moves."""
         if self.capacity is None:
             self.is_initialized = False
             self.__dict__.pop("full", None), self.__dict__.pop("recent", None)
+        elif self.is_initialized and self.full.dropped:  # its room is gone
+            self.is_initialized = False
 
     def fork(self, samples: Tensor, tokens: Tokens) -> "DualLayer":
         """An independent layer with the samples `samples[i]`, counted by `tokens`."""

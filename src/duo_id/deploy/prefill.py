@@ -15,6 +15,7 @@ from duo_id.common.compat import cache_argument, keeps_logits
 from duo_id.common.errors import UserError, check
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.chunks import Continuation, check_chunks, continuation
+from duo_id.deploy.eviction import PADDED, Eviction, evicting
 from duo_id.deploy.install import deployment_of
 
 
@@ -26,6 +27,7 @@ def prefill(
     chunk_size: int = 32768,
     attention_mask: Tensor | None = None,
     progress: bool = False,
+    evict: Eviction | None = None,
 ) -> Tensor:
     """Run a prompt through a model under `duo_attention` and into a cache; any chunk size gives the same result.
 
@@ -38,6 +40,7 @@ def prefill(
         chunk_size: tokens per forward.
         attention_mask: (batch, tokens so far), 0 for padding.
         progress: show a progress bar.
+        evict: which tokens retrieval heads keep afterwards; None: all of them.
 
     Returns:
         the logits after each sample's last real token, (batch, vocabulary), wherever its padding is; few others are
@@ -45,7 +48,7 @@ def prefill(
 
     Raises:
         UserError: the model is not under a mask, the cache is not its own, sizes do not match, or chunks would change
-            what the model computes.
+            what the model computes; or tokens cannot be evicted.
     """
     deployment_of(model).check(cache)
     check_ids("input_ids", input_ids)
@@ -55,7 +58,12 @@ def prefill(
     how = Continuation()
     if input_ids.shape[1] and chunk_size > 0:
         how = check_chunks(model, input_ids, chunk_size, int(cache.get_seq_length()))
-    return read_in_chunks(model, input_ids, cache, chunk_size, attention_mask, progress, how)
+    if evict is not None:
+        given = f"evict={evict!r:.80}"
+        check(isinstance(evict, Eviction), f"{given} must be an Eviction, such as duo_id.Eviction(keep=0.5)")
+        check(attention_mask is None or bool(attention_mask.all()), PADDED)
+    with evicting(model, cache, evict, input_ids):
+        return read_in_chunks(model, input_ids, cache, chunk_size, attention_mask, progress, how)
 
 
 def check_ids(name: str, values: Any) -> None:

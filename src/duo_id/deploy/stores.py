@@ -67,11 +67,13 @@ class Store(ABC):
         heads: the layer's KV heads in this store.
         key: batch first, head_dim last, in the model's type; all tokens, or those that are kept exactly.
         value: the same shape.
+        dropped: tokens of each sample and head that were evicted.
     """
 
     heads: Heads
     key: Tensor
     value: Tensor
+    dropped = 0
 
     @abstractmethod
     def attend(
@@ -178,6 +180,9 @@ class Store(ABC):
 class FullStore(Store):
     """Every token of the retrieval heads: keys and values (batch, heads, slots, head_dim), token t in slot t.
 
+    Once some tokens were evicted, those that stayed come first, in their order, and later tokens follow them: token t
+    in slot t - dropped. Heads keep equally many tokens, each its own.
+
     Args:
         like: (batch, KV heads, any, head_dim), a key of the layer, for sizes, type and device.
         heads: KV heads, ascending.
@@ -189,7 +194,7 @@ class FullStore(Store):
     """
 
     def __init__(self, like: Tensor, heads: Iterable[int], capacity: int | None, backend: str) -> None:
-        self.heads, self.backend = Heads(heads), backend
+        self.heads, self.backend, self.grows = Heads(heads), backend, capacity is None
         shape = (like.shape[0], len(self.heads), capacity or 0, like.shape[3])
         self.key, self.value = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         self.listed = torch.tensor(self.heads.indices, dtype=torch.int32, device=like.device)
@@ -200,7 +205,7 @@ class FullStore(Store):
 
         At most every 64th step copies, and moves as much as one or two steps of attention read.
         """
-        slots = self.key.shape[2]
+        slots, tokens = self.key.shape[2], tokens - self.dropped
         if tokens <= slots:
             return
         for name in ("key", "value"):
@@ -215,7 +220,7 @@ class FullStore(Store):
     ) -> None:
         """See `Store.attend`."""
         self.put(key, value, past, sample)
-        end = past + key.shape[2]
+        end = past - self.dropped + key.shape[2]
         keys, values = self.key[sample, :, :end], self.value[sample, :, :end]
         self.heads.attend(
             query, out, key.shape[1], softmax, lambda q, s: full_attention(q, keys, values, s, self.backend)
@@ -223,6 +228,7 @@ class FullStore(Store):
 
     def put(self, key: Tensor, value: Tensor, past: int, sample: slice) -> None:
         """See `Store.put`."""
+        past -= self.dropped
         end = past + key.shape[2]
         for local, heads in self.heads.runs:
             self.key[sample, local, past:end] = key[:, heads]
@@ -235,7 +241,24 @@ class FullStore(Store):
 
     def retained_bytes(self, tokens: int) -> int:
         """See `Store.retained_bytes`."""
-        return 2 * tokens * len(self.heads) * self.key.shape[3] * self.key.element_size()
+        return 2 * (tokens - self.dropped) * len(self.heads) * self.key.shape[3] * self.key.element_size()
+
+    @torch.inference_mode(False)
+    def keep(self, slots: Tensor, tokens: int) -> None:
+        """Keep what is in some slots and free the memory of the rest; a static store has as much room left as before.
+
+        Args:
+            slots: (batch, heads, n) int64, ascending.
+            tokens: of each sample so far.
+        """
+        used, kept = tokens - self.dropped, slots.shape[2]
+        room = SLACK if self.grows else self.key.shape[2] - used
+        for name in ("key", "value"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], kept + room, old.shape[3])
+            new[:, :, :kept] = old.gather(2, slots[..., None].expand(*slots.shape, old.shape[3]))
+            setattr(self, name, new)
+        self.dropped += used - kept
 
 
 def with_slack(tokens: int) -> int:

@@ -1,5 +1,6 @@
 """What an evaluation compares: the full cache, masks of head patterns, and baselines at the same bytes."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any
 
 from duo_id.common.errors import UserError
 from duo_id.common.foreign import describe_weights
+from duo_id.deploy.eviction import Eviction
 from duo_id.evaluate.items import Item
 from duo_id.patterns.allocation import least_share, tokens_within
 from duo_id.patterns.mask import HeadMask
@@ -20,6 +22,8 @@ from duo_id.report.summary import SEED
 
 Key = tuple[str, str, float | None, int | None, float | None]  # the columns `ASKED`
 Decision = HeadMask | HeadSpans
+EVEN = 0.5  # split of a share between a mask and token eviction
+LATEST = 64  # tokens that always stay, or half of what a head keeps
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Contender:
         note: a remark for readers of the results.
         mask: returns its mask or spans for a context length in tokens; None where duo_id does not run it.
         kv: what its retrieval heads keep, see `DualCache`; the name says it too.
+        evict: returns which tokens retrieval heads keep of a context length in tokens; None: all of them.
     """
 
     kind: str
@@ -46,6 +51,7 @@ class Contender:
     note: str = ""
     mask: Callable[[int], Decision] | None = None
     kv: str = "exact"
+    evict: Callable[[int], Eviction] | None = None
 
     @property
     def key(self) -> Key:
@@ -65,6 +71,8 @@ def contenders(
     seed: int,
     caches: Sequence[float] = (),
     kvs: Sequence[str] = ("exact",),
+    scores: Sequence[str] = (),
+    splits: Sequence[float] = (0.5,),
 ) -> list[Contender]:
     """Everything that is compared, full attention first.
 
@@ -82,6 +90,8 @@ def contenders(
         caches: shares of the cache at which the masks of patterns, the spans of those that have needs, random masks and
             baselines are compared, besides `sparsities`.
         kvs: what retrieval heads keep: all of that for `exact`, and once more for each other format, but for baselines.
+        scores: of token eviction: masks of patterns that keep a share c of the cache together with it.
+        splits: how much of that is the mask's: it keeps c^split of the cache, and eviction the rest of what it keeps.
     """
     first = next(iter(patterns.values()))
     lineup = [Contender("full", "full", 0.0, mask=_constant_mask(first.binarize(sparsity=0)))]
@@ -102,10 +112,33 @@ def contenders(
             lineup.append(Contender("baseline", name, sparsity, note=note, mask=mask_for_length))
     for cache in caches:
         lineup += _at_a_share(patterns, cache, range(seed, seed + random_masks), baselines)
+        for name, pattern in patterns.items():
+            lineup += [_evicting(name, pattern, cache, score, split) for score in scores for split in splits]
     chosen = [contender for contender in lineup if "exact" in kvs or contender.kind in ("full", "baseline")]
-    return chosen + [
-        _keeping(contender, kv) for kv in kvs if kv != "exact" for contender in lineup if contender.kind != "baseline"
-    ]
+    coded = [contender for contender in lineup if contender.kind != "baseline" and contender.evict is None]
+    return chosen + [_keeping(contender, kv) for kv in kvs if kv != "exact" for contender in coded]
+
+
+def _evicting(name: str, pattern: HeadPattern, cache: float, score: str, split: float) -> Contender:
+    """A mask whose retrieval heads keep some tokens; a split other than even is in its name."""
+    base, *number = name.split(SEED)
+    heads = SEED.join([f"{base} + {score}" + ("" if split == EVEN else f" {split:g}"), *number])
+    note = f"sink {pattern.sink_size}, recent {pattern.recent_size}: the mask keeps {cache**split:.3g} of the cache, "
+    note += f"of which {score} keeps {cache ** (1 - split):.3g} once the context is read"
+    mask = partial(_mask_of_share, pattern, cache**split)
+    evict = partial(_eviction_to_share, mask, cache, score)
+    return Contender("pattern", heads, cache=cache, note=note, mask=mask, evict=evict)
+
+
+def _eviction_to_share(mask_for: Callable[[int], HeadMask], cache: float, score: str, tokens: int) -> Eviction:
+    """What retrieval heads keep of a context of `tokens` tokens so that all heads keep a share of it, on average."""
+    mask = mask_for(tokens)
+    gated = mask.retrieval[list(mask.gated_layers)]
+    retrieval, window = int(gated.sum()), min(tokens, mask.sink_size + mask.recent_size)
+    budget = tokens_within(cache, gated.numel() * tokens) - (gated.numel() - retrieval) * window
+    kept = min(tokens, max(budget // max(1, retrieval), mask.sink_size + 1))
+    latest = max(1, min(LATEST, (kept - mask.sink_size) // 2))
+    return Eviction(min(1.0, math.nextafter(kept / tokens, 1)), score, latest)  # rounded up: the share of all of `kept`
 
 
 def _keeping(contender: Contender, kv: str) -> Contender:

@@ -14,6 +14,7 @@ from torch import Tensor
 from duo_id.common.compat import cache_argument
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.chunks import Continuation, continuation
+from duo_id.deploy.eviction import Eviction, evicting
 from duo_id.deploy.install import dual_cache
 from duo_id.evaluate.answers import Answers, Written
 from duo_id.evaluate.batches import GENERATED, first_following
@@ -59,6 +60,7 @@ class Reader:
         write: int = 0,
         texts: Mapping[Item, Sequence[int]] | None = None,
         keep: bool = False,
+        evict: Eviction | None = None,
     ) -> list[Answers]:
         """Answer all questions of items whose contexts have the same number of tokens.
 
@@ -68,6 +70,7 @@ class Reader:
             write: tokens at most, to write freely after the first question that follows a context.
             texts: to follow after the same question, one for each item that has one.
             keep: the cache of the batch, for `follow`.
+            evict: what retrieval heads keep once the context is read, which then has no answers inside.
 
         Raises:
             UserError: no way of continuing after a context reproduces the model's own logits.
@@ -76,7 +79,8 @@ class Reader:
         context = torch.tensor([item.context for item in items], device=device)
         self._continuation = continuation(self.model.model, context)
         cache = dual_cache(self.model.model)
-        in_context_logits = self._read_context(context, cache, items)
+        with evicting(self.model.model, cache, evict, context):
+            in_context_logits = self._read_context(context, cache, items)
         size, past = cache.retained_bytes, context.shape[1]
         answers = [_no_answers(len(item.questions), size) for item in items]
         for (row, number), logits in in_context_logits.items():

@@ -149,8 +149,9 @@ def score(
     check_shares(patterns, settings.cache, settings.lengths)
     warn_of_other_weights(patterns, model.weights)
     warn_of_short_contexts(patterns, settings.cache, [len(item.context) for item in items])
+    evict = settings.evict, settings.evict_split
     masks = settings.random_masks, settings.baselines, settings.seed
-    lineup = contenders(patterns, settings.sparsity, *masks, settings.cache, settings.kv)
+    lineup = contenders(patterns, settings.sparsity, *masks, settings.cache, settings.kv, *evict)
     protocol = {key: getattr(settings, key) for key in ("split", "seed", "chat_template", "depths", "write")}
     saved_patterns = {name: contents_of(pattern) for name, pattern in patterns.items()}
     header = {"model": description, "patterns": saved_patterns, "data": plain(settings.data)} | protocol

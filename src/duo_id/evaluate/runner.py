@@ -14,6 +14,7 @@ from duo_id.deploy.install import duo_attention
 from duo_id.evaluate.answers import Answers
 from duo_id.evaluate.batches import batches, work
 from duo_id.evaluate.contenders import Contender
+from duo_id.evaluate.evicted import read_evicted
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.journal import Journal
 from duo_id.evaluate.judging import score_rows
@@ -71,6 +72,8 @@ def run(
     ) -> list[Answers]:
         """The answers of a batch; `texts` to follow, for all but full attention, whose cache is kept for the others."""
         with fitting(batch), under(contender, batch):
+            if contender.evict is not None:
+                return read_evicted(reader, batch, contender.evict, generate, write, texts)
             return reader.read(batch, generate, write, texts, keep=bool(write) and contender is full)
 
     @contextmanager

@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import Annotated, Literal
 
-from duo_id.attention.choices import KV_FORMATS
+from duo_id.attention.choices import EVICTION_SCORES, KV_FORMATS
 from duo_id.common.config import Count, Fraction, Positive, Seed, Several, Some, Text, one_of, settings
 from duo_id.common.errors import check
 from duo_id.data.settings import HaystackSettings
@@ -36,6 +36,8 @@ class EvaluateSettings:
     random_masks: Count  # at each sparsity and share of the cache
     cache: Several[Fraction] = field(default_factory=list)  # shares of the full cache's bytes, at the length judged
     kv: Some[Annotated[Text, one_of(KV_FORMATS)]] = field(default_factory=lambda: ["exact"])  # of retrieval heads
+    evict: Several[Annotated[Text, one_of(EVICTION_SCORES)]] = field(default_factory=list)  # from masks of those shares
+    evict_split: Some[Fraction] = field(default_factory=lambda: [0.5])  # of a share c the mask keeps c^split
     baselines: Several[Literal["streaming", "window"]] = field(default_factory=list)  # at the bytes of each of both
     patterns: dict[str, Text] = field(default_factory=dict)  # other head patterns, by name
     split: Literal["development", "test"] = "test"
@@ -53,6 +55,15 @@ class EvaluateSettings:
         self.sparsity, self.lengths = sorted(set(self.sparsity)), sorted(set(self.lengths))
         self.cache, self.kv = sorted(set(self.cache), reverse=True), list(dict.fromkeys(self.kv))
         check(bool(self.sparsity or self.cache), "sparsity=[] leaves nothing to compare: give sparsity or cache")
+        self.evict, self.evict_split = list(dict.fromkeys(self.evict)), sorted(set(self.evict_split))
+        check(
+            not self.evict or bool(self.cache),
+            f"evict=[{','.join(self.evict)}]: give the shares to keep, such as cache=[0.5,0.25]",
+        )
+        check(
+            not self.evict or "exact" in self.kv,
+            f"evict=[{','.join(self.evict)}]: codes are not evicted: add exact to kv, or leave evict out",
+        )
         check(0 not in self.cache, "cache=0 keeps nothing: give shares above 0")
         check(
             not self.peers or self.model.weights is None,
@@ -62,6 +73,10 @@ class EvaluateSettings:
         reserved = {"full", "random", *BASELINES}
         for name in self.patterns:
             check(name not in reserved, f"patterns.{name}: {name} is a reserved name, choose another")
+            check(
+                not any(f" + {score}" in name for score in EVICTION_SCORES),
+                f"patterns.{name}: rows of evict are called so, choose another",
+            )
             kv = name.rpartition(" ")[2]
             check(
                 name == kv or kv not in KV_FORMATS,

@@ -24,7 +24,7 @@ def decode(past: Past, stores: list[Tensor], **tuning: int) -> Tensor:
     from duo_id.attention.kernels.decode import decode
 
     given = (past.query, past.key, past.value, *stores, past.retrieval, past.listed, past.lengths, past.arrived)
-    return decode(*given, past.slots, past.sink, past.scale, **tuning)
+    return decode(*given, past.slots, past.sink, past.scale, past.dropped, **tuning)
 
 
 def check_decode(past: Past, **tuning: int) -> None:
@@ -47,6 +47,14 @@ def test_decode(group: int, dim: int, dtype: torch.dtype) -> None:
 def test_decode_over_any_window(window: tuple[int, int], pattern: str) -> None:
     for lengths in ([0, 1, 2], [40, 43, 44], [383, 384, 1000]):
         check_decode(Past(lengths, 1, *window, pattern=pattern, device=DEVICE, capacity=1100))
+
+
+@pytest.mark.parametrize("dropped", [1, 16, 37])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_decode_after_eviction(pattern: str, dropped: int) -> None:
+    """Retrieval heads hold fewer tokens than the text has; with room for no more than the new one, too."""
+    for lengths in ([60, 43, 44], [383, 384, 1000]):
+        check_decode(Past(lengths, 1, 3, 8, pattern=pattern, device=DEVICE, dropped=dropped))
 
 
 @pytest.fixture
@@ -125,9 +133,11 @@ def test_decode_with_no_room_left_writes_nothing() -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are of CUDA")
 @pytest.mark.parametrize("pattern", ["mixed", "rings"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_replay_of_a_captured_decode_step(dtype: torch.dtype, pattern: str, short_shares: None) -> None:
+@pytest.mark.parametrize("dropped", [0, 33])
+def test_replay_of_a_captured_decode_step(dropped: int, dtype: torch.dtype, pattern: str, short_shares: None) -> None:
     """Five steps, each a replay with new tokens in the old places."""
-    past = Past([9, 300, 0], 1, 3, 8, pattern, dtype=dtype, device=DEVICE, capacity=400)
+    lengths = [9 + dropped, 300, 2 * dropped]
+    past = Past(lengths, 1, 3, 8, pattern, dtype=dtype, device=DEVICE, capacity=400, dropped=dropped)
     stores, again = past.stores(), past.stores()
     decode(past, [x.clone() for x in stores])
     graph = torch.cuda.CUDAGraph()

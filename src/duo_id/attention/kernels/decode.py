@@ -71,11 +71,11 @@ def sum_parts(  # type: ignore[no-untyped-def]
             tl.store(target + row * DIM + columns, (summed / weight).to(target.dtype.element_ty), in_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dropped"])
 def _decode(  # type: ignore[no-untyped-def]
     query, key, value, full_key, full_value, recent_key, recent_value, retrieval, streaming, lengths, arrived, partial,
     output, scale, query_batch, query_head, key_batch, key_head, value_batch, value_head, capacity, stored, sink, most,
-    full_heads, streaming_heads, splits, ring_share,
+    dropped, full_heads, streaming_heads, splits, ring_share,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def _decode(  # type: ignore[no-untyped-def]
         store, split, parts = program // splits, program % splits, splits
         part = (batch * full_heads + store) * splits
         head = tl.load(retrieval + store)
-        slots = capacity
+        slots, past = capacity, past - dropped
         base = (batch * full_heads + store) * slots * DIM
         keys, values = full_key + base, full_value + base
         slot = past
@@ -161,6 +161,7 @@ def decode(
     slots: Sequence[int],
     sink_size: int,
     scale: float,
+    dropped: int = 0,
     **tuning: int,
 ) -> Tensor:
     """The decode step of `duo_id.attention.decode.decode_attention`, in one launch; the same arguments and result."""
@@ -176,8 +177,8 @@ def decode(
     _decode[(full_heads * splits + rings, batch)](
         query, key, value, full_key, full_value, recent_key, recent_value, retrieval, streaming, lengths, arrived,
         partial, out, scale * LOG2_E, query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0),
-        value.stride(1), full_key.shape[2], recent_key.shape[1], sink_size, max(slots, default=0), full_heads,
-        len(slots), splits, share,
+        value.stride(1), full_key.shape[2], recent_key.shape[1], sink_size, max(slots, default=0), dropped,
+        full_heads, len(slots), splits, share,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, COLUMNS=padded_dim(dim),
         BLOCK=fit(launch["block"], query), TILE=32,
         HEADS=max(16, triton.next_power_of_2(len(slots))) if split_rings else 0,
