@@ -156,7 +156,7 @@ def test_a_value_that_is_none_is_one_line_that_names_its_setting(
         else:
             assert key in message
             assert "\n" not in message
-            assert len(message) < 500
+            assert len(message) < 400
     assert accepted <= set(ACCEPTED.get(kind, "").split())
 
 

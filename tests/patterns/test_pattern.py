@@ -184,6 +184,8 @@ def test_provenance_must_fit_into_json() -> None:
         ({"sparsity": float("nan")}, "sparsity=nan"),
         ({"threshold": float("nan")}, "threshold=nan"),
         ({"threshold": "low"}, "threshold='low' is not a number"),
+        ({"threshold": True}, "threshold=True is not a number"),
+        ({"sparsity": True}, "sparsity=True is not a number"),
         ({"sparsity": torch.tensor(0.5)}, r"sparsity=tensor\(0.5000\) is not a number"),
     ],
 )
@@ -361,13 +363,14 @@ def test_notebooks_show_the_heatmap_and_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"sparsities": [True]}, r"^sparsities=\[True\] must be a list of numbers"),
         ({"sparsities": 0.5}, r"^sparsities=0\.5 must be a list of numbers, such as sparsities=\[0\.5\]$"),
         ({"sparsities": "0.5"}, r"^sparsities='0\.5' must be a list"),
         ({"sparsities": [0.5, "a"]}, r"^sparsities=\[0\.5, 'a'\] must be a list"),
         ({"sparsities": [0.5, 2]}, r"^sparsity=2 must lie in \[0, 1\]"),
         ({"folder": 5}, "^folder: a int is no path$"),
     ],
-    ids=["number", "text", "mixed", "out of range", "no path"],
+    ids=["truth", "number", "text", "mixed", "out of range", "no path"],
 )
 def test_what_cannot_be_saved_writes_nothing(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     pattern = nested(torch.rand(3, 2))

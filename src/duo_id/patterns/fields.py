@@ -38,7 +38,7 @@ def fractions(name: str, values: Any) -> list[float]:
         UserError: they are not several, or one is no number.
     """
     several = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else None
-    if several is None or not all(isinstance(value, Real) for value in several):
+    if several is None or not all(isinstance(value, Real) and not isinstance(value, bool) for value in several):
         raise UserError(f"{name}={values!r:.80} must be a list of numbers, such as {name}=[0.5]")
     return sorted(several)
 

@@ -124,7 +124,7 @@ class HeadPattern:
         gated = list(self.gated_layers)
         retrieval = torch.ones_like(self.scores, dtype=torch.bool)
         if sparsity is not None:
-            if not isinstance(sparsity, Real):
+            if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
                 raise UserError(f"sparsity={sparsity!r:.80} is not a number")
             if not 0 <= sparsity <= 1:
                 raise UserError(f"sparsity={sparsity} must lie in [0, 1]: the fraction of KV heads that stream")
@@ -136,7 +136,7 @@ class HeadPattern:
                 warnings.warn(f"sparsity={sparsity:g} {tie}", TieWarning, stacklevel=2)
             retrieval[gated] = kept.view(len(gated), -1)
         elif threshold is not None:
-            if not isinstance(threshold, Real) or math.isnan(threshold):
+            if not isinstance(threshold, Real) or isinstance(threshold, bool) or math.isnan(threshold):
                 raise UserError(f"threshold={threshold!r:.80} is not a number")
             retrieval[gated] = self.scores[gated] >= threshold
         return HeadMask(retrieval, self.sink_size, self.recent_size, self.gated_layers)

@@ -58,10 +58,10 @@ def check_tasks(names: Sequence[str]) -> None:
 
 def check_generated(names: Sequence[str]) -> None:
     """Raise a `UserError` unless each name is a generated task or a group of them."""
-    choices = (*GROUPS, *TASK_NAMES, RULER_DATA)
+    shown = (*GROUPS, *RECALLED, RULER_DATA)  # those of the other groups are named by their group
     for name in names:
         check(not name.startswith("longbench"), f"tasks={name}: LongBench is run by lm-eval: {LONGBENCH}")
-        advice = f"choose among {_listed(choices)}{did_you_mean(name, choices)}"
+        advice = f"choose among {_listed(shown)}{did_you_mean(name, (*shown, *TASK_NAMES))}"
         check(name in GROUPS or name in TASK_NAMES, f"tasks: there is no {name}, {advice}")
 
 
