@@ -22,7 +22,7 @@ from tests.deploy.cases import HYBRID, PROMPT, SINK, TOKENS, build, check_equal,
 from tests.deploy.reference import Evicted, brute_force
 from tests.support.tiny import tiny_model
 
-HOW = Eviction(keep=0.4, window=6)  # 19 of 48 tokens
+HOW = Eviction(keep=0.4, score="snapkv", window=6)  # 19 of 48 tokens
 KEPT = 19
 
 

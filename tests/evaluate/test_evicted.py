@@ -19,7 +19,7 @@ from tests.evaluate.test_reading import model as model
 
 
 def how(tokens: int) -> Eviction:
-    return Eviction(30 / tokens, window=8)
+    return Eviction(30 / tokens, "snapkv", window=8)
 
 
 @pytest.mark.parametrize("batch_tokens", [10**6, 1], ids=["one batch", "one by one"])

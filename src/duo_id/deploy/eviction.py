@@ -30,10 +30,10 @@ class Eviction:
 
     Attributes:
         keep: share of the tokens, above 0 and at most 1.
-        score: `snapkv`: what the latest queries attend to, averaged over neighbours (Li et al. 2024, arXiv 2404.14469);
-            `keydiff`: keys that differ from the others (Park et al. 2025, arXiv 2504.15364), which needs no queries;
-            `kvzip`: what is attended to while the model reads the context again, the best and slowest (Kim et al. 2025,
-            arXiv 2505.23416).
+        score: `kvzip`: what is attended to while the model reads the context again, the best and slowest (Kim et al.
+            2025, arXiv 2505.23416); `snapkv`: what the latest queries attend to, averaged over neighbours (Li et al.
+            2024, arXiv 2404.14469); `keydiff`: keys that differ from the others (Park et al. 2025, arXiv 2504.15364),
+            which needs no queries.
         window: how many of the latest tokens stay; their queries are those of `snapkv`.
         pool: neighbours over which `snapkv` averages, an odd number.
 
@@ -42,7 +42,7 @@ class Eviction:
     """
 
     keep: float
-    score: str = "snapkv"
+    score: str = "kvzip"
     window: int = 64
     pool: int = 5
 
