@@ -60,6 +60,14 @@ def test_drafts_longer_than_a_window(family: str, recent: int, drafted: int) -> 
         assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=drafted, **OPTIONS), wanted)
 
 
+def test_drafts_longer_than_what_is_usually_recorded() -> None:
+    model, base = build("llama"), random_ids(1, 160)
+    ids = torch.cat([base, random_ids(1, 30, seed=9), base[:, :4]], 1)
+    with duo_attention(model, mask_for(model, 1, 8)):
+        wanted = model.generate(ids, **OPTIONS)
+        assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=150, **OPTIONS), wanted)
+
+
 def test_a_model_that_shares_a_config_is_refused_or_right() -> None:
     for family in ("llama", "gemma3_text"):
         model, ids = build(family), random_ids(2, 40)

@@ -168,6 +168,11 @@ def test_what_is_no_source_is_refused(source: Any) -> None:
         HeadPattern.from_pretrained(source)
 
 
+def test_a_name_too_long_for_a_file_is_no_pattern() -> None:
+    with pytest.raises(UserError, match="is no head pattern: File name too long$"):
+        HeadPattern.from_pretrained("x" * 5000)
+
+
 def test_provenance_must_fit_into_json() -> None:
     assert HeadPattern(torch.rand(2, 2), 0, 1, provenance={"lengths": (1, 2)}).provenance == {"lengths": [1, 2]}
     with pytest.raises(UserError, match=r"^provenance must be what JSON can hold: "):

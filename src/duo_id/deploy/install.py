@@ -19,7 +19,7 @@ from duo_id.attention.padding import no_padding
 from duo_id.common.argument_names import naming_arguments
 from duo_id.common.compat import GENERATE_CACHE, cache_argument, cache_from_arguments, recomputes
 from duo_id.common.errors import UserError
-from duo_id.deploy.cache import DualCache
+from duo_id.deploy.cache import DRAFTED, DualCache
 from duo_id.deploy.wrappers import REFUSED, check_prefix, refusal, restarts, unwrapped
 from duo_id.patterns.decided import decided
 from duo_id.patterns.pattern import HeadMask, HeadPattern
@@ -168,7 +168,8 @@ class Deployment:
             if cache is not None:
                 model_kwargs[GENERATE_CACHE] = cache
                 if mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant:
-                    cache.activate_past_recording()
+                    drafts = generation_config.prompt_lookup_num_tokens, generation_config.num_assistant_tokens
+                    cache.activate_past_recording(max(DRAFTED, *(number or 0 for number in drafts)))
 
         return prepare
 

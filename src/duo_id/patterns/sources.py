@@ -1,5 +1,7 @@
 """Where head patterns are found: by shipped name, file, folder, run or repo of the hub; without importing torch."""
 
+from errno import ENAMETOOLONG
+from os import lstat
 from os.path import lexists
 from pathlib import Path
 
@@ -25,6 +27,11 @@ def local_file(source: str | Path) -> Path | None:
     if not isinstance(source, str | Path) or not str(source):
         raise UserError(f"{source!r:.80} is not the name, path or repo of a head pattern")
     path = Path(source).expanduser()
+    try:
+        lstat(path)
+    except OSError as error:
+        if error.errno == ENAMETOOLONG:  # which pathlib raises
+            raise UserError(f"{str(source)!r:.80} is no head pattern: {error.strerror}") from error
     if path.is_dir():
         file = file_in(path)
         if file is None:

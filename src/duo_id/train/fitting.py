@@ -115,6 +115,10 @@ def fitted(
     if LENGTH_MAX in automatic:
         longest = min(limit or LONGEST, LONGEST, _fitting_tokens(settings, model, device) // data.batch_size)
         longest -= longest % ROUND if longest > ROUND else 0
+        check(
+            LENGTH_MIN in automatic or data.length_min <= longest,
+            f"data.length_min={data.length_min} exceeds the {longest} tokens that the model and the memory take: lower it",
+        )
         data = replace(data, length_max=longest, length_min=min(data.length_min, longest))
     if RECENT_SIZE in automatic:
         method = _with_window(method, max(round(longest / WINDOW_SHARE / WINDOW_ROUND), 1) * WINDOW_ROUND)

@@ -39,8 +39,7 @@ def check_servable(config: Any, spans: HeadSpans, device: str) -> None:
     dtype = str(model.dtype).removeprefix("torch.")
     check(
         cache.cache_dtype in ("auto", dtype),
-        f"--kv-cache-dtype={cache.cache_dtype}: streaming heads read numbers of the model's type alone, give auto or "
-        f"{dtype}",
+        f"--kv-cache-dtype={cache.cache_dtype}: streaming heads read numbers of the model's type alone, give auto",
     )
     wanted = {
         "VLLM_BATCH_INVARIANT: how streaming heads sum up depends on the batch": (

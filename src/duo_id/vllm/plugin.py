@@ -71,7 +71,7 @@ def install(spans: "HeadSpans") -> None:
         check_servable(config, spans, current_platform.device_name)
         logger.info("serving under a head mask: %s", spans)
         if current_platform.device_name == "cuda":
-            logger.warning("head masks were tested on CPUs alone: compare answers before you rely on a GPU's")
+            logger.warning("vLLM was run under head masks on CPUs alone: compare answers before you rely on a GPU's")
         return config
 
     @wraps(check_specs)
