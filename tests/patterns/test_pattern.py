@@ -169,7 +169,7 @@ def test_what_is_no_source_is_refused(source: Any) -> None:
 
 
 def test_a_name_too_long_for_a_file_is_no_pattern() -> None:
-    with pytest.raises(UserError, match="is no head pattern: File name too long$"):
+    with pytest.raises(UserError, match=r"is no head pattern: File name too long$"):
         HeadPattern.from_pretrained("x" * 5000)
 
 

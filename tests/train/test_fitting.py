@@ -55,7 +55,7 @@ def test_what_is_given_stays_and_decides_the_rest() -> None:
 
 
 def test_a_length_that_is_given_is_not_shortened() -> None:
-    message = "data.length_min=3000 exceeds the 2000 tokens that the model and the memory take: lower it"
+    message = "data.length_min=3000 exceeds the 2000 tokens that model and memory take: lower it"
     with pytest.raises(UserError, match=f"^{message}$"):
         settings_of("model.architecture.max_position_embeddings=2048", "data.length_min=3000")
 

@@ -117,7 +117,7 @@ def fitted(
         longest -= longest % ROUND if longest > ROUND else 0
         check(
             LENGTH_MIN in automatic or data.length_min <= longest,
-            f"data.length_min={data.length_min} exceeds the {longest} tokens that the model and the memory take: lower it",
+            f"data.length_min={data.length_min} exceeds the {longest} tokens that model and memory take: lower it",
         )
         data = replace(data, length_max=longest, length_min=min(data.length_min, longest))
     if RECENT_SIZE in automatic:
