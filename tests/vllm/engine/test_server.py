@@ -99,9 +99,7 @@ def test_a_mistake_ends_the_command_with_one_line_that_names_it(model: tuple[Pat
     )
     assert done.returncode != 0
     last = done.stderr.rstrip().splitlines()[-1]
-    assert last.endswith(
-        "--kv-cache-dtype=fp8: streaming heads read numbers of the model's type alone, give auto"
-    )
+    assert last.endswith("--kv-cache-dtype=fp8: streaming heads read numbers of the model's type alone, give auto")
 
 
 def test_other_processes_serve_what_was_registered_here(
