@@ -1,6 +1,7 @@
 """Let a model write after prompts, greedily or by chance: each step, where a GPU allows it, as one CUDA graph."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from duo_id.attention.padding import first_position
 from duo_id.common.compat import cache_argument
-from duo_id.common.errors import check
+from duo_id.common.errors import check, one_line
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.chunks import Continuation, continuation
 from duo_id.deploy.graphs import capture_graph
@@ -108,7 +109,8 @@ def _step(model: PreTrainedModel, cache: DualCache, how: Continuation, prompts: 
     try:
         captured()
         replay = capture_graph(captured, prompts.device)
-    except RuntimeError:  # it waits for the device
+    except RuntimeError as error:  # it waits for the device
+        warnings.warn(f"a step cannot be captured, so writing is slower: {one_line(error)}", stacklevel=3)
         return plain
     finally:
         cache.reset()
