@@ -748,10 +748,40 @@ def test_layers_without_attention_are_forked_too() -> None:
         check_equal(model(ids[:, 30:], past_key_values=cache).logits, wanted)
 
 
-def test_a_static_cache_is_not_forked() -> None:
+@pytest.mark.parametrize("kv", ["exact", "int4"])
+@masks
+@families
+def test_a_fork_has_room_and_is_forked_again(family: str, kind: str, kv: str) -> None:
+    """A growing cache becomes a static one, and that a growing one, between tokens that come one by one or several."""
+    given, order, middle = case(family, kind), torch.tensor([1, 0, 1]), PROMPT + 6
+    logits = given.logits if kv == "exact" else None
+    with duo_attention(given.model, given.mask, kv=kv):
+        cache = dual_cache(given.model)
+        step(given, cache, given.ids[:, :PROMPT])
+        static, grows = cache.fork(order, TOKENS), cache.fork(order)
+        assert static.max_length == static.max_cache_len == TOKENS
+        addresses = [tensor.data_ptr() for layer in static.dual_layers for tensor in layer.full.tensors.values()]
+        found = [step(given, static, given.ids[order, place : place + 1]) for place in range(PROMPT, middle)]
+        assert addresses == [x.data_ptr() for layer in static.dual_layers for x in layer.full.tensors.values()]
+        again = static.fork(torch.tensor([2, 0]))
+        assert again.max_length is None
+        found.append(step(given, again, given.ids[[1, 1], middle:])[[0, 1, 0]])
+        if logits is None:
+            parts = [given.ids[order, place : place + 1] for place in range(PROMPT, middle)]
+            wanted = [step(given, grows, part) for part in [*parts, given.ids[order, middle:]]]
+            check_equal(torch.cat(found, 1)[[0, 2]], torch.cat(wanted, 1)[[0, 2]])
+        else:
+            check_equal(torch.cat(found, 1)[[0, 2]], logits[[1, 1], PROMPT:])
+        with pytest.raises(UserError, match=f"holds {TOKENS} tokens but would need"):
+            step(given, static, given.ids[order, middle - 1 :])
+
+
+def test_a_static_cache_that_widened_heads_is_not_forked() -> None:
     given = case("llama")
-    with duo_attention(given.model, given.mask), pytest.raises(UserError, match="max_length"):
-        dual_cache(given.model, 100).fork(torch.tensor([0]))
+    with duo_attention(given.model, given.mask):
+        dual_cache(given.model, TOKENS).fork(torch.tensor([0]))
+        with pytest.raises(UserError, match="max_length=8, so they are kept as retrieval heads are: make the cache"):
+            dual_cache(given.model, 8).fork(torch.tensor([0]))
 
 
 @pytest.mark.parametrize("kind", ["mixed", "spans", "long"])

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from duo_id import duo_attention
 from duo_id.common.errors import UserError
-from duo_id.deploy import writing
+from duo_id.deploy import graphs, writing
 from duo_id.deploy.writing import write
 from tests.deploy.cases import WITH_LINEAR_ATTENTION, build, mask_for, random_ids, reference
 from tests.support.tiny import tiny_model
@@ -56,7 +56,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.Monkey
 
     with duo_attention(model, mask_for(model, kind="mixed")):
         expected = write(model, prompts, 20, GREEDY, NEVER)
-        monkeypatch.setattr(writing, "capture_graph", refused)
+        monkeypatch.setattr(graphs, "capture_graph", refused)
         with pytest.warns(UserWarning, match="cannot be captured, so writing is slower: operation not permitted"):
             assert write(model, prompts, 20, GREEDY, NEVER) == expected
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from duo_id.attention import codes
+from duo_id.deploy.cache import DualCache
 from duo_id.deploy.chunks import continuation
+from duo_id.deploy.graphs import DecodeSteps
 from duo_id.deploy.install import duo_attention
 from duo_id.evaluate import reading, stops
 from duo_id.evaluate.answers import Answers
@@ -29,6 +31,12 @@ NEW_TOKENS = 6
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
     return LanguageModel(tiny_model("llama", vocab_size=258), byte_tokenizer(), "tiny", "tiny", None, "random")
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some answers come from captured steps, and some do not."""
+    monkeypatch.setattr(reading, "CAPTURED_FROM", NEW_TOKENS)
 
 
 def tokens(seed: int, count: int) -> tuple[int, ...]:
@@ -128,6 +136,23 @@ def check_along(model: LanguageModel, mask: HeadMask, prompt: Tensor, text: Sequ
     torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("sparsity", [0, 0.5, 1])
+def test_a_gpu_says_what_a_cpu_says(sparsity: float, model: LanguageModel) -> None:
+    """Answers, conversations and free text, all of them long enough for graphs."""
+    talk = Item("t", 160, 7, tokens(7, 100), make_items(1)[0].questions[:1] * 3, "exact", 30, turns=True)
+    items = [*(replace(item, max_new_tokens=40) for item in make_items()), talk]
+    said = []
+    for device in ("cpu", "cuda"):
+        moved = replace(model, model=model.model.to(device))
+        with duo_attention(moved.model, PATTERN.binarize(sparsity=sparsity)):
+            said.append(Reader(moved, 10**6, 40).read(items, True, write=50))
+    model.model.to("cpu")
+    for on_cpu, on_gpu in zip(*said, strict=True):
+        assert on_cpu.generated == on_gpu.generated
+        assert (on_cpu.written and on_cpu.written.tokens) == (on_gpu.written and on_gpu.written.tokens)
+
+
 def test_free_text_ends_where_the_model_ends_it(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the token that ends it, even where others write on."""
     items = make_items()
@@ -205,18 +230,25 @@ def test_answers_end_at_the_stop_and_decoding_ends_with_the_last_of_them(
 ) -> None:
     newline, letter, blank = (byte_tokenizer()(x, add_special_tokens=False)["input_ids"][0] for x in "\na ")
     forwards = []
-    plain = Reader.forward
+    read_prompt, decode = Reader.forward_following, DecodeSteps.__call__
     script = {0: newline, 1: blank, 2: letter, 3: letter, 4: newline}  # a blank line in front ends nothing
 
-    def forward(reader: Reader, ids: torch.Tensor, cache: object, keep: torch.Tensor | None, past: int) -> torch.Tensor:
-        logits = plain(reader, ids, cache, keep, past)
-        if keep is None or (len(keep) == 1 and ids.shape[1] < 50):
+    def following(reader: Reader, ids: Tensor, cache: DualCache, keep: Tensor, past: int) -> Tensor:
+        logits = read_prompt(reader, ids, cache, keep, past)
+        if len(keep) == 1:
             logits[:, -1] = 0
-            logits[:, -1, script.get(len(forwards), letter)] = 1
+            logits[:, -1, script[0]] = 1
             forwards.append(ids.shape)
         return logits
 
-    monkeypatch.setattr(Reader, "forward", forward)
+    def decoded(steps: DecodeSteps, ids: Tensor, past: int) -> Tensor:
+        logits = decode(steps, ids, past).zero_()
+        logits[:, script.get(len(forwards), letter)] = 1
+        forwards.append(ids.shape)
+        return logits
+
+    monkeypatch.setattr(Reader, "forward_following", following)
+    monkeypatch.setattr(DecodeSteps, "__call__", decoded)
     monkeypatch.setattr("duo_id.evaluate.reading.CHECK_EVERY", 1)
     item = Item("t", 128, 0, tokens(0, 100), (Question(tokens(1, 5), tokens(2, 4)),), max_new_tokens=50)
     with duo_attention(model.model, PATTERN.binarize(sparsity=0.5)):

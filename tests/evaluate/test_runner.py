@@ -36,6 +36,8 @@ TURNS = ["turns-words", "turns-numbers", "turns-json", "turns-mixed"]
 class Recalled:
     """In place of a cache: the tokens of each sample."""
 
+    max_length = None
+
     def __init__(self, rows: list[str], size: int | None) -> None:
         self.rows, self.size = rows, size
 
@@ -46,7 +48,7 @@ class Recalled:
     def bytes_of(self, tokens: int) -> int:
         return min(tokens, self.size or tokens)
 
-    def fork(self, samples: Tensor) -> "Recalled":
+    def fork(self, samples: Tensor, max_length: int | None = None) -> "Recalled":
         return Recalled([self.rows[row] for row in samples.tolist()], self.size)
 
 
@@ -62,7 +64,7 @@ class InductionModel:
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=258))
     mask: HeadMask
 
-    def __call__(
+    def forward(
         self, ids: Tensor, past_key_values: Recalled, use_cache: bool, logits_to_keep: Tensor | None = None
     ) -> Any:
         keep = range(ids.shape[1]) if logits_to_keep is None else logits_to_keep.tolist()
@@ -74,6 +76,8 @@ class InductionModel:
                 logits[row, index, self.next(text[: len(before) + position + 1])] = 20.0
             past_key_values.rows[row] = text
         return SimpleNamespace(logits=logits)
+
+    __call__ = forward
 
     def next(self, text: str) -> int:
         if not self.mask.retrieval.all():

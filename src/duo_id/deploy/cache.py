@@ -136,18 +136,25 @@ class DualCache(Cache):
             if isinstance(layer, DualLayer):
                 layer.layer = by_index[index]
 
-    def fork(self, samples: Tensor) -> "DualCache":
-        """An independent growing cache whose sample i is this one's `samples[i]` (n,) int64.
+    def fork(self, samples: Tensor, max_length: int | None = None) -> "DualCache":
+        """An independent cache whose sample i is this one's `samples[i]` (n,) int64.
+
+        Args:
+            samples: of this cache, in any order and number.
+            max_length: tokens to make room for, those held included, in a static cache; None: it grows.
 
         Raises:
-            UserError: the cache is static.
+            UserError: this cache is static and keeps streaming heads as retrieval heads.
         """
-        if self.max_length is not None:
-            raise UserError("a static cache cannot be forked: make it without max_length")
+        if any(layer.widened for layer in self.dual_layers):
+            raise UserError(
+                f"fork: streaming heads see all of max_length={self.max_length}, so they are kept as retrieval heads "
+                "are: make the cache without max_length"
+            )
         copied = copy.copy(self)
-        copied.tokens = self.tokens.fork(samples)
+        copied.max_length, copied.tokens = max_length, self.tokens.fork(samples, max_length is not None)
         copied.layers = [
-            layer.fork(samples, copied.tokens) if isinstance(layer, DualLayer) else copy.deepcopy(layer)
+            layer.fork(samples, copied.tokens, max_length) if isinstance(layer, DualLayer) else copy.deepcopy(layer)
             for layer in self.layers
         ]
         for layer in copied.layers:

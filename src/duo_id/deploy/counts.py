@@ -99,6 +99,12 @@ class Tokens:
         runs = {(real.start, real.stop) for real in self.places if isinstance(real, slice)}
         return len(set(self.past)) == 1 and len(runs) == 1
 
+    @property
+    def parts(self) -> list[tuple[slice, int, Places]]:
+        """Samples, their past and where their new tokens are; all samples at once if they are alike."""
+        everyone = [slice(None)] if self.uniform else [slice(i, i + 1) for i in range(len(self.past))]
+        return list(zip(everyone, self.past, self.places, strict=False))
+
     def order(self, device: torch.device) -> Tensor:
         """The order (batch, tokens) that puts the real tokens of a padded chunk first."""
         assert self._order is not None
@@ -225,12 +231,20 @@ class Tokens:
         return [max(peak - self.recorded, start) - 1 for peak, start in zip(self.highest, since, strict=True)]
 
     @torch.inference_mode(False)
-    def fork(self, samples: Tensor) -> "Tokens":
-        """Independent counts of the samples `samples[i]`."""
+    def fork(self, samples: Tensor, static: bool = False) -> "Tokens":
+        """Independent counts of the samples `samples[i]`, of a static cache or a growing one."""
         copied = copy.copy(self)
         if self.lengths is not None:
             copied.lengths = self.lengths.clone()
+            if self.static:  # the host does not know of captured steps
+                copied.past, copied.new, copied.seen = self.held, [0] * len(self.lengths), int(self.seen)
+                copied.places = [slice(0, 0)] * len(self.lengths)
+                copied.real = None if self.real is None else self._columns()
+            copied.static = False
             copied.select(samples)
+            if static:
+                copied.seen = torch.tensor(copied.seen, device=copied.lengths.device)
+        copied.static = static
         return copied
 
     @torch.inference_mode(False)

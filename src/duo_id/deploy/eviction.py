@@ -16,7 +16,6 @@ from duo_id.deploy.chunks import continuation
 from duo_id.deploy.layer import DualLayer
 from duo_id.deploy.token_scores import LatestQueries, Scores, evictable, keydiff, kvzip, snapkv
 from duo_id.patterns.allocation import tokens_within
-from duo_id.patterns.spans import ALL
 
 PADDED = "evict: samples of a padded batch would keep different numbers of tokens: read them one by one"
 
@@ -99,11 +98,10 @@ def evicting(model: PreTrainedModel, cache: DualCache, how: Eviction | None, inp
 def check_supported(cache: DualCache, how: Eviction) -> None:
     """Raise a `UserError` if tokens of a cache cannot be evicted once a text without padding is read into it."""
     check(not cache.coded, "evict: retrieval heads that keep codes cannot drop tokens: use kv=exact")
-    tokens, spans = cache.tokens, cache.mask.spans
+    tokens = cache.tokens
     check(tokens.lengths is None or (tokens.real is None and len(set(tokens.held)) == 1), PADDED)
     for layer in cache.dual_layers:
-        meant = spans[layer.layer.index] if layer.layer.window is None else torch.zeros(layer.layer.kv_heads)
-        if bool((torch.tensor(layer.spans)[meant != ALL] == ALL).any()):
+        if layer.widened:
             raise UserError(
                 f"evict: streaming heads of {layer.layer.name} see all of max_length={cache.max_length}, so they are "
                 "kept as retrieval heads are: leave max_length out"

@@ -18,7 +18,7 @@ from duo_id.attention.padding import reorder
 from duo_id.attention.softmax import Softmax
 from duo_id.common.errors import UserError
 from duo_id.deploy.arriving import ArrivingKeys
-from duo_id.deploy.counts import Places, Tokens
+from duo_id.deploy.counts import Tokens
 from duo_id.deploy.quantised import QuantisedStore
 from duo_id.deploy.rings import StreamingStore
 from duo_id.deploy.stores import FullStore, Store
@@ -41,6 +41,7 @@ class DualLayer(CacheLayerMixin):
         bits: of the full store's keys and values; None: it keeps them as they are.
 
     Attributes:
+        widened: whether heads see everything because a static cache's room is no longer than their span.
         observer: is shown the queries (batch, heads, tokens, head_dim) of each forward once its tokens are stored.
     """
 
@@ -63,6 +64,7 @@ class DualLayer(CacheLayerMixin):
         # A window as large as a static cache hides nothing, and needs no ring; but rings are never codes.
         whole = capacity if bits is None else None
         self.spans = [ALL if whole is not None and sink_size + span >= whole else span for span in spans]
+        self.widened = self.spans != list(spans)
         self.is_compileable = capacity is not None
         self.home: torch.device | None = None  # the device of an offloaded layer
         self.observer: Observer | None = None
@@ -137,7 +139,7 @@ class DualLayer(CacheLayerMixin):
         allocate = torch.empty if contiguous else torch.zeros
         batch, heads, _, dim = query.shape
         out = allocate(batch, new, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
-        for sample, past, places in self._parts(batch):
+        for sample, past, places in tokens.parts:
             part = (sample, slice(None), places)
             chunk_out = out[part]
             for store in self.stores:
@@ -166,7 +168,7 @@ class DualLayer(CacheLayerMixin):
     def evict(self, slots: Tensor) -> None:
         """Keep only some slots of the full store, (batch, retrieval heads, n) int64; see `FullStore.keep`."""
         assert isinstance(self.full, FullStore)
-        self.full.keep(slots, self.tokens.held[0])
+        self.full.keep(slots, self.tokens.held[0], grows=self.capacity is None)
         self._pin(*self.full.tensors.values())
 
     def _pin(self, *tensors: Tensor) -> None:
@@ -193,12 +195,6 @@ class DualLayer(CacheLayerMixin):
                     getattr(store, name).copy_(tensor)
         else:
             self.before = [{name: x.clone() for name, x in store.overwritten.items()} for store in self.stores]
-
-    def _parts(self, batch: int) -> list[tuple[slice, int, Places]]:
-        """Samples, their past and where their new tokens are; all samples at once if they are alike."""
-        tokens = self.tokens
-        samples = [slice(None)] if tokens.uniform else [slice(i, i + 1) for i in range(batch)]
-        return list(zip(samples, tokens.past, tokens.places, strict=False))
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         assert self.tokens.reach is not None
@@ -301,12 +297,12 @@ class DualLayer(CacheLayerMixin):
         elif self.is_initialized and self.full.dropped:  # its room is gone
             self.is_initialized = False
 
-    def fork(self, samples: Tensor, tokens: Tokens) -> "DualLayer":
-        """An independent layer with the samples `samples[i]`, counted by `tokens`."""
+    def fork(self, samples: Tensor, tokens: Tokens, capacity: int | None) -> "DualLayer":
+        """An independent layer with the samples `samples[i]`, counted by `tokens`, with room for `capacity` tokens."""
         copied = copy.copy(self)
-        copied.tokens = tokens
+        copied.tokens, copied.capacity, copied.is_compileable = tokens, capacity, capacity is not None
         if self.is_initialized:
-            copied.full, copied.recent = self.full.fork(samples), self.recent.fork(samples)
+            copied.full, copied.recent = self.full.fork(samples, capacity), self.recent.fork(samples, capacity)
             copied.arrived = self.arrived.new_zeros(len(samples) * self.layer.kv_heads)
         return copied
 

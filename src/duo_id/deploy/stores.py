@@ -154,11 +154,13 @@ class Store(ABC):
             setattr(self, name, tensor.to(device, non_blocking=True))
 
     @torch.inference_mode(False)
-    def fork(self, samples: Tensor) -> Self:
-        """An independent store with the samples `samples[i]` (n,) int64."""
+    def fork(self, samples: Tensor, capacity: int | None = None) -> Self:
+        """An independent store with the samples `samples[i]` (n,) int64; `capacity`: tokens to make room for."""
         copied = copy.copy(self)
         for name, tensor in self.tensors.items():
             setattr(copied, name, tensor.index_select(0, samples.to(tensor.device)))
+        if capacity is not None:
+            copied.reserve(capacity)
         return copied
 
     @torch.inference_mode(False)
@@ -194,7 +196,7 @@ class FullStore(Store):
     """
 
     def __init__(self, like: Tensor, heads: Iterable[int], capacity: int | None, backend: str) -> None:
-        self.heads, self.backend, self.grows = Heads(heads), backend, capacity is None
+        self.heads, self.backend = Heads(heads), backend
         shape = (like.shape[0], len(self.heads), capacity or 0, like.shape[3])
         self.key, self.value = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         self.listed = torch.tensor(self.heads.indices, dtype=torch.int32, device=like.device)
@@ -244,15 +246,16 @@ class FullStore(Store):
         return 2 * (tokens - self.dropped) * len(self.heads) * self.key.shape[3] * self.key.element_size()
 
     @torch.inference_mode(False)
-    def keep(self, slots: Tensor, tokens: int) -> None:
-        """Keep what is in some slots and free the memory of the rest; a static store has as much room left as before.
+    def keep(self, slots: Tensor, tokens: int, grows: bool) -> None:
+        """Keep what is in some slots and free the memory of the rest.
 
         Args:
             slots: (batch, heads, n) int64, ascending.
             tokens: of each sample so far.
+            grows: otherwise as much room is left as before.
         """
         used, kept = tokens - self.dropped, slots.shape[2]
-        room = SLACK if self.grows else self.key.shape[2] - used
+        room = SLACK if grows else self.key.shape[2] - used
         for name in ("key", "value"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], kept + room, old.shape[3])

@@ -1,25 +1,19 @@
 """Let a model write after prompts, greedily or by chance: each step, where a GPU allows it, as one CUDA graph."""
 
-import inspect
-import warnings
 from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from duo_id.attention.padding import first_position
-from duo_id.common.compat import cache_argument
-from duo_id.common.errors import check, one_line
+from duo_id.common.errors import check
 from duo_id.deploy.cache import DualCache
-from duo_id.deploy.chunks import Continuation, continuation
-from duo_id.deploy.graphs import capture_graph
+from duo_id.deploy.chunks import continuation
+from duo_id.deploy.graphs import DecodeSteps
 from duo_id.deploy.install import dual_cache
 from duo_id.deploy.prefill import read_in_chunks
 
 CHECK_EVERY = 32  # steps between checks whether all samples have ended, each of which waits for the device
-PROBED = 32  # tokens of the prompts that are read before the step is captured
-Step = Callable[[Tensor, int], Tensor]  # new tokens (batch, 1) after so many: logits (batch, vocabulary)
 
 
 @torch.no_grad()
@@ -50,7 +44,7 @@ def write(
         words: tokens that may be written, the first ones; None: all that the model has logits of.
         seed: of the draws.
         chunk_size: tokens of a prompt per forward, where the model can continue after a chunk.
-        graph: capture a decode step, on a GPU as a CUDA graph.
+        graph: whether decode steps are captured, on a GPU as a CUDA graph.
         on_tokens: called with how many tokens each sample has got: those of its prompt, then one at a time.
 
     Returns:
@@ -61,9 +55,9 @@ def write(
     """
     check(bool(ends), "the model has no end-of-text token, so nothing that it writes ends")
     batch, past = prompts.shape
-    how, cache = continuation(model, prompts), _new_cache(model, past + max(limit, PROBED))
-    step = _step(model, cache, how, prompts, graph)
+    how, cache = continuation(model, prompts), _new_cache(model, past + limit)
     logits = read_in_chunks(model, prompts, cache, past if how.stepwise else chunk_size, how=how)
+    step = DecodeSteps(model, cache, how, graph)
     on_tokens(past)
     generator = torch.Generator(prompts.device).manual_seed(seed)
     scale = temperatures.to(prompts.device, torch.float32)[:, None]
@@ -85,43 +79,6 @@ def _new_cache(model: PreTrainedModel, tokens: int) -> DualCache:
     """A static cache, or a growing one for a model with layers that keep something other than keys and values."""
     cache = dual_cache(model)
     return dual_cache(model, tokens) if len(cache.dual_layers) == len(cache.layers) else cache
-
-
-def _step(model: PreTrainedModel, cache: DualCache, how: Continuation, prompts: Tensor, graph: bool) -> Step:
-    """A decode step with a cache, which is left empty; one CUDA graph if `graph` and the model allows it."""
-    name, takes_positions = cache_argument(model), "position_ids" in inspect.signature(model.forward).parameters
-
-    def plain(ids: Tensor, past: int) -> Tensor:
-        return model(ids, use_cache=True, **{name: cache}, **how.options(ids, past)).logits[:, -1]
-
-    if not graph or cache.max_length is None or how.stepwise or not takes_positions:
-        return plain
-    ids, positions, first = prompts[:, :1].clone(), torch.empty_like(prompts[:, :1]), first_position(model)
-    found: dict[str, Tensor] = {}
-
-    def captured() -> None:
-        output = model(ids, position_ids=positions, use_cache=True, **{name: cache})
-        found["logits"] = output.logits[:, -1]
-
-    probed = prompts[:, :PROBED]
-    read_in_chunks(model, probed, cache, PROBED, how=how)
-    positions.fill_(probed.shape[1] + first)
-    try:
-        captured()
-        replay = capture_graph(captured, prompts.device)
-    except RuntimeError as error:  # it waits for the device
-        warnings.warn(f"a step cannot be captured, so writing is slower: {one_line(error)}", stacklevel=3)
-        return plain
-    finally:
-        cache.reset()
-
-    def replayed(new: Tensor, past: int) -> Tensor:
-        ids.copy_(new)
-        positions.fill_(past + first)
-        replay()
-        return found["logits"]
-
-    return replayed
 
 
 def _until_end(tokens: list[int], ends: Collection[int]) -> list[int]:

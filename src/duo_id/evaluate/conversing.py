@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from duo_id.deploy.cache import DualCache
+from duo_id.deploy.graphs import DecodeSteps
 from duo_id.evaluate.batches import GENERATED
 from duo_id.evaluate.items import Item
 from duo_id.evaluate.stops import Stops
@@ -38,8 +39,8 @@ class Forward(Protocol):
     def on_work(self, tokens: int, /) -> None:
         """Report work that is done."""
 
-    def forward(self, ids: Tensor, cache: DualCache, keep: Tensor | None, past: int) -> Tensor:
-        """Logits at some positions of `ids`."""
+    def decode(self, cache: DualCache, rows: Sequence[int], past: int, steps: int) -> DecodeSteps:
+        """Decode steps with a copy of some rows of a cache."""
 
     def forward_following(self, ids: Tensor, cache: DualCache, keep: Tensor, past: int) -> Tensor:
         """The same for several tokens after a context."""
@@ -104,11 +105,12 @@ def converse(
         the turns of each row.
     """
     talks = [_Conversation(items[row], deque(items[row].questions[0].prompt)) for row in rows]
-    cache = cache.fork(torch.tensor(rows))
     blank, stopping = reader.stops.blank, reader.stops.at([items[row].stop for row in rows])
     shortest, every = min(len(talk.given) for talk in talks), torch.arange(len(rows), device=blank.device)
     first = [[talk.given.popleft() for _ in range(shortest)] for talk in talks]
     ids, read = torch.tensor(first, device=blank.device), past + shortest
+    decode = reader.decode(cache, rows, read, max(_longest(items[row]) for row in rows) - shortest)
+    cache = decode.cache
     logits = reader.forward_following(ids, cache, torch.tensor([shortest - 1], device=blank.device), past)[:, -1]
     while True:
         _score_right_answers(reader, cache, talks, logits, read)
@@ -121,8 +123,13 @@ def converse(
         if all(talk.over for talk in talks):
             return [talk.turns for talk in talks]
         reader.on_work(GENERATED * len(rows))
-        logits = reader.forward(torch.tensor(following, device=blank.device)[:, None], cache, None, read)[:, -1]
+        logits = decode(torch.tensor(following, device=blank.device)[:, None], read)
         read += 1
+
+
+def _longest(item: Item) -> int:
+    """Tokens of an item's conversation at most."""
+    return sum(len(question.prompt) + item.max_new_tokens for question in item.questions)
 
 
 def _score_right_answers(

@@ -15,6 +15,7 @@ from duo_id.common.compat import cache_argument
 from duo_id.deploy.cache import DualCache
 from duo_id.deploy.chunks import Continuation, continuation
 from duo_id.deploy.eviction import Eviction, evicting
+from duo_id.deploy.graphs import DecodeSteps, can_capture
 from duo_id.deploy.install import dual_cache
 from duo_id.evaluate.answers import Answers, Written
 from duo_id.evaluate.batches import GENERATED, first_following
@@ -26,6 +27,7 @@ from duo_id.models.language_model import LanguageModel
 # Tokens of a chunk with answers inside, at most, where the cache keeps codes: a chunk sees none of its own.
 CODED_CHUNK = 512
 Pair = tuple[int, int]  # the row of a batch, and the number of a question
+CAPTURED_FROM = 16  # decode steps from which a graph of them is worth its capture, which takes three
 CHECK_EVERY = 8  # decode steps between checks whether all answers have ended, each of which synchronises the device
 
 
@@ -238,12 +240,13 @@ class Reader:
             if `keep_logits`.
         """
         device = self.model.model.device
-        cache = cache.fork(torch.tensor([row for row, _ in group]))
         prompts = [items[row].questions[number].prompt for row, number in group]
         shortest, longest = min(map(len, prompts)), max(map(len, prompts))
         prompt_ids = torch.tensor([[*prompt] + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         starts = torch.tensor([len(prompt) - shortest for prompt in prompts], device=device)
         ends = starts + torch.tensor(limits, device=device)
+        steps = max(len(prompt) - shortest + limit for prompt, limit in zip(prompts, limits, strict=True))
+        decode = self.decode(cache, [row for row, _ in group], past + shortest, steps)
         blank, stopping = self.stops.blank, self.stops.at(stops)
         rows = torch.arange(len(group), device=device)
         chosen: list[Tensor] = []
@@ -251,8 +254,8 @@ class Reader:
         begun = torch.zeros(len(group), dtype=torch.bool, device=device)
         ended, lengths = torch.zeros_like(begun), torch.zeros_like(starts)
         last = torch.tensor([shortest - 1], device=device)
-        logits = self.forward_following(prompt_ids[:, :shortest], cache, last, past)[:, -1]
-        for step in range(int(ends.max())):
+        logits = self.forward_following(prompt_ids[:, :shortest], decode.cache, last, past)[:, -1]
+        for step in range(steps):
             self.on_work(GENERATED * len(group))
             reading = starts > step
             token = torch.where(reading, prompt_ids[:, min(shortest + step, longest - 1)], logits.argmax(-1))
@@ -264,13 +267,19 @@ class Reader:
             ended |= (~reading & begun & stopping[rows, token]) | (ends == step + 1)
             if step % CHECK_EVERY == CHECK_EVERY - 1 and bool(ended.all()):
                 break
-            logits = self.forward(token[:, None], cache, None, past + shortest + step)[:, -1]
+            logits = decode(token[:, None], past + shortest + step)
         places = list(zip(starts.tolist(), (starts + lengths).tolist(), strict=True))
         tokens = torch.stack(chosen, 1).tolist()
         texts = [row[start:end] for row, (start, end) in zip(tokens, places, strict=True)]
         if not keep_logits:
             return texts, []
         return texts, [row[start:end] for row, (start, end) in zip(torch.stack(chosen_from, 1), places, strict=True)]
+
+    def decode(self, cache: DualCache, rows: Sequence[int], past: int, steps: int) -> DecodeSteps:
+        """Decode steps, `steps` at most, with a copy of some rows of a cache, which is to hold `past` tokens first."""
+        captured = steps >= CAPTURED_FROM and can_capture(self.model.model, cache, self._continuation)
+        copied = cache.fork(torch.tensor(rows), past + steps if captured else None)
+        return DecodeSteps(self.model.model, copied, self._continuation)
 
     def forward_following(self, ids: Tensor, cache: DualCache, keep: Tensor, past: int) -> Tensor:
         """As `forward` for tokens after a context, one at a time where the model needs that."""
