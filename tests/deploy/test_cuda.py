@@ -59,6 +59,8 @@ def no_waiting(device: str) -> Iterator[None]:
 def capture(step: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
     """The step as one CUDA graph, warmed up once; on the CPU it runs as it is."""
     stream = torch.cuda.Stream() if device == "cuda" else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     if stream is None:
