@@ -171,11 +171,20 @@ def compare(logits: Tensor, full: Tensor, answer: Sequence[int]) -> dict[str, An
 def _forward(
     model: PreTrainedModel, cache: CompressedCache, tokens: Sequence[int], position: int, num_logits: int
 ) -> Tensor:
-    """Logits (num_logits, vocabulary) of the last `num_logits` of `tokens`, which start at `position`."""
-    ids = torch.tensor([tokens], device=model.device)
-    positions = torch.arange(position, position + len(tokens), device=model.device)[None]
-    output = model(input_ids=ids, past_key_values=cache.cache, position_ids=positions, logits_to_keep=num_logits)
-    return output.logits[0]
+    """Logits (num_logits, vocabulary) of the last `num_logits` of `tokens`, which start at `position`.
+
+    Where layers hold different numbers of entries, it is a token at a time: one needs no mask, and a mask for several
+    would fit but one of the layers.
+    """
+    step = len(tokens) if len(set(cache.sizes)) == 1 else 1
+    logits = []
+    for start in range(0, len(tokens), step):
+        ids = torch.tensor([tokens[start : start + step]], device=model.device)
+        positions = torch.arange(position + start, position + start + step, device=model.device)[None]
+        kept = min(step, num_logits)
+        output = model(input_ids=ids, past_key_values=cache.cache, position_ids=positions, logits_to_keep=kept)
+        logits.append(output.logits[0])
+    return torch.cat(logits[-num_logits:])
 
 
 @contextmanager
