@@ -81,7 +81,7 @@ def test_layers_may_keep_different_numbers(
     scripts: SimpleNamespace, run: Path, saved: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No token sees the ones after it, in whichever layer."""
-    fewer = [0, 9, 5]
+    fewer = [3, 9, 0]
 
     class UnequalPress(scripts.press):  # type: ignore[misc, name-defined]
         def kept(self, layer: int, entries: int) -> int:
@@ -322,8 +322,9 @@ def test_chunks_never_exceed_the_budget(scripts: SimpleNamespace, monkeypatch: p
         for share in (0.0, 0.1, 0.5, 1.0):
             budget = scripts.presses.Budget(tokens, share, 16, 64)
             ratio, length = scripts.presses.PEERS["chunkkv"].make(budget)
-            chunks = -(-tokens // length)
-            assert int(chunks * (1 - ratio)) == (chunks if share == 0 else budget.kept // length)
+            chunks = int(-(-tokens // length) * (1 - ratio))
+            kept = chunks * length - (-tokens % length)  # the last one, which may be shorter, among them
+            assert budget.kept - length < kept <= budget.kept
 
 
 def test_what_is_drawn_does_not_depend_on_what_came_before(

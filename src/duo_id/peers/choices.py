@@ -23,13 +23,13 @@ NEWEST = (
     "compactor",
     "cap",
     "critical-snapkv",
+    "critical-expected",
     "critical-ada-snapkv",
-    "critical-ada-expected",
     "kvcompose",
     "kvzip-plus",
     "kvgrad",
 )
-PRESSES = (*USUAL, "kvzip", "pyramidkv", "chunkkv", *NEWEST)
+PRESSES = (*USUAL, "kvzip", "pyramidkv", "chunkkv", "critical-ada-expected", *NEWEST)
 GROUPS = {"usual": USUAL, "newest": NEWEST, "all": PRESSES}  # names that stand for several
 
 WEIGHTS = "needs weights trained for the model, from the hub"

@@ -118,9 +118,10 @@ def _bare_expected(budget: Budget) -> BasePress:
 
 
 def _chunkkv(budget: Budget) -> BasePress:
-    """As many whole chunks as the budget holds: by the plain ratio it would be exceeded at times."""
-    chunks = math.ceil(budget.tokens / CHUNK)
-    ratio = max(0.0, 1 - budget.kept // CHUNK / chunks - 1e-9) if budget.ratio else 0.0
+    """As many chunks as the budget holds; the last one, short as it may be, is in SnapKV's window and stays."""
+    chunks, rest = math.ceil(budget.tokens / CHUNK), budget.tokens % CHUNK
+    whole = (budget.kept - rest) // CHUNK
+    ratio = max(0.0, 1 - (whole + (rest > 0)) / chunks - 1e-9)
     return ChunkKVPress(SnapKVPress(ratio), CHUNK)
 
 
@@ -163,6 +164,11 @@ PEERS = {
     ),
     # ChunkKV (arXiv 2502.00299): SnapKV's scores, summed over 20 tokens, the same ones for all heads of a layer
     "chunkkv": Peer(_chunkkv, "SnapKV's scores; whole chunks of 20 tokens, as many as the budget holds"),
+    # CriticalAdaKV on expected attention, of the paper below
+    "critical-ada-expected": Peer(
+        lambda budget: AnyModelCriticalAdaPress(_bare_expected(budget)),
+        f"on expected attention without the values' norm; safeguard 0.2; {MASKS}",
+    ),
     # KeyDiff (arXiv 2504.15364): keys that differ from the mean key
     "keydiff": Peer(lambda budget: KeyDiffPress(budget.ratio), "the whole context at once, the paper block by block"),
     # LagKV (arXiv 2504.04704): keys and values that vary within the range of the 128 tokens after theirs
@@ -196,12 +202,11 @@ PEERS = {
     ),
     # CriticalKV (arXiv 2502.03805): half the budget by a score, the rest by it times what values add to the output
     "critical-snapkv": Peer(lambda budget: AnyModelCriticalPress(SnapKVPress(budget.ratio)), "on SnapKV, window 64"),
+    "critical-expected": Peer(
+        lambda budget: AnyModelCriticalPress(_bare_expected(budget)), "on expected attention without the values' norm"
+    ),
     "critical-ada-snapkv": Peer(
         lambda budget: AnyModelCriticalAdaPress(SnapKVPress(budget.ratio)), f"on SnapKV; safeguard 0.2; {MASKS}"
-    ),
-    "critical-ada-expected": Peer(
-        lambda budget: AnyModelCriticalAdaPress(_bare_expected(budget)),
-        f"on expected attention without the values' norm; safeguard 0.2; {MASKS}",
     ),
     # KVCompose (arXiv 2509.05165): what the context read again attends to; each head its own tokens, layers as needed
     "kvcompose": Peer(
