@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from duo_id.attention.decode import decode_attention, store_token
+from duo_id.common.errors import UserError
 from tests.attention.past import PATTERNS, Past
 from tests.support.pairs import pairwise
 
@@ -14,7 +15,7 @@ LENGTHS = [[0, 0, 0], [2, 2, 2], [10, 3, 11], [12, 60, 0], [61, 43, 47]]  # arou
 
 def arguments(past: Past, stores: list[Tensor]) -> tuple:
     given = (past.query, past.key, past.value, *stores, past.retrieval, past.listed, past.lengths, past.arrived)
-    return *given, past.spans, past.slots, past.sink, past.scale, None, None, past.dropped
+    return *given, past.spans, past.slots, past.sink, past.scale, None, None, past.dropped, past.places
 
 
 @pairwise(pattern=PATTERNS, window=WINDOWS, lengths=LENGTHS, group=[1, 3])
@@ -47,6 +48,22 @@ def test_decode_after_eviction(pattern: str) -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("pattern", ["mixed", "all", "one"])
+def test_decode_over_heads_of_unequal_lengths(pattern: str) -> None:
+    for lengths in ([60, 43, 50], [40, 40, 90]):
+        past = Past(lengths, 1, 3, 8, pattern=pattern, ragged=True, group=3)
+        stores = past.stores()
+        past.check(decode_attention(*arguments(past, stores)))
+        for found, expected in zip(stores, past.stores(after=True), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_unequal_heads_without_room() -> None:
+    past = Past([60, 43, 50], 1, 3, 8, pattern="all", ragged=True, capacity=60)
+    with pytest.raises(UserError, match="has room for 60 tokens, not 61: use a larger max_length"):
+        decode_attention(*arguments(past, past.stores()))
+
+
 def test_decode_keeps_the_type() -> None:
     past = Past([10, 3], 1, 3, 8, dtype=torch.bfloat16)
     out = decode_attention(*arguments(past, past.stores()))
@@ -58,8 +75,9 @@ def test_decode_keeps_the_type() -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_operator_keeps_its_word(pattern: str) -> None:
     """What it says it changes is all that it changes, and its shapes are known without running it."""
-    past = Past([10, 3], 1, 3, 8, pattern=pattern)
-    torch.library.opcheck(decode_attention, arguments(past, past.stores()))
+    for ragged in [False, True] if pattern in ("mixed", "all", "one") else [False]:
+        past = Past([10, 3], 1, 3, 8, pattern=pattern, ragged=ragged)
+        torch.library.opcheck(decode_attention, arguments(past, past.stores()))
 
 
 def test_a_token_without_a_slot_changes_nothing() -> None:
