@@ -232,7 +232,7 @@ def test_first_equally_many_and_then_not(deployed: Any) -> None:
     saved = copy.deepcopy(cache)
     check_equal(following(deployed, ids, cache), expected(ids, gone))
     with pytest.raises(
-        UserError, match="^evict: heads of this cache keep unequally many tokens: evict once, or first "
+        UserError, match=r"^evict: heads of this cache keep unequally many tokens: evict once, or first "
     ):
         prefill(deployed, ids[:, :4], saved, evict=HOW)
 
