@@ -144,10 +144,15 @@ def test_copies_and_beams_after_eviction(how: Eviction, deployed: Any) -> None:
     ids = random_ids(2, TOKENS)
     cache, gone = evicted_cache(deployed, ids, how=how)
     order = torch.tensor([1, 0, 1])
-    fork, saved = cache.fork(order), copy.deepcopy(cache)
+    fork, static, saved = cache.fork(order), cache.fork(order, TOKENS), copy.deepcopy(cache)
     wanted = expected(ids, gone)
     check_equal(following(deployed, ids[order], fork), wanted[order])
+    check_equal(following(deployed, ids[order], static), wanted[order])
+    with pytest.raises(UserError, match=f"holds {TOKENS} tokens but would need {TOKENS + 1}"):
+        deployed(ids[order, :1], past_key_values=static)
     check_equal(following(deployed, ids, saved), wanted)
+    cache.offload()
+    cache.prefetch()
     cache.batch_select_indices(order)
     check_equal(following(deployed, ids[order], cache), wanted[order])
 

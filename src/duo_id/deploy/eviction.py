@@ -71,8 +71,10 @@ class Eviction:
 
     def kept(self, tokens: int, sink_size: int, heads: int = 1) -> int:
         """How many of `tokens` tokens so many retrieval heads keep, all together."""
-        share = tokens_within(self.keep, (heads if self.adaptive else 1) * tokens) * (1 if self.adaptive else heads)
-        return max(share, heads * min(tokens, sink_size + self.window))
+        least = heads * min(tokens, sink_size + self.window)
+        if self.adaptive:
+            return max(least, tokens_within(self.keep, heads * tokens))
+        return max(least, heads * tokens_within(self.keep, tokens))
 
 
 @contextmanager

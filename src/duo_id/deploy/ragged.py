@@ -29,6 +29,7 @@ class RaggedStore(Store):
 
     places: Tensor
 
+    @torch.inference_mode(False)
     def __init__(self, full: FullStore, kept: Tensor, tokens: int, grows: bool) -> None:
         self.heads, self.backend, self.listed = full.heads, full.backend, full.listed
         self.since, counts = tokens, kept.sum(-1)

@@ -143,10 +143,7 @@ def _eviction_to_share(mask_for: Callable[[int], HeadMask], cache: float, score:
     kept = min(tokens, max(budget // max(1, retrieval), mask.sink_size + 1))  # of each head, or on average
     latest = max(1, min(LATEST, (kept - mask.sink_size) // 2))
     how = Eviction(1.0, score, latest)
-    if how.adaptive and 0 < kept * retrieval < budget:
-        share = min(budget, tokens * retrieval) / (tokens * retrieval)
-    else:
-        share = kept / tokens
+    share = max(kept / tokens, budget / (tokens * max(1, retrieval)) if how.adaptive else 0)
     return replace(how, keep=min(1.0, math.nextafter(share, 1)))  # rounded up: the share of all of them
 
 
