@@ -90,9 +90,9 @@ def sum_parts(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["dropped"])
 def _decode(  # type: ignore[no-untyped-def]
-    query, key, value, full_key, full_value, recent_key, recent_value, retrieval, streaming, lengths, arrived, partial,
-    output, scale, query_batch, query_head, key_batch, key_head, value_batch, value_head, capacity, stored, sink, most,
-    dropped, places, full_heads, streaming_heads, splits, ring_share,
+    query, key, value, full_key, full_value, recent_key, recent_value, retrieval, places, streaming, lengths, arrived,
+    partial, output, scale, query_batch, query_head, key_batch, key_head, value_batch, value_head, capacity, stored,
+    sink, most, dropped, full_heads, streaming_heads, splits, ring_share,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, HEADS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -203,11 +203,12 @@ def decode(
     split_rings = rings > len(slots)
     parts = batch * (full_heads * splits + (rings if split_rings else 0))
     partial = torch.empty(parts * group * (dim + 2), dtype=torch.float32, device=query.device)
+    listed = retrieval, retrieval if places is None else places, streaming
     _decode[(full_heads * splits + rings, batch)](
-        query, key, value, full_key, full_value, recent_key, recent_value, retrieval, streaming, lengths, arrived,
-        partial, out, scale * LOG2_E, query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0),
+        query, key, value, full_key, full_value, recent_key, recent_value, *listed, lengths, arrived, partial,
+        out, scale * LOG2_E, query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0),
         value.stride(1), capacity, recent_key.shape[1], sink_size, max(slots, default=0), dropped,
-        retrieval if places is None else places, full_heads, len(slots), splits, share,
+        full_heads, len(slots), splits, share,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, COLUMNS=padded_dim(dim),
         BLOCK=fit(launch["block"], query), TILE=32,
         HEADS=max(16, triton.next_power_of_2(len(slots))) if split_rings else 0,
