@@ -1,4 +1,7 @@
-"""The stores of a layer: `FullStore` keeps every token of the retrieval heads; `rings` has that of streaming heads."""
+"""The stores of a layer: `FullStore` keeps every token of the retrieval heads; `rings` has that of streaming heads.
+
+`ragged` has that of retrieval heads which keep unequally many tokens, and `quantised` that of codes.
+"""
 
 import copy
 from abc import ABC, abstractmethod
