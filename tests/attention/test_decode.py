@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from duo_id.attention.decode import decode_attention, store_token
+from duo_id.attention.decode import attend_without_waiting, decode_attention, store_token
+from duo_id.attention.softmax import Softmax
 from duo_id.common.errors import UserError
-from tests.attention.past import PATTERNS, Past
+from tests.attention.past import KV_HEADS, PATTERNS, Past
 from tests.support.pairs import pairwise
 
 WINDOWS = [(0, 1), (0, 5), (3, 8), (1, 1), (6, 1), (40, 3)]
@@ -56,6 +57,25 @@ def test_decode_over_heads_of_unequal_lengths(pattern: str) -> None:
         past.check(decode_attention(*arguments(past, stores)))
         for found, expected in zip(stores, past.stores(after=True), strict=True):
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("pattern", ["mixed", "all", "one"])
+def test_unequal_heads_whose_lengths_only_the_device_knows(pattern: str) -> None:
+    """As a GPU computes a softmax with a cap or sinks; a sample without room stays as it is."""
+    for lengths, capacity in (([60, 43, 50], None), ([40, 40, 90], 91)):
+        past = Past(lengths, 1, 3, 8, pattern=pattern, ragged=True, group=3, capacity=capacity)
+        assert past.places is not None
+        keys, values = past.stores()[:2]
+        out = past.expected().float()
+        out.unflatten(1, (KV_HEADS, -1))[:, past.full] = 0
+        new = past.query, past.key, past.value, past.retrieval.long(), keys, values
+        attend_without_waiting(*new, past.places, past.lengths, Softmax(past.scale, None, None), out)
+        past.check(out)
+        for found, expected in zip((keys, values), past.stores(after=True)[:2], strict=True):
+            assert torch.equal(found, expected)
+        before, full = keys.clone(), torch.full_like(past.lengths, max(lengths) + 2)
+        attend_without_waiting(*new, past.places, full, Softmax(past.scale, None, None), out)
+        assert torch.equal(keys, before)
 
 
 def test_unequal_heads_without_room() -> None:

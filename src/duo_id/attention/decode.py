@@ -171,9 +171,33 @@ def store_and_attend_ragged(
     softmax: Softmax,
     out: Tensor,
 ) -> None:
-    """As `store_and_attend`, for heads of unequal lengths: each sees its own part of `keys` (batch, rows, head_dim)."""
+    """As `store_and_attend`, for heads of unequal lengths, each in its `places` of `keys` (batch, rows, head_dim)."""
+    if query.is_cuda:
+        return attend_without_waiting(query, key, value, heads, keys, values, places, lengths, softmax, out)
+    check_room(lengths, int((places[:, 1] + places[:, 2]).min()))
+    for sample, given in enumerate(places.tolist()):
+        one = slice(sample, sample + 1)
+        new = query[one], key[one], value[one]
+        for place, (first, slots, dropped) in enumerate(zip(*given, strict=True)):
+            own, held = (one, None, slice(first, first + slots)), lengths[one] - dropped
+            head = heads[place : place + 1]
+            store_and_attend(*new, head, keys[own], values[own], held - 1, held, softmax, out[one])
+
+
+def attend_without_waiting(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    places: Tensor,
+    lengths: Tensor,
+    softmax: Softmax,
+    out: Tensor,
+) -> None:
+    """`store_and_attend_ragged` where only the device knows lengths: over all rows, of which a head sees its own."""
     first, slots, dropped = places.long().unbind(1)
-    check_room(lengths, int((slots + dropped).min()) if not lengths.is_cuda else 0)
     kv_heads, held = key.shape[1], lengths[:, None] - dropped
     samples, last = torch.arange(len(keys), device=keys.device)[:, None], first + slots - 1
     row, fits = torch.minimum(first + held - 1, last), (held <= slots)[..., None]
