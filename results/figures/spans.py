@@ -4,6 +4,7 @@ The runs evaluate spans and masks at the same shares of the cache, at 8192 and a
 """
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 
 from duo_id.common.figures import COLORS, save_figure, style
 from duo_id.patterns.saved import load_pattern
+from duo_id.patterns.spans import ALL
 from duo_id.report.summary import frame, load_results
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +24,11 @@ CONTENDERS = {"best, masks": ("pattern", "best"), "spans": ("spans", "")}  # kin
 JUDGED = ("SmolLM2-135M, 8192 tokens", "Qwen2.5-Coder-1.5B, 30,000 tokens")
 OTHERS = "curvature|half"  # contenders that are left out
 CACHE, LENGTH = 0.274, 8192  # at which the spans of heads are drawn
+ALLOCATED = {  # heads, and at which length their spans are counted
+    "SmolLM2-135M, 8192 tokens": ("spans", LENGTH),
+    "Qwen2.5-Coder-0.5B, 30,000": ("qwen2.5-coder-0.5b/spans", 30_000),
+    "Qwen2.5-Coder-1.5B, 30,000": ("qwen2.5-coder-1.5b/spans", 30_000),
+}
 
 
 def draw_divergence(axes: Axes, results: Mapping[str, Any]) -> None:
@@ -44,6 +51,24 @@ def draw_divergence(axes: Axes, results: Mapping[str, Any]) -> None:
     axes.set(yscale="log", xlabel="share of the full cache (%)")
 
 
+def draw_counts() -> Figure:
+    """How many heads of each model see how far."""
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    for axes, (title, (name, length)) in zip(figure.subplots(1, len(ALLOCATED)), ALLOCATED.items(), strict=True):
+        spans = load_pattern(ROOT / "results/heads" / name / "seed-0").allocate(cache=CACHE, length=length).spans
+        values = Counter(sorted(spans.flatten().tolist(), key=lambda span: (span == ALL, span)))
+        names = ["all" if span == ALL else f"{span:,}" for span in values]
+        colors = [COLORS[1 if span == ALL else 0] for span in values]
+        axes.bar_label(axes.bar(names, list(values.values()), color=colors, width=0.7), fontsize=8, padding=1)
+        axes.tick_params(axis="x", rotation=40)
+        axes.margins(y=0.1)
+        axes.set_title(title)
+        axes.set_ylabel(f"KV heads (of {spans.numel()})")
+        axes.grid(axis="y")
+    figure.supxlabel("attention span (tokens beside the sink)", fontsize=9)
+    return figure
+
+
 def main(runs: Sequence[str]) -> None:
     """Draw them."""
     if len(runs) != 2:
@@ -60,6 +85,8 @@ def main(runs: Sequence[str]) -> None:
         save_figure(figure, FIGURES / "spans-divergence.png")
     spans = load_pattern(ROOT / "results/heads/spans/seed-0").allocate(cache=CACHE, length=LENGTH)
     save_figure(spans.plot(), FIGURES / "spans-heads.png")
+    with style():
+        save_figure(draw_counts(), FIGURES / "spans-counts.png")
 
 
 if __name__ == "__main__":

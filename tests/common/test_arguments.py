@@ -32,6 +32,7 @@ def main(
         (["a", "name=", "b"], (["a", "b"], 0, "")),
         (["a", "name=x=y --z"], (["a"], 0, "x=y --z")),
         (["./seed=3", "lr.2=1", "=1"], (["./seed=3", "lr.2=1", "=1"], 0, None)),
+        (["a", f"name={300 * 'x'}"], (["a"], 0, 300 * "x")),  # longer than any file's name
     ],
 )
 def test_paths_and_settings_come_in_any_order(arguments: list[str], parsed: object) -> None:

@@ -91,7 +91,8 @@ def measures(logits: Tensor, full: Tensor, answer: Sequence[int]) -> tuple[float
 def cache_bytes(model: PreTrainedModel, entries: float) -> int:
     """Bytes of float32 keys and values of so many entries, on average, in each KV head of each layer."""
     config = model.config
-    return round(entries * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * 2)
+    head_size = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    return round(entries * config.num_hidden_layers * config.num_key_value_heads * head_size * 4 * 2)
 
 
 def greedy(model: PreTrainedModel, tokens: Sequence[int], count: int) -> list[int]:

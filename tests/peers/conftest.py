@@ -21,11 +21,15 @@ class LatestPress:
     compression_ratio: Any = 0.0
     on_the_fly_scoring: bool = False
 
+    def kept(self, layer: int, entries: int) -> int:
+        """How many of its entries a layer keeps."""
+        return int(entries * (1 - self.compression_ratio))
+
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Iterator[None]:
         def trim(module: object, given: tuple, options: dict[str, Any], output: object) -> None:
-            for layer in options["past_key_values"].layers:
-                kept = int(layer.keys.shape[2] * (1 - self.compression_ratio))
+            for index, layer in enumerate(options["past_key_values"].layers):
+                kept = self.kept(index, layer.keys.shape[2])
                 layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
 
         hook = model.model.register_forward_hook(trim, with_kwargs=True)
@@ -49,7 +53,7 @@ def loaded_scripts() -> Iterator[SimpleNamespace]:
     """The modules that need kvpress, with `press` for all of its presses."""
     stubs = {name: StubKvpress(name) for name in ("kvpress", "kvpress.presses", "kvpress.presses.base_press")}
     stubs["kvpress.presses"].duo_attention_press = ModuleType("duo_attention_press")
-    names = ("answers", "presses", "reading", "heads", "run")
+    names = ("answers", "variants", "presses", "reading", "heads", "run")
     with pytest.MonkeyPatch.context() as patch:
         for name, module in stubs.items():
             patch.setitem(sys.modules, name, module)

@@ -13,7 +13,7 @@ import pytest
 from duo_id.common.errors import UserError
 from duo_id.peers import environment
 from duo_id.peers.__main__ import main
-from duo_id.peers.choices import PRESSES
+from duo_id.peers.choices import NEWEST, PRESSES, REFUSED, USUAL, chosen
 from tests.peers.cases import make_items, write_run
 
 
@@ -69,7 +69,7 @@ def test_the_worker_gets_what_was_asked_for(
     assert Path(words[-2]).name == "worker.py"
     assert "PYTHONPATH" not in variables
     asked = json.loads(words[-1])
-    assert asked["presses"] == [name for name in PRESSES if name != "kvzip"]
+    assert asked["presses"] == list(USUAL)
     assert {value for key, value in asked.items() if key not in ("folder", "presses", "heads")} == {None}
     assert json.loads(others[-1]) == {
         "folder": "run",
@@ -82,6 +82,13 @@ def test_the_worker_gets_what_was_asked_for(
         "generate": False,
         "device": None,
     }
+
+
+def test_groups_stand_for_their_presses() -> None:
+    assert chosen("newest,snapkv,kvgrad") == [*NEWEST, "snapkv"]
+    assert chosen("all") == list(PRESSES)
+    assert len(set(PRESSES)) == len(PRESSES) > len({*USUAL, *NEWEST}) == len(USUAL) + len(NEWEST)
+    assert not {*PRESSES} & {*REFUSED}
 
 
 def test_the_environment_is_installed_once(
@@ -116,6 +123,9 @@ def test_a_python_without_pip_is_named(run: Path, monkeypatch: pytest.MonkeyPatc
         (["run", "environment=run", "install=true"], "environment=run exists and is no virtual environment"),
         (["run", "presses=snapvk"], "presses=snapvk: choose among snapkv, tova"),
         (["run", "presses=snapvk"], "did you mean snapkv?"),
+        (["run", "presses=snapkv,newst"], "presses=newst: choose among"),
+        (["run", "presses=all,kvzap"], "presses=kvzap: kvzap needs weights trained for the model, from the hub; leave"),
+        (["run", "presses="], "presses=: choose among"),
         (["run", "ratio=0.5"], "ratio"),
         (["run", "samples=few"], "samples=few must be a whole number"),
         (["run", "samples=0"], "samples=0 must be at least 1"),

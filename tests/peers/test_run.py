@@ -77,6 +77,47 @@ def test_answers_are_those_of_a_plain_forward(
             assert row["generated"] == greedy(model, [*item.context, *question.prompt], item.max_new_tokens)
 
 
+def test_layers_may_keep_different_numbers(
+    scripts: SimpleNamespace, run: Path, saved: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No token sees the ones after it, in whichever layer."""
+    fewer = [3, 9, 0]
+
+    class UnequalPress(scripts.press):  # type: ignore[misc, name-defined]
+        def kept(self, layer: int, entries: int) -> int:
+            return super().kept(layer, entries) - fewer[layer]
+
+    monkeypatch.setitem(
+        scripts.presses.PEERS, "kvcompose", scripts.presses.Peer(lambda budget: UnequalPress(budget.ratio), "")
+    )
+    assert ask(scripts, run, "kvcompose") == 0
+    model, rows = saved[1], read_answers(run, ITEMS)
+    assert len(rows) == 2 * 2 * 3
+    for row in rows:
+        item = ITEMS[row["index"]]
+        question = item.questions[row["question"]]
+        tokens = TOKENS if question.place is None else question.place - 1
+        kept = kept_tokens(row["sparsity"], tokens)
+
+        def hide(module: Any, given: Any, options: dict[str, Any], tokens: int = tokens, kept: int = kept) -> Any:
+            mask = options["attention_mask"].clone()
+            mask[:, :, tokens:, : tokens - kept + fewer[module.layer_idx]] = torch.finfo(torch.float32).min
+            return given, options | {"attention_mask": mask}
+
+        full = answer_logits(model, item, question)
+        hooks = [
+            layer.self_attn.register_forward_pre_hook(hide, with_kwargs=True, prepend=True)
+            for layer in model.model.layers
+        ]
+        logits = answer_logits(model, item, question)
+        for hook in hooks:
+            hook.remove()
+        loss, kl, _ = measures(logits, full, question.answer)
+        assert row["loss"] == pytest.approx(loss, abs=1e-4)
+        assert row["kl"] == pytest.approx(kl, abs=1e-4)
+        assert row["bytes"] == cache_bytes(model, kept - sum(fewer) / 3)
+
+
 def test_turns_follow_what_the_press_has_answered(
     scripts: SimpleNamespace, run: Path, saved: tuple[Path, PreTrainedModel]
 ) -> None:
@@ -271,6 +312,35 @@ def test_bytes_leave_out_what_is_masked(scripts: SimpleNamespace) -> None:
         SimpleNamespace(),
     ]
     assert scripts.reading.retained_bytes(cache, modules) == 33 * entry
+
+
+def test_chunks_never_exceed_the_budget(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kvpress keeps the whole part of the share of all chunks, the last of which may be shorter."""
+    monkeypatch.setattr(scripts.presses, "SnapKVPress", lambda ratio: ratio)
+    monkeypatch.setattr(scripts.presses, "ChunkKVPress", lambda ratio, length: (ratio, length))
+    for tokens in range(90, 3000, 7):
+        for share in (0.0, 0.1, 0.5, 1.0):
+            budget = scripts.presses.Budget(tokens, share, 16, 64)
+            ratio, length = scripts.presses.PEERS["chunkkv"].make(budget)
+            chunks = int(-(-tokens // length) * (1 - ratio))
+            kept = chunks * length - (-tokens % length)  # the last one, which may be shorter, among them
+            assert budget.kept - length < kept <= budget.kept
+
+
+def test_what_is_drawn_does_not_depend_on_what_came_before(
+    scripts: SimpleNamespace, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, read = [], scripts.run.read
+
+    def reading(model: Any, context: Any, press: Any, *rest: Any) -> Any:
+        if press is not None:
+            drawn.append(torch.rand(1).item())
+        return read(model, context, press, *rest)
+
+    monkeypatch.setattr(scripts.run, "read", reading)
+    assert ask(scripts, run, "leverage", generate=False) == 0
+    assert len(drawn) == 8
+    assert len(set(drawn)) == 1
 
 
 def test_what_one_context_masked_is_forgotten(scripts: SimpleNamespace, saved: tuple[Path, PreTrainedModel]) -> None:

@@ -1,10 +1,10 @@
 """Command lines that Hydra does not parse: typer reads their paths and KEY=VALUE, and `--help` shows examples."""
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -86,7 +86,7 @@ def _as_options(arguments: Sequence[str]) -> list[str]:
     paths = []
     for argument in arguments:
         key, equals, _ = argument.partition("=")
-        if Path(argument).exists() or not (argument.startswith("-") or (equals and key.isidentifier())):
+        if os.path.exists(argument) or not (argument.startswith("-") or (equals and key.isidentifier())):
             paths.append(argument)
         elif argument.startswith("-"):
             raise UserError(f"{argument}: there are no options, give settings as KEY=VALUE{HELP_HINT}")

@@ -21,9 +21,8 @@ from duo_id.common import cli
 from duo_id.common.arguments import command
 from duo_id.common.config import shown
 from duo_id.common.errors import UserError, check
-from duo_id.common.mistakes import did_you_mean
 from duo_id.peers.answers import SAMPLES
-from duo_id.peers.choices import PRESSES, SLOWEST
+from duo_id.peers.choices import GROUPS, PRESSES, chosen
 from duo_id.peers.environment import install as install_environment
 from duo_id.peers.environment import python_of
 
@@ -34,12 +33,12 @@ Flag = Literal["true", "false"]
 @command(
     "duo_id.peers",
     "outputs/evaluate/DATE/TIME install=true",
-    "outputs/evaluate/DATE/TIME presses=snapkv,tova sparsity=0.5 samples=2",
+    "outputs/evaluate/DATE/TIME presses=newest,snapkv sparsity=0.5 samples=2",
     "outputs/evaluate/DATE/TIME heads=true",
 )
 def main(
     run: Annotated[str, Argument(metavar="RUN", help="a run of duo_id.evaluate with peers=true")],
-    presses: Annotated[str | None, Option(help=f"{', '.join(PRESSES)}; without it all but {SLOWEST}")] = None,
+    presses: Annotated[str, Option(help=f"{', '.join(PRESSES)}; or a group: {', '.join(GROUPS)}")] = "usual",
     sparsity: Annotated[str | None, Option(help="some of the run's, such as 0.25,0.5; without it all")] = None,
     cache: Annotated[str | None, Option(help="some of the run's shares of the cache, likewise")] = None,
     tasks: Annotated[str | None, Option(help="some of the run's; without it all")] = None,
@@ -55,11 +54,7 @@ def main(
     Raises:
         UserError: an option is not valid, or there is no environment with kvpress.
     """
-    names = (
-        [name for name in PRESSES if name != SLOWEST] if presses is None else list(dict.fromkeys(presses.split(",")))
-    )
-    for name in names:
-        check(name in PRESSES, f"presses={name}: choose among {', '.join(PRESSES)}{did_you_mean(name, PRESSES)}")
+    names = chosen(presses)
     check((Path(run) / SAMPLES).is_file(), f"{run} holds no {SAMPLES}: python -m duo_id.evaluate peers=true writes it")
     options = {
         "folder": run,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from duo_id.common.errors import UserError, one_line
 from duo_id.peers.answers import load_samples
-from duo_id.peers.presses import head_scores
 from duo_id.peers.reading import load_model
+from duo_id.peers.variants import head_scores
 
 FOLDER = "heads-duo-on-the-fly"
 

@@ -2,32 +2,46 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
-from pydoc_data.topics import topics
+from inspect import signature
 from typing import Any
-from unittest.mock import patch
 
-import pandas as pd
 from kvpress import (
     AdaKVPress,
-    DuoAttentionPress,
+    CapPress,
+    ChunkKVPress,
+    CompactorPress,
+    CURPress,
     ExpectedAttentionPress,
+    KeyDiffPress,
     KnormPress,
+    KVComposePress,
+    KVgradPress,
     KVzipPress,
+    LagKVPress,
+    LeverageScorePress,
+    NonCausalAttnPress,
     ObservedAttentionPress,
+    PyramidKVPress,
     SnapKVPress,
     StreamingLLMPress,
     TOVAPress,
 )
-from kvpress.presses import duo_attention_press
 from kvpress.presses.base_press import BasePress
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from duo_id.peers.variants import (
+    SCORED_TEXTS,
+    AnyModelCriticalAdaPress,
+    AnyModelCriticalPress,
+    PlainKVgradPress,
+    PlainKVzipPress,
+    SameWindowsDuoPress,
+)
 
 SHARED_NOTE = "prefill attends in full, entries are evicted before the question is seen"
 MASKS = "masks entries without freeing them: memory stays that of the full cache, bytes count unmasked entries only"
-SCORED_TEXTS, SCORED_CHARACTERS = 50, 8000  # texts that duo-on-the-fly is scored on, and characters of each
+CHUNK = 20  # tokens that ChunkKV keeps or evicts together
 
 
 @dataclass(frozen=True)
@@ -71,48 +85,6 @@ class Budget:
         return max(0.0, 1 - self.kept / self.tokens - 1e-9)
 
 
-class PlainKVzipPress(KVzipPress):
-    """KVzip for a context without a chat template, though the tokenizer has one."""
-
-    def prepare(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *args: Any, **options: Any
-    ) -> list[tuple[Any, Any]]:
-        """The context split for its reconstruction: none of it belongs to a template, all is scored."""
-        self.prefix_length = 0
-        self._suffix_ids = tokenizer.encode("\n", return_tensors="pt", add_special_tokens=False)
-        return super().prepare(model, tokenizer, *args, **options)
-
-
-class SameWindowsDuoPress(DuoAttentionPress):
-    """Head scores of kvpress over the windows of the evaluated mask, so that only the heads differ."""
-
-    windows: tuple[int, int]  # sink size, recent size
-
-    def post_init_from_model(self, model: PreTrainedModel) -> None:
-        """Score the heads."""
-        with _help_texts():
-            super().post_init_from_model(model)
-        self.sink_size, self.recent_size = self.windows
-
-
-def head_scores(model: PreTrainedModel) -> list[list[float]]:
-    """The scores behind `duo-on-the-fly`: one row per layer, one column per KV head; the lowest stream first."""
-    with _help_texts():
-        return duo_attention_press.duo_attention_on_the_fly(model).tolist()
-
-
-def _help_texts() -> AbstractContextManager[Any]:
-    """A context in which kvpress scores heads on Python's help texts, which need no network."""
-    return patch.object(duo_attention_press, "load_dataset", lambda *name, **options: _Texts())
-
-
-class _Texts:
-    """Stands in for a data set with a column of chapters."""
-
-    def to_pandas(self) -> pd.DataFrame:
-        return pd.DataFrame({"chapter": [topics[name][:SCORED_CHARACTERS] for name in sorted(topics)[:SCORED_TEXTS]]})
-
-
 @dataclass(frozen=True)
 class Peer:
     """One press.
@@ -129,11 +101,28 @@ class Peer:
 
     def settings(self) -> dict[str, Any]:
         """The settings of the press except its budget, as plain values."""
-        return _without_ratios(asdict(self.make(Budget(1, 0.0, 1, 1))))
+        return _settings(self.make(Budget(1, 0.0, 1, 1)))
 
 
-def _kvzip(budget: Budget) -> BasePress:
-    return (KVzipPress if budget.chat_template else PlainKVzipPress)(budget.ratio)
+def _kvzip(budget: Budget, **options: bool) -> BasePress:
+    return (KVzipPress if budget.chat_template else PlainKVzipPress)(budget.ratio, **options)
+
+
+def _kvgrad(budget: Budget) -> BasePress:
+    return (KVgradPress if budget.chat_template else PlainKVgradPress)(budget.ratio)
+
+
+def _bare_expected(budget: Budget) -> BasePress:
+    """CriticalKV has a norm of its own in place of the values'."""
+    return ExpectedAttentionPress(budget.ratio, use_vnorm=False)
+
+
+def _chunkkv(budget: Budget) -> BasePress:
+    """As many chunks as the budget holds; the last one, short as it may be, is in SnapKV's window and stays."""
+    chunks, rest = math.ceil(budget.tokens / CHUNK), budget.tokens % CHUNK
+    whole = (budget.kept - rest) // CHUNK
+    ratio = max(0.0, 1 - (whole + (rest > 0)) / chunks - 1e-9)
+    return ChunkKVPress(SnapKVPress(ratio), CHUNK)
 
 
 def _duo(budget: Budget) -> BasePress:
@@ -153,8 +142,6 @@ PEERS = {
     ),
     # Expected attention (arXiv 2510.00636): what future queries are expected to attend to, from their statistics
     "expected": Peer(lambda budget: ExpectedAttentionPress(budget.ratio), "512 future positions"),
-    # KVzip (arXiv 2505.23416): what is attended to while the context is repeated; reads the context twice to score it
-    "kvzip": Peer(_kvzip, f"scored by repeating the context; one budget for all layers; {MASKS}"),
     # AdaKV (arXiv 2407.11550): spreads a layer's budget by the heads' needs
     "ada-snapkv": Peer(lambda budget: AdaKVPress(SnapKVPress(budget.ratio)), f"safeguard 0.2; {MASKS}"),
     "ada-expected": Peer(lambda budget: AdaKVPress(ExpectedAttentionPress(budget.ratio)), f"safeguard 0.2; {MASKS}"),
@@ -168,12 +155,85 @@ PEERS = {
     "streaming-llm": Peer(lambda budget: StreamingLLMPress(budget.ratio), "sink 4; keys keep their positions"),
     # Key norm (arXiv 2406.11430): keeps keys of small norm
     "knorm": Peer(lambda budget: KnormPress(budget.ratio), "keys of small norm stay"),
+    # KVzip (arXiv 2505.23416): what is attended to while the context is repeated; reads the context twice to score it
+    "kvzip": Peer(_kvzip, f"scored by repeating the context; one budget for all layers; {MASKS}"),
+    # PyramidKV (arXiv 2406.02069): SnapKV's scores, most for the first layers
+    "pyramidkv": Peer(
+        lambda budget: PyramidKVPress(budget.ratio),
+        "window 64, kernel 5; falls back to the same budget for all layers where the last would keep fewer than 64",
+    ),
+    # ChunkKV (arXiv 2502.00299): SnapKV's scores, summed over 20 tokens, the same ones for all heads of a layer
+    "chunkkv": Peer(_chunkkv, "SnapKV's scores; whole chunks of 20 tokens, as many as the budget holds"),
+    # CriticalAdaKV on expected attention, of the paper below
+    "critical-ada-expected": Peer(
+        lambda budget: AnyModelCriticalAdaPress(_bare_expected(budget)),
+        f"on expected attention without the values' norm; safeguard 0.2; {MASKS}",
+    ),
+    # KeyDiff (arXiv 2504.15364): keys that differ from the mean key
+    "keydiff": Peer(lambda budget: KeyDiffPress(budget.ratio), "the whole context at once, the paper block by block"),
+    # LagKV (arXiv 2504.04704): keys and values that vary within the range of the 128 tokens after theirs
+    "lagkv": Peer(
+        lambda budget: LagKVPress(budget.ratio),
+        "sink 4; the last 128 to 255 tokens score highest, and where they exceed the budget it is arbitrary which of "
+        "them stay; contexts below 260 tokens keep the sink and the latest",
+    ),
+    # CurDKV (arXiv 2509.15038): keys and values of large norm
+    "cur": Peer(
+        lambda budget: CURPress(budget.ratio),
+        "sink 4; squared norms in place of leverage scores, relative to 16 neighbours, or the fewer at the end, which "
+        "thereby score higher",
+    ),
+    # Compactor (arXiv 2507.08143) and its two parts: keys that the others do not span, and attention without a mask
+    "leverage": Peer(
+        lambda budget: LeverageScorePress(budget.ratio), "sketch of 48 dimensions, drawn from the run's seed"
+    ),
+    "noncausal": Peer(
+        lambda budget: NonCausalAttnPress(budget.ratio),
+        "chunks of 256, the last one padded by keys that draw attention",
+    ),
+    "compactor": Peer(
+        lambda budget: CompactorPress(budget.ratio),
+        "leverage, weighted by the fraction evicted, and noncausal; the first 8 and last 4 tokens stay",
+    ),
+    # CapKV (arXiv 2604.25975): values that the others do not span, weighted by what queries to come would attend to
+    "cap": Peer(
+        lambda budget: CapPress(budget.ratio),
+        "sink 4; normalised keys and queries, the queries at 512 future positions, in which it differs from the paper",
+    ),
+    # CriticalKV (arXiv 2502.03805): half the budget by a score, the rest by it times what values add to the output
+    "critical-snapkv": Peer(lambda budget: AnyModelCriticalPress(SnapKVPress(budget.ratio)), "on SnapKV, window 64"),
+    "critical-expected": Peer(
+        lambda budget: AnyModelCriticalPress(_bare_expected(budget)), "on expected attention without the values' norm"
+    ),
+    "critical-ada-snapkv": Peer(
+        lambda budget: AnyModelCriticalAdaPress(SnapKVPress(budget.ratio)), f"on SnapKV; safeguard 0.2; {MASKS}"
+    ),
+    # KVCompose (arXiv 2509.05165): what the context read again attends to; each head its own tokens, layers as needed
+    "kvcompose": Peer(
+        lambda budget: KVComposePress(compression_ratio=budget.ratio),
+        "scored by reading the context twice, in eager attention; one budget for all layers, the first keeps most",
+    ),
+    # KVzip+ (arXiv 2601.07891): KVzip's attention times what values add to the output
+    "kvzip-plus": Peer(
+        lambda budget: _kvzip(budget, kvzip_plus_normalization=True),
+        f"scored by repeating the context; one budget for all layers; {MASKS}",
+    ),
+    # KVgrad (openreview.net/forum?id=cg1wTCJjjk): that, times the gradient of the last hidden states
+    "kvgrad": Peer(
+        _kvgrad, f"scored by repeating 512 tokens at a time, forward and backward; one budget for all layers; {MASKS}"
+    ),
 }
 
 
-def _without_ratios(settings: dict[str, Any]) -> dict[str, Any]:
+def _settings(press: BasePress) -> dict[str, Any]:
+    """What a press, and the one that it wraps, are made with, except for budgets and what is None."""
+    settings = {
+        name: getattr(press, name)
+        for name in signature(type(press)).parameters
+        if "compression_ratio" not in name and not name.startswith("_")
+    }
     return {
-        key: _without_ratios(value) if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if "compression_ratio" not in key and value is not None
+        name: _settings(value) if isinstance(value, BasePress) else value
+        for name, value in settings.items()
+        if value is not None
     }

@@ -174,8 +174,29 @@ def _forward(
     """Logits (num_logits, vocabulary) of the last `num_logits` of `tokens`, which start at `position`."""
     ids = torch.tensor([tokens], device=model.device)
     positions = torch.arange(position, position + len(tokens), device=model.device)[None]
-    output = model(input_ids=ids, past_key_values=cache.cache, position_ids=positions, logits_to_keep=num_logits)
+    with _own_masks(model, cache.cache) if len(set(cache.sizes)) > 1 else nullcontext():
+        output = model(input_ids=ids, past_key_values=cache.cache, position_ids=positions, logits_to_keep=num_logits)
     return output.logits[0]
+
+
+@contextmanager
+def _own_masks(model: PreTrainedModel, cache: Any) -> Iterator[None]:
+    """Masks that fit what each layer holds, where transformers makes one for as many entries as the first layer has."""
+
+    def fit(module: Any, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask = options["attention_mask"]  # (1, 1, tokens, entries); None for a single token
+        if mask is not None:
+            surplus = mask.shape[3] - mask.shape[2] - cache.layers[module.layer_idx].keys.shape[2]
+            columns = torch.arange(surplus, mask.shape[3], device=mask.device).clamp(min=0)  # all see the first entry
+            mask = mask[..., columns]
+        return given, options | {"attention_mask": mask}
+
+    hooks = [layer.self_attn.register_forward_pre_hook(fit, with_kwargs=True) for layer in model.model.layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

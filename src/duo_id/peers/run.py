@@ -116,6 +116,7 @@ class Examiner:
         answers_by_number: dict[int, Json] = {}
         for tokens, questions in contexts(item).items():
             press = PEERS[name].make(self.budget(tokens, asked))
+            torch.manual_seed(self.header["seed"])  # leverage scores are sketched at random
             cache = read(self.model, item["context"][:tokens], press, PEERS[name].eager)
             full, full_bytes = reference[tokens]
             answered = self.asked(item, cache, questions, self.generates)
