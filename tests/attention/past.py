@@ -1,5 +1,6 @@
 """Decode steps and chunks with a known past: what the stores hold before and after, and dense attention over it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,7 @@ class Past:
         pattern: which KV heads are retrieval heads, and the spans of the others.
         capacity: slots of the full stores.
         dropped: tokens of each sample and retrieval head that were evicted, others for each head.
+        ragged: whether each head of each sample has lost its own number of tokens instead, and heads are rows.
         most: slots of streaming heads at most, as in a store that grows; None: those of their windows.
     """
 
@@ -50,6 +52,7 @@ class Past:
     most: int | None = None
     scale: float = 0.3
     dropped: int = 0
+    ragged: bool = False
     query: Tensor = field(init=False)
     key: Tensor = field(init=False)
     value: Tensor = field(init=False)
@@ -77,6 +80,12 @@ class Past:
         self.listed = torch.tensor(
             [self.streaming, self.first, self.spans], dtype=torch.int32, device=self.device
         )  # fmt: skip
+        self.lost = {
+            (sample, head): torch.randperm(min(self.past), generator=generator)[: int(share * min(self.past))].tolist()
+            for sample in range(batch)
+            for head, share in zip(self.full, torch.rand(len(self.full), generator=generator).tolist(), strict=True)
+        }
+        self.places = self.placed() if self.ragged else None
         self.lengths = torch.tensor(self.past, device=self.device) + self.new
         self.arrived = torch.zeros(batch * KV_HEADS, dtype=torch.int32, device=self.device)
 
@@ -86,12 +95,16 @@ class Past:
         found = []
         for tokens in (self.keys, self.values):
             full = tokens.new_full((batch, len(self.full), room, self.dim), 7)
+            if self.places is not None:
+                full = tokens.new_full((batch, int(self.places[:, 1].sum(-1).max()), self.dim), 7)
             recent = tokens.new_full((batch, sum(self.slots), self.dim), 7)
             for sample, count in enumerate(self.past):
                 end = count + self.new if after else count
                 for place, head in enumerate(self.full):
-                    kept = [token for token in range(end) if token not in self.evicted(head)]
-                    full[sample, place, : len(kept)] = tokens[sample, head, kept]
+                    gone = {*self.evicted(sample, head)}
+                    kept = [token for token in range(end) if token not in gone]
+                    own = full[sample, place] if self.places is None else full[sample, self.places[sample, 0, place] :]
+                    own[: len(kept)] = tokens[sample, head, kept]
                 for head, first in zip(self.streaming, self.first, strict=True):
                     span = self.span[head]
                     kept = sorted({*range(min(end, self.sink)), *range(max(0, end - span), end)})
@@ -100,9 +113,18 @@ class Past:
             found.append((full, recent))
         return [found[0][0], found[1][0], found[0][1], found[1][1]]
 
-    def evicted(self, head: int) -> range:
+    def evicted(self, sample: int, head: int) -> Sequence[int]:
         """The tokens that a retrieval head no longer sees."""
-        return range(head, head + self.dropped)
+        return self.lost[sample, head] if self.ragged else range(head, head + self.dropped)
+
+    def placed(self) -> Tensor:
+        """First row, slots and evicted tokens of each retrieval head, (batch, 3, heads)."""
+        room, found = self.capacity or max(self.past) + self.new, []
+        for sample in range(len(self.past)):
+            dropped = [len(self.lost[sample, head]) for head in self.full]
+            slots = [room - count for count in dropped]
+            found.append([[sum(slots[:place]) for place in range(len(slots))], slots, dropped])
+        return torch.tensor(found, dtype=torch.int32, device=self.device)
 
     def expected(self) -> Tensor:
         """Dense attention in float64, (batch, query heads, new, head_dim)."""
@@ -116,7 +138,7 @@ class Past:
                 if kv_head in self.span:
                     seen = seen & ((j < self.sink) | (i - j < self.span[kv_head]))
                 else:
-                    seen = seen & ~torch.isin(j, torch.tensor([*self.evicted(kv_head)], device=self.device))
+                    seen = seen & ~torch.isin(j, torch.tensor([*self.evicted(sample, kv_head)], device=self.device))
                 keys, values = (x[sample, kv_head, : count + self.new].double() for x in (self.keys, self.values))
                 scores = self.query[sample, head].double() @ keys.mT * self.scale
                 out[sample, head] = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values

@@ -7,8 +7,11 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
-from duo_id import dual_cache, duo_attention
-from tests.deploy.cases import PROMPT, build, case, check_equal, mask_for, padded_ids, random_ids, short_groups
+from duo_id import Eviction, dual_cache, duo_attention, prefill
+from duo_id.deploy.eviction import evict
+from tests.deploy.cases import PROMPT, TOKENS, build, case, check_equal, mask_for, padded_ids, random_ids, short_groups
+from tests.deploy.reference import brute_force
+from tests.deploy.test_eviction import hidden, hows, random_scores
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +90,25 @@ def test_a_decode_step_over_codes_is_one_graph(kv: str, monkeypatch: pytest.Monk
             assert torch.equal(found.full.key_codes, wanted.full.key_codes)
             assert found.full.key_codes[:, :, 2].any() or not len(found.full.heads)
     assert counter.frame_count == 1
+
+
+@hows
+@torch.no_grad()
+def test_a_decode_step_after_eviction_is_one_graph(how: Eviction) -> None:
+    """What brute force computes."""
+    model, ids = build("llama"), random_ids(2, TOKENS)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    mask, found = mask_for(model), []
+    with duo_attention(model, mask):
+        compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=counter)
+        cache = dual_cache(model, 100)
+        prefill(model, ids[:, :PROMPT], cache)
+        scores = random_scores(cache)
+        gone = hidden(cache, scores, how)
+        evict(cache, scores, how)
+        for token in range(PROMPT, TOKENS):
+            new, at = ids[:, token : token + 1].contiguous(), torch.full((2, 1), token)
+            found.append(compiled(new, past_key_values=cache, position_ids=at).logits)
+    assert counter.frame_count == 1
+    with brute_force(model, mask, evicted=gone):
+        check_equal(torch.cat(found, 1), model(ids, use_cache=False).logits[:, PROMPT:])

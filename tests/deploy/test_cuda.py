@@ -12,12 +12,12 @@ import torch._dynamo.utils
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from duo_id import dual_cache, duo_attention, prefill
+from duo_id import Eviction, dual_cache, duo_attention, prefill
 from duo_id.deploy.eviction import evict
 from duo_id.patterns.spans import ALL, HeadSpans
 from tests.deploy.cases import LENGTHS, PROMPT, TOKENS, build, case, mask_for, padded_ids, random_ids, reference, run
 from tests.deploy.reference import brute_force
-from tests.deploy.test_eviction import HOW, hidden, random_scores
+from tests.deploy.test_eviction import hidden, hows, random_scores
 from tests.support.pairs import pairwise
 
 FAMILIES = ("llama", "gpt_neox", "gemma3_text")
@@ -176,15 +176,18 @@ def test_replay_of_a_captured_decode_step(model: PreTrainedModel, kind: str, dev
         assert cache.get_seq_length() == TOKENS
 
 
+@hows
 @pytest.mark.parametrize("kind", ["mixed", "all"])
-def test_replay_of_a_decode_step_captured_after_eviction(model: PreTrainedModel, kind: str, device: str) -> None:
+def test_replay_of_a_decode_step_captured_after_eviction(
+    model: PreTrainedModel, kind: str, how: Eviction, device: str
+) -> None:
     given, ids = case("llama", kind), case("llama").ids.to(device)
     with duo_attention(model, given.mask), torch.no_grad():
         cache = dual_cache(model, 100)
         prefill(model, ids[:, :PROMPT], cache)
         scores = random_scores(cache)
-        gone = hidden(cache, scores)
-        evict(cache, {index: score.to(device) for index, score in scores.items()}, HOW)
+        gone = hidden(cache, scores, how)
+        evict(cache, {index: score.to(device) for index, score in scores.items()}, how)
         new, at = ids[:, PROMPT : PROMPT + 1].clone(), torch.full((2, 1), PROMPT, device=device)
         step = capture(lambda: model(new, past_key_values=cache, position_ids=at).logits, device)
         cache.crop(-1)

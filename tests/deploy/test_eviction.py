@@ -15,15 +15,17 @@ from duo_id import Eviction, HeadMask, HeadSpans, dual_cache, duo_attention, pre
 from duo_id.common.errors import UserError
 from duo_id.deploy import eviction, token_scores
 from duo_id.deploy.cache import DualCache
-from duo_id.deploy.eviction import evict
+from duo_id.deploy.eviction import evict, heads_of
 from duo_id.deploy.layer import DualLayer
 from duo_id.deploy.token_scores import Scores, evictable
 from tests.deploy.cases import HYBRID, PROMPT, SINK, TOKENS, build, check_equal, mask_for, random_ids
 from tests.deploy.reference import Evicted, brute_force
 from tests.support.tiny import tiny_model
 
-HOW = Eviction(keep=0.4, score="snapkv", window=6)  # 19 of 48 tokens
+HOW = Eviction(keep=0.4, score="snapkv", window=6, budget="uniform")  # 19 of 48 tokens
 KEPT = 19
+ADAPTIVE = replace(HOW, budget="adaptive")  # as many on average
+hows = pytest.mark.parametrize("how", [HOW, ADAPTIVE], ids=["uniform", "adaptive"])
 
 
 def random_scores(cache: DualCache, seed: int = 0) -> Scores:
@@ -36,16 +38,17 @@ def random_scores(cache: DualCache, seed: int = 0) -> Scores:
 
 def hidden(cache: DualCache, scores: Scores, how: Eviction = HOW) -> Evicted:
     """What the tokens of highest score, the sink and the latest leave out, found by sorting."""
-    found = {}
-    for layer in evictable(cache):
-        score = scores[layer.layer.index]
-        batch, heads, tokens = score.shape
-        out = torch.zeros(batch, layer.layer.kv_heads, tokens, dtype=torch.bool)
-        always = {*range(SINK), *range(tokens - how.window, tokens)}
-        for sample, place in itertools.product(range(batch), range(heads)):
-            others = sorted(set(range(tokens)) - always, key=lambda t, s=score[sample, place]: -float(s[t]))
-            out[sample, layer.full.heads.indices[place], others[int(how.keep * tokens) - len(always) :]] = True
-        found[layer.layer.index] = out
+    tokens, layers = cache.tokens.held[0], evictable(cache)
+    batch, always = len(layers[0].full.key), {*range(SINK), *range(tokens - how.window, tokens)}
+    found = {each.layer.index: torch.zeros(batch, each.layer.kv_heads, tokens, dtype=torch.bool) for each in layers}
+    heads = [(each.layer.index, place, head) for each in layers for place, head in enumerate(each.full.heads)]
+    groups = [heads] if how.budget == "adaptive" else [[head] for head in heads]  # that share a budget
+    for sample, group in itertools.product(range(batch), groups):
+        others = [(*head, token) for head in group for token in set(range(tokens)) - always]
+        others.sort(key=lambda entry: -float(scores[entry[0]][sample, entry[1], entry[3]]))
+        kept = int(how.keep * len(group) * tokens) - len(group) * len(always)
+        for layer, _, head, token in others[kept:]:
+            found[layer][sample, head, token] = True
     return Evicted(found)
 
 
@@ -73,9 +76,10 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "kind", "max_length"), CASES, ids=str)
 @pytest.mark.parametrize("steps", [(), (4, 3), (10,)], ids=str)
+@hows
 @torch.no_grad()
 def test_evicted_tokens_are_as_if_masked(
-    family: str, kind: str, max_length: int | None, steps: tuple[int, ...]
+    family: str, kind: str, max_length: int | None, steps: tuple[int, ...], how: Eviction
 ) -> None:
     model, ids = build(family), random_ids(2, TOKENS)
     mask = mask_for(model, kind=kind)
@@ -83,9 +87,10 @@ def test_evicted_tokens_are_as_if_masked(
         cache = dual_cache(model, max_length)
         prefill(model, ids[:, :PROMPT], cache, 20)
         scores = random_scores(cache)
-        gone = hidden(cache, scores)
-        evict(cache, scores, HOW)
-        assert all(layer.full.dropped == PROMPT - KEPT for layer in evictable(cache))
+        gone = hidden(cache, scores, how)
+        evict(cache, scores, how)
+        if how is HOW:
+            assert all(layer.full.dropped == PROMPT - KEPT for layer in evictable(cache))
         found = following(model, ids, cache, steps)
     with brute_force(model, mask, evicted=gone):
         check_equal(found, model(ids, use_cache=False).logits[:, PROMPT:])
@@ -105,12 +110,14 @@ def deployed() -> Iterator[Any]:
         yield model
 
 
-def evicted_cache(model: Any, ids: Tensor, max_length: int | None = None) -> tuple[DualCache, Evicted]:
+def evicted_cache(
+    model: Any, ids: Tensor, max_length: int | None = None, how: Eviction = HOW
+) -> tuple[DualCache, Evicted]:
     cache = dual_cache(model, max_length)
     prefill(model, ids[:, :PROMPT], cache)
     scores = random_scores(cache)
-    gone = hidden(cache, scores)
-    evict(cache, scores, HOW)
+    gone = hidden(cache, scores, how)
+    evict(cache, scores, how)
     return cache, gone
 
 
@@ -121,33 +128,41 @@ def expected(ids: Tensor, gone: Evicted, real: Tensor | None = None) -> Tensor:
         return model(ids, use_cache=False, **options).logits[:, PROMPT:]
 
 
-def test_questions_of_unequal_lengths_after_eviction(deployed: Any) -> None:
+@hows
+def test_questions_of_unequal_lengths_after_eviction(how: Eviction, deployed: Any) -> None:
     """Padded in front and in the middle, in chunks and in steps."""
     ids, real = random_ids(3, TOKENS), torch.ones(3, TOKENS, dtype=torch.long)
     real[0, PROMPT : PROMPT + 3] = real[1, PROMPT + 1] = real[2, PROMPT + 8] = 0
-    cache, gone = evicted_cache(deployed, ids)
+    cache, gone = evicted_cache(deployed, ids, how=how)
     found = following(deployed, ids, cache, (4, 3), real)
     shown = real[:, PROMPT:].bool()
     check_equal(found[shown], expected(ids, gone, real)[shown])
 
 
-def test_copies_and_beams_after_eviction(deployed: Any) -> None:
+@hows
+def test_copies_and_beams_after_eviction(how: Eviction, deployed: Any) -> None:
     ids = random_ids(2, TOKENS)
-    cache, gone = evicted_cache(deployed, ids)
+    cache, gone = evicted_cache(deployed, ids, how=how)
     order = torch.tensor([1, 0, 1])
-    fork, saved = cache.fork(order), copy.deepcopy(cache)
+    fork, static, saved = cache.fork(order), cache.fork(order, TOKENS), copy.deepcopy(cache)
     wanted = expected(ids, gone)
     check_equal(following(deployed, ids[order], fork), wanted[order])
+    check_equal(following(deployed, ids[order], static), wanted[order])
+    with pytest.raises(UserError, match=f"holds {TOKENS} tokens but would need {TOKENS + 1}"):
+        deployed(ids[order, :1], past_key_values=static)
     check_equal(following(deployed, ids, saved), wanted)
+    cache.offload()
+    cache.prefetch()
     cache.batch_select_indices(order)
     check_equal(following(deployed, ids[order], cache), wanted[order])
 
 
+@hows
 @pytest.mark.parametrize("max_length", [None, 80], ids=["growing", "static"])
-def test_generate_goes_on_from_an_evicted_cache(max_length: int | None, deployed: Any) -> None:
+def test_generate_goes_on_from_an_evicted_cache(max_length: int | None, how: Eviction, deployed: Any) -> None:
     ids = random_ids(2, TOKENS)
     cache = dual_cache(deployed, max_length)
-    prefill(deployed, ids[:, :PROMPT], cache, evict=HOW)
+    prefill(deployed, ids[:, :PROMPT], cache, evict=how)
     saved = copy.deepcopy(cache)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
     found = deployed.generate(ids, past_key_values=cache, **options)[:, TOKENS:]
@@ -158,12 +173,13 @@ def test_generate_goes_on_from_an_evicted_cache(max_length: int | None, deployed
     assert torch.equal(found, torch.cat(wanted, 1))
 
 
-def test_memory_is_freed(deployed: Any) -> None:
+@pytest.mark.parametrize("budget", ["uniform", "adaptive"])
+def test_memory_is_freed(budget: str, deployed: Any) -> None:
     ids = random_ids(1, 3000)
     cache = dual_cache(deployed)
     prefill(deployed, ids, cache)
     before, kept_before = cache.nbytes, cache.retained_bytes
-    evict(cache, random_scores(cache), Eviction(keep=0.25))
+    evict(cache, random_scores(cache), Eviction(keep=0.25, budget=budget))
     rings = sum(layer.recent.nbytes for layer in cache.dual_layers)
     assert cache.retained_bytes - rings == (kept_before - rings) / 4
     assert cache.nbytes - rings <= 1.1 * (before - rings) / 4
@@ -171,10 +187,70 @@ def test_memory_is_freed(deployed: Any) -> None:
     assert stored == cache.nbytes - rings, "no view keeps the rest alive"
 
 
-def test_a_static_cache_has_as_much_room_as_before_and_starts_anew(deployed: Any) -> None:
+@pytest.mark.parametrize("chunks", [True, False], ids=["chunks", "steps"])
+def test_unequal_heads_grow(chunks: bool, deployed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time that there is no room, all heads move, and in no other step."""
+    monkeypatch.setattr("duo_id.deploy.ragged.SLACK", 4)
+    monkeypatch.setattr("duo_id.deploy.stores.SLACK", 4)
+    ids = random_ids(2, PROMPT + 30)
+    cache, gone = evicted_cache(deployed, ids, how=ADAPTIVE)
+    wanted = expected(ids, gone)
+    found, addresses = [], set[int]()
+    for part in ids[:, PROMPT:].split(3 if chunks else 1, 1):
+        found.append(deployed(part, past_key_values=cache).logits)
+        addresses.add(evictable(cache)[0].full.key.data_ptr())
+    check_equal(torch.cat(found, 1), wanted)
+    assert len(addresses) <= 1 + 30 // 4
+    for layer in evictable(cache):
+        first, slots, dropped = layer.full.places.unbind(1)
+        assert (slots + dropped).unique().tolist() == [PROMPT + layer.full.room]
+        assert torch.equal(first, slots.cumsum(-1) - slots)
+        assert layer.full.key.is_contiguous()
+
+
+def test_bytes_of_unequal_heads(deployed: Any) -> None:
+    """All samples keep as many tokens, to the token, and each later one takes a slot in every head."""
+    ids = random_ids(3, PROMPT)
+    cache, gone = evicted_cache(deployed, ids, how=replace(ADAPTIVE, keep=0.37))
+    heads, entry = heads_of(evictable(cache)), 2 * 4 * deployed.config.head_dim
+    rings = sum(layer.recent.retained_bytes(PROMPT) for layer in cache.dual_layers)
+    kept = int(0.37 * heads * PROMPT)
+    assert cache.retained_bytes - rings == kept * entry
+    for sample in range(3):
+        lost = sum(int(hidden[sample].sum()) for hidden in gone.hidden.values())
+        assert heads * PROMPT - lost == kept
+        assert cache.fork(torch.tensor([sample])).retained_bytes == cache.retained_bytes
+    assert cache.bytes_of(PROMPT + 1) - cache.bytes_of(PROMPT) == heads * entry  # of rings, all are full
+    assert len({int(layer.full.places[0, 2, 0]) for layer in evictable(cache)}) > 1, "unequal indeed"
+
+
+def test_first_equally_many_and_then_not(deployed: Any) -> None:
+    ids = random_ids(2, TOKENS)
+    cache, gone = evicted_cache(deployed, ids)
+    scores, how, of_tokens = random_scores(cache, seed=5), replace(ADAPTIVE, keep=0.3), {}
+    for layer in evictable(cache):
+        lost = layer.full.heads.select(gone.hidden[layer.layer.index])
+        of_tokens[layer.layer.index] = torch.full(lost.shape, -torch.inf)
+        of_tokens[layer.layer.index][~lost] = scores[layer.layer.index].flatten()
+    gone = hidden(cache, of_tokens, how)
+    evict(cache, scores, how)
+    saved = copy.deepcopy(cache)
+    check_equal(following(deployed, ids, cache), expected(ids, gone))
+    with pytest.raises(
+        UserError, match=r"^evict: heads of this cache keep unequally many tokens: evict once, or first "
+    ):
+        prefill(deployed, ids[:, :4], saved, evict=HOW)
+
+
+@hows
+def test_a_static_cache_has_as_much_room_as_before_and_starts_anew(how: Eviction, deployed: Any) -> None:
     ids = random_ids(1, TOKENS)
-    cache, gone = evicted_cache(deployed, ids, TOKENS)
-    assert {layer.full.key.shape[2] for layer in evictable(cache)} == {TOKENS - PROMPT + KEPT}
+    cache, gone = evicted_cache(deployed, ids, TOKENS, how)
+    if how is HOW:
+        assert {layer.full.key.shape[2] for layer in evictable(cache)} == {TOKENS - PROMPT + KEPT}
+    else:
+        heads, slots = heads_of(evictable(cache)), sum(layer.full.key.shape[1] for layer in evictable(cache))
+        assert slots == heads * (TOKENS - PROMPT) + int(0.4 * heads * PROMPT)
     check_equal(following(deployed, ids, cache), expected(ids, gone))
     with pytest.raises(UserError, match=f"holds {TOKENS} tokens but would need {TOKENS + 1}"):
         deployed(ids[:, :1], past_key_values=cache)
@@ -182,9 +258,10 @@ def test_a_static_cache_has_as_much_room_as_before_and_starts_anew(deployed: Any
     check_equal(deployed(ids, past_key_values=cache).logits, deployed(ids, use_cache=False).logits)
 
 
-def test_crop_goes_back_to_the_eviction(deployed: Any) -> None:
+@hows
+def test_crop_goes_back_to_the_eviction(how: Eviction, deployed: Any) -> None:
     ids = random_ids(1, TOKENS)
-    cache, gone = evicted_cache(deployed, ids)
+    cache, gone = evicted_cache(deployed, ids, how=how)
     cache.activate_past_recording(TOKENS - PROMPT)
     wanted = expected(ids, gone)
     deployed(random_ids(1, 5, seed=4), past_key_values=cache)
@@ -317,8 +394,10 @@ def test_a_share_that_keeps_everything_changes_nothing(deployed: Any) -> None:
         ({"score": "h2o"}, r"^score='h2o': choose one of snapkv, keydiff, kvzip$"),
         ({"window": 0}, r"^window=0 must be a whole number"),
         ({"pool": 4}, r"^pool=4 must be odd"),
+        ({"budget": "layer"}, r"^budget='layer': choose one of uniform, adaptive$"),
+        ({"budget": "adaptive", "score": "keydiff"}, r"^budget=adaptive: scores of keydiff do not compare"),
     ],
-    ids=["nothing", "too much", "another score", "no window", "even"],
+    ids=["nothing", "too much", "another score", "no window", "even", "another budget", "cosines"],
 )
 def test_impossible_settings(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -140,7 +140,7 @@ def test_eviction_keeps_what_is_asked(model: PreTrainedModel) -> None:
     kept = dict(zip(table["heads"], table["kept"], strict=True))
     assert kept.keys() == {"full", "pattern", *(f"pattern + {score}" for score in scores)}
     for score in scores:
-        assert 0.49 < kept[f"pattern + {score}"] <= 0.5
+        assert (0.49 if score == "keydiff" else 0.4999) < kept[f"pattern + {score}"] <= 0.5
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropped: int = 0,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Store a new token in its layer's slots and attend from it; the number of tokens is read on the device.
 
@@ -59,6 +60,8 @@ def decode_attention(
         softcap: see `Softmax`.
         sinks: (query heads,), see `Softmax`.
         dropped: how many tokens before the new one are in no slot of any retrieval head, the same for all samples.
+        places: (batch, 3, retrieval heads) int32, where that number is not the same: of each retrieval head the first
+            row, the slots, and the tokens dropped. Then `full_key` is (batch, rows, head_dim), like `recent_key`.
 
     Returns:
         (batch, query heads, 1, head_dim).
@@ -71,11 +74,15 @@ def decode_attention(
         from duo_id.attention.kernels.decode import decode
 
         stores, listed = (full_key, full_value, recent_key, recent_value), (retrieval, streaming)
-        return decode(query, key, value, *stores, *listed, lengths, arrived, slots, sink_size, scale, dropped)
-    held = lengths - dropped
-    check_room(held, full_key.shape[2])
+        return decode(query, key, value, *stores, *listed, lengths, arrived, slots, sink_size, scale, dropped, places)
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
-    store_and_attend(query, key, value, retrieval.long(), full_key, full_value, held - 1, held, softmax, out)
+    full = retrieval.long(), full_key, full_value
+    if places is not None:
+        store_and_attend_ragged(query, key, value, *full, places, lengths, softmax, out)
+    else:
+        held = lengths - dropped
+        check_room(held, full_key.shape[2])
+        store_and_attend(query, key, value, *full, held - 1, held, softmax, out)
     for group in ring_groups(recent_key, recent_value, streaming, lengths, spans, slots, sink_size):
         store_and_attend(query, key, value, *group, lengths, softmax, out)
     return out
@@ -150,6 +157,58 @@ def store_and_attend(
     else:
         found = softmax.of(heads, kv_heads).attend(*inputs, visible)
     out.unflatten(1, (kv_heads, -1))[:, heads] = found.unflatten(1, (len(heads), -1))
+
+
+def store_and_attend_ragged(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    places: Tensor,
+    lengths: Tensor,
+    softmax: Softmax,
+    out: Tensor,
+) -> None:
+    """As `store_and_attend`, for heads of unequal lengths, each in its `places` of `keys` (batch, rows, head_dim)."""
+    if query.is_cuda:
+        return attend_without_waiting(query, key, value, heads, keys, values, places, lengths, softmax, out)
+    check_room(lengths, int((places[:, 1] + places[:, 2]).min()))
+    for sample, given in enumerate(places.tolist()):
+        one = slice(sample, sample + 1)
+        new = query[one], key[one], value[one]
+        for place, (first, slots, dropped) in enumerate(zip(*given, strict=True)):
+            own, held = (one, None, slice(first, first + slots)), lengths[one] - dropped
+            head = heads[place : place + 1]
+            store_and_attend(*new, head, keys[own], values[own], held - 1, held, softmax, out[one])
+
+
+def attend_without_waiting(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    places: Tensor,
+    lengths: Tensor,
+    softmax: Softmax,
+    out: Tensor,
+) -> None:
+    """`store_and_attend_ragged` where only the device knows lengths: over all rows, of which a head sees its own."""
+    first, slots, dropped = places.long().unbind(1)
+    kv_heads, held = key.shape[1], lengths[:, None] - dropped
+    samples, last = torch.arange(len(keys), device=keys.device)[:, None], first + slots - 1
+    row, fits = torch.minimum(first + held - 1, last), (held <= slots)[..., None]
+    for stored, new in ((keys, key), (values, value)):
+        stored[samples, row] = torch.where(fits, new[:, heads, 0], stored[samples, row])
+    rows = torch.arange(keys.shape[1], device=keys.device)
+    visible = (rows >= first[..., None]) & (rows < (first + torch.minimum(held, slots))[..., None])
+    queries = query.unflatten(1, (kv_heads, -1))[:, heads]
+    visible = visible.repeat_interleave(queries.shape[2], 1)[:, :, None]
+    found = softmax.of(heads, kv_heads).attend(queries.flatten(1, 2), keys[:, None], values[:, None], visible)
+    out.unflatten(1, (kv_heads, -1))[:, heads] = found.unflatten(1, queries.shape[1:3])
 
 
 @decode_attention.register_fake

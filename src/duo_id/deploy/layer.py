@@ -20,6 +20,7 @@ from duo_id.common.errors import UserError
 from duo_id.deploy.arriving import ArrivingKeys
 from duo_id.deploy.counts import Tokens
 from duo_id.deploy.quantised import QuantisedStore
+from duo_id.deploy.ragged import RaggedStore
 from duo_id.deploy.rings import StreamingStore
 from duo_id.deploy.stores import FullStore, Store
 from duo_id.patterns.spans import ALL
@@ -69,7 +70,7 @@ class DualLayer(CacheLayerMixin):
         self.home: torch.device | None = None  # the device of an offloaded layer
         self.observer: Observer | None = None
         self.before: list[dict[str, Tensor]] = []  # what the running chunk overwrites, if layers share their keys
-        self.full: FullStore | QuantisedStore
+        self.full: FullStore | RaggedStore | QuantisedStore
         self.recent: StreamingStore
 
     @torch.inference_mode(False)  # so that the cache also works outside such a block
@@ -165,10 +166,13 @@ class DualLayer(CacheLayerMixin):
                 if len(store.heads):
                     store.put_first(key, value, lengths)
 
-    def evict(self, slots: Tensor) -> None:
-        """Keep only some slots of the full store, (batch, retrieval heads, n) int64; see `FullStore.keep`."""
+    def evict(self, kept: Tensor) -> None:
+        """Keep some slots of the full store: (batch, retrieval heads, n) int64, or a mask (..., slots) if n differs."""
         assert isinstance(self.full, FullStore)
-        self.full.keep(slots, self.tokens.held[0], grows=self.capacity is None)
+        if kept.dtype == torch.bool:
+            self.full = RaggedStore(self.full, kept, self.tokens.held[0], grows=self.capacity is None)
+        else:
+            self.full.keep(kept, self.tokens.held[0], grows=self.capacity is None)
         self._pin(*self.full.tensors.values())
 
     def _pin(self, *tensors: Tensor) -> None:
@@ -202,8 +206,8 @@ class DualLayer(CacheLayerMixin):
         new, exact = (query, key, value), (full.key, full.value, recent.key, recent.value)
         counts = full.listed, recent.listed, lengths, self.arrived, recent.spans, recent.slots, self.sink_size
         scores = softmax.factor(query.shape[-1]), softmax.softcap, softmax.sinks
-        if isinstance(full, FullStore):
-            return decode_attention(*new, *exact, *counts, *scores, full.dropped)
+        if not isinstance(full, QuantisedStore):
+            return decode_attention(*new, *exact, *counts, *scores, full.dropped, full.places)
         coded = full.key_codes, full.key_scales, full.value_codes, full.value_scales
         return decode_codes_attention(*new, *coded, *exact, *counts, *scores)
 

@@ -1,4 +1,7 @@
-"""The stores of a layer: `FullStore` keeps every token of the retrieval heads; `rings` has that of streaming heads."""
+"""The stores of a layer: `FullStore` keeps every token of the retrieval heads; `rings` has that of streaming heads.
+
+`ragged` has that of retrieval heads which keep unequally many tokens, and `quantised` that of codes.
+"""
 
 import copy
 from abc import ABC, abstractmethod
@@ -67,13 +70,15 @@ class Store(ABC):
         heads: the layer's KV heads in this store.
         key: batch first, head_dim last, in the model's type; all tokens, or those that are kept exactly.
         value: the same shape.
-        dropped: tokens of each sample and head that were evicted.
+        dropped: tokens of each sample and head that were evicted; where heads differ, of the one that lost most.
+        places: of heads that keep unequally many tokens, see `duo_id.deploy.ragged`; None: all keep equally many.
     """
 
     heads: Heads
     key: Tensor
     value: Tensor
     dropped = 0
+    places: Tensor | None = None
 
     @abstractmethod
     def attend(

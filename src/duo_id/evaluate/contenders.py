@@ -90,7 +90,8 @@ def contenders(
         caches: shares of the cache at which the masks of patterns, the spans of those that have needs, random masks and
             baselines are compared, besides `sparsities`.
         kvs: what retrieval heads keep: all of that for `exact`, and once more for each other format, but for baselines.
-        scores: of token eviction: masks of patterns that keep a share c of the cache together with it.
+        scores: of token eviction: masks of patterns that keep a share c of the cache together with it, each score with
+            the budgets of heads that are its default.
         splits: how much of that is the mask's: it keeps c^split of the cache, and eviction the rest of what it keeps.
     """
     first = next(iter(patterns.values()))
@@ -131,14 +132,19 @@ def _evicting(name: str, pattern: HeadPattern, cache: float, score: str, split: 
 
 
 def _eviction_to_share(mask_for: Callable[[int], HeadMask], cache: float, score: str, tokens: int) -> Eviction:
-    """What retrieval heads keep of a context of `tokens` tokens so that all heads keep a share of it, on average."""
+    """What retrieval heads keep of a context of `tokens` tokens so that all heads keep a share of it, on average.
+
+    Budgets are adaptive where scores compare between heads.
+    """
     mask = mask_for(tokens)
     gated = mask.retrieval[list(mask.gated_layers)]
     retrieval, window = int(gated.sum()), min(tokens, mask.sink_size + mask.recent_size)
     budget = tokens_within(cache, gated.numel() * tokens) - (gated.numel() - retrieval) * window
-    kept = min(tokens, max(budget // max(1, retrieval), mask.sink_size + 1))
+    kept = min(tokens, max(budget // max(1, retrieval), mask.sink_size + 1))  # of each head, or on average
     latest = max(1, min(LATEST, (kept - mask.sink_size) // 2))
-    return Eviction(min(1.0, math.nextafter(kept / tokens, 1)), score, latest)  # rounded up: the share of all of `kept`
+    how = Eviction(1.0, score, latest)
+    share = max(kept / tokens, budget / (tokens * max(1, retrieval)) if how.adaptive else 0)
+    return replace(how, keep=min(1.0, math.nextafter(share, 1)))  # rounded up: the share of all of them
 
 
 def _keeping(contender: Contender, kv: str) -> Contender:

@@ -39,7 +39,7 @@ REFUSED = {
     "restorekv": WEIGHTS,
     "qfilter": WEIGHTS,
     "expected-stats": "needs statistics of the model's queries, from the hub",
-    "lukv": "needs budgets of each head, which are there for Llama-3.1-8B alone, from the web",
+    "lukv": "needs budgets of each head, which are published for a single model, from the web",
     "finch": "compresses after the question",
     "cam": "evicts while it writes, not before the question",
     "dms": "evicts below a threshold, so it has no budget",

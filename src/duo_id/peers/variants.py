@@ -31,7 +31,7 @@ class PlainKVgradPress(_Plain, KVgradPress):
 
 
 class _HeadSize:
-    """For models whose configuration does not tell the size of a head, such as Qwen2, where CriticalKV looks for it."""
+    """For models whose configuration does not tell the size of a head, which is where CriticalKV looks for it."""
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         model.config.head_dim = model.model.layers[0].self_attn.head_dim

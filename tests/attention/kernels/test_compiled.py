@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 POINTERS = {"key_codes": "u8", "value_codes": "u8", "retrieval": "i32", "streaming": "i32", "lengths": "i64"}
-POINTERS |= {"arrived": "i32", "partial": "fp32"}
+POINTERS |= {"places": "i32", "arrived": "i32", "partial": "fp32"}
 
 
 def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], **options: int) -> Any:
@@ -37,6 +37,36 @@ def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], *
     hints = {(place,): [["tt.divisibility", 16]] for place in aligned}
     source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, hints)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def used(kernel: Any, folder: Path) -> tuple[int, int]:
+    """Registers of a thread, and bytes of those that lie in memory."""
+    import triton
+
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+
+
+def test_heads_of_unequal_lengths_take_no_more_registers_and_the_same_loop(tmp_path: Path) -> None:
+    from duo_id.attention.kernels.decode import DECODE_TUNING, _decode
+
+    constants = {
+        "GROUP": 4, "ROWS": 16, "DIM": 128, "COLUMNS": 128, "BLOCK": DECODE_TUNING["block"], "TILE": 32, "HEADS": 0,
+        "PRECISION": "tf32",
+    }  # fmt: skip
+    options = {"num_warps": DECODE_TUNING["warps"], "num_stages": DECODE_TUNING["stages"]}
+    kernels = [compiled(_decode, POINTERS, constants | {"RAGGED": heads}, **options) for heads in (0, 16)]
+    loops = [
+        [part.count("\n") for part in re.split(r"\n\$L__BB\d+_\d+:", kernel.asm["ptx"]) if part.count("mma.sync") > 16]
+        for kernel in kernels
+    ]
+    assert len(loops[0]) == 1
+    assert loops[1] == loops[0]
+    assert used(kernels[1], tmp_path) == used(kernels[0], tmp_path)
+    assert used(kernels[1], tmp_path)[1] == 0
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (8, 8)], ids=["int4", "int8"])
@@ -80,10 +110,6 @@ def test_keys_in_blocks_are_copied_ahead_and_registers_suffice(dim: int, chunks:
     assert ("wgmma" in kernel.asm["ptx"]) == chunks, "tensor cores take a chunk's queries by the warp group"
     copied = re.findall(r"cp.async.cg.shared.global \[[^]]*\], \[[^]]*\], 0x10,", kernel.asm["ptx"])
     assert len(copied) >= 2 * (1 + chunks) * constants["BLOCK"] * padded * 2 // (16 * 32 * tuning["warps"])
-    binary = tmp_path / "paged.cubin"
-    binary.write_bytes(kernel.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    registers, stack = used(kernel, tmp_path)
     assert registers <= 65536 // (32 * tuning["warps"])
     assert stack == 0, "registers in memory"

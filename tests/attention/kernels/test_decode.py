@@ -24,7 +24,7 @@ def decode(past: Past, stores: list[Tensor], **tuning: int) -> Tensor:
     from duo_id.attention.kernels.decode import decode
 
     given = (past.query, past.key, past.value, *stores, past.retrieval, past.listed, past.lengths, past.arrived)
-    return decode(*given, past.slots, past.sink, past.scale, past.dropped, **tuning)
+    return decode(*given, past.slots, past.sink, past.scale, past.dropped, past.places, **tuning)
 
 
 def check_decode(past: Past, **tuning: int) -> None:
@@ -55,6 +55,20 @@ def test_decode_after_eviction(pattern: str, dropped: int) -> None:
     """Retrieval heads hold fewer tokens than the text has; with room for no more than the new one, too."""
     for lengths in ([60, 43, 44], [383, 384, 1000]):
         check_decode(Past(lengths, 1, 3, 8, pattern=pattern, device=DEVICE, dropped=dropped))
+
+
+@dtypes
+@pytest.mark.parametrize("pattern", ["mixed", "all", "one"])
+def test_decode_over_heads_of_unequal_lengths(
+    pattern: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which share their programs by their lengths, some with room for no more than the new token."""
+    from duo_id.attention.kernels import decode as module
+
+    monkeypatch.setattr(module, "multiprocessors", lambda device: 60)
+    for lengths, capacity in (([60, 43, 44], None), ([383, 384, 1000], 1100), ([1, 2, 0], None)):
+        past = Past(lengths, 1, 3, 8, pattern, dtype=dtype, device=DEVICE, capacity=capacity, ragged=True)
+        check_decode(past, block=16)
 
 
 @pytest.fixture

@@ -38,6 +38,23 @@ def ring_of(program, batch, streaming, streaming_heads, sink, most, full_program
 
 
 @triton.jit
+def ragged_head_of(program, past, places, full_heads, programs, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which retrieval head a program belongs to, as which of how many, if heads share `programs` by their lengths.
+
+    Each has one program, and of the others as many as its share of all tokens; last, the first of its programs.
+    """
+    number = tl.arange(0, HEADS)
+    inside = number < full_heads
+    used = tl.where(inside, past + 1 - tl.load(places + 2 * full_heads + number, inside, 0), 0)
+    ends, total = tl.cumsum(used, 0), tl.sum(used, 0)
+    firsts = (number + (ends - used) * (programs - full_heads) // total).to(tl.int32)
+    lasts = (number + 1 + ends * (programs - full_heads) // total).to(tl.int32)
+    own = (firsts <= program) & (program < lasts) & inside
+    first = tl.sum(tl.where(own, firsts, 0), 0)
+    return tl.sum(tl.where(own, number, 0), 0), program - first, tl.sum(tl.where(own, lasts, 0), 0) - first, first
+
+
+@triton.jit
 def sum_parts(  # type: ignore[no-untyped-def]
     partial, parts, place, target, GROUP: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr
 ):
@@ -73,16 +90,17 @@ def sum_parts(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["dropped"])
 def _decode(  # type: ignore[no-untyped-def]
-    query, key, value, full_key, full_value, recent_key, recent_value, retrieval, streaming, lengths, arrived, partial,
-    output, scale, query_batch, query_head, key_batch, key_head, value_batch, value_head, capacity, stored, sink, most,
-    dropped, full_heads, streaming_heads, splits, ring_share,
+    query, key, value, full_key, full_value, recent_key, recent_value, retrieval, places, streaming, lengths, arrived,
+    partial, output, scale, query_batch, query_head, key_batch, key_head, value_batch, value_head, capacity, stored,
+    sink, most, dropped, full_heads, streaming_heads, splits, ring_share,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, HEADS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`splits` programs for each retrieval head, along its past, then one for every `ring_share` slots of the others.
 
     The first program of a head stores its new token; the last one to finish a head sums its parts. `HEADS` is 0 if each
-    streaming head has one program, else a power of 2 that is not below their number.
+    streaming head has one program, else a power of 2 that is not below their number. `RAGGED` is 0 if all retrieval
+    heads keep equally many tokens, else a power of 2 that is not below their number, and these share their programs.
     """
     program, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     past = tl.load(lengths + batch) - 1  # lengths include the new token
@@ -96,6 +114,15 @@ def _decode(  # type: ignore[no-untyped-def]
         base = (batch * stored + tl.load(streaming + streaming_heads + store)) * DIM
         keys, values = recent_key + base, recent_value + base
         slot = tl.where(past < sink, past, sink + (past - sink) % recent)
+    elif RAGGED:
+        own = places + batch * 3 * full_heads
+        store, split, parts, part = ragged_head_of(program, past, own, full_heads, full_heads * splits, RAGGED)
+        part += batch * full_heads * splits
+        head = tl.load(retrieval + store)
+        slots, past = tl.load(own + full_heads + store), past - tl.load(own + 2 * full_heads + store)
+        base = (batch * capacity + tl.load(own + store)) * DIM
+        keys, values = full_key + base, full_value + base
+        slot = past
     else:
         store, split, parts = program // splits, program % splits, splits
         part = (batch * full_heads + store) * splits
@@ -162,26 +189,30 @@ def decode(
     sink_size: int,
     scale: float,
     dropped: int = 0,
+    places: Tensor | None = None,
     **tuning: int,
 ) -> Tensor:
     """The decode step of `duo_id.attention.decode.decode_attention`, in one launch; the same arguments and result."""
     batch, query_heads, _, dim = query.shape
-    full_heads, group = full_key.shape[1], query_heads // key.shape[1]
+    full_heads, group, capacity = len(retrieval), query_heads // key.shape[1], full_key.shape[-2]
+    longest = capacity if places is None else triton.cdiv(capacity, full_heads)  # on average, as they share programs
     out = torch.empty(batch, query_heads, 1, dim, dtype=query.dtype, device=query.device)
     launch = DECODE_TUNING | tuning
     processors = multiprocessors(query.device)
-    splits, share, rings = programs_of(tuple(slots), full_key.shape[2], full_heads, batch, processors)
+    splits, share, rings = programs_of(tuple(slots), longest, full_heads, batch, processors)
     split_rings = rings > len(slots)
     parts = batch * (full_heads * splits + (rings if split_rings else 0))
     partial = torch.empty(parts * group * (dim + 2), dtype=torch.float32, device=query.device)
+    listed = retrieval, retrieval if places is None else places, streaming
     _decode[(full_heads * splits + rings, batch)](
-        query, key, value, full_key, full_value, recent_key, recent_value, retrieval, streaming, lengths, arrived,
-        partial, out, scale * LOG2_E, query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0),
-        value.stride(1), full_key.shape[2], recent_key.shape[1], sink_size, max(slots, default=0), dropped,
+        query, key, value, full_key, full_value, recent_key, recent_value, *listed, lengths, arrived, partial,
+        out, scale * LOG2_E, query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0),
+        value.stride(1), capacity, recent_key.shape[1], sink_size, max(slots, default=0), dropped,
         full_heads, len(slots), splits, share,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, COLUMNS=padded_dim(dim),
         BLOCK=fit(launch["block"], query), TILE=32,
         HEADS=max(16, triton.next_power_of_2(len(slots))) if split_rings else 0,
+        RAGGED=0 if places is None else max(16, triton.next_power_of_2(full_heads)),
         num_warps=launch["warps"], num_stages=launch["stages"], PRECISION=precision(query),
     )  # fmt: skip
     return out
