@@ -28,6 +28,9 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, processes that tests start would not be hung up
 
 
+gc.disable()  # until all tests are collected: what is made till then stays
+
+
 # Files that take longest, first to be handed out: one of them at the end would leave all other processes idle.
 LONGEST = (
     "docs/test_commands deploy/test_exact step/test_compiled test_packaging test_notebooks train/test_resume "
@@ -42,14 +45,14 @@ LONGEST = (
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order files, and spare garbage collection what was imported.
+    """Order files, and let garbage be collected, but not looked for in what was imported.
 
     A benchmark collects garbage before each measurement, and would look through all modules and all tests each time.
     """
     places = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
