@@ -56,7 +56,7 @@ def test_patterns_conversion_and_reports_need_neither_transformers_nor_lightning
 
 TRAIN = """
 import os
-import hydra, torch
+import hydra.main, torch._dynamo, torch.distributed.fsdp
 
 for overrides in ([], ["logger=wandb"], ["~logger"]):
     if not (child := os.fork()):
