@@ -28,28 +28,37 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, processes that tests start would not be hung up
 
 
+gc.disable()  # until all tests are collected: what is made till then stays
+
+
 # Files that take longest, first to be handed out: one of them at the end would leave all other processes idle.
 LONGEST = (
-    "docs/test_commands deploy/test_exact step/test_compiled test_packaging test_notebooks train/test_resume "
-    "scale/test_run train/test_sweeps evaluate/test_run train/test_run scale/test_steps scale/test_benchmark "
-    "faults/test_kills faults/test_disks faults/test_together benchmark/test_run common/test_config "
-    "attention/kernels/test_interpreted attention/test_last_layer common/test_foreign train/test_settings "
-    "common/test_command_help data/test_synthetic deploy/test_cache methods/test_candidates common/test_hostile_data "
-    "attention/test_backends common/test_mistakes methods/test_search common/test_cli common/test_stopping "
+    "docs/test_commands test_packaging deploy/test_exact test_notebooks scale/test_run train/test_run "
+    "evaluate/test_run step/test_compiled train/test_identify common/test_foreign "
+    "attention/kernels/test_interpreted train/test_resume report/test_bootstrap train/test_api "
+    "deploy/test_quantised train/test_sweeps scale/test_steps common/test_record deploy/test_cache "
+    "train/test_restoring attention/test_last_layer faults/test_files faults/test_commands common/test_cli "
+    "scale/test_benchmark benchmark/test_run methods/test_candidates models/test_quantised deploy/test_install "
+    "deploy/test_compile evaluate/test_api lm_eval/test_model evaluate/test_reading lm_eval/test_longbench "
+    "docs/test_site faults/test_kills train/test_settings train/test_self common/test_config "
+    "evaluate/tasks/test_registry common/test_command_help common/test_hostile_data models/test_families "
+    "report/test_page report/test_figures attention/test_backends methods/test_search deploy/test_chunks "
+    "deploy/test_fuzz deploy/test_writing train/test_gate_training faults/test_disks faults/test_together "
+    "data/test_synthetic common/test_mistakes common/test_run_folders common/test_stopping "
     "benchmark/test_train_step attention/test_functions common/test_integrity methods/test_sample_scores"
 ).split()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order files, and spare garbage collection what was imported.
+    """Order files, and let garbage be collected, but not looked for in what was imported.
 
     A benchmark collects garbage before each measurement, and would look through all modules and all tests each time.
     """
     places = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

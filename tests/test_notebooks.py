@@ -23,8 +23,14 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 FIGURES = {"find_heads": 1, "inspect_gates": 5, "compare_methods": 5, "deploy": 1, "head_anatomy": 2}
 NARROW = {f'MODEL = "{SMOLLM2}"': "MODEL = {model!r}"}
 SMALL = {  # in place of what notebooks load from the hub, and of what takes minutes
-    "find_heads": NARROW | {"STEPS = 8": "STEPS = 1", 'TASKS = ["needle-words", "language"]': 'TASKS = ["language"]'},
-    "deploy": NARROW | {"contexts = [512, 1024, 2048, 4096]": "contexts = [512, 1024]"},
+    "find_heads": NARROW
+    | {
+        "STEPS = 8": "STEPS = 1",
+        "steps=STEPS, ": "steps=STEPS, lengths=(256, 280), ",
+        'TASKS = ["needle-words", "language"]': 'TASKS = ["language"]',
+        "lengths=1024, ": "lengths=512, ",
+    },
+    "deploy": NARROW | {"contexts = [512, 1024, 2048, 4096]": "contexts = [256, 512]"},
     "head_anatomy": NARROW,
 }
 notebooks = pytest.mark.parametrize("name", FIGURES)

@@ -116,7 +116,7 @@ def test_a_model_is_shown_before_it_is_loaded(tmp_path: Path) -> None:
 
 def test_text_of_a_pattern_stays_text_in_results_reports_and_cards(tmp_path: Path) -> None:
     heads = pattern(tmp_path, TINY | {"name": TEXT, "revision": TEXT})
-    finished = evaluate(tmp_path, heads)
+    finished = evaluate(tmp_path, heads, "tasks=[language]", "baselines=[]")
     assert finished.status == 0, finished.output
     results = (tmp_path / "run" / "results.json").read_text()
     assert json.loads(results)["model"]["name"] == json.loads(results)["settings"]["model"]["name"] == TEXT

@@ -73,8 +73,8 @@ def expected(given: Case, ids: Tensor, real: Tensor | None = None) -> Tensor:
 
 
 def check_goes_on(given: Case, cache: DualCache, past: Tensor, real: Tensor | None = None) -> None:
-    """Check a chunk, then single tokens, then a chunk, after what the cache should hold: `past` (batch, tokens)."""
-    parts = [random_ids(len(past), n, seed=9 + n) for n in (1, 4, 1, 1, 6)]
+    """Check a token and a chunk, and both once more, after what the cache should hold: `past` (batch, tokens)."""
+    parts = [random_ids(len(past), n, seed=9 + n) for n in (1, 4, 1, 6)]
     ids = torch.cat([past, *parts], 1)
     whole = None if real is None else torch.cat([real, torch.ones_like(ids[:, past.shape[1] :])], 1)
     wanted, end = expected(given, ids, whole), past.shape[1]
@@ -330,11 +330,9 @@ def test_crop_where_all_heads_are_in_full(family: str, count: int, max_length: i
         check_goes_on(given, cache, ids[:, :-count])
 
 
-@kinds
-@families
-@pytest.mark.parametrize(("length", "count"), [(WINDOW, 4), (9, 9), (6, 5), (WINDOW + 1, 1), (50, 1)])
-def test_crop_within_the_window(family: str, length: int, count: int, max_length: int | None) -> None:
-    given = case(family)
+@pairwise(place=[(WINDOW, 4), (9, 9), (6, 5), (WINDOW + 1, 1), (50, 1)], family=SOME, max_length=KINDS)
+def test_crop_within_the_window(family: str, place: tuple[int, int], max_length: int | None) -> None:
+    given, (length, count) = case(family), place
     if family == "gemma3_text" and length == WINDOW:
         length = given.model.config.sliding_window
     with duo_attention(given.model, given.mask):
@@ -358,13 +356,11 @@ def test_crop_and_go_on_again_and_again(kind: str, family: str, max_length: int 
         check_goes_on(given, cache, ids)
 
 
-@kinds
-@families
-@pytest.mark.parametrize(("length", "count"), [(WINDOW + 1, 2), (50, 2), (50, 50)])
+@pairwise(place=[(WINDOW + 1, 2), (50, 2), (50, 50)], family=SOME, max_length=KINDS)
 def test_crop_beyond_the_window_is_refused_and_changes_nothing(
-    family: str, length: int, count: int, max_length: int | None
+    family: str, place: tuple[int, int], max_length: int | None
 ) -> None:
-    given = case(family)
+    given, (length, count) = case(family), place
     with duo_attention(given.model, given.mask):
         cache, ids = filled(given, max_length, length)
         before = snapshot(cache)
@@ -484,7 +480,7 @@ def test_crop_takes_columns_whatever_lies_in_them(max_length: int | None) -> Non
 def test_prompt_lookup_writes_what_decoding_writes(family: str, kind: str) -> None:
     """Candidates are looked up in the prompt and mostly thrown away again, far beyond every window."""
     given, ids = case(family, kind), random_ids(1, 4).repeat(1, 9)
-    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
     with duo_attention(given.model, given.mask):
         wanted = given.model.generate(ids, **options)
         assert torch.equal(given.model.generate(ids, prompt_lookup_num_tokens=4, **options), wanted)
@@ -493,7 +489,7 @@ def test_prompt_lookup_writes_what_decoding_writes(family: str, kind: str) -> No
 @pytest.mark.parametrize("masked", ["both", "draft", "main"])
 def test_a_draft_model_changes_nothing(masked: str) -> None:
     given, draft, ids = case("llama"), tiny_model("llama", num_hidden_layers=2), random_ids(1, 30)
-    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
     with ExitStack() as stack:
         if masked != "draft":
             stack.enter_context(duo_attention(given.model, given.mask))
@@ -521,7 +517,7 @@ def test_recorded_tokens_come_back_into_the_window(kind: str, family: str, chunk
         cache.activate_past_recording(6)
         assert cache.is_croppable
         ids = cache_ids
-        for turn in range(12):
+        for turn in range(8):
             extra = random_ids(2, chunk, seed=turn)
             step(given, cache, extra)
             ids = torch.cat([ids, extra], 1)
@@ -625,8 +621,7 @@ def test_a_static_cache_stays_where_it_is(kind: str) -> None:
             assert places(cache) == before
 
 
-@pytest.mark.parametrize("kind", ["mixed", "all"])
-@kinds
+@pytest.mark.parametrize(("kind", "max_length"), [("mixed", None), ("all", 100)], ids=["growing", "static"])
 def test_layers_without_attention_keep_the_state_that_they_have(kind: str, max_length: int | None) -> None:
     """They are reordered and reset with the others. Their own two ways to compute, for chunks and for single tokens,
     differ by 1e-3, so the model itself is run in the same chunks where it can be."""

@@ -1,10 +1,12 @@
 """Whole models under a head mask on a GPU, where other kernels run, the compiler sets in and steps are captured.
 
-Each test runs on the CPU too, with the same tokens: what is captured or compiled there is a plain step.
+Each test runs on the CPU too, with the same tokens: what is captured or compiled there is a plain step. Of what
+`test_exact.py` has there anyway, one case does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from duo_id.patterns.spans import ALL, HeadSpans
 from tests.deploy.cases import LENGTHS, PROMPT, TOKENS, build, case, mask_for, padded_ids, random_ids, reference, run
 from tests.deploy.reference import brute_force
 from tests.deploy.test_eviction import hidden, hows, random_scores
-from tests.support.pairs import pairwise
+from tests.support.pairs import covering
 
 FAMILIES = ("llama", "gpt_neox", "gemma3_text")
 
@@ -77,7 +79,14 @@ def capture(step: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
     return replay
 
 
-@pairwise(family=FAMILIES, chunk=[1, 7, 40, PROMPT], max_length=[None, TOKENS], kind=["mixed", "spans"])
+def pairwise_on_a_gpu(**axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """As `pairwise`, and the first case on the CPU too."""
+    first, *others = covering([list(axis) for axis in axes.values()])
+    cases = [pytest.param(*row, "cuda", marks=pytest.mark.gpu) for row in (first, *others)]
+    return pytest.mark.parametrize((*axes, "device"), [(*first, "cpu"), *cases])
+
+
+@pairwise_on_a_gpu(family=FAMILIES, chunk=[7, 1, 40, PROMPT], max_length=[None, TOKENS], kind=["mixed", "spans"])
 def test_chunks_and_steps(family: str, chunk: int, max_length: int | None, kind: str, device: str) -> None:
     given, model = case(family, kind), build(family).to(device)
     padded, real, positions = (x.to(device) for x in padded_ids())
@@ -90,18 +99,17 @@ def test_chunks_and_steps(family: str, chunk: int, max_length: int | None, kind:
         check_close(found[real == 1], given.padded_logits[real.cpu() == 1])
 
 
-@pytest.mark.parametrize("kind", ["mask", "spans"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pairwise_on_a_gpu(dtype=[torch.float32, torch.bfloat16], kind=["spans", "mask"])
 def test_a_longer_prompt_in_chunks(dtype: torch.dtype, kind: str, device: str) -> None:
-    model, ids = build("llama", max_position_embeddings=4096).to(dtype), random_ids(1, 1500)
+    model, ids = build("llama", max_position_embeddings=1024).to(dtype), random_ids(1, 800)
     mask = mask_for(model, 64, 256)
     if kind == "spans":
-        mask = HeadSpans(torch.tensor([[ALL, 900], [64, 256], [1, 1000], [5000, 300]]), 64)
+        mask = HeadSpans(torch.tensor([[ALL, 500], [64, 256], [1, 600], [5000, 300]]), 64)
     with reference(model, mask):
         expected = model(ids, use_cache=False).logits[:, -1].float()
     model.to(device)
     with duo_attention(model, mask):
-        for chunk in (1500, 512, 100):
+        for chunk in (800, 300, 100):
             found = prefill(model, ids.to(device), dual_cache(model), chunk).cpu().float()
             error = (found - expected).norm() / expected.norm()
             assert error <= (5e-5 if dtype == torch.float32 else 5e-2), f"error {error:.1e}"
@@ -129,8 +137,7 @@ def test_a_decode_step_without_a_mask_does_not_wait_for_the_device(
     assert other.tokens.lengths.tolist() == [length + TOKENS - PROMPT for length in LENGTHS]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("kind", ["mixed", "none", "spans"])
+@pairwise_on_a_gpu(family=["llama", "gemma3_text"], kind=["mixed", "none", "spans"])
 def test_static_generation_is_compiled_and_writes_the_same(family: str, kind: str, device: str) -> None:
     given, model = case(family, kind), build(family).to(device)
     ids, real, _ = (x[:, :PROMPT].to(device) for x in padded_ids())

@@ -38,7 +38,7 @@ SMALL = ((0, 1), (0, 5), (1, 1), (7, 1))  # sizes of the sink and the window
 masks = pytest.mark.parametrize("kind", MASKS)
 
 
-@pairwise_of_some(SOME, family=EVERY_FAMILY, kind=MASKS)
+@pairwise(family=SOME, kind=MASKS)
 def test_without_a_cache_and_with_the_models_own(kind: str, family: str) -> None:
     given = case(family, kind)
     with duo_attention(given.model, given.mask):
@@ -50,8 +50,9 @@ def test_without_a_cache_and_with_the_models_own(kind: str, family: str) -> None
             check_equal(output.logits, given.logits[:, token : token + 1])
 
 
-@pairwise_of_some([*SOME, "gpt_oss"], family=EVERY_FAMILY, chunk=CHUNKS, max_length=KINDS, kind=MASKS)
+@pairwise(family=[*SOME, "gpt_oss"], chunk=CHUNKS, max_length=KINDS, kind=MASKS)
 def test_a_growing_and_a_static_cache(kind: str, family: str, chunk: int, max_length: int | None) -> None:
+    """The first prompt of `test_left_padding`, which has every family, is not padded either."""
     given = case(family, kind)
     with duo_attention(given.model, given.mask):
         check_equal(run(given.model, given.ids, dual_cache(given.model, max_length), chunk), given.logits)
@@ -74,8 +75,9 @@ def test_layers_where_all_or_no_heads_are_retrieval_heads(family: str, max_lengt
 def test_windows_of_any_size(sink: int, recent: int, chunk: int) -> None:
     given = case("llama", "mixed", sink, recent)
     with duo_attention(given.model, given.mask):
-        check_equal(run(given.model, given.ids, dual_cache(given.model), chunk), given.logits)
-        if chunk > 1:
+        if chunk != 7:
+            check_equal(run(given.model, given.ids, dual_cache(given.model), chunk), given.logits)
+        else:  # of the padded prompts the first is as long
             padded, real, _ = padded_ids()
             found = run(given.model, padded, dual_cache(given.model), chunk, real)
             check_equal(found[real == 1], given.padded_logits[real == 1])
@@ -113,15 +115,14 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-@pairwise_of_some(VARIANTS[:2], changes=VARIANTS, kind=MASKS)
-def test_variants_of_one_family(changes: dict[str, Any], kind: str) -> None:
+@pairwise_of_some(VARIANTS[:2], changes=VARIANTS, kind=MASKS, chunk=[7, PROMPT])
+def test_variants_of_one_family(changes: dict[str, Any], kind: str, chunk: int) -> None:
     model, ids = build("llama", **changes), random_ids(2, TOKENS)
     mask = mask_for(model, kind=kind)
     with reference(model, mask):
         expected = model(ids, use_cache=False).logits
     with duo_attention(model, mask):
-        for chunk in (7, PROMPT):
-            check_equal(run(model, ids, dual_cache(model), chunk), expected)
+        check_equal(run(model, ids, dual_cache(model), chunk), expected)
 
 
 @masks
@@ -254,7 +255,7 @@ def test_other_generation(kind: str, way: str, cache: str, family: str) -> None:
         check_generation(generate(given.model, **options, **GENERATION[way]), expected_generation(family, kind, way))
 
 
-@pairwise(family=SOME, max_length=[None, 200], kind=MASKS)
+@pairwise(family=["gpt2", "gemma3_text"], max_length=[None, 200], kind=MASKS)
 def test_generation_goes_on_from_a_cache_that_is_given(kind: str, family: str, max_length: int | None) -> None:
     """A second call with the cache of the first: only the new tokens run."""
     given, seen = case(family, kind), []
@@ -351,9 +352,11 @@ def test_sliding_layers_keep_their_window(family: str) -> None:
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_with_all_heads_in_full_the_model_is_untouched(family: str) -> None:
     given = case(family, "all")
-    expected = generate(given.model)
+    way = generate if family in SOME else lambda model: model(given.ids).logits
+    expected = way(given.model)
     with duo_attention(given.model, given.mask):
-        check_generation(generate(given.model), expected)
+        found = way(given.model)
+    (check_generation if family in SOME else check_equal)(found, expected)
 
 
 @pytest.mark.parametrize("max_length", KINDS)

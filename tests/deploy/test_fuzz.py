@@ -16,8 +16,10 @@ from duo_id.attention.codes import FORMATS
 from duo_id.common.errors import UserError
 from tests.deploy.cases import Case, build, case, check_equal, random_ids, reference, short_groups
 from tests.deploy.reference import Coded
+from tests.support.pairs import pairwise_of_some
 
 SEED = int(os.environ.get("DUO_ID_FUZZ_SEED", "0"))
+FAMILIES = ("llama", "gpt_neox", "gemma3_text", "gpt_oss")
 RECORDED, CAPACITY, LONGEST = 12, 150, 110  # more is recorded than the window has
 
 
@@ -226,14 +228,12 @@ def lives(family: str, kind: str, first: int, count: int, steps: int, kv: str = 
                 raise
 
 
-@pytest.mark.parametrize("kind", ["mixed", "all", "spans"])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text", "gpt_oss"])
+@pairwise_of_some(["llama", "gemma3_text"], family=FAMILIES, kind=["mixed", "all", "spans"])
 def test_short_lives(family: str, kind: str) -> None:
     lives(family, kind, SEED, 4, 14)
 
 
-@pytest.mark.parametrize("kv", ["int8", "int4"])
-@pytest.mark.parametrize("kind", ["mixed", "all", "spans"])
+@pytest.mark.parametrize(("kind", "kv"), [("mixed", "int4"), ("all", "int8"), ("spans", "int4")])
 def test_short_lives_of_codes(kind: str, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In groups of 16 tokens, of which a life has several."""
     short_groups(monkeypatch)

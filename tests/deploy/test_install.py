@@ -548,8 +548,9 @@ def test_prefill_of_models_that_cannot_leave_logits_out(
 # Ways in that models have
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("family", "use_cache"), [("llama", True), ("llama", False), ("gemma3_text", True), ("gpt_oss", True)]
+)
 def test_autocast_is_as_autocast_without_a_mask(family: str, use_cache: bool) -> None:
     """A mask that hides nothing writes what the model writes; the next forward without it is in float32 again."""
     model, ids = build(family), random_ids(2, 40)
@@ -611,7 +612,9 @@ def test_a_vision_language_model_sees_its_images(implementations: Any) -> None:
 
 
 @pytest.mark.parametrize("way", ["method", "forward", "wrapper"])
+@torch._dynamo.config.patch(recompile_limit=1)  # what does not fit the first graph runs as it is
 def test_a_model_that_was_compiled_before(way: str, ids: Tensor) -> None:
+    torch._dynamo.reset()
     model = build("llama")
     mask, expected = mask_for(model), model(ids).logits
     given: Any = model
@@ -828,8 +831,9 @@ def test_generate_pads_on_the_right_too(cache_implementation: str | None, new: i
     assert torch.equal(made.sequences[1], alone[0])
 
 
-@pytest.mark.parametrize("max_length", [None, 90])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "max_length"), [("llama", None), ("gpt_neox", 90), ("gemma3_text", None), ("gemma3_text", 90)]
+)
 def test_turns_of_a_batched_chat(family: str, max_length: int | None) -> None:
     """Three turns whose rows have other lengths, through generate: each row writes what it writes alone."""
     model = build(family)

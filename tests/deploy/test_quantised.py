@@ -144,9 +144,7 @@ def test_layers_with_codes_limit_what_can_be_removed() -> None:
             cache.activate_past_recording(17)
 
 
-@pairwise(
-    pieces=[(1, "mixed"), (7, "spans"), (PROMPT, "mixed")], max_length=[None, TOKENS], kv=["int8", "k8v4", "int4"]
-)
+@pairwise(pieces=[(1, "mixed"), (7, "spans"), (PROMPT, "mixed")], max_length=[None, TOKENS], kv=["int8", "int4"])
 def test_left_padding(pieces: tuple[int, str], max_length: int | None, kv: str) -> None:
     chunk, kind = pieces
     model, (ids, real, _) = model_of("llama"), padded_ids()
@@ -200,8 +198,7 @@ def test_prefill_in_slices_of_the_past(padded: bool, kv: str, monkeypatch: pytes
         check_equal(prefill(model, ids[:, 57:], cache, 1, real), wanted[:, 57])
 
 
-@pytest.mark.parametrize("kv", ["k8v4", "int4"])
-@room
+@pytest.mark.parametrize(("max_length", "kv"), [(None, "k8v4"), (TOKENS, "int4")])
 def test_samples_are_reordered_forked_and_reset(max_length: int | None, kv: str) -> None:
     """And go on until a group is complete."""
     model, ids = model_of("llama"), random_ids(2, 52)
@@ -222,8 +219,7 @@ def test_samples_are_reordered_forked_and_reset(max_length: int | None, kv: str)
             cache.reset()
 
 
-@some_kvs
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(("beams", "kv"), [(1, "int8"), (3, "int4")])
 def test_generation_is_that_of_a_static_cache(beams: int, kv: str) -> None:
     model, (ids, real, _) = model_of("llama"), padded_ids()
     options = {"attention_mask": real[:, :PROMPT], "max_new_tokens": 20, "min_new_tokens": 20, "num_beams": beams}
@@ -232,8 +228,7 @@ def test_generation_is_that_of_a_static_cache(beams: int, kv: str) -> None:
         assert model.generate(ids[:, :PROMPT], do_sample=False, **options).tolist() == wanted.tolist()
 
 
-@kvs
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(("family", "kv"), [("llama", "int8"), ("gemma3_text", "int4")])
 def test_windows_as_large_as_a_static_cache_are_no_codes(family: str, kv: str) -> None:
     """Streaming heads, and layers with a window of their own, keep what they see exactly, whatever room they have."""
     model, ids = model_of(family), random_ids(2, TOKENS)
@@ -277,14 +272,12 @@ def test_drafts_are_removed_again(kv: str) -> None:
             check_equal(model(ids[:, token : token + 1], past_key_values=cache).logits, wanted[:, token : token + 1])
 
 
-@pytest.mark.parametrize("kv", ["k8v4"])
-@room
-@pytest.mark.parametrize("length", [32, 50])
-def test_crop_as_far_as_tokens_are_exact(length: int, max_length: int | None, kv: str) -> None:
+@pytest.mark.parametrize(("length", "max_length"), [(32, None), (50, TOKENS)])
+def test_crop_as_far_as_tokens_are_exact(length: int, max_length: int | None) -> None:
     """To any length from the start of the group before the one that the text is in."""
     model, ids = model_of("llama"), random_ids(2, 80)
     mask = mask_for(model, kind="all")
-    with duo_attention(model, mask, kv=kv):
+    with duo_attention(model, mask, kv="k8v4"):
         start = (length // GROUP - 1) * GROUP
         for least in {start, start + GROUP - 1, start + GROUP} - {length}:
             cache = dual_cache(model, max_length and 80)
@@ -294,7 +287,7 @@ def test_crop_as_far_as_tokens_are_exact(length: int, max_length: int | None, kv
             known = torch.cat([ids[:, :20], ids[:, 20:length].flip(1)], 1)[:, :least]
             whole = torch.cat([known, ids[:, least:]], 1)
             edges = [x for x in (0, 20) if x < least] + list(range(least, 80))
-            wanted = expected(model, mask, kv, whole, edges)[:, least : least + 20]
+            wanted = expected(model, mask, "k8v4", whole, edges)[:, least : least + 20]
             found = [model(whole[:, t : t + 1], past_key_values=cache).logits for t in range(least, least + 20)]
             check_equal(torch.cat(found, 1), wanted)
 

@@ -38,12 +38,12 @@ def test_greedy_text_is_the_likeliest_under_any_mask(family: str, kind: str, dev
     model, prompts = build(family), random_ids(2, 40)
     mask = mask_for(model, kind=kind)
     with reference(model, mask), torch.no_grad():
-        expected = greedy(model, prompts, 20)
+        expected = greedy(model, prompts, 12)  # more than a window holds
     model = build(family).to(device)
     with duo_attention(model, mask):
         for chunk_size, graph in ((40, True), (7, True), (40, False)):
             options = {"chunk_size": chunk_size, "graph": graph}
-            assert write(model, prompts.to(device), 20, GREEDY, NEVER, **options) == expected
+            assert write(model, prompts.to(device), 12, GREEDY, NEVER, **options) == expected
         assert write(model, prompts[:, :1].to(device), 1, GREEDY, NEVER)  # shorter than what a capture reads
 
 

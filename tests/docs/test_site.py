@@ -117,6 +117,7 @@ def test_nothing_is_loaded_from_outside(site: Path) -> None:
 def test_a_broken_link_fails_the_build(tmp_path: Path) -> None:
     root = copy_to(tmp_path)
     (root / "docs" / "index.md").write_text("# Home\n\n[nowhere](nowhere.md)\n")
+    (root / "docs" / "api.md").write_text("# Python API\n")  # it takes longest
     done = build(root)
     assert done.returncode != 0
     assert "page does not exist" in done.stderr

@@ -80,9 +80,10 @@ def check_conversation(model: LanguageModel, mask: HeadMask, item: Item, answers
 
 
 @pytest.mark.parametrize(
-    ("batch_tokens", "chunk_size"), [(10**6, 10**6), (1, 7), (256, 33)], ids=["together", "alone", "by-twos"]
+    ("sparsity", "batch_tokens", "chunk_size"),
+    [(0.5, 10**6, 10**6), (0.5, 1, 7), (0.5, 256, 33), (0, 256, 33), (1, 10**6, 10**6)],
+    ids=["together", "alone", "by-twos", "no-head-streams", "all-stream"],
 )
-@pytest.mark.parametrize("sparsity", [0, 0.5, 1])
 def test_turns_are_those_of_plain_forwards(
     sparsity: float, batch_tokens: int, chunk_size: int, model: LanguageModel
 ) -> None:

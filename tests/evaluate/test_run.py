@@ -78,12 +78,12 @@ def test_what_contenders_write_is_compared_with_full_attention(finished_run: tup
 
 
 def test_conversations_have_a_table_and_go_on(tmp_path: Path) -> None:
-    tasks = ["tasks=[turns-json,rules-json]", "lengths=[4000]", "random_masks=0", "baselines=[]"]
+    tasks = ["tasks=[turns-json]", "lengths=[3000]", "random_masks=0", "baselines=[]"]
     finished = evaluate(tmp_path, *tasks)
     assert finished.status == 0, finished.output
     assert "By turn of a conversation" in finished.output
     rows = results(tmp_path / "run")["rows"]
-    assert [row["turn"] for row in rows if row["task"] == "turns-json"] == [1, 2, 3, 4, 5, 6] * 2
+    assert [row["turn"] for row in rows] == [1, 2, 3, 4, 5, 6] * 2
     assert all(row["total_bytes"] > row["bytes"] for row in rows if row["kind"] == "full")
     resumed = run_command("evaluate", f"resume={tmp_path / 'run'}", "sparsity=[0.5,1]", folder=tmp_path)
     assert resumed.status == 0, resumed.output
@@ -151,7 +151,7 @@ def test_rows_are_called_after_the_method_rather_than_the_date(
 
 
 def test_the_run_is_reproducible(finished_run: tuple[Path, Finished], tmp_path: Path) -> None:
-    assert evaluate(tmp_path).status == 0
+    assert evaluate(tmp_path, "generate=false").status == 0
     repeated = results(tmp_path / "run")["rows"]
     assert keys(repeated) == keys(results(finished_run[0])["rows"])
     assert [row["loss"] for row in repeated] == [row["loss"] for row in results(finished_run[0])["rows"]]
@@ -193,14 +193,14 @@ def test_an_interrupted_run_goes_on(
 
 
 def test_more_samples_and_contenders_are_appended(tmp_path: Path) -> None:
-    assert evaluate(tmp_path, "generate=false", "random_masks=0").status == 0
+    assert evaluate(tmp_path, "generate=false", "random_masks=0", "depths=1").status == 0
     first = results(tmp_path / "run")["rows"]
     assert all(row["text"] is None for row in first)
     overrides = ["samples=2", "random_masks=1", "generate=true"]
     finished = run_command("evaluate", f"resume={tmp_path / 'run'}", *overrides, folder=tmp_path)
     assert finished.status == 0, finished.output
     rows = results(tmp_path / "run")["rows"]
-    assert len(rows) == 2 * 10 * 5
+    assert len(rows) == 2 * 9 * 5
     assert keys(rows)[: len(first)] == keys(first)
     assert all(row["text"] is not None for row in rows if row["task"] == "needle-words")
 

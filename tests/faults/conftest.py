@@ -1,4 +1,4 @@
-"""One worker for all trials of a process, and a bench for those of a file that start processes of their own."""
+"""One worker for all trials of a process, and one bench for those that start processes of their own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def made(place: Worker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return places.make(place, tmp_path_factory.mktemp("made") / "places", runs=False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A folder in which trials are made, with what their commands read."""
     from tests.faults.trials import Bench

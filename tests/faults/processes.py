@@ -35,6 +35,7 @@ SPAWNING.set_forkserver_preload(  # without effect where the server runs already
         "lm_eval.__main__",
         "lm_eval.models.huggingface",
         "tests.faults.cases",
+        "tests.support.warm",
     ]
 )
 MARK = "DUO_ID_FAULTS"  # environment: tells the descendants of one command, in whichever session they are

@@ -15,9 +15,13 @@ SHORT = 24  # lines of the short part
 
 
 def cheap() -> Iterator[Line]:
-    """Lines that are refused, and that no command has to run for first."""
+    """Lines that are refused, that no command has to run for first, and for which lm-eval does not read all its tasks.
+
+    `tests/lm_eval/test_model.py` has mistakes of its command.
+    """
     for line in drawn(0, 10**9):
-        if line.refused and not any(name in " ".join(line.bad) for name in places.MADE):
+        slow = line.module == "duo_id.lm_eval" or any(name in " ".join(line.bad) for name in places.MADE)
+        if line.refused and not slow:
             yield line
 
 

@@ -132,15 +132,15 @@ def test_long_prompts_are_truncated(
             monkeypatch.setattr(logger, "level", logging.WARNING)
             logger._cache.clear()  # type: ignore[attr-defined]  # of levels that are enabled
     copy_of_the_hub("longbench", "qasper", "test", *(QUESTION | {"context": story} for story in STORIES))
-    kept = 500 - 128  # tokens of a prompt, beside what the task may generate
-    samples = run("longbench_qasper", max_length=500, truncation_side=side)
+    kept = 500 - 16  # tokens of a prompt, beside what the task may generate
+    samples = run("longbench_qasper", {"max_gen_toks": 16}, max_length=500, truncation_side=side)
     ids = [tokens_of(prompt) for prompt in prompts(samples)]
     halves = [x[: kept // 2] + x[-kept // 2 :] for x in ids]
     expected = {"left": [x[-kept:] for x in ids], "middle": halves}[side]
-    assert answers(samples) == [written(model, prompt, 128) for prompt in expected]
+    assert answers(samples) == [written(model, prompt, 16) for prompt in expected]
     warning = {
-        "left": "truncating to last 372 tokens",
-        "middle": f"middle of a prompt of {len(ids[1])} tokens is cut: the model takes 372",
+        "left": f"truncating to last {kept} tokens",
+        "middle": f"middle of a prompt of {len(ids[1])} tokens is cut: the model takes {kept}",
     }
     assert warning[side] in caplog.text
 
@@ -148,12 +148,12 @@ def test_long_prompts_are_truncated(
 @pytest.mark.usefixtures("_metrics")
 def test_answers_end_before_what_ends_them(model: PreTrainedModel) -> None:
     copy_of_the_hub("longbench", "trec", "test", *(QUESTION | {"context": story} for story in STORIES))
-    samples = run("longbench_trec")
+    samples = run("longbench_trec", {"max_gen_toks": 24})
     assert [sample["arguments"][0][1]["until"] for sample in samples] == [["\n"], ["\n"]]
-    texts = [written(model, tokens_of(prompt), 64) for prompt in prompts(samples)]
+    texts = [written(model, tokens_of(prompt), 24) for prompt in prompts(samples)]
     assert answers(samples) == [text.partition("\n")[0] for text in texts]
     stop = next(character for character in texts[0][4:] if character.isalnum())
-    samples = run("longbench_trec", {"until": [stop], "max_gen_toks": 64})
+    samples = run("longbench_trec", {"until": [stop], "max_gen_toks": 24})
     assert answers(samples) == [text.partition(stop)[0] for text in texts]
 
 

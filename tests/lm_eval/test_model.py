@@ -149,7 +149,7 @@ def test_likelihoods_are_those_of_the_masked_model(
     assert likelihoods(logged)[0] != pytest.approx(full[0], abs=1e-2), "the mask changes nothing here"
 
 
-@pytest.mark.parametrize("kv", ["int8", "k8v4", "int4"])
+@pytest.mark.parametrize("kv", ["int8", "int4"])
 def test_likelihoods_with_codes_are_those_of_decoding(
     kv: str, folder: Path, saved: tuple[PreTrainedModel, Path], pattern: HeadPattern, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 import io
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +63,17 @@ def test_searches_rank_the_planted_head_first(
 
 
 @pytest.mark.parametrize("strategy", ["elimination", "selection"])
-@pytest.mark.parametrize("stop_at", range(1, 12))
 def test_a_resumed_search_ends_as_an_undisturbed_one(
-    strategy: str, stop_at: int, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in any round of the search or of the exchanges that follow it."""
     changes: dict[str, Any] = {"strategy": strategy, "swap_at": 0.5, "max_swaps": 1, "swap_width": 3}
-    plain, calls = MaskLosses.__call__, [0]
+    plain, left = MaskLosses.__call__, [0]  # calls until one is interrupted; below 0, none is
 
     def distorted(self: MaskLosses, masks: Tensor) -> Tensor:
         """Losses that leave something to exchange."""
-        calls[0] += 1
-        if calls[0] == stop_at:
+        left[0] -= 1
+        if left[0] == 0:
             raise KeyboardInterrupt
         closed = (~masks).flatten(1).float()
         together = closed[:, 1] * closed[:, 2] * closed[:, 5] * (closed.sum(1) == 3)
@@ -83,22 +81,24 @@ def test_a_resumed_search_ends_as_an_undisturbed_one(
 
     monkeypatch.setattr(MaskLosses, "__call__", distorted)
     with gated_model_of(make_model("llama")) as gated_model:
-        (tmp_path / "stopped").mkdir()
-        with suppress(KeyboardInterrupt):  # not raised if the search ends first
-            searched(gated_model, tmp_path / "stopped", **changes)
-        calls[0] = stop_at
-        scores, provenance = searched(gated_model, tmp_path / "stopped", **changes)
-        repeated, repeated_provenance = searched(gated_model, tmp_path / "stopped", **changes)
         (tmp_path / "whole").mkdir()
-        expected, expected_provenance = searched(gated_model, tmp_path / "whole", **changes)
-    assert torch.equal(scores, expected)
-    assert torch.equal(repeated, expected), "a finished search stays as it is"
-    assert provenance["swaps"] == repeated_provenance["swaps"] == expected_provenance["swaps"] == 1
-    assert provenance["budget"] == 0.5
-    states = [json.loads((tmp_path / name / SEARCH_FILE).read_text()) for name in ("stopped", "whole")]
-    assert all(state.pop("seconds") > 0 for state in states)
-    assert all(state.pop(SEAL).startswith(DIGEST_PREFIX) for state in states), "of the seconds too, which differ"
-    assert states[0] == states[1]
+        expected, provenance = searched(gated_model, tmp_path / "whole", **changes)
+        assert (provenance["swaps"], provenance["budget"]) == (1, 0.5)
+        for stop_at in range(1, -left[0] + 1):
+            folder = tmp_path / str(stop_at)
+            folder.mkdir()
+            left[0] = stop_at
+            with pytest.raises(KeyboardInterrupt):
+                searched(gated_model, folder, **changes)
+            for _ in range(2):  # a finished search stays as it is
+                scores, found = searched(gated_model, folder, **changes)
+                assert torch.equal(scores, expected), stop_at
+                assert (found["swaps"], found["budget"]) == (1, 0.5), stop_at
+            states = [json.loads((path / SEARCH_FILE).read_text()) for path in (folder, tmp_path / "whole")]
+            assert all(state.pop("seconds") > 0 for state in states)
+            assert all(state.pop(SEAL).startswith(DIGEST_PREFIX) for state in states), "of seconds too, which differ"
+            assert states[0] == states[1], stop_at
+    assert stop_at > 5
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import sys
 from contextlib import chdir, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,11 @@ from duo_id.report import __main__ as report
 from tests.evaluate.saved import a_pattern, line_up, save, saved_results
 from tests.support.figures import blank_figures
 
-FEW = (("json-lookup", "language"), (1000,))  # tasks and lengths
+
+def few(*names: str) -> dict[str, Any]:
+    """Results of these heads at one sparsity, without baselines."""
+    contenders = line_up(names, (0.5,), peers=False)
+    return saved_results(2, ("json-lookup", "language"), (1000,), contenders, {name: a_pattern() for name in names})
 
 
 def run_report(*arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
@@ -76,8 +81,7 @@ def test_out_says_where(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_reference_of_comparisons_can_be_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    patterns = {name: a_pattern() for name in ("first", "second")}
-    save(run.parent / "two", saved_results(2, *FEW, patterns=patterns))
+    save(run.parent / "two", few("first", "second"))
     for arguments, name in (["two"], "first"), (["two", "reference=second"], "second"):
         status, _ = run_report(*arguments, folder=run.parent, monkeypatch=monkeypatch)
         assert status == 0
@@ -92,8 +96,7 @@ def test_evaluations_without_the_reference_are_compared_with_their_first(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for split, names in ("test", ("first", "second")), ("development", ("third", "fourth")):
-        saved = saved_results(2, *FEW, patterns={name: a_pattern() for name in names})
-        save(run.parent / split, saved | {"split": split})
+        save(run.parent / split, few(*names) | {"split": split})
     status, _ = run_report("test", "development", "reference=second", folder=run.parent, monkeypatch=monkeypatch)
     page = (run.parent / "test" / "report.html").read_text()
     assert status == 0

@@ -81,6 +81,14 @@ CASES = {
 }
 
 
+EVERY = (*CASES, "measured", "scores")
+SHAPES = ("MHA", "3 KV heads", "1 KV head, padding left")
+FEWER = {  # of two processes on a CPU: both sharded and unsharded, data and sequence are divided, if not in every case
+    "2x1x1": tuple(name for name in EVERY if name not in ("GQA, compiled", *SHAPES)),
+    "1x2x0": ("GQA", "1 KV head, padding left", "logits", "measured", "scores"),
+}
+
+
 def divided(rank: int, data: int, sequence: int, sharded: bool) -> Ranks:
     """The place of a rank whose processes have been started already; all must ask."""
     group = dist.new_subgroups(sequence)[0] if sequence > 1 else None
@@ -157,20 +165,22 @@ def scores(ranks: Ranks, device: str = "cpu") -> Tensor:
     return torch.tensor([[row.loss, row.correct, row.tokens, row.exact, row.answers] for row in rows])
 
 
-def everything(rank: int, world: int, divisions: list[tuple[int, int, bool]], device: str, folder: Path) -> None:
-    """All cases and the comparison, over each division of the processes; the first leaves the results.
+def everything(rank: int, divisions: dict[str, tuple[str, ...]], device: str, folder: Path) -> None:
+    """The cases of each division of the processes, such as 2x1x1: data x sequence x sharded; the first leaves the
+    results.
 
     Raises:
         RuntimeError: something failed; its one line says what and how. What was found before is left all the same.
     """
     found: dict[str, Any] = {}
-    for data, sequence, sharded in divisions:
-        ranks = divided(rank, data, sequence, sharded)
-        parts = {key: partial(step, case) for key, case in CASES.items()} | {"measured": measured, "scores": scores}
-        for key, part in parts.items():
-            name = f"{data} x {sequence}{' sharded' * sharded}: {key}"
+    parts = {key: partial(step, case) for key, case in CASES.items()} | {"measured": measured, "scores": scores}
+    for division, chosen in divisions.items():
+        data, sequence, sharded = map(int, division.split("x"))
+        ranks = divided(rank, data, sequence, bool(sharded))
+        for key in chosen:
+            name = f"{division}: {key}"
             try:
-                found[name] = part(ranks, device)
+                found[name] = parts[key](ranks, device)
             except Exception as error:
                 told = next(iter(str(error).splitlines()), "")
                 raise RuntimeError(f"{name}: {type(error).__name__}: {told}") from error

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from tests.scale.cases import everything
 
 
-def take_part(rank: int, world: int, device: str, folder: Path, divisions: list[str]) -> None:
-    """Meet the others and do everything over each division, such as 2x1x1: data x sequence x sharded."""
+def take_part(rank: int, world: int, device: str, folder: Path, divisions: dict[str, tuple[str, ...]]) -> None:
+    """Meet the others and compute the cases of each division."""
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     if device == "cuda":
@@ -23,8 +23,5 @@ def take_part(rank: int, world: int, device: str, folder: Path, divisions: list[
         world_size=world,
         timeout=timedelta(seconds=120),
     )
-    parts = [
-        (int(data), int(sequence), sharded == "1") for data, sequence, sharded in (x.split("x") for x in divisions)
-    ]
-    everything(rank, world, parts, device, folder)
+    everything(rank, divisions, device, folder)
     dist.destroy_process_group()

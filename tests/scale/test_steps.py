@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from duo_id.distributed.ranks import Ranks
-from tests.scale.cases import CASES, measured, scores, step
+from tests.scale.cases import CASES, EVERY, FEWER, measured, scores, step
 from tests.scale.devices import environment
 from tests.scale.process import take_part
 from tests.support.processes import start
 
-TWO = ["2x1x1", "1x2x0", "1x2x1"]  # data x sequence x sharded
-FOUR = ["4x1x0", "4x1x1", "2x2x0", "2x2x1", "1x4x1"]
+TWO = dict.fromkeys(["2x1x1", "1x2x0", "1x2x1"], EVERY)  # data x sequence x sharded
+FOUR = dict.fromkeys(["4x1x0", "4x1x1", "2x2x0", "2x2x1", "1x4x1"], EVERY)
 
 
 Found = tuple[dict[str, Any], str]  # what the processes found, and why it is not all
 
 
-def together(world: int, divisions: list[str], device: str, folder: Path) -> Found:
+def together(world: int, divisions: dict[str, tuple[str, ...]], device: str, folder: Path) -> Found:
     """What the first of `world` processes found; one that fails ends the others, which would wait for it."""
     given = environment(device)
     started = [
@@ -73,14 +73,14 @@ def close(found: Any, name: str, rtol: float = 1e-5, device: str = "cpu") -> Non
     torch.testing.assert_close(found["gradient"], expected["gradient"], rtol=rtol, atol=rtol * scale)
 
 
-def named(divisions: list[str]) -> list[str]:
-    parts = [division.split("x") for division in divisions]
-    return [f"{data} x {sequence}{' sharded' if sharded == '1' else ''}" for data, sequence, sharded in parts]
+def each(divisions: dict[str, tuple[str, ...]]) -> pytest.MarkDecorator:
+    names = [(division, name) for division, chosen in divisions.items() for name in chosen]
+    return pytest.mark.parametrize(("division", "name"), names)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return together(2, TWO, "cpu", tmp_path_factory.mktemp("two"))
+    return together(2, TWO | FEWER, "cpu", tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -93,21 +93,18 @@ def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return together(2, TWO, "cuda", tmp_path_factory.mktemp("gpus"))
 
 
-@pytest.mark.parametrize("division", named(TWO))
-@pytest.mark.parametrize("name", [*CASES, "measured", "scores"])
+@each(TWO | FEWER)
 def test_two_processes_are_one(division: str, name: str, two: Found) -> None:
     close(part(two, f"{division}: {name}"), name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("division", named(FOUR))
-@pytest.mark.parametrize("name", [*CASES, "measured", "scores"])
+@each(FOUR)
 def test_four_processes_are_one(division: str, name: str, four: Found) -> None:
     close(part(four, f"{division}: {name}"), name)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("division", named(TWO))
-@pytest.mark.parametrize("name", [*CASES, "measured", "scores"])
+@each(TWO)
 def test_two_gpus_are_one_process(division: str, name: str, two_gpus: Found) -> None:
     close(part(two_gpus, f"{division}: {name}"), name, 1e-4, "cuda")

@@ -26,7 +26,9 @@ SPAWNING.set_forkserver_preload(
         "duo_id.train.run",
         "transformers.models.llama.modeling_llama",
         "matplotlib.backends.backend_agg",
+        "pytest",
         "tests.support.commands",
+        "tests.support.warm",
     ]
 )
 

@@ -257,14 +257,14 @@ def test_gates_in_a_bfloat16_model_stay_float32(gate_training: MakeTraining) -> 
         assert (training.gates.weight.bfloat16().float() != training.gates.weight).any(), "on bfloat16's coarse grid"
 
 
-@pytest.mark.parametrize(("layer", "kv_head"), [(0, 1), (1, 0), (2, 1)])
 @pytest.mark.parametrize(
-    ("settings", "margin"),
+    ("layer", "kv_head", "settings", "margin"),
     [
-        ({"blend": "student"}, 0.3),
-        ({"blend": "teacher"}, 0.3),
-        ({"gate": "nested", "initial": 0.5, "reg_weight": 0}, 0.05),
+        (2, 1, {"blend": "student"}, 0.3),
+        (0, 1, {"blend": "teacher"}, 0.3),
+        (1, 0, {"gate": "nested", "initial": 0.5, "reg_weight": 0}, 0.05),
     ],
+    ids=["student", "teacher", "nested"],
 )
 def test_the_planted_head_is_ranked_first(
     layer: int,

@@ -68,19 +68,19 @@ def put(new: Any) -> Callable[[Any, Any], None]:
     return lambda inner, key: inner.__setitem__(key, new)
 
 
-def mutants(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Each key removed, and each value replaced by ones of other types and shapes."""
+def mutations(checkpoint: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, ...], Callable[[Any, Any], None]]]:
+    """Each key removed, and each value replaced by ones of other types and shapes: a name, and what `changed` takes."""
     tensors = [torch.zeros(7), torch.zeros(3, 2, dtype=torch.int64), torch.full((3, 2), torch.nan)]
     for path in paths(checkpoint):
         value = checkpoint
         for key in path:
             value = value[key]
-        yield f"without {path}", changed(checkpoint, path, lambda inner, key: inner.__delitem__(key))
+        yield f"without {path}", path, lambda inner, key: inner.__delitem__(key)
         for wrong in [*WRONG, *tensors]:
             if type(value) is not type(wrong) or isinstance(value, list | dict):
-                yield f"{path}={wrong!r:.40}", changed(checkpoint, path, put(wrong))
+                yield f"{path}={wrong!r:.40}", path, put(wrong)
         if isinstance(value, torch.Tensor):
-            yield f"{path} of another shape", changed(checkpoint, path, put(torch.zeros(7)))
+            yield f"{path} of another shape", path, put(torch.zeros(7))
 
 
 def test_a_mutant_is_refused_in_one_line_or_changes_nothing(run: Path, tmp_path: Path) -> None:
@@ -89,8 +89,8 @@ def test_a_mutant_is_refused_in_one_line_or_changes_nothing(run: Path, tmp_path:
     assert finished.status == 0, finished.output
     expected = read(copied / CHECKPOINT)["state_dict"]["gates.weight"]
     errors = set()
-    for name, mutant in random.Random(0).sample(list(mutants(good)), SAMPLED):
-        finished, copied = resumed(run, tmp_path, mutant)
+    for name, path, change in random.Random(0).sample(list(mutations(good)), SAMPLED):
+        finished, copied = resumed(run, tmp_path, changed(good, path, change))
         if finished.status:
             assert "resume: " in finished.error, (name, finished.output)
             errors.add(finished.error)

@@ -233,6 +233,7 @@ def test_every_experiment_runs_a_step(experiment: str, tmp_path: Path, monkeypat
     assert (tmp_path / "run" / "figures" / "spans.png").is_file() == bool(spans)
     assert load_pattern(tmp_path / "run").provenance["settings"]["method"] == plain(settings)["method"]
     trained = isinstance(settings.method, GateSettings)
+    assert not trained or settings.method.optimizer["lr"] == settings.method.lr
     assert (tmp_path / "run" / "figures" / "training.png").is_file() == trained
 
 

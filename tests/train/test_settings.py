@@ -32,8 +32,10 @@ NEEDED = {  # what has no default
 }
 CONFIGS = sorted(path.relative_to(conf_dir()).with_suffix("").as_posix() for path in conf_dir().rglob("*.yaml"))
 PRESETS = ("preset/", "evaluation/")  # of benchmark, see tests/benchmark/test_run.py, and of evaluate
+EXPERIMENTS = "experiment/"  # run by tests/train/test_run.py
 EVALUATION_ONLY = "data/haystack/library"
-OPTIONS = [config for config in CONFIGS if "/" in config and not config.startswith((*PRESETS, EVALUATION_ONLY))]
+ELSEWHERE = (*PRESETS, EXPERIMENTS, EVALUATION_ONLY)
+OPTIONS = [config for config in CONFIGS if "/" in config and not config.startswith(ELSEWHERE)]
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -29,9 +29,11 @@ from tests.support.sweep_jobs import record_process, signal_launcher, write_summ
 optuna = pytest.importorskip("optuna", exc_type=ImportError)  # and what it imports
 distributions, load_study = optuna.distributions, optuna.load_study
 distribution = pytest.importorskip("hydra_plugins.duo_id_optuna").distribution
+LocalJob = pytest.importorskip("submitit").LocalJob
 
 OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3"]
 SOURCES = os.pathsep.join([str(conf_dir().parent / "src"), str(conf_dir().parent)])
+NO_WAIT = ("_results_timeout_s", 0)  # submitit waits 15 s for what a job that died has left
 SPACE = "method.lr=interval(0.01,0.2)"
 
 
@@ -184,6 +186,7 @@ def test_launchers_can_be_instantiated(name: str, kind: str) -> None:
 def test_jobs_have_a_process_and_a_gpu_each_and_die_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,7")  # taken as they are named
     monkeypatch.setenv("PYTHONPATH", SOURCES, prepend=os.pathsep)
+    monkeypatch.setattr(LocalJob, *NO_WAIT)
     finished = sweep(tmp_path, "hydra/launcher=local", "seed=0,1,2", command=record_process)
     assert finished.status == 2, finished.output
     jobs = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("sweep/*/where.json"))]
@@ -197,6 +200,7 @@ def test_jobs_have_a_process_and_a_gpu_each_and_die_alone(tmp_path: Path, monkey
 def launch(folder: Path) -> None:
     """A sweep whose first job ends it."""
     os.environ["LAUNCHER"] = str(os.getpid())
+    setattr(LocalJob, *NO_WAIT)
     finished = sweep(folder, "hydra/launcher=local", "hydra.launcher.n_jobs=1", "seed=0,1", command=signal_launcher)
     print(finished.output)
     sys.exit(finished.status)

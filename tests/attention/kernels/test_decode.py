@@ -86,7 +86,8 @@ def short_shares(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("pattern", ["spans", "rings", "none"])
 def test_decode_over_rings_that_programs_share(pattern: str, sink: int, short_shares: None) -> None:
     """Of several sizes in one launch, some too short to be shared, some longer than the past."""
-    for lengths, most in (([0, 1, 2], 64), ([60, 11, 0], 64), ([299, 303, 20], None), ([383, 90, 1000], None)):
+    few = [([60, 11, 0], 64), ([299, 303, 20], None)]
+    for lengths, most in few if DEVICE == "cpu" else [([0, 1, 2], 64), *few, ([383, 90, 1000], None)]:
         for recent in (8, 200):
             past = Past(lengths, 1, sink, recent, pattern, device=DEVICE, capacity=1100, most=most)
             check_decode(past, block=16)

@@ -72,7 +72,7 @@ def test_any_window_and_length(window: tuple[int, int], tokens: int, small_block
 @pytest.mark.parametrize("spans", [[1, 60], [8, 5, 200, 8], [33, 2, 1]], ids=str)
 def test_a_span_for_each_head(spans: list[int], sink: int, small_blocks: None) -> None:
     """In one launch, some of them longer than the text."""
-    for tokens in (1, 33, 70):
+    for tokens in (33,) if DEVICE == "cpu" else (1, 33, 70):
         check_spans(tokens, sink, spans, 2, 16)
 
 

@@ -11,15 +11,12 @@ from duo_id.evaluate.metrics import METRICS
 from duo_id.evaluate.tasks.names import GROUPS
 from duo_id.evaluate.tasks.registry import EVALUATION_TASKS, expand, make_items, reserved_tokens
 from tests.evaluate.tasks.making import AFTER, ASKED, LENGTHS, builder_of, items_of, length_of, text, tokenizer_of
+from tests.support.pairs import pairwise
 
-MATRIX = pytest.mark.parametrize("tokenizer", LENGTHS)
-BOTH = pytest.mark.parametrize("split", SPLITS)
 ALL = pytest.mark.parametrize("task", EVALUATION_TASKS)
 
 
-@ALL
-@BOTH
-@MATRIX
+@pairwise(task=EVALUATION_TASKS, tokenizer=LENGTHS, split=SPLITS)
 def test_contexts_have_the_exact_length_and_leave_room_for_the_answer(task: str, split: str, tokenizer: str) -> None:
     builder = builder_of(tokenizer, split)
     (item,) = items_of(task, tokenizer, split)
@@ -41,9 +38,7 @@ def test_contexts_have_the_exact_length_and_leave_room_for_the_answer(task: str,
     assert (sum(taken) if item.turns else max(taken, default=0)) <= free
 
 
-@pytest.mark.parametrize("task", ASKED)
-@BOTH
-@MATRIX
+@pairwise(task=ASKED, tokenizer=LENGTHS, split=SPLITS)
 def test_right_answers_are_right_and_stand_in_the_context(task: str, split: str, tokenizer: str) -> None:
     (item,) = items_of(task, tokenizer, split)
     context = text(item.context, tokenizer)
