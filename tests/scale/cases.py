@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from duo_id.attention.functions import Backends
 from duo_id.attention.interface import attached
+from duo_id.attention.last_layer import AtRows
 from duo_id.attention.layers import AttentionLayer
 from duo_id.benchmark.ceilings import Ceilings
 from duo_id.benchmark.settings import BenchmarkSettings
@@ -47,7 +49,8 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     lengths: tuple[int, ...] = LENGTHS
-    scored: int = 5
+    scored: int = 5  # last tokens of the first sample; one more of each further one
+    also: tuple[int, ...] = ()  # other scored tokens of every sample
     side: str = "right"
     recompute: Keep | None = None
     compile: bool = False
@@ -70,6 +73,12 @@ CASES = {
     "3 KV heads": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 3), strict=True))),
     "1 KV head, padding left": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 1), strict=True)), side="left"),
     "few scored, a sample each": Case(lengths=(170, 121), scored=2),  # the last layer computes these alone
+    "few scored of one sample": Case(lengths=(171,), scored=3, also=(85, 86)),  # two processes have 86 tokens each
+    "few scored, logits": Case(
+        "qwen3", method={"objective": "kl", "tokens": "far"}, lengths=(171,), scored=3, also=(1, 86)
+    ),
+    "few scored, compiled": Case(lengths=(171,), scored=3, compile=True, recompute=Keep.OUTPUT),
+    "few scored, teacher blend": Case(method={"blend": "teacher"}, lengths=(171,), scored=3),
     "teacher blend": Case(method={"blend": "teacher"}),
     "logits": Case(method={"objective": "kl"}, scored=35),
     "each layer, far tokens": Case(
@@ -115,11 +124,21 @@ def loaded(case: Case, ranks: Ranks, device: str) -> Iterator[tuple[LanguageMode
 
 
 def step(case: Case, ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
-    """Loss and gradient of the whole step, of which this process computes its part."""
-    with loaded(case, ranks, device) as (_, training):
+    """Loss and gradient of the whole step, of which this process computes its part, and its last layer's queries."""
+    queries: list[int] = []
+    plain = AtRows.__call__
+
+    def noting(self: AtRows, query: Tensor, *given: Any) -> Tensor:
+        queries.append(len(self.rows))
+        return plain(self, query, *given)
+
+    with loaded(case, ranks, device) as (_, training), patch.object(AtRows, "__call__", noting):
         count = max(len(case.lengths) // ranks.data, 1)  # two samples come twice on four processes
         mine = [index % len(case.lengths) for index in range(ranks.data_rank * count, (ranks.data_rank + 1) * count)]
         samples = [random_sample(case.lengths[index], index, case.scored + index) for index in mine]
+        for sample in samples:
+            for token in case.also:
+                sample["labels"][token] = sample["input_ids"][token]
         batch = training.on_before_batch_transfer(collate(samples, 0, case.side), 0)
         batch = training.on_after_batch_transfer(training.transfer_batch_to_device(batch, torch.device(device), 0), 0)
         loss = training.distillation.loss(training.gates.alpha(), batch) + 0.05 * training.penalty(
@@ -129,14 +148,15 @@ def step(case: Case, ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
         gradient = training.gates.weight.grad
         assert gradient is not None
         assert gradient.dtype == torch.float32
-        return {"loss": ranks.mean(loss.detach()).cpu(), "gradient": ranks.mean(gradient).cpu()}
+        found = {"loss": ranks.mean(loss.detach()).cpu(), "gradient": ranks.mean(gradient).cpu()}
+        return found | {"queries": torch.tensor(sorted({*queries}))}
 
 
 def measured(ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
     """Loss and gradient of a step that the benchmark measures."""
     with loaded(CASES["GQA"], ranks, device) as (model, training):
         sizes = {"context": [501], "chunk_size": [8], "sparsity": [0.5], "sink_size": 2, "recent_size": 8}
-        settings = BenchmarkSettings(CASES["GQA"].settings(), "train_step", batch_size=2, repeats=1, warmup=0, **sizes)
+        settings = BenchmarkSettings(CASES["GQA"].settings(), "train_step", batch_size=4, repeats=1, warmup=0, **sizes)
         batch = StepBench(settings, model, Ceilings(1.0, 1.0), Path(), lambda phase: None)._batch(501)
         alpha = training.gates.alpha()
         loss = training.distillation.loss(alpha, batch)
