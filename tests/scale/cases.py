@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from duo_id.attention import last_layer
 from duo_id.attention.functions import Backends
 from duo_id.attention.interface import attached
-from duo_id.attention.last_layer import AtRows
 from duo_id.attention.layers import AttentionLayer
 from duo_id.benchmark.ceilings import Ceilings
 from duo_id.benchmark.settings import BenchmarkSettings
@@ -124,15 +124,16 @@ def loaded(case: Case, ranks: Ranks, device: str) -> Iterator[tuple[LanguageMode
 
 
 def step(case: Case, ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
-    """Loss and gradient of the whole step, of which this process computes its part, and its last layer's queries."""
-    queries: list[int] = []
-    plain = AtRows.__call__
+    """Loss and gradient of the whole step, of which this process computes its part, and what its last MLP computes."""
+    tokens: list[int] = []
+    plain = last_layer.scatter_rows
 
-    def noting(self: AtRows, query: Tensor, *given: Any) -> Tensor:
-        queries.append(len(self.rows))
-        return plain(self, query, *given)
+    def noting(values: Tensor, rows: Tensor, count: int, dim: int) -> Tensor:
+        if dim == 1:
+            tokens.append(len(rows))
+        return plain(values, rows, count, dim)
 
-    with loaded(case, ranks, device) as (_, training), patch.object(AtRows, "__call__", noting):
+    with loaded(case, ranks, device) as (_, training), patch.object(last_layer, "scatter_rows", noting):
         count = max(len(case.lengths) // ranks.data, 1)  # two samples come twice on four processes
         mine = [index % len(case.lengths) for index in range(ranks.data_rank * count, (ranks.data_rank + 1) * count)]
         samples = [random_sample(case.lengths[index], index, case.scored + index) for index in mine]
@@ -149,7 +150,7 @@ def step(case: Case, ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
         assert gradient is not None
         assert gradient.dtype == torch.float32
         found = {"loss": ranks.mean(loss.detach()).cpu(), "gradient": ranks.mean(gradient).cpu()}
-        return found | {"queries": torch.tensor(sorted({*queries}))}
+        return found | {"tokens": torch.tensor(tokens)}
 
 
 def measured(ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
