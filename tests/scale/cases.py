@@ -166,8 +166,10 @@ def measured(ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def scores(ranks: Ranks, device: str = "cpu") -> Tensor:
-    """What masks of the model with three KV heads score."""
-    model = load_model(CASES["3 KV heads"].settings(), device, 0, ranks)
+    """What masks of the model with three KV heads, and a head of its own, score."""
+    settings = CASES["3 KV heads"].settings()
+    settings.architecture["tie_word_embeddings"] = False
+    model = load_model(settings, device, 0, ranks)
     samples = []
     for seed in range(2):
         sample = random_sample(50 + seed, seed, 40)
