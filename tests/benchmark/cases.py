@@ -1,6 +1,7 @@
 """A tiny model under the benchmark, shared by its tests."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -42,4 +43,4 @@ def make_bench(
         **{"model": ModelSettings("tiny"), "sink_size": SINK, "recent_size": RECENT, **sizes, **changes}
     )
     layers = layers_of(model)
-    return CacheBench(settings, model, layers, workload(model, layers), Ceilings(1e9, 1e10), announce)
+    return CacheBench(settings, model, layers, workload(model, layers), Ceilings(1e9, 1e10), Path(), announce)

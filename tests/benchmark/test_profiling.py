@@ -10,9 +10,11 @@ def kernel(name: str, start: float, end: float, cat: str = "kernel") -> dict[str
 
 
 def test_kernels_have_their_groups() -> None:
-    assert group_of("_streaming_key_gradients") == "streaming attention"
+    assert group_of("_streaming_key_gradients") == group_of("streaming_prefill") == "streaming attention"
+    assert group_of("_decode") == "decode attention"
     assert group_of("cudnn_generated_fort_native_sdpa_sm90_flash_fprop") == "full attention"
     assert group_of("nvjet_tst_128x256_64x4") == group_of("sm90_xmma_gemm_bf16") == "matrix products"
+    assert group_of("cutlass3x_sm90_tensorop_bf16_stream_k_gemm") == group_of("gemvx") == "matrix products"
     assert group_of("triton_poi_fused_mul_silu_0") == "elementwise"
     assert group_of("ncclDevKernel_AllGather") == group_of("gloo:all_to_all") == "communication"
     assert group_of("Memset (Device)") == "other"

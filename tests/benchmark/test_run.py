@@ -69,6 +69,21 @@ def test_a_run_leaves_results_tables_and_figures(task: str, tmp_path: Path) -> N
         assert name in finished.output
 
 
+@pytest.mark.parametrize("task", ["decode", "prefill"])
+def test_a_profile_says_where_the_time_goes(task: str, tmp_path: Path) -> None:
+    overrides = [*SMALL[:-2], "sparsity=[0.5]", "repeats=1", "profile=true", f"task={task}"]
+    finished = run_command("benchmark", *overrides, folder=tmp_path)
+    assert finished.status == 0, finished.output
+    rows = saved(tmp_path)["rows"]
+    for row in rows:
+        assert {"matrix products", "elementwise"} <= row["profile"].keys()
+        attention = {"full": "full attention", "full-dual": "decode attention", "duo": "decode attention"}
+        if task == "decode":
+            assert row["profile"][attention[row["attention"]]] > 0
+    assert len(list((tmp_path / "run").glob("trace_*.json"))) == len(rows), "of each row"
+    assert "where the time goes (ms)" in finished.output
+
+
 def test_formats_of_the_cache_stand_beside_each_other(tmp_path: Path) -> None:
     """Each with full attention over the same format, its baseline."""
     small = ["model=tiny", "context=[1500]", "sink_size=4", "recent_size=8", "kv=[exact,int4]", "repeats=2"]

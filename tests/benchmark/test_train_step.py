@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from duo_id.attention.blends import BLENDS
 from duo_id.benchmark import run as benchmark
 from duo_id.benchmark.ceilings import Ceilings
 from duo_id.benchmark.settings import BenchmarkSettings
@@ -18,6 +19,7 @@ from duo_id.distributed.ranks import Ranks
 from duo_id.models.loading import meta_model
 from duo_id.models.settings import ModelSettings
 from duo_id.step.devices import calculated_costs, fit_memory
+from duo_id.step.distillation import Batch, Distillation, Teacher
 from tests.benchmark.cases import layers_of, named
 from tests.support.commands import run_command, settings_of
 from tests.support.tiny import tiny_model
@@ -68,6 +70,22 @@ def test_both_steps_are_measured_side_by_side(tmp_path: Path) -> None:
         assert image.width > 200
 
 
+def test_the_first_step_may_be_shorter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles, and only what follows is of the length that is measured."""
+    lengths: list[int] = []
+    plain = Distillation.loss
+
+    def noting(self: Distillation, alpha: torch.Tensor, batch: Batch, teacher: Teacher | None = None) -> torch.Tensor:
+        lengths.append(batch["input_ids"].shape[1])
+        return plain(self, alpha, batch, teacher)
+
+    monkeypatch.setattr(Distillation, "loss", noting)
+    overrides = [*SMALL, "context=60", "first_context=20", "warmup=0", "beside=false"]
+    assert run_command("benchmark", *overrides, folder=tmp_path).status == 0
+    assert lengths == [20, 60, 60]
+    assert saved(tmp_path)["rows"][0]["context"] == 60
+
+
 def test_a_budget_shows_its_plan(tmp_path: Path) -> None:
     finished = run_command("benchmark", *SMALL, "context=60", "step.memory=1GiB", folder=tmp_path)
     assert finished.status == 0, finished.output
@@ -114,6 +132,7 @@ def test_the_loss_looks_at_the_end_of_every_sample() -> None:
         (["step.sequence_parallel=2"], "step.sequence_parallel=2 does not divide the 1 processes"),
         (["task=decode", "trainer.devices=2"], "trainer.devices=2: task=decode works on 1 device"),
         (["context=[12,60]"], "sink_size + recent_size = 12 must be below context=12, or the window hides nothing"),
+        (["context=60", "first_context=9"], "sink_size + recent_size = 12 must be below first_context=9"),
         (["step.cuda_graphs=true"], "step.cuda_graphs=true: task=train_step measures steps without a graph"),
         (["heads=nowhere"], "heads=nowhere: task=train_step trains the gates of all heads"),
         (["context=60", "compare=nowhere"], "compare=nowhere: cannot be read as results of task=train_step"),
@@ -159,6 +178,18 @@ def test_presets_share_a_step_among_devices(preset: str, tokens: int, groups: in
     ranks = Ranks(groups, 8 // groups, sharded=True)
     costs = calculated_costs(model, ranks, torch.device("cuda"))
     fit_memory(settings.step, costs, ranks.tokens(tokens, settings.batch_size), 80 * 10**9)
+
+
+@pytest.mark.parametrize(("preset", "first"), [("scale-70b-pair", 8192), ("scale-512k", 524288)])
+def test_presets_of_two_devices_fit_them(preset: str, first: int, tmp_path: Path) -> None:
+    settings = settings_of("benchmark", BenchmarkSettings, f"preset={preset}", folder=tmp_path)
+    assert settings.context[0] == first
+    check_ranks(2, settings.step.sequence_parallel, settings.batch_size)
+    model, ranks, longest = meta_model(settings.model, torch.bfloat16), Ranks(1, 2, sharded=True), settings.context[-1]
+    assert model.config.max_position_embeddings >= longest
+    for blend in settings.blend:
+        costs = calculated_costs(model, ranks, torch.device("cuda"), BLENDS[blend].needs_teacher, compiled=True)
+        fit_memory(settings.step, costs, ranks.tokens(longest, 1), 139 * 2**30)
 
 
 @pytest.mark.gpu

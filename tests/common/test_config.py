@@ -69,7 +69,7 @@ ACCEPTED = {
     "true": FLAGS,
     "null": """batch_tokens compare compile data.haystack.id data.haystack.name data.haystack.path
         data.haystack.revision data.haystack.sha256 data.length data.length_max data.path data.self_chat
-        data.self_path data.self_sha256 data.text_tokens heads
+        data.self_path data.self_sha256 data.text_tokens first_context heads
         model.revision model.weights model.wheel resume method.prior method.target_sparsity method.batch_tokens
         method.start method.swap_at trainer.benchmark trainer.callbacks trainer.check_val_every_n_epoch
         trainer.deterministic trainer.enable_model_summary trainer.enable_progress_bar trainer.gradient_clip_algorithm

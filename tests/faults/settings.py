@@ -320,6 +320,7 @@ BENCHMARK = (
         "kv": values(NAMES),
         "beside": flag(),
         "profile": flag(),
+        "first_context": whole(1, null=True),
         "batch_size": whole(1),
         "trainer.devices": values(f"{DEVICES} 2"),
         "+trainer.abc": values("1 null"),

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from duo_id.attention import last_layer
 from duo_id.attention.functions import Backends
 from duo_id.attention.interface import attached
 from duo_id.attention.layers import AttentionLayer
@@ -47,7 +49,8 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     lengths: tuple[int, ...] = LENGTHS
-    scored: int = 5
+    scored: int = 5  # last tokens of the first sample; one more of each further one
+    also: tuple[int, ...] = ()  # other scored tokens of every sample
     side: str = "right"
     recompute: Keep | None = None
     compile: bool = False
@@ -70,6 +73,12 @@ CASES = {
     "3 KV heads": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 3), strict=True))),
     "1 KV head, padding left": Case("llama", {"hidden_size": 48} | dict(zip(HEADS, (6, 1), strict=True)), side="left"),
     "few scored, a sample each": Case(lengths=(170, 121), scored=2),  # the last layer computes these alone
+    "few scored of one sample": Case(lengths=(171,), scored=3, also=(85, 86)),  # two processes have 86 tokens each
+    "few scored, logits": Case(
+        "qwen3", method={"objective": "kl", "tokens": "far"}, lengths=(171,), scored=3, also=(1, 86)
+    ),
+    "few scored, compiled": Case(lengths=(171,), scored=3, compile=True, recompute=Keep.OUTPUT),
+    "few scored, teacher blend": Case(method={"blend": "teacher"}, lengths=(171,), scored=3),
     "teacher blend": Case(method={"blend": "teacher"}),
     "logits": Case(method={"objective": "kl"}, scored=35),
     "each layer, far tokens": Case(
@@ -123,11 +132,22 @@ def loaded(case: Case, ranks: Ranks, device: str) -> Iterator[tuple[LanguageMode
 
 
 def step(case: Case, ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
-    """Loss and gradient of the whole step, of which this process computes its part."""
-    with loaded(case, ranks, device) as (_, training):
+    """Loss and gradient of the whole step, of which this process computes its part, and what its last MLP computes."""
+    tokens: list[int] = []
+    plain = last_layer.scatter_rows
+
+    def noting(values: Tensor, rows: Tensor, count: int, dim: int) -> Tensor:
+        if dim == 1:
+            tokens.append(len(rows))
+        return plain(values, rows, count, dim)
+
+    with loaded(case, ranks, device) as (_, training), patch.object(last_layer, "scatter_rows", noting):
         count = max(len(case.lengths) // ranks.data, 1)  # two samples come twice on four processes
         mine = [index % len(case.lengths) for index in range(ranks.data_rank * count, (ranks.data_rank + 1) * count)]
         samples = [random_sample(case.lengths[index], index, case.scored + index) for index in mine]
+        for sample in samples:
+            for token in case.also:
+                sample["labels"][token] = sample["input_ids"][token]
         batch = training.on_before_batch_transfer(collate(samples, 0, case.side), 0)
         batch = training.on_after_batch_transfer(training.transfer_batch_to_device(batch, torch.device(device), 0), 0)
         loss = training.distillation.loss(training.gates.alpha(), batch) + 0.05 * training.penalty(
@@ -137,14 +157,15 @@ def step(case: Case, ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
         gradient = training.gates.weight.grad
         assert gradient is not None
         assert gradient.dtype == torch.float32
-        return {"loss": ranks.mean(loss.detach()).cpu(), "gradient": ranks.mean(gradient).cpu()}
+        found = {"loss": ranks.mean(loss.detach()).cpu(), "gradient": ranks.mean(gradient).cpu()}
+        return found | {"tokens": torch.tensor(tokens)}
 
 
 def measured(ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
     """Loss and gradient of a step that the benchmark measures."""
     with loaded(CASES["GQA"], ranks, device) as (model, training):
         sizes = {"context": [501], "chunk_size": [8], "sparsity": [0.5], "sink_size": 2, "recent_size": 8}
-        settings = BenchmarkSettings(CASES["GQA"].settings(), "train_step", batch_size=2, repeats=1, warmup=0, **sizes)
+        settings = BenchmarkSettings(CASES["GQA"].settings(), "train_step", batch_size=4, repeats=1, warmup=0, **sizes)
         batch = StepBench(settings, model, Ceilings(1.0, 1.0), Path(), lambda phase: None)._batch(501)
         alpha = training.gates.alpha()
         loss = training.distillation.loss(alpha, batch)
@@ -153,14 +174,17 @@ def measured(ranks: Ranks, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def scores(ranks: Ranks, device: str = "cpu") -> Tensor:
-    """What masks of the model with three KV heads score."""
-    model = load_model(CASES["3 KV heads"].settings(), device, 0, ranks)
+    """What masks of the model with three KV heads, and a head of its own, score."""
+    settings = CASES["3 KV heads"].settings()
+    settings.architecture["tie_word_embeddings"] = False
+    model = load_model(settings, device, 0, ranks)
     samples = []
     for seed in range(2):
         sample = random_sample(50 + seed, seed, 40)
         answers = sample["answers"].clone()
         answers[-20:] *= 2
         samples.append({"input_ids": sample["input_ids"], "answers": answers})
+    samples.append(random_sample(60, 2, 5))  # the first of several processes has no answers
     rows = [score for row in compare(model, PATTERN, samples, [0.5], 1, 0, BACKENDS) for score in row.samples]
     return torch.tensor([[row.loss, row.correct, row.tokens, row.exact, row.answers] for row in rows])
 

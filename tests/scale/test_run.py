@@ -1,6 +1,7 @@
 """The command over two processes that Lightning starts: a lost one ends the run, and one process goes on with it."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from duo_id.patterns.pattern import HeadPattern
 from duo_id.patterns.saved import load_pattern
 from tests.scale.devices import environment
 from tests.support.commands import Finished, run_command
-from tests.support.processes import run_file_on_two, start
+from tests.support.processes import run_file, run_file_on_two, start
 
 OVERRIDES = [
     "model=tiny",
@@ -49,8 +50,8 @@ plain, calls = GateTraining.training_step, [0]
 
 def step(self, *given):
     calls[0] += 1
-    if calls[0] == 4:
-        if os.environ.get("LOCAL_RANK") == "1":
+    if calls[0] == int(os.environ["STEP"]):
+        if os.environ.get("LOCAL_RANK", "0") == os.environ["RANK"]:
             open("lost", "w").write(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(float(os.environ["WAIT"]))
@@ -85,10 +86,17 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def run_two(device: str, folder: Path, overrides: list[str], command: str = COMMAND, **variables: str) -> Finished:
     """The command over two processes, in `folder`/run, with more environment variables."""
+    return run_on(run_file_on_two, device, folder, [*overrides, "trainer.devices=2"], command, **variables)
+
+
+def run_on(
+    run: Callable[..., None], device: str, folder: Path, overrides: list[str], command: str, **variables: str
+) -> Finished:
+    """The command by `run_file` or `run_file_on_two`, in `folder`/run, or resuming it."""
     (folder / "command.py").write_text(command)
-    options = [*overrides, f"trainer.accelerator={device}", "trainer.devices=2", "hydra.run.dir=run"]
+    where = [] if "resume=run" in overrides else [f"trainer.accelerator={device}", "hydra.run.dir=run"]
     given = environment(device) | variables
-    started = start(run_file_on_two, "command.py", *options, cwd=folder, file=folder / "output.txt", **given)
+    started = start(run, "command.py", *overrides, *where, cwd=folder, file=folder / "output.txt", **given)
     return Finished(*started.finish())
 
 
@@ -101,7 +109,7 @@ def lost(device: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, F
 def lose(device: str, folder: Path, wait: int = 0) -> tuple[Path, Finished, float]:
     """The first process waits `wait` seconds before it communicates with the one that is lost."""
     overrides = [*OVERRIDES, "step.sequence_parallel=2"]
-    finished = run_two(device, folder, overrides, LOST, WAIT=str(wait))
+    finished = run_two(device, folder, overrides, LOST, STEP="4", RANK="1", WAIT=str(wait))
     return folder, finished, time.time() - float((folder / "lost").read_text())
 
 
@@ -154,10 +162,28 @@ def test_one_process_goes_on_with_it(lost: tuple[Path, Finished, float], alone: 
     )
     assert resumed.status == 0, resumed.output
     assert "step 3/5" not in resumed.output, "it began anew"
+    check_same(folder, alone, device)
+
+
+def check_same(folder: Path, alone: HeadPattern, device: str) -> None:
     found = load_pattern(folder / "run" / "heads")
     close = 1e-5 if device == "cpu" else 1e-3
     assert (alone.scores - found.scores).abs().max() < close * alone.scores.abs().max()
     assert alone.scores.unique().numel() > 3, "gates that never moved prove nothing"
+
+
+def test_one_process_then_two_then_one(alone: HeadPattern, device: str, tmp_path: Path) -> None:
+    """Each is killed, the two after a single step; data parallel, where the lost ones above share tokens."""
+    first = run_on(run_file, device, tmp_path, OVERRIDES, LOST, STEP="3", RANK="0", WAIT="0")
+    assert first.status == -9, first.output
+    second = run_two(device, tmp_path, ["resume=run"], LOST, STEP="2", RANK="1", WAIT="0")
+    assert second.status not in (0, None), second.output
+    assert "python -m duo_id.train resume=" in second.output
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3, "two steps of the one, one of the two"
+    last = run_command("train", "resume=run", "trainer.devices=1", folder=tmp_path)
+    assert last.status == 0, last.output
+    check_same(tmp_path, alone, device)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,10 @@ def close(found: Any, name: str, rtol: float = 1e-5, device: str = "cpu") -> Non
     scale = float(expected["gradient"].abs().max())
     assert scale > 1e-4, "a gradient of nothing proves nothing"
     torch.testing.assert_close(found["gradient"], expected["gradient"], rtol=rtol, atol=rtol * scale)
+    if name in CASES and len(CASES[name].lengths) == 1:
+        assert {*found["tokens"].tolist()} == {*expected["tokens"].tolist()} != set(), (
+            "of the last MLP, where few count"
+        )
 
 
 def each(divisions: dict[str, tuple[str, ...]]) -> pytest.MarkDecorator:

@@ -1,5 +1,6 @@
 """Compiled layers: the same numbers, and a handful of graphs however many layers and lengths there are."""
 
+import sys
 from collections.abc import Callable
 from itertools import combinations
 
@@ -9,8 +10,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from transformers import PreTrainedModel
 
+from duo_id import dual_cache, duo_attention, prefill
 from duo_id.attention.blends import BLENDS
 from duo_id.attention.interface import attached
+from duo_id.deploy.install import deployment_of
+from duo_id.patterns.pattern import HeadMask
 from duo_id.step.compiled import compiled_parts
 from duo_id.step.distillation import Distillation
 from tests.step.test_distillation import batch_of, distilling, gates_of
@@ -75,6 +79,26 @@ def test_compiled_layers_give_the_same_gradients(make_model: Callable[..., PreTr
     torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-7)
     gradients = [gradient for _, gradient in expected.values()]
     assert not any(torch.allclose(*pair, rtol=1e-3) for pair in combinations(gradients, 2)), "blends that are the same"
+
+
+def test_the_rotation_is_compiled_where_attention_is_not(make_model: Callable[..., PreTrainedModel]) -> None:
+    """Norms, MLP and rotation are a graph each; prefill under a mask gives the same logits with them."""
+    model, ids = make_model("llama"), torch.arange(40)[None]
+    mask = HeadMask(torch.tensor([[True, False], [False, False], [False, True]]), 2, 8)
+    module = sys.modules[type(model).__module__]
+    plain = module.apply_rotary_pos_emb
+    counter = CompileCounterWithBackend("aot_eager")
+    with duo_attention(model, mask), torch.no_grad():
+        expected = prefill(model, ids, dual_cache(model), 16)
+        with (
+            torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+            compiled_parts(model, deployment_of(model).layers, dynamic=False, backend=counter),
+        ):
+            assert module.apply_rotary_pos_emb is not plain
+            found = prefill(model, ids, dual_cache(model), 16)
+    assert module.apply_rotary_pos_emb is plain
+    assert counter.frame_count == 2 * 3, "of chunks of 16 tokens, and the last of 8"
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_model_is_restored_afterwards(make_model: Callable[..., PreTrainedModel]) -> None:

@@ -6,7 +6,7 @@ as a plain attribute: one of `duo_id.attention.functions`, which decides what th
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -70,12 +70,10 @@ def attached(
     """
     with routed(model, backends or Backends()) as layers:
         gated = gated_layers(model, layers)
-        if group is None:
-            with last_mlp_at_rows(model, gated):
-                yield gated
-        else:
-            with _exchanging(model, layers, group):
-                yield [replace(layer, own=getattr(layer.module, EXCHANGE).share.kv_heads) for layer in gated]
+        with last_mlp_at_rows(model, gated), nullcontext() if group is None else _exchanging(model, layers, group):
+            if group is not None:
+                gated = [replace(layer, own=getattr(layer.module, EXCHANGE).share.kv_heads) for layer in gated]
+            yield gated
 
 
 @contextmanager

@@ -22,10 +22,12 @@ class AtRows:
     Attributes:
         attend: an attention function that takes the positions of its queries as its last argument.
         rows: (n,) positions in the one sample of the batch, which may repeat.
+        own: (m,) positions among the tokens that this process computes, which include all of `rows` that it has.
     """
 
     attend: Any
     rows: Tensor
+    own: Tensor
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         """Attention, (1, heads, tokens, head_dim)."""
@@ -75,13 +77,13 @@ def last_mlp_at_rows(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -
         function = getattr(attention, BOUND)
         selected = isinstance(function, AtRows) and bool(args) and args[0].dim() == 3
         num_tokens[:] = [args[0].shape[1]] if selected else []
-        return tuple(x.index_select(1, function.rows) if torch.is_tensor(x) else x for x in args) if selected else None
+        return tuple(x.index_select(1, function.own) if torch.is_tensor(x) else x for x in args) if selected else None
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not num_tokens:
             return output
         hidden, *others = output if isinstance(output, tuple) else (output,)  # a router's logits come second
-        scattered = scatter_rows(hidden, getattr(attention, BOUND).rows, num_tokens[0], 1)
+        scattered = scatter_rows(hidden, getattr(attention, BOUND).own, num_tokens[0], 1)
         return (scattered, *others) if isinstance(output, tuple) else scattered
 
     hooks = []

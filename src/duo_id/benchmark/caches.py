@@ -1,8 +1,10 @@
 """Measure decode steps, prefills and memory of all contenders, row by row."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 from duo_id.attention.layers import AttentionLayer
 from duo_id.benchmark.ceilings import Ceilings
 from duo_id.benchmark.contenders import CacheContender
+from duo_id.benchmark.profiling import PROFILED, profile_run
 from duo_id.benchmark.roofline import Floor, Workload
 from duo_id.benchmark.settings import BenchmarkSettings
 from duo_id.benchmark.timing import (
@@ -40,6 +43,7 @@ class CacheBench:
         layers: its attention layers.
         work: its sizes, for the floors.
         ceilings: of the machine.
+        folder: where traces are written.
         announce: called with contender, size and phase as each begins.
     """
 
@@ -50,9 +54,11 @@ class CacheBench:
         layers: Sequence[AttentionLayer],
         work: Workload,
         ceilings: Ceilings,
+        folder: Path,
         announce: Callable[[str], None],
     ) -> None:
         self.settings, self.model, self.layers, self.work, self.ceilings = settings, model, layers, work, ceilings
+        self.folder = folder
         self.device: torch.device = model.device
         self.compiles = settings.compiles(self.device)
         self.subject = ""
@@ -93,7 +99,8 @@ class CacheBench:
             measured = None
             if memory[context] is not None:
                 if cache is None:
-                    slots = context + STEPS_BEFORE + self.settings.warmup + self.settings.repeats
+                    runs = self.settings.warmup + self.settings.repeats + PROFILED * self.settings.profile
+                    slots = context + STEPS_BEFORE + runs
                     cache = none_if_out_of_memory(partial(contender.new_cache, slots))
                 if cache is not None:
                     measured = none_if_out_of_memory(partial(self.step_time, contender, forward, cache, context))
@@ -102,8 +109,8 @@ class CacheBench:
                 release()
                 yield self._row(contender, context, None, None, floor)
             else:
-                timing, backend = measured
-                yield self._row(contender, context, memory[context], timing, floor, tokens=1, backend=backend)
+                timing, columns = measured
+                yield self._row(contender, context, memory[context], timing, floor, tokens=1) | columns
 
     def _prefill(self, contender: CacheContender) -> Iterator[dict[str, Any]]:
         for context in self.settings.context:
@@ -111,10 +118,11 @@ class CacheBench:
                 self._name(contender, context, chunk_size)
                 measured = none_if_out_of_memory(partial(self.prefill_time, contender, context, chunk_size))
                 release()
-                timing, memory = measured or (None, None)
+                timing, memory, columns = measured or (None, None, {})
                 sizes = self.settings.batch_size, context, chunk_size
                 floor = self.work.prefill(*sizes, contender.mask, contender.kv)
-                yield self._row(contender, context, memory, timing, floor, tokens=context, chunk_size=chunk_size)
+                row = self._row(contender, context, memory, timing, floor, tokens=context, chunk_size=chunk_size)
+                yield row | columns
 
     @torch.no_grad()
     def step_memory(self, contender: CacheContender, context: int) -> tuple[int | None, int]:
@@ -129,8 +137,8 @@ class CacheBench:
     @torch.no_grad()
     def step_time(
         self, contender: CacheContender, forward: Callable[..., Any], cache: Cache, context: int
-    ) -> tuple[Timing, str]:
-        """Time a decode step after `context` random tokens; also returns the backend of its attention."""
+    ) -> tuple[Timing, dict[str, Any]]:
+        """Time a decode step after `context` random tokens; also returns more columns: the backend and a profile."""
         with self.watch.phase("fill"):
             contender.fill(cache, context, self.settings.seed)
             backend = contender.choose_backend(cache, context)
@@ -140,13 +148,14 @@ class CacheBench:
         with self.watch.phase("capture"):
             run = capture_graph(step, self.device)
         with self.watch.phase("measure"):
-            return time_runs(run, self.device, self.settings.repeats, self.settings.warmup), backend
+            timing = time_runs(run, self.device, self.settings.repeats, self.settings.warmup)
+        return timing, {"backend": backend} | self._profile(run)
 
     @torch.no_grad()
     def prefill_time(
         self, contender: CacheContender, context: int, chunk_size: int
-    ) -> tuple[Timing, tuple[int | None, int]]:
-        """Time the prefill of a random prompt; also returns its peak bytes, and those of its cache."""
+    ) -> tuple[Timing, tuple[int | None, int], dict[str, Any]]:
+        """Time the prefill of a random prompt; also returns its peak bytes and those of its cache, and a profile."""
         ids, cache, settings = self.tokens(context), contender.new_cache(context), self.settings
 
         def run() -> Tensor:
@@ -155,19 +164,32 @@ class CacheBench:
         def clear() -> None:
             contender.clear(cache)
 
+        def run_again() -> Tensor:
+            clear()
+            return run()
+
         with compiled_parts(self.model, self.layers, dynamic=False) if self.compiles else nullcontext():
             with self.watch.phase("warm up"):
                 time_runs(run, self.device, settings.warmup, before=clear)
             with self.watch.phase("measure"):
                 repeat = partial(time_runs, run, self.device, settings.repeats, before=clear)
                 timing, peak = measure_peak(repeat, self.device)
-        return timing, (peak, contender.nbytes(cache))
+            columns = self._profile(run_again)
+        return timing, (peak, contender.nbytes(cache)), columns
 
     def tokens(self, count: int) -> Tensor:
         """Random tokens, (batch, count) int64."""
         generator = torch.Generator(self.device).manual_seed(self.settings.seed)
         shape, size = (self.settings.batch_size, count), self.model.config.get_text_config().vocab_size
         return torch.randint(size, shape, generator=generator, device=self.device)
+
+    def _profile(self, run: Callable[[], object]) -> dict[str, Any]:
+        """The column that says where the time of a run goes, if it is asked for."""
+        if not self.settings.profile:
+            return {}
+        name = "_".join(re.findall(r"[\w.]+", self.subject.replace(",", "")))
+        with self.watch.phase("profile"):
+            return {"profile": profile_run(run, self.device, self.folder / f"trace_{name}.json")[0]}
 
     def _name(self, contender: CacheContender, context: int, chunk_size: int | None = None) -> None:
         chunks = "" if chunk_size is None else f" in chunks of {chunk_size:,}"
@@ -185,7 +207,6 @@ class CacheBench:
         *,
         tokens: int = 0,
         chunk_size: int | None = None,
-        backend: str | None = None,
     ) -> dict[str, Any]:
         """One row of results.json; `memory`: peak and cache bytes, None if out of memory."""
         row = {
@@ -199,7 +220,7 @@ class CacheBench:
             "weights_bytes": self.weights_bytes,
             "peak_bytes": memory and memory[0],
             "cache_bytes": memory and memory[1],
-            "backend": backend,
+            "backend": None,
             "seconds": self.watch.take(),
         }
         if floor is not None:

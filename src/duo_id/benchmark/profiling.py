@@ -12,13 +12,25 @@ from duo_id.common.documents import LARGEST_ROWS, read_object
 # A kernel belongs to the first group with a substring of its name.
 GROUPS = {
     "streaming attention": ("streaming", "duo_id::stream", "flex"),
+    "decode attention": ("_decode", "duo_id::decode"),
     "full attention": ("flash", "cudnn", "fmha", "attention", "sdpa"),
     "communication": ("nccl", "gloo", "c10d"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "aten::mm", "aten::bmm", "aten::addmm", "aten::linear"),
+    "matrix products": (
+        "gemm",
+        "gemv",
+        "nvjet",
+        "cutlass",
+        "cublas",
+        "aten::mm",
+        "aten::bmm",
+        "aten::addmm",
+        "aten::linear",
+    ),
     "elementwise": ("triton_", "elementwise", "reduce", "copy", "cat", "index", "aten::"),
     "other": ("",),
 }
 COLLECTIVES = {"all_to_all": ("sendrecv", "alltoall"), "all_gather": ("allgather",), "reduce": ("reduce",)}
+PROFILED = 2  # runs that one profile takes
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace that take a GPU's time
 
 Event = Mapping[str, Any]  # of a trace; `ts` and `dur` in microseconds

@@ -109,7 +109,7 @@ def _measure(
                 total, rows = len(bench), bench.rows()
             else:
                 work = workload(language_model.model, layers)
-                cache_bench = CacheBench(settings, language_model.model, layers, work, ceilings, announce)
+                cache_bench = CacheBench(settings, language_model.model, layers, work, ceilings, folder, announce)
                 sizes = len(settings.context) * (len(settings.chunk_size) if settings.task == "prefill" else 1)
                 total, rows = sizes * len(contenders), chain.from_iterable(map(cache_bench.rows, contenders))
             progress.update(progress_task, total=total)

@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from duo_id.attention.choices import BLEND_NAMES, KV_FORMATS
-from duo_id.common.config import Count, Fraction, Positive, Seed, Several, Some, Text, one_of, settings
+from duo_id.common.config import LARGEST, Count, Fraction, Positive, Seed, Several, Some, Text, one_of, settings
 from duo_id.common.errors import check
 from duo_id.models.settings import ModelSettings
 from duo_id.step.settings import StepSettings
@@ -46,7 +46,8 @@ class BenchmarkSettings:
     step: StepSettings = field(default_factory=StepSettings)  # train_step: ours
     blend: Some[Annotated[Text, one_of(BLEND_NAMES)]] = field(default_factory=lambda: ["student"])  # train_step
     beside: bool = True  # full attention too, or on one device the step in the published shape
-    profile: bool = False  # train_step: also where the time goes
+    profile: bool = False  # decode, prefill, train_step: also where the time goes
+    first_context: Positive | None = None  # train_step: tokens of the first step, which compiles; null: `context`
     batch_size: Positive = 1  # samples across all devices
     trainer: Trainer = field(
         default_factory=lambda: TrainerSettings(_target_="lightning.Trainer")
@@ -76,10 +77,11 @@ class BenchmarkSettings:
         for key in ("context", "chunk_size", "sparsity"):
             setattr(self, key, sorted(set(getattr(self, key))))
         if self.task == "train_step":
-            window, shortest = self.sink_size + self.recent_size, self.context[0]
+            window, shortest = self.sink_size + self.recent_size, min(self.context[0], self.first_context or LARGEST)
+            name = "first_context" if shortest < self.context[0] else "context"
             check(
                 window < shortest,
-                f"sink_size + recent_size = {window} must be below context={shortest}, or the window hides nothing",
+                f"sink_size + recent_size = {window} must be below {name}={shortest}, or the window hides nothing",
             )
             check(
                 self.step.cuda_graphs is not True,

@@ -141,7 +141,11 @@ def results_tables(results: Mapping[str, Any]) -> list[TextTable]:
         time_cells,
         f"±: half of max - min; floors at {rates['bandwidth'] / 1e12:.3g} TB/s, {rates['flops'] / 1e12:.4g} TFLOP/s",
     )
-    return [times, memories]
+    groups = list(dict.fromkeys(group for row in rows for group in row.get("profile", {})))
+    if not groups:
+        return [times, memories]
+    spent = [[_number(row.get("profile", {}).get(group, 0.0)) for group in groups] for row in rows]
+    return [times, memories, table("where the time goes (ms)", [group.replace(" ", "\n") for group in groups], spent)]
 
 
 def _ratio(full: Sequence[float | None], masked: float | None) -> float | None:

@@ -134,10 +134,10 @@ class StepBench:
             columns["plan"] = str(plan)
         gated_model = GatedModel(model, layers, self.window, step.backends)
         distillation = SHAPES[step.shape](gated_model, OBJECTIVES["hidden_l2"], blend=BLENDS[blend])
-        batch = self._batch(context)
+        batch, first = self._batch(context), self._batch(settings.first_context or context)
         alpha = torch.full(gated_model.shape, 0.5, device=self.device, requires_grad=True)
 
-        def run() -> Tensor:
+        def run(batch: dict[str, Any] = batch) -> Tensor:
             return ranks.mean(torch.autograd.grad(distillation.loss(alpha, batch), alpha)[0])
 
         def measure() -> tuple[Timing, int | None]:
@@ -145,7 +145,7 @@ class StepBench:
                 with self.watch.phase("compile" if step.compile else "first step"):
                     plan = apply_plan(batch["input_ids"].numel())
                     columns.setdefault("plan", None if plan is None else str(plan))
-                    run()
+                    run(first)
                 with self.watch.phase("measure"):
                     repeat = partial(time_runs, run, self.device, settings.repeats, settings.warmup, ranks.barrier)
                     timing, peak = measure_peak(repeat, self.device)

@@ -89,6 +89,9 @@ def split_batch(batch: Mapping[str, Any], part: int, parts: int) -> dict[str, An
         batch: whole samples; labels and answers are optional.
         part: index of the span, from 0.
         parts: number of spans.
+
+    Returns:
+        the span, and of a single labelled sample without padding `all_scored`: (n,) positions of its labelled tokens.
     """
     samples, tokens = batch["input_ids"].shape
     length = -(-tokens // parts)
@@ -102,6 +105,8 @@ def split_batch(batch: Mapping[str, Any], part: int, parts: int) -> dict[str, An
 
     fill = {"input_ids": 0, "labels": UNSCORED, "answers": 0}
     result = {key: span(batch[key], value) for key, value in fill.items() if key in batch}
+    if samples == 1 and mask is None and "labels" in batch:
+        result["all_scored"] = (batch["labels"][0] != UNSCORED).nonzero()[:, 0]
     return result | {
         "attention_mask": None,
         "position_ids": positions.clamp(max=tokens - 1).to(result["input_ids"].device),

@@ -43,7 +43,7 @@ def shared_step(
     """
     check(step.cuda_graphs is not True, "step.cuda_graphs=true only works on a single device")
     check(step.shape == "fast", f"step.shape={step.shape} only works on a single device")
-    costs = calculated_costs(model, ranks, device, teacher_outputs)
+    costs = calculated_costs(model, ranks, device, teacher_outputs, step.compile)
     budget = available(step.memory, device)
     if budget is not None:  # that of the fullest device
         budget = -int(ranks.reduce_max(-budget, device=device)[0])
@@ -74,20 +74,26 @@ def fit_memory(step: StepSettings, costs: Costs, tokens: int, budget: int | None
 
 
 def calculated_costs(
-    model: PreTrainedModel, ranks: Ranks, device: torch.device, teacher_outputs: bool = False
+    model: PreTrainedModel,
+    ranks: Ranks,
+    device: torch.device,
+    teacher_outputs: bool = False,
+    compiled: bool = False,
 ) -> Costs:
     """A step's memory on each device, estimated from the model's widths.
 
     Weights are counted exactly: the device's own share plus what is gathered at any one time, which is two layers and
-    everything outside the layers. Of a layer's activations the widest are counted: queries, keys and values, the
-    outputs of full and streaming attention, and those of the feed-forward network; each has a gradient in the backward
-    pass.
+    everything outside the layers. Of a layer's activations the widest are counted: its states, queries, keys and
+    values, the outputs of full and streaming attention, and what the feed-forward network keeps. In the backward pass
+    those of attention or of the feed-forward network, whichever are wider, have gradients at the same time; attention
+    is also exchanged with other devices.
 
     Args:
         model: may be on the meta device.
         ranks: the devices.
         device: of their kind.
         teacher_outputs: whether the teacher's attention outputs are kept.
+        compiled: whether norms, rotations, products of gates and blends are computed again in the backward pass.
     """
     config = model.config.get_text_config()
     size = model.dtype.itemsize
@@ -98,14 +104,20 @@ def calculated_costs(
         weights = -(-model_bytes // ranks.world) + 2 * layer_bytes + model_bytes - stored_bytes(layers)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    attention = (heads + 2 * (getattr(config, "num_key_value_heads", None) or heads)) * width
-    layer_width = 4 * config.hidden_size + 2 * attention + 3 * heads * width + 3 * config.intermediate_size
+    projected = (heads + 2 * (getattr(config, "num_key_value_heads", None) or heads)) * width
+    outputs = (2 - teacher_outputs) * heads * width  # the teacher's are counted apart
+    states, attention, feed_forward = (
+        (2 * config.hidden_size, projected + outputs, 2 * config.intermediate_size)
+        if compiled
+        else (4 * config.hidden_size, 2 * projected + outputs + heads * width, 3 * config.intermediate_size)
+    )
+    exchanged = 2 * (projected + heads * width) * (ranks.sequence > 1)
     output_width = 0 if teacher_outputs else (size * width + 4) * heads  # and its log-sum-exp
     return Costs(
         weights,
         [
             {
-                Keep.ALL: size * layer_width,
+                Keep.ALL: size * (states + attention + feed_forward),
                 Keep.OUTPUT: size * config.hidden_size + output_width,
                 Keep.INPUT: size * config.hidden_size,
             }
@@ -113,6 +125,6 @@ def calculated_costs(
         * len(layers),
         other=size * heads * width * len(layers) * teacher_outputs,
         logits=ELEMENT_BYTES * config.vocab_size,
-        exchanged=size * 2 * (attention + heads * width) * (ranks.sequence > 1),
+        passing=size * max(attention + exchanged, feed_forward),
         reserve=libraries(device),
     )

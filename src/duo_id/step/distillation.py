@@ -153,15 +153,20 @@ class Distillation:
     @contextmanager
     def _last_at_scored(self, batch: Batch) -> Iterator[None]:
         """Restrict the last layer to the scored tokens, and those that predict them, where these are few."""
-        (samples, tokens), rows = batch["input_ids"].shape, batch["scored"]
-        if self.objective.logits or self.far:  # for teacher and student alike: blends may mix both
-            rows = torch.cat([rows, (rows - 1) % tokens])
-        unsplit = samples == 1 and batch.get("attention_mask") is None and self.gated_model.model.ranks.group is None
-        if self.last is None or not unsplit or not worth_splitting(rows, tokens):
+        (samples, length), ranks = batch["input_ids"].shape, self.gated_model.model.ranks
+        rows, tokens = batch["scored"] if ranks.group is None else batch.get("all_scored"), length * ranks.sequence
+        if self.last is None or samples > 1 or rows is None or batch.get("attention_mask") is not None:
             yield
             return
+        if self.objective.logits or self.far:  # for teacher and student alike: blends may mix both
+            rows = torch.cat([rows, (rows - 1) % tokens])
+        if not worth_splitting(rows, tokens):
+            yield
+            return
+        own = rows - ranks.part * length  # other processes' tokens stand for the first here, so that nothing waits
+        own = torch.where((own >= 0) & (own < length), own, 0)
         function = bound_functions([self.last])[self.last.index]
-        with bound([self.last], {self.last.index: AtRows(function, rows)}):
+        with bound([self.last], {self.last.index: AtRows(function, rows, own)}):
             yield
 
     @contextmanager

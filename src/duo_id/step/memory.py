@@ -97,7 +97,8 @@ class Costs:
         weights: bytes of parameters and buffers.
         kept: for each layer, bytes a token that it keeps, by the levels of `Keep` at which it is known.
         other: bytes a token that are kept outside the layers, the teacher's recorded outputs among them.
-        exchanged: bytes a token that the layer at work needs for other devices.
+        passing: bytes a token that come and go in the layer at work, its gradients and what it exchanges with other
+            devices; None: as many as a layer keeps at most.
         logits: bytes a token of the objective while it computes logits, which it does in chunks.
         reserve: bytes for libraries; where there are any, a part of the budget is spared.
     """
@@ -105,14 +106,15 @@ class Costs:
     weights: int
     kept: Sequence[Mapping[Keep, float]]
     other: float
-    exchanged: float = 0.0
+    passing: float | None = None
     logits: float = 0.0
     reserve: int = 0
 
     def plan_for(self, levels: Sequence[Keep], tokens: int, budget: int | None) -> Plan:
         """The plan in which layers keep these levels, whether it fits into `budget` bytes or not."""
         activations = tokens * (self.other + sum(row[level] for row, level in zip(self.kept, levels, strict=True)))
-        layer = tokens * (2 * max(row[Keep.ALL] for row in self.kept) + self.exchanged)
+        kept = max(row[Keep.ALL] for row in self.kept)
+        layer = tokens * (kept + (kept if self.passing is None else self.passing))
         logits = min(tokens * self.logits, ELEMENTS * ELEMENT_BYTES)  # gone before the backward pass
         buffers = max(layer, logits) + self.reserve
         spared = SPARED * (self.reserve > 0)

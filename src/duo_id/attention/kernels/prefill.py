@@ -13,7 +13,7 @@ STREAM_TUNING = {"rows": 128, "block": 32, "warps": 4, "stages": 3}  # on an H20
 
 
 @triton.jit
-def _stream(  # type: ignore[no-untyped-def]
+def streaming_prefill(  # type: ignore[no-untyped-def]
     query, key, value, recent_key, recent_value, streaming, output, scale, past, tokens, stored, sink, streaming_heads,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     output_batch, output_head, output_token,
@@ -111,7 +111,7 @@ def stream(
     group, heads = query_heads // key.shape[1], streaming.shape[1]
     launch = STREAM_TUNING | tuning
     rows = fit(launch["rows"], query)
-    _stream[(triton.cdiv(tokens, rows), heads * group, batch)](
+    streaming_prefill[(triton.cdiv(tokens, rows), heads * group, batch)](
         query, key, value, recent_key, recent_value, streaming, out, scale * LOG2_E, past, tokens,
         recent_key.shape[1], sink_size, heads, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         *out.stride()[:3],
