@@ -771,6 +771,33 @@ def test_a_fork_has_room_and_is_forked_again(family: str, kind: str, kv: str) ->
             step(given, static, given.ids[order, middle - 1 :])
 
 
+@pytest.mark.parametrize("max_length", [0, True, 31.5, "40", PROMPT - 1], ids=str)
+def test_a_fork_without_room_is_refused(max_length: Any) -> None:
+    given = case("llama")
+    with duo_attention(given.model, given.mask):
+        cache = dual_cache(given.model)
+        step(given, cache, given.ids[:, :PROMPT])
+        with pytest.raises(UserError, match=f"must be a number of tokens, at least {PROMPT}"):
+            cache.fork(torch.tensor([0]), max_length)
+        cache.fork(torch.tensor([0]), PROMPT)
+        cache.activate_past_recording()
+        with pytest.raises(UserError, match="fork: a static cache cannot keep tokens beyond its windows"):
+            cache.fork(torch.tensor([0]), TOKENS)
+
+
+@pytest.mark.parametrize("kv", ["exact", "int4"])
+def test_tensors_of_a_static_fork_stay_where_they_are_for_the_compiler(kv: str) -> None:
+    given = case("llama")
+    with duo_attention(given.model, given.mask, kv=kv):
+        cache = dual_cache(given.model)
+        step(given, cache, given.ids[:, :PROMPT])
+        fork = cache.fork(torch.tensor([0, 1]), TOKENS)
+    pinned = [fork.tokens.lengths, fork.tokens.seen, *(layer.arrived for layer in fork.dual_layers)]
+    stores = [store for layer in fork.dual_layers for store in layer.stores]
+    pinned += [tensor for store in stores for tensor in store.tensors.values()]
+    assert all(hasattr(tensor, "_dynamo_static_input_type") for tensor in pinned)
+
+
 def test_a_static_cache_that_widened_heads_is_not_forked() -> None:
     given = case("llama")
     with duo_attention(given.model, given.mask):

@@ -1,5 +1,9 @@
 """Steps that are captured where there is a GPU, against forwards over whole texts."""
 
+import gc
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -48,6 +52,43 @@ def test_models_with_other_state_are_not_captured() -> None:
     with duo_attention(model, mask_for(model)), torch.no_grad():
         assert not graphs.can_capture(model, dual_cache(model), continuation(model, ids))
         assert not graphs.can_capture(model, dual_cache(model), Continuation(stepwise=True))
+
+
+def test_nothing_keeps_a_cache_alive() -> None:
+    """Not even until garbage is collected, which a GPU's memory does not start."""
+    model, ids = build("llama"), random_ids(2, TOKENS)
+    with duo_attention(model, mask_for(model)), torch.no_grad():
+        for max_length in (None, TOKENS):
+            cache = dual_cache(model, max_length)
+            model(ids[:, :PROMPT], use_cache=True, past_key_values=cache)
+            alive, steps = weakref.ref(cache), DecodeSteps(model, cache, continuation(model, ids))
+            for place in range(PROMPT, TOKENS):
+                steps(ids[:, place : place + 1], place)
+            gc.disable()
+            try:
+                del cache, steps
+                assert alive() is None
+            finally:
+                gc.enable()
+
+
+def test_a_capture_that_fails_halfway_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build("llama"), random_ids(2, TOKENS)
+    with duo_attention(model, mask_for(model)), torch.no_grad():
+        wanted = model(ids, use_cache=False).logits[:, PROMPT:]
+        cache = dual_cache(model, TOKENS)
+
+        def interrupted(step: Callable[[], object], device: torch.device) -> None:
+            step()
+            cache.tokens.running = cache.tokens.announced = True  # as an error within a captured forward leaves them
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr(graphs, "capture_graph", interrupted)
+        model(ids[:, :PROMPT], use_cache=True, past_key_values=cache)
+        steps = DecodeSteps(model, cache, continuation(model, ids))
+        with pytest.warns(UserWarning, match="cannot be captured, so writing is slower: operation not permitted"):
+            found = [steps(ids[:, place : place + 1], place) for place in range(PROMPT, TOKENS)]
+    check_equal(torch.stack(found, 1), wanted)
 
 
 def test_a_step_that_fails_is_no_capture_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

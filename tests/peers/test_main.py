@@ -125,6 +125,7 @@ def test_a_python_without_pip_is_named(run: Path, monkeypatch: pytest.MonkeyPatc
         (["run", "presses=snapvk"], "did you mean snapkv?"),
         (["run", "presses=snapkv,newst"], "presses=newst: choose among"),
         (["run", "presses=all,kvzap"], "presses=kvzap: kvzap needs weights trained for the model, from the hub; leave"),
+        (["run", "presses=lu-kv"], "did you mean lukv?"),
         (["run", "presses="], "presses=: choose among"),
         (["run", "ratio=0.5"], "ratio"),
         (["run", "samples=few"], "samples=few must be a whole number"),

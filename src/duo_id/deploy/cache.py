@@ -141,16 +141,24 @@ class DualCache(Cache):
 
         Args:
             samples: of this cache, in any order and number.
-            max_length: tokens to make room for, those held included, in a static cache; None: it grows.
+            max_length: tokens to make room for in a static cache, those read so far included, whatever was evicted;
+                None: it grows, and keeps the room that there is.
 
         Raises:
-            UserError: this cache is static and keeps streaming heads as retrieval heads.
+            UserError: this cache is static and keeps streaming heads as retrieval heads; or it keeps tokens to remove,
+                or holds more than `max_length`, and the fork is to be static.
         """
         if any(layer.widened for layer in self.dual_layers):
             raise UserError(
                 f"fork: streaming heads see all of max_length={self.max_length}, so they are kept as retrieval heads "
                 "are: make the cache without max_length"
             )
+        if max_length is not None:
+            held = max(self.tokens.held, default=0) if self.tokens.lengths is not None else 0
+            if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < max(held, 1):
+                raise UserError(f"fork: max_length={max_length!r} must be a number of tokens, at least {max(held, 1)}")
+            if self.tokens.recorded:
+                raise UserError("fork: a static cache cannot keep tokens beyond its windows: leave max_length out")
         copied = copy.copy(self)
         copied.max_length, copied.tokens = max_length, self.tokens.fork(samples, max_length is not None)
         copied.layers = [

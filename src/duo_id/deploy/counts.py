@@ -58,7 +58,12 @@ class Tokens:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self._forget(batch)
         self.seen = torch.zeros((), dtype=torch.int64, device=device) if self.static else 0
-        if self.static and not torch.compiler.is_compiling():
+        if self.static:
+            self._pin()
+
+    def _pin(self) -> None:
+        """Tell the compiler that static counts stay where they are."""
+        if not torch.compiler.is_compiling():
             for tensor in (self.lengths, self.seen):
                 torch._dynamo.mark_static_address(tensor)
 
@@ -242,10 +247,15 @@ class Tokens:
                 copied.real = None if self.real is None else self._columns()
             copied.static = False
             copied.select(samples)
-            if static:
-                copied.seen = torch.tensor(copied.seen, device=copied.lengths.device)
         copied.static = static
+        if copied.lengths is not None and static:
+            copied.seen = torch.tensor(copied.seen, device=copied.lengths.device)
+            copied._pin()
         return copied
+
+    def forget_interruption(self) -> None:
+        """Forget a forward that was interrupted before it changed anything on the device."""
+        self.running = self.announced = False
 
     @torch.inference_mode(False)
     def select(self, samples: Tensor) -> None:

@@ -43,11 +43,12 @@ def capture_graph(step: Callable[[], object], device: torch.device) -> Callable[
 class DecodeSteps:
     """Decode steps with a cache, one token of each sample at a time; with a static cache, from the third on one graph.
 
-    Layers that keep something other than keys and values, and models that take no positions, are never captured.
+    Layers that keep something other than keys and values of their own, and models that take no positions, are never
+    captured.
 
     Args:
         model: under a mask.
-        cache: its own, of which nothing is evicted or reordered between steps.
+        cache: its own, without padding, of which nothing is evicted or reordered between steps.
         how: what forwards after a past need.
         graph: whether to capture at all.
     """
@@ -57,7 +58,7 @@ class DecodeSteps:
         self.captures = graph and cache.max_length is not None and can_capture(model, cache, how)
         self.name, self.done = cache_argument(model), 0
         self.first = first_position(model) if self.captures else 0
-        self.run: Callable[[], object] = self._forward
+        self.replay: Callable[[], object] | None = None
         self.ids = self.positions = self.logits = torch.empty(0)
 
     def __call__(self, ids: Tensor, past: int) -> Tensor:
@@ -71,8 +72,10 @@ class DecodeSteps:
         self.positions.fill_(past + self.first)
         if self.done == 1:
             self._capture()
+        elif self.replay is not None:
+            self.replay()
         else:
-            self.run()
+            self._forward()
         return self.logits.clone()
 
     def _forward(self) -> None:
@@ -86,10 +89,12 @@ class DecodeSteps:
     def _capture(self) -> None:
         """Run one step and make a graph of it."""
         try:
-            self.run = capture_graph(self._forward, self.ids.device)
+            replay = capture_graph(self._forward, self.ids.device)
+            self.replay = None if replay == self._forward else replay  # a method of its own would keep the cache alive
         except RuntimeError as error:
             if self.done == 1:  # the step itself failed
                 raise
+            self.cache.tokens.forget_interruption()
             warnings.warn(f"a step cannot be captured, so writing is slower: {one_line(error)}", stacklevel=4)
 
 

@@ -84,7 +84,7 @@ class DualLayer(CacheLayerMixin):
         self.full = FullStore(*given) if self.bits is None else QuantisedStore(*given, self.bits)
         self.recent = StreamingStore(key_states, self.spans, self.sink_size, self.capacity, self.backends.streaming)
         self.arrived = torch.zeros(key_states.shape[:2].numel(), dtype=torch.int32, device=device)
-        self._pin(*self.full.tensors.values(), *self.recent.tensors.values(), self.arrived)
+        self._pin()
         self.is_initialized = True
         if self.tokens.recorded:
             self.record()
@@ -153,18 +153,16 @@ class DualLayer(CacheLayerMixin):
     @torch.no_grad()
     def put(self, key: Tensor, value: Tensor) -> None:
         """Store the first tokens, whose attention is computed without the cache."""
-        tokens = self.tokens
+        tokens, stores = self.tokens, [store for store in self.stores if len(store.heads)]
         if tokens.uniform:
             places = tokens.places[0]
-            for store in self.stores:
-                if len(store.heads):
-                    store.put(key[:, :, places], value[:, :, places], 0, slice(None))
+            for store in stores:
+                store.put(key[:, :, places], value[:, :, places], 0, slice(None))
         else:
             order, lengths = tokens.order(key.device), torch.tensor(tokens.new, device=key.device)
             key, value = reorder(key, order), reorder(value, order)
-            for store in self.stores:
-                if len(store.heads):
-                    store.put_first(key, value, lengths)
+            for store in stores:
+                store.put_first(key, value, lengths)
 
     def evict(self, kept: Tensor) -> None:
         """Keep some slots of the full store: (batch, retrieval heads, n) int64, or a mask (..., slots) if n differs."""
@@ -173,12 +171,12 @@ class DualLayer(CacheLayerMixin):
             self.full = RaggedStore(self.full, kept, self.tokens.held[0], grows=self.capacity is None)
         else:
             self.full.keep(kept, self.tokens.held[0], grows=self.capacity is None)
-        self._pin(*self.full.tensors.values())
+        self._pin()
 
-    def _pin(self, *tensors: Tensor) -> None:
-        """Tell the compiler that these tensors of a static layer stay where they are."""
+    def _pin(self) -> None:
+        """Tell the compiler that the tensors of a static layer stay where they are."""
         if self.is_compileable and not torch.compiler.is_compiling():
-            for tensor in tensors:
+            for tensor in (*self.full.tensors.values(), *self.recent.tensors.values(), self.arrived):
                 torch._dynamo.mark_static_address(tensor)
 
     def begin(self, new: int) -> None:
@@ -308,6 +306,7 @@ class DualLayer(CacheLayerMixin):
         if self.is_initialized:
             copied.full, copied.recent = self.full.fork(samples, capacity), self.recent.fork(samples, capacity)
             copied.arrived = self.arrived.new_zeros(len(samples) * self.layer.kv_heads)
+            copied._pin()
         return copied
 
     def select(self, samples: Tensor) -> None:

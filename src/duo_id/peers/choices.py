@@ -54,8 +54,9 @@ def chosen(names: str) -> list[str]:
     Raises:
         UserError: a name is none of a press or group, or of a press that cannot be compared.
     """
-    for name in names.split(","):
+    given, known = [name.strip() for name in names.strip("[] ").split(",")], (*PRESSES, *GROUPS)
+    for name in given:
         check(name not in REFUSED, f"presses={name}: {name} {REFUSED.get(name)}; leave it out")
-        known = (*PRESSES, *GROUPS)
-        check(name in known, f"presses={name}: choose among {', '.join(known)}{did_you_mean(name, known)}")
-    return list(dict.fromkeys(press for name in names.split(",") for press in GROUPS.get(name, (name,))))
+        hint = did_you_mean(name.lower(), (*known, *REFUSED))
+        check(name in known, f"presses={name}: choose among {', '.join(known)}{hint}")
+    return list(dict.fromkeys(press for name in given for press in GROUPS.get(name, (name,))))
