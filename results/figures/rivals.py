@@ -22,11 +22,29 @@ FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "rivals.png"
 JUDGED = ("Qwen2.5-Coder-0.5B, 8192 tokens", "Qwen2.5-Coder-1.5B, 16,384 tokens")
 READ_TWICE = ("kvgrad", "kvzip", "kvzip-plus")
 COLOR = {"best": COLORS[0], "spans (spans)": COLORS[1], "published": COLORS[2]}
-LABELS = {"best": "best, masks", "spans (spans)": "spans", "published": "published, masks", "random": "random masks"}
+LABELS = {
+    "best": "best, masks",
+    "spans (spans)": "spans",
+    "published": "published, masks",
+    "random": "random masks",
+    "cap": "CapKV",
+    "compactor": "Compactor",
+    "critical-ada-expected": "CriticalAdaKV",
+    "cur": "CurDKV",
+    "expected": "expected attention",
+    "keydiff": "KeyDiff",
+    "kvgrad": "KVgrad",
+    "kvzip": "KVzip",
+    "kvzip-plus": "KVzip+",
+    "lagkv": "LagKV",
+    "leverage": "leverage scores",
+    "noncausal": "non-causal",
+    "snapkv": "SnapKV",
+}
 OTHERS = "#AAAAAA"  # token eviction and random masks
 MASKS_OF_SPANS = ["spans"]
 KEYS = ["task", "index", "question"]
-MOST_LACKING = 0.2  # share of the questions that a press may have left without an answer before it is left out
+MOST_LACKING = 0.1  # share of the questions that a press may have left without an answer before it is left out
 
 
 def divergence(results: Mapping[str, Any]) -> pd.DataFrame:
