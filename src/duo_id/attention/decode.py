@@ -78,7 +78,8 @@ def decode_attention(
     out = torch.empty(query.shape, dtype=query.dtype, device=device)
     full = retrieval.long(), full_key, full_value
     if places is not None:
-        store_and_attend_ragged(query, key, value, *full, places, lengths, softmax, out)
+        ragged = attend_without_waiting if query.is_cuda else store_and_attend_ragged
+        ragged(query, key, value, *full, places, lengths, softmax, out)
     else:
         held = lengths - dropped
         check_room(held, full_key.shape[2])
@@ -172,8 +173,6 @@ def store_and_attend_ragged(
     out: Tensor,
 ) -> None:
     """As `store_and_attend`, for heads of unequal lengths, each in its `places` of `keys` (batch, rows, head_dim)."""
-    if query.is_cuda:
-        return attend_without_waiting(query, key, value, heads, keys, values, places, lengths, softmax, out)
     check_room(lengths, int((places[:, 1] + places[:, 2]).min()))
     for sample, given in enumerate(places.tolist()):
         one = slice(sample, sample + 1)
